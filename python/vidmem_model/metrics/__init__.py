@@ -1,0 +1,5 @@
+"""Measures of how close a retrieved frame is to its source."""
+
+from .image import psnr, ssim
+
+__all__ = ["psnr", "ssim"]
