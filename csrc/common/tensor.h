@@ -1,0 +1,43 @@
+// What the op files need of torch's stable ABI: argument checks and index reading.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dtype.h"
+
+namespace vidmem {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(ScalarType type, const char* op, const char* argument) {
+  switch (type) {
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::Char: return DType::int8;
+    case ScalarType::Float8_e4m3fn: return DType::float8_e4m3fn;
+    default: fail(op, argument, " has a dtype that no kernel handles");
+  }
+}
+
+inline bool is_quantized(DType dtype) {
+  return dtype == DType::int8 || dtype == DType::float8_e4m3fn;
+}
+
+inline void check_dim(const Tensor& tensor, int64_t dim, const char* op, const char* argument) {
+  VIDMEM_CHECK(tensor.dim() == dim, op, argument, " must have ", dim, " dimensions, got ", tensor.dim());
+}
+
+// A CPU (B, K) int32 or int64 index as contiguous int64, every entry checked to lie in [lowest, rows).
+std::vector<int64_t> read_index(const Tensor& index, int64_t lowest, int64_t rows, const char* op);
+
+}  // namespace vidmem

@@ -1,0 +1,17 @@
+// Python module _C: what was built and what this processor can do. The kernels are torch ops (vidmem_cpp::*),
+// registered by the other files of the library when it is loaded.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of vidmem_kernels: build information and CPU capability.";
+  m.attr("torch_version") = VIDMEM_TORCH_VERSION;
+  m.attr("cuda_archs") = VIDMEM_CUDA_ARCHS;
+  m.attr("cpu_capabilities") = VIDMEM_CPU_CAPABILITIES;
+  m.attr("compiler") = __VERSION__;
+  m.def("cpu_capability", [] { return vidmem::isa_name(vidmem::isa()); });
+  m.def("available_cpu_capabilities", &vidmem::available_isas);
+  m.def("set_cpu_capability", &vidmem::set_isa, pybind11::arg("name"));
+}

@@ -1,0 +1,236 @@
+"""What every registered op must satisfy, on every one of its samples."""
+
+import logging
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils import _pytree as pytree
+
+from vidmem_kernels import _dispatch, _registry, testing
+from vidmem_kernels._registry import OPS
+from vidmem_kernels.testing import Make, is_differentiable, run, samples, with_grad
+
+ALL_OPS = sorted(OPS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def float_leaves(tree):
+    return [t for t in pytree.tree_leaves(tree) if is_differentiable(t)]
+
+
+def gradients(op, args, results, seed=1):
+    """Gradients of a random projection of the float results, one per float argument (zero where none flows)."""
+    outputs = [t for t in float_leaves(results) if t.requires_grad]
+    inputs = float_leaves(args)
+    if not outputs or not inputs:
+        return []
+    make = Make(seed=seed)
+    weights = [make.randn(*t.shape, dtype=t.dtype).to(t.device) for t in outputs]
+    grads = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
+
+
+def missing(name):
+    """What an op lacks of the contract."""
+    op = OPS[name]
+    lacks = []
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vidmem::{name}", "Meta"):
+        lacks.append("fake")
+    try:
+        if not samples(name):
+            lacks.append("samples for opcheck")
+    except KeyError:
+        lacks.append("samples for opcheck")
+    else:
+        results = float_leaves([run(op, s.args) for s in samples(name)])
+        if results and op.backward is None and not name.endswith("_backward"):
+            lacks.append("backward")
+    return lacks
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_contract_is_complete(name):
+    assert missing(name) == []
+
+
+def test_incomplete_op_is_found(monkeypatch):
+    """An op without backward and samples, and one without fake, fail the contract."""
+    monkeypatch.setattr(_registry, "OPS", OPS)
+    reference = samples.__globals__["OPS"]["gather_tokens"].reference
+
+    def double(x):
+        return x * 2
+
+    double.__module__ = reference.__module__
+    with pytest.raises(TypeError, match="fake"):
+        _registry.register_op("vidmem_test_double(Tensor x) -> Tensor", reference=double, autocast=())
+    _registry.register_op(
+        "vidmem_test_double(Tensor x) -> Tensor",
+        reference=double,
+        fake=torch.empty_like,
+        autocast=(),
+    )
+    try:
+        assert missing("vidmem_test_double") == ["samples for opcheck"]
+        testing.sample_inputs("vidmem_test_double")(lambda make: [("one", (make.randn(2),))])
+        assert missing("vidmem_test_double") == ["backward"]
+    finally:
+        OPS.pop("vidmem_test_double")
+        testing._SAMPLES.pop("vidmem_test_double", None)
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_opcheck(name, device):
+    op = OPS[name]
+    for sample in samples(name, Make(device=device)):
+        args = with_grad(sample.args)
+        differentiable = op.backward is not None and float_leaves(args)
+        # A static trace of an op with no inputs that need a gradient checks less, but still schema and fake.
+        opcheck(op.overload, args if differentiable else sample.args)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_OPS if OPS[n].backward is not None])
+def test_gradcheck(name):
+    for sample in samples(name, Make(torch.float64)):
+        args = with_grad(sample.args)
+        # Scales stay float32 by contract; finite differences need float64, so they are checked by value elsewhere.
+        tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+        for t in tensors:
+            if t.requires_grad and t.dtype != torch.float64:
+                t.requires_grad_(False)
+        if not any(t.requires_grad for t in tensors):
+            continue
+
+        def call(*args):
+            return tuple(t for t in float_leaves(run(OPS[name], args)) if t.requires_grad)
+
+        if call(*args):
+            assert torch.autograd.gradcheck(call, args, fast_mode=True), sample.label
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_OPS if n.endswith("_backward")])
+def test_second_derivative_is_refused_not_cut(name):
+    sample = samples(name)[0]
+    results = float_leaves(run(OPS[name], with_grad(sample.args)))
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        sum(r.sum() for r in results if r.requires_grad).backward()
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_compile_equals_eager(name):
+    """fullgraph, dynamic, forward and backward; AOTAutograd traces what Inductor would."""
+    op = OPS[name]
+
+    def call(*args):
+        return run(op, args)
+
+    for sample in samples(name):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+        eager_args, compiled_args = with_grad(sample.args), with_grad(sample.args)
+        eager, traced = call(*eager_args), compiled(*compiled_args)
+        torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
+        if op.backward is None:
+            continue
+        torch.testing.assert_close(
+            gradients(op, compiled_args, traced), gradients(op, eager_args, eager), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_export(name):
+    sample = samples(name)[0]
+    op = OPS[name]
+    tensors = [a for a in sample.args if isinstance(a, torch.Tensor)]
+    rest = [None if isinstance(a, torch.Tensor) else a for a in sample.args]
+    is_tensor = [isinstance(a, torch.Tensor) for a in sample.args]
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            given = iter(tensors)
+            args = [next(given) if t else r for t, r in zip(is_tensor, rest, strict=True)]
+            return run(op, tuple(args))
+
+    if len(tensors) == sum(len(pytree.tree_leaves(a)) for a, t in zip(sample.args, is_tensor) if t):
+        program = torch.export.export(Module(), tuple(tensors))
+        expected = run(op, sample.args)
+        torch.testing.assert_close(program.module()(*tensors), expected, rtol=0, atol=0)
+        assert any(f"vidmem.{name}" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_autocast_casts_what_it_declares(name):
+    op = OPS[name]
+    seen = {}
+    original = op.reference
+
+    def spy(*args):
+        seen.update(zip(op.arguments, args, strict=True))
+        return original(*args)
+
+    object.__setattr__(op, "reference", spy)
+    try:
+        for sample in samples(name):
+            seen.clear()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                run(op, sample.args, "reference")
+            for argument, given in zip(op.arguments, sample.args, strict=True):
+                for got, was in zip(
+                    pytree.tree_leaves(seen[argument]), pytree.tree_leaves(given), strict=True
+                ):
+                    if not isinstance(was, torch.Tensor):
+                        continue
+                    lowered = argument in op.autocast and was.is_floating_point()
+                    assert got.dtype == (torch.bfloat16 if lowered else was.dtype), argument
+    finally:
+        object.__setattr__(op, "reference", original)
+
+
+def backends_of(op, device):
+    return [
+        backend
+        for backend in _dispatch.BACKENDS
+        if backend != "reference" and _dispatch.unavailable(op, backend, device) is None
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_backends_agree_with_reference(name, dtype, device):
+    """Forward and backward of every backend, within the budget that the reference's own error gives."""
+    op = OPS[name]
+    for backend in backends_of(op, device):
+        for sample in samples(name, Make(dtype, device)):
+            refused = _dispatch.refusal(op, backend, torch.device(device), sample.args)
+            if refused is not None:
+                continue
+            what = f"{name}[{sample.label}] on {backend}"
+            args, ref_args = with_grad(sample.args), with_grad(sample.args)
+            exact_args = with_grad(testing.to_float64(sample.args))
+            with testing.poisoned_memory():
+                actual = run(op, args, backend)
+            at_dtype, exact = run(op, ref_args, "reference"), op.reference(*exact_args)
+            testing.assert_within_budget(actual, at_dtype, exact, what)
+            if op.backward is None:
+                continue
+            with testing.poisoned_memory():
+                grads = gradients(op, args, actual)
+            testing.assert_within_budget(
+                grads,
+                gradients(op, ref_args, at_dtype),
+                gradients(op, exact_args, exact),
+                f"gradient of {what}",
+            )
+
+
+def test_fallback_is_logged_once(caplog, monkeypatch):
+    name = next((n for n in ALL_OPS if not backends_of(OPS[n], "cpu")), None)
+    if name is None:
+        pytest.skip(reason="every op has a CPU kernel")
+    monkeypatch.setattr(_dispatch, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="vidmem_kernels"):
+        for _ in range(3):
+            run(OPS[name], samples(name)[0].args)
+    lines = [r.message for r in caplog.records if r.message.startswith(f"{name} runs its")]
+    assert len(lines) == 1

@@ -1,0 +1,45 @@
+"""Argument checks shared by the families' api.py: one error format, `<op>: <what must hold>, got <what came>`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """"float32, bfloat16 or int8" for an error message."""
+    short = [str(d).removeprefix("torch.") for d in dtypes]
+    return short[0] if len(short) == 1 else f"{', '.join(short[:-1])} or {short[-1]}"
+
+
+def check_tensor(
+    op: str, name: str, tensor: object, shape: str, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> torch.Tensor:
+    """Checks that `tensor` is one, of the number of dimensions that `shape` ("B, N, C") names and of a dtype."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"{op}: {name} must have shape ({shape}), got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be {names(dtypes)}, got {names([tensor.dtype])}")
+    return tensor
+
+
+def check_int(op: str, name: str, value: object, low: int, high: int | None = None) -> None:
+    """Checks that `value` is an int (or a symbolic one) in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{op}: {name} must be {bounds}, got {value}")
+
+
+def check_same(op: str, what: str, first: object, second: object) -> None:
+    """Checks that two sizes, dtypes or devices agree; `what` names both, e.g. "q and k must have the same D"."""
+    if first != second:
+        raise ValueError(f"{op}: {what}, got {first} and {second}")

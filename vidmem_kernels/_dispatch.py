@@ -1,0 +1,213 @@
+"""Which backend runs a call: an ordered ladder per device, each rung says why it cannot.
+
+`backend="auto"` takes the first rung that can. An explicit backend (argument, `use_backend`, VIDMEM_BACKEND) is
+taken or refused, never replaced. The choice travels with the op as its last argument, so that a compiled graph and
+the backward pass, which may run on another thread, use the same one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _env, _extension
+
+if TYPE_CHECKING:
+    from ._registry import Op
+
+logger = logging.getLogger("vidmem_kernels")
+
+BACKENDS = ("cpu", "triton", "cuda", "library", "reference")
+LADDERS = {
+    "cpu": ("library", "cpu", "reference"),
+    "cuda": ("triton", "cuda", "library", "reference"),
+}
+
+_local = threading.local()
+_logged: set[tuple[str, str]] = set()
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested backend cannot run this call; the message says why."""
+
+
+def check_backend(name: str, source: str) -> str:
+    """Returns `name` if it is "auto" or a backend, else raises ValueError with the nearest names."""
+    choices = ("auto", *BACKENDS)
+    if name in choices:
+        return name
+    close = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"{source}: must be one of {', '.join(choices)}, got {name!r}{hint}")
+
+
+def requested(backend: str | None = None) -> str:
+    """Backend of a call: its argument, else the innermost `use_backend`, else VIDMEM_BACKEND."""
+    if backend is not None:
+        return check_backend(backend, "backend")
+    # threading.local, not a ContextVar: torch.compile traces and guards the former only.
+    chosen = getattr(_local, "backend", None)
+    return chosen if chosen is not None else check_backend(_env.backend(), "VIDMEM_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes `name` the backend of every call of this thread that does not name one itself.
+
+    Args:
+        name: "auto", "cpu" (C++), "triton", "cuda" (CUDA C++), "library" or "reference".
+
+    Raises:
+        ValueError: `name` is not a backend.
+        BackendError: raised by a call inside the context that `name` cannot run.
+    """
+    check_backend(name, "use_backend")
+    previous = getattr(_local, "backend", None)
+    _local.backend = name
+    try:
+        yield
+    finally:
+        _local.backend = previous
+
+
+@cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def unavailable(op: Op, backend: str, device_type: str) -> str | None:
+    """Why `backend` runs no call of `op` on this kind of device, or None if it may."""
+    if backend == "reference":
+        return None
+    if backend in ("cpu", "cuda"):
+        if device_type != backend:
+            return f"needs {backend} tensors, got {device_type}"
+        if _extension.module is None:
+            return _extension.reason
+        if not _extension.has_kernel(op.name, backend):
+            built = backend == "cpu" or _extension.module.cuda_archs
+            return "this op has no such kernel" if built else "built without CUDA"
+        return None
+    if backend == "triton":
+        if op.triton is None:
+            return "this op has no such kernel"
+        if device_type != "cuda" and not (device_type == "cpu" and _env.triton_interpret()):
+            return f"needs cuda tensors (or TRITON_INTERPRET=1), got {device_type}"
+        return _triton_missing()
+    return None if op.library is not None else "this op has no such kernel"
+
+
+def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> str | None:
+    """Why `backend` cannot run this very call, or None if it can."""
+    reason = unavailable(op, backend, device.type)
+    if reason is None and backend in op.refuse:
+        reason = op.refuse[backend](*args)
+    return reason
+
+
+def implementation(op: Op, backend: str) -> Callable[..., Any]:
+    """The function behind a rung. Triton is imported here, when it is first needed."""
+    if backend == "reference":
+        return op.run_reference
+    if backend == "triton":
+        return getattr(importlib.import_module(f"{op.family}.triton_kernels"), op.triton)
+    if backend == "library":
+        return op.library
+    return getattr(torch.ops.vidmem_cpp, op.name)
+
+
+@dataclass
+class Choice:
+    """One op of an explained call: the backend that runs it and why the ones before it do not."""
+
+    op: str
+    device: str
+    backend: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.backend}"]
+        lines += [f"  not {name}: {why}" for name, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> str:
+    """Name of the backend that runs this call; raises BackendError when an explicit one cannot."""
+    check_backend(backend, op.name)
+    refused: dict[str, str] = {}
+    chosen = backend
+    if backend != "auto":
+        reason = refusal(op, backend, device, args)
+        if reason is not None:
+            others = [b for b in BACKENDS if b != backend and not refusal(op, b, device, args)]
+            raise BackendError(
+                f"{op.name}: backend {backend!r} cannot run this call: {reason}; "
+                f"these can: {', '.join(others)}"
+            )
+    else:
+        for chosen in LADDERS.get(device.type, ("reference",)):
+            reason = refusal(op, chosen, device, args)
+            if reason is None:
+                break
+            refused[chosen] = reason
+    if chosen == "reference" and refused:
+        _log_fallback(op.name, refused)
+    if is_recording():
+        _local.recorder.append(Choice(op.name, str(device), chosen, refused))
+    return chosen
+
+
+def _log_fallback(op: str, refused: dict[str, str]) -> None:
+    reason = "; ".join(f"{name}: {why}" for name, why in refused.items())
+    if (op, reason) not in _logged:
+        _logged.add((op, reason))
+        logger.info("%s runs its PyTorch reference (%s)", op, reason)
+
+
+def is_recording() -> bool:
+    """Whether a call of `explain` is under way on this thread."""
+    return getattr(_local, "recorder", None) is not None
+
+
+@contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collects the choice of every op called in the context, by this thread."""
+    previous = getattr(_local, "recorder", None)
+    _local.recorder = []
+    try:
+        yield _local.recorder
+    finally:
+        _local.recorder = previous
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
+    """Tells which backend each op of a call would take and why others are refused, without computing.
+
+    Args:
+        function: a public function of this package, or any function that calls some.
+        *args, **kwargs: its arguments. Tensors are replaced by fakes of their shape, dtype and device.
+
+    Returns:
+        One `Choice(op, device, backend, refused)` for each op called; `print` shows it readably.
+
+    Example:
+        >>> print(*explain(gather_tokens, bank, index), sep="\\n")
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils import _pytree as pytree
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, recording() as choices:
+        fake_args, fake_kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), (args, kwargs)
+        )
+        function(*fake_args, **fake_kwargs)
+    return choices

@@ -1,0 +1,25 @@
+"""The environment variables of the package: the only place that reads os.environ.
+
+VIDMEM_BACKEND         default backend of every op (see `vidmem_kernels.use_backend`)
+VIDMEM_CPU_CAPABILITY  instruction set of the CPU kernels: baseline, avx2 or avx512 (default: the best there is)
+TRITON_INTERPRET       set by Triton's users to run its kernels on CPU tensors, slowly, for debugging
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def backend() -> str:
+    """Default backend as the user wrote it; "auto" where unset."""
+    return os.environ.get("VIDMEM_BACKEND", "") or "auto"
+
+
+def cpu_capability() -> str | None:
+    """Instruction set asked for, or None."""
+    return os.environ.get("VIDMEM_CPU_CAPABILITY") or None
+
+
+def triton_interpret() -> bool:
+    """Whether Triton kernels run under the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

@@ -1,0 +1,38 @@
+"""Loads the compiled kernels, `vidmem_kernels._C`, once, and keeps the reason when that fails."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import ModuleType
+
+import torch  # noqa: F401  (its shared libraries must be loaded before _C's)
+
+from . import _env
+
+logger = logging.getLogger("vidmem_kernels")
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module("vidmem_kernels._C")
+    except ModuleNotFoundError:
+        return None, "vidmem_kernels._C is not built (no C++ compiler at install time?)"
+    except ImportError as error:
+        return None, f"vidmem_kernels._C does not load: {str(error).splitlines()[0]}"
+    if _env.cpu_capability() is not None:
+        module.set_cpu_capability(_env.cpu_capability())
+    return module, None
+
+
+module, reason = _load()
+if reason is not None:
+    logger.warning("%s; every op runs its PyTorch reference, correct but slower", reason)
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether _C holds a kernel of `op` for tensors on `device_type`."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"vidmem_cpp::{op}", key
+    )

@@ -1,0 +1,1 @@
+"""Sparse memory gathering: read, write, select and store rows of a token memory."""

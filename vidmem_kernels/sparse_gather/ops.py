@@ -1,0 +1,90 @@
+"""Sparse gathering as torch ops: schemas, fakes and gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from .._registry import register_op
+from . import reference
+
+# --- gather_tokens ---
+
+
+def _gather_fake(bank, index, scale, out_dtype):
+    if out_dtype is None:
+        out_dtype = bank.dtype if scale is None else torch.float32
+    return index.new_empty(*index.shape, bank.shape[2], dtype=out_dtype)
+
+
+def _gather_setup(ctx, inputs, output):
+    bank, index, scale, _ = inputs
+    ctx.save_for_backward(index, scale, bank if scale is not None else None)
+    ctx.bank_shape, ctx.bank_dtype, ctx.bank_device = bank.shape, bank.dtype, bank.device
+
+
+def _gather_backward(ops, ctx, grad):
+    index, scale, bank = ctx.saved_tensors
+    batch, rows, _ = ctx.bank_shape
+
+    def scatter(values):
+        where = index
+        if batch == 1:  # every lane of the batch read the same bank
+            values, where = values.reshape(1, -1, values.shape[2]), index.reshape(1, -1)
+        return ops.scatter_add_tokens(values, where, rows).to(ctx.bank_device)
+
+    if scale is None:
+        wider = torch.promote_types(grad.dtype, ctx.bank_dtype)
+        return scatter(grad.to(wider)).to(ctx.bank_dtype), None, None, None
+    # out = scale * row, so d/dscale is <grad, row>; the rows are read once more, unscaled.
+    row = ops.gather_tokens(bank, index, torch.ones_like(scale), torch.float32)
+    along = (grad.to(torch.float32) * row).sum(dim=2, keepdim=True)
+    return None, None, scatter(along).squeeze(2), None
+
+
+def _gather_refuse_triton(bank, index, scale, out_dtype):
+    if bank.device != index.device:
+        return "reads banks on the GPU only, this one is in host memory"
+    return None
+
+
+def _gather_refuse_cuda(bank, index, scale, out_dtype):
+    if bank.device.type == "cpu" and not bank.is_pinned():
+        return "reads host memory only when it is pinned"
+    return None
+
+
+register_op(
+    "gather_tokens(Tensor bank, Tensor index, Tensor? scale=None, ScalarType? out_dtype=None) -> Tensor",
+    reference=reference.gather_tokens,
+    fake=_gather_fake,
+    setup_context=_gather_setup,
+    backward=_gather_backward,
+    autocast=(),
+    triton="launch_gather_tokens_fwd",
+    refuse={"triton": _gather_refuse_triton, "cuda": _gather_refuse_cuda},
+)
+
+# --- scatter_add_tokens ---
+
+
+def _scatter_fake(src, index, num_rows):
+    return src.new_empty(src.shape[0], num_rows, src.shape[2])
+
+
+def _scatter_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ops, ctx, grad):
+    return ops.gather_tokens(grad, ctx.saved_tensors[0]), None, None
+
+
+register_op(
+    "scatter_add_tokens(Tensor src, Tensor index, SymInt num_rows) -> Tensor",
+    reference=reference.scatter_add_tokens,
+    fake=_scatter_fake,
+    setup_context=_scatter_setup,
+    backward=_scatter_backward,
+    autocast=(),
+    triton="launch_scatter_add_tokens_fwd",
+)

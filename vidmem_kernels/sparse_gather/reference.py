@@ -1,0 +1,55 @@
+"""Sparse gathering in plain differentiable torch: the oracle of every other backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _check_rows(op: str, index: Tensor, low: int, rows: int) -> None:
+    if index.numel() == 0:
+        return
+    smallest, largest = index.amin().item(), index.amax().item()
+    if smallest < low or largest >= rows:
+        wrong = smallest if smallest < low else largest
+        raise IndexError(f"{op}: index must be in [{low}, {rows - 1}], got {wrong}")
+
+
+def gather_tokens(
+    bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    """See `vidmem_kernels.gather_tokens`."""
+    batch, rows, _ = bank.shape
+    _check_rows("gather_tokens", index, -1, rows)
+    if out_dtype is None:
+        out_dtype = bank.dtype if scale is None else torch.float32
+    where = index.to(bank.device, torch.int64)  # a bank on the host is read there
+    lane = torch.arange(index.shape[0], device=bank.device).unsqueeze(1)
+    lane = lane if batch > 1 else torch.zeros_like(lane)
+    if rows == 0:  # nothing but -1 passed the check
+        out = bank.new_zeros(*index.shape, bank.shape[2], dtype=out_dtype)
+        return out.to(index.device)
+    taken = bank.view(torch.uint8) if bank.dtype == torch.float8_e4m3fn else bank
+    taken = taken[lane, where.clamp(min=0)].view(bank.dtype)
+    if scale is not None:
+        taken = taken.to(torch.float32) * scale[lane, where.clamp(min=0)].unsqueeze(2)
+    out = taken.to(out_dtype).masked_fill((where < 0).unsqueeze(2), 0)
+    return out.to(index.device)
+
+
+def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """See `vidmem_kernels.scatter_add_tokens`."""
+    batch, count, channels = src.shape
+    _check_rows("scatter_add_tokens", index, -1, num_rows)
+    sum_dtype = torch.float64 if src.dtype == torch.float64 else torch.float32
+    lane = torch.arange(batch, device=src.device).unsqueeze(1)
+    # -1 goes to one more row, dropped at the end.
+    row = torch.where(index < 0, num_rows, index).to(torch.int64) + lane * (num_rows + 1)
+    out = src.new_zeros(batch * (num_rows + 1), channels, dtype=sum_dtype)
+    # index_put_ sorts on CUDA, so that equal indices are summed in order; index_add_ is in order on the CPU only.
+    values = src.reshape(-1, channels).to(sum_dtype)
+    if src.device.type == "cpu":
+        out.index_add_(0, row.flatten(), values)
+    else:
+        out.index_put_((row.flatten(),), values, accumulate=True)
+    return out.view(batch, num_rows + 1, channels)[:, :num_rows].to(src.dtype)

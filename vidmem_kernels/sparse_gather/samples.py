@@ -1,0 +1,38 @@
+"""Sample inputs of the sparse gathering ops."""
+
+import torch
+
+from ..testing import sample_inputs
+
+
+@sample_inputs("gather_tokens")
+def gather_tokens(make):
+    index = make.randint(-1, 7, (2, 9))
+    yield "own bank", (make.randn(2, 7, 5), index, None, None)
+    yield "shared bank, int64", (make.randn(1, 7, 5), index.long(), None, None)
+    yield "out_dtype", (make.randn(1, 7, 33), index, None, torch.float32)
+    yield "strided", (make.strided(make.randn(2, 7, 5)), make.strided(index), None, None)
+    yield "one channel", (make.randn(2, 7, 1), index, None, None)
+    yield "no index", (make.randn(2, 7, 5), index[:, :0], None, None)
+    yield "no batch", (make.randn(0, 7, 5), index[:0], None, None)
+    yield "no rows", (make.randn(2, 0, 5), torch.full_like(index, -1), None, None)
+    scale = make.rand(2, 7, dtype=torch.float32)
+    rows = make.randint(-127, 128, (2, 7, 37), torch.int8)
+    yield "int8", (rows, index, scale, None)
+    yield "int8, strided", (make.strided(rows), index, make.strided(scale), make.dtype)
+    # Every byte but the two NaNs: subnormals and both zeros too.
+    codes = torch.arange(256, dtype=torch.uint8, device=make.device)
+    codes = codes[(codes & 0x7F) != 0x7F].repeat(7).view(1, 7, 254).view(torch.float8_e4m3fn)
+    yield "float8, shared", (codes, index, scale[:1], make.dtype)
+
+
+@sample_inputs("scatter_add_tokens")
+def scatter_add_tokens(make):
+    index = make.randint(-1, 4, (2, 9))
+    yield "duplicates", (make.randn(2, 9, 5), index, 4)
+    yield "int64, untouched rows", (make.randn(2, 9, 33), index.long(), 11)
+    yield "strided", (make.strided(make.randn(2, 9, 5)), make.strided(index), 4)
+    yield "wide", (make.randn(2, 9, 1031), index, 4)
+    yield "no source", (make.randn(2, 0, 5), index[:, :0], 3)
+    yield "no batch", (make.randn(0, 9, 5), index[:0], 4)
+    yield "no rows", (make.randn(2, 9, 5), torch.full_like(index, -1), 0)

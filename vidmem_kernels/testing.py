@@ -1,0 +1,162 @@
+"""For tests of backends, ours and others': sample inputs of every op, derived error budgets, poisoned memory.
+
+A family's samples.py yields, per op, labelled argument tuples that the contract tests run everything on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._registry import OPS, Op
+
+_SAMPLES: dict[str, Callable[[Make], Iterator[tuple[str, tuple]]]] = {}
+
+
+class Sample(NamedTuple):
+    """Arguments of torch.ops.vidmem.<op>, all of the schema but `backend`."""
+
+    label: str
+    args: tuple[Any, ...]
+
+
+class Make:
+    """Makes random tensors of one dtype and device, the same ones for the same seed."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0):
+        self.dtype = dtype
+        self.device = device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal values; drawn in float64 and rounded, so that dtypes share their values."""
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return values.to(dtype or self.dtype).to(self.device)
+
+    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Values in [0.5, 1.5): sizes, scales and other positive numbers."""
+        values = torch.rand(shape, generator=self._generator, dtype=torch.float64) + 0.5
+        return values.to(dtype or self.dtype).to(self.device)
+
+    def randint(
+        self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
+    ) -> Tensor:
+        """Integers in [low, high)."""
+        return torch.randint(low, high, shape, generator=self._generator).to(dtype).to(self.device)
+
+    def strided(self, tensor: Tensor) -> Tensor:
+        """The same values with no contiguous dimension: axes reversed in memory, every second element."""
+        axes = tuple(reversed(range(tensor.dim())))
+        spread = tensor.permute(axes).repeat_interleave(2, dim=-1)
+        return spread[..., ::2].permute(axes)
+
+
+def sample_inputs(op: str) -> Callable:
+    """Decorator of a generator `make -> (label, args)`: the samples of one op."""
+
+    def register(generator):
+        _SAMPLES[op] = generator
+        return generator
+
+    return register
+
+
+def samples(op: str, make: Make | None = None) -> list[Sample]:
+    """All samples of an op.
+
+    Raises:
+        KeyError: its family's samples.py has none.
+    """
+    importlib.import_module(f"{OPS[op].family}.samples")
+    if op not in _SAMPLES:
+        raise KeyError(f"{op}: add @sample_inputs({op!r}) to {OPS[op].family}.samples")
+    return [Sample(label, args) for label, args in _SAMPLES[op](make or Make())]
+
+
+def is_differentiable(tensor: object) -> bool:
+    """Whether autograd can follow `tensor`: a float one, but not float8."""
+    return (
+        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+    )
+
+
+def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Detached copies of the arguments (strides kept) in which every float tensor requires a gradient."""
+
+    def leaf(t: Tensor) -> Tensor:
+        copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        return copy.requires_grad_(is_differentiable(t))
+
+    return pytree.tree_map_only(Tensor, leaf, args)
+
+
+def to_float64(args: Any) -> Any:
+    """The arguments with every float tensor (but float8) widened to float64, values unchanged."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.to(torch.float64) if is_differentiable(t) else t, args
+    )
+
+
+def assert_within_budget(actual: Any, at_dtype: Any, exact: Any, what: str = "") -> None:
+    """Asserts a kernel's results to be as good as the reference's, a bound that is derived, not tuned.
+
+    Args:
+        actual: the kernel's results, a tensor or a tree of them.
+        at_dtype: the reference's results for the same inputs, at the same dtype.
+        exact: the reference's results for the inputs widened to float64.
+        what: what is compared, for the message.
+
+    The largest error against `exact` may be twice that of `at_dtype`, plus one rounding of the largest result.
+    Integer results must be equal.
+    """
+    leaves = [pytree.tree_leaves(tree) for tree in (actual, at_dtype, exact)]
+    assert len(leaves[0]) == len(leaves[1]) == len(leaves[2]), f"{what}: number of results differs"
+    for i, (a, r, e) in enumerate(zip(*leaves, strict=True)):
+        if a is None and r is None:
+            continue
+        where = f"{what} result {i}"
+        assert a.shape == r.shape, f"{where}: shape {tuple(a.shape)} != {tuple(r.shape)}"
+        assert a.dtype == r.dtype, f"{where}: dtype {a.dtype} != {r.dtype}"
+        if not a.is_floating_point():
+            assert torch.equal(a, r), f"{where}: {(a != r).sum().item()} of {a.numel()} differ"
+            continue
+        if a.numel() == 0:
+            continue
+        a, r, e = (t.detach().to(torch.float64) for t in (a, r, e))
+        special = ~torch.isfinite(e)
+        assert torch.equal(special, ~torch.isfinite(a)), f"{where}: NaN or infinity differ"
+        same = (a == e) | (a.isnan() & e.isnan())
+        assert same[special].all(), f"{where}: NaN or infinity differ"
+        finite = ~special
+        if not finite.any():
+            continue
+        rounding = torch.finfo(leaves[0][i].dtype).eps * e[finite].abs().max()
+        budget = 2 * (r - e)[finite].abs().max() + rounding
+        error = (a - e)[finite].abs().max()
+        assert error <= budget, f"{where}: error {error:.3e} over the budget {budget:.3e}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills every new uninitialised tensor with NaN (integers: the maximum), in C++ too."""
+    was = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def run(op: Op, args: tuple[Any, ...], backend: str = "auto") -> Any:
+    """Calls torch.ops.vidmem.<op>."""
+    return op.overload(*args, backend)
