@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vidmem_kernels import MemoryBank
+from vidmem_kernels import MemoryBank, MemoryFileError
 
-from .compressor import CompressedMemory
+from .compressor import CompressedMemory, reconstruct
+from .errors import MemoryFormatError, UserError
+
+FORMAT = "vidmem.memory"
+VERSION = 1
+_DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True)
 class Memory:
+    """A memory file opened for reading.
+
+    Attributes:
+        bank: the rows, their positions and what reading back needs.
+        method: "dct" or "merge".
+        frames, height, width: size of the clip, in frames and pixels.
+        fps: frames per second.
+        source: name of the video it was made from.
+    """
+
     bank: MemoryBank
     method: str
     frames: int
@@ -23,15 +44,93 @@ class Memory:
     source: str
 
     def retrieve(self, frame: int) -> torch.Tensor:
-        """uint8 (H, W, 3); frame out of range -> UserError."""
-        raise NotImplementedError
+        """Read one frame back.
+
+        Args:
+            frame: in [0, frames).
+
+        Returns:
+            uint8 (height, width, 3), RGB.
+
+        Raises:
+            UserError: no such frame.
+        """
+        if not 0 <= frame < self.frames:
+            raise UserError(
+                f"there is no frame {frame}: this memory holds frames 0 to {self.frames - 1}"
+            )
+        return reconstruct(self.bank, frame)
 
 
 def write_memory(
     path: str | Path, compressed: CompressedMemory, *, fps: float, source: str
 ) -> None:
-    raise NotImplementedError
+    """Write a compressed clip to a file, whole or not at all.
+
+    Args:
+        path: file to write; an existing one is replaced.
+        compressed: what to write.
+        fps: frames per second of the clip.
+        source: name of the video it was made from.
+
+    Raises:
+        UserError: the folder is missing or cannot be written.
+    """
+    rows = len(compressed.tokens)
+    dtype = _DTYPES[compressed.meta["dtype"]]
+    bank = MemoryBank(compressed.tokens.shape[1], dtype=dtype, capacity=rows)
+    bank.append(compressed.tokens, compressed.positions)
+    header = {
+        **compressed.meta,
+        "format": FORMAT,
+        "version": str(VERSION),
+        "fps": repr(float(fps)),
+        "source": source,
+    }
+    try:
+        bank.save(path, metadata=header, extras=compressed.extras)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); choose another path") from error
 
 
 def read_memory(path: str | Path) -> Memory:
-    raise NotImplementedError
+    """Open a memory file.
+
+    Args:
+        path: a file that write_memory wrote.
+
+    Returns:
+        Memory.
+
+    Raises:
+        MemoryFormatError: missing, damaged, not a vidmem memory, or of another version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MemoryFormatError(f"{path}: no such file; make one with `vidmem compress`")
+    try:
+        bank = MemoryBank.load(path)
+    except (MemoryFileError, OSError) as error:
+        raise MemoryFormatError(f"{path}: not a memory file, or damaged ({error})") from error
+    header = bank.metadata
+    if header.get("format") != FORMAT:
+        raise MemoryFormatError(f"{path}: not a vidmem memory; make one with `vidmem compress`")
+    if header.get("version") != str(VERSION):
+        raise MemoryFormatError(
+            f"{path}: is of version {header.get('version')}, this vidmem reads version {VERSION}; "
+            "make it anew with `vidmem compress`"
+        )
+    try:
+        frames, height, width = json.loads(header["size"])
+        return Memory(
+            bank,
+            header["method"],
+            frames,
+            height,
+            width,
+            float(header["fps"]),
+            header["source"],
+        )
+    except (KeyError, ValueError) as error:
+        raise MemoryFormatError(f"{path}: its header is damaged ({error})") from error
