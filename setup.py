@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,7 +59,6 @@ def wants_cuda(torch) -> bool:
 def compile_jobs(torch, build_dir: Path) -> list[tuple[list[str], Path, Path]]:
     """(command without source and object, source, object) of everything that goes into _C."""
     import pybind11
-    import sysconfig
     from torch.utils import cpp_extension
 
     cuda = wants_cuda(torch)

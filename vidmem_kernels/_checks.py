@@ -12,7 +12,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
-    """"float32, bfloat16 or int8" for an error message."""
+    """ "float32, bfloat16 or int8" for an error message."""
     short = [str(d).removeprefix("torch.") for d in dtypes]
     return short[0] if len(short) == 1 else f"{', '.join(short[:-1])} or {short[-1]}"
 

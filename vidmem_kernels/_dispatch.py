@@ -150,8 +150,7 @@ def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> s
         if reason is not None:
             others = [b for b in BACKENDS if b != backend and not refusal(op, b, device, args)]
             raise BackendError(
-                f"{op.name}: backend {backend!r} cannot run this call: {reason}; "
-                f"these can: {', '.join(others)}"
+                f"{op.name}: backend {backend!r} cannot run this call: {reason}; these can: {', '.join(others)}"
             )
     else:
         for chosen in LADDERS.get(device.type, ("reference",)):

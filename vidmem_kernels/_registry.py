@@ -1,9 +1,9 @@
 """Declares an op once: schema, reference, fake, gradient, autocast and its faster backends.
 
-    vidmem::<op>       what everybody calls; last argument `str backend="auto"`. Autocast and autograd sit above one
-                       kernel for all devices, which asks `_dispatch` for the backend and runs it.
-    vidmem_cpp::<op>   the same schema without `backend`; csrc/ registers its CPU and CUDA kernels here. They stand
-                       apart because the choice between C++, Triton, a library and the reference is made per call.
+vidmem::<op>       what everybody calls; last argument `str backend="auto"`. Autocast and autograd sit above one
+                   kernel for all devices, which asks `_dispatch` for the backend and runs it.
+vidmem_cpp::<op>   the same schema without `backend`; csrc/ registers its CPU and CUDA kernels here. They stand
+                   apart because the choice between C++, Triton, a library and the reference is made per call.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def register_op(
     name = schema.split("(", 1)[0]
     head, returns = schema.rsplit(") ->", 1)
     _CPP_LIBRARY.define(schema)
-    _LIBRARY.define(
-        f'{head}, str backend="auto") ->{returns}', tags=(torch.Tag.pt2_compliant_tag,)
-    )
+    _LIBRARY.define(f'{head}, str backend="auto") ->{returns}', tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.vidmem, name).default
     arguments = overload._schema.arguments
     op = Op(
@@ -155,9 +153,7 @@ def _register_autograd(op: Op, setup_context: Callable[..., None] | None) -> Non
         grads = op.backward(BoundOps(ctx.backend), ctx, *grads)
         return *(grads if isinstance(grads, tuple) else (grads,)), None
 
-    torch.library.register_autograd(
-        f"vidmem::{op.name}", backward, setup_context=setup, lib=_LIBRARY
-    )
+    torch.library.register_autograd(f"vidmem::{op.name}", backward, setup_context=setup, lib=_LIBRARY)
 
 
 def _lower(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -176,9 +172,7 @@ def _register_autocast(op: Op) -> None:
             args = list(args)
             dtype = torch.get_autocast_dtype(device_type)
             for i in positions:
-                args[i] = pytree.tree_map_only(
-                    torch.Tensor, lambda t: _lower(t, dtype), args[i]
-                )
+                args[i] = pytree.tree_map_only(torch.Tensor, lambda t: _lower(t, dtype), args[i])
             keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return op.overload(*args, backend)

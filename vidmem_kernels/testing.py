@@ -44,9 +44,7 @@ class Make:
         values = torch.rand(shape, generator=self._generator, dtype=torch.float64) + 0.5
         return values.to(dtype or self.dtype).to(self.device)
 
-    def randint(
-        self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
-    ) -> Tensor:
+    def randint(self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
         """Integers in [low, high)."""
         return torch.randint(low, high, shape, generator=self._generator).to(dtype).to(self.device)
 
@@ -81,9 +79,7 @@ def samples(op: str, make: Make | None = None) -> list[Sample]:
 
 def is_differentiable(tensor: object) -> bool:
     """Whether autograd can follow `tensor`: a float one, but not float8."""
-    return (
-        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize >= 2
-    )
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize >= 2
 
 
 def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -98,9 +94,7 @@ def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def to_float64(args: Any) -> Any:
     """The arguments with every float tensor (but float8) widened to float64, values unchanged."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: t.to(torch.float64) if is_differentiable(t) else t, args
-    )
+    return pytree.tree_map_only(Tensor, lambda t: t.to(torch.float64) if is_differentiable(t) else t, args)
 
 
 def assert_within_budget(actual: Any, at_dtype: Any, exact: Any, what: str = "") -> None:

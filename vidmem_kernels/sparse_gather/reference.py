@@ -29,10 +29,13 @@ def gather_tokens(
     if rows == 0:  # nothing but -1 passed the check
         out = bank.new_zeros(*index.shape, bank.shape[2], dtype=out_dtype)
         return out.to(index.device)
-    taken = bank.view(torch.uint8) if bank.dtype == torch.float8_e4m3fn else bank
-    taken = taken[lane, where.clamp(min=0)].view(bank.dtype)
+    where_read = where.clamp(min=0)
+    if bank.dtype == torch.float8_e4m3fn:  # torch cannot index float8
+        taken = bank.view(torch.uint8)[lane, where_read].view(bank.dtype)
+    else:
+        taken = bank[lane, where_read]
     if scale is not None:
-        taken = taken.to(torch.float32) * scale[lane, where.clamp(min=0)].unsqueeze(2)
+        taken = taken.to(torch.float32) * scale[lane, where_read].unsqueeze(2)
     out = taken.to(out_dtype).masked_fill((where < 0).unsqueeze(2), 0)
     return out.to(index.device)
 
