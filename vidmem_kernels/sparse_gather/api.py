@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,13 @@ from .._checks import (
     names,
 )
 from .._dispatch import requested
+
+
+class QuantizedRows(NamedTuple):
+    """Rows and their factors: row m stands for `rows[..., m, :].float() * scale[..., m]`."""
+
+    rows: Tensor
+    scale: Tensor
 
 
 def gather_tokens(
@@ -102,3 +111,53 @@ def scatter_add_tokens(
     check_same(op, "index must be on the device of src", index.device, src.device)
     check_int(op, "num_rows", num_rows, 0)
     return torch.ops.vidmem.scatter_add_tokens(src, index, num_rows, requested(backend))
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | None = None
+) -> QuantizedRows:
+    """Quantises every row to 8 bits with a scale of its own (symmetric, by its largest magnitude).
+
+    With qmax = 127 for int8 and 448 for float8_e4m3fn: scale = max(|row|) / qmax, rows = x / scale, rounded to
+    nearest, ties to even. What comes back differs from x by at most
+
+        int8:           scale / 2
+        float8_e4m3fn:  max(|x| / 16, scale / 1024)
+
+    plus the float32 rounding of the quotient and the product (2**-23 of |x|).
+
+    Args:
+        x: (..., M, C) float.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        QuantizedRows(rows (..., M, C) of `dtype`, scale (..., M)); scale is float32, but float64 for a float64 x.
+        A row of zeros has scale 0 and rows 0; any other scale is at least 2**-126. A row that holds a NaN or an
+        infinity has scale NaN and rows 0, so that all of it comes back as NaN.
+        `scale` is differentiable in x: its gradient goes to the first largest |x| of the row. `rows` is a
+        rounding and carries no gradient.
+
+    Raises:
+        ValueError, TypeError: x has fewer than two dimensions or no float dtype, `dtype` is another.
+
+    Equivalent PyTorch:
+        scale = x.abs().amax(-1).float() / 127
+        rows = (x / scale[..., None]).round().to(torch.int8)
+
+    Source: symmetric absmax quantisation per row, as of tokens in LLM.int8() (arXiv 2208.07339); float8 as in
+    FP8 Formats for Deep Learning (arXiv 2209.05433).
+    """
+    op = "quantize_rows"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must have shape (..., M, C), got {tuple(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: x must be {names(FLOAT_DTYPES)}, got {names([x.dtype])}")
+    if dtype not in QUANTIZED_DTYPES:
+        raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype}")
+    lead = x.shape[:-2]
+    flat = x.reshape(lead.numel(), *x.shape[-2:])
+    rows, scale = torch.ops.vidmem.quantize_rows(flat, dtype, requested(backend))
+    return QuantizedRows(rows.reshape(x.shape), scale.reshape(x.shape[:-1]))

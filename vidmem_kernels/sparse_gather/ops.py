@@ -48,7 +48,8 @@ def _gather_refuse_triton(bank, index, scale, out_dtype):
 
 
 def _gather_refuse_cuda(bank, index, scale, out_dtype):
-    if bank.device.type == "cpu" and not bank.is_pinned():
+    on_host = [t for t in (bank, scale) if t is not None and t.device.type == "cpu"]
+    if not all(t.is_pinned() for t in on_host):
         return "reads host memory only when it is pinned"
     return None
 
@@ -87,4 +88,43 @@ register_op(
     backward=_scatter_backward,
     autocast=(),
     triton="launch_scatter_add_tokens_fwd",
+)
+
+# --- quantize_rows ---
+
+
+def _quantize_fake(x, dtype):
+    scale_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=scale_dtype)
+
+
+def _quantize_setup(ctx, inputs, output):
+    x, ctx.dtype = inputs
+    ctx.save_for_backward(x)
+    ctx.mark_non_differentiable(output[0])
+
+
+def _quantize_backward(ops, ctx, _, grad_scale):
+    return ops.quantize_rows_backward(grad_scale, ctx.saved_tensors[0], ctx.dtype), None
+
+
+register_op(
+    "quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    reference=reference.quantize_rows,
+    fake=_quantize_fake,
+    setup_context=_quantize_setup,
+    backward=_quantize_backward,
+    autocast=(),
+)
+
+
+def _quantize_backward_fake(grad_scale, x, dtype):
+    return x.new_empty(x.shape)
+
+
+register_op(
+    "quantize_rows_backward(Tensor grad_scale, Tensor x, ScalarType dtype) -> Tensor",
+    reference=reference.quantize_rows_backward,
+    fake=_quantize_backward_fake,
+    autocast=(),
 )

@@ -56,3 +56,45 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
     else:
         out.index_put_((row.flatten(),), values, accumulate=True)
     return out.view(batch, num_rows + 1, channels)[:, :num_rows].to(src.dtype)
+
+
+# Largest magnitudes that the two row dtypes hold, and the smallest scale of a row that is not zero: with
+# a normal scale x / scale stays within them whatever the magnitude of x, so nothing has to be clipped.
+QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def _row_maximum(x: Tensor) -> Tensor:
+    """Largest magnitude of every row, in float32 (float64 for float64); NaN where the row is not finite."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    magnitude = x.abs()
+    if x.shape[-1] == 0:
+        return magnitude.sum(dim=-1, dtype=compute)
+    # The first largest one, where amax would share the gradient among equals.
+    first = magnitude.argmax(dim=-1, keepdim=True)
+    maximum = magnitude.gather(-1, first).squeeze(-1).to(compute)
+    return maximum.masked_fill(maximum == torch.inf, torch.nan)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `vidmem_kernels.quantize_rows`."""
+    maximum = _row_maximum(x)
+    scale = maximum / QUANTIZED_MAX[dtype]
+    scale = torch.where(maximum > 0, scale.clamp(min=SMALLEST_SCALE), maximum)
+    usable = (scale > 0).unsqueeze(-1)  # neither 0 nor NaN
+    values = torch.where(usable, x.detach().to(scale.dtype) / scale.detach().unsqueeze(-1), 0)
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
+def quantize_rows_backward(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of `quantize_rows` in x: d scale / d x is sign(x) / qmax at the first largest |x| of a row."""
+    grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    if x.shape[-1] == 0:
+        return grad
+    first = x.abs().argmax(dim=-1, keepdim=True)
+    at = x.gather(-1, first).to(grad_scale.dtype)
+    slope = at.sign() / QUANTIZED_MAX[dtype]
+    constant = at.abs() < QUANTIZED_MAX[dtype] * SMALLEST_SCALE
+    step = (grad_scale.unsqueeze(-1) * slope).masked_fill(constant, 0)
+    step = step.masked_fill(~at.isfinite(), torch.nan)
+    return grad.scatter(-1, first, step.to(x.dtype))

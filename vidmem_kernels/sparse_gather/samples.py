@@ -36,3 +36,22 @@ def scatter_add_tokens(make):
     yield "no source", (make.randn(2, 0, 5), index[:, :0], 3)
     yield "no batch", (make.randn(0, 9, 5), index[:0], 4)
     yield "no rows", (make.randn(2, 9, 5), torch.full_like(index, -1), 0)
+
+
+@sample_inputs("quantize_rows")
+def quantize_rows(make):
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        yield f"{dtype}", (make.randn(2, 7, 37), dtype)
+        yield f"{dtype}, strided", (make.strided(make.randn(2, 3, 5)), dtype)
+        yield f"{dtype}, one channel", (make.randn(1, 5, 1), dtype)
+        yield f"{dtype}, wide", (make.randn(1, 3, 1031), dtype)
+    yield "no channels", (make.randn(2, 3, 0), torch.int8)
+    yield "no rows", (make.randn(2, 0, 5), torch.int8)
+    yield "no batch", (make.randn(0, 3, 5), torch.float8_e4m3fn)
+
+
+@sample_inputs("quantize_rows_backward")
+def quantize_rows_backward(make):
+    scale_dtype = torch.float64 if make.dtype == torch.float64 else torch.float32
+    for label, (x, dtype) in quantize_rows(make):
+        yield label, (make.randn(*x.shape[:-1], dtype=scale_dtype), x, dtype)
