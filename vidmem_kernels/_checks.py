@@ -43,3 +43,15 @@ def check_same(op: str, what: str, first: object, second: object) -> None:
     """Checks that two sizes, dtypes or devices agree; `what` names both, e.g. "q and k must have the same D"."""
     if first != second:
         raise ValueError(f"{op}: {what}, got {first} and {second}")
+
+
+def check_same_dtype(op: str, **tensors: torch.Tensor) -> torch.dtype:
+    """Checks that tensors which autocast casts agree in dtype; returns the dtype that the op will see."""
+    first_name = next(iter(tensors))
+    seen = {}
+    for name, tensor in tensors.items():
+        seen[name] = tensor.dtype
+        if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+            seen[name] = torch.get_autocast_dtype(tensor.device.type)
+        check_same(op, f"{first_name} and {name} must have the same dtype", seen[first_name], seen[name])
+    return seen[first_name]

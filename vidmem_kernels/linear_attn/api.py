@@ -1,0 +1,103 @@
+"""Public functions of linear attention: contracts and checks of meaning."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import check_int, check_same, check_same_dtype, check_tensor
+from .._dispatch import requested
+from .reference import FEATURE_MAPS
+
+
+class LinearAttentionState(NamedTuple):
+    """All tokens seen so far, in a size that does not grow with them.
+
+    Attributes:
+        S: (B, H, D, Dv) float32 (float64 for float64 inputs), sum of phi(k) vᵀ.
+        z: (B, H, D) of the same dtype, sum of phi(k).
+    """
+
+    S: Tensor
+    z: Tensor
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str = "relu",
+    causal: bool = False,
+    block_size: int = 1,
+    normalize: bool = True,
+    state: LinearAttentionState | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LinearAttentionState]:
+    """Attends in time and memory linear in L: out_i = phi(q_i)·S / (phi(q_i)·z), S = Σ phi(k_j) v_jᵀ, z = Σ phi(k_j).
+
+    Args:
+        q, k: (B, L, H, D) queries and keys, of one dtype; any scale is the caller's.
+        v: (B, L, H, Dv) values; Dv may differ from D.
+        feature_map: phi: "relu", "elu1" (elu + 1) or "identity".
+        causal: each token sees the tokens of its own block of `block_size` and of all earlier blocks, rather than all.
+        block_size: tokens in a block, e.g. those of a frame; 1 is token by token. Blocks are counted from the first
+            token of this call; the last one may be partial. Used only when `causal`.
+        normalize: divide by phi(q_i)·z + 1e-10. A query whose denominator is 0 gets 0.
+        state: earlier tokens, which every query sees: S (B, H, D, Dv) and z (B, H, D), float32 (float64 for float64).
+        return_state: also return the state with all tokens of this call in it.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        (B, L, H, Dv) of the inputs' dtype; with `return_state` also the `LinearAttentionState`. Splitting a sequence at
+        a block boundary and carrying the state equals one call, gradients included. Sums are taken in float32.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
+
+    Equivalent PyTorch:
+        see = block[:, None] >= block if causal else ones(L, L)     # block = arange(L) // block_size
+        weight = einsum("blhd,bmhd->bhlm", phi(q), phi(k)) * see
+        out = einsum("bhlm,bmhd->blhd", weight / (weight.sum(-1, keepdim=True) + 1e-10), v)
+
+    Source:
+        Katharopoulos et al., "Transformers are RNNs", 2020 (arXiv:2006.16236), where phi is elu + 1; relu as in
+        EfficientViT (arXiv:2205.14756); the epsilon as in flash-linear-attention.
+    """
+    op = "linear_attention"
+    check_tensor(op, "q", q, "B, L, H, D")
+    check_tensor(op, "k", k, "B, L, H, D")
+    check_tensor(op, "v", v, "B, L, H, Dv")
+    check_same(op, "q and k must have the same shape", tuple(q.shape), tuple(k.shape))
+    check_same(op, "q and v must have the same first three sizes", tuple(q.shape[:3]), tuple(v.shape[:3]))
+    dtype = check_same_dtype(op, q=q, k=k, v=v)
+    check_same(op, "q and k must be on the same device", q.device, k.device)
+    check_same(op, "q and v must be on the same device", q.device, v.device)
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"{op}: feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
+    check_int(op, "block_size", block_size, 1)
+    S = z = None
+    if state is not None:
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise TypeError(f"{op}: state must be a LinearAttentionState (S, z), got {type(state).__name__}")
+        S, z = state
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        check_tensor(op, "state.S", S, "B, H, D, Dv", (wide,))
+        check_tensor(op, "state.z", z, "B, H, D", (wide,))
+        sizes = (q.shape[0], q.shape[2], q.shape[3])
+        check_same(
+            op,
+            "state.S must have shape (B, H, D, Dv) of q and v",
+            (*sizes, v.shape[3]),
+            tuple(S.shape),
+        )
+        check_same(op, "state.z must have shape (B, H, D) of q", sizes, tuple(z.shape))
+        check_same(op, "q and state.S must be on the same device", q.device, S.device)
+        check_same(op, "q and state.z must be on the same device", q.device, z.device)
+    out, S, z = torch.ops.vidmem.linear_attention(
+        q, k, v, S, z, feature_map, causal, block_size, normalize, requested(backend)
+    )
+    return (out, LinearAttentionState(S, z)) if return_state else out

@@ -1,0 +1,60 @@
+"""Linear attention as torch ops: schemas, fakes and gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from .._registry import register_op
+from . import reference
+
+
+def _state_fake(q, v):
+    batch, _, heads, size = q.shape
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (
+        q.new_empty(batch, heads, size, v.shape[3], dtype=wide),
+        q.new_empty(batch, heads, size, dtype=wide),
+    )
+
+
+def _fake(q, k, v, S, z, feature_map, causal, block_size, normalize):
+    return v.new_empty(v.shape), *_state_fake(q, v)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _backward(ops, ctx, grad_out, grad_S, grad_z):
+    q, k, v, S, z = ctx.saved_tensors
+    grads = ops.linear_attention_backward(grad_out, grad_S, grad_z, q, k, v, S, z, *ctx.options)
+    *grads, grad_S, grad_z = grads
+    if S is None:
+        grad_S = grad_z = None
+    return *grads, grad_S, grad_z, None, None, None, None
+
+
+register_op(
+    "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, str feature_map, bool causal,"
+    " SymInt block_size, bool normalize) -> (Tensor, Tensor, Tensor)",
+    reference=reference.linear_attention,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    autocast=("q", "k", "v"),
+)
+
+
+def _backward_fake(grad_out, grad_S, grad_z, q, k, v, *rest):
+    return *(t.new_empty(t.shape) for t in (q, k, v)), *_state_fake(q, v)
+
+
+register_op(
+    "linear_attention_backward(Tensor grad_out, Tensor grad_S, Tensor grad_z, Tensor q, Tensor k, Tensor v,"
+    " Tensor? S, Tensor? z, str feature_map, bool causal, SymInt block_size, bool normalize)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.linear_attention_backward,
+    fake=_backward_fake,
+    autocast=(),
+)
