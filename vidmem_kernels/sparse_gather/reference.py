@@ -98,3 +98,23 @@ def quantize_rows_backward(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) ->
     step = (grad_scale.unsqueeze(-1) * slope).masked_fill(constant, 0)
     step = step.masked_fill(~at.isfinite(), torch.nan)
     return grad.scatter(-1, first, step.to(x.dtype))
+
+
+def merge_best(values: Tensor, index: Tensor, scores: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """One step of a running top-k, equal scores by ascending index.
+
+    Args:
+        values, index: (..., <= k) the best of the columns before `start`, best first.
+        scores: (..., n) of the columns from `start` on; NaN counts as -inf.
+        start: index of the first of them.
+        k: how many to keep.
+
+    Returns:
+        (values, index) of the best of both.
+    """
+    columns = torch.arange(start, start + scores.shape[-1], dtype=index.dtype, device=index.device)
+    values = torch.cat([values, scores.masked_fill(scores.isnan(), -torch.inf)], dim=-1)
+    index = torch.cat([index, columns.expand(scores.shape)], dim=-1)
+    # A stable sort, unlike torch.topk, keeps equal scores in the order of their index.
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], index.gather(-1, order[..., :k])
