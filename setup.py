@@ -1,5 +1,6 @@
 """Builds vidmem_kernels._C: the CPU kernels always, the CUDA kernels where this torch has CUDA.
 
+    VIDMEM_BUILD=0                compile nothing: every op runs its reference
     VIDMEM_BUILD_CUDA=auto|0|1    auto (default): build CUDA when torch was built with it and nvcc is found
     VIDMEM_CUDA_ARCHS="80 90a"    architectures to compile (default: the GPUs that are visible, else all supported)
     MAX_JOBS=2                    parallel compiler processes (default: the number of cores, 8 at most)
@@ -64,8 +65,8 @@ def compile_jobs(torch, build_dir: Path) -> list[tuple[list[str], Path, Path]]:
     cuda = wants_cuda(torch)
     archs = cuda_archs(torch) if cuda else []
     torch_dirs = cpp_extension.include_paths()
-    includes = [f"-isystem{d}" for d in [*torch_dirs, pybind11.get_include()]]
-    includes += [f"-isystem{sysconfig.get_path('include')}", f"-I{CSRC}"]
+    includes = [f"-I{d}" for d in [*torch_dirs, pybind11.get_include()]]
+    includes += [f"-I{sysconfig.get_path('include')}", f"-I{CSRC}"]
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DVIDMEM_TORCH_VERSION="{torch.__version__}"',
@@ -109,7 +110,8 @@ class BuildExtension(build_ext):
             if os.environ.get("VIDMEM_BUILD_CUDA") == "1":
                 raise
             target.unlink(missing_ok=True)
-            what = error.strerror if isinstance(error, OSError) else "the compiler failed (its output is above)"
+            missing = isinstance(error, OSError)
+            what = f"{error.filename} was not found" if missing else "the compiler failed (its output is above)"
             print(
                 f"vidmem_kernels: WARNING: no compiled kernels, every op will run its reference: {what}",
                 file=sys.stderr,
@@ -147,6 +149,6 @@ class BuildExtension(build_ext):
 setup(
     packages=find_packages(include=["vidmem_kernels*"]) + find_packages("python"),
     package_dir={"vidmem_model": "python/vidmem_model"},
-    ext_modules=[Extension("vidmem_kernels._C", sources=["csrc/module.cpp"])],
+    ext_modules=[] if os.environ.get("VIDMEM_BUILD") == "0" else [Extension("vidmem_kernels._C", ["csrc/module.cpp"])],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -33,6 +33,4 @@ if reason is not None:
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether _C holds a kernel of `op` for tensors on `device_type`."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"vidmem_cpp::{op}", key
-    )
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"vidmem_cpp::{op}", key)

@@ -171,30 +171,32 @@ def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> 
     return out
 
 
-# What benchmarks/compile_kernels.py compiles ahead of time: per kernel, the pointer types, the constants and the
-# number of warps of the calls that real shapes make. Other arguments are int64.
+# What benchmarks/compile_kernels.py compiles ahead of time, per kernel: pointer types, constants (an argument that is
+# None or 1 is one, as at run time) and warps of the calls that real shapes make.
+_UNIT = {"bank_stride_c": 1, "index_stride_k": 1}
+_ROW = {"BLOCK_K": 1, "BLOCK_C": _TILE}
 AOT = {
     "_gather_tokens_fwd_kernel": [
         (
             {"bank": "*bf16", "index": "*i32", "out": "*bf16"},
-            {"scale": None, "HAS_SCALE": False, "IS_FLOAT8": False, "BLOCK_K": 1, "BLOCK_C": _TILE},
+            {"scale": None, "HAS_SCALE": False, "IS_FLOAT8": False, **_UNIT, **_ROW},
             4,
         ),
         (
             {"bank": "*i8", "index": "*i32", "scale": "*fp32", "out": "*bf16"},
-            {"HAS_SCALE": True, "IS_FLOAT8": False, "BLOCK_K": 1, "BLOCK_C": _TILE},
+            {"scale_stride_m": 1, "HAS_SCALE": True, "IS_FLOAT8": False, **_UNIT, **_ROW},
             4,
         ),
         (
             {"bank": "*u8", "index": "*i32", "scale": "*fp32", "out": "*bf16"},
-            {"HAS_SCALE": True, "IS_FLOAT8": True, "BLOCK_K": 1, "BLOCK_C": _TILE},
+            {"scale_stride_m": 1, "HAS_SCALE": True, "IS_FLOAT8": True, **_UNIT, **_ROW},
             4,
         ),
     ],
     "_sum_rows_fwd_kernel": [
         (
             {"src": f"*{dtype}", "order": "*i64", "offsets": "*i64", "out": f"*{dtype}"},
-            {"BLOCK_K": 4, "BLOCK_C": 512},
+            {"src_stride_c": 1, "BLOCK_K": 4, "BLOCK_C": 512},
             4,
         )
         for dtype in ("bf16", "fp32")

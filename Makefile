@@ -1,0 +1,49 @@
+# make demo · test · bench · lint: each makes .venv by itself when it is missing or out of date.
+#
+#   PYTHON=python3.12      interpreter of the environment (default: python3)
+#   TORCH="torch==2.13.0"  what pip installs as torch. Default: the plain package where there is an NVIDIA GPU, else
+#                          the version below, as a CPU build if pip's index offers one (set PIP_EXTRA_INDEX_URL to
+#                          PyTorch's CPU index where yours does not; the CUDA build works too, it is only larger).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
+TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test bench lint info clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/built
+	$(BIN)/vidmem demo -o demo_output
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/built
+	$(BIN)/python benchmarks/run.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+info: $(VENV)/built
+	$(BIN)/vidmem info
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "vidmem_kernels needs Python 3.10 or newer; call make PYTHON=/path/to/one"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)" "setuptools>=77" wheel pybind11 numpy
+	VIDMEM_BUILD=0 $(PIP) install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+# Apart from the packages, so that an edit of csrc/ compiles only what changed.
+$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -c "import vidmem_kernels"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build vidmem_kernels/_C*.so *.egg-info python/*.egg-info

@@ -1,0 +1,155 @@
+"""Compiles every Triton kernel and every CUDA file ahead of time, without a GPU, and tabulates what they use.
+
+    python benchmarks/compile_kernels.py [--only triton|cuda] [--archs 80 90 100] [--json FILE]
+
+Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers or needs more shared
+memory than the architecture has. Must not run under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
+
+
+class Usage(NamedTuple):
+    """Resources of one compiled kernel; spills in bytes a thread, shared memory in bytes a block."""
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+
+
+def cuobjdump() -> str:
+    """The one on PATH, else the one inside Triton's package."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def resource_usage(binary: Path) -> list[tuple[str, int, int, int]]:
+    """(mangled name, registers, local memory, shared memory) of every kernel in a cubin or object file."""
+    command = [cuobjdump(), "--dump-resource-usage", str(binary)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    found = re.findall(pattern, text)
+    return [(name, int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found]
+
+
+def triton_modules() -> list:
+    """Every family's triton_kernels module."""
+    paths = sorted((ROOT / "vidmem_kernels").glob("*/triton_kernels.py"))
+    return [importlib.import_module(f"vidmem_kernels.{p.parent.name}.triton_kernels") for p in paths]
+
+
+def compile_triton(kernel, pointers: dict, constants: dict, num_warps: int, arch: int, folder: Path) -> Usage:
+    """Compiles one variant as a call with aligned pointers and sizes would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i64") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    variant = " ".join(t.lstrip("*") for t in pointers.values())
+    binary = folder / f"{kernel.__name__}-{variant.replace(' ', '-')}-{arch}.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    _, registers, spills, _ = resource_usage(binary)[0]
+    return Usage(kernel.__name__, variant, arch, registers, spills, compiled.metadata.shared)
+
+
+def all_triton(archs: list[int], folder: Path) -> list[Usage]:
+    usages = []
+    for module in triton_modules():
+        kernels = {name: f for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
+        lacking = sorted(kernels.keys() - module.AOT.keys())
+        if lacking:
+            raise SystemExit(f"{module.__name__}: no AOT entry for {', '.join(lacking)}")
+        for name, variants in module.AOT.items():
+            for pointers, constants, num_warps in variants:
+                for arch in archs:
+                    usages.append(compile_triton(kernels[name], pointers, constants, num_warps, arch, folder))
+    return usages
+
+
+def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
+    """One .cu for one architecture; a row for each kernel template, the largest instance of it."""
+    from torch.utils.cpp_extension import include_paths
+
+    suffix = "a" if arch >= 90 else ""
+    binary = folder / f"{source.stem}-{arch}.o"
+    command = ["nvcc", "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *[f"-I{p}" for p in include_paths()]]
+    command += [f"-gencode=arch=compute_{arch}{suffix},code=sm_{arch}{suffix}", "-c", str(source), "-o", str(binary)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"nvcc fails on {source.name} for sm_{arch}:\n{done.stderr}")
+    largest: dict[str, Usage] = {}
+    for mangled, registers, spills, shared in resource_usage(binary):
+        name = re.search(r"\d+([a-z_]+_kernel)", mangled).group(1)
+        row = Usage(name, source.name, arch, registers, spills, shared)
+        if name not in largest or (spills, registers) > (largest[name].spills, largest[name].registers):
+            largest[name] = row
+    return list(largest.values())
+
+
+def all_cuda(archs: list[int], folder: Path) -> list[Usage]:
+    jobs = [(source, arch) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for arch in archs]
+    with ThreadPoolExecutor(2) as pool:
+        return [u for rows in pool.map(lambda job: compile_cuda(*job, folder), jobs) for u in rows]
+
+
+def table(usages: list[Usage]) -> str:
+    """Markdown."""
+    lines = [
+        "| kernel | variant | sm | registers | spills (B/thread) | shared (B/block) |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {u.kernel} | {u.variant} | {u.arch} | {u.registers} | {u.spills} | {u.shared} |" for u in usages]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["triton", "cuda"])
+    parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
+    usages: list[Usage] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if args.only != "cuda":
+            usages += all_triton(args.archs, Path(folder))
+        if args.only != "triton":
+            if shutil.which("nvcc") is None:
+                raise SystemExit("nvcc is not on PATH; --only triton compiles the rest")
+            usages += all_cuda(args.archs, Path(folder))
+    print(table(usages))
+    if args.json:
+        args.json.write_text(json.dumps([u._asdict() for u in usages], indent=1))
+    bad = [u for u in usages if u.spills or u.shared > SHARED_LIMIT.get(u.arch, 101_376)]
+    for u in bad:
+        print(f"{u.kernel} ({u.variant}) sm_{u.arch}: spills {u.spills} B, shared {u.shared} B", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,43 @@
+// Stream, device guard and error check of a launch, on torch's stable ABI.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "common/tensor.h"
+
+namespace vidmem::cuda {
+
+// Makes the tensor's device current while it lives, and knows that device's current stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  // Call after the <<<>>>.
+  void check(const char* op) const {
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// Blocks for `work` items that kernels walk over with a stride: enough to fill the GPU, within the grid's limit.
+inline unsigned int grid_size(int64_t work) {
+  return static_cast<unsigned int>(std::clamp<int64_t>(work, 1, 1 << 20));
+}
+
+}  // namespace vidmem::cuda

@@ -1,0 +1,144 @@
+"""`python -m vidmem_kernels.info [--json]`: versions, build, devices and what runs each op here.
+
+The table tells, per op and device, which backends can run it and, for the others, why not. What a particular call
+takes is told by `vidmem_kernels.explain`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import _dispatch, _env, _extension
+from ._registry import OPS
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _build() -> dict[str, Any]:
+    module = _extension.module
+    if module is None:
+        return {"loaded": False, "reason": _extension.reason}
+    return {
+        "loaded": True,
+        "built_with_torch": module.torch_version,
+        "running_torch": torch.__version__,
+        "compiler": module.compiler,
+        "cpu_capabilities": module.cpu_capabilities.split(),
+        "cpu_capability": module.cpu_capability(),
+        "cuda_archs": module.cuda_archs.split(),
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices = [{"type": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            devices.append(
+                {
+                    "type": "cuda",
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_bytes": properties.total_memory,
+                }
+            )
+    return devices
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `render` shows, as plain values.
+
+    Returns:
+        "versions", "build", "devices", "environment" and "ops": op -> device -> {"auto": the first backend that can,
+        "backends": backend -> None if it can, else why not}.
+    """
+    devices = _devices()
+    device_types = list(dict.fromkeys(d["type"] for d in devices))
+    ops: dict[str, Any] = {}
+    for name, op in sorted(OPS.items()):
+        ops[name] = {}
+        for device in device_types:
+            reasons = {b: _dispatch.unavailable(op, b, device) for b in _dispatch.BACKENDS}
+            auto = next(b for b in _dispatch.LADDERS[device] if reasons[b] is None)
+            ops[name][device] = {"auto": auto, "backends": reasons}
+    return {
+        "versions": {
+            "vidmem_kernels": _version("vidmem-kernels"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+        },
+        "build": _build(),
+        "devices": devices,
+        "environment": {
+            "VIDMEM_BACKEND": _env.backend(),
+            "VIDMEM_CPU_CAPABILITY": _env.cpu_capability(),
+            "TRITON_INTERPRET": _env.triton_interpret(),
+        },
+        "ops": ops,
+    }
+
+
+def render(info: dict[str, Any]) -> str:
+    """The text of `python -m vidmem_kernels.info`."""
+    lines = ["Versions"]
+    lines += [f"  {name:16} {version or 'not installed'}" for name, version in info["versions"].items()]
+    build = info["build"]
+    lines += ["", "Compiled kernels (vidmem_kernels._C)"]
+    if build["loaded"]:
+        lines += [
+            f"  built with       torch {build['built_with_torch']}, {build['compiler']}; "
+            f"running torch {build['running_torch']}",
+            f"  CPU              {', '.join(build['cpu_capabilities'])}; in use: {build['cpu_capability']}",
+            f"  CUDA             {', '.join('sm_' + a for a in build['cuda_archs']) or 'not built'}",
+        ]
+    else:
+        lines.append(f"  not available: {build['reason']}")
+    lines += ["", "Devices"]
+    for device in info["devices"]:
+        details = ", ".join(f"{k} {v}" for k, v in device.items() if k not in ("type", "name"))
+        lines.append(f"  {device['type']:5} {device['name']} ({details})")
+    lines += ["", "Environment"]
+    lines += [f"  {name}={value}" for name, value in info["environment"].items()]
+    for device in info["ops"][next(iter(info["ops"]))]:
+        lines += ["", f"Ops on {device}: yes = runs here, * = what auto tries first, a letter = why not"]
+        lines += _table(info["ops"], device)
+    return "\n".join(lines)
+
+
+def _table(ops: dict[str, Any], device: str) -> list[str]:
+    width = max(map(len, ops)) + 2
+    letters: dict[str, str] = {}
+    rows = ["  " + "op".ljust(width) + "".join(b.ljust(11) for b in _dispatch.BACKENDS)]
+    for name, by_device in ops.items():
+        cells = []
+        for backend, reason in by_device[device]["backends"].items():
+            if reason is None:
+                cells.append("yes *" if backend == by_device[device]["auto"] else "yes")
+            else:
+                cells.append(letters.setdefault(reason, chr(ord("a") + len(letters))))
+        rows.append("  " + name.ljust(width) + "".join(c.ljust(11) for c in cells))
+    return rows + [f"  {letter}: {reason}" for reason, letter in letters.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vidmem_kernels.info", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    info = collect()
+    print(json.dumps(info, indent=2) if parser.parse_args().json else render(info))
+
+
+if __name__ == "__main__":
+    main()
