@@ -4,9 +4,26 @@ from ._dispatch import BackendError, Choice, explain, use_backend
 from .linear_attn import ops as _linear_attn_ops  # noqa: F401  (registers its ops)
 from .linear_attn.api import LinearAttentionState, linear_attention
 from .sparse_gather import ops as _sparse_gather_ops  # noqa: F401  (registers its ops)
-from .sparse_gather.api import QuantizedRows, gather_tokens, quantize_rows, scatter_add_tokens
+from .sparse_gather.api import (
+    QuantizedRows,
+    SelectResult,
+    gather_tokens,
+    quantize_rows,
+    scatter_add_tokens,
+    select_tokens,
+    topk_blocks,
+)
 from .sparse_gather.memory_bank import MemoryBank
 from .sparse_gather.memory_file import MemoryFileError
+from .token_merge import ops as _token_merge_ops  # noqa: F401  (registers its ops)
+from .token_merge.api import (
+    MergePlan,
+    MergeResult,
+    match_neighbors,
+    match_tokens,
+    merge_tokens,
+    unmerge_tokens,
+)
 
 __version__ = "0.1.0"
 
@@ -15,12 +32,19 @@ __all__ = [
     "Choice",
     "MemoryBank",
     "MemoryFileError",
+    "MergePlan",
+    "MergeResult",
     "QuantizedRows",
+    "SelectResult",
     "LinearAttentionState",
     "explain",
     "gather_tokens",
     "quantize_rows",
     "linear_attention",
+    "match_neighbors",
+    "match_tokens",
+    "merge_tokens",
     "scatter_add_tokens",
+    "unmerge_tokens",
     "use_backend",
 ]

@@ -26,6 +26,13 @@ class QuantizedRows(NamedTuple):
     scale: Tensor
 
 
+class SelectResult(NamedTuple):
+    """Kept tokens, in their order, and where they were: `tokens[b, i] == x[b, index[b, i]]`."""
+
+    tokens: Tensor
+    index: Tensor
+
+
 def gather_tokens(
     bank: Tensor,
     index: Tensor,
@@ -61,9 +68,7 @@ def gather_tokens(
     check_tensor(op, "bank", bank, "B, M, C", FLOAT_DTYPES + QUANTIZED_DTYPES)
     check_tensor(op, "index", index, "B, K", INDEX_DTYPES)
     if bank.shape[0] != 1 and bank.shape[0] != index.shape[0]:
-        raise ValueError(
-            f"{op}: bank must have batch 1 or that of index, {index.shape[0]}, got {bank.shape[0]}"
-        )
+        raise ValueError(f"{op}: bank must have batch 1 or that of index, {index.shape[0]}, got {bank.shape[0]}")
     if bank.device != index.device and bank.device.type != "cpu":
         raise ValueError(
             f"{op}: bank must be on the device of index, {index.device}, or on the host, got {bank.device}"
@@ -82,9 +87,7 @@ def gather_tokens(
     return torch.ops.vidmem.gather_tokens(bank, index, scale, out_dtype, requested(backend))
 
 
-def scatter_add_tokens(
-    src: Tensor, index: Tensor, num_rows: int, *, backend: str | None = None
-) -> Tensor:
+def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: str | None = None) -> Tensor:
     """Adds rows into a new memory of zeros: the transpose of `gather_tokens`.
 
     Args:
@@ -113,9 +116,7 @@ def scatter_add_tokens(
     return torch.ops.vidmem.scatter_add_tokens(src, index, num_rows, requested(backend))
 
 
-def quantize_rows(
-    x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | None = None
-) -> QuantizedRows:
+def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | None = None) -> QuantizedRows:
     """Quantises every row to 8 bits with a scale of its own (symmetric, by its largest magnitude).
 
     With qmax = 127 for int8 and 448 for float8_e4m3fn: scale = max(|row|) / qmax, rows = x / scale, rounded to
@@ -161,3 +162,80 @@ def quantize_rows(
     flat = x.reshape(lead.numel(), *x.shape[-2:])
     rows, scale = torch.ops.vidmem.quantize_rows(flat, dtype, requested(backend))
     return QuantizedRows(rows.reshape(x.shape), scale.reshape(x.shape[:-1]))
+
+
+def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend: str | None = None) -> SelectResult:
+    """Keeps the strongest tokens, in their order: sparsification to a fixed budget.
+
+    Args:
+        x: (B, N, C) float tokens.
+        keep: tokens to keep in each batch, in [0, N].
+        score: (B, N) float, what is strong; default the L2 norm of each token, computed in float32. Equal scores:
+            the lower position is kept. NaN counts as -inf.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        SelectResult(tokens (B, keep, C), index (B, keep) int32, ascending). `tokens` is differentiable in x; `score`
+        decides only which tokens are kept and has no gradient, as in argmax.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or `keep` outside [0, N].
+
+    Equivalent PyTorch:
+        score = x.float().norm(dim=2)
+        index = score.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
+        tokens = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    """
+    op = "select_tokens"
+    check_tensor(op, "x", x, "B, N, C")
+    check_int(op, "keep", keep, 0, x.shape[1])
+    if score is not None:
+        check_tensor(op, "score", score, "B, N")
+        check_same(op, "score must have the first two sizes of x", score.shape, x.shape[:2])
+        check_same(op, "score must be on the device of x", score.device, x.device)
+    return SelectResult(*torch.ops.vidmem.select_tokens(x, keep, score, requested(backend)))
+
+
+def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int, backend: str | None = None) -> Tensor:
+    """Finds the blocks of keys that each block of queries wants most: the `block_index` of `cross_attention`.
+
+    A block of queries and a block of keys are averaged in float32 and score the dot product of their means. The
+    scores of all pairs are never held at once.
+
+    Args:
+        q: (B, Lq, H, D) float queries.
+        k: (B, Lk, H, D) float keys.
+        block_size: (bq, bk), rows of a block; the last block averages the rows that it has.
+        topk: blocks to find, in [0, ceil(Lk / bk)].
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        (B, H, ceil(Lq / bq), topk) int32 blocks of keys, best first, equal scores by ascending block. A score that
+        is NaN counts as -inf. Carries no gradient, as argmax.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or `topk` beyond the number of blocks.
+
+    Equivalent PyTorch (whole blocks):
+        queries, keys = (x.unflatten(1, (-1, b)).float().mean(2).transpose(1, 2) for x, b in ((q, bq), (k, bk)))
+        (queries @ keys.transpose(2, 3)).argsort(dim=3, descending=True, stable=True)[..., :topk].int()
+
+    Source: block selection by mean-pooled keys as in MoBA (arXiv 2502.13189), with queries pooled too, as in the
+    coarse stage of VSA (arXiv 2505.13389).
+    """
+    op = "topk_blocks"
+    check_tensor(op, "q", q, "B, Lq, H, D")
+    check_tensor(op, "k", k, "B, Lk, H, D")
+    for axis, name in ((0, "B"), (2, "H"), (3, "D")):
+        check_same(op, f"q and k must have the same {name}", q.shape[axis], k.shape[axis])
+    check_same(op, "q and k must be on the same device", q.device, k.device)
+    if not isinstance(block_size, tuple | list) or len(block_size) != 2:
+        raise TypeError(f"{op}: block_size must be a pair (bq, bk), got {block_size!r}")
+    block_q, block_k = block_size
+    check_int(op, "block_size[0]", block_q, 1)
+    check_int(op, "block_size[1]", block_k, 1)
+    check_int(op, "topk", topk, 0, -(-k.shape[1] // block_k))
+    # Widening is exact, so queries and keys of two dtypes, as autocast leaves them, need no kernel of their own.
+    wider = torch.promote_types(q.dtype, k.dtype)
+    q, k = q.to(wider), k.to(wider)
+    return torch.ops.vidmem.topk_blocks(q, k, block_q, block_k, topk, requested(backend))

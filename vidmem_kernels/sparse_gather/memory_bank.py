@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -98,9 +99,19 @@ class MemoryBank:
         if dtype in QUANTIZED_DTYPES:
             self._scale = torch.empty(0, dtype=torch.float32, device=self._rows_device())
         if storage == "mmap":
-            self._file = open(path, "x+b", buffering=0)  # noqa: SIM115 (lives as long as the bank)
+            self._keep_open(open(path, "x+b", buffering=0))  # noqa: SIM115 (lives as long as the bank)
         if capacity:
-            self._grow(capacity)
+            try:
+                self._grow(capacity)
+            except BaseException:
+                if path is not None:
+                    os.unlink(path)
+                raise
+
+    def _keep_open(self, file: BinaryIO) -> None:
+        """Makes `file` back the rows until the bank is gone."""
+        self._file = file
+        weakref.finalize(self, file.close)
 
     def _rows_device(self) -> torch.device:
         return self.device if self.storage == "device" else torch.device("cpu")
@@ -207,7 +218,7 @@ class MemoryBank:
         rows = memory_file.map_tensor(file, 0, (capacity, self.channels), self.dtype, writable=True)
         if self._file is None:
             rows[: self._count].copy_(self._rows[: self._count])
-            self._file = file
+            self._keep_open(file)
         return rows
 
     # --- reading ---

@@ -128,3 +128,43 @@ register_op(
     fake=_quantize_backward_fake,
     autocast=(),
 )
+
+# --- select_tokens ---
+
+
+def _select_fake(x, keep, score):
+    kept = x.shape[0], keep
+    return x.new_empty(*kept, x.shape[2]), x.new_empty(kept, dtype=torch.int32)
+
+
+def _select_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.num_rows = inputs[0].shape[1]
+
+
+def _select_backward(ops, ctx, grad, _):
+    return ops.scatter_add_tokens(grad, ctx.saved_tensors[0], ctx.num_rows), None, None
+
+
+register_op(
+    "select_tokens(Tensor x, SymInt keep, Tensor? score=None) -> (Tensor, Tensor)",
+    reference=reference.select_tokens,
+    fake=_select_fake,
+    setup_context=_select_setup,
+    backward=_select_backward,
+    autocast=(),
+)
+
+# --- topk_blocks ---
+
+
+def _topk_blocks_fake(q, k, block_q, block_k, topk):
+    return q.new_empty(q.shape[0], q.shape[2], -(-q.shape[1] // block_q), topk, dtype=torch.int32)
+
+
+register_op(
+    "topk_blocks(Tensor q, Tensor k, SymInt block_q, SymInt block_k, SymInt topk) -> Tensor",
+    reference=reference.topk_blocks,
+    fake=_topk_blocks_fake,
+    autocast=(),
+)

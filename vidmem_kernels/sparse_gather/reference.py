@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _check_rows(op: str, index: Tensor, low: int, rows: int) -> None:
     if index.numel() == 0:
         return
@@ -15,9 +19,7 @@ def _check_rows(op: str, index: Tensor, low: int, rows: int) -> None:
         raise IndexError(f"{op}: index must be in [{low}, {rows - 1}], got {wrong}")
 
 
-def gather_tokens(
-    bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None
-) -> Tensor:
+def gather_tokens(bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
     """See `vidmem_kernels.gather_tokens`."""
     batch, rows, _ = bank.shape
     _check_rows("gather_tokens", index, -1, rows)
@@ -44,7 +46,7 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """See `vidmem_kernels.scatter_add_tokens`."""
     batch, count, channels = src.shape
     _check_rows("scatter_add_tokens", index, -1, num_rows)
-    sum_dtype = torch.float64 if src.dtype == torch.float64 else torch.float32
+    sum_dtype = _sum_dtype(src)
     lane = torch.arange(batch, device=src.device).unsqueeze(1)
     # -1 goes to one more row, dropped at the end.
     row = torch.where(index < 0, num_rows, index).to(torch.int64) + lane * (num_rows + 1)
@@ -66,7 +68,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 def _row_maximum(x: Tensor) -> Tensor:
     """Largest magnitude of every row, in float32 (float64 for float64); NaN where the row is not finite."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = _sum_dtype(x)
     magnitude = x.abs()
     if x.shape[-1] == 0:
         return magnitude.sum(dim=-1, dtype=compute)
@@ -118,3 +120,43 @@ def merge_best(values: Tensor, index: Tensor, scores: Tensor, start: int, k: int
     # A stable sort, unlike torch.topk, keeps equal scores in the order of their index.
     values, order = values.sort(dim=-1, descending=True, stable=True)
     return values[..., :k], index.gather(-1, order[..., :k])
+
+
+def select_tokens(x: Tensor, keep: int, score: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `vidmem_kernels.select_tokens`."""
+    if score is None:
+        score = torch.linalg.vector_norm(x.detach(), dim=2, dtype=_sum_dtype(x))
+    score = score.masked_fill(score.isnan(), -torch.inf)
+    best = score.argsort(dim=1, descending=True, stable=True)[:, :keep]
+    index = best.sort(dim=1).values
+    lane = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    return x[lane, index], index.to(torch.int32)
+
+
+def _block_means(x: Tensor, block: int) -> Tensor:
+    """(B, H, ceil(L / block), D) means of blocks of rows of (B, L, H, D); the last one of the rows it has."""
+    length = x.shape[1]
+    count = -(-length // block)
+    sums = x.new_zeros(x.shape[0], count, *x.shape[2:], dtype=_sum_dtype(x))
+    for offset in range(min(block, length)):  # one row of every block at a time: no copy of x in float32
+        rows = x[:, offset::block]
+        sums[:, : rows.shape[1]] += rows
+    sizes = (length - block * torch.arange(count, device=x.device)).clamp(max=block)
+    return (sums / sizes.view(-1, 1, 1)).transpose(1, 2)
+
+
+# Scores held at a time: 16 MiB in float32.
+_SCORES = 1 << 22
+
+
+def topk_blocks(q: Tensor, k: Tensor, block_q: int, block_k: int, topk: int) -> Tensor:
+    """See `vidmem_kernels.topk_blocks`."""
+    queries, keys = _block_means(q, block_q), _block_means(k, block_k)
+    shape = queries.shape[:3]
+    values = queries.new_empty(*shape, 0)
+    index = torch.empty(*shape, 0, dtype=torch.int32, device=q.device)
+    step = max(1, _SCORES // max(1, shape.numel()))
+    for start in range(0, keys.shape[2], step):
+        scores = queries @ keys[:, :, start : start + step].transpose(2, 3)
+        values, index = merge_best(values, index, scores, start, topk)
+    return index

@@ -55,3 +55,32 @@ def quantize_rows_backward(make):
     scale_dtype = torch.float64 if make.dtype == torch.float64 else torch.float32
     for label, (x, dtype) in quantize_rows(make):
         yield label, (make.randn(*x.shape[:-1], dtype=scale_dtype), x, dtype)
+
+
+@sample_inputs("select_tokens")
+def select_tokens(make):
+    x = make.randn(2, 9, 5)
+    yield "by norm", (x, 4, None)
+    yield "by score", (x, 4, make.randn(2, 9))
+    yield "strided", (make.strided(x), 4, make.strided(make.randn(2, 9)))
+    yield "wide", (make.randn(1, 33, 257), 17, None)
+    yield "all", (x, 9, None)
+    yield "none", (x, 0, None)
+    yield "one channel", (make.randn(2, 9, 1), 3, None)
+    yield "no tokens", (x[:, :0], 0, None)
+    yield "no batch", (x[:0], 4, None)
+
+
+@sample_inputs("topk_blocks")
+def topk_blocks(make):
+    q, k = make.randn(2, 11, 3, 5), make.randn(2, 23, 3, 5)
+    yield "partial blocks", (q, k, 4, 5, 3)
+    yield "strided", (make.strided(q), make.strided(k), 4, 5, 3)
+    yield "whole blocks", (q, make.randn(2, 16, 3, 5), 11, 4, 2)
+    yield "blocks of one", (q, k, 1, 1, 7)
+    yield "every block", (q, k, 16, 5, 5)
+    yield "head size 64", (make.randn(1, 70, 2, 64), make.randn(1, 300, 2, 64), 32, 16, 9)
+    yield "none", (q, k, 4, 5, 0)
+    yield "no queries", (q[:, :0], k, 4, 5, 3)
+    yield "no keys", (q, k[:, :0], 4, 5, 0)
+    yield "no batch", (q[:0], k[:0], 4, 5, 3)
