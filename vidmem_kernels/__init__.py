@@ -1,6 +1,8 @@
 """Fused kernels for video models with long memory: token merging, sparse gathering, linear and cross-attention."""
 
 from ._dispatch import BackendError, Choice, explain, use_backend
+from .cross_attn import ops as _cross_attn_ops  # noqa: F401  (registers its ops)
+from .cross_attn.api import cross_attention, merge_attention_states
 from .linear_attn import ops as _linear_attn_ops  # noqa: F401  (registers its ops)
 from .linear_attn.api import LinearAttentionState, linear_attention
 from .sparse_gather import ops as _sparse_gather_ops  # noqa: F401  (registers its ops)
@@ -37,14 +39,18 @@ __all__ = [
     "QuantizedRows",
     "SelectResult",
     "LinearAttentionState",
+    "cross_attention",
     "explain",
     "gather_tokens",
     "quantize_rows",
     "linear_attention",
+    "merge_attention_states",
     "match_neighbors",
     "match_tokens",
     "merge_tokens",
     "scatter_add_tokens",
+    "select_tokens",
+    "topk_blocks",
     "unmerge_tokens",
     "use_backend",
 ]

@@ -129,7 +129,9 @@ def _register_kernel(op: Op) -> None:
     def kernel(*args):
         args, backend = op.fill(args)
         chosen = _dispatch.select(op, op.device(args), args, backend)
-        return _dispatch.implementation(op, chosen)(*args)
+        # Autocast has had its say above; inside it would lower the float32 products of a reference.
+        with torch._C._DisableAutocast():
+            return _dispatch.implementation(op, chosen)(*args)
 
     def fake(*args):
         args, backend = op.fill(args)
