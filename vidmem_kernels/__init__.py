@@ -1,6 +1,6 @@
 """Fused kernels for video models with long memory: token merging, sparse gathering, linear and cross-attention."""
 
-from ._dispatch import BackendError, Choice, explain, use_backend
+from ._dispatch import BackendError, Choice, explain, recording, use_backend
 from .cross_attn import ops as _cross_attn_ops  # noqa: F401  (registers its ops)
 from .cross_attn.api import cross_attention, merge_attention_states
 from .linear_attn import ops as _linear_attn_ops  # noqa: F401  (registers its ops)
@@ -48,6 +48,7 @@ __all__ = [
     "match_neighbors",
     "match_tokens",
     "merge_tokens",
+    "recording",
     "scatter_add_tokens",
     "select_tokens",
     "topk_blocks",

@@ -1,0 +1,122 @@
+"""Cross-attention as torch ops: schemas, fakes and gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from .._registry import register_op
+from . import library, reference
+
+_OPTIONS = (
+    "SymInt num_sinks, Tensor? q_time, Tensor? k_time, float[]? window, Tensor? block_index,"
+    " SymInt[] block_size, float scale"
+)
+
+
+def _wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- cross_attention ---
+
+
+def _fake(q, k, v, *rest):
+    batch, length, heads, _ = q.shape
+    out = q.new_empty(batch, length, heads, v.shape[3])
+    return out, q.new_empty(batch, heads, length, dtype=_wide(q.dtype))
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale = inputs
+    ctx.save_for_backward(q, k, v, key_bias, *output, q_time, k_time, block_index)
+    ctx.options = num_sinks, window, block_size, scale
+    # A gradient of zeros for an lse that nobody used would rule out library kernels.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ops, ctx, grad_out, grad_lse):
+    q, k, v, key_bias, out, lse, q_time, k_time, block_index = ctx.saved_tensors
+    num_sinks, window, block_size, scale = ctx.options
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    *grads, grad_bias = ops.cross_attention_backward(
+        grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index,
+        block_size, scale,
+    )  # fmt: skip
+    return *grads, grad_bias if key_bias is not None else None, *[None] * 7
+
+
+register_op(
+    f"cross_attention(Tensor q, Tensor k, Tensor v, Tensor? key_bias, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference=reference.cross_attention,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    autocast=("q", "k", "v"),
+    library=library.cross_attention,
+    refuse={"library": library.refuse},
+)
+
+
+def _backward_fake(grad_out, grad_lse, q, k, v, key_bias, out, lse, *rest):
+    bias = lse.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape)
+    return *(t.new_empty(t.shape) for t in (q, k, v)), bias
+
+
+register_op(
+    "cross_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? key_bias,"
+    f" Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.cross_attention_backward,
+    fake=_backward_fake,
+    autocast=(),
+    library=library.cross_attention_backward,
+    refuse={"library": library.refuse_backward},
+)
+
+# --- merge_attention_states ---
+
+
+def _merge_fake(outs, lses):
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+def _merge_setup(ctx, inputs, output):
+    outs, lses = inputs
+    ctx.parts = len(outs)
+    ctx.save_for_backward(*outs, *lses, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _merge_backward(ops, ctx, grad_out, grad_lse):
+    *parts, lse = ctx.saved_tensors
+    outs, lses = parts[: ctx.parts], parts[ctx.parts :]
+    if grad_out is None:
+        grad_out = torch.zeros_like(outs[0])
+    grad_outs, grad_lses = ops.merge_attention_states_backward(grad_out, grad_lse, outs, lses, lse)
+    return list(grad_outs.unbind()), list(grad_lses.unbind())
+
+
+register_op(
+    "merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)",
+    reference=reference.merge_attention_states,
+    fake=_merge_fake,
+    setup_context=_merge_setup,
+    backward=_merge_backward,
+    autocast=(),
+)
+
+
+def _merge_backward_fake(grad_out, grad_lse, outs, lses, lse):
+    return (
+        grad_out.new_empty(len(outs), *grad_out.shape),
+        lse.new_empty(len(lses), *lse.shape),
+    )
+
+
+register_op(
+    "merge_attention_states_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor lse)"
+    " -> (Tensor, Tensor)",
+    reference=reference.merge_attention_states_backward,
+    fake=_merge_backward_fake,
+    autocast=(),
+)

@@ -1,0 +1,114 @@
+"""Sample inputs of the cross-attention ops."""
+
+import math
+
+import torch
+
+from .. import testing
+from . import reference
+
+PLAIN = {
+    "key_bias": None, "num_sinks": 0, "q_time": None, "k_time": None, "window": None,
+    "block_index": None, "block_size": (2, 3), "scale": 0.5,
+}  # fmt: skip
+
+
+def _cases(make):
+    """(label, q, k, v, the rest of the arguments by name)"""
+
+    def qkv(queries=5, keys=7, heads=2, size=4, value_size=4, batch=2):
+        return (
+            make.randn(batch, queries, heads, size),
+            make.randn(batch, keys, heads, size),
+            make.randn(batch, keys, heads, value_size),
+        )
+
+    def times(*values):
+        return torch.tensor(values, dtype=torch.float32, device=make.device)
+
+    bias = make.randn(2, 7)
+    blocks = make.randint(-1, 3, (2, 2, 3, 2))
+    windowed = {
+        "q_time": times(0, 1, 2, 3, 9),
+        "k_time": times(0, 0, 1, 1, 2, 2, 3),
+        "window": (1.25, 0.5),
+    }
+    yield "plain", *qkv(), {}
+    yield "other Dv, one query", *qkv(1, 9, 3, 5, 2), {"scale": 1.0}
+    yield "long", *qkv(40, 70, 1, 8, 8, 1), {}
+    yield "key_bias", *qkv(), {"key_bias": bias}
+    hidden = make.randn(2, 2, 7, dtype=torch.float64 if make.dtype == torch.float64 else torch.float32)
+    hidden[0, :, 3] = -torch.inf
+    yield "key_bias a head, infinite", *qkv(), {"key_bias": hidden}
+    yield "window", *qkv(), windowed
+    frames = {
+        "q_time": torch.arange(10, device=make.device).view(2, 5) // 2,
+        "k_time": torch.arange(7, device=make.device, dtype=torch.int32) // 2,
+        "window": (math.inf, 0),
+    }
+    yield "int times a batch, causal, sinks", *qkv(), {**frames, "num_sinks": 2}
+    yield "block_index", *qkv(), {"block_index": blocks}
+    shared = blocks[:, :1].long()
+    yield "int64 blocks for all heads, sinks", *qkv(), {"block_index": shared, "num_sinks": 1}
+    together = {**windowed, "key_bias": bias, "block_index": blocks, "num_sinks": 1}
+    yield "all together", *qkv(), together
+    yield "nothing visible", *qkv(), {"block_index": torch.full_like(blocks, -1)}
+    yield "no block", *qkv(), {"block_index": blocks[..., :0], "num_sinks": 3}
+    spread = {n: make.strided(t) if isinstance(t, torch.Tensor) else t for n, t in together.items()}
+    yield "strided", *map(make.strided, qkv()), spread
+    yield "strided, plain", *map(make.strided, qkv()), {}
+    yield "no key", *qkv(keys=0), {}
+    yield "no query", *qkv(0), {"key_bias": bias}
+    yield "no batch", *qkv(batch=0), {"key_bias": bias[:0]}
+
+
+@testing.sample_inputs("cross_attention")
+def cross_attention(make):
+    for label, q, k, v, options in _cases(make):
+        yield label, (q, k, v, *{**PLAIN, **options}.values())
+
+
+@testing.sample_inputs("cross_attention_backward")
+def cross_attention_backward(make):
+    for label, q, k, v, options in _cases(make):
+        key_bias, *rest = {**PLAIN, **options}.values()
+        out, lse = reference.cross_attention(q, k, v, key_bias, *rest)
+        grad_lse = None if options == {} else make.randn(*lse.shape, dtype=lse.dtype)
+        yield label, (make.randn(*out.shape), grad_lse, q, k, v, key_bias, out, lse, *rest)
+
+
+def _states(make):
+    """(label, outs, lses)"""
+    wide = torch.float64 if make.dtype == torch.float64 else torch.float32
+
+    def states(count, *shape):
+        batch, length, heads, _ = shape
+        lses = [make.randn(batch, heads, length, dtype=wide) for _ in range(count)]
+        return [make.randn(*shape) for _ in range(count)], lses
+
+    yield "two", *states(2, 2, 5, 3, 4)
+    outs, lses = states(3, 2, 5, 3, 4)
+    for out, lse in zip(outs, lses, strict=True):  # row 0 of all, row 1 of the last two
+        lse[:, :, 0], out[:, 0] = -torch.inf, 0
+    for out, lse in zip(outs[1:], lses[1:], strict=True):
+        lse[:, :, 1], out[:, 1] = -torch.inf, 0
+    yield "nothing visible", outs, lses
+    yield "one", *states(1, 2, 5, 3, 4)
+    outs, lses = states(2, 2, 5, 3, 4)
+    yield "strided", [make.strided(t) for t in outs], [make.strided(t) for t in lses]
+    yield "no query", *states(2, 2, 0, 3, 4)
+    yield "no batch", *states(2, 0, 5, 3, 4)
+
+
+@testing.sample_inputs("merge_attention_states")
+def merge_attention_states(make):
+    for label, outs, lses in _states(make):
+        yield label, (outs, lses)
+
+
+@testing.sample_inputs("merge_attention_states_backward")
+def merge_attention_states_backward(make):
+    for label, outs, lses in _states(make):
+        out, lse = reference.merge_attention_states(outs, lses)
+        grad_lse = None if label == "one" else make.randn(*lse.shape, dtype=lse.dtype)
+        yield label, (make.randn(*out.shape), grad_lse, outs, lses, lse)
