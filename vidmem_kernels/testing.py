@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import _dispatch
 from ._registry import OPS, Op
 
 _SAMPLES: dict[str, Callable[[Make], Iterator[tuple[str, tuple]]]] = {}
@@ -154,3 +155,42 @@ def poisoned_memory() -> Iterator[None]:
 def run(op: Op, args: tuple[Any, ...], backend: str = "auto") -> Any:
     """Calls torch.ops.vidmem.<op>."""
     return op.overload(*args, backend)
+
+
+def float_leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a tree that autograd can follow."""
+    return [t for t in pytree.tree_leaves(tree) if is_differentiable(t)]
+
+
+def gradients(args: tuple[Any, ...], results: Any, seed: int = 1) -> list[Tensor]:
+    """Gradients of a random projection of the float results for every float argument, zero where none flows."""
+    outputs = [t for t in float_leaves(results) if t.requires_grad]
+    inputs = float_leaves(args)
+    if not outputs:
+        return [torch.zeros_like(t) for t in inputs]
+    make = Make(seed=seed)
+    weights = [make.randn(*t.shape, dtype=t.dtype).to(t.device) for t in outputs]
+    grads = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
+
+
+def check_backend(op: Op, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Asserts that a backend's results and gradients are within budget on every sample that it does not refuse.
+
+    Memory is poisoned meanwhile, so that nothing uninitialised is read.
+    """
+    for sample in samples(op.name, Make(dtype, device)):
+        if _dispatch.refusal(op, backend, torch.device(device), sample.args) is not None:
+            continue
+        what = f"{op.name}[{sample.label}] on {backend}"
+        args, ref_args = with_grad(sample.args), with_grad(sample.args)
+        exact_args = with_grad(to_float64(sample.args))
+        with poisoned_memory():
+            actual = run(op, args, backend)
+        at_dtype, exact = run(op, ref_args, "reference"), op.reference(*exact_args)
+        assert_within_budget(actual, at_dtype, exact, what)
+        if op.backward is None:
+            continue
+        with poisoned_memory():
+            grads = gradients(args, actual)
+        assert_within_budget(grads, gradients(ref_args, at_dtype), gradients(exact_args, exact), f"gradient of {what}")
