@@ -1,0 +1,8 @@
+"""`python -m vidmem_model`: the same as the command `vidmem`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""The demo: a video's history becomes a short context, and random frames are read back from it.
+
+Every frame is read from a memory file opened afresh, after the decoded video and its latents have
+been given up; only the few source frames that results are compared with are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidmem_kernels import Choice, recording
+
+from . import report
+from .compressor import compress
+from .config import METHODS, ClipSpec, CompressorConfig
+from .data import Clip, fetch_sample_clip, probe, read_clip
+from .errors import UserError
+from .measure import PeakMemory, available_bytes, describe_device, process_peak, timed
+from .memory import read_memory, write_memory
+from .metrics import psnr, ssim
+from .profile import ProfileConfig, profile, versions
+from .vae import PATCH, DCTCodec, VideoCodec
+
+Progress = Callable[[str, int, int | None], None]
+
+# The film's first minute is titles and a slow pan; at 60 s its hero wakes up.
+SAMPLE_START = 60.0
+SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
+# Bytes that decoding and compressing need for each byte of decoded video.
+_ROOM = {"dct": 5, "merge": 9}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo does.
+
+    Args:
+        video: a video file, or None for the sample film.
+        clip: the part to take.
+        frames: how many frames to read back.
+        seed: of the frames' random positions.
+        rate: patch tokens that one token of memory covers, (height, width, time).
+        profile: what the memory profile measures.
+    """
+
+    video: Path | None = None
+    clip: ClipSpec = ClipSpec()
+    frames: int = 8
+    seed: int = 0
+    rate: tuple[int, int, int] = (4, 4, 2)
+    profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"DemoConfig: frames must be positive, got {self.frames}")
+
+
+class Stages:
+    """Time and peak memory of the steps of a run, in the order they ended."""
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Measure what happens inside as one stage."""
+        with PeakMemory() as memory:
+            start = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - start
+        self.done.append(
+            {
+                "stage": name,
+                "seconds": seconds,
+                "peak_rss_bytes": memory.peak_bytes,
+                "grown_bytes": memory.grown_bytes,
+                "measured_with": memory.method,
+            }
+        )
+
+
+def load_clip(
+    video: Path, spec: ClipSpec, method: str, progress: Callable[[int, int | None], None] | None
+) -> Clip:
+    """Decode a clip, after a look at whether it can be compressed in the memory there is.
+
+    Args:
+        video: a video file.
+        spec: the part to take.
+        method: the compressor that is to follow.
+        progress: as for `read_clip`.
+
+    Returns:
+        Clip.
+
+    Raises:
+        UserError: more memory is needed than there is.
+        MediaError: as `read_clip`.
+    """
+    info = probe(video)
+    seconds = max(0.0, info.duration - spec.start) if info.duration else spec.seconds or 0.0
+    seconds = min(seconds, spec.seconds or seconds)
+    pixels = (spec.height or info.height) * (spec.width or info.width)
+    need = _ROOM[method] * 3 * pixels * seconds * (spec.fps or info.fps)
+    free = available_bytes()
+    if need > free:
+        raise UserError(
+            f"{video}: {seconds:g} s at this size take about {need / 2**30:.1f} GiB of memory and "
+            f"{free / 2**30:.1f} GiB are free; take fewer --seconds or a smaller --size"
+        )
+    return read_clip(video, spec, progress)
+
+
+def context_tokens(size: tuple[int, int, int], codec: VideoCodec) -> int:
+    """Patch tokens of a clip of (frames, rows, columns): its context before compression."""
+    cells = [codec.stride[0], *(stride * PATCH for stride in codec.stride[1:])]
+    return math.prod(-(-n // cell) for n, cell in zip(size, cells, strict=True))
+
+
+def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Run the demo and write its folder: report.json, two memory files, and pictures.
+
+    Args:
+        config: what to do.
+        out: folder for the results; made if missing, filled only when all has succeeded.
+        progress: called with (description, done, total or None).
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        UserError: something the user can mend; nothing is left behind.
+    """
+    tell = progress or (lambda *_: None)
+    with report.output_folder(out) as folder:
+        sample = config.video is None
+        video = fetch_sample_clip(progress=progress is not None) if sample else config.video
+        with recording() as choices:
+            result = _run(config, video, folder, tell)
+        result["video"]["credit"] = SAMPLE_CREDIT if sample else None
+        result["kernels"] = _kernels(choices)
+        result["peak_rss_bytes"] = process_peak()
+        report.write_json(folder / "report.json", result)
+    return result
+
+
+def _run(config: DemoConfig, video: Path, folder: Path, tell: Progress) -> dict[str, Any]:
+    stages = Stages()
+    with stages.measure("decode"):
+        clip = load_clip(video, config.clip, "merge", lambda *n: tell("decode", *n))
+    size = tuple(clip.frames.shape[:3])
+    if config.frames > size[0]:
+        raise UserError(
+            f"the clip has {size[0]} frames, --frames asks for {config.frames} of them; "
+            f"give --frames in [1, {size[0]}]"
+        )
+    chosen = sorted(random.Random(config.seed).sample(range(size[0]), config.frames))
+    sources = clip.frames[chosen]
+    codec = DCTCodec()
+    before = context_tokens(size, codec)
+    latent_frames = -(-size[0] // codec.stride[0])
+    latents = []
+    with stages.measure("encode"):
+        for chunk in codec.encode_chunks(clip.frames.split(2 * codec.stride[0]), torch.float16):
+            latents.append(chunk)
+            tell("encode", sum(c.shape[2] for c in latents), latent_frames)
+    result = {
+        "format": "vidmem.demo",
+        "version": 1,
+        "video": {
+            "source": clip.source.name,
+            "start_seconds": config.clip.start,
+            "seconds": size[0] / clip.fps,
+            "frames": size[0],
+            "height": size[1],
+            "width": size[2],
+            "fps": clip.fps,
+            "shorter_than_asked": clip.short,
+        },
+        "config": {"seed": config.seed, "frames": config.frames, "rate": config.rate},
+        "context_tokens_before": before,
+        "methods": {},
+    }
+    fps = clip.fps
+    del clip
+    for method in METHODS:
+        file = folder / f"memory-{method}.safetensors"
+        with stages.measure(f"compress, {method}"):
+            compressed = compress(
+                latents,
+                codec,
+                size,
+                CompressorConfig(method=method, rate=config.rate),
+                lambda *n, method=method: tell(f"compress, {method}", *n),
+            )
+        tell(f"store, {method}", 0, None)
+        with stages.measure(f"store, {method}"):
+            write_memory(file, compressed, fps=fps, source=video.name)
+        rows = len(compressed.tokens)
+        result["methods"][method] = {
+            "file": file.name,
+            "bytes_on_disk": file.stat().st_size,
+            "context_tokens_after": rows,
+            "channels": compressed.tokens.shape[1],
+            "compression": before / rows,
+        }
+        del compressed
+    del latents
+    retrieved = {m: _retrieve(m, folder, chosen, stages, tell) for m in METHODS}
+    with stages.measure("compare"):
+        for method, (images, times) in retrieved.items():
+            entry = result["methods"][method]
+            entry["retrieved"] = [
+                {
+                    "frame": index,
+                    "seconds": index / fps,
+                    "psnr_db": _finite(psnr(image, source)),
+                    "ssim": ssim(image, source),
+                    "retrieve_seconds": passed,
+                }
+                for index, image, source, passed in zip(
+                    chosen, images, sources, times, strict=True
+                )
+            ]
+            known = [r["psnr_db"] for r in entry["retrieved"] if r["psnr_db"] is not None]
+            entry["mean_psnr_db"] = statistics.fmean(known) if known else None
+            entry["mean_ssim"] = statistics.fmean(r["ssim"] for r in entry["retrieved"])
+    with stages.measure("memory profile"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        curve = profile(config.profile, device, progress=lambda what, *n: tell(what, *n))
+    report.write_json(folder / "memory_vs_context.json", curve)
+    result["skipped"] = report.plots_missing()
+    if result["skipped"] is None:
+        tell("pictures", 0, None)
+        with stages.measure("pictures"):
+            report.write_memory_plot(folder / "memory_vs_context.png", curve)
+            _draw(folder / "contact_sheet.png", result, sources, retrieved)
+    result["stages"] = stages.done
+    result["device"] = describe_device("cpu")
+    result["versions"] = versions()
+    return result
+
+
+def _retrieve(
+    method: str, folder: Path, chosen: list[int], stages: Stages, tell: Progress
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Open the memory file anew and read the chosen frames; images and seconds for each."""
+    images: list[torch.Tensor] = []
+    times = []
+    with stages.measure(f"retrieve, {method}"):
+        memory = read_memory(folder / f"memory-{method}.safetensors")
+        for index in chosen:
+            times.append(timed(lambda index=index: images.append(memory.retrieve(index))))
+            tell(f"retrieve, {method}", len(images), len(chosen))
+    return images, times
+
+
+def _finite(value: float) -> float | None:
+    """PSNR of equal images is infinite, which JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
+def _kernels(choices: list[Choice]) -> dict[str, list[str]]:
+    """Op -> the backends that ran it."""
+    used: dict[str, set[str]] = {}
+    for choice in choices:
+        used.setdefault(choice.op, set()).add(f"{choice.backend} on {choice.device}")
+    return {op: sorted(backends) for op, backends in sorted(used.items())}
+
+
+def _caption(entry: dict[str, Any]) -> str:
+    value = entry["psnr_db"]
+    return ("equal" if value is None else f"{value:.2f} dB") + f"   SSIM {entry['ssim']:.3f}"
+
+
+def _draw(
+    path: Path,
+    result: dict[str, Any],
+    sources: torch.Tensor,
+    retrieved: dict[str, tuple[list[torch.Tensor], list[float]]],
+) -> None:
+    rows = []
+    entries = {method: result["methods"][method]["retrieved"] for method in retrieved}
+    for i, source in enumerate(sources):
+        first = entries[METHODS[0]][i]
+        rows.append(
+            report.SheetRow(
+                f"frame {first['frame']}\n{first['seconds']:.2f} s",
+                source,
+                {m: (retrieved[m][0][i], _caption(entries[m][i])) for m in retrieved},
+            )
+        )
+    after = " and ".join(
+        f"{n:,}" for n in dict.fromkeys(m["context_tokens_after"] for m in result["methods"].values())
+    )
+    video = result["video"]
+    report.write_contact_sheet(
+        path,
+        rows,
+        f"{video['seconds']:.3g} s of {video['source']}: {result['context_tokens_before']:,} tokens "
+        f"→ {after}, PSNR of frames read back from the memory file",
+    )

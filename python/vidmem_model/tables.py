@@ -1,0 +1,110 @@
+"""What the commands print: short tables on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _decibel(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.2f}"
+
+
+def _mebi(count: int) -> str:
+    return f"{count / 2**20:,.1f}" if count < 100 * 2**20 else f"{count / 2**20:,.0f}"
+
+
+def print_demo(result: dict[str, Any], folder: Path) -> None:
+    """Print what `demo.run_demo` returned.
+
+    Args:
+        result: the content of report.json.
+        folder: where the files are.
+    """
+    console = Console(highlight=False)
+    video, methods = result["video"], result["methods"]
+    before = result["context_tokens_before"]
+    console.print(
+        f"{video['source']}, {video['seconds']:.2f} s from {video['start_seconds']:g} s: "
+        f"{video['frames']} frames of {video['height']}x{video['width']} at {video['fps']:g} fps",
+        soft_wrap=True,
+    )
+    if video["shorter_than_asked"]:
+        console.print("the video ends earlier than asked: all there is was taken", soft_wrap=True)
+
+    table = _table("memory", "tokens", "fewer", "MB on disk", "PSNR dB", "SSIM", title="Context")
+    table.add_row("none", f"{before:,}", "", "", "", "")
+    for name, method in methods.items():
+        table.add_row(
+            name,
+            f"{method['context_tokens_after']:,}",
+            f"{method['compression']:.1f}x",
+            f"{method['bytes_on_disk'] / 1e6:.1f}",
+            _decibel(method["mean_psnr_db"]),
+            f"{method['mean_ssim']:.3f}",
+        )
+    console.print(table)
+
+    columns = [f"{name} {unit}" for name in methods for unit in ("dB", "SSIM", "ms")]
+    table = _table("frame", *columns, title="Frames read back from the memory file alone")
+    for rows in zip(*(method["retrieved"] for method in methods.values()), strict=True):
+        cells = [str(rows[0]["frame"])]
+        for row in rows:
+            cells += [_decibel(row["psnr_db"]), f"{row['ssim']:.3f}"]
+            cells.append(f"{row['retrieve_seconds'] * 1e3:.0f}")
+        table.add_row(*cells)
+    console.print(table)
+
+    table = _table("stage", "s", "peak MiB", "above start MiB", title="Time and resident memory")
+    for stage in result["stages"]:
+        table.add_row(
+            stage["stage"],
+            f"{stage['seconds']:.2f}",
+            _mebi(stage["peak_rss_bytes"]),
+            _mebi(stage["grown_bytes"]),
+        )
+    total = sum(stage["seconds"] for stage in result["stages"])
+    table.add_row("all", f"{total:.2f}", _mebi(result["peak_rss_bytes"]), "")
+    console.print(table)
+    _print_files(console, folder, result["skipped"])
+
+
+def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
+    """Print what `profile.profile` returned.
+
+    Args:
+        result: the content of memory_vs_context.json.
+        folder: where the files are.
+        skipped: why there is no plot, or None.
+    """
+    console = Console(highlight=False)
+    strategies = list(dict.fromkeys(point["strategy"] for point in result["points"]))
+    for title, cell in (
+        ("Peak memory, MiB", lambda p: _mebi(p["peak_bytes"])),
+        ("Time of one call, ms", lambda p: f"{p['call_seconds'] * 1e3:,.1f}"),
+    ):
+        table = _table("history", "tokens", *strategies, title=title)
+        for seconds in sorted({p["seconds"] for p in result["points"]}):
+            row = [p for p in result["points"] if p["seconds"] == seconds]
+            table.add_row(f"{seconds:g} s", f"{row[0]['context_tokens']:,}", *map(cell, row))
+        console.print(table)
+    _print_files(console, folder, skipped)
+
+
+def _print_files(console: Console, folder: Path, skipped: str | None) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            console.print(f"{file}  ({file.stat().st_size / 1e6:.2f} MB)", soft_wrap=True)
+    if skipped:
+        console.print(f"no pictures: {skipped}", soft_wrap=True, markup=False)
