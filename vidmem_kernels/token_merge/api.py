@@ -1,0 +1,266 @@
+"""Public functions of token merging: contracts and checks of meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
+from .._dispatch import requested
+
+
+class MergePlan(NamedTuple):
+    """Which of N tokens merge into which of M rows; plain int32 tensors, on the device of the metric.
+
+    The groups come twice: by token, and by row as CSR, so that sums over a group need no atomics.
+
+    Attributes:
+        assignment: (B, N) the row of every token.
+        kept: (B, M) the position of every row among the tokens, ascending: order and positional embeddings survive.
+        order: (B, N) the tokens grouped by row, ascending inside a group.
+        offsets: (B, M + 1) where each row's group starts in `order`.
+    """
+
+    assignment: Tensor
+    kept: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+class MergeResult(NamedTuple):
+    """Merged tokens (B, M, C) and the size (B, M), the number of tokens that each stands for."""
+
+    tokens: Tensor
+    size: Tensor
+
+
+def _check_metric(op: str, metric: Tensor) -> None:
+    check_tensor(op, "metric", metric, "B, N, C")
+    if metric.shape[2] < 1:
+        raise ValueError(f"{op}: metric must have at least one channel, got {tuple(metric.shape)}")
+
+
+def _check_three(op: str, name: str, value: object, low: int) -> tuple[int, int, int]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+        raise TypeError(f"{op}: {name} must be three ints (t, h, w), got {value!r}")
+    for axis, number in zip("thw", value, strict=True):
+        check_int(op, f"{name} along {axis}", number, low)
+    return tuple(value)
+
+
+def _check_grid(op: str, metric: Tensor, grid: object) -> tuple[int, int, int]:
+    t, h, w = _check_three(op, "grid", grid, 0)
+    if t * h * w != metric.shape[1]:
+        raise ValueError(f"{op}: grid must hold the {metric.shape[1]} tokens of metric, got {(t, h, w)}")
+    return t, h, w
+
+
+def match_tokens(
+    metric: Tensor,
+    num_merge: int,
+    *,
+    grid: Sequence[int] | None = None,
+    stride: Sequence[int] = (2, 2, 2),
+    window: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> MergePlan:
+    """Plans a merge by bipartite soft matching: each source's most similar destination, the best pairs merge.
+
+    Similarity is the cosine, computed in float32 (float64 for float64); a zero vector's is 0 with everything. Of
+    equal similarities the lower position wins, for the destination of a source and for the sources that merge. A
+    NaN similarity, which every vector with a NaN or an infinity has, counts as below all others.
+
+    Args:
+        metric: (B, N, C) what tokens are compared by, for example attention keys averaged over heads.
+        num_merge: number of tokens to merge away, in [0, number of sources].
+        grid: (T, H, W) of the tokens, T * H * W = N, W fastest. The first token of every cell of `stride` is a
+            destination, all others are sources. Without it even positions are sources, odd ones destinations.
+        stride: (t, h, w) size of a cell, used with `grid` only; cells at the far border may be partial.
+        window: (t, h, w); a source sees only the destinations whose cell is at most so many cells from its own,
+            on each axis, and time grows linearly with N. By default it sees all.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        `MergePlan` with M = N - num_merge rows. Indices carry no gradient. Scores are never held all at once.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Equivalent PyTorch:
+        a, b = normalize(metric, dim=-1)[:, ::2], normalize(metric, dim=-1)[:, 1::2]
+        score, destination = (a @ b.transpose(1, 2)).max(dim=-1)
+        merged = score.argsort(dim=-1, descending=True, stable=True)[:, :num_merge]
+        # source 2 * merged joins token 2 * destination.gather(1, merged) + 1; all other tokens stay
+
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461; destinations on a grid as in Bolya
+    and Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604.
+    """
+    op = "match_tokens"
+    _check_metric(op, metric)
+    tokens = metric.shape[1]
+    stride = _check_three(op, "stride", stride, 1)
+    if grid is not None:
+        grid = _check_grid(op, metric, grid)
+        cells = [(n + s - 1) // s for n, s in zip(grid, stride, strict=True)]
+        sources = tokens - cells[0] * cells[1] * cells[2]
+    else:
+        sources = (tokens + 1) // 2 if tokens > 1 else 0  # one token has nothing to merge into
+    if window is not None:
+        window = _check_three(op, "window", window, 0)
+        if grid is None:
+            raise ValueError(f"{op}: window must come with a grid, got window {window} and no grid")
+    check_int(op, "num_merge", num_merge, 0, sources)
+    plan = torch.ops.vidmem.match_tokens(metric, num_merge, grid, stride, window, requested(backend))
+    return MergePlan(*plan)
+
+
+def match_neighbors(
+    metric: Tensor,
+    num_merge: int | None,
+    *,
+    grid: Sequence[int],
+    threshold: float | None = None,
+    backend: str | None = None,
+) -> MergePlan:
+    """Plans a merge of tokens with their most similar neighbour on a T, H, W grid.
+
+    Tokens of odd t + h + w are sources; their up to six neighbours, all even, are destinations. Each source goes with
+    its most similar neighbour, and the `num_merge` best pairs merge. Similarity, ties and NaN as in `match_tokens`.
+
+    Args:
+        metric: (B, N, C) what tokens are compared by.
+        num_merge: number of tokens to merge away, in [0, N // 2]; the upper bound if there is a threshold. None, only
+            with a threshold, is N // 2.
+        grid: (T, H, W) of the tokens, T * H * W = N, W fastest.
+        threshold: in [-1, 1]; pairs of a similarity below it never merge. A plan has the same number of rows for the
+            whole batch, so the element with the fewest such pairs sets how many merge in each. That number depends on
+            the data: it is read back from the device, and under `torch.compile` it breaks the graph unless
+            `torch._dynamo.config.capture_scalar_outputs` is set.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        `MergePlan` with M = N - num_merge rows, or more with a threshold. Indices carry no gradient.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Equivalent PyTorch:
+        x = normalize(metric, dim=-1).view(B, T, H, W, C)
+        right = (x[:, :, :, :-1] * x[:, :, :, 1:]).sum(dim=-1)  # and so along H and T
+        # a source's score is the largest of its up to six; the num_merge sources of highest score merge
+
+    Source: the token merging baseline of arXiv 2512.23851 (cosine similarity with the six T/H/W neighbours, merged
+    above a threshold), made bipartite as in ToMe, arXiv 2210.09461, so that merges never chain.
+    """
+    op = "match_neighbors"
+    _check_metric(op, metric)
+    grid = _check_grid(op, metric, grid)
+    sources = metric.shape[1] // 2
+    if num_merge is None and threshold is None:
+        raise ValueError(f"{op}: num_merge must be an int when there is no threshold, got None")
+    if num_merge is None:
+        num_merge = sources
+    check_int(op, "num_merge", num_merge, 0, sources)
+    backend = requested(backend)
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float | torch.SymFloat):
+            raise TypeError(f"{op}: threshold must be a float, got {type(threshold).__name__}")
+        if not -1 <= threshold <= 1:
+            raise ValueError(f"{op}: threshold must be in [-1, 1], got {threshold}")
+        counts = torch.ops.vidmem.count_neighbors(metric, grid, float(threshold), backend)
+        # The limit is one more count, so that an empty batch has a smallest one.
+        limit = counts.new_full((1,), num_merge)
+        num_merge = torch.cat([counts, limit]).amin().item()
+        torch._check(num_merge >= 0)
+        torch._check(num_merge <= sources)
+    return MergePlan(*torch.ops.vidmem.match_neighbors(metric, num_merge, grid, backend))
+
+
+def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> None:
+    """Checks a plan's own shapes and that it fits `tensor`, (B, M, C) if `of_rows`, else (B, N, C)."""
+    if not isinstance(plan, MergePlan):
+        raise TypeError(f"{op}: plan must be a MergePlan, got {type(plan).__name__}")
+    for field, value in plan._asdict().items():
+        check_tensor(op, f"plan.{field}", value, "B, N", INDEX_DTYPES)
+        check_same(op, f"plan.{field} must be on the device of {name}", value.device, tensor.device)
+    batch, tokens = plan.assignment.shape
+    rows = plan.kept.shape[1]
+    shapes = {"kept": (batch, rows), "order": (batch, tokens), "offsets": (batch, rows + 1)}
+    for field, shape in shapes.items():
+        found = tuple(getattr(plan, field).shape)
+        if found != shape:
+            raise ValueError(f"{op}: plan.{field} must have shape {shape}, got {found}")
+    count = rows if of_rows else tokens
+    if tensor.shape[0] != batch or tensor.shape[1] != count:
+        what = "rows" if of_rows else "tokens"
+        raise ValueError(
+            f"{op}: {name} must have the batch of {batch} and the {count} {what} of plan, got {tuple(tensor.shape)}"
+        )
+
+
+def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, backend: str | None = None) -> MergeResult:
+    """Merges each group of a plan into its size-weighted mean.
+
+    Args:
+        x: (B, N, C) float tokens.
+        plan: of `match_tokens` or `match_neighbors`, for B and N.
+        size: (B, N) float32 (float64 when x is float64) weights, not negative: how many tokens each one already
+            stands for. By default 1. A group of total size 0 gives a row of zeros.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        `MergeResult`: tokens (B, M, C) of the dtype of x, summed in float32 in order of the tokens, and size (B, M)
+        of the dtype of `size`. A token alone in its group comes out unchanged. Tokens are differentiable in x and in
+        `size`, the new size in `size`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        IndexError: a plan that was not made by this package and holds indices outside its shapes.
+
+    Equivalent PyTorch:
+        total = zeros(B, M).scatter_add_(1, plan.assignment, size)
+        share = size / total.gather(1, plan.assignment)
+        tokens = zeros(B, M, C).scatter_add_(1, plan.assignment[..., None].expand_as(x), x * share[..., None])
+
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461.
+    """
+    op = "merge_tokens"
+    check_tensor(op, "x", x, "B, N, C")
+    _check_plan(op, plan, "x", x, of_rows=False)
+    if size is not None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        check_tensor(op, "size", size, "B, N", (dtype,))
+        check_same(op, "size must have the first two sizes of x", size.shape, x.shape[:2])
+        check_same(op, "size must be on the device of x", size.device, x.device)
+    merged = torch.ops.vidmem.merge_tokens(x, size, plan.assignment, plan.order, plan.offsets, requested(backend))
+    return MergeResult(*merged)
+
+
+def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) -> Tensor:
+    """Gives every token the row that it was merged into.
+
+    Args:
+        y: (B, M, C) float rows.
+        plan: the plan they were merged by.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        (B, N, C) of the dtype of y, differentiable: gradients are summed over each group in float32, in order of
+        the tokens.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        IndexError: a plan that was not made by this package and holds indices outside its shapes.
+
+    Equivalent PyTorch:
+        y.gather(1, plan.assignment[..., None].expand(B, N, C))
+
+    Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604.
+    """
+    op = "unmerge_tokens"
+    check_tensor(op, "y", y, "B, M, C")
+    _check_plan(op, plan, "y", y, of_rows=True)
+    return torch.ops.vidmem.unmerge_tokens(y, plan.assignment, plan.order, plan.offsets, requested(backend))

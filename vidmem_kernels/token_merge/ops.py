@@ -1,0 +1,152 @@
+"""Token merging as torch ops: schemas, fakes and gradients.
+
+The groups of a plan come in two forms: `assignment` (the row of a token) for what is computed per token, and
+`order` with `offsets` (the tokens of a row) for sums, which then need no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._registry import register_op
+from . import reference
+
+# --- matching ---
+
+
+def _plan_fake(metric, num_merge):
+    batch, tokens, _ = metric.shape
+    sizes = (tokens, tokens - num_merge, tokens, tokens - num_merge + 1)
+    return tuple(metric.new_empty(batch, size, dtype=torch.int32) for size in sizes)
+
+
+def _match_tokens_fake(metric, num_merge, grid, stride, window):
+    return _plan_fake(metric, num_merge)
+
+
+def _match_neighbors_fake(metric, num_merge, grid):
+    return _plan_fake(metric, num_merge)
+
+
+def _count_neighbors_fake(metric, grid, threshold):
+    return metric.new_empty(metric.shape[0], dtype=torch.int32)
+
+
+register_op(
+    "match_tokens(Tensor metric, SymInt num_merge, SymInt[]? grid=None, SymInt[] stride=[2, 2, 2], "
+    "SymInt[]? window=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.match_tokens,
+    fake=_match_tokens_fake,
+    autocast=(),
+)
+
+register_op(
+    "match_neighbors(Tensor metric, SymInt num_merge, SymInt[] grid) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.match_neighbors,
+    fake=_match_neighbors_fake,
+    autocast=(),
+)
+
+# A threshold makes the number of rows depend on the data. Counting is an op of its own, so that every other op has
+# sizes that are known from its arguments, and a compiled graph carries at most one symbolic number.
+register_op(
+    "count_neighbors(Tensor metric, SymInt[] grid, float threshold) -> Tensor",
+    reference=reference.count_neighbors,
+    fake=_count_neighbors_fake,
+    autocast=(),
+)
+
+# --- merge_tokens ---
+
+
+def _merge_fake(x, size, assignment, order, offsets):
+    batch, _, channels = x.shape
+    rows = offsets.shape[1] - 1
+    total = x.new_empty(batch, rows, dtype=reference.accumulator(x.dtype))
+    return x.new_empty(batch, rows, channels), total
+
+
+def _merge_setup(ctx, inputs, output):
+    x, size, *groups = inputs
+    wants_size = ctx.needs_input_grad[1]
+    # Only the gradient of size needs x; without it, x is free after the forward pass.
+    ctx.save_for_backward(x if wants_size else None, size, *groups)
+    if not wants_size:
+        ctx.mark_non_differentiable(output[1])
+
+
+def _merge_backward(ops, ctx, grad_tokens, grad_size):
+    x, size, *groups = ctx.saved_tensors
+    grad_x, grad_size = ops.merge_tokens_backward(grad_tokens, grad_size, x, size, *groups)
+    return grad_x, grad_size if x is not None else None, None, None, None
+
+
+register_op(
+    "merge_tokens(Tensor x, Tensor? size, Tensor assignment, Tensor order, Tensor offsets) -> (Tensor, Tensor)",
+    reference=reference.merge_tokens,
+    fake=_merge_fake,
+    setup_context=_merge_setup,
+    backward=_merge_backward,
+    autocast=(),
+)
+
+
+def _merge_backward_fake(grad_tokens, grad_size, x, size, assignment, order, offsets):
+    batch, tokens = assignment.shape
+    dtype = reference.accumulator(grad_tokens.dtype)
+    wanted = tokens if x is not None else 0
+    return (
+        grad_tokens.new_empty(batch, tokens, grad_tokens.shape[2]),
+        grad_tokens.new_empty(batch, wanted, dtype=dtype),
+    )
+
+
+register_op(
+    "merge_tokens_backward(Tensor grad_tokens, Tensor grad_size, Tensor? x, Tensor? size, Tensor assignment, "
+    "Tensor order, Tensor offsets) -> (Tensor, Tensor)",
+    reference=reference.merge_tokens_backward,
+    fake=_merge_backward_fake,
+    autocast=(),
+)
+
+# --- unmerge_tokens and its transpose ---
+
+
+def _groups_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _unmerge_fake(y, assignment, order, offsets):
+    return y.new_empty(*assignment.shape, y.shape[2])
+
+
+def _unmerge_backward(ops, ctx, grad):
+    return ops.sum_groups(grad, *ctx.saved_tensors), None, None, None
+
+
+register_op(
+    "unmerge_tokens(Tensor y, Tensor assignment, Tensor order, Tensor offsets) -> Tensor",
+    reference=reference.unmerge_tokens,
+    fake=_unmerge_fake,
+    setup_context=_groups_setup,
+    backward=_unmerge_backward,
+    autocast=(),
+)
+
+
+def _sum_groups_fake(x, assignment, order, offsets):
+    return x.new_empty(x.shape[0], offsets.shape[1] - 1, x.shape[2])
+
+
+def _sum_groups_backward(ops, ctx, grad):
+    return ops.unmerge_tokens(grad, *ctx.saved_tensors), None, None, None
+
+
+register_op(
+    "sum_groups(Tensor x, Tensor assignment, Tensor order, Tensor offsets) -> Tensor",
+    reference=reference.sum_groups,
+    fake=_sum_groups_fake,
+    setup_context=_groups_setup,
+    backward=_sum_groups_backward,
+    autocast=(),
+)

@@ -1,0 +1,124 @@
+"""Sample inputs of the token merging ops."""
+
+import torch
+
+from ..testing import sample_inputs
+from . import reference
+
+
+@sample_inputs("match_tokens")
+def match_tokens(make):
+    default = (2, 2, 2)
+    yield "half and half", (make.randn(2, 16, 5), 5, None, default, None)
+    yield "odd count, all sources", (make.randn(2, 17, 5), 9, None, default, None)
+    yield "nothing merged", (make.randn(2, 7, 5), 0, None, default, None)
+    yield "strided", (make.strided(make.randn(2, 16, 5)), 5, None, default, None)
+    yield "one channel", (make.randn(2, 9, 1), 3, None, default, None)
+    yield "equal tokens", (make.randn(2, 1, 5).repeat(1, 12, 1), 4, None, default, None)
+    yield "zero vectors", (torch.zeros_like(make.randn(2, 12, 5)), 4, None, default, None)
+    nan = make.randn(2, 12, 5)
+    nan[0, 3] = float("nan")
+    nan[1, 4, 2] = float("inf")
+    yield "nan and infinity", (nan, 5, None, default, None)
+    yield "one token", (make.randn(2, 1, 5), 0, None, default, None)
+    yield "no token", (make.randn(2, 0, 5), 0, None, default, None)
+    yield "no batch", (make.randn(0, 8, 5), 3, None, default, None)
+    yield "grid", (make.randn(2, 48, 5), 20, (3, 4, 4), default, None)
+    yield "grid, partial cells, window", (make.randn(2, 105, 6), 60, (3, 5, 7), (2, 2, 3), (1, 0, 1))
+    yield "window 0", (make.randn(1, 60, 6), 13, (3, 4, 5), default, (0, 0, 0))
+    yield "window, several tiles", (make.randn(1, 90, 3), 40, (1, 10, 9), (1, 2, 1), (0, 1, 1))
+    nan = make.randn(1, 48, 5)
+    nan[0, ::3] = float("nan")
+    yield "window, nan", (nan, 30, (3, 4, 4), default, (0, 1, 1))
+    yield "every token a destination", (make.randn(2, 24, 5), 0, (2, 3, 4), (1, 1, 1), (1, 1, 1))
+
+
+@sample_inputs("match_neighbors")
+def match_neighbors(make):
+    yield "grid", (make.randn(2, 60, 5), 11, (3, 4, 5))
+    yield "all sources", (make.randn(2, 27, 5), 13, (3, 3, 3))
+    yield "one axis", (make.randn(2, 9, 5), 2, (1, 9, 1))
+    yield "strided, one channel", (make.strided(make.randn(2, 24, 1)), 5, (2, 3, 4))
+    yield "equal tokens", (make.randn(1, 1, 5).repeat(1, 24, 1), 5, (2, 3, 4))
+    nan = make.randn(2, 24, 5)
+    nan[0, ::5] = float("nan")
+    yield "nan", (nan, 10, (2, 3, 4))
+    yield "nothing merged", (make.randn(1, 24, 5), 0, (2, 3, 4))
+    yield "one token", (make.randn(2, 1, 5), 0, (1, 1, 1))
+    yield "no token", (make.randn(2, 0, 5), 0, (0, 3, 4))
+    yield "no batch", (make.randn(0, 24, 5), 5, (2, 3, 4))
+
+
+@sample_inputs("count_neighbors")
+def count_neighbors(make):
+    yield "grid", (make.randn(2, 60, 5), (3, 4, 5), 0.25)
+    yield "strided", (make.strided(make.randn(2, 24, 5)), (2, 3, 4), -0.5)
+    yield "one token", (make.randn(2, 1, 5), (1, 1, 1), 0.0)
+    yield "no batch", (make.randn(0, 24, 5), (2, 3, 4), 0.0)
+
+
+def _groups(make, batch, tokens, num_merge):
+    """assignment, order, offsets of a random plan."""
+    metric = make.randn(batch, tokens, 3, dtype=torch.float32)
+    assignment, _, order, offsets = reference.match_tokens(metric, num_merge, None, (2, 2, 2), None)
+    return assignment, order, offsets
+
+
+def _size(make, *shape):
+    return make.rand(*shape, dtype=reference.accumulator(make.dtype))
+
+
+def _one_group(make, batch, tokens):
+    order = torch.arange(tokens, dtype=torch.int32, device=make.device).repeat(batch, 1)
+    offsets = torch.tensor([0, tokens], dtype=torch.int32, device=make.device).repeat(batch, 1)
+    return torch.zeros_like(order), order, offsets
+
+
+def _merges(make):
+    """label, x, size, assignment, order, offsets."""
+    plan = _groups(make, 2, 11, 5)
+    yield "mean", make.randn(2, 11, 5), None, *plan
+    yield "sizes", make.randn(2, 11, 5), _size(make, 2, 11), *plan
+    wide = tuple(t.long() for t in plan)
+    yield "int64, wide", make.randn(2, 11, 1031), _size(make, 2, 11), *wide
+    strided = (make.strided(t) for t in (make.randn(2, 11, 5), _size(make, 2, 11), *plan))
+    yield "strided", *strided
+    yield "one channel", make.randn(2, 11, 1), _size(make, 2, 11), *plan
+    yield "nothing merged", make.randn(2, 7, 5), _size(make, 2, 7), *_groups(make, 2, 7, 0)
+    yield "one group", make.randn(2, 40, 33), _size(make, 2, 40), *_one_group(make, 2, 40)
+    yield "no token", make.randn(2, 0, 5), _size(make, 2, 0), *_groups(make, 2, 0, 0)
+    yield "no batch", make.randn(0, 8, 5), _size(make, 0, 8), *_groups(make, 0, 8, 3)
+
+
+@sample_inputs("merge_tokens")
+def merge_tokens(make):
+    for label, *args in _merges(make):
+        yield label, tuple(args)
+
+
+@sample_inputs("merge_tokens_backward")
+def merge_tokens_backward(make):
+    for label, x, size, assignment, order, offsets in _merges(make):
+        batch, rows = offsets.shape[0], offsets.shape[1] - 1
+        grad = make.randn(batch, rows, x.shape[2])
+        grad_size = _size(make, batch, rows)
+        if label == "strided":
+            grad, grad_size = make.strided(grad), make.strided(grad_size)
+        groups = (assignment, order, offsets)
+        if size is not None:
+            yield label, (grad, grad_size, x, size, *groups)
+        yield f"{label}, x only", (grad, grad_size, None, size, *groups)
+
+
+@sample_inputs("unmerge_tokens")
+def unmerge_tokens(make):
+    for label, x, _, assignment, order, offsets in _merges(make):
+        y = make.randn(x.shape[0], offsets.shape[1] - 1, x.shape[2])
+        y = make.strided(y) if label == "strided" else y
+        yield label, (y, assignment, order, offsets)
+
+
+@sample_inputs("sum_groups")
+def sum_groups(make):
+    for label, x, _, assignment, order, offsets in _merges(make):
+        yield label, (x, assignment, order, offsets)
