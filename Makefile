@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "vidmem_kernels needs Python 3.10 or newer; call make PYTHON=/path/to/one"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "$(TORCH)" "setuptools>=77" wheel pybind11 numpy
+	$(PIP) install --quiet "$(TORCH)" "setuptools>=64" wheel pybind11 numpy
 	VIDMEM_BUILD=0 $(PIP) install --quiet --no-build-isolation -e ".[dev]"
 	touch $@
 
