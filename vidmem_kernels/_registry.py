@@ -101,7 +101,9 @@ def register_op(
     name = schema.split("(", 1)[0]
     head, returns = schema.rsplit(") ->", 1)
     _CPP_LIBRARY.define(schema)
-    _LIBRARY.define(f'{head}, str backend="auto") ->{returns}', tags=(torch.Tag.pt2_compliant_tag,))
+    # torch drops arguments that equal their default, and then miscounts the gradients of an op with lists of tensors.
+    default = "" if "Tensor[]" in head else '="auto"'
+    _LIBRARY.define(f"{head}, str backend{default}) ->{returns}", tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.vidmem, name).default
     arguments = overload._schema.arguments
     op = Op(

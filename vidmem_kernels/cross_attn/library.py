@@ -16,6 +16,9 @@ _CUDNN = int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
 
 def _heads_first(x: Tensor) -> Tensor:
     x = x.transpose(1, 2)
+    if x.device.type == "cpu":
+        # On half precision torch's CPU kernel is no faster for lack of instructions, and rounds lse.
+        x = x.to(torch.float32)
     return x if x.stride(3) == 1 else x.contiguous()
 
 
@@ -30,6 +33,8 @@ def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, bl
         return f"D={size} and Dv={value_size} differ"
     if 0 in q.shape or k.shape[1] == 0:
         return "an input is empty"
+    if q.dtype == torch.float64:
+        return "float64 is for checks and runs the reference"
     if q.device.type == "cpu":
         return None
     if q.device.type != "cuda":
@@ -43,30 +48,31 @@ def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, bl
     return None
 
 
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    else:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    return kernel(q, k, v, scale=scale)[:2]
+
+
 def cross_attention(
     q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale
 ) -> tuple[Tensor, Tensor]:
-    """The forward pass: flash on the CPU, on CUDA cuDNN where torch itself prefers it, else flash."""
+    """The forward pass: flash, or on CUDA cuDNN where torch itself prefers it."""
+    dtype = q.dtype
     q, k, v = map(_heads_first, (q, k, v))
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    elif torch._fused_sdp_choice(q, k, v, scale=scale) == _CUDNN:
-        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    if q.device.type == "cuda" and torch._fused_sdp_choice(q, k, v, scale=scale) == _CUDNN:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
         lse = lse.view(q.shape[:3])  # (B, H, Lq, 1)
     else:
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    return out.transpose(1, 2).contiguous(), lse.contiguous()
+        out, lse = _flash(q, k, v, scale)
+    return out.transpose(1, 2).to(dtype).contiguous(), lse.contiguous()
 
 
-def refuse_backward(
-    grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index,
-    block_size, scale,
-) -> str | None:  # fmt: skip
+def refuse_backward(grad_out, grad_lse, q, k, v, key_bias, out, lse, *options) -> str | None:
     """Why torch's SDPA cannot compute these gradients, or None."""
-    if grad_lse is not None:
-        return "lse has a gradient"
-    return refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale)
+    return refuse(q, k, v, key_bias, *options)
 
 
 @contextmanager
@@ -84,22 +90,33 @@ def _deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def _flash_backward(grad, q, k, v, out, lse, scale) -> tuple[Tensor, ...]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, scale=scale
+        )
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: never read
+    with _deterministic():
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed[:0],
+            scale=scale,
+        )  # fmt: skip
+
+
 def cross_attention_backward(
     grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index,
     block_size, scale,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The backward pass by flash, whichever kernel ran forward."""
+    dtype = q.dtype
     q, k, v, out, grad = map(_heads_first, (q, k, v, out, grad_out))
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, scale=scale
-        )
-    else:
-        seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: never read
-        with _deterministic():
-            grads = aten._scaled_dot_product_flash_attention_backward(
-                grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed[:0],
-                scale=scale,
-            )  # fmt: skip
-    return *(g.transpose(1, 2).contiguous() for g in grads), lse.new_empty(0)
+    grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, out, lse, scale)
+    if grad_lse is not None:
+        # SDPA has no gradient of lse. With weights P it adds scale * grad_lse * (P k) to the gradient of q, and
+        # P^T (scale * grad_lse * q) to that of k: the result, and the gradient of v, of an attention to k.
+        factor = grad_lse.unsqueeze(3) * scale
+        seen, _ = _flash(q, k, k, scale)
+        grad_q = grad_q + factor * seen
+        grad_k = grad_k + _flash_backward((factor * q).to(q.dtype), q, k, k, seen, lse, scale)[2]
+    grads = (g.transpose(1, 2).to(dtype).contiguous() for g in (grad_q, grad_k, grad_v))
+    return *grads, lse.new_empty(0)
