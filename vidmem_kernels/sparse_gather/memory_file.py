@@ -8,11 +8,13 @@ tensors for copying rather than for mapping.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import mmap
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Mapping
@@ -111,6 +113,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises:
         OSError: the folder is missing, full or not writable. The temporary file is gone then, as after any exception.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
     # Wide elements first: every tensor is then aligned to its element size.
     ordered = {name: tensors[name] for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))}
     header = _header(ordered, metadata)
@@ -184,15 +188,15 @@ def _entries(path: Path, content: dict[str, Any], data_size: int) -> list[_Entry
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            entries.append(_Entry(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end))
-            size = math.prod(entries[-1].shape) * entries[-1].dtype.itemsize
-            if begin != expected or end != begin + size or min(entries[-1].shape, default=0) < 0:
-                raise _damaged(path, f"its header places {name} wrongly")
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            fits = whole and math.prod(max(n, 1) for n in shape) < 1 << 60
+            if not fits or begin != expected or end != begin + math.prod(shape) * dtype.itemsize:
+                raise ValueError
+            entries.append(_Entry(name, dtype, shape, begin, end))
             expected = end
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, MemoryFileError):
-            raise
-        raise _damaged(path, "its header does not describe tensors") from None
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path, "its header does not describe its tensors") from None
     if expected != data_size:
         raise _damaged(path, f"it should hold {expected} bytes of tensors, holds {data_size}")
     return entries
@@ -240,7 +244,9 @@ def read(path: Path, rows: str, rows_storage: str) -> tuple[dict[str, Tensor], d
         head, content = _read_header(path, file, size)
         entries = _entries(path, content, size - len(head))
         own = content["__metadata__"]
-        checksum = str(own.get(f"{RESERVED}checksum"))
+        checksum = own.get(f"{RESERVED}checksum")
+        if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+            raise _damaged(path, "its checksum is no checksum")
         digest = hashlib.sha256(head.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1))
         tensors = {}
         scratch = memoryview(bytearray(_CHUNK))

@@ -60,10 +60,18 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
     return out.view(batch, num_rows + 1, channels)[:, :num_rows].to(src.dtype)
 
 
-# Largest magnitudes that the two row dtypes hold, and the smallest scale of a row that is not zero: with
-# a normal scale x / scale stays within them whatever the magnitude of x, so nothing has to be clipped.
+# Largest magnitudes that the two row dtypes hold.
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def scale_limits(dtype: torch.dtype, scale_dtype: torch.dtype) -> tuple[float, float]:
+    """Smallest and largest scale of a row of `dtype` that is not zero.
+
+    A subnormal scale is too coarse to keep x / scale within qmax; one rounded up from the largest float / qmax would
+    bring qmax back as infinity.
+    """
+    limits = torch.finfo(scale_dtype)
+    return limits.tiny, limits.max / QUANTIZED_MAX[dtype] * (1 - limits.eps)
 
 
 def _row_maximum(x: Tensor) -> Tensor:
@@ -82,7 +90,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.quantize_rows`."""
     maximum = _row_maximum(x)
     scale = maximum / QUANTIZED_MAX[dtype]
-    scale = torch.where(maximum > 0, scale.clamp(min=SMALLEST_SCALE), maximum)
+    scale = torch.where(maximum > 0, scale.clamp(*scale_limits(dtype, scale.dtype)), maximum)
     usable = (scale > 0).unsqueeze(-1)  # neither 0 nor NaN
     values = torch.where(usable, x.detach().to(scale.dtype) / scale.detach().unsqueeze(-1), 0)
     return (values.round() if dtype == torch.int8 else values).to(dtype), scale
@@ -95,9 +103,10 @@ def quantize_rows_backward(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) ->
         return grad
     first = x.abs().argmax(dim=-1, keepdim=True)
     at = x.gather(-1, first).to(grad_scale.dtype)
-    slope = at.sign() / QUANTIZED_MAX[dtype]
-    constant = at.abs() < QUANTIZED_MAX[dtype] * SMALLEST_SCALE
-    step = (grad_scale.unsqueeze(-1) * slope).masked_fill(constant, 0)
+    scale = at.abs() / QUANTIZED_MAX[dtype]
+    smallest, largest = scale_limits(dtype, scale.dtype)
+    step = grad_scale.unsqueeze(-1) * at.sign() / QUANTIZED_MAX[dtype]
+    step = step.masked_fill((scale < smallest) | (scale > largest), 0)  # where the scale is limited
     step = step.masked_fill(~at.isfinite(), torch.nan)
     return grad.scatter(-1, first, step.to(x.dtype))
 
