@@ -223,6 +223,15 @@ def count_neighbors(metric: Tensor, grid: Sequence[int], threshold: float) -> Te
 # --- merging ---
 
 
+def _check_groups(op: str, assignment: Tensor, rows: int) -> None:
+    if assignment.numel() == 0:
+        return
+    smallest, largest = assignment.amin().item(), assignment.amax().item()
+    if smallest < 0 or largest >= rows:
+        wrong = smallest if smallest < 0 else largest
+        raise IndexError(f"{op}: assignment must be in [0, {rows - 1}], got {wrong}")
+
+
 def _token_chunks(x: Tensor) -> Iterator[slice]:
     batch, tokens, channels = x.shape
     step = max(1, _CHUNK // max(1, batch * channels))
@@ -267,6 +276,7 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.merge_tokens`."""
     rows = offsets.shape[1] - 1
+    _check_groups("merge_tokens", assignment, rows)
     share, _, total = _shares(x, size, assignment, rows)
     return _sum_groups(x, share, assignment, rows).to(x.dtype), total
 
@@ -283,6 +293,7 @@ def merge_tokens_backward(
     """Gradients of `merge_tokens` in x and size; without x the latter is not wanted and is (B, 0)."""
     batch, tokens = assignment.shape
     rows = offsets.shape[1] - 1
+    _check_groups("merge_tokens_backward", assignment, rows)
     dtype = accumulator(grad_tokens.dtype)
     share, own, _ = _shares(grad_tokens, size, assignment, rows)
     lane = torch.arange(batch, device=assignment.device).unsqueeze(1)
@@ -304,10 +315,13 @@ def merge_tokens_backward(
 
 def unmerge_tokens(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """See `vidmem_kernels.unmerge_tokens`."""
+    _check_groups("unmerge_tokens", assignment, y.shape[1])
     lane = torch.arange(y.shape[0], device=y.device).unsqueeze(1)
     return y[lane, assignment.to(torch.int64)]
 
 
 def sum_groups(x: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the tokens of each row: the transpose of `unmerge_tokens`."""
-    return _sum_groups(x, None, assignment, offsets.shape[1] - 1).to(x.dtype)
+    rows = offsets.shape[1] - 1
+    _check_groups("sum_groups", assignment, rows)
+    return _sum_groups(x, None, assignment, rows).to(x.dtype)
