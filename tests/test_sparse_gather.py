@@ -419,7 +419,7 @@ def topk_by_loops(q, k, block_q, block_k, topk):
     [(8, 16, (4, 4), 4), (7, 18, (2, 4), 3), (4, 9, (8, 2), 5), (1, 1, (1, 1), 1), (5, 33, (1, 1), 12)],
 )
 def test_topk_blocks_by_loops(lq, lk, block, topk, dtype, device):
-    # Small integers and blocks of 1, 2 or 4 rows, the last ones too, make every mean and product exact, so that ties are ties.
+    # Small integers and blocks of 1, 2 or 4 rows, the last ones too: every mean and product is exact, ties are ties.
     q, k = torch.randint(-2, 3, (2, lq, 3, 4)).to(dtype), torch.randint(-2, 3, (2, lk, 3, 4)).to(dtype)
     got = topk_blocks(q.to(device), k.to(device), block_size=block, topk=topk)
     assert got.dtype == torch.int32

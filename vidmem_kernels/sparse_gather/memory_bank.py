@@ -15,7 +15,6 @@ from torch import Tensor
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, QUANTIZED_DTYPES, check_int, check_tensor, names
 from . import memory_file
 from .api import gather_tokens, quantize_rows
-from .memory_file import MemoryFileError
 from .reference import merge_best
 
 BANK_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *QUANTIZED_DTYPES)
@@ -348,9 +347,7 @@ class MemoryBank:
         tensors, metadata = memory_file.read(path, "rows", storage)
         rows, positions, scale = tensors.get("rows"), tensors.get("positions"), tensors.get("scale")
         if not _is_bank(rows, positions, scale):
-            raise MemoryFileError(
-                f"MemoryBank.load: {path} does not hold the rows of a bank; give a file that MemoryBank.save wrote"
-            )
+            raise memory_file.foreign(path, "it does not hold the rows of a bank")
         bank = cls.__new__(cls)
         bank.channels, bank.dtype = rows.shape[1], rows.dtype
         bank.device, bank.storage = torch.device(device), storage

@@ -145,7 +145,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 # --- reading ---
 
 
-def _foreign(path: Path, why: str) -> MemoryFileError:
+def foreign(path: Path, why: str) -> MemoryFileError:
+    """The error for a file that is something else."""
     return MemoryFileError(
         f"MemoryBank.load: {path} is not a memory file ({why}); give a file that MemoryBank.save wrote"
     )
@@ -157,23 +158,23 @@ def _damaged(path: Path, why: str) -> MemoryFileError:
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
     if size < 8:
-        raise _foreign(path, f"{size} bytes are too few")
+        raise foreign(path, f"{size} bytes are too few")
     head = file.read(8)
     length = int.from_bytes(head, "little")
     if length > min(size - 8, _HEADER_LIMIT):
-        raise _foreign(path, "no safetensors header, or cut inside it")
+        raise foreign(path, "no safetensors header, or cut inside it")
     head += file.read(length)
     try:
         content = json.loads(head[8:])
     except (ValueError, RecursionError):
-        raise _foreign(path, "its header is not JSON") from None
+        raise foreign(path, "its header is not JSON") from None
     own = content.get("__metadata__") if isinstance(content, dict) else None
     if not isinstance(own, dict) or own.get(f"{RESERVED}format") != FORMAT:
-        raise _foreign(path, f"its header does not name the format {FORMAT}")
+        raise foreign(path, f"its header does not name the format {FORMAT}")
     version = own.get(f"{RESERVED}version")
     if version != str(VERSION):
         raise MemoryFileError(
-            f"MemoryBank.load: {path} is of version {version!r}, this vidmem_kernels reads version {VERSION!r}; "
+            f"MemoryBank.load: {path} is of version {version!r}, this vidmem_kernels reads version {str(VERSION)!r}; "
             "install the vidmem_kernels that wrote it"
         )
     return head, content
