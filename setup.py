@@ -64,20 +64,22 @@ def compile_jobs(torch, build_dir: Path) -> list[tuple[list[str], Path, Path]]:
 
     cuda = wants_cuda(torch)
     archs = cuda_archs(torch) if cuda else []
-    torch_dirs = cpp_extension.include_paths()
-    includes = [f"-I{d}" for d in [*torch_dirs, pybind11.get_include()]]
-    includes += [f"-I{sysconfig.get_path('include')}", f"-I{CSRC}"]
+    includes = [f"-I{CSRC}", *[f"-I{d}" for d in cpp_extension.include_paths()]]
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        *[f"-DVIDMEM_HAS_{name.upper()}" for name in CPU_CAPABILITIES],
+    ]
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-c"]
+    cxx = [*compiler, *defines, *includes]
+    module = [  # no header of torch: it brings an older pybind11
+        *compiler,
         f'-DVIDMEM_TORCH_VERSION="{torch.__version__}"',
         f'-DVIDMEM_CUDA_ARCHS="{" ".join(archs)}"',
         f'-DVIDMEM_CPU_CAPABILITIES="{" ".join(CPU_CAPABILITIES)}"',
-        *[f"-DVIDMEM_HAS_{name.upper()}" for name in CPU_CAPABILITIES],
+        *[f"-I{d}" for d in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))],
     ]
-    cxx = [os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
-    cxx += ["-Wno-psabi", *defines, *includes, "-c"]
 
-    jobs = [(cxx, CSRC / "module.cpp", build_dir / "module.o")]
+    jobs = [(module, CSRC / "module.cpp", build_dir / "module.o")]
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if not source.stem.endswith("_kernels"):
             jobs.append((cxx, source, build_dir / f"cpu_{source.stem}.o"))
@@ -136,14 +138,13 @@ class BuildExtension(build_ext):
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(compile_one, jobs))
 
-        torch_lib = Path(torch.__file__).parent / "lib"
-        libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
         has_cuda = any(source.suffix == ".cu" for _, source, _ in jobs)
-        if has_cuda:
-            cuda_home = Path(shutil.which("nvcc")).resolve().parents[1]
-            libraries += ["-ltorch_cuda", f"-L{cuda_home}/lib64", "-lcudart"]
-        link = [os.environ.get("CXX", "g++"), "-shared", *[str(obj) for _, _, obj in jobs]]
-        subprocess.run([*link, f"-L{torch_lib}", *libraries, "-o", str(target)], check=True)
+        # nvcc knows where its runtime is, and links the static one.
+        linker = ["nvcc"] if has_cuda else [os.environ.get("CXX", "g++")]
+        libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if has_cuda else [])]
+        objects = [str(obj) for _, _, obj in jobs]
+        torch_lib = Path(torch.__file__).parent / "lib"
+        subprocess.run([*linker, "-shared", *objects, f"-L{torch_lib}", *libraries, "-o", str(target)], check=True)
 
 
 setup(

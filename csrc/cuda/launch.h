@@ -13,12 +13,17 @@
 
 namespace vidmem::cuda {
 
+// Checks a call of torch's C interface; torch's own macro for it has changed its name between versions.
+inline void check_torch(AOTITorchError error, const char* what) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("vidmem: torch failed in ") + what);
+}
+
 // Makes the tensor's device current while it lives, and knows that device's current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    check_torch(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream), "current_cuda_stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

@@ -111,7 +111,7 @@ std::array<Tensor, 2> stable_sort(const Tensor& keys) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{1}), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION), "aten::sort");
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
