@@ -57,12 +57,11 @@ def wants_cuda(torch) -> bool:
     return choice == "1"
 
 
-def compile_jobs(torch, build_dir: Path) -> list[tuple[list[str], Path, Path]]:
+def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Path, Path]]:
     """(command without source and object, source, object) of everything that goes into _C."""
     import pybind11
     from torch.utils import cpp_extension
 
-    cuda = wants_cuda(torch)
     archs = cuda_archs(torch) if cuda else []
     includes = [f"-I{CSRC}", *[f"-I{d}" for d in cpp_extension.include_paths()]]
     defines = [
@@ -106,20 +105,30 @@ class BuildExtension(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.compile_and_link(torch, build_dir, target)
-        except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("VIDMEM_BUILD_CUDA") == "1":
-                raise
+        cuda = wants_cuda(torch)
+        if cuda and self.try_build(torch, build_dir, target, cuda=True, otherwise="CPU kernels only"):
+            return
+        if cuda and os.environ.get("VIDMEM_BUILD_CUDA") == "1":
+            raise SystemExit("VIDMEM_BUILD_CUDA=1: the CUDA kernels do not compile")
+        if not self.try_build(torch, build_dir, target, cuda=False, otherwise="every op will run its reference"):
             target.unlink(missing_ok=True)
-            missing = isinstance(error, OSError)
-            what = f"{error.filename} was not found" if missing else "the compiler failed (its output is above)"
-            print(
-                f"vidmem_kernels: WARNING: no compiled kernels, every op will run its reference: {what}",
-                file=sys.stderr,
-            )
 
-    def compile_and_link(self, torch, build_dir: Path, target: Path) -> None:
+    def copy_extensions_to_source(self):
+        for stale in (ROOT / "vidmem_kernels").glob("_C*.so"):  # a failed build must not leave an old library
+            stale.unlink()
+        super().copy_extensions_to_source()
+
+    def try_build(self, torch, build_dir: Path, target: Path, cuda: bool, otherwise: str) -> bool:
+        try:
+            self.compile_and_link(torch, build_dir, target, cuda)
+        except (OSError, subprocess.CalledProcessError) as error:
+            missing = isinstance(error, OSError)
+            why = f"{error.filename} was not found" if missing else "the compiler failed, its output is above"
+            print(f"vidmem_kernels: WARNING: {otherwise}: {why}", file=sys.stderr)
+            return False
+        return True
+
+    def compile_and_link(self, torch, build_dir: Path, target: Path, cuda: bool) -> None:
         headers = [p for suffix in ("*.h", "*.cuh") for p in CSRC.rglob(suffix)]
         newest_header = max([p.stat().st_mtime for p in headers] + [Path(__file__).stat().st_mtime])
 
@@ -133,23 +142,25 @@ class BuildExtension(build_ext):
             subprocess.run([*command, str(source), "-o", str(obj)], check=True)
             stamp.write_text(line)
 
-        jobs = compile_jobs(torch, build_dir)
+        jobs = compile_jobs(torch, build_dir, cuda)
         workers = int(os.environ.get("MAX_JOBS", min(8, os.cpu_count() or 1)))
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(compile_one, jobs))
 
-        has_cuda = any(source.suffix == ".cu" for _, source, _ in jobs)
         # nvcc knows where its runtime is, and links the static one.
-        linker = ["nvcc"] if has_cuda else [os.environ.get("CXX", "g++")]
-        libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if has_cuda else [])]
+        linker = ["nvcc"] if cuda else [os.environ.get("CXX", "g++")]
+        libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if cuda else [])]
         objects = [str(obj) for _, _, obj in jobs]
         torch_lib = Path(torch.__file__).parent / "lib"
         subprocess.run([*linker, "-shared", *objects, f"-L{torch_lib}", *libraries, "-o", str(target)], check=True)
 
 
+# Optional: without it every op runs its reference.
+EXTENSION = Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)
+
 setup(
     packages=find_packages(include=["vidmem_kernels*"]) + find_packages("python"),
     package_dir={"vidmem_model": "python/vidmem_model"},
-    ext_modules=[] if os.environ.get("VIDMEM_BUILD") == "0" else [Extension("vidmem_kernels._C", ["csrc/module.cpp"])],
+    ext_modules=[] if os.environ.get("VIDMEM_BUILD") == "0" else [EXTENSION],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from functools import cache
 from types import ModuleType
 
 import torch  # noqa: F401  (its shared libraries must be loaded before _C's)
@@ -30,6 +31,7 @@ if reason is not None:
     logger.warning("%s; every op runs its PyTorch reference, correct but slower", reason)
 
 
+@cache
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether _C holds a kernel of `op` for tensors on `device_type`."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)

@@ -51,8 +51,14 @@ class Op:
 
     def device(self, args: tuple[Any, ...]) -> torch.device:
         """Where the call runs: on an accelerator if any tensor is there (a bank may stay on the host)."""
-        devices = [t.device for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-        return next((d for d in devices if d.type != "cpu"), devices[0])
+        found = None
+        for arg in args:
+            for item in arg if isinstance(arg, list | tuple) else (arg,):
+                if isinstance(item, torch.Tensor):
+                    found = item.device
+                    if found.type != "cpu":
+                        return found
+        return found
 
     def run_reference(self, *args: Any) -> Any:
         """The reference, with the contiguous results that the fake promises."""
