@@ -115,8 +115,6 @@ class MemoryBank:
     def _rows_device(self) -> torch.device:
         return self.device if self.storage == "device" else torch.device("cpu")
 
-    # --- size ---
-
     def __len__(self) -> int:
         return self._count
 
@@ -142,8 +140,6 @@ class MemoryBank:
     def _bytes_per_row(self) -> int:
         scale = 0 if self._scale is None else self._scale.element_size()
         return self.channels * self._rows.element_size() + scale + 3 * self._positions.element_size()
-
-    # --- appending ---
 
     def append(self, tokens: Tensor, positions: Tensor) -> None:
         """Adds rows at the end; either all of them or, on an error, none.
@@ -220,8 +216,6 @@ class MemoryBank:
             self._keep_open(file)
         return rows
 
-    # --- reading ---
-
     def gather(self, index: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Reads rows, dequantising them in the same pass; see `gather_tokens`.
 
@@ -285,8 +279,6 @@ class MemoryBank:
                     scores = scores * self._scale[start:end].to(query.device)
                 values, index = merge_best(values, index, scores, start, k)
         return values, index
-
-    # --- files ---
 
     def save(
         self,

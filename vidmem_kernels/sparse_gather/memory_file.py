@@ -67,9 +67,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
-# --- writing ---
-
-
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """8 bytes of length and the JSON, in which the checksum, the first entry, is still zeros."""
     own = {f"{RESERVED}checksum": _NO_CHECKSUM, f"{RESERVED}format": FORMAT, f"{RESERVED}version": str(VERSION)}
@@ -140,9 +137,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
-
-
-# --- reading ---
 
 
 def foreign(path: Path, why: str) -> MemoryFileError:
