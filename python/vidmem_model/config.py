@@ -117,9 +117,7 @@ class CompressorConfig:
             "CompressorConfig: rate must be three positive integers (height, width, time)",
             self.rate,
         )
-        _check(
-            _is_count(self.channels), "CompressorConfig: channels must be positive", self.channels
-        )
+        _check(_is_count(self.channels), "CompressorConfig: channels must be positive", self.channels)
         _check(
             self.budget is None or self.method == "merge",
             "CompressorConfig: budget belongs to method merge; the rate fixes the rows of dct",

@@ -143,9 +143,7 @@ def _download_release(scratch: Path, bar: Progress) -> Path:
     task = bar.add_task("downloading the sample clip", total=SAMPLE_RELEASE_BYTES)
     # pip spools a download below TMPDIR: the size of that folder is the progress, for any pip.
     with log.open("wb") as sink:
-        pip = subprocess.Popen(
-            command, stdout=sink, stderr=sink, env={**os.environ, "TMPDIR": str(spool)}
-        )
+        pip = subprocess.Popen(command, stdout=sink, stderr=sink, env={**os.environ, "TMPDIR": str(spool)})
         try:
             while pip.poll() is None:
                 bar.update(task, completed=min(_largest_file(spool), SAMPLE_RELEASE_BYTES))
@@ -306,9 +304,7 @@ def _decode(
 
 
 def _breaks(path: Path, seconds: float, reason: str = "damaged data") -> MediaError:
-    return MediaError(
-        f"{path}: breaks at {seconds:.2f} s ({reason}); repair the file or take a part before that"
-    )
+    return MediaError(f"{path}: breaks at {seconds:.2f} s ({reason}); repair the file or take a part before that")
 
 
 def _to_raster(
@@ -414,9 +410,7 @@ def iter_frames(path: str | Path, spec: ClipSpec, chunk: int = 16) -> Iterator[n
         yield np.stack(held)
 
 
-def read_clip(
-    path: str | Path, spec: ClipSpec, progress: Callable[[int, int | None], None] | None = None
-) -> Clip:
+def read_clip(path: str | Path, spec: ClipSpec, progress: Callable[[int, int | None], None] | None = None) -> Clip:
     """Decode the part of a video that `spec` names into memory.
 
     Args:

@@ -56,15 +56,11 @@ class Memory:
             UserError: no such frame.
         """
         if not 0 <= frame < self.frames:
-            raise UserError(
-                f"there is no frame {frame}: this memory holds frames 0 to {self.frames - 1}"
-            )
+            raise UserError(f"there is no frame {frame}: this memory holds frames 0 to {self.frames - 1}")
         return reconstruct(self.bank, frame)
 
 
-def write_memory(
-    path: str | Path, compressed: CompressedMemory, *, fps: float, source: str
-) -> None:
+def write_memory(path: str | Path, compressed: CompressedMemory, *, fps: float, source: str) -> None:
     """Write a compressed clip to a file, whole or not at all.
 
     Args:
@@ -110,7 +106,7 @@ def read_memory(path: str | Path) -> Memory:
     if not path.is_file():
         raise MemoryFormatError(f"{path}: no such file; make one with `vidmem compress`")
     try:
-        bank = MemoryBank.load(path)
+        bank = MemoryBank.load(path, storage="mmap")
     except (MemoryFileError, OSError) as error:
         raise MemoryFormatError(f"{path}: not a memory file, or damaged ({error})") from error
     header = bank.metadata

@@ -95,9 +95,7 @@ class VideoCodec(ABC):
             padded = pad_frames(frames_to_float(chunk), (t, h * PATCH, w * PATCH))
             yield self.encode(padded).to(dtype)
 
-    def decode_chunks(
-        self, latents: Iterable[torch.Tensor], size: tuple[int, int, int]
-    ) -> Iterator[torch.Tensor]:
+    def decode_chunks(self, latents: Iterable[torch.Tensor], size: tuple[int, int, int]) -> Iterator[torch.Tensor]:
         """Decode a stream of latents, cropped to the true size.
 
         Args:
@@ -155,8 +153,10 @@ class DCTCodec(VideoCodec):
             ValueError: frames are not 3-coloured or not whole blocks.
         """
         t, h, w = self.stride
-        if frames.ndim != 5 or frames.shape[1] != 3 or any(
-            n % s for n, s in zip(frames.shape[2:], self.stride, strict=True)
+        if (
+            frames.ndim != 5
+            or frames.shape[1] != 3
+            or any(n % s for n, s in zip(frames.shape[2:], self.stride, strict=True))
         ):
             raise ValueError(
                 "DCTCodec.encode: frames must be (B, 3, T, H, W) in whole blocks of "
@@ -178,8 +178,7 @@ class DCTCodec(VideoCodec):
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(
-                f"DCTCodec.decode: latents must be (B, {self.channels}, T, H, W), "
-                f"got {tuple(latents.shape)}"
+                f"DCTCodec.decode: latents must be (B, {self.channels}, T, H, W), got {tuple(latents.shape)}"
             )
         t, h, w = self.stride
         b, _, *grid = latents.shape
@@ -191,9 +190,7 @@ class DCTCodec(VideoCodec):
         return (self._colour.T @ blocks.reshape(b, 3, -1)).view(b, 3, *size)
 
 
-def patchify(
-    latents: torch.Tensor, patch: int = PATCH
-) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def patchify(latents: torch.Tensor, patch: int = PATCH) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Cut latents into tokens of patch x patch cells.
 
     Args:
@@ -216,9 +213,7 @@ def patchify(
     return tokens, grid
 
 
-def unpatchify(
-    tokens: torch.Tensor, grid: tuple[int, int, int], patch: int = PATCH
-) -> torch.Tensor:
+def unpatchify(tokens: torch.Tensor, grid: tuple[int, int, int], patch: int = PATCH) -> torch.Tensor:
     """Undo patchify.
 
     Args:
