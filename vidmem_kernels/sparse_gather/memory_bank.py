@@ -289,8 +289,8 @@ class MemoryBank:
         """Writes the bank to a file (safetensors), whole or not at all.
 
         The file is written under a temporary name in the same folder, flushed to the disk and renamed, so that `path`
-        holds the old content or the new at every moment; an exception or interrupt removes the temporary file. Its
-        header has a SHA-256 of the whole file.
+        holds the old content or the new at every moment; an exception or interrupt removes the temporary file (a
+        process that is killed leaves it, as ".vidmem-*.tmp"). The header has a SHA-256 of the whole file.
 
         Args:
             path: file to create or replace.
@@ -320,7 +320,8 @@ class MemoryBank:
 
         With storage "mmap" the rows stay in the file and are read when they are asked for; the check reads the file
         through once, without keeping it in memory. The file is never changed: the first `append` copies its rows to a
-        nameless file in the same folder, which disappears with the bank.
+        nameless file in the same folder, which disappears with the bank. Others must not change a file in place while
+        it is mapped; `save` does not, it replaces it.
 
         Args:
             path: the file.
