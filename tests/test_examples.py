@@ -1,0 +1,39 @@
+"""The examples that users copy run and print what they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def lines_of(name):
+    command = [sys.executable, str(EXAMPLES / name)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_merge_in_block():
+    (line,) = lines_of("merge_in_block.py")
+    assert line.startswith("720 tokens in, the block saw 360, gradient norm ")
+    assert float(line.split()[-1]) > 0
+
+
+def test_memory_bank():
+    (line,) = lines_of("memory_bank.py")
+    assert "best row 1234" in line
+    assert float(line.split()[-1]) < 0.03  # half a step of a row whose largest value is about 3 to 4
+
+
+def test_stream_attention():
+    differences = [float(re.search(r"\S+e-?\d+$", line).group()) for line in lines_of("stream_attention.py")]
+    assert len(differences) == 2 and all(d < 1e-5 for d in differences)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
+def test_every_example_is_tested(path):
+    assert f'lines_of("{path.name}")' in Path(__file__).read_text()
