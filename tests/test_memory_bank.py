@@ -114,11 +114,17 @@ def test_append_refuses_and_leaves_the_bank_as_it_was(make_bank):
         ok.to(torch.int8),
         at,
     )
-    limit = "tokens must be finite and at most 65504 in magnitude"
+    limit = "tokens must be finite and at most 65504 in magnitude, got 1 rows that are not"
     for bad in (float("nan"), float("inf"), 70000.0):
-        refuses(ValueError, name + limit, bank.append, torch.full((2, 3), bad), at)
+        refuses(ValueError, name + limit, bank.append, torch.tensor([[0.0] * 3, [1.0, bad, 1.0]]), at)
         if bad != 70000.0:
-            refuses(ValueError, name + "positions must be finite", bank.append, ok, torch.full((2, 3), bad))
+            refuses(
+                ValueError,
+                name + "positions must be finite, got 2 rows that are not",
+                bank.append,
+                ok,
+                torch.full((2, 3), bad),
+            )
     gradient = "tokens and positions must not require a gradient, which the bank would not carry; detach them or use"
     with_grad = torch.zeros(2, 3, requires_grad=True)
     refuses(ValueError, f"{name}{gradient} torch.no_grad()", bank.append, with_grad, at)

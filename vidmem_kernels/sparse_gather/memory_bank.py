@@ -172,15 +172,19 @@ class MemoryBank:
         with torch.no_grad():
             if self._scale is None:
                 rows, scale = tokens.to(self.dtype), None
-                finite = rows.isfinite().all()
+                finite = rows.isfinite().all(dim=1)
             else:
                 rows, scale = quantize_rows(tokens.to(torch.float32), self.dtype)
-                finite = scale.isfinite().all()
-            if not finite:
+                finite = scale.isfinite()
+            if not finite.all():
                 largest = torch.finfo(torch.float32 if self._scale is not None else self.dtype).max
-                raise ValueError(f"{op}: tokens must be finite and at most {largest:g} in magnitude")
-            if not positions.isfinite().all():
-                raise ValueError(f"{op}: positions must be finite")
+                wrong = count - int(finite.sum())
+                raise ValueError(
+                    f"{op}: tokens must be finite and at most {largest:g} in magnitude, got {wrong} rows that are not"
+                )
+            finite = positions.isfinite().all(dim=1)
+            if not finite.all():
+                raise ValueError(f"{op}: positions must be finite, got {count - int(finite.sum())} rows that are not")
             end = self._count + count
             if end > self._rows.shape[0]:
                 self._grow(max(end, 2 * self._rows.shape[0], _SMALLEST_CAPACITY))
@@ -192,9 +196,9 @@ class MemoryBank:
 
     def _grow(self, capacity: int) -> None:
         """Makes room for `capacity` rows; the bank is unchanged if that fails."""
-        rows = self._mapped_rows(capacity) if self.storage == "mmap" else self._copied(self._rows, capacity)
         positions = self._copied(self._positions, capacity)
         scale = None if self._scale is None else self._copied(self._scale, capacity)
+        rows = self._mapped_rows(capacity) if self.storage == "mmap" else self._copied(self._rows, capacity)
         self._rows, self._positions, self._scale = rows, positions, scale
 
     def _copied(self, old: Tensor, capacity: int) -> Tensor:
