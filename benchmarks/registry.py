@@ -1,0 +1,224 @@
+"""What a benchmark is: its inputs, our call, the alternatives, and the least work that any of them must do.
+
+@benchmark("gather_tokens", covers="gather_tokens")
+class GatherTokens(Benchmark):
+    def make(self, s, dtype, device, rng): ...     # inputs by name
+    def call(self, x, s, backend): ...             # ours
+    def work(self, s, itemsize): ...               # Work of the forward pass
+
+    @baseline("index_select")
+    def index_select(self, x, s): ...              # the strongest alternatives that there are
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .shapes import SHAPES, Shape
+
+Inputs = dict[str, Any]
+Sizes = dict[str, Any]
+PASSES = ("fwd", "bwd", "fwd+bwd")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Work(NamedTuple):
+    """What the task itself requires: every input read and every result written once, and the arithmetic."""
+
+    bytes: float
+    flops: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+class Unsupported(Exception):
+    """A baseline cannot take these inputs; the message says why. Recorded, not an error."""
+
+
+class Baseline(NamedTuple):
+    """An alternative.
+
+    Attributes:
+        name: as shown.
+        function: (benchmark, inputs, sizes) -> results, comparable with those of `call`.
+        devices: where it exists.
+        compiled: also run it under torch.compile, on CUDA.
+        needs: module that must be installed.
+        is_compiled: this is the compiled one.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    devices: tuple[str, ...]
+    compiled: bool
+    needs: str | None
+    is_compiled: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        return None
+
+
+def baseline(
+    name: str, *, devices: tuple[str, ...] = ("cpu", "cuda"), compiled: bool = False, needs: str | None = None
+) -> Callable:
+    """Marks a method of a benchmark as an alternative; see `Baseline`."""
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.baseline = Baseline(name, function, devices, compiled, needs)
+        return function
+
+    return mark
+
+
+class Benchmark:
+    """One entry; subclasses say what differs.
+
+    Attributes:
+        covers: the public function that it measures.
+        differentiable: inputs whose gradients the passes "bwd" and "fwd+bwd" compute; none: forward only.
+        selects: results are choices among near ties; `comparable` gives the float64 scores of what was chosen, and
+            ours may be off by SELECTION_TOLERANCE.
+        tolerance: largest error of a baseline, as a fraction of the largest magnitude; default by dtype.
+    """
+
+    name: str
+    covers: str
+    differentiable: tuple[str, ...] = ()
+    selects = False
+    tolerance: float | None = None
+
+    def make(self, s: Sizes, dtype: torch.dtype, device: str, rng: torch.Generator) -> Inputs:
+        """Inputs by name; tensors, or trees of them."""
+        raise NotImplementedError
+
+    def call(self, x: Inputs, s: Sizes, backend: str) -> Any:
+        """Our public function on these inputs."""
+        raise NotImplementedError
+
+    def work(self, s: Sizes, itemsize: int) -> Work:
+        """Least work of the forward pass, for elements of so many bytes."""
+        raise NotImplementedError
+
+    def work_backward(self, s: Sizes, itemsize: int) -> Work:
+        """Least work of the backward pass."""
+        raise NotImplementedError
+
+    def exact(self, x: Inputs, s: Sizes) -> Any:
+        """The reference in float64."""
+
+        def widen(t: Tensor) -> Tensor:
+            return t.to(torch.float64) if t.is_floating_point() else t
+
+        return self.call(pytree.tree_map_only(Tensor, widen, x), s, "reference")
+
+    def comparable(self, results: Any, x: Inputs, s: Sizes) -> Any:
+        """Results in the form in which ours, the reference's and the baselines' are compared."""
+        return results
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return SHAPES[self.name]
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return PASSES if self.differentiable else ("fwd",)
+
+    def baselines(self, device: str) -> list[Baseline]:
+        """The alternatives on a device type, compiled ones twice."""
+        marked = [getattr(type(self), name).baseline for name in dir(self) if hasattr(getattr(self, name), "baseline")]
+        found = [b for b in marked if device in b.devices]
+        if device == "cuda":
+            found += [b._replace(name=f"{b.name}, compiled", is_compiled=True) for b in found if b.compiled]
+        return found
+
+    def work_of(self, which: str, s: Sizes, itemsize: int) -> Work:
+        """Least work of a pass."""
+        if which == "fwd":
+            return self.work(s, itemsize)
+        backward = self.work_backward(s, itemsize)
+        return backward if which == "bwd" else self.work(s, itemsize) + backward
+
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def benchmark(name: str, *, covers: str) -> Callable[[type[Benchmark]], type[Benchmark]]:
+    """Registers a class under a name that has sizes in shapes.py."""
+
+    def register(cls: type[Benchmark]) -> type[Benchmark]:
+        entry = cls()
+        entry.name, entry.covers = name, covers
+        BENCHMARKS[name] = entry
+        return cls
+
+    return register
+
+
+def choose(option: str, wanted: Iterable[str], choices: Iterable[str]) -> list[str]:
+    """`wanted`, all of them among `choices`.
+
+    Raises:
+        ValueError: one is not; names the option, the nearest choice and all choices.
+    """
+    choices = list(dict.fromkeys(choices))
+    wanted = list(wanted)
+    for name in wanted:
+        if name not in choices:
+            close = difflib.get_close_matches(name, choices, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"{option}: must be one of {', '.join(choices)}, got {name}{hint}")
+    return wanted
+
+
+def randn(rng: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Normal values on the device of `rng`, drawn in float32."""
+    return torch.randn(shape, generator=rng, device=rng.device).to(dtype)
+
+
+def randint(rng: torch.Generator, high: int, *shape: int) -> Tensor:
+    """int32 in [0, high) on the device of `rng`."""
+    return torch.randint(high, shape, generator=rng, device=rng.device, dtype=torch.int32)
+
+
+def upstream(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient that flows into a result: the same values at every dtype of the result."""
+    rng = torch.Generator(result.device).manual_seed(1)
+    return randn(rng, dtype, *result.shape).to(result.dtype)
+
+
+def prepare(
+    function: Callable[[Inputs], Any], x: Inputs, which: str, differentiable: tuple[str, ...], dtype: torch.dtype
+) -> Callable[[], Any]:
+    """What is timed and verified: a call that returns the results ("fwd") or the gradients of the first of them.
+
+    Everything that the pass does not include has been done when this returns.
+    """
+    if which == "fwd":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return function(x)
+
+        return forward
+    leaves = {name: x[name].detach().requires_grad_() for name in differentiable}
+
+    def run() -> Tensor:
+        results = pytree.tree_leaves(function(x | leaves))
+        return next(r for r in results if isinstance(r, Tensor) and r.requires_grad)
+
+    done = [run()]
+    gradient = upstream(done[0], dtype)
+    if which == "fwd+bwd":
+        done.clear()
+    return lambda: torch.autograd.grad(done.pop() if done else run(), tuple(leaves.values()), gradient)

@@ -1,0 +1,134 @@
+"""Renders result files as Markdown.
+
+    python benchmarks/report.py benchmarks/results/*/*.json [--contenders]
+
+By default a line for each op, shape, dtype and pass: ours, the best alternative, the floor. `--contenders` gives every
+contender a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
+
+
+def _markdown(header: list[str], lines: Iterable[list[str]]) -> str:
+    cells = [header, *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+def _bytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def _where(row: Row) -> list[str]:
+    return [row["op"], row["shape"], row["dtype"], row["pass"] or ""]
+
+
+def _rate(row: Row) -> str:
+    """Of what bounds it: bandwidth, or arithmetic."""
+    by_bytes = row["bytes"] / max(row["flops"], 1) > 0.05
+    return f"{row['gb_s']:.3g} GB/s" if by_bytes else f"{row['tflop_s']:.3g} TFLOP/s"
+
+
+def title(result: Row) -> str:
+    """One line: device, versions, date and commit."""
+    device, versions = result["device"], result["versions"]
+    parts = [device["name"]]
+    if device["type"] == "cpu":
+        parts.append(f"{device['threads']} threads")
+    parts.append(f"torch {versions['torch']}")
+    if device["type"] == "cuda":
+        parts.append(f"triton {versions['triton']}")
+    parts += [result["date"][:10], result["commit"] + (" with changes" if result["dirty"] else "")]
+    return ", ".join(parts)
+
+
+def table(result: Row) -> str:
+    """Ours against the best alternative."""
+    header = ["op", "shape", "dtype", "pass", "backend", "ours", "rate", "of floor", "best alternative", "speed-up"]
+    peaks = any(row.get("peak_bytes") is not None for row in result["rows"])
+    lines = []
+    for row in result["rows"]:
+        if row["kind"] != "ours" or row["status"] != "ok":
+            continue
+        other = next((r for r in result["rows"] if _is_best(r, row)), None)
+        line = [*_where(row), row["backend"], _time(row["median_ms"]), _rate(row), f"{row['floor_fraction']:.0%}"]
+        line += [f"{other['contender']}, {_time(other['median_ms'])}", f"{row['speedup']:.2f}x"] if other else ["", ""]
+        if peaks:
+            line += [_bytes(row["peak_bytes"]), _bytes(other["peak_bytes"]) if other else ""]
+        lines.append(line)
+    return _markdown([*header, *(["peak", "its peak"] if peaks else [])], lines)
+
+
+def _is_best(candidate: Row, ours: Row) -> bool:
+    same = all(candidate[key] == ours[key] for key in ("op", "shape", "dtype", "pass"))
+    return same and candidate["kind"] != "ours" and candidate["contender"] == ours.get("best_baseline")
+
+
+def contenders(result: Row) -> str:
+    """A line for every contender that was timed."""
+    header = ["op", "shape", "dtype", "pass", "contender", "median", "p20", "p80", "rate", "of floor", "peak", "rounds"]
+    lines = []
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            name = row["contender"] + (f": {row['backend']}" if row["kind"] == "ours" else "")
+            times = [_time(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")]
+            rate = [_rate(row), f"{row['floor_fraction']:.0%}", _bytes(row["peak_bytes"]), str(row["rounds"])]
+            lines.append([*_where(row), name, *times, *rate])
+    return _markdown(header, lines)
+
+
+def notes(result: Row) -> str:
+    """What was measured as floor, what failed, what was left out."""
+    lines = []
+    if "rates" in result:
+        gemm = ", ".join(f"{name} {rate:.3g}" for name, rate in result["rates"]["gemm_tflop_s"].items())
+        lines.append(f"Measured in this run: copy {result['rates']['copy_gb_s']:.3g} GB/s; matmul TFLOP/s: {gemm}.")
+    for status in ("error", "skipped"):
+        for row in result["rows"]:
+            if row["status"] == status:
+                reason = " ".join(str(row["reason"]).split())
+                lines.append(f"- {status}: {' '.join(_where(row))} {row['contender'] or ''}: {reason}")
+    if result["not_begun"]:
+        lines.append(f"- not begun within the time limit: {'; '.join(result['not_begun'])}")
+    elif not result["complete"]:
+        lines.append("- interrupted: incomplete")
+    return "\n".join(lines)
+
+
+def summary(result: Row) -> str:
+    """What run.py prints."""
+    return "\n\n".join([title(result), table(result), notes(result)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, metavar="JSON")
+    parser.add_argument("--contenders", action="store_true", help="a line for every contender")
+    args = parser.parse_args()
+    for path in args.results:
+        try:
+            result = json.loads(path.read_text())
+            body = contenders(result) if args.contenders else table(result)
+            print(f"### {title(result)}\n\n{body}\n\n{notes(result)}\n")
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{path}: not a result of benchmarks/run.py ({type(error).__name__}: {error})", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

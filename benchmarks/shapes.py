@@ -1,0 +1,126 @@
+"""Named sizes of the benchmarks and where they come from.
+
+A video clip of T x H x W tokens is flattened to N = T * H * W. 81 frames of 480 x 832 pixels are 21 x 30 x 52 tokens
+in Wan 2.1 (a VAE of stride 4 x 8 x 8, patches of 1 x 2 x 2); its 1.3B model has 12 heads of 128 (C = 1536),
+HunyuanVideo 24 heads of 128 (C = 3072).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+CLIP_480P = (21, 30, 52)  # Wan 2.1, 81 frames of 480 x 832
+CLIP_240P = (21, 15, 26)  # the same at half the height and width: what two CPU cores do in a second
+HISTORY_20S = (120, 30, 52)  # 20 s at 24 frames per second and 480 x 832
+HISTORY_60S = (360, 30, 52)
+MEMORY_20S = 60 * 7 * 13  # those 20 s compressed by 2 x 4 x 4
+
+
+class Shape(NamedTuple):
+    """One set of sizes.
+
+    Attributes:
+        sizes: names as in the benchmark's `make`.
+        where: where they come from.
+        devices: device types whose default run has it; the others take it by name.
+    """
+
+    sizes: dict[str, Any]
+    where: str
+    devices: tuple[str, ...] = ()
+
+
+CPU, GPU, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
+SMOKE = "smallest that has every code path; for tests"
+
+
+def _clip(grid: tuple[int, int, int], channels: int, **more: Any) -> dict[str, Any]:
+    return {"N": prod(grid), "C": channels, "grid": grid, **more}
+
+
+def _attention(lq: int, lk: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {"B": 1, "Lq": lq, "Lk": lk, "H": heads, "D": 128, **more}
+
+
+N480, N240 = prod(CLIP_480P), prod(CLIP_240P)
+N20S, N60S = prod(HISTORY_20S), prod(HISTORY_60S)
+
+_GATHER = {
+    "smoke": Shape({"M": 96, "C": 24, "K": 64}, SMOKE),
+    "memory20s": Shape({"M": MEMORY_20S, "C": 3072, "K": 4096}, "4,096 tokens read from a memory of 20 s", BOTH),
+    "history20s": Shape({"M": N20S, "C": 3072, "K": N480}, "a clip's worth of tokens from 20 s, uncompressed", GPU),
+}
+_MATCH = {
+    "smoke": Shape(_clip((4, 6, 8), 16), SMOKE),
+    "clip240p": Shape(_clip(CLIP_240P, 128), "Wan clip at 240 x 416, keys averaged over heads", CPU),
+    "clip480p": Shape(_clip(CLIP_480P, 128), "Wan clip at 480 x 832, keys averaged over heads", GPU),
+}
+_MERGE = {
+    "smoke": Shape(_clip((4, 6, 8), 24), SMOKE),
+    "clip240p-c512": Shape(_clip(CLIP_240P, 512), "half of a 240 x 416 clip merged, narrow", CPU),
+    "clip240p": Shape(_clip(CLIP_240P, 1536), "half of a 240 x 416 clip merged, Wan 1.3B", CPU),
+    "clip480p": Shape(_clip(CLIP_480P, 3072), "half of a 480 x 832 clip merged, HunyuanVideo", GPU),
+}
+_LINEAR = {
+    "smoke": Shape({"B": 1, "L": 130, "H": 2, "D": 16, "frame": 26}, SMOKE),
+    "clip240p-d64": Shape({"B": 1, "L": N240, "H": 12, "D": 64, "frame": 15 * 26}, "240 x 416 clip", CPU),
+    "clip240p": Shape({"B": 1, "L": N240, "H": 12, "D": 128, "frame": 15 * 26}, "240 x 416 clip, Wan 1.3B", CPU),
+    "clip480p": Shape({"B": 1, "L": N480, "H": 12, "D": 128, "frame": 30 * 52}, "480 x 832 clip, Wan 1.3B", GPU),
+}
+_CROSS = {
+    "smoke": Shape(_attention(70, 96, 2), SMOKE),
+    "frame-memory20s": Shape(_attention(390, MEMORY_20S, 12), "a 240 x 416 frame reads the memory of 20 s", CPU),
+    "clip480p-memory5k": Shape(_attention(N480, 5120, 24), "HunyuanVideo's heads, a clip reads 5,120 tokens", GPU),
+}
+
+SHAPES: dict[str, dict[str, Shape]] = {
+    "gather_tokens": _GATHER,
+    "gather_tokens_int8": _GATHER,
+    "scatter_add_tokens": {
+        "smoke": Shape({"K": 200, "M": 40, "C": 24}, SMOKE),
+        "history20s-c128": Shape({"K": N20S, "M": MEMORY_20S, "C": 128}, "20 s of keys summed into a memory", CPU),
+        "clip480p": Shape({"K": N480, "M": MEMORY_20S, "C": 3072}, "a clip summed into a memory", GPU),
+        "history20s": Shape({"K": N20S, "M": MEMORY_20S, "C": 3072}, "20 s summed into a memory", GPU),
+    },
+    "quantize_rows": {
+        "smoke": Shape({"M": 96, "C": 24}, SMOKE),
+        "memory20s": Shape({"M": MEMORY_20S, "C": 3072}, "memory of 20 s", CPU),
+        "history20s": Shape({"M": N20S, "C": 3072}, "20 s, uncompressed", GPU),
+    },
+    "select_tokens": {
+        "smoke": Shape({"N": 192, "C": 24, "keep": 50}, SMOKE),
+        "clip240p": Shape({"N": N240, "C": 1536, "keep": N240 // 4}, "a quarter of a 240 x 416 clip", CPU),
+        "clip480p": Shape({"N": N480, "C": 3072, "keep": N480 // 4}, "a quarter of a 480 x 832 clip", GPU),
+    },
+    "match_tokens": _MATCH,
+    "match_tokens_window": {
+        **_MATCH,
+        "history60s": Shape(_clip(HISTORY_60S, 128), "60 s at 480 x 832: linear in N or not", GPU),
+    },
+    "merge_tokens": _MERGE,
+    "unmerge_tokens": _MERGE,
+    "topk_blocks": {
+        "smoke": Shape(_attention(130, 200, 2, block=(32, 16), topk=3), SMOKE),
+        "clip240p-clip480p": Shape(
+            _attention(N240, N480, 4, block=(128, 64), topk=32), "a clip picks blocks of a longer history", CPU
+        ),
+        "clip480p-history60s": Shape(
+            _attention(N480, N60S, 12, block=(128, 64), topk=64), "a clip picks blocks of 60 s, Wan 1.3B", GPU
+        ),
+    },
+    "linear_attention": _LINEAR,
+    "linear_attention_frames": _LINEAR,
+    "linear_attention_causal": _LINEAR,
+    "cross_attention": _CROSS,
+    "cross_attention_bias": _CROSS,
+    "cross_attention_blocks": {
+        "smoke": Shape(_attention(70, 96, 2, block=(32, 16), topk=2), SMOKE),
+        "frame-memory20s": Shape(
+            _attention(390, MEMORY_20S, 12, block=(128, 64), topk=21), "a quarter of the 86 blocks of keys", CPU
+        ),
+        "clip480p": Shape(
+            _attention(N480, N480, 12, block=(128, 64), topk=64), "an eighth of the 512 blocks of a clip", GPU
+        ),
+    },
+}

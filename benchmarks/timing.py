@@ -1,0 +1,186 @@
+"""Times calls against each other: interleaved, with cold caches, compilation and set-up left out.
+
+CPU: perf_counter; inputs rotate through copies larger than the last-level cache; results of the last calls are kept
+alive, so that nobody writes into the buffer that was just written. CUDA: events; before every call the L2 cache is
+flushed by reading a larger buffer, which takes long enough to hide the launch of the first kernels.
+
+A round calls every contender once, in an order that shifts from round to round. What disturbs the machine for a while
+then disturbs all of them, and the ratio within a round holds where the times alone do not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+MIN_ROUNDS, MAX_ROUNDS, MAX_COPIES = 3, 60, 8
+COPY_BYTES = 2**29  # all copies of the inputs together, on the CPU
+FLUSH_BYTES = 2**29  # an H200 reads this in about 0.1 ms
+
+Prepare = Callable[[int], Callable[[], Any]]  # the number of a copy of the inputs -> the call to time
+
+
+class Times(NamedTuple):
+    """Milliseconds of one contender's calls."""
+
+    median: float
+    p20: float
+    p80: float
+    best: float
+
+
+def summarise(seconds: Sequence[float]) -> Times:
+    """Median, 20th and 80th percentile and minimum, in milliseconds."""
+    ms = [1e3 * t for t in seconds]
+    fifths = quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else ms * 4
+    return Times(median(ms), fifths[0], fifths[3], min(ms))
+
+
+class CpuClock:
+    """Time of a call on the CPU."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Any] = deque(maxlen=2)
+
+    def copies(self, x: Any) -> int:
+        """How many copies of the inputs to rotate through."""
+        size = sum(t.nbytes for t in pytree.tree_leaves(x) if isinstance(t, torch.Tensor))
+        wanted = -(-2 * _last_level_cache() // max(1, size))
+        return max(1, min(wanted, MAX_COPIES, COPY_BYTES // max(1, size)))
+
+    def time(self, call: Callable[[], Any]) -> float:
+        """Seconds."""
+        start = perf_counter()
+        result = call()
+        seconds = perf_counter() - start
+        self._kept.append(result)
+        return seconds
+
+    def peak_bytes(self, call: Callable[[], Any]) -> None:
+        """torch's CPU allocator keeps no peak, and a process's resident size is not a call's."""
+        return None
+
+
+class CudaClock:
+    """Time of a call on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.zeros(max(2 * cache, FLUSH_BYTES) // 4, dtype=torch.int32, device=device)
+
+    def copies(self, x: Any) -> int:
+        return 1
+
+    def time(self, call: Callable[[], Any]) -> float:
+        """Seconds between two events around the call, alone on the device."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        self._flush.sum()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return 1e-3 * start.elapsed_time(end)
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int:
+        """Bytes that the call held at most, its results with it, beyond what was there before."""
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def clock_of(device: torch.device) -> CpuClock | CudaClock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def _last_level_cache() -> int:
+    try:
+        size = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (ValueError, OSError):
+        size = 0
+    return size if size > 0 else 2**25
+
+
+def interleave(
+    clock: CpuClock | CudaClock, contenders: dict[str, Prepare], copies: int, budget: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Times every contender once a round, until the budget is spent.
+
+    Args:
+        contenders: by name, what prepares a call on one of the copies of the inputs.
+        copies: of the inputs.
+        budget: seconds for all rounds; at least MIN_ROUNDS, at most MAX_ROUNDS run.
+
+    Returns:
+        (seconds of every round by name, errors by name: a contender that fails is out, and so are its times).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    errors: dict[str, str] = {}
+
+    def one_round(number: int) -> None:
+        names = [name for name in seconds if name not in errors]
+        for i in range(len(names)):
+            name = names[(i + number) % len(names)]
+            try:
+                seconds[name].append(clock.time(contenders[name](number % copies)))
+            except Exception as error:  # one contender's failure must not lose the others'
+                errors[name] = f"{type(error).__name__}: {error}"
+
+    one_round(0)  # warms up: code paths, autotuning
+    for times in seconds.values():
+        times.clear()
+    start = perf_counter()
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and perf_counter() - start > budget:
+            break
+        one_round(number)
+    return {name: times for name, times in seconds.items() if name not in errors}, errors
+
+
+def speedup(ours: Sequence[float], other: Sequence[float]) -> float:
+    """How many times as long as ours the other takes: the median over rounds of the ratio within a round."""
+    return median(b / a for a, b in zip(ours, other, strict=True))
+
+
+class Rates(NamedTuple):
+    """What this device reaches, measured in this run: the floor's denominators."""
+
+    bytes_per_second: float
+    flops_per_second: dict[str, float]
+
+    def floor(self, size: float, flops: float, dtype: str) -> float:
+        """Least seconds for so many bytes and operations."""
+        return max(size / self.bytes_per_second, flops / self.flops_per_second[dtype])
+
+
+def measure_rates(clock: CpuClock | CudaClock, device: torch.device, dtypes: dict[str, torch.dtype]) -> Rates:
+    """Copy bandwidth, reads and writes counted, and matrix product rate of each dtype."""
+    on_cuda = device.type == "cuda"
+    source = torch.ones(2**28 if on_cuda else 2**26, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+    copy = min(_repeat(clock, lambda: target.copy_(source)))
+    size = 8192 if on_cuda else 1536
+    rates = {}
+    for name, dtype in {"float32": torch.float32, **dtypes}.items():
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates[name] = 2 * size**3 / min(_repeat(clock, lambda a=a, b=b: a @ b))
+    if not on_cuda:
+        # Where a processor has no units of a dtype, torch's product is slower than that of float32 tiles.
+        rates = {name: max(rate, rates["float32"]) for name, rate in rates.items()}
+    return Rates(2 * source.nbytes / copy, rates)
+
+
+def _repeat(clock: CpuClock | CudaClock, call: Callable[[], Any], times: int = 7) -> list[float]:
+    clock.time(call)
+    return [clock.time(call) for _ in range(times)]
