@@ -11,6 +11,7 @@ import vidmem_kernels as vk
 from vidmem_kernels.token_merge import reference
 
 NAN = float("nan")
+M = torch.zeros(1, 1022, 4)
 
 
 def lists(plan):
@@ -325,6 +326,11 @@ def test_threshold_of_an_empty_batch_is_the_upper_bound():
     assert vk.match_neighbors(metric, None, grid=(2, 3, 4), threshold=0.9).kept.shape == (0, 12)
 
 
+def test_threshold_is_explained():
+    choices = vk.explain(vk.match_neighbors, M[:, :60], None, grid=(3, 4, 5), threshold=0.5)
+    assert [choice.op for choice in choices] == ["count_neighbors", "match_neighbors"]
+
+
 def test_threshold_exports_and_compiles():
     class Match(torch.nn.Module):
         def forward(self, metric):
@@ -342,7 +348,6 @@ def test_threshold_exports_and_compiles():
 
 # --- errors ---
 
-M = torch.zeros(1, 1022, 4)
 G = torch.zeros(1, 100, 4)
 ERRORS = [
     (lambda: vk.match_tokens(M, 900), "match_tokens: num_merge must be in [0, 511], got 900"),

@@ -202,9 +202,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
         >>> print(*explain(gather_tokens, bank, index), sep="\\n")
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils import _pytree as pytree
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, recording() as choices:
+    # The shape environment gives numbers that depend on data a symbol, such as a plan's rows under a threshold.
+    fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with fakes as mode, recording() as choices:
         fake_args, fake_kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), (args, kwargs)
         )
