@@ -1,0 +1,397 @@
+"""Decoding to a constant rate and size, every way a file can be bad, and fetching the sample clip."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import tarfile
+import wave
+import zipfile
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from vidmem_model import data
+from vidmem_model.config import ClipSpec
+from vidmem_model.data import iter_frames, probe, read_clip
+from vidmem_model.errors import MediaError
+
+WHOLE = ClipSpec(height=None, width=None, fps=None, seconds=None)
+
+
+def picture(k, height, width):
+    """Flat colour that tells its number: 6 k in red, with a gradient in green."""
+    image = np.empty((height, width, 3), np.uint8)
+    image[..., 0] = min(6 * k, 255)
+    image[..., 1] = np.linspace(40, 200, width).astype(np.uint8)
+    image[..., 2] = np.linspace(200, 40, height).astype(np.uint8)[:, None]
+    return image
+
+
+def write_video(path, count=24, height=48, width=64, rate=24, stamps=None, draw=picture, **options):
+    """Write frames, at `stamps` milliseconds where given; lossless RGB unless told otherwise."""
+    codec, pixels = options.pop("codec", "libx264rgb"), options.pop("pixels", "rgb24")
+    with av.open(str(path), "w", options=options.pop("container", {})) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.options = {"crf": "0", "qp": "0", **options.pop("stream", {})}
+        if aspect := options.pop("aspect", None):
+            stream.codec_context.sample_aspect_ratio = aspect
+        if stamps:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for k in range(count):
+            frame = av.VideoFrame.from_ndarray(draw(k, height, width), format="rgb24")
+            if stamps:
+                frame.pts, frame.time_base = stamps[k], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def numbers(frames):
+    """Which pictures the frames show."""
+    return [round(float(f[..., 0].mean()) / 6) for f in np.asarray(frames)]
+
+
+def noise(k, height, width):
+    rng = np.random.default_rng(k)
+    return (picture(k, height, width) // 2 + rng.integers(0, 120, (height, width, 3))).astype(np.uint8)
+
+
+@pytest.fixture
+def video(tmp_path):
+    return write_video(tmp_path / "clip.mp4")
+
+
+def test_lossless_frames_come_back_exactly(video):
+    clip = read_clip(video, WHOLE)
+    assert clip.fps == 24 and clip.source == video and clip.asked is None and not clip.short
+    expected = np.stack([picture(k, 48, 64) for k in range(24)])
+    assert np.array_equal(clip.frames.numpy(), expected)
+
+
+def test_probe(video):
+    assert probe(video) == data.VideoInfo(width=64, height=48, fps=24.0, frames=24, duration=1.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24, 100])
+def test_chunks(video, chunk):
+    chunks = list(iter_frames(video, WHOLE, chunk))
+    assert [len(c) for c in chunks[:-1]] == [chunk] * (len(chunks) - 1)
+    assert numbers(np.concatenate(chunks)) == list(range(24))
+    with pytest.raises(ValueError, match="chunk must be positive"):
+        next(iter_frames(video, WHOLE, 0))
+
+
+def test_start_and_length(tmp_path):
+    path = write_video(tmp_path / "a.mp4", count=40, stream={"g": "16"})
+    clip = read_clip(path, ClipSpec(48, 64, fps=24, start=0.75, seconds=0.5))
+    assert numbers(clip.frames) == list(range(18, 30)) and not clip.short
+    clip = read_clip(path, ClipSpec(48, 64, fps=24, start=1.5, seconds=1))
+    assert numbers(clip.frames) == list(range(36, 40))
+    assert clip.asked == 24 and clip.short
+
+
+def test_less_than_a_frame_asked_gives_one(video):
+    assert numbers(read_clip(video, ClipSpec(48, 64, start=0.5, seconds=0.001)).frames) == [12]
+
+
+def test_odd_sizes_and_ntsc_rate(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 12, 37, 53, rate=Fraction(24000, 1001))
+    clip = read_clip(path, WHOLE)
+    assert clip.frames.shape == (12, 37, 53, 3)
+    assert clip.fps == pytest.approx(24000 / 1001, rel=1e-3)
+    assert numbers(clip.frames) == list(range(12))
+    assert numbers(read_clip(path, ClipSpec(37, 53, fps=24, seconds=0.5)).frames) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "expected"),
+    [
+        (12, 24, [k // 2 for k in range(24)]),
+        (30, 15, list(range(0, 30, 2))),
+        (25, 24, [int(k * 25 / 24 + 0.25) for k in range(24)]),
+    ],
+)
+def test_other_rates_show_the_picture_of_the_moment(tmp_path, rate, fps, expected):
+    path = write_video(tmp_path / "a.mp4", count=rate, rate=rate)
+    assert numbers(read_clip(path, ClipSpec(48, 64, fps=fps, seconds=1)).frames) == expected
+
+
+def test_variable_rate(tmp_path):
+    stamps = [0, 100, 150, 400, 900]
+    path = write_video(tmp_path / "a.mkv", 5, stamps=stamps, rate=20)
+    frames = read_clip(path, ClipSpec(48, 64, fps=20, seconds=0.9)).frames
+    assert numbers(frames) == [0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
+
+
+def test_cover_keeps_the_aspect_and_crops_the_centre(tmp_path):
+    def disc(k, height, width):
+        y, x = np.mgrid[:height, :width]
+        inside = (y - height / 2 + 0.5) ** 2 + (x - width / 2 + 0.5) ** 2 < 30**2
+        return np.repeat(np.where(inside, 255, 0).astype(np.uint8)[..., None], 3, 2)
+
+    path = write_video(tmp_path / "portrait.mp4", 2, 160, 90, draw=disc)
+    frame = read_clip(path, ClipSpec(80, 180, seconds=None)).frames[0].numpy()
+    assert frame.shape == (80, 180, 3)
+    # Scaled by 2 to be 180 wide, then 80 of 320 rows: the disc of radius 60 spans 120 columns.
+    assert (frame[40, :, 0] > 127).sum() == pytest.approx(120, abs=2)
+    assert (frame[:, 90, 0] > 127).all()
+    assert abs(int(frame[40, 28:32, 0].mean()) - int(frame[40, 148:152, 0].mean())) < 20
+
+
+def test_pixel_aspect_is_applied(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 2, 48, 64, aspect=Fraction(2, 1))
+    assert (probe(path).width, probe(path).height) == (128, 48)
+    assert read_clip(path, WHOLE).frames.shape == (2, 48, 128, 3)
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+def test_rotation_of_phones_is_applied(tmp_path, turn):
+    path = write_video(tmp_path / "a.mp4", 1)
+    upright = picture(0, 48, 64)
+    matrices = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+    a, b, c, d = (v * 65536 for v in matrices[turn])
+    content = path.read_bytes()
+    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    track = content.index(b"tkhd")
+    at = content.index(identity, track)
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:at] + turned + content[at + len(turned) :])
+    frame = read_clip(path, WHOLE).frames[0].numpy()
+    # The matrix turns clockwise on screen.
+    assert np.array_equal(frame, np.rot90(upright, -turn // 90))
+    assert (probe(path).height, probe(path).width) == frame.shape[:2]
+
+
+def test_progress_reaches_the_end(video):
+    calls = []
+    read_clip(video, ClipSpec(48, 64, seconds=5), lambda done, total: calls.append((done, total)))
+    assert calls == [(16, 24), (24, 24)]
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message and message
+    return message
+
+
+@pytest.mark.parametrize("read", [probe, lambda p: read_clip(p, ClipSpec()), lambda p: next(iter_frames(p, WHOLE))])
+def test_files_that_are_no_videos(tmp_path, read):
+    with pytest.raises(MediaError, match="no such file") as error:
+        read(tmp_path / "none.mp4")
+    one_line(error)
+    with pytest.raises(MediaError, match="is a directory"):
+        read(tmp_path)
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    with pytest.raises(MediaError, match="0 bytes"):
+        read(empty)
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video\n" * 100)
+    with pytest.raises(MediaError, match="cannot be opened as a video") as error:
+        read(text)
+    one_line(error)
+    song = tmp_path / "song.wav"
+    with wave.open(str(song), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(16000))
+    with pytest.raises(MediaError, match="holds no video stream"):
+        read(song)
+
+
+def test_audio_only_mp4(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(MediaError, match="holds no video stream"):
+        probe(path)
+
+
+def test_start_beyond_the_end(video):
+    with pytest.raises(MediaError, match=r"no picture at 7 s; it ends at 1.00 s") as error:
+        read_clip(video, ClipSpec(start=7))
+    one_line(error)
+
+
+def test_missing_index_of_a_cut_mp4(tmp_path):
+    path = write_video(tmp_path / "a.mp4", draw=noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(MediaError, match="cannot be opened as a video"):
+        probe(path)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.62, 0.9])
+def test_cut_in_the_middle_says_where(tmp_path, share):
+    path = write_video(
+        tmp_path / "a.mp4", 96, draw=noise, container={"movflags": "faststart"}, stream={"bf": "0", "g": "12"}
+    )
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(MediaError, match="breaks at") as error:
+        read_clip(path, ClipSpec(48, 64, seconds=4))
+    seconds = float(one_line(error).split("breaks at ")[1].split(" s")[0])
+    assert seconds == pytest.approx(4 * share, abs=0.35)
+    clip = read_clip(path, ClipSpec(48, 64, seconds=0.5))
+    assert len(clip.frames) == 12 and not clip.short
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "avi"])
+def test_other_containers_cut_in_the_middle(tmp_path, suffix):
+    path = write_video(tmp_path / f"a.{suffix}", 96, draw=noise, codec="mpeg4", pixels="yuv420p")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(MediaError, match="breaks at"):
+        read_clip(path, ClipSpec(48, 64, seconds=4))
+
+
+def test_overwritten_data_in_the_middle(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 96, draw=noise, container={"movflags": "faststart"})
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20_000] = bytes(20_000)
+    path.write_bytes(content)
+    with pytest.raises(MediaError, match="breaks at"):
+        read_clip(path, ClipSpec(48, 64, seconds=4))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"height": 0},
+        {"width": -1},
+        {"height": None},
+        {"height": 480.0},
+        {"fps": 0},
+        {"fps": float("nan")},
+        {"start": -1},
+        {"seconds": 0},
+        {"seconds": float("inf")},
+    ],
+)
+def test_clip_spec_refuses(wrong):
+    with pytest.raises(ValueError, match="ClipSpec: .*, got "):
+        ClipSpec(**wrong)
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("VIDMEM_CACHE", str(tmp_path / "own"))
+    assert data.cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("VIDMEM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.cache_dir() == tmp_path / "xdg" / "vidmem"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.cache_dir() == tmp_path / ".cache" / "vidmem"
+
+
+class FakePip:
+    """Stands for the pip process: writes a release whose film is `film`, or fails."""
+
+    film = b"film" * 1000
+    fails = None
+    live = 0
+
+    def __init__(self, command, stdout, stderr, env):
+        type(self).live += 1
+        self.returncode = None
+        release = command[command.index("-d") + 1]
+        if isinstance(self.fails, str):
+            stdout.write(self.fails.encode())
+            return
+        inner = io.BytesIO()
+        with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(data.SAMPLE_MEMBER, self.film)
+        data.Path(release).mkdir()
+        with tarfile.open(f"{release}/moviepy-2.2.1.tar.gz", "w:gz") as outer:
+            entry = tarfile.TarInfo(f"moviepy-2.2.1/{data.SAMPLE_ARCHIVE}")
+            entry.size = len(inner.getvalue())
+            outer.addfile(entry, io.BytesIO(inner.getvalue()))
+
+    def poll(self):
+        if isinstance(self.fails, type):
+            interrupt, self.fails = self.fails, "running"
+            raise interrupt
+        if self.fails != "running":
+            self.returncode = 1 if self.fails else 0
+        return self.returncode
+
+    def kill(self):
+        self.fails = "killed"
+
+    def wait(self):
+        assert self.poll() is not None, "waits for a process that nobody ended"
+        type(self).live -= 1
+
+
+@pytest.fixture
+def fake_pip(monkeypatch, tmp_path):
+    film = FakePip.film
+    monkeypatch.setenv("VIDMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "SAMPLE_BYTES", len(film))
+    monkeypatch.setattr(data, "SAMPLE_SHA256", data.hashlib.sha256(film).hexdigest())
+    pip = type("Pip", (FakePip,), {"live": 0})
+    monkeypatch.setattr(subprocess, "Popen", pip)
+    return pip
+
+
+def left_in_cache(tmp_path):
+    return sorted(p.name for p in (tmp_path / "cache").iterdir())
+
+
+def test_fetch_unpacks_checks_and_caches(fake_pip, tmp_path):
+    path = data.fetch_sample_clip(progress=False)
+    assert path.read_bytes() == fake_pip.film
+    assert left_in_cache(tmp_path) == ["bbb.mp4"] and fake_pip.live == 0
+    fake_pip.fails = "must not be asked again"
+    assert data.fetch_sample_clip(progress=False) == path
+    path.write_bytes(b"spoilt")
+    fake_pip.fails = None
+    assert data.fetch_sample_clip(progress=False).read_bytes() == fake_pip.film
+
+
+def test_fetch_failure_is_one_line_and_leaves_nothing(fake_pip, tmp_path):
+    fake_pip.fails = "Looking\nERROR: no route to the index\n"
+    with pytest.raises(MediaError, match="no route to the index.*give a VIDEO argument") as error:
+        data.fetch_sample_clip(progress=False)
+    one_line(error)
+    assert left_in_cache(tmp_path) == []
+
+
+def test_fetch_refuses_another_film(fake_pip, tmp_path):
+    fake_pip.film = b"other" * 800
+    with pytest.raises(MediaError, match="not the expected file"):
+        data.fetch_sample_clip(progress=False)
+    assert left_in_cache(tmp_path) == []
+
+
+def test_interrupt_stops_pip_and_leaves_nothing(fake_pip, tmp_path):
+    fake_pip.fails = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch_sample_clip(progress=False)
+    assert left_in_cache(tmp_path) == [] and fake_pip.live == 0
+
+
+def test_interrupt_while_unpacking_leaves_nothing(fake_pip, tmp_path, monkeypatch):
+    def interrupted(release, part, bar):
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "_extract_sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch_sample_clip(progress=False)
+    assert left_in_cache(tmp_path) == [] and fake_pip.live == 0
+
+
+def test_unwritable_cache(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("VIDMEM_CACHE", str(blocked / "cache"))
+    with pytest.raises(MediaError, match="give a VIDEO argument"):
+        data.fetch_sample_clip(progress=False)
