@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Typer brought click along as a dependency once and carries a copy now: the base class of usage
 # errors is found from either.
-_UsageProblem: type[Exception] = next(
-    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
-)
+_UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 _INTERRUPTED = 130
 _TERMINATED = 143
 
@@ -90,7 +88,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, _UsageProblem):
-        return f"{error.format_message().rstrip('.')}; see `vidmem --help`", 2
+        where = getattr(getattr(error, "ctx", None), "command_path", "vidmem")
+        return f"{error.format_message().rstrip('.')}; see `{where} --help`", 2
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "out of memory; take fewer --seconds or a smaller --size", 2
     if type(error).__name__ == "OutOfMemoryError":
@@ -111,39 +110,41 @@ def _configured(kind: Callable[..., T], **values: Any) -> T:
         raise UserError(f"{str(error).partition(': ')[2]}; see `vidmem --help`") from error
 
 
-def _numbers(text: str, form: str, count: int, parse: Callable[[str], Any]) -> tuple[Any, ...]:
+def _numbers(option: str, text: str, form: str, parse: Callable[[str], T]) -> tuple[T, ...]:
+    """Split `text` as `form` is written, e.g. "480x832"."""
+    separator, count = ("x", form.count("x") + 1) if "x" in form else (",", None)
     try:
-        values = tuple(parse(part) for part in text.lower().split("x"))
+        values = tuple(parse(part) for part in text.lower().split(separator))
     except ValueError:
         values = ()
-    if len(values) != count:
-        raise typer.BadParameter(f"must look like {form}, got {text!r}")
+    if not values or (count is not None and len(values) != count):
+        raise UserError(f"{option} must look like {form}, got {text!r}")
     return values
 
 
 def _size(text: str) -> tuple[int | None, int | None]:
-    return (None, None) if text == "source" else _numbers(text, "480x832 or source", 2, int)
+    return (None, None) if text == "source" else _numbers("--size", text, "480x832", int)
 
 
 def _rate(text: str) -> tuple[int, int, int]:
-    return _numbers(text, "4x4x2", 3, int)
+    return _numbers("--rate", text, "4x4x2", int)
 
 
 def _fps(text: str) -> float | None:
-    return None if text == "source" else _numbers(text, "24 or source", 1, float)[0]
+    if text == "source":
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--fps must be a number or source, got {text!r}") from error
 
 
 def _lengths(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"must look like 1,2,5,10,20, got {text!r}") from error
+    return _numbers("--lengths", text, "1,2,5,10,20", float)
 
 
 Video = Annotated[Path, typer.Argument(help="A video file.")]
-Size = Annotated[
-    str, typer.Option(help="Rows x columns, or source; scaled to cover, centre cropped.")
-]
+Size = Annotated[str, typer.Option(help="Rows x columns, or source; scaled to cover, centre cropped.")]
 Fps = Annotated[str, typer.Option(help="Frames per second, or source.")]
 Seconds = Annotated[float, typer.Option(help="Length to take.")]
 Rate = Annotated[str, typer.Option(help="Patch tokens per memory token: height x width x time.")]
@@ -191,9 +192,9 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from vidmem_kernels import __version__
 
-        print(f"vidmem {installed('vidmem-kernels')}")
+        print(f"vidmem {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -210,24 +211,16 @@ def _root(
 
 @app.command()
 def demo(
-    video: Annotated[
-        Path | None, typer.Argument(help="A video file; without one, a sample film is fetched.")
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
-        "demo_output"
-    ),
+    video: Annotated[Path | None, typer.Argument(help="A video file; without one, a sample film is fetched.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
     seconds: Seconds = 20.0,
-    start: Annotated[
-        float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")
-    ] = None,
+    start: Annotated[float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")] = None,
     size: Size = "480x832",
     fps: Fps = "24",
     rate: Rate = "4x4x2",
     frames: Annotated[int, typer.Option(help="How many frames to read back.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the positions of those frames.")] = 0,
-    lengths: Annotated[
-        str, typer.Option(help="Seconds of history that the memory profile measures at.")
-    ] = "1,5,20",
+    lengths: Annotated[str, typer.Option(help="Seconds of history that the memory profile measures at.")] = "1,5,20",
 ) -> None:
     """Compress 20 s of video by both methods, read random frames back, compare, plot memory."""
     shape, rate_, fps_, lengths_ = _size(size), _rate(rate), _fps(fps), _lengths(lengths)
@@ -237,9 +230,7 @@ def demo(
 
     if start is None:
         start = demo_.SAMPLE_START if video is None else 0.0
-    clip = _configured(
-        ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds
-    )
+    clip = _configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     config = _configured(
         demo_.DemoConfig,
         video=video,
@@ -266,9 +257,7 @@ def compress(
     seconds: Seconds = 20.0,
     start: Annotated[float, typer.Option(help="First second to take.")] = 0.0,
     rate: Rate = "4x4x2",
-    budget: Annotated[
-        int | None, typer.Option(help="Tokens to keep, for merge; by default what rate gives.")
-    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens to keep, for merge; by default what rate gives.")] = None,
     channels: Annotated[int, typer.Option(help="Width of a dct token.")] = 3072,
     dtype: Annotated[str, typer.Option(help="float16, float32, float8 or int8.")] = "float16",
 ) -> None:
@@ -283,12 +272,8 @@ def compress(
     from .report import check_parent
     from .vae import DCTCodec
 
-    clip_spec = _configured(
-        ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds
-    )
-    config = _configured(
-        CompressorConfig, method=method, rate=rate_, channels=channels, budget=budget, dtype=dtype
-    )
+    clip_spec = _configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
+    config = _configured(CompressorConfig, method=method, rate=rate_, channels=channels, budget=budget, dtype=dtype)
     check_parent(output)
     codec = DCTCodec()
     with _progress() as tell:
@@ -330,9 +315,7 @@ def retrieve(
 
 @app.command()
 def profile(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and plot.")] = Path(
-        "profile_output"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and plot.")] = Path("profile_output"),
     lengths: Annotated[str, typer.Option(help="Seconds of history.")] = "1,2,5,10,20",
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 12,
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
@@ -345,9 +328,7 @@ def profile(
     from . import report
     from .tables import print_profile
 
-    config = _configured(
-        profile_.ProfileConfig, lengths=lengths_, heads=heads, head_dim=head_dim, dtype=dtype
-    )
+    config = _configured(profile_.ProfileConfig, lengths=lengths_, heads=heads, head_dim=head_dim, dtype=dtype)
     device_ = _device(device)
     with report.output_folder(output) as folder, _progress() as tell:
         result = profile_.profile(config, device_, progress=tell)

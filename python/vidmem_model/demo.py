@@ -28,7 +28,7 @@ from .errors import UserError
 from .measure import PeakMemory, available_bytes, describe_device, process_peak, timed
 from .memory import read_memory, write_memory
 from .metrics import psnr, ssim
-from .profile import ProfileConfig, profile, versions
+from .profile import ProfileConfig, check_room, profile, versions
 from .vae import PATCH, DCTCodec, VideoCodec
 
 Progress = Callable[[str, int, int | None], None]
@@ -89,9 +89,7 @@ class Stages:
         )
 
 
-def load_clip(
-    video: Path, spec: ClipSpec, method: str, progress: Callable[[int, int | None], None] | None
-) -> Clip:
+def load_clip(video: Path, spec: ClipSpec, method: str, progress: Callable[[int, int | None], None] | None) -> Clip:
     """Decode a clip, after a look at whether it can be compressed in the memory there is.
 
     Args:
@@ -142,11 +140,13 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
         UserError: something the user can mend; nothing is left behind.
     """
     tell = progress or (lambda *_: None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_room(config.profile, device)
     with report.output_folder(out) as folder:
         sample = config.video is None
         video = fetch_sample_clip(progress=progress is not None) if sample else config.video
         with recording() as choices:
-            result = _run(config, video, folder, tell)
+            result = _run(config, video, folder, device, tell)
         result["video"]["credit"] = SAMPLE_CREDIT if sample else None
         result["kernels"] = _kernels(choices)
         result["peak_rss_bytes"] = process_peak()
@@ -154,15 +154,14 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
     return result
 
 
-def _run(config: DemoConfig, video: Path, folder: Path, tell: Progress) -> dict[str, Any]:
+def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progress) -> dict[str, Any]:
     stages = Stages()
     with stages.measure("decode"):
         clip = load_clip(video, config.clip, "merge", lambda *n: tell("decode", *n))
     size = tuple(clip.frames.shape[:3])
     if config.frames > size[0]:
         raise UserError(
-            f"the clip has {size[0]} frames, --frames asks for {config.frames} of them; "
-            f"give --frames in [1, {size[0]}]"
+            f"the clip has {size[0]} frames, --frames asks for {config.frames} of them; give --frames in [1, {size[0]}]"
         )
     chosen = sorted(random.Random(config.seed).sample(range(size[0]), config.frames))
     sources = clip.frames[chosen]
@@ -228,15 +227,12 @@ def _run(config: DemoConfig, video: Path, folder: Path, tell: Progress) -> dict[
                     "ssim": ssim(image, source),
                     "retrieve_seconds": passed,
                 }
-                for index, image, source, passed in zip(
-                    chosen, images, sources, times, strict=True
-                )
+                for index, image, source, passed in zip(chosen, images, sources, times, strict=True)
             ]
             known = [r["psnr_db"] for r in entry["retrieved"] if r["psnr_db"] is not None]
             entry["mean_psnr_db"] = statistics.fmean(known) if known else None
             entry["mean_ssim"] = statistics.fmean(r["ssim"] for r in entry["retrieved"])
     with stages.measure("memory profile"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         curve = profile(config.profile, device, progress=lambda what, *n: tell(what, *n))
     report.write_json(folder / "memory_vs_context.json", curve)
     result["skipped"] = report.plots_missing()
@@ -245,6 +241,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, tell: Progress) -> dict[
         with stages.measure("pictures"):
             report.write_memory_plot(folder / "memory_vs_context.png", curve)
             _draw(folder / "contact_sheet.png", result, sources, retrieved)
+    result["files"] = sorted(file.name for file in folder.iterdir()) + ["report.json"]
     result["stages"] = stages.done
     result["device"] = describe_device("cpu")
     result["versions"] = versions()
@@ -300,9 +297,7 @@ def _draw(
                 {m: (retrieved[m][0][i], _caption(entries[m][i])) for m in retrieved},
             )
         )
-    after = " and ".join(
-        f"{n:,}" for n in dict.fromkeys(m["context_tokens_after"] for m in result["methods"].values())
-    )
+    after = " and ".join(f"{n:,}" for n in dict.fromkeys(m["context_tokens_after"] for m in result["methods"].values()))
     video = result["video"]
     report.write_contact_sheet(
         path,

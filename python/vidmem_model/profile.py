@@ -79,18 +79,14 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         if not self.lengths or not all(math.isfinite(s) and s > 0 for s in self.lengths):
-            raise ValueError(
-                f"ProfileConfig: lengths must be positive seconds, got {list(self.lengths)}"
-            )
+            raise ValueError(f"ProfileConfig: lengths must be positive seconds, got {list(self.lengths)}")
         for name in ("heads", "head_dim", "fps", "frames_per_latent", "window_frames"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"ProfileConfig: {name} must be positive, got {value}")
         for name in ("grid", "rate"):
             if min(getattr(self, name)) < 1:
-                raise ValueError(
-                    f"ProfileConfig: {name} must be positive, got {getattr(self, name)}"
-                )
+                raise ValueError(f"ProfileConfig: {name} must be positive, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"ProfileConfig: dtype must be one of {DTYPES}, got {self.dtype!r}")
 
@@ -184,9 +180,7 @@ def _hold(
     return (key, value), {"state": state}
 
 
-def measure_point(
-    strategy: str, config: ProfileConfig, seconds: float, device: torch.device | str = "cpu"
-) -> Point:
+def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: torch.device | str = "cpu") -> Point:
     """Measure one strategy at one length; see the module docstring for what is counted.
 
     Args:
@@ -202,14 +196,16 @@ def measure_point(
         ValueError: unknown strategy.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(
-            f"measure_point: strategy must be one of {STRATEGIES}, got {strategy!r}"
-        )
+        raise ValueError(f"measure_point: strategy must be one of {STRATEGIES}, got {strategy!r}")
     device = torch.device(device)
     frames = config.latent_frames(seconds)
     attention = linear_attention if strategy == "linear attention" else cross_attention
     query = _filled(config, config.frame_tokens, device)
     with torch.inference_mode():
+        # Thread pools and library workspaces, made by the first call, stay with the process.
+        held, keywords = _hold(strategy, config, min(2, frames), query)
+        attention(query, *held, **keywords)
+        del held, keywords
         with PeakMemory(device) as memory:
             held, keywords = _hold(strategy, config, frames, query)
             memory.restart()
@@ -218,9 +214,7 @@ def measure_point(
         times = [first]
         if first < _SLOW_SECONDS:
             count = min(_MOST_REPEATS, max(3, int(_SLOW_SECONDS / max(first, 1e-6))))
-            times = [
-                timed(lambda: attention(query, *held, **keywords), device) for _ in range(count)
-            ]
+            times = [timed(lambda: attention(query, *held, **keywords), device) for _ in range(count)]
         backend = explain(attention, query, *held, **keywords)[0].backend
     return Point(
         strategy=strategy,
@@ -237,7 +231,9 @@ def measure_point(
     )
 
 
-def _check_room(config: ProfileConfig, device: torch.device) -> None:
+def check_room(config: ProfileConfig, device: torch.device | str) -> None:
+    """Raise UserError if the longest history does not fit the device's free memory."""
+    device = torch.device(device)
     longest = max(config.lengths)
     need = config.held_bytes("whole history", config.latent_frames(longest))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
@@ -283,13 +279,11 @@ def profile(
     """
     config = config or ProfileConfig()
     device = torch.device(device)
-    _check_room(config, device)
+    check_room(config, device)
     lengths = sorted(set(config.lengths))
     points: list[Point] = []
     total = len(lengths) * len(strategies)
     for strategy in strategies:
-        # Warms up thread pools and library workspaces, which live as long as the process.
-        measure_point(strategy, config, lengths[0], device)
         for seconds in lengths:
             if progress:
                 progress(f"{strategy}, {seconds:g} s", len(points), total)

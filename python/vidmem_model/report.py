@@ -131,9 +131,7 @@ def write_png(path: Path, image: torch.Tensor | np.ndarray) -> None:
     """
     pixels = np.ascontiguousarray(torch.as_tensor(image).numpy())
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"write_png: image must be uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}"
-        )
+        raise ValueError(f"write_png: image must be uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
     height, width, _ = pixels.shape
     rows = pixels.reshape(height, -1)
     # Filter "Up": each row as its difference from the one above, modulo 256.
@@ -258,15 +256,13 @@ def _draw_sheet(path: Path, rows: Sequence[SheetRow], title: str, width: int) ->
                 text(centre, top - 13, heading, weight="bold")
     scale_width = min(400, sheet_width * 0.4)
     bar = figure.add_axes(
-        ((sheet_width - scale_width) / 2 / sheet_width, 36 / sheet_height,
-         scale_width / sheet_width, 12 / sheet_height)
+        ((sheet_width - scale_width) / 2 / sheet_width, 36 / sheet_height, scale_width / sheet_width, 12 / sheet_height)
     )
     mappable = ScalarMappable(Normalize(0, _DIFFERENCE_END), colours)
     scale = figure.colorbar(mappable, cax=bar, orientation="horizontal", extend="max")
     scale.set_ticks([0, 16, 32, 48, 64])
     scale.ax.tick_params(labelsize=body, length=2, pad=1)
-    text((sheet_width - scale_width) / 2 - 12, sheet_height - 42,
-         "mean |difference| of R, G, B (of 255)", ha="right")
+    text((sheet_width - scale_width) / 2 - 12, sheet_height - 42, "mean |difference| of R, G, B (of 255)", ha="right")
     canvas.print_png(path)
 
 
@@ -293,22 +289,21 @@ def write_memory_plot(path: Path, result: dict[str, Any]) -> None:
     tokens = {point["seconds"]: point["context_tokens"] for point in points}
     handles = []
     for strategy in dict.fromkeys(point["strategy"] for point in points):
-        mine = sorted(
-            (p for p in points if p["strategy"] == strategy), key=lambda p: p["seconds"]
-        )
+        mine = sorted((p for p in points if p["strategy"] == strategy), key=lambda p: p["seconds"])
         colour, marker = _LINES[strategy]
         x = [p["seconds"] for p in mine]
         style = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.8}
         (line,) = memory.plot(x, [p["peak_bytes"] / 2**20 for p in mine], label=strategy, **style)
         memory.plot(
-            x, [p["held_bytes_computed"] / 2**20 for p in mine],
-            color=colour, linewidth=1.2, linestyle=(0, (1, 2)),
+            x,
+            [p["held_bytes_computed"] / 2**20 for p in mine],
+            color=colour,
+            linewidth=1.2,
+            linestyle=(0, (1, 2)),
         )
         clock.plot(x, [p["call_seconds"] * 1e3 for p in mine], **style)
         handles.append(line)
-    handles += memory.plot(
-        [], [], color="0.35", linewidth=1.2, linestyle=(0, (1, 2)), label="held, from shapes"
-    )
+    handles += memory.plot([], [], color="0.35", linewidth=1.2, linestyle=(0, (1, 2)), label="held, from shapes")
     for axes, title, unit in (
         (memory, "Peak memory: held K/V or state, workspace, output", "MiB"),
         (clock, "Time of one call", "ms"),

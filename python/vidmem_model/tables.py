@@ -77,7 +77,7 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
     total = sum(stage["seconds"] for stage in result["stages"])
     table.add_row("all", f"{total:.2f}", _mebi(result["peak_rss_bytes"]), "")
     console.print(table)
-    _print_files(console, folder, result["skipped"])
+    _print_files(console, folder, result["files"], result["skipped"])
 
 
 def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
@@ -99,12 +99,13 @@ def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> 
             row = [p for p in result["points"] if p["seconds"] == seconds]
             table.add_row(f"{seconds:g} s", f"{row[0]['context_tokens']:,}", *map(cell, row))
         console.print(table)
-    _print_files(console, folder, skipped)
+    names = ["memory_vs_context.json"] + ([] if skipped else ["memory_vs_context.png"])
+    _print_files(console, folder, names, skipped)
 
 
-def _print_files(console: Console, folder: Path, skipped: str | None) -> None:
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            console.print(f"{file}  ({file.stat().st_size / 1e6:.2f} MB)", soft_wrap=True)
+def _print_files(console: Console, folder: Path, names: list[str], skipped: str | None) -> None:
+    for name in names:
+        size = (folder / name).stat().st_size
+        console.print(f"{folder / name}  ({size / 1e6:.2f} MB)", soft_wrap=True, markup=False)
     if skipped:
         console.print(f"no pictures: {skipped}", soft_wrap=True, markup=False)
