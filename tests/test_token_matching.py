@@ -126,6 +126,9 @@ def test_nan_similarity_counts_as_lowest(bad):
     row = torch.tensor([[[1.0, 0], [bad, 0], [-1.0, 0], [1, 0], [bad, 0]]])
     assert lists(vk.match_neighbors(row, 1, grid=(5, 1, 1)))[0] == [0, 1, 2, 2, 3]
     assert lists(vk.match_neighbors(row, None, grid=(5, 1, 1), threshold=-1.0))[1] == [0, 1, 2, 4]
+    # A bad source takes its lowest neighbour.
+    row = torch.tensor([[[1.0, 0], [1, 0], [1, 0], [bad, 0], [1, 0]]])
+    assert lists(vk.match_neighbors(row, 2, grid=(1, 5, 1)))[0] == [0, 0, 1, 1, 2]
 
 
 def test_nan_in_a_window_stays_in_the_window():

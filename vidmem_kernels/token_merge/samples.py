@@ -108,6 +108,10 @@ def merge_tokens_backward(make):
         if size is not None:
             yield label, (grad, grad_size, x, size, *groups)
         yield f"{label}, x only", (grad, grad_size, None, size, *groups)
+    # Not among the samples of merge_tokens: a group of size 0 has no derivative for finite differences to find.
+    groups = _one_group(make, 1, 6)
+    size = torch.zeros_like(_size(make, 1, 6))
+    yield "size 0", (make.randn(1, 1, 5), _size(make, 1, 1), make.randn(1, 6, 5), size, *groups)
 
 
 @sample_inputs("unmerge_tokens")
