@@ -1,316 +1,173 @@
-"""The files of MemoryBank: they come back as they were, damaged ones never do."""
+"""The memory file: what is written is what is read, and every damage is told."""
 
-import hashlib
-import os
-import random
-import signal
-import stat
-import subprocess
-import sys
-import textwrap
-import time
+from __future__ import annotations
 
 import pytest
-import safetensors.torch
 import torch
-from bank_helpers import BANK_DTYPES, QUANTIZED, fill, ids, refuses, stored
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from safetensors.torch import save_file
+from vidmem_model.compressor import compress
+from vidmem_model.config import CompressorConfig
+from vidmem_model.errors import MemoryFormatError, UserError
+from vidmem_model.memory import read_memory, write_memory
+from vidmem_model.metrics import psnr
+from vidmem_model.vae import DCTCodec
 
-from vidmem_kernels import MemoryBank, MemoryFileError
-from vidmem_kernels.sparse_gather import memory_file
-
-
-def equal_banks(first, second):
-    index = torch.arange(len(first))
-    return (
-        len(first) == len(second)
-        and first.dtype == second.dtype
-        and torch.equal(first.positions, second.positions)
-        and torch.equal(first.gather(index, torch.float32), second.gather(index, torch.float32))
-    )
+from vidmem_kernels import MemoryBank
 
 
-EXTRAS = {
-    "wide": torch.arange(6.0).view(2, 3).T,
-    "int64": torch.tensor([2**40, -1]),
-    "bool": torch.tensor(True),
-    "none": torch.zeros(0, 4, dtype=torch.uint8),
-    "half": torch.tensor([1.5], dtype=torch.bfloat16),
-    "fp8": torch.tensor([0.5, 448.0]).to(torch.float8_e4m3fn),
-}
-METADATA = {"name": "a film, 片", "format": "mine", "": "empty key"}
+@pytest.fixture(scope="module")
+def clip():
+    t, y, x = torch.arange(11).view(-1, 1, 1), torch.arange(70).view(-1, 1), torch.arange(131)
+    waves = [torch.sin((y + 2 * t) / (5 + c)) + torch.cos((x - t) / (8 - c)) for c in range(3)]
+    noise = torch.randn(11, 70, 131, 3, generator=torch.Generator().manual_seed(1)) * 2
+    return (torch.stack(waves, -1) * 50 + 128 + noise).round().clamp(0, 255).to(torch.uint8)
 
 
-@pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)
-@pytest.mark.parametrize("storage", ["device", "mmap"])
-def test_save_load_append_save(dtype, storage, tmp_path):
-    working = tmp_path / "working" if storage == "mmap" else None
-    bank = MemoryBank(7, dtype=dtype, storage=storage, path=working)
-    fill(bank, 33)
-    path = tmp_path / "bank.safetensors"
-    bank.save(path, METADATA, EXTRAS)
-    content = path.read_bytes()
-    loaded = MemoryBank.load(path, storage=storage)
-    assert equal_banks(loaded, bank) and loaded.nbytes == bank.nbytes
-    assert loaded.metadata == METADATA and loaded.storage == storage
-    assert loaded.extras.keys() == EXTRAS.keys()
-    for name, tensor in EXTRAS.items():
-        assert loaded.extras[name].dtype == tensor.dtype
-        assert torch.equal(loaded.extras[name].float(), tensor.float()), name
-
-    fill(loaded, 50, seed=1)
-    assert path.read_bytes() == content  # an append does not touch the file
-    fill(bank, 50, seed=1)
-    assert equal_banks(loaded, bank)
-    loaded.save(path)  # over the file it reads from; metadata and extras are its own
-    again = MemoryBank.load(path, storage=storage)
-    assert equal_banks(again, bank) and equal_banks(loaded, bank)
-    assert again.metadata == METADATA and again.extras.keys() == EXTRAS.keys()
-    assert again.topk(torch.ones(2, 7), 5)[1].tolist() == bank.topk(torch.ones(2, 7), 5)[1].tolist()
-    assert sorted(p.name for p in tmp_path.iterdir() if "working" not in p.name) == [path.name]
+def made(clip, **config):
+    codec = DCTCodec()
+    latents = codec.encode_chunks([clip])
+    return compress(latents, codec, tuple(clip.shape[:3]), CompressorConfig(**config))
 
 
-def test_empty_bank_is_saved(tmp_path):
-    MemoryBank(3, dtype=torch.int8).save(tmp_path / "bank")
-    for storage in ("device", "mmap"):
-        bank = MemoryBank.load(tmp_path / "bank", storage=storage)
-        assert len(bank) == 0 and bank.channels == 3 and bank.dtype == torch.int8
-        fill(bank, 2)
-        assert len(bank) == 2
-
-
-@pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)
-def test_file_is_plain_safetensors(dtype, tmp_path):
-    bank = MemoryBank(5, dtype=dtype)
-    tokens, positions = fill(bank, 9)
-    bank.save(tmp_path / "bank", METADATA, {"wide": EXTRAS["wide"]})
-    tensors = safetensors.torch.load_file(tmp_path / "bank")
-    assert set(tensors) == {"rows", "positions", "extras.wide"} | ({"scale"} if dtype in QUANTIZED else set())
-    assert torch.equal(tensors["positions"], positions) and torch.equal(tensors["extras.wide"], EXTRAS["wide"])
-    rows = tensors["rows"].float()
-    assert tensors["rows"].dtype == dtype
-    assert torch.equal(rows * tensors["scale"][:, None] if dtype in QUANTIZED else rows, stored(tokens, dtype))
-    with safetensors.safe_open(tmp_path / "bank", "pt") as file:
-        header = file.metadata()
-    assert header.items() >= METADATA.items()
-    content = (tmp_path / "bank").read_bytes()
-    checksum = header["vidmem.checksum"].encode()
-    assert hashlib.sha256(content.replace(checksum, b"0" * 64)).hexdigest().encode() == checksum
-
-
-def test_saving_twice_gives_the_same_bytes(tmp_path):
-    bank = MemoryBank(5)
-    fill(bank, 9)
-    for name in ("a", "b"):
-        bank.save(tmp_path / name, METADATA, EXTRAS)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_mapped_rows_are_read_when_asked_for(tmp_path):
-    """A mapped bank of 64 MiB leaves the memory of the process as it is, but for the rows that are gathered."""
-    bank = MemoryBank(1024, dtype=torch.float32, capacity=16384)
-    bank.append(torch.zeros(16384, 1024), torch.zeros(16384, 3))
-    bank.save(tmp_path / "bank")
-    script = """
-        import sys, torch
-        from vidmem_kernels import MemoryBank
-        def resident():
-            lines = open("/proc/self/status").read().splitlines()
-            return sum(int(x.split()[1]) for x in lines if x.startswith(("RssAnon", "RssFile"))) / 1024
-        MemoryBank(4).gather(torch.tensor([-1]))
-        before = resident()
-        bank = MemoryBank.load(sys.argv[1], storage="mmap")
-        bank.gather(torch.tensor([0, 16383]))
-        print(resident() - before)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "bank")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 32
-
-
-@pytest.fixture
-def small_file(tmp_path):
-    bank = MemoryBank(3, dtype=torch.int8)
-    fill(bank, 5)
-    path = tmp_path / "bank"
-    bank.save(path, {"k": "v"}, {"x": torch.arange(3)})
+def written(path, clip, **config):
+    write_memory(path, made(clip, **config), fps=23.976, source="holiday.mp4")
     return path
 
 
-def refused(path):
-    """The message of the one error that loading `path` must give, with both storages."""
-    messages = set()
-    for storage in ("device", "mmap"):
-        with pytest.raises(MemoryFileError) as caught:
-            MemoryBank.load(path, storage=storage)
-        messages.add(str(caught.value))
-    (message,) = messages
-    assert message.startswith(f"MemoryBank.load: {path} is ") and "\n" not in message and ";" in message
-    return message
+def quality(memory, clip):
+    return sum(psnr(memory.retrieve(k), clip[k]) for k in range(len(clip))) / len(clip)
 
 
-def test_file_cut_anywhere_is_refused(small_file):
-    content = small_file.read_bytes()
-    for length in range(len(content)):
-        small_file.write_bytes(content[:length])
-        refused(small_file)
-    small_file.write_bytes(content + b"\0")
-    assert "holds" in refused(small_file)
+@pytest.fixture
+def file(tmp_path, clip):
+    return written(tmp_path / "memory.safetensors", clip)
 
 
-@pytest.mark.parametrize("change", [0x01, 0x20, 0xFF])
-def test_file_changed_anywhere_is_refused(small_file, change):
-    content = small_file.read_bytes()
-    for i in range(len(content)):
-        small_file.write_bytes(content[:i] + bytes([content[i] ^ change]) + content[i + 1 :])
-        refused(small_file)
-    small_file.write_bytes(content)
-    assert len(MemoryBank.load(small_file)) == 5
+@pytest.mark.parametrize("method", ["dct", "merge"])
+def test_header_and_frames_survive(tmp_path, clip, method):
+    memory = read_memory(written(tmp_path / "m.safetensors", clip, method=method, dtype="float32"))
+    assert (memory.method, memory.frames, memory.height, memory.width) == (method, 11, 70, 131)
+    assert memory.fps == 23.976 and memory.source == "holiday.mp4"
+    assert len(memory.bank) == 2 * 1 * 2
+    compressed = made(clip, method=method)
+    torch.testing.assert_close(memory.bank.positions, compressed.positions)
+    whole = read_memory(written(tmp_path / "n.safetensors", clip, method=method, dtype="float32"))
+    for k in range(11):
+        frame = memory.retrieve(k)
+        assert frame.shape == (70, 131, 3) and frame.dtype == torch.uint8
+        assert torch.equal(frame, whole.retrieve(k))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(content=st.one_of(st.binary(max_size=64), st.text(max_size=40).map(str.encode)), framed=st.booleans())
-def test_any_bytes_are_refused(content, framed, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "any"
-    path.write_bytes(len(content).to_bytes(8, "little") + content if framed else content)
-    refused(path)
+def test_row_types_trade_size_for_quality(tmp_path, clip):
+    sizes, qualities = {}, {}
+    for dtype in ("float32", "float16", "int8", "float8"):
+        path = written(tmp_path / f"{dtype}.safetensors", clip, dtype=dtype)
+        sizes[dtype], qualities[dtype] = path.stat().st_size, quality(read_memory(path), clip)
+    rows = 4 * 3072
+    assert sizes["float32"] - sizes["float16"] == pytest.approx(2 * rows, abs=256)
+    assert sizes["float16"] - sizes["int8"] == pytest.approx(rows, abs=256)
+    assert qualities["float16"] == pytest.approx(qualities["float32"], abs=0.02)
+    assert qualities["int8"] > qualities["float32"] - 1.5
+    assert qualities["float8"] > qualities["float32"] - 3
 
 
-def test_damage_in_place_is_told_from_a_foreign_file(small_file, tmp_path):
-    content = small_file.read_bytes()
-    small_file.write_bytes(content[:-1] + b"\x55")
-    assert refused(small_file) == (
-        f"MemoryBank.load: {small_file} is damaged (its checksum does not match its content); "
-        "restore it from a copy or save the bank again"
-    )
-    small_file.write_bytes(content[:-1])
-    size = len(content) - 8 - int.from_bytes(content[:8], "little")
-    assert refused(small_file) == (
-        f"MemoryBank.load: {small_file} is damaged (it should hold {size} bytes of tensors, holds {size - 1}); "
-        "restore it from a copy or save the bank again"
-    )
-    foreign = tmp_path / "foreign.safetensors"
-    safetensors.torch.save_file({"rows": torch.zeros(2, 3), "positions": torch.zeros(2, 3)}, foreign)
-    assert refused(foreign) == (
-        f"MemoryBank.load: {foreign} is not a memory file (its header does not name the format "
-        "vidmem_kernels.MemoryBank); give a file that MemoryBank.save wrote"
-    )
-    foreign.write_text("A text of some length, which is no safetensors file.\n")
-    assert refused(foreign) == (
-        f"MemoryBank.load: {foreign} is not a memory file (no safetensors header, or cut inside it); "
-        "give a file that MemoryBank.save wrote"
-    )
+@pytest.mark.parametrize("frame", [-1, 11, 10**9])
+def test_frames_that_are_not_there(file, frame):
+    with pytest.raises(UserError, match=rf"no frame {frame}: this memory holds frames 0 to 10"):
+        read_memory(file).retrieve(frame)
 
 
-def test_newer_version_is_refused(small_file, monkeypatch):
-    monkeypatch.setattr(memory_file, "VERSION", 2)
-    MemoryBank(3).save(small_file)
-    monkeypatch.undo()
-    assert refused(small_file) == (
-        f"MemoryBank.load: {small_file} is of version '2', this vidmem_kernels reads version '1'; "
-        "install the vidmem_kernels that wrote it"
-    )
+def one_line(error):
+    assert "\n" not in str(error.value)
 
 
-def test_well_formed_file_without_a_bank_is_refused(tmp_path):
-    path = tmp_path / "odd"
-    ok = {"rows": torch.zeros(2, 3), "positions": torch.zeros(2, 3)}
-    for change in (
-        {"rows": torch.zeros(6)},
-        {"rows": torch.zeros(2, 3, dtype=torch.float64)},
-        {"positions": torch.zeros(2, 2)},
-        {"scale": torch.zeros(2)},
-        {"rows": torch.zeros(2, 3, dtype=torch.int8)},
-    ):
-        memory_file.write(path, ok | change, {})
-        refused(path)
-    memory_file.write(path, ok, {})
-    assert len(MemoryBank.load(path)) == 2
+def test_missing_file_and_directory(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(MemoryFormatError, match="vidmem compress") as error:
+            read_memory(path)
+        one_line(error)
 
 
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        MemoryBank.load(tmp_path / "none")
-    with pytest.raises(FileNotFoundError) as caught:
-        MemoryBank(2).save(tmp_path / "none" / "bank")
-    assert str(tmp_path / "none") in str(caught.value)
-    with pytest.raises(IsADirectoryError):
-        MemoryBank.load(tmp_path)
-    with pytest.raises(IsADirectoryError):
-        MemoryBank(2).save(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_cut_file(file, share):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(MemoryFormatError) as error:
+        read_memory(file)
+    one_line(error)
 
 
-def test_save_refuses(tmp_path):
-    bank, path = MemoryBank(2), tmp_path / "bank"
-    name = "MemoryBank.save: "
-    refuses(TypeError, name + "metadata must be a dict of str to str, got 'a': 1", bank.save, path, {"a": 1})
-    refuses(TypeError, name + "metadata must be a dict of str, got list", bank.save, path, ["a"])
-    refuses(
-        ValueError,
-        name + "metadata must not have keys that start with 'vidmem.', got 'vidmem.version'",
-        bank.save,
-        path,
-        {"vidmem.version": "9"},
-    )
-    refuses(
-        TypeError, name + "extras must be a dict of str to tensor, got 'a': list", bank.save, path, extras={"a": [1]}
-    )
-    with pytest.raises(TypeError, match="extras must be dense and .* got complex64"):
-        bank.save(path, extras={"a": torch.zeros(2, dtype=torch.complex64)})
-    assert not path.exists()
+@pytest.mark.parametrize("place", [9, 400, -5000, -1])
+def test_one_changed_byte(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(MemoryFormatError) as error:
+        read_memory(file)
+    one_line(error)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("at", ["fsync", "replace"])
-def test_interrupted_save_leaves_the_old_file_and_no_other(small_file, monkeypatch, error, at):
-    before = small_file.read_bytes()
-    bank = MemoryBank(3)
-    fill(bank, 9)
-
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(os, at, fail)
-    with pytest.raises((KeyboardInterrupt, OSError)):
-        bank.save(small_file)
-    monkeypatch.undo()
-    assert small_file.read_bytes() == before
-    assert [p.name for p in small_file.parent.iterdir()] == [small_file.name]
+def test_foreign_files(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("hello")
+    weights = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.zeros(3, 4)}, weights)
+    bare = tmp_path / "bank.safetensors"
+    bank = MemoryBank(4)
+    bank.append(torch.zeros(1, 4), torch.zeros(1, 3))
+    bank.save(bare)
+    for path in (text, weights, bare):
+        with pytest.raises(MemoryFormatError) as error:
+            read_memory(path)
+        one_line(error)
 
 
-def test_saved_file_has_the_usual_permissions(small_file, tmp_path):
-    plain = tmp_path / "plain"
-    plain.write_text("")
-    assert stat.S_IMODE(small_file.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "2"}, "is of version 2, this vidmem reads version 1"),
+        ({"size": "[11, 70]"}, "header is damaged"),
+        ({"size": "eleven"}, "header is damaged"),
+        ({"fps": "fast"}, "header is damaged"),
+        ({"method": "wavelet"}, "header is damaged"),
+        ({"grid": None}, "header is damaged .no 'grid'"),
+        ({"grid": "[3, 1, 2]"}, "header is damaged"),
+    ],
+)
+def test_other_headers(file, tmp_path, changes, message):
+    bank = MemoryBank.load(file)
+    header = {k: v for k, v in bank.metadata.items() if not k.startswith("vidmem.")}
+    header = {k: v for k, v in {**header, **changes}.items() if v is not None}
+    bank.save(tmp_path / "other.safetensors", metadata=header)
+    with pytest.raises(MemoryFormatError, match=message) as error:
+        read_memory(tmp_path / "other.safetensors")
+    one_line(error)
 
 
-WRITER = """
-    import sys, torch
-    from vidmem_kernels import MemoryBank
-    bank = MemoryBank(512)
-    print("ready", flush=True)
-    while True:
-        bank.append(torch.full((64, 512), float(len(bank))), torch.zeros(64, 3))
-        bank.save(sys.argv[1])
-        print(len(bank), flush=True)
-"""
+def test_memory_of_another_codec(tmp_path, clip):
+    bank = MemoryBank.load(written(tmp_path / "m.safetensors", clip, method="merge"))
+    header = {k: v for k, v in bank.metadata.items() if not k.startswith("vidmem.")}
+    bank.save(tmp_path / "other.safetensors", metadata={**header, "codec": "wan"})
+    with pytest.raises(MemoryFormatError, match="codec 'wan'") as error:
+        read_memory(tmp_path / "other.safetensors")
+    one_line(error)
 
 
-def test_killed_writer_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "bank"
-    draw = random.Random(0)
-    for _ in range(5):
-        command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout.readline() == "ready\n"
-            assert writer.stdout.readline() == "64\n"
-            time.sleep(draw.uniform(0, 0.05))
-            writer.send_signal(signal.SIGKILL)
-            told = [int(line) for line in writer.stdout if line.endswith("\n")]
-        bank = MemoryBank.load(path)
-        assert len(bank) >= max(told, default=64) and len(bank) % 64 == 0
-        expected = torch.arange(0.0, len(bank), 64).repeat_interleave(64)
-        assert torch.equal(bank.gather(torch.arange(len(bank)))[:, 0], expected)
-        assert len(list(tmp_path.iterdir())) <= 6  # what a killed writer had begun is left under its own name
+def test_unwritable_place(tmp_path, clip):
+    with pytest.raises(UserError, match="cannot be written") as error:
+        written(tmp_path / "none" / "m.safetensors", clip)
+    one_line(error)
+
+
+def test_interrupt_while_writing_keeps_the_old_file(file, clip, monkeypatch):
+    before = file.read_bytes()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    monkeypatch.setattr("os.rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written(file, clip[:4])
+    assert file.read_bytes() == before
+    assert [p.name for p in file.parent.iterdir()] == [file.name]

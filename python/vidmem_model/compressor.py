@@ -22,7 +22,7 @@ import torch
 from vidmem_kernels import MemoryBank
 
 from . import merging
-from .config import CompressorConfig
+from .config import METHODS, CompressorConfig
 from .errors import UserError
 from .vae import PATCH, VideoCodec, dct_matrix, frames_to_uint8, pad_frames, rechunk
 
@@ -109,6 +109,32 @@ def reconstruct(bank: MemoryBank, frame_index: int) -> torch.Tensor:
         raise ValueError(f"reconstruct: frame_index must be in [0, {frames}), got {frame_index}")
     method = _read_dct if bank.metadata["method"] == "dct" else merging.read_merge
     return frames_to_uint8(method(bank, frame_index))[0]
+
+
+def check_bank(bank: MemoryBank) -> None:
+    """Check that a loaded bank has all that reconstruct reads.
+
+    Args:
+        bank: loaded bank.
+
+    Raises:
+        KeyError, TypeError, ValueError: an entry is missing or does not fit the rows.
+        MemoryFormatError: the rows belong to a codec that is not built in.
+    """
+    header, extras = bank.metadata, bank.extras
+    if header["method"] not in METHODS:
+        raise ValueError(f"unknown method {header['method']!r}")
+    size, grid = json.loads(header["size"]), json.loads(header["grid"])
+    if len(size) != 3 or len(grid) != 3 or min(size) < 1:
+        raise ValueError(f"size {size} or grid {grid}")
+    if extras["scale"].shape != (bank.channels,):
+        raise ValueError(f"scale of shape {tuple(extras['scale'].shape)}")
+    if header["method"] == "merge":
+        merging.check_merge(bank, grid)
+        return
+    table, whole = extras["table"], 3 * math.prod(json.loads(header["box"]))
+    if math.prod(grid) != len(bank) or table.shape != (bank.channels,) or int(table.max()) >= whole:
+        raise ValueError(f"grid {grid} or table of shape {tuple(table.shape)}")
 
 
 def box_grid(

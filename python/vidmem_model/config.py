@@ -119,6 +119,11 @@ class CompressorConfig:
         )
         _check(_is_count(self.channels), "CompressorConfig: channels must be positive", self.channels)
         _check(
+            self.budget is None or _is_count(self.budget),
+            "CompressorConfig: budget must be positive",
+            self.budget,
+        )
+        _check(
             self.budget is None or self.method == "merge",
             "CompressorConfig: budget belongs to method merge; the rate fixes the rows of dct",
             self.budget,

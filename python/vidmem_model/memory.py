@@ -10,7 +10,7 @@ import torch
 
 from vidmem_kernels import MemoryBank, MemoryFileError
 
-from .compressor import CompressedMemory, reconstruct
+from .compressor import CompressedMemory, check_bank, reconstruct
 from .errors import MemoryFormatError, UserError
 
 FORMAT = "vidmem.memory"
@@ -118,15 +118,12 @@ def read_memory(path: str | Path) -> Memory:
             "make it anew with `vidmem compress`"
         )
     try:
+        check_bank(bank)
         frames, height, width = json.loads(header["size"])
-        return Memory(
-            bank,
-            header["method"],
-            frames,
-            height,
-            width,
-            float(header["fps"]),
-            header["source"],
-        )
-    except (KeyError, ValueError) as error:
+        return Memory(bank, header["method"], frames, height, width, float(header["fps"]), header["source"])
+    except KeyError as error:
+        raise MemoryFormatError(f"{path}: its header is damaged (no {error})") from error
+    except (TypeError, ValueError) as error:
         raise MemoryFormatError(f"{path}: its header is damaged ({error})") from error
+    except MemoryFormatError as error:
+        raise MemoryFormatError(f"{path}: {error}") from error

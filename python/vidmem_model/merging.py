@@ -145,6 +145,19 @@ def _nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     return torch.addmm(offsets, points, centres.T, alpha=-2).argmin(-1)
 
 
+def check_merge(bank: MemoryBank, grid: list[int]) -> None:
+    """Check what read_merge reads; raises as `compressor.check_bank`."""
+    if bank.metadata["codec"] != DCTCodec.name:
+        raise MemoryFormatError(
+            f"a memory of the codec {bank.metadata['codec']!r}, which is not built in; "
+            "make it anew with `vidmem compress`"
+        )
+    width = CodecConfig(int(bank.metadata["codec_channels"])).channels * PATCH * PATCH
+    row_of = bank.extras["row_of"]
+    if row_of.shape != (math.prod(grid),) or int(row_of.max()) >= len(bank) or width != bank.channels:
+        raise ValueError(f"row_of of shape {tuple(row_of.shape)} for grid {grid}")
+
+
 def read_merge(bank: MemoryBank, frame_index: int) -> torch.Tensor:
     """Decode one frame from the rows that its tokens went to.
 
@@ -154,13 +167,8 @@ def read_merge(bank: MemoryBank, frame_index: int) -> torch.Tensor:
 
     Returns:
         float32 (1, 3, 1, H, W) in [-1, 1].
-
-    Raises:
-        MemoryFormatError: the rows belong to a codec that is not built in.
     """
     header = bank.metadata
-    if header["codec"] != DCTCodec.name:
-        raise MemoryFormatError(f"this memory needs the codec {header['codec']!r}")
     codec = DCTCodec(CodecConfig(int(header["codec_channels"])))
     _, height, width = json.loads(header["size"])
     _, down, across = json.loads(header["grid"])
