@@ -190,7 +190,7 @@ def test_autocast_casts_tokens_not_the_state():
 
 
 def test_compiles_whole(device):
-    """The public function, its state and gradients: no graph break, and no recompilation for another length."""
+    """The public function, its state and gradients: no graph break, any length."""
 
     def call(q, k, v, state):
         return linear_attention(q, k, v, causal=True, block_size=4, state=state, return_state=True)

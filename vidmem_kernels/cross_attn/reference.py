@@ -49,7 +49,7 @@ class _Scores:
         if window is not None:
             single = q_time.dtype == k_time.dtype == torch.float32
             dtype = torch.float32 if single else torch.float64
-            self.q_time, self.k_time = (t.to(dtype).reshape(-1, t.shape[-1]) for t in (q_time, k_time))
+            self.q_time, self.k_time = (torch.atleast_2d(t.to(dtype)) for t in (q_time, k_time))
         if block_index is not None:
             self.query_block, self.key_block = block_size
             self.key_blocks = -(-self.keys // self.key_block)
