@@ -153,7 +153,7 @@ class Runner:
                 check_ours(bench, results, expected, x, s, which)
                 contender.backend = _backends(choices)
             del results, call
-            contender.peak_bytes = self.clock.peak_bytes(prepared(contender, 0))
+            contender.peak_bytes = self.clock.peak_bytes(lambda: prepared(contender, 0))
         except (Unsupported, _dispatch.BackendError) as error:
             contender.out("skipped", str(error))
         except torch.OutOfMemoryError:

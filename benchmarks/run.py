@@ -44,10 +44,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", nargs="+", default=["auto"], help="ours: auto (default), or one or more backends")
     parser.add_argument("--quick", action="store_true", help="the first shape of each op, and a quarter of the rounds")
     parser.add_argument("--seconds", type=float, default=1.5, help="of rounds for each op, shape, dtype and pass")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's. 1 on a machine that others use")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no row is begun after it")
     parser.add_argument("-o", "--output", type=Path, help=".json file or folder; default: benchmarks/results/DEVICE")
     args = parser.parse_args(argv)
     try:
+        if args.threads is not None and args.threads < 1:
+            raise ValueError(f"--threads: must be at least 1, got {args.threads}")
         args.device = torch.device(args.device)
         kind = args.device.type
         choose("--device", [kind], ["cpu", "cuda"])
@@ -81,6 +84,8 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str, str]]:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     started = perf_counter()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends like an interrupt
     result = describe(ROOT, args.device, sys.argv[1:] if argv is None else argv)
     path = result_path(args.output, ROOT, result)

@@ -2,7 +2,7 @@
 
 A video clip of T x H x W tokens is flattened to N = T * H * W. 81 frames of 480 x 832 pixels are 21 x 30 x 52 tokens
 in Wan 2.1 (a VAE of stride 4 x 8 x 8, patches of 1 x 2 x 2); its 1.3B model has 12 heads of 128 (C = 1536),
-HunyuanVideo 24 heads of 128 (C = 3072).
+HunyuanVideo 24 heads of 128 (C = 3072). Sizes for the CPU take fewer heads where that is what they cost.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _LINEAR = {
 }
 _CROSS = {
     "smoke": Shape(_attention(70, 96, 2), SMOKE),
-    "frame-memory20s": Shape(_attention(390, MEMORY_20S, 12), "a 240 x 416 frame reads the memory of 20 s", CPU),
+    "frame-memory20s": Shape(_attention(390, MEMORY_20S, 4), "a 240 x 416 frame reads the memory of 20 s", CPU),
     "clip480p-memory5k": Shape(_attention(N480, 5120, 24), "HunyuanVideo's heads, a clip reads 5,120 tokens", GPU),
 }
 
@@ -110,14 +110,14 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
     },
     "linear_attention": _LINEAR,
-    "linear_attention_frames": _LINEAR,
+    "linear_attention_frames": {name: shape for name, shape in _LINEAR.items() if name != "clip240p-d64"},
     "linear_attention_causal": _LINEAR,
     "cross_attention": _CROSS,
     "cross_attention_bias": _CROSS,
     "cross_attention_blocks": {
         "smoke": Shape(_attention(70, 96, 2, block=(32, 16), topk=2), SMOKE),
         "frame-memory20s": Shape(
-            _attention(390, MEMORY_20S, 12, block=(128, 64), topk=21), "a quarter of the 86 blocks of keys", CPU
+            _attention(390, MEMORY_20S, 4, block=(128, 64), topk=21), "a quarter of the 86 blocks of keys", CPU
         ),
         "clip480p": Shape(
             _attention(N480, N480, 12, block=(128, 64), topk=64), "an eighth of the 512 blocks of a clip", GPU

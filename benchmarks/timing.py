@@ -21,7 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 MIN_ROUNDS, MAX_ROUNDS, MAX_COPIES = 3, 60, 8
-COPY_BYTES = 2**29  # all copies of the inputs together, on the CPU
+COPY_BYTES = 2**28  # all copies of the inputs together, on the CPU
 FLUSH_BYTES = 2**29  # an H200 reads this in about 0.1 ms
 
 Prepare = Callable[[int], Callable[[], Any]]  # the number of a copy of the inputs -> the call to time
@@ -63,7 +63,7 @@ class CpuClock:
         self._kept.append(result)
         return seconds
 
-    def peak_bytes(self, call: Callable[[], Any]) -> None:
+    def peak_bytes(self, make: Callable[[], Callable[[], Any]]) -> None:
         """torch's CPU allocator keeps no peak, and a process's resident size is not a call's."""
         return None
 
@@ -90,8 +90,9 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
         return 1e-3 * start.elapsed_time(end)
 
-    def peak_bytes(self, call: Callable[[], Any]) -> int:
-        """Bytes that the call held at most, its results with it, beyond what was there before."""
+    def peak_bytes(self, make: Callable[[], Callable[[], Any]]) -> int:
+        """Bytes that a call held at most, its results with it, beyond what was there when it had been made."""
+        call = make()
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -170,7 +171,7 @@ def measure_rates(clock: CpuClock | CudaClock, device: torch.device, dtypes: dic
     source = torch.ones(2**28 if on_cuda else 2**26, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     copy = min(_repeat(clock, lambda: target.copy_(source)))
-    size = 8192 if on_cuda else 1536
+    size = 8192 if on_cuda else 1024
     rates = {}
     for name, dtype in {"float32": torch.float32, **dtypes}.items():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -181,6 +182,6 @@ def measure_rates(clock: CpuClock | CudaClock, device: torch.device, dtypes: dic
     return Rates(2 * source.nbytes / copy, rates)
 
 
-def _repeat(clock: CpuClock | CudaClock, call: Callable[[], Any], times: int = 7) -> list[float]:
+def _repeat(clock: CpuClock | CudaClock, call: Callable[[], Any], times: int = 15) -> list[float]:
     clock.time(call)
     return [clock.time(call) for _ in range(times)]
