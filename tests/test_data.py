@@ -13,6 +13,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
 from vidmem_model import data
 from vidmem_model.config import ClipSpec
 from vidmem_model.data import iter_frames, probe, read_clip
@@ -118,6 +119,18 @@ def test_odd_sizes_and_ntsc_rate(tmp_path):
 def test_other_rates_show_the_picture_of_the_moment(tmp_path, rate, fps, expected):
     path = write_video(tmp_path / "a.mp4", count=rate, rate=rate)
     assert numbers(read_clip(path, ClipSpec(48, 64, fps=fps, seconds=1)).frames) == expected
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("mkv", "libx264"), ("ts", "libx264"), ("h264", "libx264"), ("mpg", "mpeg2video"), ("webm", "libvpx-vp9")],
+)
+def test_start_in_other_containers(tmp_path, suffix, codec):
+    path = write_video(tmp_path / f"a.{suffix}", 42, rate=25, codec=codec, pixels="yuv420p", stream={"g": "12"})
+    whole = read_clip(path, ClipSpec(48, 64, fps=25, seconds=None)).frames
+    assert len(whole) == 42
+    part = read_clip(path, ClipSpec(48, 64, fps=25, start=1.2, seconds=0.4)).frames
+    assert torch.equal(part, whole[30:40])
 
 
 def test_variable_rate(tmp_path):
@@ -248,6 +261,27 @@ def test_other_containers_cut_in_the_middle(tmp_path, suffix):
     path = write_video(tmp_path / f"a.{suffix}", 96, draw=noise, codec="mpeg4", pixels="yuv420p")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(MediaError, match="breaks at"):
+        read_clip(path, ClipSpec(48, 64, seconds=4))
+
+
+def test_cut_matroska_with_sound(tmp_path):
+    """The sound is as long as the picture was: only the picture's own stated length tells."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        picture_stream = container.add_stream("mpeg4", rate=24)
+        picture_stream.width, picture_stream.height, picture_stream.pix_fmt = 64, 48, "yuv420p"
+        sound_stream = container.add_stream("aac", rate=8000, layout="mono")
+        for k in range(96):
+            frame = av.VideoFrame.from_ndarray(noise(k, 48, 64), format="rgb24")
+            container.mux(picture_stream.encode(frame))
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 333), np.float32), format="fltp", layout="mono")
+            sound.rate, sound.pts = 8000, 333 * k
+            container.mux(sound_stream.encode(sound))
+        container.mux(picture_stream.encode(None))
+        container.mux(sound_stream.encode(None))
+    assert len(read_clip(path, ClipSpec(48, 64, seconds=4)).frames) == 96
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(MediaError, match=r"breaks at .* s \(4.00 s expected"):
         read_clip(path, ClipSpec(48, 64, seconds=4))
 
 

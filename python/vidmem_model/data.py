@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,7 +14,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def _sample_error(reason: str) -> MediaError:
     return MediaError(f"cannot fetch the sample clip ({reason}); give a VIDEO argument instead")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress_bar(visible: bool) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
@@ -196,7 +197,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open a file and its first real video stream (cover art of a song is none)."""
     if not path.exists():
@@ -230,6 +231,9 @@ def _declared_seconds(container: av.container.InputContainer, stream: av.VideoSt
     """Length of the picture as the container states it; None where it does not."""
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = match.groups()  # Matroska keeps a stream's own length in this tag
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     # A container's length is that of its longest stream: it tells of the picture only when alone.
     if container.duration is not None and len(container.streams) == 1:
         return container.duration / av.time_base
@@ -282,15 +286,17 @@ def _decode(
     unit = stream.time_base
     origin = stream.start_time or 0
     step = 1.0 / _rate(stream)
-    now = 0.0
+    now = -step
     try:
-        if start > 0:
-            container.seek(origin + int(start / unit), stream=stream)
+        # A bare stream has no time stamps to jump to: its frames are counted from the beginning.
+        if start > 0 and stream.start_time is not None:
+            # A second early, because MPEG program streams date the first frames after a jump wrongly.
+            container.seek(origin + int(max(0.0, start - 1.0) / unit), stream=stream)
         damaged_at = None
         for packet in container.demux(stream):
             if packet.is_corrupt and packet.size and damaged_at is None:
                 stamp = packet.pts if packet.pts is not None else packet.dts
-                damaged_at = now if stamp is None else float((stamp - origin) * unit)
+                damaged_at = max(0.0, now) if stamp is None else float((stamp - origin) * unit)
             for frame in packet.decode():
                 now = now + step if frame.pts is None else float((frame.pts - origin) * unit)
                 broken = frame.is_corrupt or (damaged_at is not None and now >= damaged_at)
@@ -300,7 +306,7 @@ def _decode(
         if damaged_at is not None and damaged_at >= start:
             raise _breaks(path, damaged_at)
     except av.error.FFmpegError as error:
-        raise _breaks(path, now, error.strerror) from error
+        raise _breaks(path, max(0.0, now), error.strerror) from error
 
 
 def _breaks(path: Path, seconds: float, reason: str = "damaged data") -> MediaError:
