@@ -82,7 +82,7 @@ def test_without_the_right_to_reset_the_level_is_sampled(monkeypatch, tmp_path):
 
 def test_counts_of_the_paper():
     """20 s at 24 fps are 187,200 tokens, 5,460 at rate 4x4x2; one second at 16 fps is 195."""
-    config = ProfileConfig()
+    config = ProfileConfig().on("cuda")
     frames = config.latent_frames(20)
     assert config.held_tokens("whole history", frames) == 187_200
     assert config.compressed_tokens(frames) == 5_460
@@ -149,7 +149,7 @@ def test_profile_result_and_plot(tmp_path):
 
 def test_history_beyond_free_memory_is_refused(monkeypatch):
     monkeypatch.setattr(profile, "available_bytes", lambda: 2**30)
-    with pytest.raises(UserError, match=r"take 1\.1 GiB.*1\.0 GiB are free.*--lengths"):
+    with pytest.raises(UserError, match=r"take 2\.1 GiB.*1\.0 GiB are free.*--lengths"):
         profile.profile(ProfileConfig(lengths=(20.0,)))
 
 

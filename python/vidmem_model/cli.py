@@ -51,8 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for a mistake of the user, 1 for one of this program, 130 if interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    with _terminable():
+        return _run(arguments)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that temporary files go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         with typer.main.get_command(app).make_context("vidmem", arguments) as context:
             context.command.invoke(context)
@@ -257,7 +273,9 @@ def compress(
     seconds: Seconds = 20.0,
     start: Annotated[float, typer.Option(help="First second to take.")] = 0.0,
     rate: Rate = "4x4x2",
-    budget: Annotated[int | None, typer.Option(help="Tokens to keep, for merge; by default what rate gives.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to keep, for merge; by default what rate gives.")
+    ] = None,
     channels: Annotated[int, typer.Option(help="Width of a dct token.")] = 3072,
     dtype: Annotated[str, typer.Option(help="float16, float32, float8 or int8.")] = "float16",
 ) -> None:
@@ -269,12 +287,12 @@ def compress(
     from .config import ClipSpec, CompressorConfig
     from .demo import context_tokens, load_clip
     from .memory import write_memory
-    from .report import check_parent
+    from .report import check_file
     from .vae import DCTCodec
 
     clip_spec = _configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     config = _configured(CompressorConfig, method=method, rate=rate_, channels=channels, budget=budget, dtype=dtype)
-    check_parent(output)
+    check_file(output)
     codec = DCTCodec()
     with _progress() as tell:
         step = (lambda name: lambda *n: tell(name, *n)) if tell else lambda _: None
@@ -319,7 +337,7 @@ def profile(
     lengths: Annotated[str, typer.Option(help="Seconds of history.")] = "1,2,5,10,20",
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 12,
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; auto: float32 on the CPU.")] = "auto",
     device: Device = "auto",
 ) -> None:
     """Measure memory and time against context length on this device."""

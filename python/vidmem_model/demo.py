@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int | None], None]
 SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
 # Bytes that decoding and compressing need for each byte of decoded video.
-_ROOM = {"dct": 5, "merge": 9}
+_ROOM = {"dct": 4, "merge": 6}
 
 
 @dataclass(frozen=True)
@@ -267,17 +267,19 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _kernels(choices: list[Choice]) -> dict[str, list[str]]:
-    """Op -> the backends that ran it."""
-    used: dict[str, set[str]] = {}
+def _kernels(choices: list[Choice]) -> dict[str, dict[str, list[str]]]:
+    """Op -> device -> the backends that ran it."""
+    used: dict[str, dict[str, list[str]]] = {}
     for choice in choices:
-        used.setdefault(choice.op, set()).add(f"{choice.backend} on {choice.device}")
-    return {op: sorted(backends) for op, backends in sorted(used.items())}
+        backends = used.setdefault(choice.op, {}).setdefault(choice.device, [])
+        if choice.backend not in backends:
+            backends.append(choice.backend)
+    return dict(sorted(used.items()))
 
 
 def _caption(entry: dict[str, Any]) -> str:
     value = entry["psnr_db"]
-    return ("equal" if value is None else f"{value:.2f} dB") + f"   SSIM {entry['ssim']:.3f}"
+    return ("equal" if value is None else f"PSNR {value:.2f}") + f"   SSIM {entry['ssim']:.3f}"
 
 
 def _draw(
@@ -303,5 +305,5 @@ def _draw(
         path,
         rows,
         f"{video['seconds']:.3g} s of {video['source']}: {result['context_tokens_before']:,} tokens "
-        f"→ {after}, PSNR of frames read back from the memory file",
+        f"→ {after}; frames read back from the memory file, PSNR in dB",
     )

@@ -27,7 +27,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,14 +39,14 @@ from .errors import UserError
 from .measure import PeakMemory, available_bytes, describe_device, timed
 
 STRATEGIES = ("whole history", "sliding window", "linear attention", "compressed memory")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 LENGTHS = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 # A call slower than this is measured once; faster ones are repeated for about as long.
 _SLOW_SECONDS = 1.5
-_MOST_REPEATS = 20
-# Calls may need several times the K/V in workspace where only the reference runs.
-_HEADROOM = 2.5
+_MOST_REPEATS = 50
+# Room for a call, as a multiple of the K/V; the second where they are copied in float32.
+_HEADROOM, _HEADROOM_COPIED = 1.5, 3.5
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class ProfileConfig:
         frames_per_latent: video frames that one latent frame covers.
         rate: patch tokens that one token of compressed memory covers, (height, width, time).
         window_frames: latent frames that the sliding window keeps.
-        dtype: of queries, keys and values.
+        dtype: of queries, keys and values; "auto" is float32 on the CPU, where lower precisions are computed
+            through copies in float32, and bfloat16 elsewhere.
 
     Raises:
         ValueError: a number is not positive, or the dtype unknown.
@@ -75,7 +76,7 @@ class ProfileConfig:
     frames_per_latent: int = 4
     rate: tuple[int, int, int] = (4, 4, 2)
     window_frames: int = 8
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.lengths or not all(math.isfinite(s) and s > 0 for s in self.lengths):
@@ -89,6 +90,12 @@ class ProfileConfig:
                 raise ValueError(f"ProfileConfig: {name} must be positive, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"ProfileConfig: dtype must be one of {DTYPES}, got {self.dtype!r}")
+
+    def on(self, device: torch.device | str) -> ProfileConfig:
+        """The same with the dtype that "auto" stands for on a device."""
+        if self.dtype != "auto":
+            return self
+        return replace(self, dtype="float32" if torch.device(device).type == "cpu" else "bfloat16")
 
     @property
     def frame_tokens(self) -> int:
@@ -115,7 +122,7 @@ class ProfileConfig:
         return self.compressed_tokens(frames)
 
     def held_bytes(self, strategy: str, frames: int) -> int:
-        """Bytes of what is held, from the shapes alone."""
+        """Bytes of what is held, from the shapes alone; the dtype must not be "auto"."""
         width = self.heads * self.head_dim * getattr(torch, self.dtype).itemsize
         state = self.heads * self.head_dim * (self.head_dim + 1) * torch.float32.itemsize
         kept = 2 * self.held_tokens(strategy, frames) * width
@@ -133,7 +140,7 @@ class Point:
         held_tokens: tokens whose keys and values are held.
         held_bytes_computed, held_bytes_measured: what is held.
         peak_bytes: held, workspace and output.
-        call_seconds: median time of a call.
+        call_seconds, call_seconds_fastest, call_seconds_slowest: time of a call; the first is the median.
         repeats: calls the median is of.
         backend: what runs the call.
     """
@@ -147,6 +154,8 @@ class Point:
     held_bytes_measured: int
     peak_bytes: int
     call_seconds: float
+    call_seconds_fastest: float
+    call_seconds_slowest: float
     repeats: int
     backend: str
 
@@ -198,6 +207,7 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
     if strategy not in STRATEGIES:
         raise ValueError(f"measure_point: strategy must be one of {STRATEGIES}, got {strategy!r}")
     device = torch.device(device)
+    config = config.on(device)
     frames = config.latent_frames(seconds)
     attention = linear_attention if strategy == "linear attention" else cross_attention
     query = _filled(config, config.frame_tokens, device)
@@ -213,8 +223,9 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
             first = timed(lambda: attention(query, *held, **keywords), device)
         times = [first]
         if first < _SLOW_SECONDS:
-            count = min(_MOST_REPEATS, max(3, int(_SLOW_SECONDS / max(first, 1e-6))))
-            times = [timed(lambda: attention(query, *held, **keywords), device) for _ in range(count)]
+            times = []
+            while len(times) < 3 or (sum(times) < _SLOW_SECONDS and len(times) < _MOST_REPEATS):
+                times.append(timed(lambda: attention(query, *held, **keywords), device))
         backend = explain(attention, query, *held, **keywords)[0].backend
     return Point(
         strategy=strategy,
@@ -226,6 +237,8 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
         held_bytes_measured=held_bytes,
         peak_bytes=memory.grown_bytes,
         call_seconds=statistics.median(times),
+        call_seconds_fastest=min(times),
+        call_seconds_slowest=max(times),
         repeats=len(times),
         backend=backend,
     )
@@ -234,13 +247,16 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
 def check_room(config: ProfileConfig, device: torch.device | str) -> None:
     """Raise UserError if the longest history does not fit the device's free memory."""
     device = torch.device(device)
+    config = config.on(device)
     longest = max(config.lengths)
     need = config.held_bytes("whole history", config.latent_frames(longest))
+    copied = device.type == "cpu" and config.dtype != "float32"
+    room = need * (_HEADROOM_COPIED if copied else _HEADROOM)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    if need * _HEADROOM > free:
+    if room > free:
         raise UserError(
             f"keys and values of {longest:g} s take {need / 2**30:.1f} GiB, with room to work "
-            f"{need * _HEADROOM / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}; "
+            f"{room / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}; "
             "give shorter --lengths"
         )
 
@@ -277,8 +293,8 @@ def profile(
     Raises:
         UserError: the longest history does not fit the device's memory.
     """
-    config = config or ProfileConfig()
     device = torch.device(device)
+    config = (config or ProfileConfig()).on(device)
     check_room(config, device)
     lengths = sorted(set(config.lengths))
     points: list[Point] = []

@@ -46,8 +46,14 @@ def plots_missing() -> str | None:
     return None
 
 
-def check_parent(path: Path) -> None:
-    """Raise UserError unless a file can be made beside `path`; long work asks before it starts."""
+def check_file(path: Path) -> None:
+    """Raise UserError unless a file can be written at `path`; long work asks before it starts."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; give the path of a file")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     folder = path.parent
     if not folder.is_dir():
         what = "is not a directory" if folder.exists() else "does not exist"
@@ -70,9 +76,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder is missing, cannot be written, or `path` is a directory.
     """
-    check_parent(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; give the path of a file")
+    check_file(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
@@ -92,11 +96,11 @@ def output_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: `path` is a file, or its parent is missing or cannot be written.
     """
-    check_parent(path)
+    _check_parent(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; give the path of a folder")
     if path.is_dir():
-        check_parent(path / "report.json")
+        _check_parent(path / "report.json")
     staging = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         staging.mkdir()
@@ -319,10 +323,11 @@ def write_memory_plot(path: Path, result: dict[str, Any]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     config, device = result["config"], result["device"]
     rows, columns = config["grid"]
+    threads = f", {device['threads']} threads" if "threads" in device else ""
     figure.suptitle(
         f"One attention layer ({config['heads']} heads of {config['head_dim']}, {config['dtype']}) "
         f"reads the history for one latent frame ({rows}×{columns} queries)\n"
-        f"{device['name']}, torch {result['versions']['torch']}",
+        f"{device['name']}{threads}, torch {result['versions']['torch']}",
         fontsize=11,
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
