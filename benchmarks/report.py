@@ -48,7 +48,7 @@ def title(result: Row) -> str:
     device, versions = result["device"], result["versions"]
     parts = [device["name"]]
     if device["type"] == "cpu":
-        parts.append(f"{device['threads']} threads")
+        parts.append(f"{device['threads']} thread{'s' if device['threads'] > 1 else ''}")
     parts.append(f"torch {versions['torch']}")
     if device["type"] == "cuda":
         parts.append(f"triton {versions['triton']}")
@@ -93,7 +93,7 @@ def contenders(result: Row) -> str:
 
 def notes(result: Row) -> str:
     """What was measured as floor, what failed, what was left out."""
-    lines = []
+    lines = [result["note"]] if result["note"] else []
     if "rates" in result:
         gemm = ", ".join(f"{name} {rate:.3g}" for name, rate in result["rates"]["gemm_tflop_s"].items())
         lines.append(f"Measured in this run: copy {result['rates']['copy_gb_s']:.3g} GB/s; matmul TFLOP/s: {gemm}.")

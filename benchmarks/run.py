@@ -46,6 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.5, help="of rounds for each op, shape, dtype and pass")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's. 1 on a machine that others use")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no row is begun after it")
+    parser.add_argument("--note", default="", help="kept in the result: what else ran on the machine, for example")
     parser.add_argument("-o", "--output", type=Path, help=".json file or folder; default: benchmarks/results/DEVICE")
     args = parser.parse_args(argv)
     try:
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends like an interrupt
     result = describe(ROOT, args.device, sys.argv[1:] if argv is None else argv)
+    result["note"] = args.note
     path = result_path(args.output, ROOT, result)
     write_json(path, result)
     clock = clock_of(args.device)
