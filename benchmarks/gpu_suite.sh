@@ -53,7 +53,7 @@ SCRATCH=$(mktemp -d) || exit 2
 trap 'rm -rf "$SCRATCH"' EXIT
 
 # Seconds each part may take, 530 together.
-declare -A BUDGET=([build]=150 [tests]=150 [bench]=175 [profile]=55)
+declare -A BUDGET=([build]=110 [tests]=140 [bench]=235 [profile]=45)
 ROWS=()
 JSON_ROWS=()
 FAILED=0
@@ -89,7 +89,7 @@ bench() {
   if [ "$DEVICE" = cpu ]; then
     options=(--device cpu --ops gather_tokens quantize_rows --shapes smoke --quick)
   fi
-  limited "${BUDGET[bench]}" "$PYTHON" benchmarks/run.py "${options[@]}" --time-limit 150 -o "$OUT/bench.json"
+  limited "${BUDGET[bench]}" "$PYTHON" benchmarks/run.py "${options[@]}" --time-limit $((BUDGET[bench] - 30)) -o "$OUT/bench.json"
 }
 
 profile() {

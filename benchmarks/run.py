@@ -55,8 +55,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.device = torch.device(args.device)
         kind = args.device.type
         choose("--device", [kind], ["cpu", "cuda"])
-        if kind == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA GPUs")
+        if kind == "cuda":
+            args.device = torch.device("cuda", args.device.index or 0)
+            if args.device.index >= torch.cuda.device_count():
+                raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA GPUs")
         args.ops = choose("--ops", args.ops or BENCHMARKS, BENCHMARKS)
         known = dict.fromkeys(name for op in args.ops for name in BENCHMARKS[op].shapes)
         args.shapes = choose("--shapes", args.shapes, known) if args.shapes else None
@@ -87,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     started = perf_counter()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends like an interrupt
     result = describe(ROOT, args.device, sys.argv[1:] if argv is None else argv)
     result["note"] = args.note
