@@ -136,8 +136,20 @@ class CrossAttentionBlocks(Cross):
 def _block_mask(table, s):
     from torch.nn.attention.flex_attention import BlockMask
 
+    block_q, block_k = s["block"]
+
+    def visible(b, h, i, j):
+        return table[b, 0, i // block_q, j // block_k]
+
+    # All blocks are full ones, to which the kernel does not apply `visible`.
     count = table.sum(dim=3, dtype=torch.int32)
     order = table.int().argsort(dim=3, descending=True, stable=True).int()
     return BlockMask.from_kv_blocks(
-        torch.zeros_like(count), order, count, order, BLOCK_SIZE=s["block"], seq_lengths=(s["Lq"], s["Lk"])
+        torch.zeros_like(count),
+        order,
+        count,
+        order,
+        BLOCK_SIZE=s["block"],
+        mask_mod=visible,
+        seq_lengths=(s["Lq"], s["Lk"]),
     )
