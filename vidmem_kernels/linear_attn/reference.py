@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-10  # added to the denominator, as in flash-linear-attention
-CHUNK = 256  # tokens at a time: scores inside a chunk, float32 copies of its inputs
+CHUNK = 128  # tokens at a time: scores inside a chunk, float32 copies of its inputs
 
 Span = tuple[int, int]
 
