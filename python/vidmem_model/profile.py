@@ -45,6 +45,8 @@ LENGTHS = (1.0, 2.0, 5.0, 10.0, 20.0)
 # A call slower than this is measured once; faster ones are repeated for about as long.
 _SLOW_SECONDS = 1.5
 _MOST_REPEATS = 50
+# Repeats that differ by more than this tell of other work on the machine.
+_NOISE = 3.0
 # Room for a call, as a multiple of the K/V; the second where they are copied in float32.
 _HEADROOM, _HEADROOM_COPIED = 1.5, 3.5
 
@@ -288,7 +290,8 @@ def profile(
         progress: called with (description, points done, points in all).
 
     Returns:
-        What goes into the JSON file: format, what is measured, device, versions, config and points.
+        What goes into the JSON file: format, what is measured, device, versions, config, points, and
+        `noisy`: whether repeats of a call differed so much that times should not be trusted.
 
     Raises:
         UserError: the longest history does not fit the device's memory.
@@ -322,5 +325,6 @@ def profile(
         "device": describe_device(device),
         "versions": versions(),
         "config": asdict(config),
+        "noisy": any(p.call_seconds_slowest > _NOISE * p.call_seconds_fastest for p in points),
         "points": [asdict(point) for point in points],
     }

@@ -94,11 +94,13 @@ def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> 
         ("Peak memory, MiB", lambda p: _mebi(p["peak_bytes"])),
         ("Time of one call, ms", lambda p: f"{p['call_seconds'] * 1e3:,.1f}"),
     ):
-        table = _table("history", "tokens", *strategies, title=title)
+        table = _table("history", "tokens", *(s.replace(" ", "\n") for s in strategies), title=title)
         for seconds in sorted({p["seconds"] for p in result["points"]}):
             row = [p for p in result["points"] if p["seconds"] == seconds]
             table.add_row(f"{seconds:g} s", f"{row[0]['context_tokens']:,}", *map(cell, row))
         console.print(table)
+    if result["noisy"]:
+        console.print("times differ much between repeats: is the machine busy with other work?", soft_wrap=True)
     names = ["memory_vs_context.json"] + ([] if skipped else ["memory_vs_context.png"])
     _print_files(console, folder, names, skipped)
 
