@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+
+from vidmem_kernels import MemoryBank
 from vidmem_model.compressor import box_grid, compress, reconstruct
 from vidmem_model.config import CompressorConfig
 from vidmem_model.errors import UserError
 from vidmem_model.metrics import psnr
 from vidmem_model.vae import DCTCodec
-
-from vidmem_kernels import MemoryBank
 
 METHODS = ["dct", "merge"]
 

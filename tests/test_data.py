@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from vidmem_model import data
 from vidmem_model.config import ClipSpec
 from vidmem_model.data import iter_frames, probe, read_clip

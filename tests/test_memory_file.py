@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from vidmem_kernels import MemoryBank
 from vidmem_model.compressor import compress
 from vidmem_model.config import CompressorConfig
 from vidmem_model.errors import MemoryFormatError, UserError
 from vidmem_model.memory import read_memory, write_memory
 from vidmem_model.metrics import psnr
 from vidmem_model.vae import DCTCodec
-
-from vidmem_kernels import MemoryBank
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from vidmem_model.config import CodecConfig
 from vidmem_model.vae import (
     DCTCodec,

@@ -111,7 +111,7 @@ def render(info: dict[str, Any]) -> str:
         details = ", ".join(f"{k} {v}" for k, v in device.items() if k not in ("type", "name"))
         lines.append(f"  {device['type']:5} {device['name']} ({details})")
     lines += ["", "Environment"]
-    lines += [f"  {name}={value}" for name, value in info["environment"].items()]
+    lines += [f"  {name}={'unset' if value is None else value}" for name, value in info["environment"].items()]
     for device in info["ops"][next(iter(info["ops"]))]:
         lines += ["", f"Ops on {device}: yes = runs here, * = what auto tries first, a letter = why not"]
         lines += _table(info["ops"], device)
