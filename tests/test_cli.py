@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from vidmem_model import cli, data, demo
 from vidmem_model.measure import available_bytes
 from vidmem_model.memory import read_memory
@@ -317,7 +318,8 @@ def test_demo(capfd, monkeypatch, video, tmp_path):
             assert row["psnr_db"] == pytest.approx(psnr(image, source), abs=1e-6)
             assert 0 < row["ssim"] <= 1
         assert f"{entry['mean_psnr_db']:.2f}" in stdout, method
-    assert result["kernels"]["match_tokens"] and result["kernels"]["gather_tokens"]
+    for op in ("match_tokens", "merge_tokens", "gather_tokens", "cross_attention"):
+        assert result["kernels"][op]["cpu"], op
     stages = {stage["stage"]: stage for stage in result["stages"]}
     assert {"decode", "encode", "compress, dct", "retrieve, merge", "memory profile"} <= stages.keys()
     assert all(stage["seconds"] > 0 and stage["peak_rss_bytes"] > 50e6 for stage in stages.values())

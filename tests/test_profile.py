@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+
+from vidmem_kernels import cross_attention, linear_attention
 from vidmem_model import measure, profile, report
 from vidmem_model.errors import UserError
 from vidmem_model.measure import PeakMemory
 from vidmem_model.profile import STRATEGIES, ProfileConfig, measure_point
-
-from vidmem_kernels import cross_attention, linear_attention
 
 MIB = 2**20
 SMALL = ProfileConfig(lengths=(1.0, 4.0), heads=2, head_dim=32, grid=(8, 12), dtype="float32")
@@ -137,6 +137,8 @@ def test_profile_result_and_plot(tmp_path):
     assert result["device"]["type"] == "cpu" and result["device"]["name"]
     assert result["versions"]["torch"] == torch.__version__
     assert result["config"]["heads"] == 2
+    spread = max(p["call_seconds_slowest"] / p["call_seconds_fastest"] for p in result["points"])
+    assert result["noisy"] == (spread > 3)
     whole = [p for p in result["points"] if p["strategy"] == "whole history"]
     assert [p["context_tokens"] for p in whole] == [6 * 96, 24 * 96]
     assert whole[1]["held_bytes_computed"] == 4 * whole[0]["held_bytes_computed"]

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+
 from vidmem_model import report
 from vidmem_model.errors import UserError
 

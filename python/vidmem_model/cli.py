@@ -16,14 +16,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 T = TypeVar("T")
 # Typer brought click along as a dependency once and carries a copy now: the base class of usage
@@ -169,7 +166,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """Bars on stderr, one a description, that vanish at the end; None where there is no terminal."""
+    """A bar on stderr that tells of the present step and vanishes; None where there is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -179,20 +176,17 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
         return
     columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
-        yield _one_bar_each(bars)
+        task = bars.add_task("", total=None)
+        step = ""
 
+        def tell(description: str, done: int, total: int | None) -> None:
+            nonlocal step
+            if description != step:
+                step = description
+                bars.reset(task, description=description)
+            bars.update(task, completed=done, total=total)
 
-def _one_bar_each(bars: Progress) -> Callable[[str, int, int | None], None]:
-    tasks: dict[str, Any] = {}
-
-    def tell(description: str, done: int, total: int | None) -> None:
-        if description not in tasks:
-            for task in tasks.values():
-                bars.stop_task(task)
-            tasks[description] = bars.add_task(description, total=total)
-        bars.update(tasks[description], completed=done, total=total)
-
-    return tell
+        yield tell
 
 
 @app.callback(invoke_without_command=True)
