@@ -33,7 +33,7 @@ from .vae import PATCH, DCTCodec, VideoCodec
 
 Progress = Callable[[str, int, int | None], None]
 
-# The film's first minute is titles and a slow pan; at 60 s its hero wakes up.
+# 20 s from here show close-ups, foliage, motion and a change of scene.
 SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
 # Bytes that decoding and compressing need for each byte of decoded video.
