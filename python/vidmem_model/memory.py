@@ -107,8 +107,10 @@ def read_memory(path: str | Path) -> Memory:
         raise MemoryFormatError(f"{path}: no such file; make one with `vidmem compress`")
     try:
         bank = MemoryBank.load(path, storage="mmap")
-    except (MemoryFileError, OSError) as error:
-        raise MemoryFormatError(f"{path}: not a memory file, or damaged ({error})") from error
+    except MemoryFileError as error:  # names the file, what is wrong and what to do
+        raise MemoryFormatError(str(error).removeprefix("MemoryBank.load: ")) from error
+    except OSError as error:
+        raise MemoryFormatError(f"{path}: cannot be read ({error.strerror or error})") from error
     header = bank.metadata
     if header.get("format") != FORMAT:
         raise MemoryFormatError(f"{path}: not a vidmem memory; make one with `vidmem compress`")
