@@ -109,6 +109,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return "out of GPU memory; give shorter --lengths or --device cpu", 2
     if type(error).__name__ == "BackendError":
         return f"{error}; choose another --backend or leave it out", 2
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("vidmem"):
+        return f"the package {error.name} is not installed; add it with pip", 2
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", 2
     what = f"{type(error).__name__}: {error}"
