@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
 from .._dispatch import requested
+from .._numerics import accumulate_dtype
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -194,7 +195,7 @@ def merge_attention_states(
         raise ValueError(f"{op}: outs and lses must be as many, and at least one, got {len(outs)} and {len(lses)}")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         check_tensor(op, f"outs[{i}]", out, "B, L, H, D")
-        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+        wide = accumulate_dtype(out.dtype)
         check_tensor(op, f"lses[{i}]", lse, "B, H, L", (wide,))
         check_same(op, f"outs[0] and outs[{i}] must have the same shape", outs[0].shape, out.shape)
         batch, length, heads, _ = out.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import library, reference
 
@@ -13,17 +14,13 @@ _OPTIONS = (
 )
 
 
-def _wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # --- cross_attention ---
 
 
 def _fake(q, k, v, *rest):
     batch, length, heads, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[3])
-    return out, q.new_empty(batch, heads, length, dtype=_wide(q.dtype))
+    return out, q.new_empty(batch, heads, length, dtype=accumulate_dtype(q.dtype))
 
 
 def _setup(ctx, inputs, output):

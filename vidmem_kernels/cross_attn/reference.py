@@ -10,25 +10,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._numerics import accumulate_dtype, check_index
+
 SCORE_BYTES = 64 * 2**20  # scores of one chunk of queries
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _read(x: Tensor) -> Tensor:
     """(B, L, H, D) as (B, H, L, D) in the dtype of the sums; contiguous, for matmul would copy it once a chunk."""
-    return x.transpose(1, 2).to(_wide(x.dtype)).contiguous()
-
-
-def _check_blocks(block_index: Tensor, blocks: int) -> None:
-    if block_index.numel() == 0:
-        return
-    smallest, largest = block_index.amin().item(), block_index.amax().item()
-    if smallest < -1 or largest >= blocks:
-        wrong = smallest if smallest < -1 else largest
-        raise IndexError(f"cross_attention: block_index must be in [-1, {blocks - 1}], got {wrong}")
+    return x.transpose(1, 2).to(accumulate_dtype(x.dtype)).contiguous()
 
 
 class _Scores:
@@ -39,13 +28,13 @@ class _Scores:
         self.num_sinks, self.window, self.block_index = num_sinks, window, block_index
         batch, _, heads, _ = q.shape
         self.length, self.keys = q.shape[1], k.shape[1]
-        row_bytes = batch * heads * self.keys * _wide(q.dtype).itemsize
+        row_bytes = batch * heads * self.keys * accumulate_dtype(q.dtype).itemsize
         self.step = max(1, SCORE_BYTES // max(1, row_bytes))
         self.wide_k = _read(k)
         self.bias = None
         if key_bias is not None:
             bias = key_bias if key_bias.dim() == 3 else key_bias.unsqueeze(1)
-            self.bias = bias.to(_wide(q.dtype)).unsqueeze(2)
+            self.bias = bias.to(accumulate_dtype(q.dtype)).unsqueeze(2)
         if window is not None:
             single = q_time.dtype == k_time.dtype == torch.float32
             dtype = torch.float32 if single else torch.float64
@@ -53,7 +42,7 @@ class _Scores:
         if block_index is not None:
             self.query_block, self.key_block = block_size
             self.key_blocks = -(-self.keys // self.key_block)
-            _check_blocks(block_index, self.key_blocks)
+            check_index("cross_attention", "block_index", block_index, -1, self.key_blocks)
 
     def spans(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.length, self.step):
@@ -121,7 +110,7 @@ def cross_attention(
     batch, length, heads, _ = q.shape
     wide_v = _read(v)
     outs = [q.new_empty(batch, 0, heads, v.shape[3])]
-    lses = [q.new_empty(batch, heads, 0, dtype=_wide(q.dtype))]
+    lses = [q.new_empty(batch, heads, 0, dtype=accumulate_dtype(q.dtype))]
     for start, stop in scores.spans():
         score = scores.of(start, stop)
         if scores.keys == 0:

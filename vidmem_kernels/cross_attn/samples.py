@@ -5,6 +5,7 @@ import math
 import torch
 
 from .. import testing
+from .._numerics import accumulate_dtype
 from . import reference
 
 PLAIN = {
@@ -37,7 +38,7 @@ def _cases(make):
     yield "other Dv, one query", *qkv(1, 9, 3, 5, 2), {"scale": 1.0}
     yield "long", *qkv(40, 70, 1, 8, 8, 1), {}
     yield "key_bias", *qkv(), {"key_bias": bias}
-    hidden = make.randn(2, 2, 7, dtype=torch.float64 if make.dtype == torch.float64 else torch.float32)
+    hidden = make.randn(2, 2, 7, dtype=accumulate_dtype(make.dtype))
     hidden[0, :, 3] = -torch.inf
     yield "key_bias a head, infinite", *qkv(), {"key_bias": hidden}
     yield "window", *qkv(), windowed
@@ -79,7 +80,7 @@ def cross_attention_backward(make):
 
 def _states(make):
     """(label, outs, lses)"""
-    wide = torch.float64 if make.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(make.dtype)
 
     def states(count, *shape):
         batch, length, heads, _ = shape

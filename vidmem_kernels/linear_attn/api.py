@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import check_int, check_same, check_same_dtype, check_tensor
 from .._dispatch import requested
+from .._numerics import accumulate_dtype
 from .reference import FEATURE_MAPS
 
 
@@ -84,7 +85,7 @@ def linear_attention(
         if not isinstance(state, tuple) or len(state) != 2:
             raise TypeError(f"{op}: state must be a LinearAttentionState (S, z), got {type(state).__name__}")
         S, z = state
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulate_dtype(dtype)
         check_tensor(op, "state.S", S, "B, H, D, Dv", (wide,))
         check_tensor(op, "state.z", z, "B, H, D", (wide,))
         sizes = (q.shape[0], q.shape[2], q.shape[3])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
+from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import reference
 
 
 def _state_fake(q, v):
     batch, _, heads, size = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(q.dtype)
     return (
         q.new_empty(batch, heads, size, v.shape[3], dtype=wide),
         q.new_empty(batch, heads, size, dtype=wide),

@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._numerics import accumulate_dtype
+
 EPS = 1e-10  # added to the denominator, as in flash-linear-attention
 CHUNK = 128  # tokens at a time: scores inside a chunk, float32 copies of its inputs
 
 Span = tuple[int, int]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _elu1(x: Tensor) -> Tensor:
@@ -57,7 +55,7 @@ class _Sequence:
 
     @staticmethod
     def read(x: Tensor, span: Span) -> Tensor:
-        return x[:, span[0] : span[1]].transpose(1, 2).to(_wide(x.dtype))
+        return x[:, span[0] : span[1]].transpose(1, 2).to(accumulate_dtype(x.dtype))
 
     def queries(self, span: Span) -> Tensor:
         return self.phi(self.read(self.q, span))
@@ -85,7 +83,7 @@ class _Sequence:
 def _initial_state(q: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None) -> Tensor:
     batch, _, heads, size = q.shape
     if S is None:
-        return q.new_zeros(batch, heads, size, v.shape[3] + 1, dtype=_wide(q.dtype))
+        return q.new_zeros(batch, heads, size, v.shape[3] + 1, dtype=accumulate_dtype(q.dtype))
     return torch.cat([S, z.unsqueeze(3)], dim=3)
 
 

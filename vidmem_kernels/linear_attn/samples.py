@@ -1,7 +1,6 @@
 """Sample inputs of the linear attention ops."""
 
-import torch
-
+from .._numerics import accumulate_dtype
 from ..testing import sample_inputs
 
 
@@ -13,7 +12,7 @@ def _cases(make):
         return make.randn(*shape), make.randn(*shape), make.randn(*shape[:3], value_size)
 
     def state(heads=2, size=4, value_size=4, batch=2):
-        wide = torch.float64 if make.dtype == torch.float64 else torch.float32
+        wide = accumulate_dtype(make.dtype)
         shape = (batch, heads, size)
         return make.randn(*shape, value_size, dtype=wide), make.rand(*shape, dtype=wide)
 
@@ -42,7 +41,7 @@ def linear_attention(make):
 @sample_inputs("linear_attention_backward")
 def linear_attention_backward(make):
     for label, q, k, v, *rest in _cases(make):
-        wide = torch.float64 if make.dtype == torch.float64 else torch.float32
+        wide = accumulate_dtype(make.dtype)
         batch, _, heads, size = q.shape
         grad_S = make.randn(batch, heads, size, v.shape[3], dtype=wide)
         grad_z = make.randn(batch, heads, size, dtype=wide)

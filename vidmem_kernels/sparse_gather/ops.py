@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import reference
 
@@ -94,7 +95,7 @@ register_op(
 
 
 def _quantize_fake(x, dtype):
-    scale_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale_dtype = accumulate_dtype(x.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=scale_dtype)
 
 

@@ -5,24 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check_rows(op: str, index: Tensor, low: int, rows: int) -> None:
-    if index.numel() == 0:
-        return
-    smallest, largest = index.amin().item(), index.amax().item()
-    if smallest < low or largest >= rows:
-        wrong = smallest if smallest < low else largest
-        raise IndexError(f"{op}: index must be in [{low}, {rows - 1}], got {wrong}")
+from .._numerics import accumulate_dtype, add_rows_, check_index
 
 
 def gather_tokens(bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
     """See `vidmem_kernels.gather_tokens`."""
     batch, rows, _ = bank.shape
-    _check_rows("gather_tokens", index, -1, rows)
+    check_index("gather_tokens", "index", index, -1, rows)
     if out_dtype is None:
         out_dtype = bank.dtype if scale is None else torch.float32
     where = index.to(bank.device, torch.int64)  # a bank on the host is read there
@@ -45,18 +34,13 @@ def gather_tokens(bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: 
 def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """See `vidmem_kernels.scatter_add_tokens`."""
     batch, count, channels = src.shape
-    _check_rows("scatter_add_tokens", index, -1, num_rows)
-    sum_dtype = _sum_dtype(src)
+    check_index("scatter_add_tokens", "index", index, -1, num_rows)
+    sum_dtype = accumulate_dtype(src.dtype)
     lane = torch.arange(batch, device=src.device).unsqueeze(1)
     # -1 goes to one more row, dropped at the end.
     row = torch.where(index < 0, num_rows, index).to(torch.int64) + lane * (num_rows + 1)
     out = src.new_zeros(batch * (num_rows + 1), channels, dtype=sum_dtype)
-    # index_put_ sorts on CUDA, so that equal indices are summed in order; index_add_ is in order on the CPU only.
-    values = src.reshape(-1, channels).to(sum_dtype)
-    if src.device.type == "cpu":
-        out.index_add_(0, row.flatten(), values)
-    else:
-        out.index_put_((row.flatten(),), values, accumulate=True)
+    add_rows_(out, row.flatten(), src.reshape(-1, channels).to(sum_dtype))
     return out.view(batch, num_rows + 1, channels)[:, :num_rows].to(src.dtype)
 
 
@@ -76,7 +60,7 @@ def scale_limits(dtype: torch.dtype, scale_dtype: torch.dtype) -> tuple[float, f
 
 def _row_maximum(x: Tensor) -> Tensor:
     """Largest magnitude of every row, in float32 (float64 for float64); NaN where the row is not finite."""
-    compute = _sum_dtype(x)
+    compute = accumulate_dtype(x.dtype)
     magnitude = x.abs()
     if x.shape[-1] == 0:
         return magnitude.sum(dim=-1, dtype=compute)
@@ -134,7 +118,7 @@ def merge_best(values: Tensor, index: Tensor, scores: Tensor, start: int, k: int
 def select_tokens(x: Tensor, keep: int, score: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.select_tokens`."""
     if score is None:
-        score = torch.linalg.vector_norm(x.detach(), dim=2, dtype=_sum_dtype(x))
+        score = torch.linalg.vector_norm(x.detach(), dim=2, dtype=accumulate_dtype(x.dtype))
     score = score.masked_fill(score.isnan(), -torch.inf)
     best = score.argsort(dim=1, descending=True, stable=True)[:, :keep]
     index = best.sort(dim=1).values
@@ -146,7 +130,7 @@ def _block_means(x: Tensor, block: int) -> Tensor:
     """(B, H, ceil(L / block), D) means of blocks of rows of (B, L, H, D); the last one of the rows it has."""
     length = x.shape[1]
     count = -(-length // block)
-    sums = x.new_zeros(x.shape[0], count, *x.shape[2:], dtype=_sum_dtype(x))
+    sums = x.new_zeros(x.shape[0], count, *x.shape[2:], dtype=accumulate_dtype(x.dtype))
     for offset in range(min(block, length)):  # one row of every block at a time: no copy of x in float32
         rows = x[:, offset::block]
         sums[:, : rows.shape[1]] += rows

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._numerics import accumulate_dtype
 from ..testing import sample_inputs
 
 
@@ -52,7 +53,7 @@ def quantize_rows(make):
 
 @sample_inputs("quantize_rows_backward")
 def quantize_rows_backward(make):
-    scale_dtype = torch.float64 if make.dtype == torch.float64 else torch.float32
+    scale_dtype = accumulate_dtype(make.dtype)
     for label, (x, dtype) in quantize_rows(make):
         yield label, (make.randn(*x.shape[:-1], dtype=scale_dtype), x, dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
 from .._dispatch import requested
+from .._numerics import accumulate_dtype
 
 
 class MergePlan(NamedTuple):
@@ -231,7 +232,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
     check_tensor(op, "x", x, "B, N, C")
     _check_plan(op, plan, "x", x, of_rows=False)
     if size is not None:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = accumulate_dtype(x.dtype)
         check_tensor(op, "size", size, "B, N", (dtype,))
         check_same(op, "size must have the first two sizes of x", size.shape, x.shape[:2])
         check_same(op, "size must be on the device of x", size.device, x.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import reference
 
@@ -62,7 +63,7 @@ register_op(
 def _merge_fake(x, size, assignment, order, offsets):
     batch, _, channels = x.shape
     rows = offsets.shape[1] - 1
-    total = x.new_empty(batch, rows, dtype=reference.accumulator(x.dtype))
+    total = x.new_empty(batch, rows, dtype=accumulate_dtype(x.dtype))
     return x.new_empty(batch, rows, channels), total
 
 
@@ -93,7 +94,7 @@ register_op(
 
 def _merge_backward_fake(grad_tokens, grad_size, x, size, assignment, order, offsets):
     batch, tokens = assignment.shape
-    dtype = reference.accumulator(grad_tokens.dtype)
+    dtype = accumulate_dtype(grad_tokens.dtype)
     wanted = tokens if x is not None else 0
     return (
         grad_tokens.new_empty(batch, tokens, grad_tokens.shape[2]),

@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._numerics import accumulate_dtype, add_rows_, check_index
+
 NO_SIMILARITY = -2.0  # stands for NaN: below every cosine and every threshold
 _CHUNK = 2**22  # elements of a temporary: 16 MiB in float32
 _BLOCK = 48
 _TILE = 4
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """dtype of sums and similarities."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # --- matching ---
@@ -26,7 +23,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def _unit_vectors(metric: Tensor) -> Tensor:
     """Vectors of length one; zero ones stay zero, ones that hold a NaN or an infinity become NaN throughout."""
     # Contiguous, so that sums have one order whatever the layout.
-    x = metric.to(accumulator(metric.dtype)).contiguous()
+    x = metric.to(accumulate_dtype(metric.dtype)).contiguous()
     # Divided by its largest value first, a vector's squares neither overflow nor vanish.
     peak = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
     x = x / peak.masked_fill(peak == 0, 1)
@@ -224,15 +221,6 @@ def count_neighbors(metric: Tensor, grid: Sequence[int], threshold: float) -> Te
 # --- merging ---
 
 
-def _check_groups(op: str, assignment: Tensor, rows: int) -> None:
-    if assignment.numel() == 0:
-        return
-    smallest, largest = assignment.amin().item(), assignment.amax().item()
-    if smallest < 0 or largest >= rows:
-        wrong = smallest if smallest < 0 else largest
-        raise IndexError(f"{op}: assignment must be in [0, {rows - 1}], got {wrong}")
-
-
 def _token_chunks(x: Tensor) -> Iterator[slice]:
     batch, tokens, channels = x.shape
     step = max(1, _CHUNK // max(1, batch * channels))
@@ -243,19 +231,14 @@ def _token_chunks(x: Tensor) -> Iterator[slice]:
 def _sum_groups(x: Tensor, weight: Tensor | None, assignment: Tensor, rows: int) -> Tensor:
     """(B, rows, C) float32 sums, in order of the tokens, of the (B, N, C) tokens of each row."""
     batch, _, channels = x.shape
-    dtype = accumulator(x.dtype)
+    dtype = accumulate_dtype(x.dtype)
     out = x.new_zeros(batch * rows, channels, dtype=dtype)
     row = assignment + torch.arange(batch, device=x.device).unsqueeze(1) * rows
     for chunk in _token_chunks(x):
         values = x[:, chunk].to(dtype)
         if weight is not None:
             values = values * weight[:, chunk].unsqueeze(2)
-        values, where = values.reshape(-1, channels), row[:, chunk].flatten()
-        # index_put_ sorts on CUDA, so that groups are summed in order; index_add_ is in order on the CPU only.
-        if x.device.type == "cpu":
-            out.index_add_(0, where, values)
-        else:
-            out.index_put_((where,), values, accumulate=True)
+        add_rows_(out, row[:, chunk].flatten(), values.reshape(-1, channels))
     return out.view(batch, rows, channels)
 
 
@@ -265,7 +248,7 @@ def _shares(x: Tensor, size: Tensor | None, assignment: Tensor, rows: int) -> tu
     A token alone in its group has a share of exactly 1. In a group of size 0 every share is 0.
     """
     if size is None:
-        size = x.new_ones(assignment.shape, dtype=accumulator(x.dtype))
+        size = x.new_ones(assignment.shape, dtype=accumulate_dtype(x.dtype))
     total = _sum_groups(size.unsqueeze(2), None, assignment, rows).squeeze(2)
     own = total.gather(1, assignment.to(torch.int64))
     share = torch.where(own == 0, 0, size / own.masked_fill(own == 0, 1))
@@ -277,7 +260,7 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.merge_tokens`."""
     rows = offsets.shape[1] - 1
-    _check_groups("merge_tokens", assignment, rows)
+    check_index("merge_tokens", "assignment", assignment, 0, rows)
     share, _, total = _shares(x, size, assignment, rows)
     return _sum_groups(x, share, assignment, rows).to(x.dtype), total
 
@@ -294,8 +277,8 @@ def merge_tokens_backward(
     """Gradients of `merge_tokens` in x and size; without x the latter is not wanted and is (B, 0)."""
     batch, tokens = assignment.shape
     rows = offsets.shape[1] - 1
-    _check_groups("merge_tokens_backward", assignment, rows)
-    dtype = accumulator(grad_tokens.dtype)
+    check_index("merge_tokens_backward", "assignment", assignment, 0, rows)
+    dtype = accumulate_dtype(grad_tokens.dtype)
     share, own, _ = _shares(grad_tokens, size, assignment, rows)
     lane = torch.arange(batch, device=assignment.device).unsqueeze(1)
     grad_x = grad_tokens.new_empty(batch, tokens, grad_tokens.shape[2])
@@ -316,7 +299,7 @@ def merge_tokens_backward(
 
 def unmerge_tokens(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """See `vidmem_kernels.unmerge_tokens`."""
-    _check_groups("unmerge_tokens", assignment, y.shape[1])
+    check_index("unmerge_tokens", "assignment", assignment, 0, y.shape[1])
     lane = torch.arange(y.shape[0], device=y.device).unsqueeze(1)
     return y[lane, assignment.to(torch.int64)]
 
@@ -324,5 +307,5 @@ def unmerge_tokens(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor
 def sum_groups(x: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the tokens of each row: the transpose of `unmerge_tokens`."""
     rows = offsets.shape[1] - 1
-    _check_groups("sum_groups", assignment, rows)
+    check_index("sum_groups", "assignment", assignment, 0, rows)
     return _sum_groups(x, None, assignment, rows).to(x.dtype)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._numerics import accumulate_dtype
 from ..testing import sample_inputs
 from . import reference
 
@@ -65,7 +66,7 @@ def _groups(make, batch, tokens, num_merge):
 
 
 def _size(make, *shape):
-    return make.rand(*shape, dtype=reference.accumulator(make.dtype))
+    return make.rand(*shape, dtype=accumulate_dtype(make.dtype))
 
 
 def _one_group(make, batch, tokens):

@@ -1,0 +1,30 @@
+"""What the references of several families share: the dtype of sums, the check of an index, a sum that is in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype that sums are kept in: float32, but float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_index(op: str, name: str, index: Tensor, low: int, rows: int) -> None:
+    """Raises IndexError unless every element of `index` is in [low, rows - 1]; waits for a GPU."""
+    if index.numel() == 0:
+        return
+    smallest, largest = index.amin().item(), index.amax().item()
+    if smallest < low or largest >= rows:
+        wrong = smallest if smallest < low else largest
+        raise IndexError(f"{op}: {name} must be in [{low}, {rows - 1}], got {wrong}")
+
+
+def add_rows_(out: Tensor, row: Tensor, values: Tensor) -> None:
+    """Adds `values` (K, C) to the rows (K,) of `out`; rows of equal index are added in order of K on every device."""
+    # index_put_ sorts on CUDA, index_add_ is in order on the CPU only.
+    if out.device.type == "cpu":
+        out.index_add_(0, row, values)
+    else:
+        out.index_put_((row,), values, accumulate=True)
