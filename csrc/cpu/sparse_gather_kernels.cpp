@@ -60,6 +60,15 @@ void sum(const SumRows& args, int64_t begin, int64_t end) {
     const int64_t* order = args.order + batch * args.source_rows;
     const T* src = static_cast<const T*>(args.src) + batch * args.batch_stride;
     T* out = static_cast<T*>(args.out) + i * args.channels;
+    const int64_t count = offsets[row + 1] - offsets[row];
+    if (count == 0) {
+      memset(static_cast<void*>(out), 0, args.channels * sizeof(T));
+      continue;
+    }
+    if (count == 1) {  // most rows of a gradient that hardly repeats an index
+      copy_row(src + order[offsets[row]] * args.row_stride, args.channel_stride, out, args.channels);
+      continue;
+    }
     for (int64_t first = 0; first < args.channels; first += kPiece) {
       const int64_t width = args.channels - first < kPiece ? args.channels - first : kPiece;
       for (int64_t c = 0; c < width; ++c) sums[c] = 0;
