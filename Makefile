@@ -43,7 +43,8 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/python -c "import vidmem_kernels"
-	touch $@
+	@# Not marked as built without the library: the next make tries again, perhaps with a compiler.
+	@if ls vidmem_kernels/_C*.so >/dev/null 2>&1; then touch $@; fi
 
 clean:
 	rm -rf $(VENV) build vidmem_kernels/_C*.so *.egg-info python/*.egg-info

@@ -2,7 +2,7 @@
 
     VIDMEM_BUILD=0                compile nothing: every op runs its reference
     VIDMEM_BUILD_CUDA=auto|0|1    auto (default): build CUDA when torch was built with it and nvcc is found
-    VIDMEM_CUDA_ARCHS="80 90a"    architectures to compile (default: the GPUs that are visible, else all supported)
+    VIDMEM_CUDA_ARCHS="80 90"     architectures to compile (default: the GPUs that are visible, else all supported)
     MAX_JOBS=2                    parallel compiler processes (default: the number of cores, 8 at most)
 
 A CPU kernel file (csrc/cpu/*_kernels.cpp) is compiled once for every instruction set below and chosen at run
@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # stable ABI of torch 2.11
-CUDA_ARCHS = ["80", "89", "90a", "100a", "120"]
+CUDA_ARCHS = ["80", "89", "90", "100", "120"]
 
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_CAPABILITIES = {
@@ -42,7 +42,7 @@ def cuda_archs(torch) -> list[str]:
         return os.environ["VIDMEM_CUDA_ARCHS"].split()
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return sorted(f"{major}{minor}" + ("a" if major in (9, 10) else "") for major, minor in found)
+        return [f"{major}{minor}" for major, minor in sorted(found)]
     return CUDA_ARCHS
 
 
@@ -89,6 +89,8 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
     if cuda:
         nvcc = ["nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         nvcc += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        lowest = min(archs, key=lambda a: int(a.rstrip("af")))  # its PTX serves GPUs that are not in the list
+        nvcc += [f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
         nvcc += ["-DUSE_CUDA", *defines, *includes, "-c"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             jobs.append((nvcc, source, build_dir / f"cuda_{source.stem}.o"))
@@ -139,6 +141,7 @@ class BuildExtension(build_ext):
             fresh = obj.exists() and stamp.exists() and stamp.read_text() == line
             if fresh and obj.stat().st_mtime > max(source.stat().st_mtime, newest_header):
                 return
+            stamp.unlink(missing_ok=True)
             subprocess.run([*command, str(source), "-o", str(obj)], check=True)
             stamp.write_text(line)
 

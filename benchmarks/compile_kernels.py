@@ -60,17 +60,23 @@ def triton_modules() -> list:
     return [importlib.import_module(f"vidmem_kernels.{p.parent.name}.triton_kernels") for p in paths]
 
 
-def compile_triton(kernel, pointers: dict, constants: dict, num_warps: int, arch: int, folder: Path) -> Usage:
-    """Compiles one variant as a call with aligned pointers and sizes would."""
+def compile_triton(
+    kernel, pointers: dict, constants: dict, num_warps: int, arch: int, integer: str, folder: Path
+) -> Usage:
+    """Compiles one variant as a call with aligned pointers and sizes would.
+
+    Args:
+        integer: type of sizes and strides: i32, or i64 as they are from 2**31 on.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i64") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else pointers.get(name, integer) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
-    variant = " ".join(t.lstrip("*") for t in pointers.values())
+    variant = " ".join([*(t.lstrip("*") for t in pointers.values()), integer])
     binary = folder / f"{kernel.__name__}-{variant.replace(' ', '-')}-{arch}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     _, registers, spills, _ = resource_usage(binary)[0]
@@ -86,8 +92,9 @@ def all_triton(archs: list[int], folder: Path) -> list[Usage]:
             raise SystemExit(f"{module.__name__}: no AOT entry for {', '.join(lacking)}")
         for name, variants in module.AOT.items():
             for pointers, constants, num_warps in variants:
-                for arch in archs:
-                    usages.append(compile_triton(kernels[name], pointers, constants, num_warps, arch, folder))
+                for arch, integer in [(a, "i32") for a in archs] + [(archs[-1], "i64")]:
+                    usage = compile_triton(kernels[name], pointers, constants, num_warps, arch, integer, folder)
+                    usages.append(usage)
     return usages
 
 
@@ -95,11 +102,10 @@ def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
     """One .cu for one architecture; a row for each kernel template, the largest instance of it."""
     from torch.utils.cpp_extension import include_paths
 
-    suffix = "a" if arch >= 90 else ""
     binary = folder / f"{source.stem}-{arch}.o"
     command = ["nvcc", "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *[f"-I{p}" for p in include_paths()]]
-    command += [f"-gencode=arch=compute_{arch}{suffix},code=sm_{arch}{suffix}", "-c", str(source), "-o", str(binary)]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"nvcc fails on {source.name} for sm_{arch}:\n{done.stderr}")

@@ -129,7 +129,8 @@ def test_compile_equals_eager(name):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
         if op.backward is None:
             continue
-        torch.testing.assert_close(gradients(compiled_args, traced), gradients(eager_args, eager), rtol=0, atol=0)
+        grads = gradients(compiled_args, traced), gradients(eager_args, eager)
+        torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ALL_OPS)
@@ -192,6 +193,24 @@ def test_backends_agree_with_reference(name, dtype, device):
     """Forward and backward of every backend, within the budget that the reference's own error gives."""
     for backend in backends_of(OPS[name], device):
         testing.check_backend(OPS[name], backend, dtype, device)
+
+
+@pytest.mark.parametrize("name", ["gather_tokens", "scatter_add_tokens", "merge_tokens", "cross_attention"])
+def test_a_wrong_gradient_is_found(name):
+    """The comparison of backends judges op.backward by autograd through the reference, not by itself."""
+    op = OPS[name]
+    right = op.backward
+
+    def wrong(ops, ctx, *grads):
+        found = right(ops, ctx, *grads)
+        return tuple(g * 3 if isinstance(g, torch.Tensor) else g for g in found)
+
+    object.__setattr__(op, "backward", wrong)
+    try:
+        with pytest.raises(AssertionError, match="gradient of"):
+            testing.check_backend(op, "reference", torch.float32)
+    finally:
+        object.__setattr__(op, "backward", right)
 
 
 def test_fallback_is_logged_once(caplog, monkeypatch):

@@ -100,6 +100,7 @@ def test_every_instruction_set(capability):
 
     before = _extension.module.cpu_capability()
     _extension.module.set_cpu_capability(capability)
+    assert _extension.module.cpu_capability() == capability
     try:
         for op in OPS.values():
             if _extension.has_kernel(op.name, "cpu"):

@@ -84,6 +84,14 @@ def _triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+@cache
+def _too_old() -> str | None:
+    """Why this GPU runs none of the CUDA kernels that were built; PTX of the lowest one serves every later GPU."""
+    lowest = min(int(arch.rstrip("af")) for arch in _extension.module.cuda_archs.split())
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (lowest // 10, lowest % 10)
+    return None if 10 * major + minor >= lowest else f"built for sm_{lowest} and later, this GPU is sm_{major}{minor}"
+
+
 def unavailable(op: Op, backend: str, device_type: str) -> str | None:
     """Why `backend` runs no call of `op` on this kind of device, or None if it may."""
     if backend == "reference":
@@ -96,7 +104,7 @@ def unavailable(op: Op, backend: str, device_type: str) -> str | None:
         if not _extension.has_kernel(op.name, backend):
             built = backend == "cpu" or _extension.module.cuda_archs
             return "this op has no such kernel" if built else "built without CUDA"
-        return None
+        return _too_old() if backend == "cuda" else None
     if backend == "triton":
         if op.triton is None:
             return "this op has no such kernel"
@@ -172,6 +180,11 @@ def _log_fallback(op: str, refused: dict[str, str]) -> None:
         logger.info("%s runs its PyTorch reference (%s)", op, reason)
 
 
+def is_pinned(tensor: torch.Tensor) -> bool:
+    """Whether a host tensor is pinned; knows it of the fakes of `explain` too."""
+    return getattr(tensor, "_vidmem_pinned", False) or tensor.is_pinned()
+
+
 def is_recording() -> bool:
     """Whether a call of `explain` is under way on this thread."""
     return getattr(_local, "recorder", None) is not None
@@ -207,9 +220,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
 
     # The shape environment gives numbers that depend on data a symbol, such as a plan's rows under a threshold.
     fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    with fakes as mode, recording() as choices:
-        fake_args, fake_kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), (args, kwargs)
-        )
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        imitation = fakes.from_tensor(tensor, static_shapes=True)
+        imitation._vidmem_pinned = is_pinned(tensor)  # a fake one says no
+        return imitation
+
+    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))
+    with fakes, recording() as choices:
         function(*fake_args, **fake_kwargs)
     return choices

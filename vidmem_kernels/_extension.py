@@ -22,7 +22,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f"vidmem_kernels._C does not load: {str(error).splitlines()[0]}"
     if _env.cpu_capability() is not None:
-        module.set_cpu_capability(_env.cpu_capability())
+        try:
+            module.set_cpu_capability(_env.cpu_capability())
+        except ValueError as error:
+            raise ValueError(f"VIDMEM_CPU_CAPABILITY: {error}") from None
     return module, None
 
 

@@ -9,6 +9,7 @@ vidmem_cpp::<op>   the same schema without `backend`; csrc/ registers its CPU an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -136,9 +137,12 @@ def register_op(
 def _register_kernel(op: Op) -> None:
     def kernel(*args):
         args, backend = op.fill(args)
-        chosen = _dispatch.select(op, op.device(args), args, backend)
+        device = op.device(args)
+        chosen = _dispatch.select(op, device, args, backend)
+        # Triton launches on the current device, whatever its tensors are on.
+        guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         # Autocast has had its say above; inside it would lower the float32 products of a reference.
-        with torch._C._DisableAutocast():
+        with guard, torch._C._DisableAutocast():
             return _dispatch.implementation(op, chosen)(*args)
 
     def fake(*args):

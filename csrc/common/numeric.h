@@ -39,8 +39,9 @@ struct fp8 { uint8_t bits; };  // e4m3fn
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t rest = uint32_t(x.bits & 0x7fff) << 13;
   if (rest >= 0x0f800000) return bits_to_float(sign | rest | 0x7f800000);  // infinity, NaN
-  // Scaling by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals, exactly.
-  return bits_to_float(sign | float_to_bits(bits_to_float(rest) * 0x1p112f));
+  // The exponent's bias goes from 15 to 127. No float32 subnormal on the way: the processor may flush those to zero.
+  const float value = rest < 0x00800000 ? float(x.bits & 0x3ff) * 0x1p-24f : bits_to_float(rest + (112u << 23));
+  return bits_to_float(sign | float_to_bits(value));
 #endif
 }
 
@@ -48,7 +49,8 @@ struct fp8 { uint8_t bits; };  // e4m3fn
   const uint32_t sign = uint32_t(x.bits & 0x80) << 24;
   const uint32_t rest = uint32_t(x.bits & 0x7f) << 20;
   if (rest == 0x07f00000) return bits_to_float(sign | 0x7fc00000);  // the only NaN; e4m3fn has no infinity
-  return bits_to_float(sign | float_to_bits(bits_to_float(rest) * 0x1p120f));
+  const float value = rest < 0x00800000 ? float(x.bits & 0x7) * 0x1p-9f : bits_to_float(rest + (120u << 23));
+  return bits_to_float(sign | float_to_bits(value));
 }
 
 [[maybe_unused]] inline void narrow(double x, double& out) { out = x; }

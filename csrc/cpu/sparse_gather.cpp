@@ -18,7 +18,8 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   constexpr const char* op = "gather_tokens";
   check_dim(bank, 3, op, "bank");
   VIDMEM_CHECK(bank.is_cpu(), op, "bank must be on the CPU");
-  const int64_t batch = index.dim() == 2 ? index.size(0) : 0;
+  check_dim(index, 2, op, "index");
+  const int64_t batch = index.size(0);
   const bool shared = bank.size(0) == 1;
   VIDMEM_CHECK(shared || bank.size(0) == batch, op, "bank must have batch 1 or ", batch, ", got ", bank.size(0));
   const std::vector<int64_t> rows = read_index(index, -1, bank.size(1), op);
@@ -88,10 +89,11 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
   VIDMEM_CHECK(index.size(0) == batch && index.size(1) == count, op, "index must be (", batch, ", ", count,
                "), got (", index.size(0), ", ", index.size(1), ")");
   const std::vector<int64_t> rows = read_index(index, -1, num_rows, op);
+  Tensor out = torch::stable::empty({batch, num_rows, channels}, src.scalar_type());
+  if (out.numel() == 0) return out;
   std::vector<int64_t> order, offsets;
   group_rows(rows, batch, count, num_rows, order, offsets);
 
-  Tensor out = torch::stable::empty({batch, num_rows, channels}, src.scalar_type());
   SumRows args{};
   args.src = src.data_ptr();
   args.dtype = dtype_of(src.scalar_type(), op, "src");

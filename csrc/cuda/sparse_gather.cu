@@ -42,12 +42,23 @@ bool vectorizes(const void* data, int64_t element_size, int64_t batch_stride, in
          batch_stride % vector == 0 && row_stride % vector == 0;
 }
 
+// Torch's allocator of pinned memory hands a freed block out again once the copies that it has seen are done. It sees
+// no kernels, so this copies one element behind the kernel, on the same stream.
+void keep_until_read(const Tensor& host, const Tensor& on_device) {
+  Tensor one = host;
+  for (int64_t dim = 0; dim < host.dim(); ++dim) one = torch::stable::narrow(one, dim, 0, 1);
+  Tensor copy = torch::stable::new_empty(on_device, one.sizes(), host.scalar_type());
+  torch::stable::copy_(copy, one, /*non_blocking=*/true);
+}
+
 Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optional<Tensor>& scale,
                      std::optional<ScalarType> out_dtype) {
   constexpr const char* op = "gather_tokens";
   check_dim(bank, 3, op, "bank");
   check_dim(index, 2, op, "index");
   VIDMEM_CHECK(index.is_cuda(), op, "index must be on the GPU");
+  VIDMEM_CHECK(bank.is_cpu() || bank.get_device_index() == index.get_device_index(), op,
+               "bank must be on the GPU of index or in pinned host memory");
   const int64_t batch = index.size(0), columns = index.size(1), channels = bank.size(2);
   const bool shared = bank.size(0) == 1;
   VIDMEM_CHECK(shared || bank.size(0) == batch, op, "bank must have batch 1 or ", batch, ", got ", bank.size(0));
@@ -57,8 +68,8 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   if (scale) {
     check_dim(*scale, 2, op, "scale");
     VIDMEM_CHECK(scale->scalar_type() == ScalarType::Float && scale->size(0) == bank.size(0) &&
-                     scale->size(1) == bank.size(1),
-                 op, "scale must be float32 of the bank's first two sizes");
+                     scale->size(1) == bank.size(1) && scale->is_cpu() == bank.is_cpu(),
+                 op, "scale must be float32 of the bank's first two sizes, where the bank is");
   }
   const ScalarType result = out_dtype.value_or(scale ? ScalarType::Float : bank.scalar_type());
   const DType result_dtype = dtype_of(result, op, "out_dtype");
@@ -103,6 +114,10 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
     });
   });
   launch.check(op);
+  if (bank.is_cpu() && bank.numel() > 0) {
+    keep_until_read(bank, out);
+    if (scale) keep_until_read(*scale, out);
+  }
   return out;
 }
 

@@ -79,6 +79,8 @@ def gather_tokens(
             f"{names([bank.dtype])} bank and {'a' if scale is not None else 'no'} scale"
         )
     if scale is not None:
+        if bank.requires_grad:
+            raise ValueError(f"{op}: a {names([bank.dtype])} bank has no gradient, detach it, got requires_grad=True")
         check_tensor(op, "scale", scale, "B, M", (torch.float32,))
         check_same(op, "scale must have the bank's first two sizes", scale.shape, bank.shape[:2])
         check_same(op, "scale must be on the bank's device", scale.device, bank.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._dispatch import is_pinned
 from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import reference
@@ -29,15 +30,17 @@ def _gather_backward(ops, ctx, grad):
 
     def scatter(values):
         where = index
-        if batch == 1:  # every lane of the batch read the same bank
-            values, where = values.reshape(1, -1, values.shape[2]), index.reshape(1, -1)
+        if batch == 1:  # every lane read the same bank: one sum of all rather than one a lane, summed by autograd
+            values, where = values.flatten(0, 1).unsqueeze(0), index.flatten().unsqueeze(0)
         return ops.scatter_add_tokens(values, where, rows).to(ctx.bank_device)
 
     if scale is None:
         wider = torch.promote_types(grad.dtype, ctx.bank_dtype)
         return scatter(grad.to(wider)).to(ctx.bank_dtype), None, None, None
+    if ctx.needs_input_grad[0]:
+        raise RuntimeError("gather_tokens: a quantised bank has no gradient, but requires one")
     # out = scale * row, so d/dscale is <grad, row>; the rows are read once more, unscaled.
-    row = ops.gather_tokens(bank, index, torch.ones_like(scale), torch.float32)
+    row = ops.gather_tokens(bank, index, torch.ones_like(scale, pin_memory=scale.is_pinned()), torch.float32)
     along = (grad.to(torch.float32) * row).sum(dim=2, keepdim=True)
     return None, None, scatter(along).squeeze(2), None
 
@@ -50,7 +53,7 @@ def _gather_refuse_triton(bank, index, scale, out_dtype):
 
 def _gather_refuse_cuda(bank, index, scale, out_dtype):
     on_host = [t for t in (bank, scale) if t is not None and t.device.type == "cpu"]
-    if not all(t.is_pinned() for t in on_host):
+    if not all(is_pinned(t) for t in on_host):
         return "reads host memory only when it is pinned"
     return None
 

@@ -14,6 +14,7 @@ def gather_tokens(make):
     yield "out_dtype", (make.randn(1, 7, 33), index, None, torch.float32)
     yield "strided", (make.strided(make.randn(2, 7, 5)), make.strided(index), None, None)
     yield "one channel", (make.randn(2, 7, 1), index, None, None)
+    yield "no channels", (make.randn(1, 7, 0), index, None, None)
     yield "no index", (make.randn(2, 7, 5), index[:, :0], None, None)
     yield "no batch", (make.randn(0, 7, 5), index[:0], None, None)
     yield "no rows", (make.randn(2, 0, 5), torch.full_like(index, -1), None, None)
@@ -21,10 +22,12 @@ def gather_tokens(make):
     rows = make.randint(-127, 128, (2, 7, 37), torch.int8)
     yield "int8", (rows, index, scale, None)
     yield "int8, strided", (make.strided(rows), index, make.strided(scale), make.dtype)
-    # Every byte but the two NaNs: subnormals and both zeros too.
+    # Every byte: subnormals and both zeros; the two NaNs apart, for they leave no other gradient of scale.
     codes = torch.arange(256, dtype=torch.uint8, device=make.device)
+    nans = codes[(codes & 0x7F) == 0x7F].repeat(7).view(1, 7, 2).view(torch.float8_e4m3fn)
     codes = codes[(codes & 0x7F) != 0x7F].repeat(7).view(1, 7, 254).view(torch.float8_e4m3fn)
     yield "float8, shared", (codes, index, scale[:1], make.dtype)
+    yield "float8, NaN", (nans, index, scale[:1], None)
 
 
 @sample_inputs("scatter_add_tokens")
@@ -34,6 +37,8 @@ def scatter_add_tokens(make):
     yield "int64, untouched rows", (make.randn(2, 9, 33), index.long(), 11)
     yield "strided", (make.strided(make.randn(2, 9, 5)), make.strided(index), 4)
     yield "wide", (make.randn(2, 9, 1031), index, 4)
+    yield "wide, strided", (make.strided(make.randn(2, 9, 1031)), index, 4)
+    yield "no channels", (make.randn(2, 9, 0), index, 4)
     yield "no source", (make.randn(2, 0, 5), index[:, :0], 3)
     yield "no batch", (make.randn(0, 9, 5), index[:0], 4)
     yield "no rows", (make.randn(2, 9, 5), torch.full_like(index, -1), 0)

@@ -43,9 +43,10 @@ def _gather_tokens_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # Offsets in int64: a bank may hold more than 2**31 elements.
-    batch = tl.program_id(2).to(tl.int64)
-    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Offsets in int64: a bank may hold more than 2**31 elements. Axis 0 alone takes more than 65,535 programs.
+    blocks = tl.cdiv(K, BLOCK_K)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    k = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_k = k < K
     row = tl.load(index + batch * index_stride_b + k * index_stride_k, in_k, other=-1).to(tl.int64)
@@ -58,7 +59,7 @@ def _gather_tokens_fwd_kernel(
     if HAS_SCALE:
         factor = tl.load(scale + batch * scale_stride_b + row * scale_stride_m, valid, other=0.0)
         value = value.to(tl.float32) * factor[:, None]
-    if value.dtype == tl.bfloat16 or value.dtype == tl.float16:
+    if value.dtype != tl.float64 or out.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     # -1 asks for zeros; any other row outside the bank is an error that a kernel can only mark.
     value = tl.where((valid | (row == -1))[:, None], value, float("nan"))
@@ -80,7 +81,7 @@ def launch_gather_tokens_fwd(
     is_float8 = bank.dtype == torch.float8_e4m3fn
     block_c = min(_TILE, triton.next_power_of_2(channels))
     block_k = _TILE // block_c
-    grid = (triton.cdiv(count, block_k), triton.cdiv(channels, block_c), batch)
+    grid = (triton.cdiv(count, block_k) * batch, triton.cdiv(channels, block_c))
     _gather_tokens_fwd_kernel[grid](
         bank.view(torch.uint8) if is_float8 else bank,
         index,
@@ -121,8 +122,8 @@ def _sum_rows_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One output row and channel block a program: its group of source rows, summed in order."""
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64)
+    batch = (tl.program_id(0) // M).to(tl.int64)
+    row = (tl.program_id(0) % M).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.load(offsets + batch * (M + 1) + row)
     end = tl.load(offsets + batch * (M + 1) + row + 1)
@@ -152,7 +153,7 @@ def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> 
     bounds = torch.arange(num_rows + 1, device=src.device, dtype=key.dtype)
     offsets = torch.searchsorted(key, bounds.expand(batch, -1).contiguous())
     block_c = min(512, triton.next_power_of_2(channels))
-    grid = (num_rows, triton.cdiv(channels, block_c), batch)
+    grid = (num_rows * batch, triton.cdiv(channels, block_c))
     _sum_rows_fwd_kernel[grid](
         src,
         order,
