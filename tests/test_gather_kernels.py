@@ -51,6 +51,8 @@ def test_cpu_narrows_and_rounds_to_even(dtype, capability):
     middle = (halves[:-1].double() + halves[1:].double()).div(2).float()
     values = torch.cat([halves, middle, *(middle.nextafter(torch.tensor(x)) for x in (0.0, float("inf")))])
     values = torch.cat([values, -values, torch.tensor([65504.0, 65519.9, 65520.0, 3.4e38, 1e-45, float("nan")])])
+    # NaNs that adding half a unit of bfloat16 would turn into minus zero or infinity.
+    values = torch.cat([values, torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)])
     same(convert(values, dtype, backend="cpu"), values.to(dtype))
 
 
@@ -118,11 +120,14 @@ def test_many_batches(backend, device):
 
 
 def test_gradient_is_summed_wide(backend, device):
-    """A row read 300 times with a float32 result: its bfloat16 gradient is rounded once, not 300 times."""
+    """A row read 300 times with a float32 result: its bfloat16 gradient is rounded once, not 300 times.
+
+    300 x 1.00385 = 301.155, in bfloat16 302; but 1.00385 alone is 1 there.
+    """
     bank = torch.zeros(1, 2, 4, dtype=torch.bfloat16, device=device, requires_grad=True)
     index = torch.ones(1, 300, dtype=torch.int32, device=device)
-    gather_tokens(bank, index, out_dtype=torch.float32, backend=backend).sum().backward()
-    assert bank.grad.tolist() == [[[0.0] * 4, [300.0] * 4]]
+    (gather_tokens(bank, index, out_dtype=torch.float32, backend=backend) * 1.00385).sum().backward()
+    assert bank.grad.tolist() == [[[0.0] * 4, [302.0] * 4]]
 
 
 @pytest.mark.parametrize("rows_batch", [1, 2])
