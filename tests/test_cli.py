@@ -415,6 +415,6 @@ def test_closed_pipe_is_no_error():
 def test_installed_command():
     command = Path(sys.executable).with_name("vidmem")
     if not command.exists():
-        pytest.skip("the package is not installed in this environment")
+        pytest.skip(reason="the package is not installed in this environment")
     done = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("vidmem ")
