@@ -56,9 +56,10 @@ class Runner:
         rates: Rates,
         backends: list[str],
         seconds: float,
+        compiled: bool = False,
     ):
         self.clock, self.device, self.rates = clock, device, rates
-        self.backends, self.seconds = backends, seconds
+        self.backends, self.seconds, self.compiled = backends, seconds, compiled
 
     def measure(self, bench: Benchmark, shape: str, dtype_name: str, passes: list[str]) -> Iterator[Row]:
         """A row for every contender and pass; whatever fails is an error row."""
@@ -83,7 +84,7 @@ class Runner:
             for backend in self.backends
         ]
         reference = Contender("reference", "reference", partial(_call_ours, bench, s, "reference"))
-        baselines = [self._baseline(bench, b, s) for b in bench.baselines(self.device.type)]
+        baselines = [self._baseline(bench, b, s) for b in bench.baselines(self.device.type, self.compiled)]
         return [*ours, reference, *baselines] if self.backends != ["reference"] else [*ours, *baselines]
 
     def _baseline(self, bench: Benchmark, b: Baseline, s: Sizes) -> Contender:

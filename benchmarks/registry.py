@@ -50,7 +50,7 @@ class Baseline(NamedTuple):
         name: as shown.
         function: (benchmark, inputs, sizes) -> results, comparable with those of `call`.
         devices: where it exists.
-        compiled: also run it under torch.compile, on CUDA.
+        compiled: also run it under torch.compile, where that is asked for.
         needs: module that must be installed.
         is_compiled: this is the compiled one.
     """
@@ -134,11 +134,11 @@ class Benchmark:
     def passes(self) -> tuple[str, ...]:
         return PASSES if self.differentiable else ("fwd",)
 
-    def baselines(self, device: str) -> list[Baseline]:
-        """The alternatives on a device type, compiled ones twice."""
+    def baselines(self, device: str, compiled: bool) -> list[Baseline]:
+        """The alternatives on a device type; if `compiled`, those that it helps twice."""
         marked = [getattr(type(self), name).baseline for name in dir(self) if hasattr(getattr(self, name), "baseline")]
         found = [b for b in marked if device in b.devices]
-        if device == "cuda":
+        if compiled:
             found += [b._replace(name=f"{b.name}, compiled", is_compiled=True) for b in found if b.compiled]
         return found
 

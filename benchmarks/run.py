@@ -42,6 +42,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--passes", nargs="+", metavar="PASS", help=f"of {', '.join(PASSES)}; default: fwd bwd")
     parser.add_argument("--backend", nargs="+", default=["auto"], help="ours: auto (default), or one or more backends")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also run compositions under torch.compile; default: on cuda only (C++ takes long to compile)",
+    )
     parser.add_argument("--quick", action="store_true", help="the first shape of each op, and a quarter of the rounds")
     parser.add_argument("--seconds", type=float, default=1.5, help="of rounds for each op, shape, dtype and pass")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's. 1 on a machine that others use")
@@ -55,6 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.device = torch.device(args.device)
         kind = args.device.type
         choose("--device", [kind], ["cpu", "cuda"])
+        if args.compile is None:
+            args.compile = kind == "cuda"
         if kind == "cuda":
             args.device = torch.device("cuda", args.device.index or 0)
             if args.device.index >= torch.cuda.device_count():
@@ -104,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             "copy_gb_s": rates.bytes_per_second / 1e9,
             "gemm_tflop_s": {name: rate / 1e12 for name, rate in rates.flops_per_second.items()},
         }
-        runner = Runner(clock, args.device, rates, args.backend, args.seconds / (4 if args.quick else 1))
+        runner = Runner(clock, args.device, rates, args.backend, args.seconds / (4 if args.quick else 1), args.compile)
         for op, shape, dtype in plan(args):
             if perf_counter() - started > args.time_limit:
                 result["not_begun"].append(f"{op} {shape} {dtype}")

@@ -52,15 +52,22 @@ _GATHER = {
     "history20s": Shape({"M": N20S, "C": 3072, "K": N480}, "a clip's worth of tokens from 20 s, uncompressed", GPU),
 }
 _MATCH = {
+    "smoke": Shape({"N": 192, "C": 16}, SMOKE),
+    "n16k": Shape({"N": 16_384, "C": 128}, "half a Wan clip, keys averaged over heads", CPU),
+    "n16k-c512": Shape({"N": 16_384, "C": 512}, "the same, four heads side by side", CPU),
+    "clip480p": Shape({"N": N480, "C": 128}, "Wan clip at 480 x 832, keys averaged over heads", GPU),
+}
+_MATCH_WINDOW = {
     "smoke": Shape(_clip((4, 6, 8), 16), SMOKE),
-    "clip240p": Shape(_clip(CLIP_240P, 128), "Wan clip at 240 x 416, keys averaged over heads", CPU),
-    "clip480p": Shape(_clip(CLIP_480P, 128), "Wan clip at 480 x 832, keys averaged over heads", GPU),
+    "clip480p": Shape(_clip(CLIP_480P, 128), "Wan clip at 480 x 832, keys averaged over heads", BOTH),
+    "history20s": Shape(_clip(HISTORY_20S, 128), "20 s at 480 x 832", BOTH),
+    "history60s": Shape(_clip(HISTORY_60S, 128), "60 s at 480 x 832: linear in N or not", GPU),
 }
 _MERGE = {
-    "smoke": Shape(_clip((4, 6, 8), 24), SMOKE),
-    "clip240p-c512": Shape(_clip(CLIP_240P, 512), "half of a 240 x 416 clip merged, narrow", CPU),
-    "clip240p": Shape(_clip(CLIP_240P, 1536), "half of a 240 x 416 clip merged, Wan 1.3B", CPU),
-    "clip480p": Shape(_clip(CLIP_480P, 3072), "half of a 480 x 832 clip merged, HunyuanVideo", GPU),
+    "smoke": Shape({"N": 192, "C": 24}, SMOKE),
+    "n8k-c512": Shape({"N": 8192, "C": 512}, "half of a 240 x 416 clip merged, narrow", CPU),
+    "n16k-c1536": Shape({"N": 16_384, "C": 1536}, "half of half a Wan clip merged, Wan 1.3B", CPU),
+    "clip480p": Shape({"N": N480, "C": 3072}, "half of a 480 x 832 clip merged, HunyuanVideo", GPU),
 }
 _LINEAR = {
     "smoke": Shape({"B": 1, "L": 130, "H": 2, "D": 16, "frame": 26}, SMOKE),
@@ -94,16 +101,18 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "clip480p": Shape({"N": N480, "C": 3072, "keep": N480 // 4}, "a quarter of a 480 x 832 clip", GPU),
     },
     "match_tokens": _MATCH,
-    "match_tokens_window": {
-        **_MATCH,
-        "history60s": Shape(_clip(HISTORY_60S, 128), "60 s at 480 x 832: linear in N or not", GPU),
-    },
+    "match_tokens_window": _MATCH_WINDOW,
     "merge_tokens": _MERGE,
     "unmerge_tokens": _MERGE,
     "topk_blocks": {
         "smoke": Shape(_attention(130, 200, 2, block=(32, 16), topk=3), SMOKE),
         "clip240p-clip480p": Shape(
             _attention(N240, N480, 4, block=(128, 64), topk=32), "a clip picks blocks of a longer history", CPU
+        ),
+        "clip480p-nearest": Shape(
+            {"B": 1, "Lq": N480, "Lk": MEMORY_20S, "H": 1, "D": 64, "block": (1, 1), "topk": 1},
+            "the nearest of the memory's tokens for each of a clip",
+            BOTH,
         ),
         "clip480p-history60s": Shape(
             _attention(N480, N60S, 12, block=(128, 64), topk=64), "a clip picks blocks of 60 s, Wan 1.3B", GPU

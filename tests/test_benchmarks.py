@@ -115,7 +115,7 @@ def test_result_file(tmp_path):
         assert 0 < row["best_ms"] <= row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
         assert row["floor_fraction"] == pytest.approx(row["floor_ms"] / row["median_ms"])
-        assert row["peak_bytes"] is None
+        assert row["peak_bytes"] >= 0
     for ours in (r for r in rows if r["kind"] == "ours"):
         names = [r["contender"] for r in rows if (r["op"], r["pass"]) == (ours["op"], ours["pass"])]
         assert ours["best_baseline"] in names and ours["speedup"] > 0 and ours["backend"]

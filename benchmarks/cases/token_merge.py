@@ -81,6 +81,15 @@ class MatchTokens(Match):
         source = score.argsort(dim=-1, descending=True)[:, : self.num_merge(s)]
         return 2 * source, 2 * destination.gather(1, source) + 1
 
+    @baseline("ToMe composition, 1,024 sources at a time")
+    def chunked(self, x, s):
+        unit = F.normalize(x["metric"], dim=-1)
+        b = unit[:, 1::2].transpose(1, 2)
+        best = [(a @ b).max(dim=-1) for a in unit[:, ::2].split(1024, dim=1)]
+        score, destination = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+        source = score.topk(self.num_merge(s), dim=1, sorted=False).indices
+        return 2 * source, 2 * destination.gather(1, source) + 1
+
 
 @benchmark("match_tokens_window", covers="match_tokens")
 class MatchTokensWindow(Match):
