@@ -102,6 +102,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
     },
     "match_tokens": _MATCH,
     "match_tokens_window": _MATCH_WINDOW,
+    "match_neighbors": _MATCH_WINDOW,
     "merge_tokens": _MERGE,
     "unmerge_tokens": _MERGE,
     "topk_blocks": {

@@ -24,7 +24,6 @@ NOT_MEASURED = {
     "explain": "computes nothing",
     "recording": "computes nothing",
     "use_backend": "computes nothing",
-    "match_neighbors": "its cost is match_tokens' with six candidates; no library has the rule to compare with",
     "merge_attention_states": "pointwise on outputs of cross_attention",
 }
 
@@ -124,6 +123,11 @@ def test_result_file(tmp_path):
     assert forward["floor_ms"] == pytest.approx(forward["bytes"] / 1e7)
     for text in (report.table(result), report.contenders(result), report.summary(result)):
         assert "gather_tokens" in text and "match_tokens_window" in text
+
+
+def test_peak_memory_of_a_call_on_the_cpu():
+    held = timing.CpuClock().peak_bytes(lambda: lambda: torch.ones(16 << 20).sum())
+    assert 64 << 20 <= held < 80 << 20
 
 
 def test_every_benchmark_is_verified_at_its_smoke_shape():

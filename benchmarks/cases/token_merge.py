@@ -143,6 +143,42 @@ class MatchTokensWindow(Match):
         return numbers.flatten()[merged].unsqueeze(0), destination.unsqueeze(0)
 
 
+@benchmark("match_neighbors", covers="match_neighbors")
+class MatchNeighbors(Match):
+    def call(self, x, s, backend):
+        return vk.match_neighbors(x["metric"], self.num_merge(s), grid=s["grid"], backend=backend)
+
+    def is_source(self, s, device):
+        t, h, w = (torch.arange(n, device=device) for n in s["grid"])
+        return ((t[:, None, None] + h[:, None] + w) % 2 == 1).flatten()
+
+    def check_pairs(self, source, destination, s):
+        _, height, width = s["grid"]
+        steps = [(p // (height * width), p // width % height, p % width) for p in (source, destination)]
+        apart = sum((a - b).abs() for a, b in zip(*steps, strict=True))
+        assert (apart == 1).all(), "a destination is no neighbour"
+
+    def work(self, s, itemsize):
+        return Work(self.bytes(s, itemsize), 6 * s["N"] * s["C"])
+
+    @baseline("shifted products", compiled=True)
+    def shifted(self, x, s):
+        grid, device = s["grid"], x["metric"].device
+        unit = F.normalize(x["metric"], dim=-1)[0].view(*grid, s["C"])
+        position = torch.arange(prod(grid), device=device).view(grid)
+        scores, there = [], []
+        for axis, size in enumerate(grid):
+            along = (unit.narrow(axis, 0, size - 1) * unit.narrow(axis, 1, size - 1)).sum(-1)
+            ends = along.new_full([1 if a == axis else n for a, n in enumerate(grid)], -2)
+            scores += [torch.cat([ends, along], axis), torch.cat([along, ends], axis)]
+            there += [position.roll(1, axis), position.roll(-1, axis)]
+        best, which = torch.stack(scores).max(0)
+        best = best.masked_fill(~self.is_source(s, device).view(grid), -3)
+        source = best.flatten().topk(self.num_merge(s), sorted=False).indices
+        destination = torch.stack(there).gather(0, which[None])[0].flatten()[source]
+        return source.unsqueeze(0), destination.unsqueeze(0)
+
+
 def _plan(rng, s):
     """A plan that merges half of the tokens, by random similarities."""
     metric = randn(rng, torch.float32, 1, s["N"], 8)
