@@ -226,6 +226,28 @@ def test_results_are_deterministic(device):
         assert all(map(torch.equal, first, everything()))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_plan_from_an_assignment_by_hand(dtype):
+    assignment = torch.tensor([[2, 0, 2, 0, 0], [3, 3, 1, 3, 1]], dtype=dtype)
+    plan = MergePlan.from_assignment(assignment, 4)
+    assert plan.assignment.tolist() == assignment.tolist()
+    assert plan.order.tolist() == [[1, 3, 4, 0, 2], [2, 4, 0, 1, 3]]
+    assert plan.offsets.tolist() == [[0, 3, 3, 5, 5], [0, 0, 2, 2, 5]]
+    assert plan.kept.tolist() == [[1, 5, 0, 5], [5, 2, 5, 0]]
+    assert {t.dtype for t in plan} == {torch.int32}
+    tokens, size = vk.merge_tokens(torch.tensor([[[6.0], [1], [8], [2], [6]]]).repeat(2, 1, 1), plan)
+    assert tokens[..., 0].tolist() == [[3, 0, 7, 0], [0, 7, 0, 3]]
+    assert size.tolist() == [[3, 0, 2, 0], [0, 2, 0, 3]]
+
+
+def test_plan_from_an_assignment_groups_as_matching_does():
+    plan = vk.match_tokens(torch.randn(2, 31, 4), 9)
+    same = MergePlan.from_assignment(plan.assignment, 22)
+    assert all(map(torch.equal, plan._replace(kept=same.kept), same))
+    empty = MergePlan.from_assignment(torch.zeros(2, 0, dtype=torch.int32), 3)
+    assert empty.offsets.tolist() == [[0] * 4] * 2 and empty.kept.tolist() == [[0] * 3] * 2
+
+
 def test_match_and_merge_compile_together():
     def reduce(x, size):
         plan = vk.match_tokens(x, 9, grid=(2, 4, 4), window=(1, 1, 1))
@@ -292,6 +314,14 @@ ERRORS = [
         lambda: vk.unmerge_tokens(T, PLAN),
         "unmerge_tokens: y must have the batch of 2 and the 12 rows of plan, got (2, 16, 4)",
     ),
+    (
+        lambda: MergePlan.from_assignment(PLAN.assignment[0], 3),
+        "MergePlan.from_assignment: assignment must have shape (B, N), got (16,)",
+    ),
+    (
+        lambda: MergePlan.from_assignment(PLAN.assignment, -1),
+        "MergePlan.from_assignment: num_rows must be at least 0, got -1",
+    ),
     (lambda: vk.unmerge_tokens(T[0], PLAN), "unmerge_tokens: y must have shape (B, M, C), got (16, 4)"),
 ]
 
@@ -311,6 +341,8 @@ def test_plan_outside_its_shapes(wrong):
     for call in (lambda: vk.merge_tokens(T, plan), lambda: vk.unmerge_tokens(T[:, :12], plan)):
         with pytest.raises(IndexError):
             call()
+    with pytest.raises(IndexError):
+        vk.merge_tokens(T, MergePlan.from_assignment(broken, 12))
 
 
 # --- memory ---

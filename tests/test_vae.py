@@ -149,6 +149,9 @@ def test_patchify_orders_channel_then_cell_and_inverts():
     expected = latents[1, :, t, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].flatten()
     assert torch.equal(tokens[1, (t * 2 + h) * 3 + w], expected)
     assert torch.equal(unpatchify(tokens, grid), latents)
+    out = torch.full((2, 20, 20), torch.nan)
+    patchify(latents.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)[:1], out=out[:1, 1:19])
+    assert torch.equal(out[:1, 1:19], tokens[:1]) and out[0, 0].isnan().all() and out[1:].isnan().all()
 
 
 def test_twenty_seconds_are_187200_tokens():

@@ -20,8 +20,17 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 
-from vidmem_kernels import MemoryBank, match_tokens, merge_tokens, select_tokens
+from vidmem_kernels import (
+    MemoryBank,
+    MergePlan,
+    match_tokens,
+    merge_tokens,
+    scatter_add_tokens,
+    select_tokens,
+    topk_blocks,
+)
 
 from .config import CodecConfig, CompressorConfig
 from .errors import MemoryFormatError, UserError
@@ -68,11 +77,12 @@ def compress_merge(
     tokens = None
     filled = 0
     for chunk in latents:
-        part, _ = patchify(chunk)
+        _, channels, t, h, w = chunk.shape
         if tokens is None:
-            tokens = part.new_empty((1, count, part.shape[-1]))
-        tokens[:, filled : filled + part.shape[1]] = part
-        filled += part.shape[1]
+            tokens = chunk.new_empty((1, count, channels * PATCH * PATCH))
+        start, filled = filled, filled + t * h * w // (PATCH * PATCH)
+        if filled <= count:
+            patchify(chunk, out=tokens[:, start:filled])
         report(filled // frame)
     if tokens is None or filled != count:
         raise ValueError(f"compress: latents must hold {count} tokens for {size}, got {filled}")
@@ -80,26 +90,19 @@ def compress_merge(
     coarsest = math.prod(_coarser(grid))
     target = budget if budget >= coarsest else min(coarsest, math.ceil(_SURPLUS * budget))
     rows, weight, assignment = _merge_rounds(tokens, grid, target)
-    metric = _metric(tokens)[0]
-    if len(rows) > budget:
-        rows, _ = select_tokens(rows[None], budget, score=weight[None])
-        centres = _metric(rows)[0]
-        assignment = torch.cat([_nearest(part, centres) for part in metric.split(frame)])
-        rows = rows[0].float()
+    if rows.shape[1] > budget:
+        rows, _ = select_tokens(rows, budget, score=weight)
+        assignment = _nearest(_metric(tokens)[0], _metric(rows)[0])[None]
+    report(grid[0] + 1)
+    means, members = merge_tokens(tokens, MergePlan.from_assignment(assignment, budget))
     places = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float32) for n in grid])
-    members = torch.bincount(assignment, minlength=budget)
-    sums = torch.zeros(budget, tokens.shape[-1])
-    positions = torch.zeros(budget, 3).index_add_(0, assignment, places)
-    for t in range(grid[0]):
-        part = slice(t * frame, (t + 1) * frame)
-        sums.index_add_(0, assignment[part], tokens[0, part].float())
-        report(grid[0] + t + 1)
-    del tokens
-    share = members.clamp(min=1)[:, None]
+    positions = scatter_add_tokens(places[None], assignment, budget)[0]
+    report(2 * grid[0])
+    share = members[0, :, None].clamp(min=1)
     # A row that lost all its tokens to nearer rows stays as it was; nothing reads it.
-    rows = torch.where(members[:, None] > 0, sums.div_(share), rows.float())
+    rows = torch.where(members[..., None] > 0, means, rows)[0].float()
     dtype = torch.int16 if budget <= 1 << 15 else torch.int32
-    return rows, positions / share, {"row_of": assignment.to(dtype)}, {"grid": json.dumps(grid)}
+    return rows, positions / share, {"row_of": assignment[0].to(dtype)}, {"grid": json.dumps(grid)}
 
 
 def _coarser(grid: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -125,24 +128,29 @@ def _matching_metric(tokens: torch.Tensor) -> torch.Tensor:
 def _merge_rounds(
     tokens: torch.Tensor, grid: tuple[int, int, int], target: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Merge tokens (1, N, C) to `target` rows; returns rows, tokens a row stands for, row of each."""
+    """Merge tokens (1, N, C) to `target` rows; returns rows, tokens a row stands for, row of each (1, N)."""
     weight = torch.ones(tokens.shape[:2])
-    assignment = torch.arange(tokens.shape[1])
+    assignment = torch.arange(tokens.shape[1])[None]
     rows = tokens
     while rows.shape[1] > target:
         coarse = _coarser(grid)
         merged = rows.shape[1] - max(target, math.prod(coarse))
         plan = match_tokens(_matching_metric(rows), merged, grid=grid, stride=_STRIDE, window=_WINDOW)
         rows, weight = merge_tokens(rows, plan, weight)
-        assignment = plan.assignment[0].long()[assignment]
+        assignment = plan.assignment.gather(1, assignment).long()
         grid = coarse
-    return rows[0], weight[0], assignment
+    return rows, weight, assignment
 
 
 def _nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Index of the centre (M, C) nearest to each point (N, C)."""
-    offsets = centres.square().sum(-1)
-    return torch.addmm(offsets, points, centres.T, alpha=-2).argmin(-1)
+    """Index of the centre (M, C) nearest to each point (N, C), int32.
+
+    |x - c|^2 is smallest where <(x, 1), (c, -|c|^2 / 2)> is largest: a search for the best block of one token.
+    """
+    queries = F.pad(points, (0, 1), value=1.0)
+    keys = torch.cat([centres, -0.5 * centres.square().sum(-1, keepdim=True)], -1)
+    best = topk_blocks(queries[None, :, None], keys[None, :, None], block_size=(1, 1), topk=1)
+    return best[0, 0, :, 0]
 
 
 def check_merge(bank: MemoryBank, grid: list[int]) -> None:

@@ -107,8 +107,13 @@ def merge_best(values: Tensor, index: Tensor, scores: Tensor, start: int, k: int
     Returns:
         (values, index) of the best of both.
     """
-    columns = torch.arange(start, start + scores.shape[-1], dtype=index.dtype, device=index.device)
-    values = torch.cat([values, scores.masked_fill(scores.isnan(), -torch.inf)], dim=-1)
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    if k == 1 and scores.shape[-1] > 0:  # no sort of all
+        scores, at = scores.max(dim=-1, keepdim=True)
+        columns = at.to(index.dtype) + start
+    else:
+        columns = torch.arange(start, start + scores.shape[-1], dtype=index.dtype, device=index.device)
+    values = torch.cat([values, scores], dim=-1)
     index = torch.cat([index, columns.expand(scores.shape)], dim=-1)
     # A stable sort, unlike torch.topk, keeps equal scores in the order of their index.
     values, order = values.sort(dim=-1, descending=True, stable=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
+from .reference import group_by_row
 
 
 class MergePlan(NamedTuple):
@@ -29,6 +30,31 @@ class MergePlan(NamedTuple):
     kept: Tensor
     order: Tensor
     offsets: Tensor
+
+    @classmethod
+    def from_assignment(cls, assignment: Tensor, num_rows: int) -> MergePlan:
+        """The plan that merges tokens into given rows, such as the clusters of k-means.
+
+        Args:
+            assignment: (B, N) int32 or int64, the row of every token, in [0, num_rows - 1]; not checked here but
+                by what the plan is given to.
+            num_rows: M. A row may have no token.
+
+        Returns:
+            `MergePlan`; `kept` is the first token of every row, N for a row without, so not ascending in general.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit.
+        """
+        op = "MergePlan.from_assignment"
+        check_tensor(op, "assignment", assignment, "B, N", INDEX_DTYPES)
+        check_int(op, "num_rows", num_rows, 0)
+        order, offsets = group_by_row(assignment, num_rows)
+        tokens = assignment.shape[1]
+        start, end = offsets[:, :-1].long(), offsets[:, 1:].long()
+        # One more column, for rows that start behind the last token.
+        first = torch.cat([order, order.new_full((order.shape[0], 1), tokens)], dim=1).gather(1, start)
+        return cls(assignment.to(torch.int32), first.masked_fill(start == end, tokens), order, offsets)
 
 
 class MergeResult(NamedTuple):
@@ -207,7 +233,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
 
     Args:
         x: (B, N, C) float tokens.
-        plan: of `match_tokens` or `match_neighbors`, for B and N.
+        plan: of `match_tokens`, `match_neighbors` or `MergePlan.from_assignment`, for B and N.
         size: (B, N) float32 (float64 when x is float64) weights, not negative: how many tokens each one already
             stands for. By default 1. A group of total size 0 gives a row of zeros.
         backend: see `vidmem_kernels.use_backend`.

@@ -115,6 +115,15 @@ def _match_window(x: Tensor, stride: Sequence[int], window: Sequence[int]) -> tu
     return score, destination
 
 
+def group_by_row(assignment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """int32 (order (B, N), offsets (B, rows + 1)) of a `MergePlan` for the row (B, N) of every token."""
+    order = assignment.argsort(dim=1, stable=True)
+    # The first place in the sorted rows that is not below row m is where group m starts.
+    starts = torch.arange(rows + 1, dtype=assignment.dtype, device=assignment.device).repeat(assignment.shape[0], 1)
+    offsets = torch.searchsorted(assignment.gather(1, order), starts)
+    return order.to(torch.int32), offsets.to(torch.int32)
+
+
 def _plan(
     score: Tensor, source: Tensor, destination: Tensor, num_merge: int, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,11 +142,8 @@ def _plan(
     is_kept = torch.ones(batch, tokens, dtype=torch.bool, device=device).scatter_(1, merged, False)
     kept = is_kept.nonzero()[:, 1].view(batch, tokens - num_merge)
     assignment = (is_kept.cumsum(1) - 1).gather(1, target)
-    order = assignment.argsort(dim=1, stable=True)
-    # The first place in the sorted rows that is not below row m is where group m starts.
-    rows = torch.arange(tokens - num_merge + 1, device=device).repeat(batch, 1)
-    offsets = torch.searchsorted(assignment.gather(1, order), rows)
-    return tuple(t.to(torch.int32) for t in (assignment, kept, order, offsets))
+    order, offsets = group_by_row(assignment, tokens - num_merge)
+    return assignment.to(torch.int32), kept.to(torch.int32), order, offsets
 
 
 def match_tokens(
