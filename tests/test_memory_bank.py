@@ -67,6 +67,31 @@ def test_capacity_is_taken_at_once(make_bank, monkeypatch):
     assert bank.capacity_bytes == bank.nbytes == 100 * (3 * 4 + 12)
 
 
+@pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)
+@pytest.mark.parametrize("storage", ["device", "mmap"])
+def test_bytes_are_those_of_the_tensors(dtype, storage, tmp_path):
+    def check(bank, file=None):
+        rows, scale = bank._rows, torch.empty(0) if bank._scale is None else bank._scale
+        assert bank.nbytes == sum(t[: len(bank)].nbytes for t in (rows, scale, bank._positions))
+        on_disk = os.fstat(file.fileno()) if file else None
+        if on_disk:
+            assert on_disk.st_size == rows.nbytes and on_disk.st_blocks * 512 >= rows.nbytes
+        else:
+            assert rows.untyped_storage().nbytes() == rows.nbytes
+        others = scale.untyped_storage().nbytes() + bank._positions.untyped_storage().nbytes()
+        assert bank.capacity_bytes == rows.nbytes + others
+
+    bank = MemoryBank(5, dtype=dtype, storage=storage, path=tmp_path / "working" if storage == "mmap" else None)
+    for count in (1, 63, 1, 500):
+        fill(bank, count)
+        check(bank, bank._file)
+    bank.save(tmp_path / "bank")
+    loaded = MemoryBank.load(tmp_path / "bank", storage=storage)
+    assert loaded.nbytes == loaded.capacity_bytes == bank.nbytes
+    fill(loaded, 3)
+    check(loaded, loaded._file)
+
+
 def test_empty_bank(make_bank):
     bank = make_bank(3, dtype=torch.int8)
     assert len(bank) == bank.nbytes == bank.capacity_bytes == 0
@@ -254,13 +279,17 @@ def test_topk_refuses(make_bank):
         torch.zeros(1, 3, dtype=torch.float64),
         1,
     )
+    bank._count = 2**31  # an index of int32 could not name the last row
+    text = "the bank must have at most 2147483647 rows, got 2147483648"
+    refuses(ValueError, name + text, bank.topk, torch.zeros(1, 3), 1)
 
 
 def test_failed_growth_leaves_the_bank_as_it_was(tmp_path, monkeypatch):
     bank = MemoryBank(4, storage="mmap", path=tmp_path / "working")
     tokens, _ = fill(bank, 64)
 
-    def full(*args):
+    def full(file, offset, size):
+        os.truncate(file, size // 2 + 1024)  # a disk may give a part of what was asked for
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
@@ -270,6 +299,7 @@ def test_failed_growth_leaves_the_bank_as_it_was(tmp_path, monkeypatch):
         MemoryBank(4, storage="mmap", path=tmp_path / "other", capacity=9)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["working"]
+    assert (tmp_path / "working").stat().st_size == 64 * 4 * 4
     assert len(bank) == 64 and torch.equal(bank.gather(torch.arange(64)), tokens)
     fill(bank, 1)
     assert len(bank) == 65

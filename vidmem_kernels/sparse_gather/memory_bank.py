@@ -213,7 +213,12 @@ class MemoryBank:
             # Loaded from a memory file, which must stay what it is: its rows move to a nameless file beside it.
             file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
         # Blocks are taken now: a sparse file on a full disk would kill the process at a later write to memory.
-        os.posix_fallocate(file.fileno(), 0, capacity * self.channels * self.dtype.itemsize)
+        size = os.fstat(file.fileno()).st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, capacity * self.channels * self.dtype.itemsize)
+        except OSError:
+            os.truncate(file.fileno(), size)  # gives back what it got before the disk was full
+            raise
         rows = memory_file.map_tensor(file, 0, (capacity, self.channels), self.dtype, writable=True)
         if self._file is None:
             rows[: self._count].copy_(self._rows[: self._count])
@@ -270,6 +275,8 @@ class MemoryBank:
             raise ValueError(f"{op}: query must have {self.channels} channels, got {query.shape[1]}")
         if self._rows.device != query.device and self._rows.device.type != "cpu":
             raise ValueError(f"{op}: query must be on the bank's device, {self._rows.device}, got {query.device}")
+        if self._count > torch.iinfo(torch.int32).max:
+            raise ValueError(f"{op}: the bank must have at most {torch.iinfo(torch.int32).max} rows, got {self._count}")
         check_int(op, "k", k, 0, self._count)
         values = query.new_empty(query.shape[0], 0, dtype=torch.float32)
         index = query.new_empty(query.shape[0], 0, dtype=torch.int32)
@@ -293,11 +300,12 @@ class MemoryBank:
         """Writes the bank to a file (safetensors), whole or not at all.
 
         The file is written under a temporary name in the same folder, flushed to the disk and renamed, so that `path`
-        holds the old content or the new at every moment; an exception or interrupt removes the temporary file (a
-        process that is killed leaves it, as ".vidmem-*.tmp"). The header has a SHA-256 of the whole file.
+        holds the old content or the new at every moment. An exception or interrupt removes the temporary file. A
+        process that is killed leaves it, as ".vidmem-*.tmp"; the next `save` into that folder removes those whose
+        writer is gone. The header has a SHA-256 of the whole file.
 
         Args:
-            path: file to create or replace.
+            path: file to create or replace; where it is a symbolic link, what it points to.
             metadata: text entries to store with the bank; default `self.metadata`. Keys that start with "vidmem."
                 are taken.
             extras: tensors to store with the bank; default `self.extras`.
@@ -354,7 +362,7 @@ class MemoryBank:
             for name, tensor in tensors.items()
             if name.startswith("extras.")
         }
-        bank._count, bank._file, bank._folder = rows.shape[0], None, path.parent
+        bank._count, bank._file, bank._folder = rows.shape[0], None, path.absolute().parent
         bank._rows = rows.to(bank._rows_device())
         bank._positions = positions.to(bank.device)
         bank._scale = None if scale is None else scale.to(bank._rows_device())

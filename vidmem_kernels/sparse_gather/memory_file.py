@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -63,8 +64,8 @@ class _Entry(NamedTuple):
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    """The bytes of a contiguous tensor on the CPU, not copied (unless it is a lazy negative, such as x.conj().imag)."""
+    return memoryview(tensor.detach().resolve_neg().reshape(-1).view(torch.uint8).numpy())
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -99,26 +100,65 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _lock(file: BinaryIO) -> bool:
+    """Locks a temporary file until it is closed; False if someone else has it or removed it.
+
+    A lock ends with its process, whatever that dies of: what can be locked has no writer.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(file.fileno()).st_nlink > 0
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of writers that were killed."""
+    for left in folder.glob(".vidmem-*.tmp"):
+        # OSError: renamed or removed meanwhile, another user's, or a file system without locks.
+        with contextlib.suppress(OSError), open(left, "r+b") as file:
+            if _lock(file):
+                os.unlink(left)
+
+
+def _temporary(folder: Path) -> tuple[Path, BinaryIO]:
+    """A new file under a name of its own, locked so that other writers leave it alone."""
+    while True:
+        path = folder / f".vidmem-{secrets.token_hex(8)}.tmp"
+        file = open(path, "xb")  # noqa: SIM115 (the caller closes it)
+        try:
+            if _lock(file):
+                return path, file
+        except OSError:  # a file system without locks, where nobody takes it for a leftover
+            return path, file
+        file.close()  # another writer came before the lock and removes it
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a memory file under a temporary name in the same folder, then renames it to `path`.
 
+    Temporary files that killed writers left in that folder are removed first, so that their room is there.
+
     Args:
-        path: file to create or replace; a reader sees the old content or the new, whatever happens on the way.
+        path: file to create or replace; a reader sees the old content or the new, whatever happens on the way. A
+            symbolic link stays, what it points to is replaced.
         tensors: of the dtypes in `DTYPES`, on any device; copied to the host in pieces.
         metadata: the user's header entries.
 
     Raises:
         OSError: the folder is missing, full or not writable. The temporary file is gone then, as after any exception.
     """
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
     # Wide elements first: every tensor is then aligned to its element size.
     ordered = {name: tensors[name] for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))}
     header = _header(ordered, metadata)
     digest = hashlib.sha256(header)
-    temporary = path.parent / f".vidmem-{secrets.token_hex(8)}.tmp"
+    _remove_leftovers(path.parent)
+    temporary, file = _temporary(path.parent)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             file.write(header)
             for tensor in ordered.values():
                 flat = tensor.detach().reshape(-1)
@@ -131,7 +171,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             file.write(digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # while it is locked: no other writer may take it for a leftover
     except BaseException:  # an interrupt too must not leave the temporary file behind
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -244,7 +284,7 @@ def read(path: Path, rows: str, rows_storage: str) -> tuple[dict[str, Tensor], d
             raise _damaged(path, "its checksum is no checksum")
         digest = hashlib.sha256(head.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1))
         tensors = {}
-        scratch = memoryview(bytearray(_CHUNK))
+        scratch = memoryview(bytearray(min(_CHUNK, size)))
         try:
             for name, dtype, shape, begin, end in entries:
                 if name == rows and rows_storage == "mmap":
