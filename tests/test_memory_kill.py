@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+import pytest
 import torch
 
 from vidmem_kernels import MemoryBank
@@ -57,7 +58,15 @@ def told(nursery):
     return line.split()
 
 
-def test_killed_writer_leaves_a_whole_file(tmp_path):
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_killed_writer_leaves_a_whole_file(tmp_path, one_thread):
     path = tmp_path / "bank"
     paces = []
     for _ in range(5):
