@@ -1,9 +1,10 @@
-"""Shared by the tests of sparse gathering and of MemoryBank."""
+"""Shared by the tests of sparse gathering, of token merging and of MemoryBank."""
 
 import pytest
 import torch
 
-from vidmem_kernels import quantize_rows
+from vidmem_kernels import _dispatch, quantize_rows
+from vidmem_kernels._registry import OPS
 
 BANK_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
 QUANTIZED = BANK_DTYPES[3:]
@@ -36,3 +37,13 @@ def stored(tokens, dtype):
         return tokens.to(dtype).float()
     rows, scale = quantize_rows(tokens, dtype)
     return rows.float() * scale.unsqueeze(1)
+
+
+def cpu_backends(*ops):
+    """Backends to run a test of these ops on: the compiled kernels where any of them has one, and the reference."""
+    return ["cpu", "reference"] if any(backend_for(op, "cpu") == "cpu" for op in ops) else ["reference"]
+
+
+def backend_for(op, backend):
+    """`backend` if it was built for `op`, else the reference."""
+    return backend if _dispatch.unavailable(OPS[op], backend, "cpu") is None else "reference"
