@@ -103,6 +103,21 @@ def test_empty_bank(make_bank):
     assert values.shape == index.shape == (2, 0)
 
 
+def test_inference_mode_ends_where_it_ends(make_bank, tmp_path):
+    with torch.inference_mode():
+        bank = make_bank(3, dtype=torch.int8, capacity=2)
+        tokens, positions = fill(bank, 65)
+        bank.save(tmp_path / "bank")
+        loaded = MemoryBank.load(tmp_path / "bank", storage=bank.storage)
+    for held in (bank, loaded):
+        more, _ = fill(held, 65, seed=1)
+        assert torch.equal(held.gather(torch.arange(130)), stored(torch.cat([tokens, more]), torch.int8))
+        assert torch.equal(held.positions[:65], positions)
+        with torch.inference_mode():
+            fill(held, 1)
+        assert len(held) == 131
+
+
 def test_gathered_rows_and_positions_survive_later_appends(make_bank):
     bank = make_bank(4)
     tokens, positions = fill(bank, 64)
@@ -219,7 +234,8 @@ def test_on_a_gpu(dtype, storage, tmp_path):
     index = torch.tensor([[3, -1, 99]], device="cuda")
     bank.save(tmp_path / "bank")
     for held in (bank, MemoryBank.load(tmp_path / "bank", device="cuda", storage=storage)):
-        assert held._rows.is_pinned() == (storage == "pinned")
+        for kept in (held._rows, held._scale):
+            assert kept is None or kept.is_pinned() == (storage == "pinned")
         assert held.positions.is_cuda and torch.equal(held.positions.cpu(), positions)
         got = held.gather(index, out_dtype=torch.float32)
         assert got.is_cuda and torch.equal(got[0, ::2].cpu(), expected[[3, 99]]) and not got[0, 1].any()

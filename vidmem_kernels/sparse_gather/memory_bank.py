@@ -196,9 +196,11 @@ class MemoryBank:
 
     def _grow(self, capacity: int) -> None:
         """Makes room for `capacity` rows; the bank is unchanged if that fails."""
-        positions = self._copied(self._positions, capacity)
-        scale = None if self._scale is None else self._copied(self._scale, capacity)
-        rows = self._mapped_rows(capacity) if self.storage == "mmap" else self._copied(self._rows, capacity)
+        # A tensor made in inference mode could not be appended to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            positions = self._copied(self._positions, capacity)
+            scale = None if self._scale is None else self._copied(self._scale, capacity)
+            rows = self._mapped_rows(capacity) if self.storage == "mmap" else self._copied(self._rows, capacity)
         self._rows, self._positions, self._scale = rows, positions, scale
 
     def _copied(self, old: Tensor, capacity: int) -> Tensor:
@@ -366,6 +368,8 @@ class MemoryBank:
         bank._rows = rows.to(bank._rows_device())
         bank._positions = positions.to(bank.device)
         bank._scale = None if scale is None else scale.to(bank._rows_device())
+        if storage == "pinned" and scale is not None:
+            bank._scale = scale.pin_memory()  # CUDA reads rows in place only where their scales are pinned too
         return bank
 
 
