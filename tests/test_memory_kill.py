@@ -73,7 +73,7 @@ def test_killed_writer_leaves_a_whole_file(tmp_path, one_thread):
         start = time.perf_counter()
         version_of(0).save(path)
         paces.append(time.perf_counter() - start)
-    longest = 3 * sorted(paces)[2]
+    pace = sorted(paces)[2]
     draw = random.Random(0)
     last = interrupted = progressed = 0
     left = set()
@@ -83,12 +83,16 @@ def test_killed_writer_leaves_a_whole_file(tmp_path, one_thread):
         for attempt in range(ROUNDS):
             print(last + 1, file=nursery.stdin, flush=True)
             saved = last
-            said = told(nursery)
-            while said[0] == "saved":
-                saved, said = int(said[1]), told(nursery)
-            assert said[0] == "writer"
-            time.sleep(draw.uniform(0, longest))
-            os.kill(int(said[1]), signal.SIGKILL)
+            finish = draw.randrange(3)  # saves to wait for, so that a slow machine gets on too
+            writer = None
+            while writer is None or saved < last + finish:
+                what, value = told(nursery)
+                if what == "writer":
+                    writer = int(value)
+                else:
+                    saved = int(value)
+            time.sleep(draw.uniform(0, 2 * pace))
+            os.kill(writer, signal.SIGKILL)
             while (said := told(nursery)) != ["dead"]:
                 saved = int(said[1])
 
@@ -105,7 +109,7 @@ def test_killed_writer_leaves_a_whole_file(tmp_path, one_thread):
             last = number
         nursery.stdin.close()
     assert nursery.returncode == 0
-    assert interrupted > ROUNDS // 5, "the kills hit no writing process"
-    assert progressed > ROUNDS // 5, "no writer came to finish a save"
+    assert interrupted > ROUNDS // 10, "the kills hit no writing process"
+    assert progressed >= ROUNDS // 2, "the writers finished no save"
     version_of(last).save(path)
     assert list(tmp_path.iterdir()) == [path]

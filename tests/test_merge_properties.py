@@ -13,7 +13,7 @@ import vidmem_kernels as vk
 from vidmem_kernels import MergePlan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-law = settings(max_examples=60, deadline=None, derandomize=True)
+law = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def backends(*ops):
