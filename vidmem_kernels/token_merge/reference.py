@@ -296,11 +296,12 @@ def merge_tokens_backward(
         grad_x[:, chunk] = (grad * share[:, chunk].unsqueeze(2)).to(grad_tokens.dtype)
     if x is None:
         return grad_x, grad_tokens.new_empty(batch, 0, dtype=dtype)
-    # The mean moves by (x - mean) / total for a unit of size: <grad, x> less its own mean over the group.
-    row = assignment.to(torch.int64)
-    mean = _sum_groups(along.unsqueeze(2), share, assignment, rows).squeeze(2).gather(1, row)
-    slope = torch.where(own == 0, 0, (along - mean) / own.masked_fill(own == 0, 1))
-    return grad_x, slope + grad_size.gather(1, row)
+    # <grad, x> is the gradient of a share, size / total: by the size, and by the total of its group. In autograd's
+    # order, since the terms cancel and any other would differ by more than the rounding of the result.
+    along = torch.where(own == 0, 0, along)
+    own = own.masked_fill(own == 0, 1)
+    of_total = grad_size - _sum_groups(along.unsqueeze(2), share / own, assignment, rows).squeeze(2)
+    return grad_x, along / own + of_total.gather(1, assignment.to(torch.int64))
 
 
 def unmerge_tokens(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
