@@ -1,0 +1,77 @@
+// CPU kernels of token merging on raw pointers; strides count elements.
+#pragma once
+
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace vidmem {
+
+// A (B, columns) tensor of a plan, read in place.
+struct PlanField {
+  const void* data;
+  int64_t batch_stride, stride;
+};
+
+struct Groups {
+  PlanField assignment, order, offsets;
+  bool wide;  // all int64, else all int32
+  int64_t batch, tokens, rows;
+};
+
+// (B, columns, C) of one dtype.
+struct Rows {
+  const void* data;
+  int64_t batch_stride, row_stride, channel_stride;
+};
+
+// (B, columns) float32, or float64 for float64 tokens; null where it is not given.
+struct Weights {
+  const void* data;
+  int64_t batch_stride, stride;
+};
+
+struct MergeRows {
+  Groups groups;
+  Rows x;
+  DType dtype;
+  int64_t channels;
+  bool weighted;  // mean by size, else plain sum
+  Weights size;
+  void* out;    // (B, M, C) contiguous
+  void* total;  // (B, M) contiguous, if weighted
+};
+
+struct MergeBackward {
+  Groups groups;
+  Rows grad, x;
+  bool wants_size;  // else x is not given
+  bool has_dots;    // grad_size already holds <grad, x> of every token
+  DType dtype;
+  int64_t channels;
+  Weights size, grad_total;
+  void* grad_x;     // (B, N, C) contiguous
+  void* grad_size;  // (B, N) contiguous, if wanted
+};
+
+struct UnmergeRows {
+  Groups groups;
+  Rows y;
+  int64_t element_size, channels;
+  void* out;  // (B, N, C) contiguous
+};
+
+// Work on the rows [begin, end) of the flattened (B, M), and check their part of the plan on the way: false if it is
+// not one. Nothing outside the tensors is touched, but results are incomplete then.
+VIDMEM_DECLARE_KERNEL(merge_rows, bool(const MergeRows&, int64_t, int64_t))
+VIDMEM_DECLARE_KERNEL(merge_backward, bool(const MergeBackward&, int64_t, int64_t))
+VIDMEM_DECLARE_KERNEL(unmerge_rows, bool(const UnmergeRows&, int64_t, int64_t))
+
+// float64 products grad * x of the tokens [begin, end) of a batch element, from `first` on in `out`; false if a token
+// has no row.
+VIDMEM_DECLARE_KERNEL(multiply_rows, bool(const MergeBackward&, int64_t, int64_t, int64_t, int64_t, double*))
+
+}  // namespace vidmem
