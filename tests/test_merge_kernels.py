@@ -1,9 +1,9 @@
-"""What the compiled kernels of merging do beyond the contract: order of sums, own checks, one result for all threads."""
+"""What the compiled kernels of merging do beyond the contract: order of sums, own checks, any number of threads."""
 
 import pytest
 import torch
 
-from vidmem_kernels import MergePlan, _extension, match_tokens, merge_tokens, unmerge_tokens
+from vidmem_kernels import _extension, match_tokens, merge_tokens, unmerge_tokens
 from vidmem_kernels.token_merge import reference
 
 pytestmark = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
@@ -271,5 +271,4 @@ def test_outputs_on_huge_pages_are_written_throughout():
     merged = merge_tokens(x, plan, backend="cpu")
     back = unmerge_tokens(merged.tokens, plan, backend="cpu")
     equal(back, merged.tokens[:, plan.assignment[0].long()])
-    assert isinstance(plan, MergePlan)
     equal(merged.tokens, reference.merge_tokens(x, None, plan.assignment, plan.order, plan.offsets)[0])

@@ -75,6 +75,15 @@ def _one_group(make, batch, tokens):
     return torch.zeros_like(order), order, offsets
 
 
+def _long_groups(make):
+    """Groups of 0, 1, 9, 5 and 0 tokens; match_tokens makes no empty ones, a caller may."""
+    tokens = torch.tensor([[7, 0, 2, 3, 5, 8, 9, 10, 13, 14, 1, 4, 6, 11, 12]], dtype=torch.int32)
+    offsets = torch.tensor([[0, 0, 1, 10, 15, 15]], dtype=torch.int32)
+    rows = torch.arange(5, dtype=torch.int32).repeat_interleave(offsets[0].diff().long())
+    assignment = torch.empty_like(tokens).index_copy_(1, tokens[0].long(), rows.unsqueeze(0))
+    return tuple(t.to(make.device) for t in (assignment, tokens, offsets))
+
+
 def _merges(make):
     """label, x, size, assignment, order, offsets."""
     plan = _groups(make, 2, 11, 5)
@@ -89,6 +98,7 @@ def _merges(make):
     yield "one group", make.randn(2, 40, 33), _size(make, 2, 40), *_one_group(make, 2, 40)
     yield "no token", make.randn(2, 0, 5), _size(make, 2, 0), *_groups(make, 2, 0, 0)
     yield "no batch", make.randn(0, 8, 5), _size(make, 0, 8), *_groups(make, 0, 8, 3)
+    yield "empty and long groups", make.randn(1, 15, 35), _size(make, 1, 15), *_long_groups(make)
 
 
 @sample_inputs("merge_tokens")
