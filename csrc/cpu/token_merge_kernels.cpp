@@ -22,6 +22,7 @@ template <class Index>
 struct Group {
   const Index* order;
   int64_t stride, count;
+  int64_t after;  // tokens that follow the group in `order`
 
   int64_t operator[](int64_t k) const { return order[k * stride]; }
 };
@@ -35,7 +36,7 @@ inline bool find_group(const Groups& g, int64_t batch, int64_t row, Group<Index>
   if (first < 0 || last < first || last > g.tokens) return false;
   if ((row == 0 && first != 0) || (row == g.rows - 1 && last != g.tokens)) return false;
   const Index* order = static_cast<const Index*>(g.order.data) + batch * g.order.batch_stride;
-  group = {order + first * g.order.stride, g.order.stride, last - first};
+  group = {order + first * g.order.stride, g.order.stride, last - first, g.tokens - last};
   const Index* assignment = static_cast<const Index*>(g.assignment.data) + batch * g.assignment.batch_stride;
   int64_t before = -1;
   for (int64_t k = 0; k < group.count; ++k) {
@@ -95,6 +96,13 @@ inline void copy_row(const T* in, int64_t stride, T* out, int64_t channels) {
   }
 }
 
+// The processor foresees no jump to another row: asks for one that comes later, 2 KiB of it at most.
+template <class T>
+inline void prefetch_row(const T* in, int64_t channels) {
+  const int64_t bytes = smaller(2048, channels * sizeof(T));
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(in) + at);
+}
+
 // out = start + rows[0] * weight[0] + rows[1] * weight[1] ..., from left to right; start may be null.
 template <int K, bool kWeighted, class T, class S, class Out>
 inline void add_rows(const T* const* in, const S* weights, const S* start, Out* out, int64_t channels) {
@@ -150,6 +158,13 @@ bool merge(const MergeRows& args, int64_t begin, int64_t end) {
       return;
     }
     const bool staged = x.channel_stride != 1;
+    if (!staged) {  // the next groups' tokens, as in unmerge
+      const int64_t ahead = smaller(smaller(group.count, kBatch), group.after);
+      for (int64_t k = 0; k < ahead; ++k) {
+        const int64_t token = group[group.count + k];
+        if (token >= 0 && token < args.groups.tokens) prefetch_row(src + token * x.row_stride, channels);
+      }
+    }
     const int64_t piece = staged || group.count > kBatch ? kPiece : channels;
     S sums[kPiece];
     T stage[kBatch][kPiece];
@@ -297,8 +312,6 @@ bool multiply(const MergeBackward& args, int64_t batch, int64_t first, int64_t b
 template <class T, class Index>
 bool unmerge(const UnmergeRows& args, int64_t begin, int64_t end) {
   const Groups& g = args.groups;
-  // The processor foresees no jump to another row, so the one after the next is asked for, 2 KiB of it at most.
-  const int64_t bytes = args.y.channel_stride == 1 ? smaller(2048, args.channels * sizeof(T)) : 0;
   int64_t batch = g.tokens ? begin / g.tokens : 0, token = begin - batch * g.tokens;
   T* out = static_cast<T*>(args.out) + begin * args.channels;
   for (int64_t i = begin; i < end; ++i) {
@@ -306,12 +319,9 @@ bool unmerge(const UnmergeRows& args, int64_t begin, int64_t end) {
     const T* y = static_cast<const T*>(args.y.data) + batch * args.y.batch_stride;
     const int64_t row = assignment[token * g.assignment.stride];
     if (row < 0 || row >= g.rows) return false;
-    if (token + 2 < g.tokens) {
+    if (token + 2 < g.tokens && args.y.channel_stride == 1) {
       const int64_t next = assignment[(token + 2) * g.assignment.stride];
-      if (next >= 0 && next < g.rows) {
-        const char* ahead = reinterpret_cast<const char*>(y + next * args.y.row_stride);
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at);
-      }
+      if (next >= 0 && next < g.rows) prefetch_row(y + next * args.y.row_stride, args.channels);
     }
     copy_row(y + row * args.y.row_stride, args.y.channel_stride, out, args.channels);
     out += args.channels;
