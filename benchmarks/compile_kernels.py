@@ -1,6 +1,6 @@
 """Compiles every Triton kernel and every CUDA file ahead of time, without a GPU, and tabulates what they use.
 
-    python benchmarks/compile_kernels.py [--only triton|cuda] [--archs 80 90 100] [--json FILE]
+    python benchmarks/compile_kernels.py [--only triton|cuda] [--archs 80 90 100] [--json FILE] [--table FILE]
 
 Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers or needs more shared
 memory than the architecture has. Must not run under TRITON_INTERPRET=1.
@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,47 +56,63 @@ def resource_usage(binary: Path) -> list[tuple[str, int, int, int]]:
 
 
 def triton_modules() -> list:
-    """Every family's triton_kernels module."""
-    paths = sorted((ROOT / "vidmem_kernels").glob("*/triton_kernels.py"))
-    return [importlib.import_module(f"vidmem_kernels.{p.parent.name}.triton_kernels") for p in paths]
+    """Every family's modules of Triton kernels."""
+    paths = sorted((ROOT / "vidmem_kernels").glob("*/triton_*.py"))
+    return [importlib.import_module(f"vidmem_kernels.{p.parent.name}.{p.stem}") for p in paths]
 
 
-def compile_triton(
-    kernel, pointers: dict, constants: dict, num_warps: int, arch: int, integer: str, folder: Path
-) -> Usage:
-    """Compiles one variant as a call with aligned pointers and sizes would.
+class Job(NamedTuple):
+    """One compilation; the variant is an entry of the module's AOT table for that kernel."""
 
-    Args:
-        integer: type of sizes and strides: i32, or i64 as they are from 2**31 on.
-    """
+    module: str
+    kernel: str
+    variant: int
+    arch: int
+    integer: str  # type of sizes and strides: i32, or i64 as they are from 2**31 on
+
+
+def compile_triton(job: Job, folder: Path) -> Usage:
+    """Compiles one variant as a call with aligned pointers and sizes would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: "constexpr" if name in constants else pointers.get(name, integer) for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
+    module = importlib.import_module(job.module)
+    kernel = getattr(module, job.kernel)
+    pointers, constants, num_warps = module.AOT[job.kernel][job.variant]
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, job.integer) for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
-    variant = " ".join([*(t.lstrip("*") for t in pointers.values()), integer])
-    binary = folder / f"{kernel.__name__}-{variant.replace(' ', '-')}-{arch}.cubin"
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options={"num_warps": num_warps})
+    except Exception as error:  # Triton's own do not survive the way out of a process
+        raise RuntimeError(f"{job}: {error}") from None
+    strides = {name for name in names if "_stride_" in name}
+    strided = ["strided"] if strides and not strides & constants.keys() else []  # none is known to be 1
+    variant = " ".join([*(t.lstrip("*") for t in pointers.values()), *strided, job.integer])
+    binary = folder / f"{job.kernel}-{job.variant}-{job.integer}-{job.arch}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     _, registers, spills, _ = resource_usage(binary)[0]
-    return Usage(kernel.__name__, variant, arch, registers, spills, compiled.metadata.shared)
+    return Usage(job.kernel, variant, job.arch, registers, spills, compiled.metadata.shared)
 
 
 def all_triton(archs: list[int], folder: Path) -> list[Usage]:
-    usages = []
+    jobs = []
     for module in triton_modules():
-        kernels = {name: f for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
-        lacking = sorted(kernels.keys() - module.AOT.keys())
-        if lacking:
+        kernels = {name for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
+        entries = getattr(module, "AOT", {})  # a module may hold helpers or launch functions only
+        if lacking := sorted(kernels - entries.keys()):
             raise SystemExit(f"{module.__name__}: no AOT entry for {', '.join(lacking)}")
-        for name, variants in module.AOT.items():
-            for pointers, constants, num_warps in variants:
-                for arch, integer in [(a, "i32") for a in archs] + [(archs[-1], "i64")]:
-                    usage = compile_triton(kernels[name], pointers, constants, num_warps, arch, integer, folder)
-                    usages.append(usage)
-    return usages
+        targets = [(arch, "i32") for arch in archs] + [(archs[-1], "i64")]
+        jobs += [
+            Job(module.__name__, kernel, variant, *target)
+            for kernel, variants in entries.items()
+            for variant in range(len(variants))
+            for target in targets
+        ]
+    with ProcessPoolExecutor(2) as pool:
+        return list(pool.map(compile_triton, jobs, repeat(folder), chunksize=len(jobs) // 16 + 1))
 
 
 def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
@@ -134,11 +151,26 @@ def table(usages: list[Usage]) -> str:
     return "\n".join(lines)
 
 
+def heading() -> str:
+    """Which compilers made the table."""
+    import triton
+
+    nvcc = shutil.which("nvcc") and subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\S+),", nvcc) if nvcc else None
+    compilers = f"Triton {triton.__version__}" + (f" and nvcc {release.group(1)}" if release else "")
+    return (
+        f"# Compiled kernels\n\nWritten by `python benchmarks/compile_kernels.py --table FILE` with {compilers}. "
+        "Compiled, not run: registers of a thread,\nregister spills, shared memory known at compile time. Of CUDA C++ "
+        "templates the instance that uses most.\n\n"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["triton", "cuda"])
     parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--table", type=Path, help="also write the table, with what compiled it, to this file")
     args = parser.parse_args()
     usages: list[Usage] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -149,6 +181,8 @@ def main() -> int:
                 raise SystemExit("nvcc is not on PATH; --only triton compiles the rest")
             usages += all_cuda(args.archs, Path(folder))
     print(table(usages))
+    if args.table:
+        args.table.write_text(heading() + table(usages) + "\n")
     if args.json:
         args.json.write_text(json.dumps([u._asdict() for u in usages], indent=1))
     bad = [u for u in usages if u.spills or u.shared > SHARED_LIMIT.get(u.arch, 101_376)]

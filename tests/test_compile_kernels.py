@@ -13,12 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def compile_kernels(tmp_path, which):
-    rows = tmp_path / "usage.json"
-    command = [sys.executable, "benchmarks/compile_kernels.py", "--only", which, "--json", str(rows)]
+    rows, table = tmp_path / "usage.json", tmp_path / "table.md"
+    command = [sys.executable, "benchmarks/compile_kernels.py", "--only", which]
+    command += ["--json", str(rows), "--table", str(table)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
-    return json.loads(rows.read_text())
+    usages = json.loads(rows.read_text())
+    lines = table.read_text().splitlines()
+    assert lines[0] == "# Compiled kernels"
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == [f"| {u['kernel']}" for u in usages]
+    return usages
 
 
 def check(rows, kernels):
@@ -30,7 +35,7 @@ def check(rows, kernels):
 
 def test_triton_kernels(tmp_path):
     pytest.importorskip("triton")
-    sources = [p.read_text() for p in ROOT.glob("vidmem_kernels/*/triton_kernels.py")]
+    sources = [p.read_text() for p in ROOT.glob("vidmem_kernels/*/triton_*.py")]
     kernels = {
         line.removeprefix("def ").split("(")[0]
         for source in sources

@@ -119,6 +119,7 @@ register_op(
     setup_context=_quantize_setup,
     backward=_quantize_backward,
     autocast=(),
+    triton="launch_quantize_rows_fwd",
 )
 
 
@@ -131,6 +132,7 @@ register_op(
     reference=reference.quantize_rows_backward,
     fake=_quantize_backward_fake,
     autocast=(),
+    triton="launch_quantize_rows_bwd",
 )
 
 # --- select_tokens ---
@@ -157,6 +159,7 @@ register_op(
     setup_context=_select_setup,
     backward=_select_backward,
     autocast=(),
+    triton="launch_select_tokens_fwd",
 )
 
 # --- topk_blocks ---
@@ -166,9 +169,15 @@ def _topk_blocks_fake(q, k, block_q, block_k, topk):
     return q.new_empty(q.shape[0], q.shape[2], -(-q.shape[1] // block_q), topk, dtype=torch.int32)
 
 
+def _topk_blocks_refuse_triton(q, k, block_q, block_k, topk):
+    return f"finds up to 4,096 blocks, asked for {topk:,}" if topk > 4096 else None
+
+
 register_op(
     "topk_blocks(Tensor q, Tensor k, SymInt block_q, SymInt block_k, SymInt topk) -> Tensor",
     reference=reference.topk_blocks,
     fake=_topk_blocks_fake,
     autocast=(),
+    triton="launch_topk_blocks_fwd",
+    refuse={"triton": _topk_blocks_refuse_triton},
 )

@@ -1,0 +1,225 @@
+"""Triton kernels of gather and scatter-add. Not yet run on a GPU: interpreter and ahead-of-time compilation only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of a tile: 16 a thread at 4 warps keeps a gather free of spills with several loads in flight.
+_TILE = 2048
+
+
+@triton.jit
+def _decode_float8_e4m3fn(code):
+    """float32 of e4m3fn bytes held as uint8; sm_80 has no instruction for it, and this is as exact.
+
+    The bits are those of a float16 whose exponent is 8 too small; subnormals come out right by themselves.
+    """
+    bits = code.to(tl.int16)
+    half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def _gather_tokens_fwd_kernel(
+    bank,
+    index,
+    scale,
+    out,
+    K,
+    M,
+    C,
+    bank_stride_b,
+    bank_stride_m,
+    bank_stride_c,
+    index_stride_b,
+    index_stride_k,
+    scale_stride_b,
+    scale_stride_m,
+    HAS_SCALE: tl.constexpr,
+    IS_FLOAT8: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # Offsets in int64: a bank may hold more than 2**31 elements. Axis 0 alone takes more than 65,535 programs.
+    blocks = tl.cdiv(K, BLOCK_K)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    k = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_k = k < K
+    row = tl.load(index + batch * index_stride_b + k * index_stride_k, in_k, other=-1).to(tl.int64)
+    valid = (row >= 0) & (row < M)
+    mask = valid[:, None] & (c < C)[None, :]
+    where = bank + batch * bank_stride_b + row[:, None] * bank_stride_m + c[None, :] * bank_stride_c
+    value = tl.load(where, mask, other=0)
+    if IS_FLOAT8:
+        value = _decode_float8_e4m3fn(value)
+    if HAS_SCALE:
+        factor = tl.load(scale + batch * scale_stride_b + row * scale_stride_m, valid, other=0.0)
+        value = value.to(tl.float32) * factor[:, None]
+    if value.dtype != tl.float64 or out.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    # -1 asks for zeros; any other row outside the bank is an error that a kernel can only mark.
+    value = tl.where((valid | (row == -1))[:, None], value, float("nan"))
+    target = out + (batch * K + k[:, None]) * C + c[None, :]
+    tl.store(target, value.to(out.dtype.element_ty), in_k[:, None] & (c < C)[None, :])
+
+
+def launch_gather_tokens_fwd(
+    bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    """(B, K, C) rows of `bank`; see `vidmem_kernels.gather_tokens`."""
+    batch, count = index.shape
+    shared, rows, channels = bank.shape[0] == 1, bank.shape[1], bank.shape[2]
+    if out_dtype is None:
+        out_dtype = bank.dtype if scale is None else torch.float32
+    out = torch.empty(batch, count, channels, dtype=out_dtype, device=index.device)
+    if out.numel() == 0:
+        return out
+    is_float8 = bank.dtype == torch.float8_e4m3fn
+    block_c = min(_TILE, triton.next_power_of_2(channels))
+    block_k = _TILE // block_c
+    grid = (triton.cdiv(count, block_k) * batch, triton.cdiv(channels, block_c))
+    _gather_tokens_fwd_kernel[grid](
+        bank.view(torch.uint8) if is_float8 else bank,
+        index,
+        scale,
+        out,
+        count,
+        rows,
+        channels,
+        0 if shared else bank.stride(0),
+        bank.stride(1),
+        bank.stride(2),
+        index.stride(0),
+        index.stride(1),
+        0 if scale is None or shared else scale.stride(0),
+        0 if scale is None else scale.stride(1),
+        HAS_SCALE=scale is not None,
+        IS_FLOAT8=is_float8,
+        BLOCK_K=block_k,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _sum_rows_fwd_kernel(
+    src,
+    order,
+    offsets,
+    out,
+    K,
+    M,
+    C,
+    src_stride_b,
+    src_stride_k,
+    src_stride_c,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One output row and channel block a program: its group of source rows, summed in order."""
+    batch = (tl.program_id(0) // M).to(tl.int64)
+    row = (tl.program_id(0) % M).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = tl.load(offsets + batch * (M + 1) + row)
+    end = tl.load(offsets + batch * (M + 1) + row + 1)
+    sum_dtype: tl.constexpr = tl.float64 if src.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([BLOCK_C], dtype=sum_dtype)
+    for first in range(start, end, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        source = tl.load(order + batch * K + k, k < end, other=0)
+        where = src + batch * src_stride_b + source[:, None] * src_stride_k + c[None, :] * src_stride_c
+        value = tl.load(where, (k < end)[:, None] & (c < C)[None, :], other=0)
+        total += tl.sum(value.to(sum_dtype), axis=0)
+    tl.store(out + (batch * M + row) * C + c, total.to(out.dtype.element_ty), c < C)
+
+
+def _group_keys(index: Tensor, num_rows: int) -> Tensor:
+    """What sorts sources by their output row, contiguous: the row, or `num_rows` for those that are dropped."""
+    if num_rows > torch.iinfo(index.dtype).max:
+        index = index.to(torch.int64)
+    index = index.contiguous()  # sort keeps strides, the kernel reads rows
+    return torch.where((index < 0) | (index >= num_rows), num_rows, index)
+
+
+def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """(B, num_rows, C) sums; see `vidmem_kernels.scatter_add_tokens`.
+
+    A stable sort groups the sources by row, so that each row is summed by one program, in order, without atomics.
+    """
+    batch, count, channels = src.shape
+    out = torch.empty(batch, num_rows, channels, dtype=src.dtype, device=src.device)
+    if out.numel() == 0:
+        return out
+    key, order = torch.sort(_group_keys(index, num_rows), dim=1, stable=True)
+    bounds = torch.arange(num_rows + 1, device=src.device, dtype=key.dtype)
+    offsets = torch.searchsorted(key, bounds.expand(batch, -1).contiguous())
+    block_c = min(512, triton.next_power_of_2(channels))
+    grid = (num_rows * batch, triton.cdiv(channels, block_c))
+    _sum_rows_fwd_kernel[grid](
+        src,
+        order,
+        offsets,
+        out,
+        count,
+        num_rows,
+        channels,
+        src.stride(0),
+        src.stride(1),
+        src.stride(2),
+        BLOCK_K=4,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return out
+
+
+# What benchmarks/compile_kernels.py compiles ahead of time, per kernel: pointer types, constants (an argument that is
+# None or 1 is one, as at run time) and warps of the calls that real shapes make.
+_UNIT = {"bank_stride_c": 1, "index_stride_k": 1}
+_ROW = {"BLOCK_K": 1, "BLOCK_C": _TILE}
+AOT = {
+    "_gather_tokens_fwd_kernel": [
+        (
+            {"bank": f"*{bank}", "index": f"*{index}", "out": f"*{out}"},
+            {"scale": None, "HAS_SCALE": False, "IS_FLOAT8": False, **unit, **_ROW},
+            4,
+        )
+        for bank, index, out, unit in (
+            ("bf16", "i32", "bf16", _UNIT),
+            ("bf16", "i64", "bf16", _UNIT),
+            ("bf16", "i32", "bf16", {}),
+            ("fp32", "i32", "fp32", _UNIT),
+            ("fp64", "i64", "fp64", _UNIT),
+        )
+    ]
+    + [
+        (
+            {"bank": f"*{bank}", "index": f"*{index}", "scale": "*fp32", "out": f"*{out}"},
+            {"HAS_SCALE": True, "IS_FLOAT8": bank == "u8", **unit, **_ROW},
+            4,
+        )
+        for bank, index, out, unit in (
+            ("i8", "i32", "bf16", {"scale_stride_m": 1, **_UNIT}),
+            ("u8", "i32", "bf16", {"scale_stride_m": 1, **_UNIT}),
+            ("u8", "i64", "fp32", {}),
+        )
+    ],
+    "_sum_rows_fwd_kernel": [
+        (
+            {"src": f"*{dtype}", "order": "*i64", "offsets": "*i64", "out": f"*{dtype}"},
+            {**unit, "BLOCK_K": 4, "BLOCK_C": 512},
+            4,
+        )
+        for dtype, unit in (
+            ("bf16", {"src_stride_c": 1}),
+            ("fp32", {"src_stride_c": 1}),
+            ("fp64", {"src_stride_c": 1}),
+            ("bf16", {}),
+        )
+    ],
+}

@@ -1,0 +1,262 @@
+"""Triton kernels of row quantisation. Not yet run on a GPU: interpreter and ahead-of-time compilation only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._numerics import accumulate_dtype
+from .reference import QUANTIZED_MAX, scale_limits
+
+# The widest row that a program keeps in registers; wider ones are read twice.
+_WIDEST_TILE = 8192
+
+
+@triton.jit
+def _magnitude_bits(value):
+    """Bits of |value|, whose order as integers is that of the magnitudes, infinity and then NaN last."""
+    if value.dtype == tl.float64:
+        return value.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _infinity_bits(bits):
+    if bits.dtype == tl.int64:
+        return tl.full((), 0x7FF0000000000000, tl.int64)
+    else:
+        return tl.full((), 0x7F800000, tl.int32)
+
+
+@triton.jit
+def _divide(a, b):
+    """IEEE division, which `/` is in float64 only."""
+    a, b = tl.broadcast(a, b)
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def _encode_float8_e4m3fn(value):
+    """e4m3fn bytes of float32 of magnitude 464 at most, nearest, ties to even; sm_80 has no instruction for it."""
+    bits = value.to(tl.int32, bitcast=True)
+    rest = bits & 0x7FFFFFFF
+    normal = ((rest + 0x7FFFF + ((rest >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2**-6 codes count units of 2**-9, which is what the addition rounds to.
+    shifted = rest.to(tl.float32, bitcast=True) + 16384.0
+    subnormal = shifted.to(tl.int32, bitcast=True) - 0x46800000
+    return (((bits >> 24) & 0x80) | tl.where(rest < 0x3C800000, subnormal, normal)).to(tl.uint8)
+
+
+@triton.jit
+def _quantize(value, scale, IS_FLOAT8: tl.constexpr):
+    """Codes of `value`; rows whose scale is 0 or NaN are zeros."""
+    usable = scale > 0
+    quotient = _divide(value.to(scale.dtype), tl.where(usable, scale, 1.0)[:, None])
+    quotient = tl.where(usable[:, None], quotient, 0.0)
+    if IS_FLOAT8:
+        return _encode_float8_e4m3fn(quotient.to(tl.float32))
+    else:
+        # Adding 1.5 * 2**mantissa leaves no fraction: rounds to nearest, ties to even.
+        shift: tl.constexpr = 6755399441055744.0 if scale.dtype == tl.float64 else 12582912.0
+        return ((quotient + shift) - shift).to(tl.int32).to(tl.int8)
+
+
+@triton.jit
+def _quantize_rows_fwd_kernel(
+    x,
+    out,
+    scale,
+    N,
+    M,
+    C,
+    x_stride_b,
+    x_stride_m,
+    x_stride_c,
+    QMAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    IS_FLOAT8: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """N = B * M rows, BLOCK_M a program."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = (row < N)[:, None]
+    source = (x + (row // M) * x_stride_b + (row % M) * x_stride_m)[:, None]
+    target = (out + row * C)[:, None]
+    c = tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+    value = tl.load(source + c * x_stride_c, in_rows & (c < C), other=0)
+    largest = _magnitude_bits(value)
+    if not ONE_TILE:
+        for start in range(BLOCK_C, C, BLOCK_C):
+            at = start + c
+            more = tl.load(source + at * x_stride_c, in_rows & (at < C), other=0)
+            largest = tl.maximum(largest, _magnitude_bits(more))
+    bits = tl.max(largest, axis=1)
+    maximum = bits.to(scale.dtype.element_ty, bitcast=True)
+    factor = _divide(maximum, tl.full((), QMAX, maximum.dtype))
+    factor = tl.minimum(tl.maximum(factor, SMALLEST), LARGEST)
+    factor = tl.where(bits == 0, 0.0, factor)
+    factor = tl.where(bits >= _infinity_bits(bits), float("nan"), factor)
+    tl.store(scale + row, factor, row < N)
+    if ONE_TILE:
+        tl.store(target + c, _quantize(value, factor, IS_FLOAT8), in_rows & (c < C))
+    else:
+        for start in range(0, C, BLOCK_C):
+            at = start + c
+            again = tl.load(source + at * x_stride_c, in_rows & (at < C), other=0)
+            tl.store(target + at, _quantize(again, factor, IS_FLOAT8), in_rows & (at < C))
+
+
+def _limits(dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, float]:
+    smallest, largest = scale_limits(dtype, scale_dtype)
+    return {"QMAX": QUANTIZED_MAX[dtype], "SMALLEST": smallest, "LARGEST": largest}
+
+
+def launch_quantize_rows_fwd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows, scale) of (B, M, C); see `vidmem_kernels.quantize_rows`."""
+    batch, rows, channels = x.shape
+    is_float8 = dtype == torch.float8_e4m3fn
+    out = torch.empty(x.shape, dtype=torch.uint8 if is_float8 else dtype, device=x.device)
+    scale = torch.empty(batch, rows, dtype=accumulate_dtype(x.dtype), device=x.device)
+    if scale.numel() > 0:
+        block_c = min(_WIDEST_TILE, triton.next_power_of_2(max(1, channels)))
+        block_m = max(1, 2048 // block_c)
+        _quantize_rows_fwd_kernel[(triton.cdiv(scale.numel(), block_m),)](
+            x,
+            out,
+            scale,
+            scale.numel(),
+            rows,
+            channels,
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
+            **_limits(dtype, scale.dtype),
+            IS_FLOAT8=is_float8,
+            ONE_TILE=channels <= block_c,
+            BLOCK_M=block_m,
+            BLOCK_C=block_c,
+            num_warps=8 if block_c > 4096 else 4,
+        )
+    return (out.view(dtype) if is_float8 else out), scale
+
+
+@triton.jit
+def _quantize_rows_bwd_kernel(
+    grad_scale,
+    x,
+    grad,
+    N,
+    M,
+    C,
+    grad_scale_stride_b,
+    grad_scale_stride_m,
+    x_stride_b,
+    x_stride_m,
+    x_stride_c,
+    QMAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < N
+    source = x + (row // M) * x_stride_b + (row % M) * x_stride_m
+    c = tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+    sum_dtype: tl.constexpr = grad_scale.dtype.element_ty
+    bits_dtype: tl.constexpr = tl.int64 if sum_dtype == tl.float64 else tl.int32
+    best = tl.full([BLOCK_M], -1, bits_dtype)
+    first = tl.zeros([BLOCK_M], tl.int64)
+    for start in range(0, C, BLOCK_C):
+        at = start + c
+        value = tl.load(source[:, None] + at * x_stride_c, in_rows[:, None] & (at < C), other=0)
+        bits = _magnitude_bits(value)
+        # The first NaN counts, whatever its payload.
+        bits = tl.where(at < C, tl.minimum(bits, _infinity_bits(bits) + 1), -1)
+        here = tl.max(bits, axis=1)
+        where = tl.min(tl.where(bits == here[:, None], at, C), axis=1)
+        first = tl.where(here > best, where, first)
+        best = tl.maximum(here, best)
+    largest = tl.load(source + first * x_stride_c, in_rows, other=0).to(sum_dtype)
+    factor = _divide(tl.abs(largest), tl.full((), QMAX, sum_dtype))
+    slope = tl.load(grad_scale + (row // M) * grad_scale_stride_b + (row % M) * grad_scale_stride_m, in_rows, other=0)
+    sign = tl.where(largest > 0, 1.0, tl.where(largest < 0, -1.0, 0.0)).to(sum_dtype)
+    step = _divide(slope * sign, tl.full((), QMAX, sum_dtype))
+    step = tl.where((factor < SMALLEST) | (factor > LARGEST), 0.0, step)  # where the scale is limited
+    step = tl.where(best >= _infinity_bits(best), float("nan"), step)
+    for start in range(0, C, BLOCK_C):
+        at = start + c
+        result = tl.where(at == first[:, None], step[:, None], 0.0)
+        target = grad + row[:, None] * C + at
+        tl.store(target, result.to(grad.dtype.element_ty), in_rows[:, None] & (at < C))
+
+
+def launch_quantize_rows_bwd(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient in (B, M, C) of the scales (B, M); see `reference.quantize_rows_backward`."""
+    channels = x.shape[2]
+    grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if grad.numel() == 0:
+        return grad
+    block_c = min(2048, triton.next_power_of_2(channels))
+    block_m = 2048 // block_c
+    _quantize_rows_bwd_kernel[(triton.cdiv(grad_scale.numel(), block_m),)](
+        grad_scale,
+        x,
+        grad,
+        grad_scale.numel(),
+        x.shape[1],
+        channels,
+        grad_scale.stride(0),
+        grad_scale.stride(1),
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
+        **_limits(dtype, grad_scale.dtype),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return grad
+
+
+def _aot(dtype: torch.dtype, rows: torch.dtype, width: int, **constants):
+    """A call on rows of `width`; constants may override it."""
+    block_c = min(_WIDEST_TILE, width)
+    wide = accumulate_dtype(dtype)
+    pointers = {"x": _POINTER[dtype], "out": "*u8" if rows == torch.float8_e4m3fn else "*i8", "scale": _POINTER[wide]}
+    blocks = {"BLOCK_M": max(1, 2048 // block_c), "BLOCK_C": block_c, "ONE_TILE": width <= block_c}
+    constants = {"IS_FLOAT8": rows == torch.float8_e4m3fn, **blocks, **_limits(rows, wide), **constants}
+    return pointers, constants, 8 if block_c > 4096 else 4
+
+
+_POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_UNIT = {"x_stride_c": 1}
+_ROW = {**_UNIT, "grad_scale_stride_m": 1, "BLOCK_M": 1, "BLOCK_C": 2048}
+# See triton_gather.AOT.
+AOT = {
+    "_quantize_rows_fwd_kernel": [
+        _aot(torch.bfloat16, torch.int8, 4096, **_UNIT),
+        _aot(torch.bfloat16, torch.float8_e4m3fn, 4096, **_UNIT),
+        _aot(torch.float32, torch.float8_e4m3fn, _WIDEST_TILE, **_UNIT),
+        _aot(torch.float32, torch.int8, 2 * _WIDEST_TILE, **_UNIT),
+        _aot(torch.float64, torch.int8, 4096, **_UNIT),
+        _aot(torch.float32, torch.int8, 4096),
+    ],
+    "_quantize_rows_bwd_kernel": [
+        (
+            {"grad_scale": _POINTER[accumulate_dtype(dtype)], "x": _POINTER[dtype], "grad": _POINTER[dtype]},
+            {**_limits(torch.int8, accumulate_dtype(dtype)), **unit, "BLOCK_M": 1, "BLOCK_C": 2048},
+            4,
+        )
+        for dtype, unit in ((torch.bfloat16, _ROW), (torch.float64, _ROW), (torch.float32, {}))
+    ],
+}
