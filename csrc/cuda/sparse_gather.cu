@@ -3,20 +3,12 @@
 
 #include <array>
 
+#include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/sparse_gather.h"
 
 namespace vidmem::cuda {
 namespace {
-
-template <class F>
-void dispatch_float(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float64: return f(TypeTag<double>{});
-    case DType::bfloat16: return f(TypeTag<__nv_bfloat16>{});
-    case DType::float16: return f(TypeTag<__half>{});
-    default: return f(TypeTag<float>{});
-  }
-}
 
 template <class F>
 void dispatch_storage(DType dtype, const F& f) {
@@ -34,12 +26,16 @@ void dispatch_index(const Tensor& index, const char* op, const F& f) {
   fail(op, "index must be int32 or int64");
 }
 
-// Whether rows can be read `vector` elements at a time.
-bool vectorizes(const void* data, int64_t element_size, int64_t batch_stride, int64_t row_stride,
-                int64_t channel_stride, int64_t channels, int64_t vector) {
-  const int64_t bytes = element_size * vector;
-  return channel_stride == 1 && channels % vector == 0 && reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
-         batch_stride % vector == 0 && row_stride % vector == 0;
+// Where kernels find the data of a bank or scale: what is on the host must be pinned.
+template <class T>
+const T* readable(const Tensor& tensor, const char* op, const char* argument) {
+  if (!tensor.is_cpu() || tensor.numel() == 0) return static_cast<const T*>(tensor.data_ptr());
+  cudaPointerAttributes attributes{};
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, tensor.data_ptr());
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  VIDMEM_CHECK(error == cudaSuccess && attributes.type != cudaMemoryTypeUnregistered && attributes.devicePointer, op,
+               argument, " must be on the GPU or in pinned host memory, got pageable host memory");
+  return static_cast<const T*>(attributes.devicePointer);
 }
 
 // Torch's allocator of pinned memory hands a freed block out again once the copies that it has seen are done. It sees
@@ -50,6 +46,8 @@ void keep_until_read(const Tensor& host, const Tensor& on_device) {
   Tensor copy = torch::stable::new_empty(on_device, one.sizes(), host.scalar_type());
   torch::stable::copy_(copy, one, /*non_blocking=*/true);
 }
+
+}  // namespace
 
 Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optional<Tensor>& scale,
                      std::optional<ScalarType> out_dtype) {
@@ -85,7 +83,7 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
         using Out = typename decltype(out_tag)::type;
         using Index = typename decltype(index_tag)::type;
         GatherRows<In, Out, Index> a{};
-        a.bank = static_cast<const In*>(bank.data_ptr());
+        a.bank = readable<In>(bank, op, "bank");
         a.bank_batch_stride = shared ? 0 : bank.stride(0);
         a.bank_row_stride = bank.stride(1);
         a.bank_channel_stride = bank.stride(2);
@@ -93,7 +91,7 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
         a.index_batch_stride = index.stride(0);
         a.index_column_stride = index.stride(1);
         if (scale) {
-          a.scale = static_cast<const float*>(scale->data_ptr());
+          a.scale = readable<float>(*scale, op, "scale");
           a.scale_batch_stride = shared ? 0 : scale->stride(0);
           a.scale_row_stride = scale->stride(1);
         }
@@ -120,6 +118,8 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   }
   return out;
 }
+
+namespace {
 
 // Ascending keys of each batch and where they stood; equal keys keep their order.
 std::array<Tensor, 2> stable_sort(const Tensor& keys) {
@@ -156,6 +156,7 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
   });
   launch.check(op);
   const auto [sorted, order] = stable_sort(keys);
+  std::optional<Tensor> pieces;  // its memory must outlive the launch
   dispatch_float(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     SumRows<T> a{};
@@ -170,6 +171,13 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
     a.columns = columns;
     a.rows = num_rows;
     a.channels = channels;
+    if (columns > kPiece) {
+      const int64_t slots = piece_slot(columns - 1, true) + 1;
+      pieces = torch::stable::new_empty(src, {batch, slots, channels},
+                                        dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
+      a.pieces = static_cast<typename Accumulate<T>::type*>(pieces->data_ptr());
+      sum_pieces_kernel<T><<<grid_size(batch * slots), kThreads, 0, launch.stream()>>>(a);
+    }
     sum_rows_kernel<T><<<grid_size(batch * num_rows), kThreads, 0, launch.stream()>>>(a);
   });
   launch.check(op);

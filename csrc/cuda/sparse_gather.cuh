@@ -4,32 +4,9 @@
 // whole warps make full-size requests there, and no staging copy is needed.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-#include <stdint.h>
+#include "cuda/numeric.cuh"
 
 namespace vidmem::cuda {
-
-constexpr int kThreads = 256;
-
-template <class T> __device__ inline float widen(T x) { return static_cast<float>(x); }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-
-template <class T, class F> struct Narrow {
-  static __device__ T of(F x) { return static_cast<T>(x); }
-};
-template <class F> struct Narrow<__nv_bfloat16, F> {
-  static __device__ __nv_bfloat16 of(F x) { return __float2bfloat16_rn(static_cast<float>(x)); }
-};
-template <class F> struct Narrow<__half, F> {
-  static __device__ __half of(F x) { return __float2half_rn(static_cast<float>(x)); }
-};
-
-template <class T> struct Accumulate { using type = float; };
-template <> struct Accumulate<double> { using type = double; };
 
 template <class In, class Out, class Index>
 struct GatherRows {
@@ -47,7 +24,6 @@ struct GatherRows {
 // kVector > 1 requires channel stride 1, channels a multiple of it and 16-byte (or vector-size) aligned rows.
 template <class In, class Out, class Index, int kVector>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRows<In, Out, Index> a) {
-  struct alignas(sizeof(In) * kVector) Loaded { In value[kVector]; };
   struct alignas(sizeof(Out) * kVector < 16 ? sizeof(Out) * kVector : 16) Stored { Out value[kVector]; };
   for (int64_t i = blockIdx.x; i < a.batches * a.columns; i += gridDim.x) {
     const int64_t batch = i / a.columns, column = i % a.columns;
@@ -63,12 +39,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRows<In, Ou
     const bool scaled = a.scale != nullptr;
     const float scale = scaled ? a.scale[batch * a.scale_batch_stride + row * a.scale_row_stride] : 1.f;
     for (int64_t c = int64_t(threadIdx.x) * kVector; c < a.channels; c += int64_t(blockDim.x) * kVector) {
-      Loaded loaded;
-      if constexpr (kVector > 1) {
-        loaded = *reinterpret_cast<const Loaded*>(in + c);
-      } else {
-        loaded.value[0] = in[c * a.bank_channel_stride];
-      }
+      const auto loaded = Vector<In, kVector>::load(in, c, a.bank_channel_stride);
       Stored stored;
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
@@ -99,6 +70,7 @@ struct SumRows {
   const int64_t* keys;   // (batches, columns) ascending in each batch
   const int64_t* order;  // (batches, columns) source row of each key
   T* out;                // (batches, rows, channels) contiguous
+  typename Accumulate<T>::type* pieces;  // (batches, slots, channels), see piece_slot; null where no group is long
   int64_t batches, columns, rows, channels;
 };
 
@@ -116,22 +88,93 @@ __device__ inline int64_t lower_bound(const int64_t* keys, int64_t count, int64_
   return low;
 }
 
-// A block takes one output row; each channel's sum runs over the group in order, so it is deterministic.
+// A group of more sources than this is summed in pieces of as many, so that no block adds up a long one alone.
+constexpr int64_t kPiece = 256;
+
+// Sorted positions of one output row's sources.
+struct Group {
+  int64_t begin, end;
+  __device__ bool is_long() const { return end - begin > kPiece; }
+};
+
+template <class T>
+__device__ Group group_of(const SumRows<T>& a, const int64_t* keys, int64_t row) {
+  return {lower_bound(keys, a.columns, row), lower_bound(keys, a.columns, row + 1)};
+}
+
+// Where the sum of the piece that begins at `position` is kept. Of the pieces that begin within kPiece positions one at
+// most is the first of its group and one at most is not, for long groups only have pieces.
+__host__ __device__ inline int64_t piece_slot(int64_t position, bool first) {
+  return 2 * (position / kPiece) + (first ? 1 : 0);
+}
+
+template <class T, class Sum>
+__device__ Sum sum_sources(const SumRows<T>& a, const T* src, const int64_t* order, int64_t begin, int64_t end,
+                           int64_t channel) {
+  Sum total = 0;
+  for (int64_t k = begin; k < end; ++k) {
+    total += widen(src[order[k] * a.row_stride + channel * a.channel_stride]);
+  }
+  return total;
+}
+
+// A block takes a slot of a batch: the piece of a long group, if there is one, that belongs there.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_pieces_kernel(SumRows<T> a) {
+  using Sum = typename Accumulate<T>::type;
+  __shared__ Group piece;
+  const int64_t slots = piece_slot(a.columns - 1, true) + 1;
+  for (int64_t i = blockIdx.x; i < a.batches * slots; i += gridDim.x) {
+    const int64_t batch = i / slots, slot = i % slots;
+    const int64_t* keys = a.keys + batch * a.columns;
+    if (threadIdx.x == 0) {
+      const bool first = slot % 2 != 0;
+      const int64_t low = slot / 2 * kPiece;
+      const int64_t high = low + kPiece < a.columns ? low + kPiece : a.columns;
+      piece = {0, 0};
+      // A long group that begins here holds the last position, unless it began before; others hold the first one.
+      const int64_t row = keys[first ? high - 1 : low];
+      if (row < a.rows) {
+        const Group group = group_of(a, keys, row);
+        const int64_t before = low > group.begin ? low - group.begin : 0;
+        const int64_t begin = group.begin + (before + kPiece - 1) / kPiece * kPiece;
+        const bool here = begin < high && begin < group.end && (begin == group.begin) == first;
+        if (group.is_long() && here) piece = {begin, begin + kPiece < group.end ? begin + kPiece : group.end};
+      }
+    }
+    __syncthreads();
+    if (piece.begin < piece.end) {
+      const T* src = a.src + batch * a.batch_stride;
+      const int64_t* order = a.order + batch * a.columns;
+      for (int64_t c = threadIdx.x; c < a.channels; c += blockDim.x) {
+        a.pieces[i * a.channels + c] = sum_sources<T, Sum>(a, src, order, piece.begin, piece.end, c);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// A block takes one output row; each channel's sum runs over the group, or its pieces, in order: deterministic.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_rows_kernel(SumRows<T> a) {
-  __shared__ int64_t group[2];
   using Sum = typename Accumulate<T>::type;
+  __shared__ Group group;
+  const int64_t slots = piece_slot(a.columns - 1, true) + 1;
   for (int64_t i = blockIdx.x; i < a.batches * a.rows; i += gridDim.x) {
-    const int64_t batch = i / a.rows, row = i % a.rows;
-    const int64_t* keys = a.keys + batch * a.columns;
-    const int64_t* order = a.order + batch * a.columns;
-    if (threadIdx.x < 2) group[threadIdx.x] = lower_bound(keys, a.columns, row + threadIdx.x);
+    const int64_t batch = i / a.rows;
+    if (threadIdx.x == 0) group = group_of(a, a.keys + batch * a.columns, i % a.rows);
     __syncthreads();
     const T* src = a.src + batch * a.batch_stride;
+    const int64_t* order = a.order + batch * a.columns;
     for (int64_t c = threadIdx.x; c < a.channels; c += blockDim.x) {
       Sum total = 0;
-      for (int64_t k = group[0]; k < group[1]; ++k) {
-        total += widen(src[order[k] * a.row_stride + c * a.channel_stride]);
+      if (group.is_long()) {
+        for (int64_t begin = group.begin; begin < group.end; begin += kPiece) {
+          const int64_t slot = piece_slot(begin, begin == group.begin);
+          total += a.pieces[(batch * slots + slot) * a.channels + c];
+        }
+      } else {
+        total = sum_sources<T, Sum>(a, src, order, group.begin, group.end, c);
       }
       a.out[i * a.channels + c] = Narrow<T, Sum>::of(total);
     }
