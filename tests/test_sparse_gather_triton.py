@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vidmem_kernels import _dispatch, explain, quantize_rows, select_tokens, topk_blocks
+from vidmem_kernels import _dispatch, explain, quantize_rows, scatter_add_tokens, select_tokens, topk_blocks
 from vidmem_kernels._registry import OPS
 from vidmem_kernels.sparse_gather import reference
 
@@ -207,6 +207,18 @@ def test_explain_tells_triton(device):
 
     choices = [(c.op, c.backend) for c in explain(call, x)]
     assert choices == [(op, "triton") for op in ("quantize_rows", "select_tokens", "topk_blocks")]
+
+
+@pytest.mark.parametrize("count", [256, 257, 512, 1300])
+def test_scatter_sums_long_groups_in_pieces(count, device):
+    """A hot row among others, two hot rows beside each other, a batch of dropped sources only."""
+    index = torch.randint(-1, 6, (4, count))
+    index[1, torch.rand(count) < 0.9] = 3
+    index[2] = 2 + torch.arange(count) % 2
+    index[3] = -1
+    src = torch.randint(-8, 9, (4, count, 7)).float()  # sums are exact in any order
+    got = scatter_add_tokens(src.to(device), index.to(device), 6, backend="triton")
+    same(got, reference.scatter_add_tokens(src, index, 6))
 
 
 @pytest.mark.parametrize("rows", [5, 2**31 - 1, 2**31, 2**33])

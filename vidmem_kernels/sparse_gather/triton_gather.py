@@ -7,8 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._numerics import accumulate_dtype
+
 # Elements of a tile: 16 a thread at 4 warps keeps a gather free of spills with several loads in flight.
 _TILE = 2048
+
+# Sources that one program adds up.
+_PIECE = 256
 
 
 @triton.jit
@@ -107,10 +112,74 @@ def launch_gather_tokens_fwd(
 
 
 @triton.jit
+def _sum_sources(
+    src, order, begin, end, c, C, src_stride_k, src_stride_c, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Sum of the rows of `src` that `order` names from `begin` to `end`."""
+    sum_dtype: tl.constexpr = tl.float64 if src.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([BLOCK_C], dtype=sum_dtype)
+    for first in range(begin, end, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        source = tl.load(order + k, k < end, other=0)
+        where = src + source[:, None] * src_stride_k + c[None, :] * src_stride_c
+        value = tl.load(where, (k < end)[:, None] & (c < C)[None, :], other=0)
+        total += tl.sum(value.to(sum_dtype), axis=0)
+    return total
+
+
+@triton.jit
+def _sum_pieces_fwd_kernel(
+    src,
+    order,
+    keys,
+    offsets,
+    pieces,
+    K,
+    M,
+    C,
+    src_stride_b,
+    src_stride_k,
+    src_stride_c,
+    PIECE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One slot and channel block a program: the piece of a group of more than PIECE sources that belongs there.
+
+    Slot 2 i holds the piece that begins in the i-th PIECE of sorted positions and is not the first of its group, slot
+    2 i + 1 the one that is. There is one of each at most, for only groups longer than PIECE have pieces.
+    """
+    slots = 2 * tl.cdiv(K, PIECE)
+    batch = (tl.program_id(0) // slots).to(tl.int64)
+    slot = (tl.program_id(0) % slots).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_first = slot % 2
+    low = slot // 2 * PIECE
+    high = tl.minimum(low + PIECE, K)
+    # A long group that begins here holds the last position, any other one the first.
+    row = tl.load(keys + batch * K + tl.where(is_first > 0, high - 1, low)).to(tl.int64)
+    group = offsets + batch * (M + 1) + tl.minimum(row, M - 1)
+    start = tl.load(group)
+    end = tl.load(group + 1)
+    begin = start + tl.cdiv(tl.maximum(low - start, 0), PIECE) * PIECE
+    here = (
+        (row < M)
+        & (end - start > PIECE)
+        & (begin < tl.minimum(high, end))
+        & ((begin == start).to(tl.int64) == is_first)
+    )
+    end = tl.where(here, tl.minimum(begin + PIECE, end), begin)
+    lane = src + batch * src_stride_b
+    total = _sum_sources(lane, order + batch * K, begin, end, c, C, src_stride_k, src_stride_c, BLOCK_K, BLOCK_C)
+    tl.store(pieces + (batch * slots + slot) * C + c, total, c < tl.where(here, C, 0))
+
+
+@triton.jit
 def _sum_rows_fwd_kernel(
     src,
     order,
     offsets,
+    pieces,
     out,
     K,
     M,
@@ -118,23 +187,27 @@ def _sum_rows_fwd_kernel(
     src_stride_b,
     src_stride_k,
     src_stride_c,
+    HAS_PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One output row and channel block a program: its group of source rows, summed in order."""
+    """One output row and channel block a program: its group of source rows, or of their pieces, summed in order."""
     batch = (tl.program_id(0) // M).to(tl.int64)
     row = (tl.program_id(0) % M).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.load(offsets + batch * (M + 1) + row)
     end = tl.load(offsets + batch * (M + 1) + row + 1)
-    sum_dtype: tl.constexpr = tl.float64 if src.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros([BLOCK_C], dtype=sum_dtype)
-    for first in range(start, end, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        source = tl.load(order + batch * K + k, k < end, other=0)
-        where = src + batch * src_stride_b + source[:, None] * src_stride_k + c[None, :] * src_stride_c
-        value = tl.load(where, (k < end)[:, None] & (c < C)[None, :], other=0)
-        total += tl.sum(value.to(sum_dtype), axis=0)
+    last = end
+    if HAS_PIECES:
+        last = tl.where(end - start > PIECE, start, end)
+    lane = src + batch * src_stride_b
+    total = _sum_sources(lane, order + batch * K, start, last, c, C, src_stride_k, src_stride_c, BLOCK_K, BLOCK_C)
+    if HAS_PIECES:
+        slots = 2 * tl.cdiv(K, PIECE)
+        for begin in range(last, end, PIECE):
+            slot = batch * slots + 2 * (begin // PIECE) + (begin == start).to(tl.int64)
+            total += tl.load(pieces + slot * C + c, c < C, other=0)
     tl.store(out + (batch * M + row) * C + c, total.to(out.dtype.element_ty), c < C)
 
 
@@ -149,7 +222,8 @@ def _group_keys(index: Tensor, num_rows: int) -> Tensor:
 def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """(B, num_rows, C) sums; see `vidmem_kernels.scatter_add_tokens`.
 
-    A stable sort groups the sources by row, so that each row is summed by one program, in order, without atomics.
+    A stable sort groups the sources by row, so that each row is summed by one program, in order, without atomics. A row
+    of more than _PIECE sources is summed in pieces of as many, by programs of their own, and then over these.
     """
     batch, count, channels = src.shape
     out = torch.empty(batch, num_rows, channels, dtype=src.dtype, device=src.device)
@@ -159,21 +233,16 @@ def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> 
     bounds = torch.arange(num_rows + 1, device=src.device, dtype=key.dtype)
     offsets = torch.searchsorted(key, bounds.expand(batch, -1).contiguous())
     block_c = min(512, triton.next_power_of_2(channels))
-    grid = (num_rows * batch, triton.cdiv(channels, block_c))
-    _sum_rows_fwd_kernel[grid](
-        src,
-        order,
-        offsets,
-        out,
-        count,
-        num_rows,
-        channels,
-        src.stride(0),
-        src.stride(1),
-        src.stride(2),
-        BLOCK_K=4,
-        BLOCK_C=block_c,
-        num_warps=4,
+    blocks_c = triton.cdiv(channels, block_c)
+    sizes = (count, num_rows, channels, *src.stride())
+    options = {"PIECE": _PIECE, "BLOCK_K": 4, "BLOCK_C": block_c, "num_warps": 4}
+    pieces = None
+    if count > _PIECE:
+        slots = 2 * triton.cdiv(count, _PIECE)
+        pieces = torch.empty(batch, slots, channels, dtype=accumulate_dtype(src.dtype), device=src.device)
+        _sum_pieces_fwd_kernel[(batch * slots, blocks_c)](src, order, key, offsets, pieces, *sizes, **options)
+    _sum_rows_fwd_kernel[(num_rows * batch, blocks_c)](
+        src, order, offsets, pieces, out, *sizes, HAS_PIECES=pieces is not None, **options
     )
     return out
 
@@ -182,6 +251,7 @@ def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> 
 # None or 1 is one, as at run time) and warps of the calls that real shapes make.
 _UNIT = {"bank_stride_c": 1, "index_stride_k": 1}
 _ROW = {"BLOCK_K": 1, "BLOCK_C": _TILE}
+_SUM = {"PIECE": _PIECE, "BLOCK_K": 4, "BLOCK_C": 512}
 AOT = {
     "_gather_tokens_fwd_kernel": [
         (
@@ -209,17 +279,36 @@ AOT = {
             ("u8", "i64", "fp32", {}),
         )
     ],
-    "_sum_rows_fwd_kernel": [
+    "_sum_pieces_fwd_kernel": [
         (
-            {"src": f"*{dtype}", "order": "*i64", "offsets": "*i64", "out": f"*{dtype}"},
-            {**unit, "BLOCK_K": 4, "BLOCK_C": 512},
+            {"src": f"*{src}", "order": "*i64", "keys": f"*{key}", "offsets": "*i64", "pieces": f"*{pieces}"},
+            {**unit, **_SUM},
             4,
         )
-        for dtype, unit in (
-            ("bf16", {"src_stride_c": 1}),
-            ("fp32", {"src_stride_c": 1}),
-            ("fp64", {"src_stride_c": 1}),
-            ("bf16", {}),
+        for src, key, pieces, unit in (
+            ("bf16", "i32", "fp32", {"src_stride_c": 1}),
+            ("fp64", "i64", "fp64", {"src_stride_c": 1}),
+            ("bf16", "i64", "fp32", {}),
+        )
+    ],
+    "_sum_rows_fwd_kernel": [
+        (
+            {"src": f"*{src}", "order": "*i64", "offsets": "*i64", "pieces": f"*{pieces}", "out": f"*{src}"},
+            {**unit, **_SUM, "HAS_PIECES": True},
+            4,
+        )
+        for src, pieces, unit in (
+            ("bf16", "fp32", {"src_stride_c": 1}),
+            ("fp32", "fp32", {"src_stride_c": 1}),
+            ("fp64", "fp64", {"src_stride_c": 1}),
+            ("bf16", "fp32", {}),
+        )
+    ]
+    + [
+        (
+            {"src": "*bf16", "order": "*i64", "offsets": "*i64", "out": "*bf16"},
+            {"src_stride_c": 1, **_SUM, "pieces": None, "HAS_PIECES": False},
+            4,
         )
     ],
 }
