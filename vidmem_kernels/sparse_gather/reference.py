@@ -73,7 +73,7 @@ def _row_maximum(x: Tensor) -> Tensor:
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.quantize_rows`."""
     maximum = _row_maximum(x)
-    scale = maximum / QUANTIZED_MAX[dtype]
+    scale = maximum / torch.full_like(maximum, QUANTIZED_MAX[dtype])  # CUDA multiplies by the inverse of a number
     scale = torch.where(maximum > 0, scale.clamp(*scale_limits(dtype, scale.dtype)), maximum)
     usable = (scale > 0).unsqueeze(-1)  # neither 0 nor NaN
     values = torch.where(usable, x.detach().to(scale.dtype) / scale.detach().unsqueeze(-1), 0)
