@@ -1,4 +1,4 @@
-"""What the contract's samples miss of the Triton kernels of sparse gathering: several tiles, ties across them."""
+"""What the contract's samples miss of the GPU kernels of sparse gathering: several tiles, ties across them."""
 
 import math
 
@@ -22,10 +22,19 @@ def ids(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-@pytest.fixture(autouse=True)
-def available(device):
-    reason = _dispatch.unavailable(OPS["topk_blocks"], "triton", device)
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request, device):
+    """Of the ops that have kernels in both."""
+    reason = _dispatch.unavailable(OPS["select_tokens"], request.param, device)
     if reason is not None:
+        pytest.skip(reason=reason)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def available(request, device):
+    reason = _dispatch.unavailable(OPS["topk_blocks"], "triton", device)
+    if reason is not None and "backend" not in request.fixturenames:
         pytest.skip(reason=reason)
 
 
@@ -121,33 +130,33 @@ TILE = 4096
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("keep", [1, TILE + 100, 2 * TILE + 70, 2 * TILE + 77])
-def test_select_across_tiles(keep, dtype, device):
+def test_select_across_tiles(keep, dtype, backend, device):
     """Few distinct scores, so that the last one kept has equals in every tile; zeros of both signs are equal."""
     count = 2 * TILE + 77
     values = torch.tensor([0.0, -0.0, 1.5, -1.5, inf, -inf, nan, 6e4, 1e-7, -1e-7], dtype=torch.float64)
     score = values[torch.randint(len(values), (2, count))].to(dtype)
     x = torch.arange(2 * count, dtype=torch.int32).view(2, count, 1).float()
-    got = select_tokens(x.to(device), keep, score=score.to(device), backend="triton")
+    got = select_tokens(x.to(device), keep, score=score.to(device), backend=backend)
     tokens, index = reference.select_tokens(x, keep, score)
     same(got.index, index)
     same(got.tokens, tokens)
 
 
-def test_select_tells_neighbours_apart(device):
+def test_select_tells_neighbours_apart(backend, device):
     """Scores that differ in their last bit, in the order of no position; float64 ones agree in their first 40 bits."""
     for dtype, bits in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
         one = torch.ones((), dtype=dtype).view(bits)
         score = (one + torch.randperm(3000)).to(bits).view(dtype).view(1, -1)
         score = torch.cat([score, -score], dim=0)
         x = torch.zeros(2, 3000, 1, device=device)
-        index = select_tokens(x, 1234, score=score.to(device), backend="triton").index
+        index = select_tokens(x, 1234, score=score.to(device), backend=backend).index
         same(index, reference.select_tokens(x.cpu(), 1234, score)[1])
 
 
-def test_select_by_norm_of_wide_rows(device):
+def test_select_by_norm_of_wide_rows(backend, device):
     x = torch.randint(-3, 4, (2, 70, 2 * 2048 + 9)).to(torch.bfloat16)  # sums of squares are exact
     x[:, 60] = x[:, 10]
-    got = select_tokens(x.to(device), 33, backend="triton")
+    got = select_tokens(x.to(device), 33, backend=backend)
     tokens, index = reference.select_tokens(x, 33, None)
     same(got.index, index)
     same(got.tokens, tokens)
@@ -210,14 +219,14 @@ def test_explain_tells_triton(device):
 
 
 @pytest.mark.parametrize("count", [256, 257, 512, 1300])
-def test_scatter_sums_long_groups_in_pieces(count, device):
+def test_scatter_sums_long_groups_in_pieces(count, backend, device):
     """A hot row among others, two hot rows beside each other, a batch of dropped sources only."""
     index = torch.randint(-1, 6, (4, count))
     index[1, torch.rand(count) < 0.9] = 3
     index[2] = 2 + torch.arange(count) % 2
     index[3] = -1
     src = torch.randint(-8, 9, (4, count, 7)).float()  # sums are exact in any order
-    got = scatter_add_tokens(src.to(device), index.to(device), 6, backend="triton")
+    got = scatter_add_tokens(src.to(device), index.to(device), 6, backend=backend)
     same(got, reference.scatter_add_tokens(src, index, 6))
 
 
@@ -228,3 +237,21 @@ def test_scatter_keys_hold_the_number_of_rows(rows, device):
     keys = triton_gather._group_keys(index, rows)
     assert keys.dtype == (torch.int32 if rows < 2**31 else torch.int64)
     assert keys.tolist() == [[3, rows, min(rows, 2**31 - 1), rows]]
+
+
+@pytest.mark.gpu
+def test_cuda_refuses_pageable_memory(device):
+    reason = _dispatch.unavailable(OPS["gather_tokens"], "cuda", device)
+    if reason is not None:
+        pytest.skip(reason=reason)
+    gather = torch.ops.vidmem_cpp.gather_tokens
+    bank, scale = torch.ones(1, 3, 4, dtype=torch.int8), torch.ones(1, 3)
+    index = torch.ones(1, 2, dtype=torch.int32, device=device)
+    assert gather(bank.pin_memory(), index, scale.pin_memory(), None).tolist() == [[[1.0] * 4] * 2]
+    with pytest.raises(
+        ValueError, match="gather_tokens: bank must be on the GPU or in pinned host memory, got pageable"
+    ):
+        gather(bank, index, scale.pin_memory(), None)
+    with pytest.raises(ValueError, match="gather_tokens: scale must be on the GPU or in pinned host memory, got page"):
+        gather(bank.pin_memory(), index, scale, None)
+    assert gather(bank[:, :0], index - 2, scale[:, :0], None).tolist() == [[[0.0] * 4] * 2]  # nothing to read
