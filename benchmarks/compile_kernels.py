@@ -159,9 +159,9 @@ def heading() -> str:
     release = re.search(r"release (\S+),", nvcc) if nvcc else None
     compilers = f"Triton {triton.__version__}" + (f" and nvcc {release.group(1)}" if release else "")
     return (
-        f"# Compiled kernels\n\nWritten by `python benchmarks/compile_kernels.py --table FILE` with {compilers}. "
-        "Compiled, not run: registers of a thread,\nregister spills, shared memory known at compile time. Of CUDA C++ "
-        "templates the instance that uses most.\n\n"
+        f"# Compiled kernels\n\nWritten by `python benchmarks/compile_kernels.py --table FILE` with {compilers}.\n"
+        "Compiled, not run: registers a thread, register spills, shared memory known at compile time.\n"
+        "Of a CUDA C++ template the instance that uses most.\n\n"
     )
 
 

@@ -66,7 +66,8 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   if (scale) {
     check_dim(*scale, 2, op, "scale");
     VIDMEM_CHECK(scale->scalar_type() == ScalarType::Float && scale->size(0) == bank.size(0) &&
-                     scale->size(1) == bank.size(1) && scale->is_cpu() == bank.is_cpu(),
+                     scale->size(1) == bank.size(1) && scale->is_cpu() == bank.is_cpu() &&
+                     (bank.is_cpu() || scale->get_device_index() == bank.get_device_index()),
                  op, "scale must be float32 of the bank's first two sizes, where the bank is");
   }
   const ScalarType result = out_dtype.value_or(scale ? ScalarType::Float : bank.scalar_type());
@@ -134,7 +135,8 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
   constexpr const char* op = "scatter_add_tokens";
   check_dim(src, 3, op, "src");
   check_dim(index, 2, op, "index");
-  VIDMEM_CHECK(src.is_cuda() && index.is_cuda(), op, "src and index must be on the GPU");
+  VIDMEM_CHECK(src.is_cuda() && index.is_cuda() && index.get_device_index() == src.get_device_index(), op,
+               "src and index must be on the same GPU");
   VIDMEM_CHECK(num_rows >= 0, op, "num_rows must not be negative, got ", num_rows);
   const int64_t batch = src.size(0), columns = src.size(1), channels = src.size(2);
   VIDMEM_CHECK(index.size(0) == batch && index.size(1) == columns, op, "index must be (", batch, ", ", columns,
