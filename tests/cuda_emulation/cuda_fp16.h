@@ -1,0 +1,1 @@
+#include "emulation.h"  // instead of the CUDA toolkit's
