@@ -90,18 +90,18 @@ To bits(From from) {
 inline void __syncthreads() { emulation::block.join(blockDim.x, threadIdx.x, 0); }
 
 template <class T>
-const uint64_t* __warp(T value) {
+const uint64_t* emulation_warp(T value) {
   return emulation::warps[threadIdx.x / 32].join(32, threadIdx.x % 32, emulation::bits<uint64_t>(value));
 }
 template <class T> T __shfl_up_sync(unsigned, T value, unsigned offset) {
   const unsigned lane = threadIdx.x % 32;
-  return emulation::bits<T>(__warp(value)[lane >= offset ? lane - offset : lane]);
+  return emulation::bits<T>(emulation_warp(value)[lane >= offset ? lane - offset : lane]);
 }
 template <class T> T __shfl_xor_sync(unsigned, T value, unsigned mask) {
-  return emulation::bits<T>(__warp(value)[threadIdx.x % 32 ^ mask]);
+  return emulation::bits<T>(emulation_warp(value)[threadIdx.x % 32 ^ mask]);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  const uint64_t* votes = __warp(vote);
+  const uint64_t* votes = emulation_warp(vote);
   unsigned result = 0;
   for (int lane = 0; lane < 32; ++lane) result |= unsigned(votes[lane]) << lane;
   return result;
