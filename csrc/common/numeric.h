@@ -45,12 +45,14 @@ struct fp8 { uint8_t bits; };  // e4m3fn
 #endif
 }
 
+// Without branches, so that loops are vectorised.
 [[maybe_unused]] inline float widen(fp8 x) {
   const uint32_t sign = uint32_t(x.bits & 0x80) << 24;
   const uint32_t rest = uint32_t(x.bits & 0x7f) << 20;
-  if (rest == 0x07f00000) return bits_to_float(sign | 0x7fc00000);  // the only NaN; e4m3fn has no infinity
-  const float value = rest < 0x00800000 ? float(x.bits & 0x7) * 0x1p-9f : bits_to_float(rest + (120u << 23));
-  return bits_to_float(sign | float_to_bits(value));
+  // m * 2^-9 as 2^-6 * (1 + m / 8) - 2^-6.
+  const uint32_t subnormal = float_to_bits(bits_to_float(rest | (121u << 23)) - 0x1p-6f);
+  const uint32_t finite = rest < 0x00800000 ? subnormal : rest + (120u << 23);
+  return bits_to_float(sign | (rest == 0x07f00000 ? 0x7fc00000 : finite));  // one NaN, no infinity
 }
 
 [[maybe_unused]] inline void narrow(double x, double& out) { out = x; }

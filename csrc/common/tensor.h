@@ -37,7 +37,9 @@ inline void check_dim(const Tensor& tensor, int64_t dim, const char* op, const c
   VIDMEM_CHECK(tensor.dim() == dim, op, argument, " must have ", dim, " dimensions, got ", tensor.dim());
 }
 
-// A CPU (B, K) int32 or int64 index as contiguous int64, every entry checked to lie in [lowest, rows).
-std::vector<int64_t> read_index(const Tensor& index, int64_t lowest, int64_t rows, const char* op);
+struct IndexView;
+
+// A CPU (B, K) int32 or int64 index, every entry checked to lie in [lowest, rows).
+IndexView view_index(const Tensor& index, int64_t lowest, int64_t rows, const char* op);
 
 }  // namespace vidmem

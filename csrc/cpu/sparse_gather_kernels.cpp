@@ -1,21 +1,59 @@
 #include "cpu/sparse_gather_kernels.h"
 
+#include "cpu/convert_rows.h"
+
 namespace vidmem {
 namespace {
 
+// Rows lie anywhere in memory, where the processor's own prefetching fails; the index says what comes next. Bytes
+// to be ahead: summing 187,200 random rows of 512 bytes took 5.4 ms without, 3.6 ms with 4 KiB, 3.3 ms with 8 KiB.
+constexpr int64_t kAhead = 8192;
+
+inline int64_t rows_ahead(int64_t row_bytes) {
+  const int64_t rows = kAhead / (row_bytes > 0 ? row_bytes : 1);
+  return rows < 2 ? 2 : rows > 16 ? 16 : rows;
+}
+
+// Elements that are converted through a buffer in the L1 cache.
+constexpr int64_t kBlock = 512;
+
 template <class In, class Out>
 inline void convert_row(const In* in, int64_t stride, float scale, Out* out, int64_t channels) {
-  if (stride == 1) {  // its own loop: the compiler vectorises it
-    for (int64_t c = 0; c < channels; ++c) narrow(widen(in[c]) * scale, out[c]);
+  float values[kBlock];
+  for (int64_t first = 0; first < channels; first += kBlock) {
+    const int64_t count = channels - first < kBlock ? channels - first : kBlock;
+    if (stride == 1) {  // its own loop: the compiler vectorises it
+      for (int64_t c = 0; c < count; ++c) values[c] = widen(in[first + c]) * scale;
+    } else {
+      for (int64_t c = 0; c < count; ++c) values[c] = widen(in[(first + c) * stride]) * scale;
+    }
+    narrow_row(values, out + first, count);
+  }
+}
+
+template <class In>
+inline void convert_row(const In* in, int64_t stride, float scale, float* out, int64_t channels) {
+  if (stride == 1) {
+    for (int64_t c = 0; c < channels; ++c) out[c] = widen(in[c]) * scale;
   } else {
-    for (int64_t c = 0; c < channels; ++c) narrow(widen(in[c * stride]) * scale, out[c]);
+    for (int64_t c = 0; c < channels; ++c) out[c] = widen(in[c * stride]) * scale;
   }
 }
 
 // Float rows are not multiplied by 1: that would quieten signalling NaNs and cost a pass for equal types.
 template <class In, class Out>
 inline void copy_row(const In* in, int64_t stride, Out* out, int64_t channels) {
-  for (int64_t c = 0; c < channels; ++c) narrow(widen(in[c * stride]), out[c]);
+  using Wide = typename Accumulate<In>::type;
+  if (stride != 1) {
+    for (int64_t c = 0; c < channels; ++c) narrow(widen(in[c * stride]), out[c]);
+    return;
+  }
+  Wide values[kBlock];
+  for (int64_t first = 0; first < channels; first += kBlock) {
+    const int64_t count = channels - first < kBlock ? channels - first : kBlock;
+    widen_row(in + first, values, count);
+    narrow_row(values, out + first, count);
+  }
 }
 
 template <class T>
@@ -29,58 +67,88 @@ inline void copy_row(const T* in, int64_t stride, T* out, int64_t channels) {
 
 template <class In, class Out>
 void gather(const GatherRows& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
+  const auto source = [&](int64_t batch, int64_t row) {
+    return static_cast<const In*>(args.bank) + batch * args.batch_stride + row * args.row_stride;
+  };
+  const int64_t row_bytes = args.channels * sizeof(In), ahead = rows_ahead(row_bytes);
+  int64_t batch = begin / args.rows_per_batch, k = begin % args.rows_per_batch;
+  for (int64_t i = begin; i < end; ++i, ++k) {
+    if (k == args.rows_per_batch) ++batch, k = 0;
+    if (args.channel_stride == 1 && k + ahead < args.rows_per_batch) {
+      const int64_t next = row_at(args.index, batch, k + ahead);
+      if (next >= 0) prefetch(source(batch, next), row_bytes < kAhead ? row_bytes : kAhead);
+    }
     Out* out = static_cast<Out*>(args.out) + i * args.channels;
-    const int64_t row = args.index[i];
+    const int64_t row = row_at(args.index, batch, k);
     if (row < 0) {
       memset(static_cast<void*>(out), 0, args.channels * sizeof(Out));
-      continue;
-    }
-    const int64_t batch = i / args.rows_per_batch;
-    const In* in = static_cast<const In*>(args.bank) + batch * args.batch_stride + row * args.row_stride;
-    if (args.scale) {
+    } else if (args.scale) {
       const float scale = args.scale[batch * args.scale_batch_stride + row * args.scale_row_stride];
-      convert_row(in, args.channel_stride, scale, out, args.channels);
+      convert_row(source(batch, row), args.channel_stride, scale, out, args.channels);
     } else {
-      copy_row(in, args.channel_stride, out, args.channels);
+      copy_row(source(batch, row), args.channel_stride, out, args.channels);
     }
   }
 }
 
-// Channels are taken in pieces whose sums stay in the L1 cache, so a row of any width needs one pass and no heap.
+template <class T, class Sum>
+inline void add_row(const T* in, int64_t stride, Sum* sums, int64_t count) {
+  if (stride == 1) {
+    for (int64_t c = 0; c < count; ++c) sums[c] += widen(in[c]);
+  } else {
+    for (int64_t c = 0; c < count; ++c) sums[c] += widen(in[c * stride]);
+  }
+}
+
+#if defined(__F16C__)
+inline void add_row(const fp16* in, int64_t stride, float* sums, int64_t count) {
+  int64_t c = 0;
+  for (; stride == 1 && c + 8 <= count; c += 8) {
+    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + c)));
+    _mm256_storeu_ps(sums + c, _mm256_add_ps(_mm256_loadu_ps(sums + c), values));
+  }
+  for (; c < count; ++c) sums[c] += widen(in[c * stride]);
+}
+#endif
+
+// Channels are taken in pieces whose sums stay in the L1 cache, so a row of any width needs no heap.
 constexpr int64_t kPiece = 512;
 
 template <class T>
-void sum(const SumRows& args, int64_t begin, int64_t end) {
+void sum(const SumRows& args, int64_t begin, int64_t end, int64_t first, int64_t last) {
   using Sum = typename Accumulate<T>::type;
   Sum sums[kPiece];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / args.output_rows, row = i % args.output_rows;
-    const int64_t* offsets = args.offsets + batch * (args.output_rows + 1);
+    const int64_t* offsets = args.offsets + batch * (args.output_rows + 2);
     const int64_t* order = args.order + batch * args.source_rows;
     const T* src = static_cast<const T*>(args.src) + batch * args.batch_stride;
     T* out = static_cast<T*>(args.out) + i * args.channels;
-    const int64_t count = offsets[row + 1] - offsets[row];
-    if (count == 0) {
-      memset(static_cast<void*>(out), 0, args.channels * sizeof(T));
-      continue;
-    }
-    if (count == 1) {  // most rows of a gradient that hardly repeats an index
-      copy_row(src + order[offsets[row]] * args.row_stride, args.channel_stride, out, args.channels);
-      continue;
-    }
-    for (int64_t first = 0; first < args.channels; first += kPiece) {
-      const int64_t width = args.channels - first < kPiece ? args.channels - first : kPiece;
+    const int64_t stride = args.channel_stride;
+    const int64_t stop = offsets[row + end - i < args.output_rows ? row + end - i : args.output_rows];
+    for (int64_t piece = first; piece < last; piece += kPiece) {
+      const int64_t width = last - piece < kPiece ? last - piece : kPiece;
+      const int64_t piece_bytes = width * sizeof(T), ahead = rows_ahead(piece_bytes);
+      const auto source = [&](int64_t k) { return src + order[k] * args.row_stride + piece * stride; };
+      const auto prefetch_after = [&](int64_t k) {
+        if (stride == 1 && k + ahead < stop) prefetch(source(k + ahead), piece_bytes);
+      };
+      const int64_t count = offsets[row + 1] - offsets[row];
+      if (count == 0) {
+        memset(static_cast<void*>(out + piece), 0, piece_bytes);
+        continue;
+      }
+      if (count == 1) {  // most rows of a gradient that hardly repeats an index
+        prefetch_after(offsets[row]);
+        copy_row(source(offsets[row]), stride, out + piece, width);
+        continue;
+      }
       for (int64_t c = 0; c < width; ++c) sums[c] = 0;
       for (int64_t k = offsets[row]; k < offsets[row + 1]; ++k) {
-        const T* in = src + order[k] * args.row_stride + first * args.channel_stride;
-        if (args.channel_stride == 1) {
-          for (int64_t c = 0; c < width; ++c) sums[c] += widen(in[c]);
-        } else {
-          for (int64_t c = 0; c < width; ++c) sums[c] += widen(in[c * args.channel_stride]);
-        }
+        prefetch_after(k);
+        add_row(source(k), stride, sums, width);
       }
-      for (int64_t c = 0; c < width; ++c) narrow(sums[c], out[first + c]);
+      narrow_row(sums, out + piece, width);
     }
   }
 }
@@ -97,8 +165,8 @@ void gather_rows(const GatherRows& args, int64_t begin, int64_t end) {
   });
 }
 
-void sum_rows(const SumRows& args, int64_t begin, int64_t end) {
-  dispatch_float(args.dtype, [&](auto tag) { sum<typename decltype(tag)::type>(args, begin, end); });
+void sum_rows(const SumRows& args, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  dispatch_float(args.dtype, [&](auto tag) { sum<typename decltype(tag)::type>(args, begin, end, first, last); });
 }
 
 }  // namespace VIDMEM_ISA

@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cpu/index_view.h"
 
 namespace vidmem {
 
@@ -16,8 +17,8 @@ struct GatherRows {
   int64_t batch_stride, row_stride, channel_stride;  // batch_stride 0: one bank for all
   const float* scale;                                // null for float banks
   int64_t scale_batch_stride, scale_row_stride;
-  const int64_t* index;  // (B, K), -1: zero row
-  void* out;             // (B, K, C) contiguous
+  IndexView index;  // (B, K), -1: zero row
+  void* out;        // (B, K, C) contiguous
   DType out_dtype;
   int64_t rows_per_batch, channels;
 };
@@ -27,13 +28,15 @@ struct SumRows {
   DType dtype;
   int64_t batch_stride, row_stride, channel_stride;
   const int64_t* order;    // (B, K) source rows, grouped by output row
-  const int64_t* offsets;  // (B, M + 1)
+  const int64_t* offsets;  // (B, M + 2), the last one is no offset
   void* out;               // (B, M, C) contiguous
   int64_t source_rows, output_rows, channels;
 };
 
-// Rows [begin, end) of the flattened (B, K) or (B, M) output.
-VIDMEM_DECLARE_KERNEL(gather_rows, void(const GatherRows&, int64_t, int64_t))
-VIDMEM_DECLARE_KERNEL(sum_rows, void(const SumRows&, int64_t, int64_t))
+// Rows [begin, end) of the flattened (B, K) output.
+VIDMEM_DECLARE_KERNEL(gather_rows, void(const GatherRows&, int64_t begin, int64_t end))
+
+// Rows [begin, end) of the flattened (B, M) output, of these its channels [first, last).
+VIDMEM_DECLARE_KERNEL(sum_rows, void(const SumRows&, int64_t begin, int64_t end, int64_t first, int64_t last))
 
 }  // namespace vidmem

@@ -1,0 +1,47 @@
+// Loops over contiguous elements, with the conversions of float16 that no compiler vectorises by itself. For
+// *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
+#pragma once
+
+#include "common/numeric.h"
+
+namespace vidmem {
+namespace {
+
+template <class T, class Float>
+[[maybe_unused]] inline void widen_row(const T* in, Float* out, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) out[c] = widen(in[c]);
+}
+
+template <class T, class Float>
+[[maybe_unused]] inline void narrow_row(const Float* in, T* out, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) narrow(in[c], out[c]);
+}
+
+#if defined(__F16C__)
+[[maybe_unused]] inline void widen_row(const fp16* in, float* out, int64_t count) {
+  int64_t c = 0;
+  for (; c + 8 <= count; c += 8) {
+    _mm256_storeu_ps(out + c, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + c))));
+  }
+  for (; c < count; ++c) out[c] = widen(in[c]);
+}
+
+[[maybe_unused]] inline void narrow_row(const float* in, fp16* out, int64_t count) {
+  int64_t c = 0;
+  for (; c + 8 <= count; c += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(in + c), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), halves);
+  }
+  for (; c < count; ++c) narrow(in[c], out[c]);
+}
+#endif
+
+// The next elements that a loop will read; harmless beyond the end of memory.
+[[maybe_unused]] inline void prefetch(const void* address, int64_t bytes) {
+  const char* first = static_cast<const char*>(address);
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(first + offset);
+  asm volatile("");  // else GCC 12 takes the function for one without effect and drops calls
+}
+
+}  // namespace
+}  // namespace vidmem
