@@ -1,0 +1,24 @@
+// CPU kernel of select_tokens on raw pointers; strides count elements.
+#pragma once
+
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace vidmem {
+
+struct RowNorms {
+  const void* x;  // (B, N, C)
+  DType dtype;
+  int64_t batch_stride, row_stride, channel_stride;
+  void* out;  // (B, N) contiguous; float, or double for double
+  int64_t rows_per_batch, channels;
+};
+
+// Rows [begin, end) of the flattened (B, N).
+VIDMEM_DECLARE_KERNEL(row_norms, void(const RowNorms&, int64_t begin, int64_t end))
+
+}  // namespace vidmem
