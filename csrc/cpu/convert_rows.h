@@ -36,6 +36,24 @@ template <class T, class Float>
 }
 #endif
 
+// `count` elements as contiguous floats: in the buffer, or where they lie if that is what they are.
+template <class T, class Float>
+[[maybe_unused]] inline const Float* as_floats(const T* in, int64_t stride, Float* buffer, int64_t count) {
+  if (stride == 1) {
+    widen_row(in, buffer, count);
+  } else {
+    for (int64_t c = 0; c < count; ++c) buffer[c] = widen(in[c * stride]);
+  }
+  return buffer;
+}
+
+template <class Float>
+[[maybe_unused]] inline const Float* as_floats(const Float* in, int64_t stride, Float* buffer, int64_t count) {
+  if (stride == 1) return in;
+  for (int64_t c = 0; c < count; ++c) buffer[c] = in[c * stride];
+  return buffer;
+}
+
 // The next elements that a loop will read; harmless beyond the end of memory.
 [[maybe_unused]] inline void prefetch(const void* address, int64_t bytes) {
   const char* first = static_cast<const char*>(address);

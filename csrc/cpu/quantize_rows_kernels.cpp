@@ -85,15 +85,10 @@ inline void divide(const Float* in, Float scale, Q* out, int64_t count) {
 
 template <class Q, class T, class Float>
 inline void divide_row(const T* in, int64_t stride, Float scale, Q* out, int64_t channels) {
-  Float values[kBlock];
+  Float buffer[kBlock];
   for (int64_t first = 0; first < channels; first += kBlock) {
     const int64_t count = channels - first < kBlock ? channels - first : kBlock;
-    if (stride == 1) {
-      widen_row(in + first, values, count);
-    } else {
-      for (int64_t c = 0; c < count; ++c) values[c] = widen(in[(first + c) * stride]);
-    }
-    divide(values, scale, out + first, count);
+    divide(as_floats(in + first * stride, stride, buffer, count), scale, out + first, count);
   }
 }
 

@@ -10,15 +10,22 @@ constexpr int64_t kBlock = 512;
 
 // Sums are kept in double, in lanes whose number is that of no instruction set. Squares of floats are exact there, so
 // equal tokens and mere permutations tie, whatever the processor.
-constexpr int kLanes = 32;
+constexpr int kLanes = 8, kChains = 4;
+typedef double Lanes __attribute__((vector_size(8 * kLanes)));
 
 template <class Float>
-inline void add_squares(const Float* in, double* lanes, int64_t count) {
+inline void add_squares(const Float* in, Lanes (&sums)[kChains], int64_t count) {
+  typedef Float Values __attribute__((vector_size(kLanes * sizeof(Float))));
   int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += double(in[c + l]) * double(in[c + l]);
+  for (; c + kLanes * kChains <= count; c += kLanes * kChains) {
+    for (int i = 0; i < kChains; ++i) {
+      Values values;
+      memcpy(&values, in + c + i * kLanes, sizeof values);
+      const Lanes wide = __builtin_convertvector(values, Lanes);
+      sums[i] += wide * wide;
+    }
   }
-  for (; c < count; ++c) lanes[c % kLanes] += double(in[c]) * double(in[c]);
+  for (; c < count; ++c) sums[c / kLanes % kChains][c % kLanes] += double(in[c]) * double(in[c]);
 }
 
 template <class T>
@@ -27,17 +34,15 @@ void norms(const RowNorms& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / args.rows_per_batch, row = i % args.rows_per_batch;
     const T* in = static_cast<const T*>(args.x) + batch * args.batch_stride + row * args.row_stride;
-    double lanes[kLanes] = {};
-    Float values[kBlock];
+    Lanes sums[kChains] = {};
+    Float buffer[kBlock];
     for (int64_t first = 0; first < args.channels; first += kBlock) {
       const int64_t count = args.channels - first < kBlock ? args.channels - first : kBlock;
-      if (args.channel_stride == 1) {
-        widen_row(in + first, values, count);
-      } else {
-        for (int64_t c = 0; c < count; ++c) values[c] = widen(in[(first + c) * args.channel_stride]);
-      }
-      add_squares(values, lanes, count);
+      const T* block = in + first * args.channel_stride;
+      if (args.channel_stride == 1) prefetch(block + args.row_stride, count * sizeof(T));
+      add_squares(as_floats(block, args.channel_stride, buffer, count), sums, count);
     }
+    const Lanes lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     double sum = 0;
     for (int l = 0; l < kLanes; ++l) sum += lanes[l];
     // Rounded before the root: what is infinite, or zero, in float32 ties as in the reference.
