@@ -1,10 +1,14 @@
 """What the kernels of gather and scatter-add do beyond the contract: every number, bad indices, their own checks."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from vidmem_kernels import _dispatch, _extension, gather_tokens, scatter_add_tokens
 from vidmem_kernels._registry import OPS
+from vidmem_kernels.testing import Make
 
 compiled = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
 CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
@@ -150,6 +154,151 @@ def test_quantised_bank_that_wants_a_gradient_is_refused():
     bank = torch.randn(1, 3, 4).requires_grad_().to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="gather_tokens: a float8_e4m3fn bank has no gradient, detach it"):
         gather_tokens(bank, ROW, scale=torch.ones(1, 3))
+
+
+WIDTHS = [1, 7, 8, 9, 31, 512, 1031]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def ops(name):
+    op = getattr(torch.ops.vidmem, name)
+    return lambda *args: op(*args, "cpu"), lambda *args: op(*args, "reference")
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8, torch.float8_e4m3fn])
+def test_cpu_gathers_any_strides(dtype, capability):
+    """Equal to the reference to the bit: widths of no vector, transposed banks, a batch of one and none, no rows."""
+    gather, reference = ops("gather_tokens")
+    make = Make()
+    for width in WIDTHS:
+        rows = make.randn(2, 12, width, dtype=torch.float32).mul(40).to(dtype)
+        if dtype == torch.float8_e4m3fn:
+            rows.view(torch.uint8)[0, :, -1] = torch.arange(0, 252, 21, dtype=torch.uint8)
+        transposed = rows.transpose(1, 2).contiguous().transpose(1, 2)
+        scale = make.rand(2, 12) if dtype in (torch.int8, torch.float8_e4m3fn) else None
+        for index in (make.randint(-1, 12, (2, 41)), make.randint(-1, 12, (2, 41)).T.contiguous().T.long()):
+            for out_dtype in (None, *FLOATS):
+                for bank in (rows, transposed, rows[1:]):
+                    factors = None if scale is None else scale[-bank.shape[0] :]
+                    args = bank, index, factors, out_dtype
+                    same(gather(*args).double(), reference(*args).double())
+        none = gather(rows, index[:, :0], scale, torch.float32)
+        assert none.shape == (2, 0, width)
+        assert (
+            gather(rows[:, :0], torch.full_like(index, -1), None if scale is None else scale[:, :0], None) == 0
+        ).all()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cpu_reads_every_float8_at_every_place(out_dtype, capability):
+    """Whatever lane of a vector, or remainder of a row, a code falls into."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    for width in (1, 3, 17, 64, 256, 1000):
+        bank = codes.repeat(width).view(1, 256, width).view(torch.float8_e4m3fn)
+        scale = torch.full((1, 256), 0.75)
+        out = gather_tokens(bank, torch.arange(256).unsqueeze(0), scale=scale, out_dtype=out_dtype, backend="cpu")
+        same(out, (bank.float() * 0.75).to(out_dtype))
+
+
+def sum_in_order(src, index, num_rows):
+    """Each row added in float32 (float64 for float64) in order of K, by a plain loop."""
+    wide = torch.float64 if src.dtype == torch.float64 else torch.float32
+    out = torch.zeros(src.shape[0], num_rows, src.shape[2], dtype=wide)
+    for b in range(src.shape[0]):
+        for k, row in enumerate(index[b].tolist()):
+            if row >= 0:
+                out[b, row] += src[b, k].to(wide)
+    return out.to(src.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cpu_sums_in_order_on_any_number_of_threads(dtype, capability):
+    """Random rows, all into one (its channels are shared out then), a few, sorted, and dropped ones."""
+    make = Make(dtype)
+    count, before = 400, torch.get_num_threads()
+    for width in (1, 40, 521):
+        src = make.randn(2, count, width)
+        index = make.randint(-1, 37, (2, count))
+        kinds = [index, index.sort(dim=1).values, torch.full_like(index, 36), index % 3, torch.full_like(index, -1)]
+        for where in (*kinds, make.strided(index.long())):
+            expected = sum_in_order(src, where, 37)
+            try:
+                for threads in (1, 2, 3, 7):
+                    torch.set_num_threads(threads)
+                    for rows in (src, make.strided(src)):
+                        assert torch.equal(torch.ops.vidmem_cpp.scatter_add_tokens(rows, where, 37), expected)
+            finally:
+                torch.set_num_threads(before)
+
+
+def test_cpu_sums_many_rows(capability):
+    """Enough for many tasks of more than one thread; few sources for each of many rows, and the reverse."""
+    scatter, reference = ops("scatter_add_tokens")
+    for count, num_rows, width in ((30_000, 1_000, 24), (9_000, 20_000, 10), (3_000, 7, 300), (2_000, 1, 64)):
+        src = torch.randn(1, count, width)
+        index = torch.randint(-1, num_rows, (1, count), dtype=torch.int32)
+        assert torch.equal(scatter(src, index, num_rows), reference(src, index, num_rows))
+
+
+def test_cpu_sums_nan_and_infinity(capability):
+    src = (
+        torch.tensor([1.0, float("inf"), float("nan"), float("inf"), -float("inf"), 2.0]).view(1, 6, 1).repeat(1, 1, 19)
+    )
+    out = torch.ops.vidmem_cpp.scatter_add_tokens(src, torch.tensor([[0, 1, 2, 3, 3, 0]]), 5)
+    same(out, torch.tensor([3.0, float("inf"), float("nan"), float("nan"), 0.0]).view(1, 5, 1).expand_as(out))
+
+
+def available_memory():
+    """Bytes that may be used without swapping; 0 where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) * 1024 if found else 0
+
+
+needs_memory = pytest.mark.skipif(available_memory() < 2**32, reason="less than 4 GiB of memory available")
+FAR = 2**31 + 7  # elements
+
+
+@compiled
+@needs_memory
+def test_cpu_gathers_beyond_two_to_the_31_elements():
+    """Rows, batches and single elements of an int8 bank; only the pages that are written are ever allocated."""
+    storage = torch.empty(FAR + 4096, dtype=torch.int8)
+    storage[:4096] = 1
+    end = storage[-4096:]
+    end.copy_(torch.arange(4096) % 127)
+    gather = torch.ops.vidmem_cpp.gather_tokens
+    one = torch.ones(1, 1)
+    bank = storage[: storage.numel() // 1024 * 1024].view(1, -1, 1024)
+    last = bank.shape[1] - 1
+    out = gather(bank, torch.tensor([[last, 0, -1, last - 1]]), one.expand(1, last + 1), None)
+    assert torch.equal(out[0], torch.stack([bank[0, last], bank[0, 0], bank[0, 0] * 0, bank[0, last - 1]]).float())
+    batches = storage.as_strided((2, 5, 64), (FAR, 64, 1))
+    out = gather(batches, torch.tensor([[0, 4], [4, 0]], dtype=torch.int32), one.expand(2, 5), torch.bfloat16)
+    assert torch.equal(out, torch.stack([batches[0, [0, 4]], batches[1, [4, 0]]]).bfloat16())
+    channels = storage.as_strided((1, 5, 2), (0, 64, FAR))
+    assert torch.equal(gather(channels, torch.tensor([[3]]), one.expand(1, 5), None), channels[:, 3:4].float())
+    elements = storage.view(1, -1, 1)
+    where = torch.tensor([[FAR + 4095, 5, FAR + 100]])
+    assert torch.equal(gather(elements, where, one.expand(1, FAR + 4096), None), elements[:, where[0]].float())
+
+
+@compiled
+@needs_memory
+def test_cpu_sources_beyond_two_to_the_31_elements():
+    """scatter_add_tokens, select_tokens and quantize_rows of batches that far apart."""
+    storage = torch.empty(FAR + 1024, dtype=torch.float16)
+    src = storage.as_strided((2, 4, 64), (FAR, 64, 1))
+    src.copy_(torch.randn(2, 4, 64))
+    close = src.contiguous()
+    index = torch.tensor([[0, 1, 1, 0], [1, 1, -1, 0]])
+    op = torch.ops.vidmem_cpp
+    assert torch.equal(op.scatter_add_tokens(src, index, 2), op.scatter_add_tokens(close, index, 2))
+    for far, near in (
+        (op.select_tokens(src, 2, None), op.select_tokens(close, 2, None)),
+        (op.quantize_rows(src, torch.int8), op.quantize_rows(close, torch.int8)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
 
 
 @compiled

@@ -8,8 +8,8 @@ namespace {
 // Elements that are converted through a buffer in the L1 cache.
 constexpr int64_t kBlock = 512;
 
-// Sums are kept in double, in lanes whose number is that of no instruction set. Squares of floats are exact there, so
-// equal tokens and mere permutations tie, whatever the processor.
+// Sums are kept in double, in the same lanes for every instruction set. Squares of floats are exact there and their sum
+// errs far less than float32, to which it is rounded: a token and its permutation tie but by rare chance.
 constexpr int kLanes = 8, kChains = 4;
 typedef double Lanes __attribute__((vector_size(8 * kLanes)));
 
