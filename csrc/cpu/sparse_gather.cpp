@@ -64,7 +64,7 @@ struct Groups {
   bool even;                           // no output row has more than a thread's share of the sources
 };
 
-// A stable counting sort, so that sums are deterministic; -1 belongs to no group. It took 0.2 ms of 3.5 ms (187,200
+// A stable counting sort, so that sums are deterministic; -1 belongs to no group. It took 0.2 ms of 2.8 ms (187,200
 // rows of 512 bytes to 5,460). Adding rows as they come to sums in the L2 cache, each thread a range of rows or of
 // channels, needs no sort but took 4.2 ms or more, 40 ms for many sums of few rows.
 Groups group_rows(const IndexView& index, int64_t batch, int64_t count, int64_t num_rows, int64_t threads) {
@@ -77,9 +77,13 @@ Groups group_rows(const IndexView& index, int64_t batch, int64_t count, int64_t 
       int64_t* order = groups.order.get() + b * count;
       int64_t* offsets = groups.offsets.get() + b * (num_rows + 2);
       int64_t* next = offsets + 1;  // moves from the start of a group to its end, where the following one starts
+      int64_t previous = -1;
+      bool sorted = true;
       for (int64_t k = 0; k < count; ++k) {
         const int64_t row = row_at(index, b, k);
         if (row >= 0) ++next[row + 1];
+        sorted &= row >= previous;
+        previous = row;
       }
       int64_t largest = 0;
       for (int64_t row = 0; row < num_rows; ++row) {
@@ -87,6 +91,12 @@ Groups group_rows(const IndexView& index, int64_t batch, int64_t count, int64_t 
         next[row + 1] += next[row];
       }
       if (largest * threads > batch * count) even = false;
+      if (sorted) {  // what is dropped comes first
+        const int64_t kept = next[num_rows];
+        std::copy(next + 1, next + num_rows + 1, next);
+        for (int64_t i = 0; i < kept; ++i) order[i] = count - kept + i;
+        continue;
+      }
       for (int64_t k = 0; k < count; ++k) {
         const int64_t row = row_at(index, b, k);
         if (row >= 0) order[next[row]++] = k;
