@@ -139,7 +139,8 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
   // very many is shared out by its channels, a cache line of them at least. Neither changes a sum.
   const int64_t total = batch * num_rows;
   const int64_t row_bytes = channels * (count / num_rows + 1) * out.element_size();
-  const int64_t rows_per_block = std::clamp<int64_t>((1 << 20) / row_bytes, 1, std::max<int64_t>(1, total / (4 * threads)));
+  const int64_t most = std::max<int64_t>(1, total / (4 * threads));
+  const int64_t rows_per_block = std::clamp<int64_t>((1 << 20) / row_bytes, 1, most);
   const int64_t blocks = (total + rows_per_block - 1) / rows_per_block;
   const int64_t line = 64 / out.element_size();
   const int64_t parts = groups.even ? 1 : std::min(threads, (channels + line - 1) / line);
