@@ -54,11 +54,14 @@ template <class Float>
   return buffer;
 }
 
-// The next elements that a loop will read; harmless beyond the end of memory.
-[[maybe_unused]] inline void prefetch(const void* address, int64_t bytes) {
-  const char* first = static_cast<const char*>(address);
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(first + offset);
-  asm volatile("");  // else GCC 12 takes the function for one without effect and drops calls
+// Rows of one type are copied, whatever their bits.
+template <class T>
+[[maybe_unused]] inline void copy_row(const T* in, int64_t stride, T* out, int64_t count) {
+  if (stride == 1) {
+    memcpy(static_cast<void*>(out), in, count * sizeof(T));
+  } else {
+    for (int64_t c = 0; c < count; ++c) out[c] = in[c * stride];
+  }
 }
 
 }  // namespace

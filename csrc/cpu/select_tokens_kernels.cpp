@@ -1,6 +1,7 @@
 #include "cpu/select_tokens_kernels.h"
 
 #include "cpu/convert_rows.h"
+#include "cpu/prefetch.h"
 
 namespace vidmem {
 namespace {

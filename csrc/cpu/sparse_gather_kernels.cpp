@@ -1,6 +1,7 @@
 #include "cpu/sparse_gather_kernels.h"
 
 #include "cpu/convert_rows.h"
+#include "cpu/prefetch.h"
 #include "cpu/sum_tiles.h"
 
 namespace vidmem {
@@ -55,15 +56,6 @@ inline void copy_row(const In* in, int64_t stride, Out* out, int64_t channels) {
     const int64_t count = channels - first < kBlock ? channels - first : kBlock;
     widen_row(in + first, values, count);
     narrow_row(values, out + first, count);
-  }
-}
-
-template <class T>
-inline void copy_row(const T* in, int64_t stride, T* out, int64_t channels) {
-  if (stride == 1) {
-    memcpy(out, in, channels * sizeof(T));
-  } else {
-    for (int64_t c = 0; c < channels; ++c) out[c] = in[c * stride];
   }
 }
 

@@ -4,7 +4,9 @@
 
 #include "cpu/token_merge_kernels.h"
 
+#include "cpu/convert_rows.h"
 #include "cpu/lanes.h"
+#include "cpu/prefetch.h"
 
 namespace vidmem {
 namespace {
@@ -87,20 +89,12 @@ struct Sizes {
 
 // --- rows ---
 
-template <class T>
-inline void copy_row(const T* in, int64_t stride, T* out, int64_t channels) {
-  if (stride == 1) {
-    memcpy(out, in, channels * sizeof(T));
-  } else {
-    for (int64_t c = 0; c < channels; ++c) out[c] = in[c * stride];
-  }
-}
+// The processor foresees no jump to another row: this much of one that comes later is asked for.
+constexpr int64_t kAheadBytes = 2048;
 
-// The processor foresees no jump to another row: asks for one that comes later, 2 KiB of it at most.
 template <class T>
 inline void prefetch_row(const T* in, int64_t channels) {
-  const int64_t bytes = smaller(2048, channels * sizeof(T));
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(in) + at);
+  prefetch(in, smaller(kAheadBytes, channels * sizeof(T)));
 }
 
 // out = start + rows[0] * weight[0] + rows[1] * weight[1] ..., from left to right; start may be null.
