@@ -180,7 +180,7 @@ def match_tokens(
 def _match_neighbors(metric: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Similarity (B, S) and position (B, S) of the best neighbour of the sources, and their positions (S,)."""
     batch, tokens, channels = metric.shape
-    x = _unit_vectors(metric).view(batch, *grid, channels)
+    x = _unit_vectors(metric.detach()).view(batch, *grid, channels)  # indices and counts carry no gradient
     position = torch.arange(tokens, device=metric.device).view(*grid)
     score = x.new_full((batch, *grid), float("-inf"))
     destination = torch.zeros(batch, *grid, dtype=torch.int64, device=metric.device)
