@@ -153,6 +153,23 @@ VIDMEM_INLINE void score_panels(const T* pack, const T* panels, int64_t count, i
   }
 }
 
+// Panels that are scored with every pack of a group before the next ones: they stay in the L2 cache.
+constexpr int64_t kPanelBlockBytes = 256 << 10;
+
+// score(first row, panels, number of panels, number of the first column) for every pack of `rows` with every block of
+// panels; for each pack the columns ascend.
+template <class T, class Score>
+VIDMEM_INLINE void score_blocks(const T* panels, int64_t count, int64_t channels, int64_t rows, const Score& score) {
+  const int64_t panel_size = channels * kColumns;
+  const int64_t bytes = panel_size * sizeof(T);
+  int64_t block = kPanelBlockBytes / (bytes > 0 ? bytes : 1) / kPanels * kPanels;
+  if (block < kPanels) block = kPanels;
+  for (int64_t p = 0; p < count; p += block) {
+    const int64_t some = count - p < block ? count - p : block;
+    for (int64_t s = 0; s < rows; s += kLanes<T>) score(s, panels + p * panel_size, some, p * kColumns);
+  }
+}
+
 // Best column of every row of a pack so far.
 template <class T>
 struct Best {

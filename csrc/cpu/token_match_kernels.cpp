@@ -7,9 +7,6 @@ namespace {
 
 constexpr float kNoSimilarity = -2.0f;  // stands for NaN: below every cosine
 
-// Panels that are scored against every pack of a group before the next ones: they stay in the L2 cache.
-constexpr int64_t kPanelBlockBytes = 256 << 10;
-
 template <class T> struct Bits;
 template <> struct Bits<float> {
   static constexpr int32_t magnitude = 0x7fffffff, infinity = 0x7f800000;
@@ -113,13 +110,11 @@ void run_pack_panels(const PackPanels& args, int64_t begin, int64_t end) {
 template <class T>
 void run_match_all(const MatchAll& args, int64_t begin, int64_t end) {
   using Int = typename Simd<T>::Int;
-  const int64_t channels = args.rows.channels, panel_size = channels * kColumns;
+  const int64_t channels = args.rows.channels;
   T* scratch = static_cast<T*>(args.scratch);
   T* packs = scratch + kColumns * padded_row(channels);
   T* best = packs + args.group * channels;
   Int* index = reinterpret_cast<Int*>(best + args.group);
-  int64_t block = kPanelBlockBytes / static_cast<int64_t>(panel_size * sizeof(T)) / kPanels * kPanels;
-  if (block < kPanels) block = kPanels;
 
   for (int64_t first = begin; first < end; first += args.group) {
     const int64_t count = end - first < args.group ? end - first : args.group;
@@ -131,16 +126,13 @@ void run_match_all(const MatchAll& args, int64_t begin, int64_t end) {
       best[s] = kNoSimilarity;
       index[s] = 0;
     }
-    for (int64_t p = 0; p < args.num_panels; p += block) {
-      const int64_t some = args.num_panels - p < block ? args.num_panels - p : block;
-      for (int64_t s = 0; s < count; s += kLanes<T>) {
-        Best<T> epilogue;
-        epilogue.read(best + s, index + s);
-        score_panels(packs + s * channels, static_cast<const T*>(args.panels) + p * panel_size, some, channels,
-                     p * kColumns, epilogue);
-        epilogue.write(best + s, index + s);
-      }
-    }
+    score_blocks<T>(static_cast<const T*>(args.panels), args.num_panels, channels, count,
+                    [&](int64_t s, const T* panels, int64_t num_panels, int64_t column) {
+                      Best<T> epilogue;
+                      epilogue.read(best + s, index + s);
+                      score_panels(packs + s * channels, panels, num_panels, channels, column, epilogue);
+                      epilogue.write(best + s, index + s);
+                    });
     for (int64_t s = 0; s < count; ++s) {
       const int32_t position = args.sources[first + s];
       static_cast<T*>(args.score)[position] = best[s];

@@ -1,0 +1,91 @@
+// CPU side of topk_blocks: checks, allocation, threads.
+#include "cpu/topk_blocks_kernels.h"
+
+#include <algorithm>
+
+#include "common/tensor.h"
+#include "cpu/aligned_buffer.h"
+
+namespace vidmem {
+namespace {
+
+// Bytes of keys packed at a time, unless those of one head are more.
+constexpr int64_t kPanelsBytes = 8 << 20;
+// Bytes of queries packed at a time by each thread: with a block of panels they fit the L2 cache.
+constexpr int64_t kGroupBytes = 384 << 10;
+// Multiplications that one task should at least do.
+constexpr int64_t kTaskWork = 1 << 20;
+
+int64_t grain(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
+
+BlockRows rows_of(const Tensor& x, DType dtype, int64_t block, int64_t pair) {
+  const int64_t heads = x.size(2), offset = pair / heads * x.stride(0) + pair % heads * x.stride(2);
+  const char* data = static_cast<const char*>(x.data_ptr()) + offset * x.element_size();
+  return {data, dtype, x.stride(1), x.stride(3), x.size(3), x.size(1), block};
+}
+
+// (size - 1) / block + 1 would not do for an empty size.
+int64_t blocks_of(int64_t size, int64_t block) { return size / block + (size % block != 0); }
+
+Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t block_k, int64_t topk) {
+  constexpr const char* op = "topk_blocks";
+  check_dim(q, 4, op, "q");
+  check_dim(k, 4, op, "k");
+  VIDMEM_CHECK(q.is_cpu() && k.is_cpu(), op, "q and k must be on the CPU");
+  VIDMEM_CHECK(q.scalar_type() == k.scalar_type(), op, "q and k must have the same dtype");
+  const DType dtype = dtype_of(q.scalar_type(), op, "q");
+  VIDMEM_CHECK(!is_quantized(dtype), op, "q must have a float dtype");
+  for (int64_t axis : {0, 2, 3}) {
+    VIDMEM_CHECK(q.size(axis) == k.size(axis), op, "q and k must have the same size along axis ", axis, ", got ",
+                 q.size(axis), " and ", k.size(axis));
+  }
+  VIDMEM_CHECK(block_q >= 1 && block_k >= 1, op, "blocks must have at least one row, got ", std::min(block_q, block_k));
+  const int64_t batch = q.size(0), heads = q.size(2), channels = q.size(3);
+  const int64_t num_queries = blocks_of(q.size(1), block_q), num_keys = blocks_of(k.size(1), block_k);
+  VIDMEM_CHECK(topk >= 0 && topk <= num_keys, op, "topk must be in [0, ", num_keys, "], got ", topk);
+  VIDMEM_CHECK(num_keys < int64_t(1) << 30, op, "k must have less than 2**30 blocks, got ", num_keys);
+  Tensor out = torch::stable::empty({batch, heads, num_queries, topk}, ScalarType::Int);
+  if (out.numel() == 0) return out;
+
+  const int64_t size = dtype == DType::float64 ? 8 : 4, pairs = batch * heads;
+  const int64_t num_panels = panels_of(num_keys), bytes = num_panels * kPanelColumns * channels * size;
+  const int64_t together = std::clamp<int64_t>(kPanelsBytes / std::max<int64_t>(1, bytes), 1, pairs);
+  const AlignedBuffer panels(together * bytes);
+  const int64_t units = (num_queries + kTileRows - 1) / kTileRows;
+  const int64_t group_row = (channels + 1 + 2 * topk) * size;
+  const int64_t group = kTileRows * std::clamp<int64_t>(kGroupBytes / (kTileRows * group_row), 1, units);
+  const int64_t scratch_rows = (kPanelColumns + 1) * padded_row(channels) * size;
+  const auto pack = pack_keys();
+  const auto kernel = topk_blocks();
+  for (int64_t first = 0; first < pairs; first += together) {
+    const int64_t count = std::min(together, pairs - first);
+    const int64_t pack_work = kPanelColumns * std::min(block_k, k.size(1)) * channels * 16;
+    torch::stable::parallel_for(0, count * num_panels, grain(pack_work), [&](int64_t i, int64_t end) {
+      const AlignedBuffer scratch(scratch_rows);
+      while (i < end) {
+        const int64_t pair = i / num_panels, stop = std::min(end, (pair + 1) * num_panels);
+        pack({rows_of(k, dtype, block_k, first + pair), panels.at(pair * bytes), scratch.data()},
+             i - pair * num_panels, stop - pair * num_panels);
+        i = stop;
+      }
+    });
+    const int64_t work = kTileRows * (num_keys + 16 * std::min(block_q, q.size(1))) * channels;
+    torch::stable::parallel_for(0, count * units, grain(work), [&](int64_t i, int64_t end) {
+      const AlignedBuffer scratch(scratch_rows + group * group_row);
+      while (i < end) {
+        const int64_t pair = i / units, stop = std::min(end, (pair + 1) * units);
+        auto* index = static_cast<int32_t*>(out.data_ptr()) + (first + pair) * num_queries * topk;
+        kernel({rows_of(q, dtype, block_q, first + pair), panels.at(pair * bytes), num_keys, topk, group,
+                scratch.data(), index},
+               (i - pair * units) * kTileRows, std::min(num_queries, (stop - pair * units) * kTileRows));
+        i = stop;
+      }
+    });
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace vidmem
+
+STABLE_TORCH_LIBRARY_IMPL(vidmem_cpp, CPU, m) { m.impl("topk_blocks", TORCH_BOX(&vidmem::topk_blocks_op)); }

@@ -1,0 +1,228 @@
+#include "cpu/topk_blocks_kernels.h"
+
+#include "cpu/score_tile.h"
+
+namespace vidmem {
+namespace {
+
+// The mean of a block as a row; the last block may be shorter. `extra` is one more row of scratch.
+template <class T>
+inline void mean_of_block(const BlockRows& rows, int64_t block, T* extra, T* out) {
+  const int64_t first = block * rows.block;
+  const int64_t count = rows.length - first < rows.block ? rows.length - first : rows.block;
+  const auto read = [&](int64_t row, T* to) {
+    read_row(rows.data, rows.dtype, row * rows.row_stride, rows.channel_stride, rows.channels, to);
+  };
+  read(first, out);
+  if (count == 1) return;
+  for (int64_t r = 1; r < count; ++r) {
+    read(first + r, extra);
+    for (int64_t c = 0; c < rows.channels; ++c) out[c] += extra[c];
+  }
+  for (int64_t c = 0; c < rows.channels; ++c) out[c] /= static_cast<T>(count);
+}
+
+// Means of blocks first .. first + kColumns - 1; those from `end` on are NaN, which is never found.
+template <class T>
+inline void pack_means(const BlockRows& rows, int64_t first, int64_t end, T* scratch, T* out, int64_t stride) {
+  const int64_t pitch = padded_row(rows.channels);
+  for (int j = 0; j < kColumns; ++j) {
+    T* row = scratch + j * pitch;
+    if (first + j < end) {
+      mean_of_block(rows, first + j, scratch + kColumns * pitch, row);
+    } else {
+      for (int64_t c = 0; c < rows.channels; ++c) row[c] = static_cast<T>(__builtin_nanf(""));
+    }
+  }
+  interleave(scratch, pitch, rows.channels, out, stride);
+}
+
+inline int64_t blocks_of(const BlockRows& rows) { return (rows.length - 1) / rows.block + 1; }
+
+template <class T>
+void run_pack_keys(const PackKeys& args, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    T* panel = static_cast<T*>(args.panels) + p * args.keys.channels * kColumns;
+    pack_means(args.keys, p * kColumns, blocks_of(args.keys), static_cast<T*>(args.scratch), panel, kColumns);
+  }
+}
+
+// A bit for each lane in which a > b.
+template <class T>
+VIDMEM_INLINE uint32_t lanes_above(const typename Simd<T>::V& a, const typename Simd<T>::V& b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)(a > b));
+  else return _mm256_movemask_pd((__m256d)(a > b));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kWidth<T>; ++l) bits |= uint32_t(a[l] > b[l]) << l;
+  return bits;
+#endif
+}
+
+// The best keys of one block of queries so far: a heap with the worst on top, of equal ones the last.
+template <class T>
+struct Heap {
+  T* value;
+  int32_t* index;
+
+  bool worse(int64_t a, int64_t b) const {
+    return value[a] < value[b] || (value[a] == value[b] && index[a] > index[b]);
+  }
+
+  void swap(int64_t a, int64_t b) {
+    const T v = value[a];
+    const int32_t i = index[a];
+    value[a] = value[b];
+    index[a] = index[b];
+    value[b] = v;
+    index[b] = i;
+  }
+
+  void sink(int64_t size) {
+    for (int64_t at = 0, child; (child = 2 * at + 1) < size; at = child) {
+      if (child + 1 < size && worse(child + 1, child)) ++child;
+      if (!worse(child, at)) return;
+      swap(at, child);
+    }
+  }
+
+  void push(int64_t size, T v, int32_t i) {
+    value[size] = v;
+    index[size] = i;
+    for (int64_t at = size; at > 0 && worse(at, (at - 1) / 2); at = (at - 1) / 2) swap(at, (at - 1) / 2);
+  }
+
+  void sort(int64_t size) {  // best first
+    for (int64_t last = size - 1; last > 0; --last) {
+      swap(0, last);
+      sink(last);
+    }
+  }
+};
+
+// The k best columns of every row of a pack. Once k columns are in, most tiles hold none that is better.
+template <class T>
+struct BestK {
+  using V = typename Simd<T>::V;
+  T* limit;  // the worst of the k, per lane
+  T* value;  // k per lane
+  int32_t* index;
+  int64_t k;
+
+  template <int P>
+  VIDMEM_INLINE void take(int64_t column, const Tile<T, P>& score) {
+    uint32_t any = column < k;
+#pragma GCC unroll 12
+    for (int j = 0; j < P * kColumns; ++j) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) any |= lanes_above<T>(score[j][v], load<V>(limit + v * kWidth<T>));
+    }
+    if (__builtin_expect(any == 0, 1)) return;
+    T scores[P * kColumns * kLanes<T>];
+#pragma GCC unroll 12
+    for (int j = 0; j < P * kColumns; ++j) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) store(scores + j * kLanes<T> + v * kWidth<T>, score[j][v]);
+    }
+    insert(scores, column, P * kColumns);
+  }
+
+  __attribute__((noinline)) void insert(const T* scores, int64_t column, int columns) {
+    for (int j = 0; j < columns; ++j, ++column, scores += kLanes<T>) {
+      if (column < k) {
+        for (int l = 0; l < kLanes<T>; ++l) {
+          const T score = scores[l] == scores[l] ? scores[l] : static_cast<T>(-__builtin_inff());
+          Heap<T>{value + l * k, index + l * k}.push(column, score, static_cast<int32_t>(column));
+          limit[l] = value[l * k];
+        }
+        continue;
+      }
+      for (int v = 0; v < kLanes<T>; v += kWidth<T>) {
+        for (uint32_t above = lanes_above<T>(load<V>(scores + v), load<V>(limit + v)); above; above &= above - 1) {
+          const int l = v + __builtin_ctz(above);
+          Heap<T> heap{value + l * k, index + l * k};
+          heap.value[0] = scores[l];
+          heap.index[0] = static_cast<int32_t>(column);
+          heap.sink(k);
+          limit[l] = heap.value[0];
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
+  using Int = typename Simd<T>::Int;
+  const int64_t channels = args.queries.channels, k = args.topk;
+  T* scratch = static_cast<T*>(args.scratch);
+  T* packs = scratch + (kColumns + 1) * padded_row(channels);
+  T* best = packs + args.group * channels;  // or the limits of heaps
+  T* value = best + args.group;
+  int32_t* heap_index = reinterpret_cast<int32_t*>(value + args.group * k);
+  Int* best_index = reinterpret_cast<Int*>(value);
+  const T* panels = static_cast<const T*>(args.panels);
+
+  for (int64_t first = begin; first < end; first += args.group) {
+    const int64_t count = end - first < args.group ? end - first : args.group;
+    const int64_t lanes = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    for (int64_t s = 0; s < lanes; s += kColumns) {
+      T* pack = packs + s / kLanes<T> * kLanes<T> * channels + s % kLanes<T>;
+      pack_means(args.queries, first + s, end, scratch, pack, kLanes<T>);
+    }
+    for (int64_t s = 0; s < lanes; ++s) {
+      best[s] = static_cast<T>(-__builtin_inff());
+      best_index[s] = 0;
+    }
+    score_blocks<T>(panels, panels_of(args.num_keys), channels, lanes,
+                    [&](int64_t s, const T* some, int64_t num_panels, int64_t column) {
+                      const T* pack = packs + s * channels;
+                      if (k == 1) {
+                        Best<T> epilogue;
+                        epilogue.read(best + s, best_index + s);
+                        score_panels(pack, some, num_panels, channels, column, epilogue);
+                        epilogue.write(best + s, best_index + s);
+                      } else {
+                        BestK<T> epilogue{best + s, value + s * k, heap_index + s * k, k};
+                        score_panels(pack, some, num_panels, channels, column, epilogue);
+                      }
+                    });
+    for (int64_t s = 0; s < count; ++s) {
+      int32_t* out = args.index + (first + s) * k;
+      if (k == 1) {
+        *out = static_cast<int32_t>(best_index[s]);
+        continue;
+      }
+      Heap<T> heap{value + s * k, heap_index + s * k};
+      heap.sort(k);
+      memcpy(out, heap.index, k * sizeof(int32_t));
+    }
+  }
+}
+
+}  // namespace
+
+namespace VIDMEM_ISA {
+
+void pack_keys(const PackKeys& args, int64_t begin, int64_t end) {
+  if (args.keys.dtype == DType::float64) {
+    run_pack_keys<double>(args, begin, end);
+  } else {
+    run_pack_keys<float>(args, begin, end);
+  }
+}
+
+void topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
+  if (args.queries.dtype == DType::float64) {
+    run_topk_blocks<double>(args, begin, end);
+  } else {
+    run_topk_blocks<float>(args, begin, end);
+  }
+}
+
+}  // namespace VIDMEM_ISA
+}  // namespace vidmem
