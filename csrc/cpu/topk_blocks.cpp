@@ -18,14 +18,47 @@ constexpr int64_t kTaskWork = 1 << 20;
 
 int64_t grain(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
 
-BlockRows rows_of(const Tensor& x, DType dtype, int64_t block, int64_t pair) {
-  const int64_t heads = x.size(2), offset = pair / heads * x.stride(0) + pair % heads * x.stride(2);
-  const char* data = static_cast<const char*>(x.data_ptr()) + offset * x.element_size();
-  return {data, dtype, x.stride(1), x.stride(3), x.size(3), x.size(1), block};
-}
-
-// (size - 1) / block + 1 would not do for an empty size.
 int64_t blocks_of(int64_t size, int64_t block) { return size / block + (size % block != 0); }
+
+// Rows whose products are the scores: the tensor's own, or means of their blocks.
+class Pooled {
+ public:
+  Pooled(const Tensor& x, DType dtype, int64_t block)
+      : count(blocks_of(x.size(1), block)), x_(x), dtype_(dtype), means_(block == 1 ? 0 : x.size(0) * x.size(2) * count *
+        x.size(3) * (dtype == DType::float64 ? 8 : 4)), is_pooled_(block > 1) {
+    if (!is_pooled_) return;
+    MeanBlocks common{x.data_ptr(), dtype, x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.size(1), x.size(2),
+                      x.size(3), block, count, nullptr, means_.data()};
+    const auto kernel = mean_blocks();
+    const int64_t work = std::min(block, x.size(1)) * x.size(2) * x.size(3) * 16;
+    torch::stable::parallel_for(0, x.size(0) * count, grain(work), [&](int64_t begin, int64_t end) {
+      const AlignedBuffer scratch(padded_row(x.size(3)) * 8);
+      MeanBlocks args = common;
+      args.scratch = scratch.data();
+      kernel(args, begin, end);
+    });
+  }
+
+  // Those of the batch element and head that are number `pair`.
+  ScoreRows rows(int64_t pair) const {
+    const int64_t heads = x_.size(2), channels = x_.size(3);
+    if (is_pooled_) {
+      const DType wide = dtype_ == DType::float64 ? DType::float64 : DType::float32;
+      return {means_.at(pair * count * channels * (wide == DType::float64 ? 8 : 4)), wide, channels, 1, channels, count};
+    }
+    const int64_t offset = pair / heads * x_.stride(0) + pair % heads * x_.stride(2);
+    const char* data = static_cast<const char*>(x_.data_ptr()) + offset * x_.element_size();
+    return {data, dtype_, x_.stride(1), x_.stride(3), channels, count};
+  }
+
+  const int64_t count;
+
+ private:
+  const Tensor& x_;
+  DType dtype_;
+  AlignedBuffer means_;
+  bool is_pooled_;
+};
 
 Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t block_k, int64_t topk) {
   constexpr const char* op = "topk_blocks";
@@ -47,6 +80,7 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
   Tensor out = torch::stable::empty({batch, heads, num_queries, topk}, ScalarType::Int);
   if (out.numel() == 0) return out;
 
+  const Pooled queries(q, dtype, block_q), keys(k, dtype, block_k);
   const int64_t size = dtype == DType::float64 ? 8 : 4, pairs = batch * heads;
   const int64_t num_panels = panels_of(num_keys), bytes = num_panels * kPanelColumns * channels * size;
   const int64_t together = std::clamp<int64_t>(kPanelsBytes / std::max<int64_t>(1, bytes), 1, pairs);
@@ -54,28 +88,27 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
   const int64_t units = (num_queries + kTileRows - 1) / kTileRows;
   const int64_t group_row = (channels + 1 + 2 * topk) * size;
   const int64_t group = kTileRows * std::clamp<int64_t>(kGroupBytes / (kTileRows * group_row), 1, units);
-  const int64_t scratch_rows = (kPanelColumns + 1) * padded_row(channels) * size;
+  const int64_t scratch_rows = kPanelColumns * padded_row(channels) * size;
   const auto pack = pack_keys();
   const auto kernel = topk_blocks();
   for (int64_t first = 0; first < pairs; first += together) {
     const int64_t count = std::min(together, pairs - first);
-    const int64_t pack_work = kPanelColumns * std::min(block_k, k.size(1)) * channels * 16;
-    torch::stable::parallel_for(0, count * num_panels, grain(pack_work), [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, count * num_panels, grain(kPanelColumns * channels * 16), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(scratch_rows);
       while (i < end) {
         const int64_t pair = i / num_panels, stop = std::min(end, (pair + 1) * num_panels);
-        pack({rows_of(k, dtype, block_k, first + pair), panels.at(pair * bytes), scratch.data()},
+        pack({keys.rows(first + pair), panels.at(pair * bytes), scratch.data()},
              i - pair * num_panels, stop - pair * num_panels);
         i = stop;
       }
     });
-    const int64_t work = kTileRows * (num_keys + 16 * std::min(block_q, q.size(1))) * channels;
+    const int64_t work = kTileRows * (num_keys + 16) * channels;
     torch::stable::parallel_for(0, count * units, grain(work), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(scratch_rows + group * group_row);
       while (i < end) {
         const int64_t pair = i / units, stop = std::min(end, (pair + 1) * units);
         auto* index = static_cast<int32_t*>(out.data_ptr()) + (first + pair) * num_queries * topk;
-        kernel({rows_of(q, dtype, block_q, first + pair), panels.at(pair * bytes), num_keys, topk, group,
+        kernel({queries.rows(first + pair), panels.at(pair * bytes), num_keys, topk, group,
                 scratch.data(), index},
                (i - pair * units) * kTileRows, std::min(num_queries, (stop - pair * units) * kTileRows));
         i = stop;

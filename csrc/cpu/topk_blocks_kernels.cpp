@@ -5,31 +5,50 @@
 namespace vidmem {
 namespace {
 
-// The mean of a block as a row; the last block may be shorter. `extra` is one more row of scratch.
 template <class T>
-inline void mean_of_block(const BlockRows& rows, int64_t block, T* extra, T* out) {
-  const int64_t first = block * rows.block;
-  const int64_t count = rows.length - first < rows.block ? rows.length - first : rows.block;
-  const auto read = [&](int64_t row, T* to) {
-    read_row(rows.data, rows.dtype, row * rows.row_stride, rows.channel_stride, rows.channels, to);
-  };
-  read(first, out);
-  if (count == 1) return;
-  for (int64_t r = 1; r < count; ++r) {
-    read(first + r, extra);
-    for (int64_t c = 0; c < rows.channels; ++c) out[c] += extra[c];
-  }
-  for (int64_t c = 0; c < rows.channels; ++c) out[c] /= static_cast<T>(count);
+VIDMEM_INLINE void add_row(const T* row, int64_t channels, T* sum) {
+  for (int64_t c = 0; c < channels; ++c) sum[c] += row[c];
 }
 
-// Means of blocks first .. first + kColumns - 1; those from `end` on are NaN, which is never found.
+// Whole rows of all heads in turn, as they lie in memory.
 template <class T>
-inline void pack_means(const BlockRows& rows, int64_t first, int64_t end, T* scratch, T* out, int64_t stride) {
+void run_mean_blocks(const MeanBlocks& args, int64_t begin, int64_t end) {
+  T* extra = static_cast<T*>(args.scratch);
+  const bool direct = args.channel_stride == 1 && (args.dtype == DType::float32 || args.dtype == DType::float64);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / args.num_blocks, block = i % args.num_blocks, first = block * args.block;
+    const int64_t last = args.length - first < args.block ? args.length : first + args.block;
+    T* means = static_cast<T*>(args.means) + (b * args.heads * args.num_blocks + block) * args.channels;
+    const int64_t head_size = args.num_blocks * args.channels;
+    for (int64_t row = first; row < last; ++row) {
+      for (int64_t h = 0; h < args.heads; ++h) {
+        const int64_t offset = b * args.batch_stride + row * args.row_stride + h * args.head_stride;
+        T* sum = means + h * head_size;
+        if (row == first) {
+          read_row(args.data, args.dtype, offset, args.channel_stride, args.channels, sum);
+        } else if (direct) {
+          add_row(static_cast<const T*>(args.data) + offset, args.channels, sum);
+        } else {
+          read_row(args.data, args.dtype, offset, args.channel_stride, args.channels, extra);
+          add_row(extra, args.channels, sum);
+        }
+      }
+    }
+    for (int64_t h = 0; h < args.heads; ++h) {
+      for (int64_t c = 0; c < args.channels; ++c) means[h * head_size + c] /= static_cast<T>(last - first);
+    }
+  }
+}
+
+// Rows first .. first + kColumns - 1; those from `end` on are NaN, which is never found.
+template <class T>
+inline void pack_rows(const ScoreRows& rows, int64_t first, int64_t end, T* scratch, T* out, int64_t stride) {
   const int64_t pitch = padded_row(rows.channels);
   for (int j = 0; j < kColumns; ++j) {
     T* row = scratch + j * pitch;
     if (first + j < end) {
-      mean_of_block(rows, first + j, scratch + kColumns * pitch, row);
+      const int64_t offset = (first + j) * rows.row_stride;
+      read_row(rows.data, rows.dtype, offset, rows.channel_stride, rows.channels, row);
     } else {
       for (int64_t c = 0; c < rows.channels; ++c) row[c] = static_cast<T>(__builtin_nanf(""));
     }
@@ -37,13 +56,11 @@ inline void pack_means(const BlockRows& rows, int64_t first, int64_t end, T* scr
   interleave(scratch, pitch, rows.channels, out, stride);
 }
 
-inline int64_t blocks_of(const BlockRows& rows) { return (rows.length - 1) / rows.block + 1; }
-
 template <class T>
 void run_pack_keys(const PackKeys& args, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
     T* panel = static_cast<T*>(args.panels) + p * args.keys.channels * kColumns;
-    pack_means(args.keys, p * kColumns, blocks_of(args.keys), static_cast<T*>(args.scratch), panel, kColumns);
+    pack_rows(args.keys, p * kColumns, args.keys.count, static_cast<T*>(args.scratch), panel, kColumns);
   }
 }
 
@@ -63,7 +80,7 @@ VIDMEM_INLINE uint32_t lanes_above(const typename Simd<T>::V& a, const typename 
 #endif
 }
 
-// The best keys of one block of queries so far: a heap with the worst on top, of equal ones the last.
+// The best keys of one query so far: a heap with the worst on top, of equal ones the last.
 template <class T>
 struct Heap {
   T* value;
@@ -160,7 +177,7 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
   using Int = typename Simd<T>::Int;
   const int64_t channels = args.queries.channels, k = args.topk;
   T* scratch = static_cast<T*>(args.scratch);
-  T* packs = scratch + (kColumns + 1) * padded_row(channels);
+  T* packs = scratch + kColumns * padded_row(channels);
   T* best = packs + args.group * channels;  // or the limits of heaps
   T* value = best + args.group;
   int32_t* heap_index = reinterpret_cast<int32_t*>(value + args.group * k);
@@ -172,7 +189,7 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
     const int64_t lanes = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     for (int64_t s = 0; s < lanes; s += kColumns) {
       T* pack = packs + s / kLanes<T> * kLanes<T> * channels + s % kLanes<T>;
-      pack_means(args.queries, first + s, end, scratch, pack, kLanes<T>);
+      pack_rows(args.queries, first + s, end, scratch, pack, kLanes<T>);
     }
     for (int64_t s = 0; s < lanes; ++s) {
       best[s] = static_cast<T>(-__builtin_inff());
@@ -207,6 +224,14 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
 }  // namespace
 
 namespace VIDMEM_ISA {
+
+void mean_blocks(const MeanBlocks& args, int64_t begin, int64_t end) {
+  if (args.dtype == DType::float64) {
+    run_mean_blocks<double>(args, begin, end);
+  } else {
+    run_mean_blocks<float>(args, begin, end);
+  }
+}
 
 void pack_keys(const PackKeys& args, int64_t begin, int64_t end) {
   if (args.keys.dtype == DType::float64) {
