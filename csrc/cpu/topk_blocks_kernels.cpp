@@ -5,9 +5,18 @@
 namespace vidmem {
 namespace {
 
+// Adds `count` rows to a sum, in order; four at a time, which saves most of the sum's loads and stores.
 template <class T>
-VIDMEM_INLINE void add_row(const T* row, int64_t channels, T* sum) {
-  for (int64_t c = 0; c < channels; ++c) sum[c] += row[c];
+VIDMEM_INLINE void add_rows(const T* rows, int64_t stride, int64_t count, int64_t channels, T* __restrict sum) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4, rows += 4 * stride) {
+    for (int64_t c = 0; c < channels; ++c) {
+      sum[c] = sum[c] + rows[c] + rows[stride + c] + rows[2 * stride + c] + rows[3 * stride + c];
+    }
+  }
+  for (; r < count; ++r, rows += stride) {
+    for (int64_t c = 0; c < channels; ++c) sum[c] += rows[c];
+  }
 }
 
 // Whole rows of all heads in turn, as they lie in memory.
@@ -20,17 +29,18 @@ void run_mean_blocks(const MeanBlocks& args, int64_t begin, int64_t end) {
     const int64_t last = args.length - first < args.block ? args.length : first + args.block;
     T* means = static_cast<T*>(args.means) + (b * args.heads * args.num_blocks + block) * args.channels;
     const int64_t head_size = args.num_blocks * args.channels;
-    for (int64_t row = first; row < last; ++row) {
+    for (int64_t row = first, some; row < last; row += some) {
+      some = row == first ? 1 : direct ? (last - row < 4 ? last - row : 4) : 1;
       for (int64_t h = 0; h < args.heads; ++h) {
         const int64_t offset = b * args.batch_stride + row * args.row_stride + h * args.head_stride;
         T* sum = means + h * head_size;
         if (row == first) {
           read_row(args.data, args.dtype, offset, args.channel_stride, args.channels, sum);
         } else if (direct) {
-          add_row(static_cast<const T*>(args.data) + offset, args.channels, sum);
+          add_rows(static_cast<const T*>(args.data) + offset, args.row_stride, some, args.channels, sum);
         } else {
           read_row(args.data, args.dtype, offset, args.channel_stride, args.channels, extra);
-          add_row(extra, args.channels, sum);
+          add_rows(extra, 0, 1, args.channels, sum);
         }
       }
     }
@@ -80,53 +90,28 @@ VIDMEM_INLINE uint32_t lanes_above(const typename Simd<T>::V& a, const typename 
 #endif
 }
 
-// The best keys of one query so far: a heap with the worst on top, of equal ones the last.
+// Puts a column behind all that are at least as good in a list of `size`, best first, and shifts the rest.
 template <class T>
-struct Heap {
-  T* value;
-  int32_t* index;
-
-  bool worse(int64_t a, int64_t b) const {
-    return value[a] < value[b] || (value[a] == value[b] && index[a] > index[b]);
+VIDMEM_INLINE void insert_sorted(T* value, int32_t* index, int64_t size, T score, int64_t column) {
+  int64_t at = 0;
+  for (int64_t left = size; left > 0;) {  // no branch on values: they cannot be predicted
+    const int64_t half = left / 2;
+    const bool behind = value[at + half] >= score;
+    at = behind ? at + half + 1 : at;
+    left = behind ? left - half - 1 : half;
   }
-
-  void swap(int64_t a, int64_t b) {
-    const T v = value[a];
-    const int32_t i = index[a];
-    value[a] = value[b];
-    index[a] = index[b];
-    value[b] = v;
-    index[b] = i;
-  }
-
-  void sink(int64_t size) {
-    for (int64_t at = 0, child; (child = 2 * at + 1) < size; at = child) {
-      if (child + 1 < size && worse(child + 1, child)) ++child;
-      if (!worse(child, at)) return;
-      swap(at, child);
-    }
-  }
-
-  void push(int64_t size, T v, int32_t i) {
-    value[size] = v;
-    index[size] = i;
-    for (int64_t at = size; at > 0 && worse(at, (at - 1) / 2); at = (at - 1) / 2) swap(at, (at - 1) / 2);
-  }
-
-  void sort(int64_t size) {  // best first
-    for (int64_t last = size - 1; last > 0; --last) {
-      swap(0, last);
-      sink(last);
-    }
-  }
-};
+  memmove(value + at + 1, value + at, (size - at) * sizeof(T));
+  memmove(index + at + 1, index + at, (size - at) * sizeof(int32_t));
+  value[at] = score;
+  index[at] = static_cast<int32_t>(column);
+}
 
 // The k best columns of every row of a pack. Once k columns are in, most tiles hold none that is better.
 template <class T>
 struct BestK {
   using V = typename Simd<T>::V;
   T* limit;  // the worst of the k, per lane
-  T* value;  // k per lane
+  T* value;  // k per lane, best first
   int32_t* index;
   int64_t k;
 
@@ -153,19 +138,16 @@ struct BestK {
       if (column < k) {
         for (int l = 0; l < kLanes<T>; ++l) {
           const T score = scores[l] == scores[l] ? scores[l] : static_cast<T>(-__builtin_inff());
-          Heap<T>{value + l * k, index + l * k}.push(column, score, static_cast<int32_t>(column));
-          limit[l] = value[l * k];
+          insert_sorted(value + l * k, index + l * k, column, score, column);
+          limit[l] = value[l * k + column];
         }
         continue;
       }
       for (int v = 0; v < kLanes<T>; v += kWidth<T>) {
         for (uint32_t above = lanes_above<T>(load<V>(scores + v), load<V>(limit + v)); above; above &= above - 1) {
           const int l = v + __builtin_ctz(above);
-          Heap<T> heap{value + l * k, index + l * k};
-          heap.value[0] = scores[l];
-          heap.index[0] = static_cast<int32_t>(column);
-          heap.sink(k);
-          limit[l] = heap.value[0];
+          insert_sorted(value + l * k, index + l * k, k - 1, scores[l], column);
+          limit[l] = value[l * k + k - 1];
         }
       }
     }
@@ -178,9 +160,9 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
   const int64_t channels = args.queries.channels, k = args.topk;
   T* scratch = static_cast<T*>(args.scratch);
   T* packs = scratch + kColumns * padded_row(channels);
-  T* best = packs + args.group * channels;  // or the limits of heaps
+  T* best = packs + args.group * channels;  // or the limits of lists
   T* value = best + args.group;
-  int32_t* heap_index = reinterpret_cast<int32_t*>(value + args.group * k);
+  int32_t* list_index = reinterpret_cast<int32_t*>(value + args.group * k);
   Int* best_index = reinterpret_cast<Int*>(value);
   const T* panels = static_cast<const T*>(args.panels);
 
@@ -204,7 +186,7 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
                         score_panels(pack, some, num_panels, channels, column, epilogue);
                         epilogue.write(best + s, best_index + s);
                       } else {
-                        BestK<T> epilogue{best + s, value + s * k, heap_index + s * k, k};
+                        BestK<T> epilogue{best + s, value + s * k, list_index + s * k, k};
                         score_panels(pack, some, num_panels, channels, column, epilogue);
                       }
                     });
@@ -214,9 +196,7 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
         *out = static_cast<int32_t>(best_index[s]);
         continue;
       }
-      Heap<T> heap{value + s * k, heap_index + s * k};
-      heap.sort(k);
-      memcpy(out, heap.index, k * sizeof(int32_t));
+      memcpy(out, list_index + s * k, k * sizeof(int32_t));
     }
   }
 }
