@@ -86,7 +86,7 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
   const int64_t together = std::clamp<int64_t>(kPanelsBytes / std::max<int64_t>(1, bytes), 1, pairs);
   const AlignedBuffer panels(together * bytes);
   const int64_t units = (num_queries + kTileRows - 1) / kTileRows;
-  const int64_t group_row = (channels + 1 + 2 * topk) * size;
+  const int64_t group_row = (channels + 1 + 2 * (topk + kRowPad)) * size;
   const int64_t group = kTileRows * std::clamp<int64_t>(kGroupBytes / (kTileRows * group_row), 1, units);
   const int64_t scratch_rows = kPanelColumns * padded_row(channels) * size;
   const auto pack = pack_keys();

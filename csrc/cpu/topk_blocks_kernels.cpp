@@ -90,20 +90,23 @@ VIDMEM_INLINE uint32_t lanes_above(const typename Simd<T>::V& a, const typename 
 #endif
 }
 
-// Puts a column behind all that are at least as good in a list of `size`, best first, and shifts the rest.
+// Puts a column behind all that are at least as good in a list of k, best first, and drops the last one. Whole vectors
+// from the end, without a branch on values but for the first vector that stays as it is: in front of the list lie
+// kRowPad entries of infinity. NaN is an empty place.
 template <class T>
-VIDMEM_INLINE void insert_sorted(T* value, int32_t* index, int64_t size, T score, int64_t column) {
-  int64_t at = 0;
-  for (int64_t left = size; left > 0;) {  // no branch on values: they cannot be predicted
-    const int64_t half = left / 2;
-    const bool behind = value[at + half] >= score;
-    at = behind ? at + half + 1 : at;
-    left = behind ? left - half - 1 : half;
+VIDMEM_INLINE void insert_sorted(T* value, typename Simd<T>::Int* index, int64_t k, T score, int64_t column) {
+  using V = typename Simd<T>::V;
+  using I = typename Simd<T>::I;
+  const V scores = score - V{};
+  const I columns = I{} + static_cast<typename Simd<T>::Int>(column);
+  for (int64_t i = k - kWidth<T>;; i -= kWidth<T>) {
+    const V here = load<V>(value + i), before = load<V>(value + i - 1);
+    const I number = load<I>(index + i), number_before = load<I>(index + i - 1);
+    const I stays = here >= scores, is_next = before >= scores;
+    store(value + i, V(stays ? here : is_next ? scores : before));
+    store(index + i, I(stays ? number : is_next ? columns : number_before));
+    if (value[i - 1] >= score) return;
   }
-  memmove(value + at + 1, value + at, (size - at) * sizeof(T));
-  memmove(index + at + 1, index + at, (size - at) * sizeof(int32_t));
-  value[at] = score;
-  index[at] = static_cast<int32_t>(column);
 }
 
 // The k best columns of every row of a pack. Once k columns are in, most tiles hold none that is better.
@@ -111,9 +114,9 @@ template <class T>
 struct BestK {
   using V = typename Simd<T>::V;
   T* limit;  // the worst of the k, per lane
-  T* value;  // k per lane, best first
-  int32_t* index;
-  int64_t k;
+  T* value;  // k per lane, best first, `pitch` from lane to lane
+  typename Simd<T>::Int* index;
+  int64_t k, pitch;
 
   template <int P>
   VIDMEM_INLINE void take(int64_t column, const Tile<T, P>& score) {
@@ -138,16 +141,16 @@ struct BestK {
       if (column < k) {
         for (int l = 0; l < kLanes<T>; ++l) {
           const T score = scores[l] == scores[l] ? scores[l] : static_cast<T>(-__builtin_inff());
-          insert_sorted(value + l * k, index + l * k, column, score, column);
-          limit[l] = value[l * k + column];
+          insert_sorted(value + l * pitch, index + l * pitch, k, score, column);
+          limit[l] = value[l * pitch + k - 1];
         }
         continue;
       }
       for (int v = 0; v < kLanes<T>; v += kWidth<T>) {
         for (uint32_t above = lanes_above<T>(load<V>(scores + v), load<V>(limit + v)); above; above &= above - 1) {
           const int l = v + __builtin_ctz(above);
-          insert_sorted(value + l * k, index + l * k, k - 1, scores[l], column);
-          limit[l] = value[l * k + k - 1];
+          insert_sorted(value + l * pitch, index + l * pitch, k, scores[l], column);
+          limit[l] = value[l * pitch + k - 1];
         }
       }
     }
@@ -161,9 +164,9 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
   T* scratch = static_cast<T*>(args.scratch);
   T* packs = scratch + kColumns * padded_row(channels);
   T* best = packs + args.group * channels;  // or the limits of lists
-  T* value = best + args.group;
-  int32_t* list_index = reinterpret_cast<int32_t*>(value + args.group * k);
-  Int* best_index = reinterpret_cast<Int*>(value);
+  Int* index = reinterpret_cast<Int*>(best + args.group);
+  const int64_t pitch = k == 1 ? 1 : kRowPad + k;  // of lists, behind their padding
+  T* value = reinterpret_cast<T*>(index + args.group * pitch);
   const T* panels = static_cast<const T*>(args.panels);
 
   for (int64_t first = begin; first < end; first += args.group) {
@@ -175,28 +178,29 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
     }
     for (int64_t s = 0; s < lanes; ++s) {
       best[s] = static_cast<T>(-__builtin_inff());
-      best_index[s] = 0;
+      index[s] = 0;
+      if (k == 1) continue;
+      T* list = value + s * pitch;
+      for (int64_t i = 0; i < kRowPad; ++i) list[i] = static_cast<T>(__builtin_inff());
+      for (int64_t i = kRowPad; i < pitch; ++i) list[i] = static_cast<T>(__builtin_nanf(""));
     }
     score_blocks<T>(panels, panels_of(args.num_keys), channels, lanes,
                     [&](int64_t s, const T* some, int64_t num_panels, int64_t column) {
                       const T* pack = packs + s * channels;
                       if (k == 1) {
                         Best<T> epilogue;
-                        epilogue.read(best + s, best_index + s);
+                        epilogue.read(best + s, index + s);
                         score_panels(pack, some, num_panels, channels, column, epilogue);
-                        epilogue.write(best + s, best_index + s);
+                        epilogue.write(best + s, index + s);
                       } else {
-                        BestK<T> epilogue{best + s, value + s * k, list_index + s * k, k};
+                        const int64_t list = s * pitch + kRowPad;
+                        BestK<T> epilogue{best + s, value + list, index + list, k, pitch};
                         score_panels(pack, some, num_panels, channels, column, epilogue);
                       }
                     });
     for (int64_t s = 0; s < count; ++s) {
-      int32_t* out = args.index + (first + s) * k;
-      if (k == 1) {
-        *out = static_cast<int32_t>(best_index[s]);
-        continue;
-      }
-      memcpy(out, list_index + s * k, k * sizeof(int32_t));
+      const Int* found = k == 1 ? index + s : index + s * pitch + kRowPad;
+      for (int64_t i = 0; i < k; ++i) args.index[(first + s) * k + i] = static_cast<int32_t>(found[i]);
     }
   }
 }
