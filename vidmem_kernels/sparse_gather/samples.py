@@ -94,3 +94,6 @@ def topk_blocks(make):
     yield "no queries", (q[:, :0], k, 4, 5, 3)
     yield "no keys", (q, k[:, :0], 4, 5, 0)
     yield "no batch", (q[:0], k[:0], 4, 5, 3)
+    yield "nearest of many", (make.randn(1, 130, 1, 65), make.randn(1, 301, 1, 65), 1, 1, 1)
+    tied = make.randint(-1, 2, (1, 120, 2, 6)).to(make.dtype)
+    yield "equal scores", (tied[:, :50], tied, 1, 1, 33)

@@ -32,6 +32,13 @@ def match_tokens(make):
     nan[0, ::3] = float("nan")
     yield "window, nan", (nan, 30, (3, 4, 4), default, (0, 1, 1))
     yield "every token a destination", (make.randn(2, 24, 5), 0, (2, 3, 4), (1, 1, 1), (1, 1, 1))
+    yield "several vectors of channels", (make.randn(1, 210, 70), 90, None, default, None)
+    yield "strided grid", (make.strided(make.randn(2, 105, 6)), 60, (3, 5, 7), default, None)
+    yield "long row of cells", (make.randn(1, 260, 33), 150, (1, 2, 130), default, (0, 1, 2))
+    mixed = make.randn(2, 60, 5)
+    mixed[:, ::4] = 0
+    mixed[:, 1::8] = float("inf")
+    yield "window 0, zero and infinite vectors", (mixed, 45, (3, 4, 5), default, (0, 0, 0))
 
 
 @sample_inputs("match_neighbors")
@@ -48,6 +55,7 @@ def match_neighbors(make):
     yield "one token", (make.randn(2, 1, 5), 0, (1, 1, 1))
     yield "no token", (make.randn(2, 0, 5), 0, (0, 3, 4))
     yield "no batch", (make.randn(0, 24, 5), 5, (2, 3, 4))
+    yield "several vectors of channels", (make.randn(1, 60, 70), 20, (3, 4, 5))
 
 
 @sample_inputs("count_neighbors")
@@ -56,6 +64,10 @@ def count_neighbors(make):
     yield "strided", (make.strided(make.randn(2, 24, 5)), (2, 3, 4), -0.5)
     yield "one token", (make.randn(2, 1, 5), (1, 1, 1), 0.0)
     yield "no batch", (make.randn(0, 24, 5), (2, 3, 4), 0.0)
+    mixed = make.randn(2, 60, 70)
+    mixed[:, ::7] = float("nan")
+    mixed[:, ::5] = 0
+    yield "zero vectors and nan", (mixed, (3, 4, 5), 0.0)
 
 
 def _groups(make, batch, tokens, num_merge):
