@@ -291,11 +291,11 @@ def test_count_neighbors(threshold, capability):
 # --- topk_blocks ---
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 64, 150])
+@pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 64, 256, 257, 300])
 @pytest.mark.parametrize("channels", [1, 65, 400])
 def test_topk_of_ties_and_special_values(count, channels, capability):
     """Sums of small integers are exact: indices are the reference's, whatever the order of summation."""
-    q, k = torch.randint(-2, 3, (2, 70, 2, channels)).float(), torch.randint(-2, 3, (2, 150, 2, channels)).float()
+    q, k = torch.randint(-2, 3, (2, 70, 2, channels)).float(), torch.randint(-2, 3, (2, 300, 2, channels)).float()
     assert torch.equal(topk(q, k, count), gather_reference.topk_blocks(q, k, 1, 1, count))
     assert torch.equal(topk(q.double(), k.double(), count), gather_reference.topk_blocks(q, k, 1, 1, count))
     k[0, ::3, 0, 0] = NAN

@@ -44,10 +44,10 @@ inline Divisors<T> divisors(const T* row, int64_t channels) {
   }
   typename Simd<T>::Int peak_bits = 0;
   for (int l = 0; l < kWidth<T>; ++l) peak_bits = highest[l] > peak_bits ? highest[l] : peak_bits;
-  if (peak_bits == 0) return {1, 1};
   if (peak_bits >= Bits<T>::infinity) return {quiet_nan<T>(), 1};
   T peak;
   memcpy(&peak, &peak_bits, sizeof peak);
+  if (peak == 0) return {1, 1};
   V sums{};
   for (int64_t c = 0; c < channels; c += kWidth<T>) {
     const V x = load<V>(row + c) / peak;

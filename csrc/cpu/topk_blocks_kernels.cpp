@@ -109,12 +109,62 @@ VIDMEM_INLINE void insert_sorted(T* value, typename Simd<T>::Int* index, int64_t
   }
 }
 
+// The same columns as a heap with the worst on top, of equal ones the last: for k at which a list takes longer.
+constexpr int64_t kLongestList = 256;
+
+template <class T>
+struct Heap {
+  using Int = typename Simd<T>::Int;
+  T* value;
+  Int* index;
+
+  bool is_worse(int64_t a, int64_t b) const {
+    return value[a] < value[b] || (value[a] == value[b] && index[a] > index[b]);
+  }
+
+  void swap(int64_t a, int64_t b) {
+    const T v = value[a];
+    const Int i = index[a];
+    value[a] = value[b];
+    index[a] = index[b];
+    value[b] = v;
+    index[b] = i;
+  }
+
+  void sink(int64_t size) {
+    for (int64_t at = 0, child; (child = 2 * at + 1) < size; at = child) {
+      if (child + 1 < size && is_worse(child + 1, child)) ++child;
+      if (!is_worse(child, at)) return;
+      swap(at, child);
+    }
+  }
+
+  void push(int64_t size, T score, int64_t column) {
+    value[size] = score;
+    index[size] = static_cast<Int>(column);
+    for (int64_t at = size; at > 0 && is_worse(at, (at - 1) / 2); at = (at - 1) / 2) swap(at, (at - 1) / 2);
+  }
+
+  void replace_worst(int64_t size, T score, int64_t column) {
+    value[0] = score;
+    index[0] = static_cast<Int>(column);
+    sink(size);
+  }
+
+  void sort(int64_t size) {  // best first
+    for (int64_t last = size - 1; last > 0; --last) {
+      swap(0, last);
+      sink(last);
+    }
+  }
+};
+
 // The k best columns of every row of a pack. Once k columns are in, most tiles hold none that is better.
 template <class T>
 struct BestK {
   using V = typename Simd<T>::V;
   T* limit;  // the worst of the k, per lane
-  T* value;  // k per lane, best first, `pitch` from lane to lane
+  T* value;  // k per lane, a list or a heap, `pitch` from lane to lane
   typename Simd<T>::Int* index;
   int64_t k, pitch;
 
@@ -136,21 +186,36 @@ struct BestK {
     insert(scores, column, P * kColumns);
   }
 
+  VIDMEM_INLINE void put(int l, T score, int64_t column) {
+    T* values = value + l * pitch;
+    auto* numbers = index + l * pitch;
+    if (k <= kLongestList) {
+      insert_sorted(values, numbers, k, score, column);
+      limit[l] = values[k - 1];
+      return;
+    }
+    Heap<T> heap{values, numbers};
+    if (column < k) {
+      heap.push(column, score, column);
+    } else {
+      heap.replace_worst(k, score, column);
+    }
+    limit[l] = values[0];
+  }
+
   __attribute__((noinline)) void insert(const T* scores, int64_t column, int columns) {
     for (int j = 0; j < columns; ++j, ++column, scores += kLanes<T>) {
       if (column < k) {
         for (int l = 0; l < kLanes<T>; ++l) {
           const T score = scores[l] == scores[l] ? scores[l] : static_cast<T>(-__builtin_inff());
-          insert_sorted(value + l * pitch, index + l * pitch, k, score, column);
-          limit[l] = value[l * pitch + k - 1];
+          put(l, score, column);
         }
         continue;
       }
       for (int v = 0; v < kLanes<T>; v += kWidth<T>) {
         for (uint32_t above = lanes_above<T>(load<V>(scores + v), load<V>(limit + v)); above; above &= above - 1) {
           const int l = v + __builtin_ctz(above);
-          insert_sorted(value + l * pitch, index + l * pitch, k, scores[l], column);
-          limit[l] = value[l * pitch + k - 1];
+          put(l, scores[l], column);
         }
       }
     }
@@ -199,7 +264,9 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
                       }
                     });
     for (int64_t s = 0; s < count; ++s) {
-      const Int* found = k == 1 ? index + s : index + s * pitch + kRowPad;
+      const int64_t list = s * pitch + kRowPad;
+      if (k > kLongestList) Heap<T>{value + list, index + list}.sort(k);
+      const Int* found = k == 1 ? index + s : index + list;
       for (int64_t i = 0; i < k; ++i) args.index[(first + s) * k + i] = static_cast<int32_t>(found[i]);
     }
   }
