@@ -95,7 +95,8 @@ void for_packed(const Tensor& metric, DType dtype, const std::vector<int32_t>& c
   const auto pack = pack_panels();
   for (int64_t first = 0; first < batch; first += lanes) {
     const int64_t count = std::min(lanes, batch - first);
-    torch::stable::parallel_for(0, count * num_panels, grain(kPanelColumns * channels * 16), [&](int64_t i, int64_t end) {
+    const int64_t work = kPanelColumns * channels * 16;
+    torch::stable::parallel_for(0, count * num_panels, grain(work), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(kPanelColumns * padded_row(channels) * size);
       while (i < end) {
         const int64_t b = i / num_panels, stop = std::min(end, (b + 1) * num_panels);

@@ -24,8 +24,12 @@ int64_t blocks_of(int64_t size, int64_t block) { return size / block + (size % b
 class Pooled {
  public:
   Pooled(const Tensor& x, DType dtype, int64_t block)
-      : count(blocks_of(x.size(1), block)), x_(x), dtype_(dtype), means_(block == 1 ? 0 : x.size(0) * x.size(2) * count *
-        x.size(3) * (dtype == DType::float64 ? 8 : 4)), is_pooled_(block > 1) {
+      : count(blocks_of(x.size(1), block)),
+        x_(x),
+        dtype_(dtype),
+        size_(dtype == DType::float64 ? 8 : 4),
+        is_pooled_(block > 1),
+        means_(is_pooled_ ? x.size(0) * x.size(2) * count * x.size(3) * size_ : 0) {
     if (!is_pooled_) return;
     MeanBlocks common{x.data_ptr(), dtype, x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.size(1), x.size(2),
                       x.size(3), block, count, nullptr, means_.data()};
@@ -44,7 +48,7 @@ class Pooled {
     const int64_t heads = x_.size(2), channels = x_.size(3);
     if (is_pooled_) {
       const DType wide = dtype_ == DType::float64 ? DType::float64 : DType::float32;
-      return {means_.at(pair * count * channels * (wide == DType::float64 ? 8 : 4)), wide, channels, 1, channels, count};
+      return {means_.at(pair * count * channels * size_), wide, channels, 1, channels, count};
     }
     const int64_t offset = pair / heads * x_.stride(0) + pair % heads * x_.stride(2);
     const char* data = static_cast<const char*>(x_.data_ptr()) + offset * x_.element_size();
@@ -56,8 +60,9 @@ class Pooled {
  private:
   const Tensor& x_;
   DType dtype_;
-  AlignedBuffer means_;
+  int64_t size_;  // of an element of the means
   bool is_pooled_;
+  AlignedBuffer means_;
 };
 
 Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t block_k, int64_t topk) {
@@ -93,7 +98,8 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
   const auto kernel = topk_blocks();
   for (int64_t first = 0; first < pairs; first += together) {
     const int64_t count = std::min(together, pairs - first);
-    torch::stable::parallel_for(0, count * num_panels, grain(kPanelColumns * channels * 16), [&](int64_t i, int64_t end) {
+    const int64_t pack_work = kPanelColumns * channels * 16;
+    torch::stable::parallel_for(0, count * num_panels, grain(pack_work), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(scratch_rows);
       while (i < end) {
         const int64_t pair = i / num_panels, stop = std::min(end, (pair + 1) * num_panels);

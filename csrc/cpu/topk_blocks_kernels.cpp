@@ -166,7 +166,7 @@ struct BestK {
   T* limit;  // the worst of the k, per lane
   T* value;  // k per lane, a list or a heap, `pitch` from lane to lane
   typename Simd<T>::Int* index;
-  int64_t k, pitch;
+  int64_t k, pitch, lanes;  // lanes that hold a row; the others' scores are NaN
 
   template <int P>
   VIDMEM_INLINE void take(int64_t column, const Tile<T, P>& score) {
@@ -206,7 +206,7 @@ struct BestK {
   __attribute__((noinline)) void insert(const T* scores, int64_t column, int columns) {
     for (int j = 0; j < columns; ++j, ++column, scores += kLanes<T>) {
       if (column < k) {
-        for (int l = 0; l < kLanes<T>; ++l) {
+        for (int l = 0; l < lanes; ++l) {
           const T score = scores[l] == scores[l] ? scores[l] : static_cast<T>(-__builtin_inff());
           put(l, score, column);
         }
@@ -239,7 +239,7 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
     const int64_t lanes = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     for (int64_t s = 0; s < lanes; s += kColumns) {
       T* pack = packs + s / kLanes<T> * kLanes<T> * channels + s % kLanes<T>;
-      pack_rows(args.queries, first + s, end, scratch, pack, kLanes<T>);
+      pack_rows(args.queries, first + s, first + count, scratch, pack, kLanes<T>);
     }
     for (int64_t s = 0; s < lanes; ++s) {
       best[s] = static_cast<T>(-__builtin_inff());
@@ -259,7 +259,8 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
                         epilogue.write(best + s, index + s);
                       } else {
                         const int64_t list = s * pitch + kRowPad;
-                        BestK<T> epilogue{best + s, value + list, index + list, k, pitch};
+                        const int64_t filled = count - s < kLanes<T> ? count - s : kLanes<T>;
+                        BestK<T> epilogue{best + s, value + list, index + list, k, pitch, filled};
                         score_panels(pack, some, num_panels, channels, column, epilogue);
                       }
                     });
