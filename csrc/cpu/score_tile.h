@@ -125,7 +125,7 @@ VIDMEM_INLINE void score_tile(const T* pack, const T* panels, int64_t channels, 
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
       for (int j = 0; j < kColumns; ++j) {
-        const V x = panels[p * panel_size + c * kColumns + j] - V{};
+        const V x = panels[p * panel_size + c * kColumns + j] - V{};  // a broadcast
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) sum[p * kColumns + j][v] += x * row[v];
       }
