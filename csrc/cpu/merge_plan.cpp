@@ -1,35 +1,19 @@
 #include "cpu/merge_plan.h"
 
 #include <algorithm>
-#include <bit>
-#include <type_traits>
+
+#include "cpu/best_scores.h"
+#include "cpu/grain.h"
 
 namespace vidmem {
 namespace {
 
-// Unsigned keys that ascend from the highest score to the lowest, the same for 0 and -0.
-template <class T>
-auto descending_key(T score) {
-  using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-  constexpr Key sign = Key(1) << (8 * sizeof(T) - 1);
-  const Key bits = std::bit_cast<Key>(score + T(0));
-  return bits & sign ? bits : ~(bits | sign);
-}
-
-// row[source] = -1 for the num_merge sources of highest score, of equal ones the first.
+// row[source] = -1 for the sources that merge.
 template <class T>
 void choose(const T* score, const std::vector<int32_t>& sources, int64_t num_merge, std::vector<int32_t>& row) {
-  if (num_merge == 0) return;
-  std::vector<decltype(descending_key(T()))> keys(sources.size());
-  for (size_t s = 0; s < sources.size(); ++s) keys[s] = descending_key(score[sources[s]]);
-  const auto last = keys.begin() + num_merge - 1;
-  std::nth_element(keys.begin(), last, keys.end());
-  const auto limit = *last;
-  int64_t equal = std::count(keys.begin(), last + 1, limit);
-  for (int32_t source : sources) {
-    const auto key = descending_key(score[source]);
-    if (key < limit || (key == limit && equal-- > 0)) row[source] = -1;
-  }
+  std::vector<int32_t> merged(num_merge);
+  best_scores(sources.size(), num_merge, [&](int64_t s) { return score[sources[s]]; }, merged.data());
+  for (int32_t s : merged) row[sources[s]] = -1;
 }
 
 struct Outputs {
@@ -63,8 +47,7 @@ MergePlan merge_plan(DType dtype, const void* score, const int32_t* destination,
   const auto data = [](const Tensor& t) { return static_cast<int32_t*>(t.data_ptr()); };
   const Outputs all{data(std::get<0>(plan)), data(std::get<1>(plan)), data(std::get<2>(plan)),
                     data(std::get<3>(plan))};
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, tokens));
-  torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, grain(tokens, 16384), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> row(tokens);
     for (int64_t b = begin; b < end; ++b) {
       std::fill(row.begin(), row.end(), 0);

@@ -5,14 +5,11 @@
 #include <tuple>
 
 #include "common/tensor.h"
+#include "cpu/empty_rows.h"
+#include "cpu/grain.h"
 
 namespace vidmem {
 namespace {
-
-// Rows that one task should at least handle, so that a task reads about 64 KiB.
-int64_t grain(const Tensor& x) {
-  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, x.size(2) * x.element_size()));
-}
 
 DType check_rows(const Tensor& x, ScalarType dtype, const char* op) {
   check_dim(x, 3, op, "x");
@@ -31,7 +28,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype) {
   constexpr const char* op = "quantize_rows";
   QuantizeRows args{};
   args.rows_dtype = check_rows(x, dtype, op);
-  Tensor rows = torch::stable::empty({x.size(0), x.size(1), x.size(2)}, dtype);
+  Tensor rows = empty_rows(x.size(0), x.size(1), x.size(2), dtype);
   Tensor scale = torch::stable::empty({x.size(0), x.size(1)}, scale_type(x));
   args.x = x.data_ptr();
   args.dtype = dtype_of(x.scalar_type(), op, "x");
@@ -43,7 +40,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype) {
   args.rows_per_batch = x.size(1);
   args.channels = x.size(2);
   const auto kernel = encode_rows();
-  torch::stable::parallel_for(0, x.size(0) * x.size(1), grain(x),
+  torch::stable::parallel_for(0, x.size(0) * x.size(1), grain(x.size(2) * x.element_size()),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {rows, scale};
 }
@@ -56,7 +53,7 @@ Tensor quantize_rows_backward(const Tensor& grad_scale, const Tensor& x, ScalarT
   VIDMEM_CHECK(grad_scale.is_cpu() && grad_scale.scalar_type() == scale_type(x) &&
                    grad_scale.size(0) == x.size(0) && grad_scale.size(1) == x.size(1),
                op, "grad_scale must have the dtype of the scale and the first two sizes of x, on the CPU");
-  Tensor grad = torch::stable::empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor grad = empty_rows(x.size(0), x.size(1), x.size(2), x.scalar_type());
   if (grad.numel() == 0) return grad;
   args.grad_scale = grad_scale.data_ptr();
   args.grad_batch_stride = grad_scale.stride(0);
@@ -70,7 +67,7 @@ Tensor quantize_rows_backward(const Tensor& grad_scale, const Tensor& x, ScalarT
   args.rows_per_batch = x.size(1);
   args.channels = x.size(2);
   const auto kernel = encode_rows_backward();
-  torch::stable::parallel_for(0, x.size(0) * x.size(1), grain(x),
+  torch::stable::parallel_for(0, x.size(0) * x.size(1), grain(x.size(2) * x.element_size()),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return grad;
 }

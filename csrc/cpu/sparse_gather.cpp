@@ -6,14 +6,11 @@
 #include <memory>
 
 #include "common/tensor.h"
+#include "cpu/empty_rows.h"
+#include "cpu/grain.h"
 
 namespace vidmem {
 namespace {
-
-// Rows that one task should at least handle, so that a task moves about 64 KiB.
-int64_t grain(int64_t channels, int64_t element_size) {
-  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, channels * element_size));
-}
 
 Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optional<Tensor>& scale,
                      std::optional<ScalarType> out_dtype) {
@@ -43,7 +40,7 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   VIDMEM_CHECK(!is_quantized(args.out_dtype), op, "out_dtype must be a float dtype");
 
   const int64_t count = index.size(1), channels = bank.size(2);
-  Tensor out = torch::stable::empty({batch, count, channels}, result);
+  Tensor out = empty_rows(batch, count, channels, result);
   args.bank = bank.data_ptr();
   args.batch_stride = shared ? 0 : bank.stride(0);
   args.row_stride = bank.stride(1);
@@ -52,7 +49,7 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   args.rows_per_batch = count;
   args.channels = channels;
   const auto kernel = gather_rows();
-  torch::stable::parallel_for(0, batch * count, grain(channels, out.element_size()),
+  torch::stable::parallel_for(0, batch * count, grain(channels * out.element_size()),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
 }
@@ -71,8 +68,7 @@ Groups group_rows(const IndexView& index, int64_t batch, int64_t count, int64_t 
   Groups groups{std::make_unique_for_overwrite<int64_t[]>(batch * count),
                 std::make_unique<int64_t[]>(batch * (num_rows + 2)), true};
   std::atomic<bool> even{true};
-  const int64_t grain = 32768 / (count + num_rows) + 1;
-  torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, grain(count + num_rows, 32768), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       int64_t* order = groups.order.get() + b * count;
       int64_t* offsets = groups.offsets.get() + b * (num_rows + 2);
@@ -120,7 +116,7 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
   SumRows args{};
   args.dtype = dtype_of(src.scalar_type(), op, "src");
   VIDMEM_CHECK(!is_quantized(args.dtype), op, "src must have a float dtype");
-  Tensor out = torch::stable::empty({batch, num_rows, channels}, src.scalar_type());
+  Tensor out = empty_rows(batch, num_rows, channels, src.scalar_type());
   if (out.numel() == 0) return out;
   const int64_t threads = torch::stable::get_num_threads();
   const Groups groups = group_rows(rows, batch, count, num_rows, threads);

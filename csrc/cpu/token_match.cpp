@@ -7,6 +7,7 @@
 
 #include "common/tensor.h"
 #include "cpu/aligned_buffer.h"
+#include "cpu/grain.h"
 #include "cpu/merge_plan.h"
 
 namespace vidmem {
@@ -18,13 +19,8 @@ using Three = std::array<int64_t, 3>;
 constexpr int64_t kPanelsBytes = 8 << 20;
 // Bytes of sources packed at a time by each thread: with a block of panels they fit the L2 cache.
 constexpr int64_t kGroupBytes = 384 << 10;
-// Multiplications that one task should at least do.
-constexpr int64_t kTaskWork = 1 << 20;
 
 int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-
-// Tasks of `work` multiplications each that one thread should at least take.
-int64_t grain(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
 
 DType check_metric(const char* op, const Tensor& metric) {
   check_dim(metric, 3, op, "metric");
@@ -96,7 +92,7 @@ void for_packed(const Tensor& metric, DType dtype, const std::vector<int32_t>& c
   for (int64_t first = 0; first < batch; first += lanes) {
     const int64_t count = std::min(lanes, batch - first);
     const int64_t work = kPanelColumns * channels * 16;
-    torch::stable::parallel_for(0, count * num_panels, grain(work), [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, count * num_panels, grain(work, kTaskProducts), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(kPanelColumns * padded_row(channels) * size);
       while (i < end) {
         const int64_t b = i / num_panels, stop = std::min(end, (b + 1) * num_panels);
@@ -124,7 +120,7 @@ void match_all_tokens(const Tensor& metric, DType dtype, const std::vector<int32
     common.sources = sources.data();
     common.group = units_per_group * kTileRows;
     const int64_t work = kTileRows * static_cast<int64_t>(columns.size()) * channels;
-    torch::stable::parallel_for(0, count * units, grain(work), [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, count * units, grain(work, kTaskProducts), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch((kPanelColumns * padded_row(channels) + common.group * (channels + 2)) * size);
       MatchAll args = common;
       args.scratch = scratch.data();
@@ -166,7 +162,7 @@ void match_windows(const Tensor& metric, DType dtype, const Three& grid, const T
   const auto kernel = match_window();
   for_packed(metric, dtype, columns, [&](int64_t first, int64_t count, const AlignedBuffer& panels, int64_t bytes) {
     const int64_t work = cell_tokens * common.cells_per_unit * (seen + 8) * channels;
-    torch::stable::parallel_for(0, count * units, grain(work), [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, count * units, grain(work, kTaskProducts), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch((kPanelColumns * padded_row(channels) + kTileRows * channels) * size);
       MatchWindow args = common;
       args.scratch = scratch.data();
@@ -224,7 +220,7 @@ Matches find_neighbors(const Tensor& metric, DType dtype, const Three& grid) {
   Matches out(dtype, batch, tokens);
   const AlignedBuffer divisors(batch * tokens * 2 * out.size);
   const auto run = [&](const auto kernel, int64_t work) {
-    torch::stable::parallel_for(0, batch * tokens, grain(work), [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, batch * tokens, grain(work, kTaskProducts), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(2 * padded_row(channels) * out.size);
       while (i < end) {
         const int64_t b = i / tokens, stop = std::min(end, (b + 1) * tokens);

