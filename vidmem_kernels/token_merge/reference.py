@@ -23,7 +23,7 @@ _TILE = 4
 def _unit_vectors(metric: Tensor) -> Tensor:
     """Vectors of length one; zero ones stay zero, ones that hold a NaN or an infinity become NaN throughout."""
     # Contiguous, so that sums have one order whatever the layout.
-    x = metric.to(accumulate_dtype(metric.dtype)).contiguous()
+    x = metric.detach().to(accumulate_dtype(metric.dtype)).contiguous()
     # Divided by its largest value first, a vector's squares neither overflow nor vanish.
     peak = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
     x = x / peak.masked_fill(peak == 0, 1)
