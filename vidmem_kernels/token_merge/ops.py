@@ -33,12 +33,18 @@ def _count_neighbors_fake(metric, grid, threshold):
     return metric.new_empty(metric.shape[0], dtype=torch.int32)
 
 
+def _match_refuse_triton(metric, *_):
+    return "compares in float32, metric is float64" if metric.dtype == torch.float64 else None
+
+
 register_op(
     "match_tokens(Tensor metric, SymInt num_merge, SymInt[]? grid=None, SymInt[] stride=[2, 2, 2], "
     "SymInt[]? window=None) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.match_tokens,
     fake=_match_tokens_fake,
     autocast=(),
+    triton="launch_match_tokens_fwd",
+    refuse={"triton": _match_refuse_triton},
 )
 
 register_op(
@@ -46,6 +52,8 @@ register_op(
     reference=reference.match_neighbors,
     fake=_match_neighbors_fake,
     autocast=(),
+    triton="launch_match_neighbors_fwd",
+    refuse={"triton": _match_refuse_triton},
 )
 
 # A threshold makes the number of rows depend on the data. Counting is an op of its own, so that every other op has
@@ -55,6 +63,8 @@ register_op(
     reference=reference.count_neighbors,
     fake=_count_neighbors_fake,
     autocast=(),
+    triton="launch_count_neighbors_fwd",
+    refuse={"triton": _match_refuse_triton},
 )
 
 # --- merge_tokens ---
@@ -82,6 +92,10 @@ def _merge_backward(ops, ctx, grad_tokens, grad_size):
     return grad_x, grad_size if x is not None else None, None, None, None
 
 
+def _merge_refuse_triton(x, *_):
+    return "sums in float32, x is float64" if x.dtype == torch.float64 else None
+
+
 register_op(
     "merge_tokens(Tensor x, Tensor? size, Tensor assignment, Tensor order, Tensor offsets) -> (Tensor, Tensor)",
     reference=reference.merge_tokens,
@@ -89,6 +103,8 @@ register_op(
     setup_context=_merge_setup,
     backward=_merge_backward,
     autocast=(),
+    triton="launch_merge_tokens_fwd",
+    refuse={"triton": _merge_refuse_triton},
 )
 
 
@@ -108,6 +124,8 @@ register_op(
     reference=reference.merge_tokens_backward,
     fake=_merge_backward_fake,
     autocast=(),
+    triton="launch_merge_tokens_bwd",
+    refuse={"triton": _merge_refuse_triton},
 )
 
 # --- unmerge_tokens and its transpose ---
@@ -132,6 +150,7 @@ register_op(
     setup_context=_groups_setup,
     backward=_unmerge_backward,
     autocast=(),
+    triton="launch_unmerge_tokens_fwd",
 )
 
 
@@ -150,4 +169,5 @@ register_op(
     setup_context=_groups_setup,
     backward=_sum_groups_backward,
     autocast=(),
+    triton="launch_sum_groups_fwd",
 )
