@@ -23,8 +23,10 @@ __all__ = [
     "launch_unmerge_tokens_fwd",
 ]
 
-# Elements of a tile: at 4 warps two to four 16-byte loads a thread, several of them in flight.
-_TILE = 4096
+# Elements of a tile, at 4 warps. Sums of groups take one row of many channels, whose tokens are the loads in flight;
+# spread rows take several, as each is one load.
+_SUM_TILE, _SPREAD_TILE = 1024, 4096
+_UNROLL = 4  # tokens of a group
 
 
 @triton.jit
@@ -150,8 +152,9 @@ def _sum_groups_kernel(
     if total is not None:
         whole = tl.load(total + batch * M + row, row < M, other=0)
         divisor = tl.where(whole == 0, 1.0, whole)
-    result = tl.zeros([BLOCK_M, BLOCK_C], dtype=sum_dtype)
-    # div_rn is rounded correctly: size / size is 1, and a token alone in its group comes out unchanged.
+    # -0 is what adding changes nothing about, so that the sum of one token is that token to the bit.
+    nothing = tl.where(in_range, tl.where(begin < end, -0.0, 0.0), float("nan"))
+    result = tl.zeros([BLOCK_M, BLOCK_C], dtype=sum_dtype) + nothing[:, None].to(sum_dtype)
     for first in range(0, tl.max(end - begin, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             k = begin + first + step
@@ -164,15 +167,10 @@ def _sum_groups_kernel(
                 share = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
                 if size is not None:
                     share = tl.load(size + batch * size_stride_b + n * size_stride_n, valid, other=0)
-                value = value * tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))[:, None]
-            # Added only where there is a token: the sum of one token is that token, -0 included.
-            added = tl.where(valid[:, None], value, float("nan"))
-            if step == 0:
-                added = tl.where(first == 0, added, result + added)
-            else:
-                added = result + added
-            result = tl.where(member[:, None], added, result)
-    result = tl.where(in_range[:, None], result, float("nan"))
+                # Rounded correctly: size / size is 1.
+                share = tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
+                value = value * share[:, None]
+            result += tl.where(valid[:, None], value, tl.where(member, float("nan"), -0.0)[:, None])
     target = out + (batch * M + row[:, None]) * C + c[None, :]
     tl.store(target, result.to(out.dtype.element_ty), (row < M)[:, None] & (c < C)[None, :])
 
@@ -183,8 +181,8 @@ def _sum_groups(x: Tensor, size: Tensor | None, total: Tensor | None, order: Ten
     out = torch.empty(batch, rows, channels, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    block_c = min(1024, triton.next_power_of_2(channels))
-    block_m = min(64, _TILE // block_c)
+    block_c = min(_SUM_TILE, triton.next_power_of_2(channels))
+    block_m = min(64, _SUM_TILE // block_c)
     grid = (triton.cdiv(rows, block_m) * batch, triton.cdiv(channels, block_c))
     _sum_groups_kernel[grid](
         x,
@@ -200,7 +198,7 @@ def _sum_groups(x: Tensor, size: Tensor | None, total: Tensor | None, order: Ten
         *(size.stride() if size is not None else (0, 0)),
         *order.stride(),
         *offsets.stride(),
-        UNROLL=2,
+        UNROLL=_UNROLL,
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         num_warps=4,
@@ -276,7 +274,7 @@ def _spread_rows(
     if batch * tokens == 0 or (channels == 0 and x is None):
         return out
     block_c = min(1024, triton.next_power_of_2(max(1, channels)))
-    block_n = min(64, _TILE // block_c)
+    block_n = min(64, (_SPREAD_TILE if x is None else _SPREAD_TILE // 2) // block_c)
     blocks = 1 if x is not None else triton.cdiv(channels, block_c)
     _spread_rows_kernel[(triton.cdiv(tokens, block_n) * batch, blocks)](
         y,
@@ -389,7 +387,7 @@ def launch_sum_groups_fwd(x: Tensor, assignment: Tensor, order: Tensor, offsets:
 # See vidmem_kernels/sparse_gather/triton_kernels.py. Contiguous inputs of many channels, int32 plans.
 _UNIT = {"order_stride_n": 1, "offsets_stride_n": 1}
 _TOTALS = {"value_stride_n": 1, "size_stride_n": 1, "BLOCK_M": 16, "BLOCK_K": 32, **_UNIT}
-_SUMS = {"x_stride_c": 1, "size_stride_n": 1, "UNROLL": 2, "BLOCK_M": 4, "BLOCK_C": 1024, **_UNIT}
+_SUMS = {"x_stride_c": 1, "size_stride_n": 1, "UNROLL": _UNROLL, "BLOCK_M": 1, "BLOCK_C": _SUM_TILE, **_UNIT}
 _SPREAD = {"y_stride_c": 1, "x_stride_c": 1, "size_stride_n": 1, "assignment_stride_n": 1}
 _SPREAD |= {"BLOCK_N": 4, "BLOCK_C": 1024}
 
@@ -422,8 +420,13 @@ AOT = {
             for t in ("bf16", "fp32", "fp64")
         ),
         (
+            {"x": "*bf16", **_plan("i32"), "out": "*bf16"},
+            {"size": None, "total": None, **_SUMS, "BLOCK_M": 8, "BLOCK_C": 128},
+            4,
+        ),
+        (
             {"x": "*bf16", "total": "*fp32", **_plan("i32"), "out": "*bf16"},
-            {"size": None, "UNROLL": 2, "BLOCK_M": 4, "BLOCK_C": 1024},
+            {"size": None, "UNROLL": _UNROLL, "BLOCK_M": 1, "BLOCK_C": _SUM_TILE},
             4,
         ),
     ],
@@ -455,7 +458,7 @@ AOT = {
                     "out": f"*{t}",
                     "along": "*fp32",
                 },
-                _SPREAD,
+                {**_SPREAD, "BLOCK_N": 2},
                 4,
             )
             for t in ("bf16", "fp32")

@@ -22,6 +22,7 @@ _NO_SIMILARITY = tl.constexpr(-2.0)
 # Below any product, above -inf, which marks what a source does not see.
 _NAN_PRODUCT = tl.constexpr(-3.0e38)
 _LAST = tl.constexpr(2**31 - 1)
+_SPARE_ROWS = 128  # as a tile has at most
 
 
 class Layout(NamedTuple):
@@ -133,24 +134,21 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _load_rows(where, first, mask, WIDTH, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    c = first + tl.arange(0, BLOCK_C)
-    value = tl.load(where[:, None] + c[None, :], mask[:, None], other=0)
+def _load_rows(where, first, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    value = tl.load(where[:, None] + first + tl.arange(0, BLOCK_C)[None, :])
     return value.to(tl.float32) if UPCAST else value
 
 
 @triton.jit
-def _products(
-    sources, in_s, held, destinations, in_d, WIDTH, HOLD: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _products(sources, held, destinations, WIDTH, HOLD: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr):
     """float32 products of rows; HOLD: the sources fit one block of channels and are already in `held`."""
     if HOLD:
-        columns = _load_rows(destinations, 0, in_d, WIDTH, UPCAST, BLOCK_C)
+        columns = _load_rows(destinations, 0, UPCAST, BLOCK_C)
         return tl.dot(held, columns.T, input_precision="ieee")
     product = tl.zeros([sources.shape[0], destinations.shape[0]], dtype=tl.float32)
     for first in range(0, WIDTH, BLOCK_C):
-        values = _load_rows(sources, first, in_s, WIDTH, UPCAST, BLOCK_C)
-        columns = _load_rows(destinations, first, in_d, WIDTH, UPCAST, BLOCK_C)
+        values = _load_rows(sources, first, UPCAST, BLOCK_C)
+        columns = _load_rows(destinations, first, UPCAST, BLOCK_C)
         product = tl.dot(values, columns.T, product, input_precision="ieee")
     return product
 
@@ -179,27 +177,29 @@ def _match_all_kernel(
     tile = tl.program_id(0) % tiles
     split = tl.program_id(0) // tiles % splits
     batch = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    s = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_s = s < count
-    lane = rows + batch * N * WIDTH
-    sources = lane + (DESTINATIONS + s).to(tl.int64) * WIDTH
-    held = _load_rows(sources, 0, in_s, WIDTH, UPCAST, BLOCK_C)
+    row_size = BLOCK_C if HOLD else WIDTH
+    lane = rows + batch * N * row_size
+    # Tiles may reach beyond their rows, into other ones or the spare rows at the end: what is there is not used.
+    sources = lane + (DESTINATIONS + tile * BLOCK_M).to(tl.int64) * row_size + tl.arange(0, BLOCK_M) * row_size
+    held = _load_rows(sources, 0, UPCAST, BLOCK_C)
     begin = split * span
+    wide = tl.zeros([], dtype=tl.int64)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype=tl.float32)
     at = tl.full([BLOCK_M, BLOCK_N], 0, dtype=tl.int32) + begin
     for first in range(begin, tl.minimum(begin + span, DESTINATIONS), BLOCK_N):
         d = first + tl.arange(0, BLOCK_N)
-        in_d = d < DESTINATIONS
-        inverse = tl.load(factor + batch * N + d, in_d, other=0.0)
-        product = _products(sources, in_s, held, lane + d.to(tl.int64) * WIDTH, in_d, WIDTH, HOLD, UPCAST, BLOCK_C)
-        # One multiply-add scales and masks. A NaN is better than nothing, so it needs no care in the loop.
-        value = product * inverse[None, :] + tl.where(in_d, 0.0, float("-inf"))[None, :]
+        inverse = tl.load(factor + batch * N + d, d < DESTINATIONS, other=float("nan"))
+        destinations = lane + (wide + first) * row_size + tl.arange(0, BLOCK_N) * row_size
+        value = _products(sources, held, destinations, WIDTH, HOLD, UPCAST, BLOCK_C) * inverse[None, :]
+        # False for NaN, which comes last: it needs no care until nothing else is there.
         better = value > best
         best = tl.where(better, value, best)
         at = tl.where(better, first, at)
     top = tl.max(best, axis=1)
     d = at + tl.arange(0, BLOCK_N)[None, :]
     found = tl.min(tl.where(best == top[:, None], d, _LAST), axis=1)
+    s = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_s = s < count
     own = tl.load(factor + batch * N + DESTINATIONS + s, in_s, other=0.0)
     target = (split * B + batch) * count + s
     tl.store(score + target, tl.where(top == float("-inf"), _NO_SIMILARITY, top * own), in_s)
@@ -255,9 +255,11 @@ def _match_window_kernel(
     is_destination, before = destinations_before(t, h, w, stride_t, stride_h, stride_w, 0, cells_h, cells_w)
     s = (t * H + h) * W + w - before
     in_s = (r < size) & (t < T) & (h < H) & (w < W) & (is_destination == 0)
+    s = tl.where(in_s, s, 0)
     lane = rows + batch * N * WIDTH
     sources = lane + (DESTINATIONS + s).to(tl.int64) * WIDTH
-    held = _load_rows(sources, 0, in_s, WIDTH, UPCAST, BLOCK_C)
+    held = _load_rows(sources, 0, UPCAST, BLOCK_C)
+    first_t, first_h, first_w = t // stride_t - window_t, h // stride_h - window_h, w // stride_w - window_w
 
     low_t, low_h, low_w = (
         tl.maximum(origin_t - window_t, 0),
@@ -269,26 +271,28 @@ def _match_window_kernel(
     seen_w = tl.minimum(origin_w + edge_w + window_w, cells_w) - low_w
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     found = tl.full([BLOCK_M], 0, dtype=tl.int32)
-    for first in range(0, seen_t * seen_h * seen_w, BLOCK_N):
+    # Few steps: one load ahead is enough.
+    for first in tl.range(0, seen_t * seen_h * seen_w, BLOCK_N, num_stages=2):
         k = first + tl.arange(0, BLOCK_N)
         cell_t = low_t + k // (seen_h * seen_w)
         cell_h = low_h + k // seen_w % seen_h
         cell_w = low_w + k % seen_w
         in_d = k < seen_t * seen_h * seen_w
-        d = (cell_t * cells_h + cell_h) * cells_w + cell_w
-        inverse = tl.load(factor + batch * N + d, in_d, other=0.0)
-        product = _products(sources, in_s, held, lane + d.to(tl.int64) * WIDTH, in_d, WIDTH, HOLD, UPCAST, BLOCK_C)
-        value = product * inverse[None, :]
-        value = tl.where(value == value, value, _NAN_PRODUCT)
-        sees = tl.abs((t // stride_t)[:, None] - cell_t[None, :]) <= window_t
-        sees &= tl.abs((h // stride_h)[:, None] - cell_h[None, :]) <= window_h
-        sees &= tl.abs((w // stride_w)[:, None] - cell_w[None, :]) <= window_w
+        d = tl.where(in_d, (cell_t * cells_h + cell_h) * cells_w + cell_w, 0)
+        inverse = tl.load(factor + batch * N + d)
+        destinations = lane + d.to(tl.int64) * WIDTH
+        value = _products(sources, held, destinations, WIDTH, HOLD, UPCAST, BLOCK_C) * inverse[None, :]
+        value = tl.maximum(value, _NAN_PRODUCT)  # which NaN becomes
+        # Unsigned, so that one comparison covers both sides of the window.
+        sees = (cell_t[None, :] - first_t[:, None]).to(tl.uint32) <= 2 * window_t
+        sees &= (cell_h[None, :] - first_h[:, None]).to(tl.uint32) <= 2 * window_h
+        sees &= (cell_w[None, :] - first_w[:, None]).to(tl.uint32) <= 2 * window_w
         value = tl.where(sees & in_d[None, :], value, float("-inf"))
         top = tl.max(value, axis=1)
         at = tl.min(tl.where(value == top[:, None], d[None, :], _LAST), axis=1)
         found = tl.where(top > best, at, found)
         best = tl.maximum(top, best)
-    own = tl.load(factor + batch * N + DESTINATIONS + s, in_s, other=0.0)
+    own = tl.load(factor + batch * N + DESTINATIONS + s)
     target = batch * (N - DESTINATIONS) + s
     tl.store(score + target, tl.where(best <= _NAN_PRODUCT, _NO_SIMILARITY, best * own), in_s)
     tl.store(column + target, found, in_s)
@@ -395,17 +399,17 @@ def _blocks(dtype: torch.dtype, channels: int, windowed: bool) -> Blocks:
     if is_unit:
         return Blocks(64, 64, min(32, channels), 4)
     if channels <= 128:
-        return Blocks(128, 64, channels, 4 if windowed else 8)
-    return Blocks(128, 64 if windowed else 128, 64, 8)
+        return Blocks(128, 32 if windowed and channels <= 64 else 64, channels, 8)
+    return Blocks(128, 64, 64, 8)
 
 
 def _prepare(metric: Tensor, layout: Layout, block_c: int) -> tuple[Tensor, Tensor]:
-    """Scaled rows (B, N, width), destinations first, and what their products are multiplied by, (B, N)."""
+    """Rows (B N + spare, width), each element's destinations first, and what to multiply products by, (B, N)."""
     batch, tokens, channels = metric.shape
     unit = _is_unit(metric.dtype, channels)
     width = triton.cdiv(channels, block_c) * block_c
     dtype = torch.float32 if unit else metric.dtype
-    rows = torch.empty(batch, tokens, width, dtype=dtype, device=metric.device)
+    rows = torch.empty(batch * tokens + _SPARE_ROWS, width, dtype=dtype, device=metric.device)
     factor = torch.empty(batch, tokens, dtype=torch.float32, device=metric.device)
     _launch_prepare(metric, rows, factor, None, layout, width, unit, block_c)
     return rows, factor
@@ -448,7 +452,7 @@ def _programs(device: torch.device) -> int:
 
 def _match_all(rows: Tensor, factor: Tensor, layout: Layout, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Scores and columns of the sources, (splits, B, S)."""
-    batch, tokens, width = rows.shape
+    batch, tokens, width = *factor.shape, rows.shape[1]
     destinations = layout.destinations
     count = tokens - destinations
     tiles = triton.cdiv(count, blocks.m) * batch
@@ -502,7 +506,7 @@ def _match_window(
     rows: Tensor, factor: Tensor, layout: Layout, window: Sequence[int], blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
     """Scores and columns of the sources, (1, B, S)."""
-    batch, tokens, width = rows.shape
+    batch, tokens, width = *factor.shape, rows.shape[1]
     window = [min(w, n) for w, n in zip(window, layout.cells, strict=True)]
     edge = box_edges(layout, window, blocks.m)
     size, boxes = 1, 1
@@ -600,6 +604,7 @@ def _aot_match(windowed: bool) -> list[tuple[dict, dict, int]]:
         (torch.bfloat16, "bf16", 128),
         (torch.bfloat16, "bf16", 64),
         (torch.bfloat16, "bf16", 1024),
+        (torch.bfloat16, "bf16", 32),
         (torch.float16, "fp16", 128),
         (torch.float32, "fp32", 128),
         (torch.float32, "fp32", 16),
