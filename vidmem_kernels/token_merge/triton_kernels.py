@@ -154,7 +154,7 @@ def _sum_groups_kernel(
         divisor = tl.where(whole == 0, 1.0, whole)
     # -0 is what adding changes nothing about, so that the sum of one token is that token to the bit.
     nothing = tl.where(in_range, tl.where(begin < end, -0.0, 0.0), float("nan"))
-    result = tl.zeros([BLOCK_M, BLOCK_C], dtype=sum_dtype) + nothing[:, None].to(sum_dtype)
+    result = tl.broadcast_to(nothing[:, None], [BLOCK_M, BLOCK_C]).to(sum_dtype)
     for first in range(0, tl.max(end - begin, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             k = begin + first + step

@@ -134,23 +134,25 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _load_rows(where, first, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr):
+def _load_rows(where, first, INTERPRET: tl.constexpr, BLOCK_C: tl.constexpr):
+    # The interpreter's products are BLAS's: not of bfloat16, and in float32 equal rows' products need not be equal.
     value = tl.load(where[:, None] + first + tl.arange(0, BLOCK_C)[None, :])
-    return value.to(tl.float32) if UPCAST else value
+    return value.to(tl.float64) if INTERPRET else value
 
 
 @triton.jit
-def _products(sources, held, destinations, WIDTH, HOLD: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr):
+def _products(sources, held, destinations, WIDTH, HOLD: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_C: tl.constexpr):
     """float32 products of rows; HOLD: the sources fit one block of channels and are already in `held`."""
+    sum_dtype: tl.constexpr = tl.float64 if INTERPRET else tl.float32
     if HOLD:
-        columns = _load_rows(destinations, 0, UPCAST, BLOCK_C)
-        return tl.dot(held, columns.T, input_precision="ieee")
-    product = tl.zeros([sources.shape[0], destinations.shape[0]], dtype=tl.float32)
+        columns = _load_rows(destinations, 0, INTERPRET, BLOCK_C)
+        return tl.dot(held, columns.T, input_precision="ieee", out_dtype=sum_dtype).to(tl.float32)
+    product = tl.zeros([sources.shape[0], destinations.shape[0]], dtype=sum_dtype)
     for first in range(0, WIDTH, BLOCK_C):
-        values = _load_rows(sources, first, UPCAST, BLOCK_C)
-        columns = _load_rows(destinations, first, UPCAST, BLOCK_C)
-        product = tl.dot(values, columns.T, product, input_precision="ieee")
-    return product
+        values = _load_rows(sources, first, INTERPRET, BLOCK_C)
+        columns = _load_rows(destinations, first, INTERPRET, BLOCK_C)
+        product = tl.dot(values, columns.T, product, input_precision="ieee", out_dtype=sum_dtype)
+    return product.to(tl.float32)
 
 
 @triton.jit
@@ -166,7 +168,7 @@ def _match_all_kernel(
     splits,
     span,
     HOLD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -181,7 +183,7 @@ def _match_all_kernel(
     lane = rows + batch * N * row_size
     # Tiles may reach beyond their rows, into other ones or the spare rows at the end: what is there is not used.
     sources = lane + (DESTINATIONS + tile * BLOCK_M).to(tl.int64) * row_size + tl.arange(0, BLOCK_M) * row_size
-    held = _load_rows(sources, 0, UPCAST, BLOCK_C)
+    held = _load_rows(sources, 0, INTERPRET, BLOCK_C)
     begin = split * span
     wide = tl.zeros([], dtype=tl.int64)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype=tl.float32)
@@ -190,7 +192,7 @@ def _match_all_kernel(
         d = first + tl.arange(0, BLOCK_N)
         inverse = tl.load(factor + batch * N + d, d < DESTINATIONS, other=float("nan"))
         destinations = lane + (wide + first) * row_size + tl.arange(0, BLOCK_N) * row_size
-        value = _products(sources, held, destinations, WIDTH, HOLD, UPCAST, BLOCK_C) * inverse[None, :]
+        value = _products(sources, held, destinations, WIDTH, HOLD, INTERPRET, BLOCK_C) * inverse[None, :]
         # False for NaN, which comes last: it needs no care until nothing else is there.
         better = value > best
         best = tl.where(better, value, best)
@@ -231,7 +233,7 @@ def _match_window_kernel(
     edge_h,
     edge_w,
     HOLD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -258,7 +260,7 @@ def _match_window_kernel(
     s = tl.where(in_s, s, 0)
     lane = rows + batch * N * WIDTH
     sources = lane + (DESTINATIONS + s).to(tl.int64) * WIDTH
-    held = _load_rows(sources, 0, UPCAST, BLOCK_C)
+    held = _load_rows(sources, 0, INTERPRET, BLOCK_C)
     first_t, first_h, first_w = t // stride_t - window_t, h // stride_h - window_h, w // stride_w - window_w
 
     low_t, low_h, low_w = (
@@ -281,7 +283,7 @@ def _match_window_kernel(
         d = tl.where(in_d, (cell_t * cells_h + cell_h) * cells_w + cell_w, 0)
         inverse = tl.load(factor + batch * N + d)
         destinations = lane + d.to(tl.int64) * WIDTH
-        value = _products(sources, held, destinations, WIDTH, HOLD, UPCAST, BLOCK_C) * inverse[None, :]
+        value = _products(sources, held, destinations, WIDTH, HOLD, INTERPRET, BLOCK_C) * inverse[None, :]
         value = tl.maximum(value, _NAN_PRODUCT)  # which NaN becomes
         # Unsigned, so that one comparison covers both sides of the window.
         sees = (cell_t[None, :] - first_t[:, None]).to(tl.uint32) <= 2 * window_t
@@ -473,7 +475,7 @@ def _match_all(rows: Tensor, factor: Tensor, layout: Layout, blocks: Blocks) -> 
         splits,
         per_split * blocks.n,
         HOLD=width == blocks.c,
-        UPCAST=_env.triton_interpret(),
+        INTERPRET=_env.triton_interpret(),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_C=blocks.c,
@@ -528,7 +530,7 @@ def _match_window(
         *window,
         *edge,
         HOLD=width == blocks.c,
-        UPCAST=_env.triton_interpret(),
+        INTERPRET=_env.triton_interpret(),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_C=blocks.c,
@@ -611,7 +613,7 @@ def _aot_match(windowed: bool) -> list[tuple[dict, dict, int]]:
     ):
         blocks = _blocks(dtype, channels, windowed)
         pointers = {"rows": f"*{name}", "factor": "*fp32", "score": "*fp32", "column": "*i32"}
-        constants = {"HOLD": channels <= blocks.c, "UPCAST": False}
+        constants = {"HOLD": channels <= blocks.c, "INTERPRET": False}
         constants |= {"BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_C": blocks.c}
         variants.append((pointers, constants, blocks.warps))
     return variants
