@@ -1,0 +1,189 @@
+"""Triton kernel that scales the rows of a metric for matching, and how tokens split. Not yet run on a GPU.
+
+A row is multiplied by a power of two, exactly, so that no square overflows or vanishes, and keeps its dtype: products
+run on tensor cores, and are divided by both lengths where they are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_plan import destinations_before
+
+_SPARE_ROWS = 128  # as a tile has at most
+
+
+class Layout(NamedTuple):
+    """How the tokens (t, h, w) split: destinations are where every axis is at a multiple of its stride.
+
+    Without a grid the odd positions of one axis are destinations: a stride of 2 that starts at 1.
+    """
+
+    grid: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    phase: int
+    cells: tuple[int, int, int]
+
+    @property
+    def destinations(self) -> int:
+        return self.cells[0] * self.cells[1] * self.cells[2]
+
+
+def layout_of(tokens: int, grid: Sequence[int] | None, stride: Sequence[int]) -> Layout:
+    """The layout of `match_tokens`'s arguments."""
+    if grid is None:
+        return Layout((1, 1, tokens), (1, 1, 2), 1, (1, 1, tokens // 2))
+    cells = tuple(triton.cdiv(n, s) for n, s in zip(grid, stride, strict=True))
+    return Layout(tuple(grid), tuple(stride), 0, cells)
+
+
+@triton.jit
+def _prepare_kernel(
+    x,
+    rows,
+    factor,
+    scale,
+    N,
+    C,
+    WIDTH,
+    DESTINATIONS,
+    H,
+    W,
+    stride_t,
+    stride_h,
+    stride_w,
+    phase,
+    cells_h,
+    cells_w,
+    x_stride_b,
+    x_stride_n,
+    x_stride_c,
+    UNIT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Scaled rows with what to multiply their products by; or, without `rows`, the scales and lengths of tokens.
+
+    UNIT: rows are float32 unit vectors. LARGEST: exponent (biased) + 127 that a row's largest value gets.
+    """
+    tiles = tl.cdiv(N, BLOCK_N)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < N
+    source = x + batch * x_stride_b + n[:, None].to(tl.int64) * x_stride_n
+    peak = tl.zeros([BLOCK_N], dtype=tl.float32)
+    bad = tl.zeros([BLOCK_N], dtype=tl.int32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C).to(tl.int64)
+        value = tl.load(source + c[None, :] * x_stride_c, in_n[:, None] & (c < C)[None, :], other=0).to(tl.float32)
+        size = tl.abs(value)
+        finite = size < float("inf")
+        peak = tl.maximum(peak, tl.max(tl.where(finite, size, 0.0), axis=1))
+        bad = tl.maximum(bad, tl.max(tl.where(finite, 0, 1), axis=1))
+    exponent = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) & 0xFF, 1)
+    power = ((LARGEST - exponent) << 23).to(tl.float32, bitcast=True)
+    divisor = tl.where(peak == 0, 1.0, peak)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C).to(tl.int64)
+        value = tl.load(source + c[None, :] * x_stride_c, in_n[:, None] & (c < C)[None, :], other=0).to(tl.float32)
+        if UNIT:
+            value = tl.div_rn(value, tl.broadcast_to(divisor[:, None], [BLOCK_N, BLOCK_C]))
+        else:
+            value = value * power[:, None]
+        total += tl.sum(value * value, axis=1)
+    norm = tl.sqrt_rn(total)
+    norm = tl.where(norm == 0, 1.0, norm)
+    if rows is None:
+        tl.store(scale + batch * N + n, power, in_n)
+        tl.store(factor + batch * N + n, tl.where(bad > 0, float("nan"), norm), in_n)
+    else:
+        is_destination, before = destinations_before(
+            n // (H * W), n // W % H, n % W, stride_t, stride_h, stride_w, phase, cells_h, cells_w
+        )
+        slot = batch * N + tl.where(is_destination, before, DESTINATIONS + n - before)
+        inverse = tl.full([BLOCK_N], 1.0, dtype=tl.float32)
+        if not UNIT:
+            inverse = tl.div_rn(inverse, norm)
+        tl.store(factor + slot, inverse, in_n)
+        for first in range(0, WIDTH, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C).to(tl.int64)
+            mask = in_n[:, None] & (c < C)[None, :]
+            value = tl.load(source + c[None, :] * x_stride_c, mask, other=0).to(tl.float32)
+            if UNIT:
+                value = tl.div_rn(value, tl.broadcast_to(divisor[:, None], [BLOCK_N, BLOCK_C]))
+                value = tl.div_rn(value, tl.broadcast_to(norm[:, None], [BLOCK_N, BLOCK_C]))
+            else:
+                value = value * power[:, None]
+            value = tl.where((bad > 0)[:, None], float("nan"), value)
+            target = rows + slot[:, None] * WIDTH + c[None, :]
+            tl.store(target, value.to(rows.dtype.element_ty), in_n[:, None] & (c < WIDTH)[None, :])
+
+
+def is_unit_rows(dtype: torch.dtype, channels: int) -> bool:
+    """Whether rows become float32 unit vectors: for tensor cores too narrow, their cost is nothing."""
+    return dtype == torch.float32 or channels <= 16
+
+
+def prepare_rows(metric: Tensor, layout: Layout, block_c: int) -> tuple[Tensor, Tensor]:
+    """Rows (B N + spare, width), each element's destinations first, and what to multiply products by, (B, N)."""
+    batch, tokens, channels = metric.shape
+    unit = is_unit_rows(metric.dtype, channels)
+    width = triton.cdiv(channels, block_c) * block_c
+    dtype = torch.float32 if unit else metric.dtype
+    rows = torch.empty(batch * tokens + _SPARE_ROWS, width, dtype=dtype, device=metric.device)
+    factor = torch.empty(batch, tokens, dtype=torch.float32, device=metric.device)
+    launch_prepare(metric, rows, factor, None, layout, width, unit, block_c)
+    return rows, factor
+
+
+def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c):
+    batch, tokens, channels = metric.shape
+    block_n = max(1, 2048 // block_c)
+    # The largest exponent of float16, so that its subnormals keep every bit; 1 for the wide ones.
+    largest = 269 if metric.dtype == torch.float16 else 255
+    _prepare_kernel[(triton.cdiv(tokens, block_n) * batch,)](
+        metric,
+        rows,
+        factor,
+        scale,
+        tokens,
+        channels,
+        width,
+        layout.destinations,
+        layout.grid[1],
+        layout.grid[2],
+        *layout.stride,
+        layout.phase,
+        *layout.cells[1:],
+        *metric.stride(),
+        UNIT=unit,
+        LARGEST=largest,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+
+
+def _aot() -> list[tuple[dict, dict, int]]:
+    constants = {"x_stride_c": 1, "LARGEST": 255, "BLOCK_N": 16, "BLOCK_C": 128}
+    rows = [
+        ({"x": f"*{x}", "rows": f"*{x}", "factor": "*fp32"}, {"scale": None, "UNIT": x == "fp32", **constants}, 4)
+        for x in ("bf16", "fp32")
+    ]
+    lengths = [
+        ({"x": f"*{x}", "factor": "*fp32", "scale": "*fp32"}, {"rows": None, "UNIT": False, **constants}, 4)
+        for x in ("bf16", "fp32")
+    ]
+    strided = {"scale": None, "UNIT": False, "LARGEST": 255, "BLOCK_N": 16, "BLOCK_C": 128}
+    return [*rows, *lengths, ({"x": "*bf16", "rows": "*bf16", "factor": "*fp32"}, strided, 4)]
+
+
+AOT = {"_prepare_kernel": _aot()}
