@@ -96,7 +96,7 @@ def _spread_rows(
     if batch * tokens == 0 or (channels == 0 and x is None):
         return out
     block_c = min(1024, triton.next_power_of_2(max(1, channels)))
-    block_n = min(64, (_TILE if x is None else _TILE // 2) // block_c)
+    block_n = min(64, (_TILE if x is None else _TILE // 4) // block_c)
     blocks = 1 if x is not None else triton.cdiv(channels, block_c)
     _spread_rows_kernel[(triton.cdiv(tokens, block_n) * batch, blocks)](
         y,
@@ -238,7 +238,7 @@ AOT = {
                     "out": f"*{t}",
                     "along": "*fp32",
                 },
-                {**_SPREAD, "BLOCK_N": 2},
+                {**_SPREAD, "BLOCK_N": 1},
                 4,
             )
             for t in ("bf16", "fp32")

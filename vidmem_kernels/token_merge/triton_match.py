@@ -77,7 +77,7 @@ def _match_all_kernel(
     begin = split * span
     wide = tl.zeros([], dtype=tl.int64)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype=tl.float32)
-    at = tl.full([BLOCK_M, BLOCK_N], 0, dtype=tl.int32) + begin
+    at = (tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32) + begin).to(tl.int32)
     for first in range(begin, tl.minimum(begin + span, DESTINATIONS), BLOCK_N):
         d = first + tl.arange(0, BLOCK_N)
         inverse = tl.load(factor + batch * N + d, d < DESTINATIONS, other=float("nan"))
@@ -86,7 +86,7 @@ def _match_all_kernel(
         # False for NaN, which comes last: it needs no care until nothing else is there.
         better = value > best
         best = tl.where(better, value, best)
-        at = tl.where(better, first, at)
+        at = tl.where(better, first, at).to(tl.int32)
     top = tl.max(best, axis=1)
     d = at + tl.arange(0, BLOCK_N)[None, :]
     found = tl.min(tl.where(best == top[:, None], d, _LAST), axis=1)
@@ -170,7 +170,7 @@ def _match_window_kernel(
         cell_h = low_h + k // seen_w % seen_h
         cell_w = low_w + k % seen_w
         in_d = k < seen_t * seen_h * seen_w
-        d = tl.where(in_d, (cell_t * cells_h + cell_h) * cells_w + cell_w, 0)
+        d = tl.where(in_d, (cell_t * cells_h + cell_h) * cells_w + cell_w, 0).to(tl.int32)
         inverse = tl.load(factor + batch * N + d)
         destinations = lane + d.to(tl.int64) * WIDTH
         value = _products(sources, held, destinations, WIDTH, HOLD, INTERPRET, BLOCK_C) * inverse[None, :]
@@ -203,7 +203,7 @@ def _blocks(dtype: torch.dtype, channels: int, windowed: bool) -> Blocks:
     is_unit = is_unit_rows(dtype, channels)
     channels = max(16, triton.next_power_of_2(channels))
     if is_unit:
-        return Blocks(64, 64, min(32, channels), 4)
+        return Blocks(64, 32 if windowed and channels <= 16 else 64, min(32, channels), 4)
     if channels <= 128:
         return Blocks(128, 32 if windowed and channels <= 64 else 64, channels, 8)
     return Blocks(128, 64, 64, 8)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .._numerics import accumulate_dtype
 
-# Elements of a tile, at 4 warps: one row of many channels. Its loads in flight are those of several tokens.
+# Elements of a tile, at 4 warps: one row of many channels. Tokens that are loaded at once: most groups are pairs.
 _TILE = 1024
-_UNROLL = 4
+_PAIR, _RUN = 2, 4
 # Groups of more tokens are summed by several programs: of a still clip, all tokens may be one group.
 _WINDOW = 128
 
@@ -26,7 +26,7 @@ def _group_bounds(offsets, row, valid, stride, N):
     begin = tl.load(offsets + row * stride, valid, other=0).to(tl.int64)
     end = tl.load(offsets + (row + 1) * stride, valid, other=0).to(tl.int64)
     in_range = (begin >= 0) & (begin <= end) & (end <= N)
-    return tl.where(in_range, begin, 0), tl.where(in_range, end, 0), in_range
+    return tl.where(in_range, begin, 0).to(tl.int32), tl.where(in_range, end, 0).to(tl.int32), in_range
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _group_totals_kernel(
     for first in range(0, tl.max(end - begin, axis=0), BLOCK_K):
         k = begin[:, None] + first + tl.arange(0, BLOCK_K)[None, :]
         member = k < end[:, None]
-        n = tl.load(order + batch * order_stride_b + k * order_stride_n, member, other=0).to(tl.int64)
+        n = tl.load(order + batch * order_stride_b + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
         valid = (n >= 0) & (n < N)
         one = tl.full([BLOCK_M, BLOCK_K], 1.0, dtype=tl.float32)
         term = one
@@ -132,7 +132,7 @@ def _add_tokens(
         for step in tl.static_range(UNROLL):
             k = begin + first + step
             member = k < end
-            n = tl.load(order + k * order_stride_n, member, other=0).to(tl.int64)
+            n = tl.load(order + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
             valid = member & (n >= 0) & (n < N)
             where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
             value = tl.load(where, valid[:, None] & (c < C)[None, :], other=0).to(result.dtype)
@@ -374,7 +374,7 @@ def sum_groups(
         *sizes,
         *places,
         WINDOW=_WINDOW,
-        UNROLL=_UNROLL,
+        UNROLL=_PAIR,
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         num_warps=4,
@@ -384,7 +384,7 @@ def sum_groups(
     windows = triton.cdiv(tokens, _WINDOW)
     partial = torch.empty(batch, windows, 2, channels, dtype=accumulate_dtype(x.dtype), device=x.device)
     plan = assignment, order, offsets
-    options = {"WINDOW": _WINDOW, "BLOCK_C": block_c, "num_warps": 4}
+    options = {"WINDOW": _WINDOW, "UNROLL": _RUN, "BLOCK_C": block_c, "num_warps": 4}
     _sum_windows_kernel[(windows * batch, blocks)](
         x,
         size,
@@ -397,11 +397,10 @@ def sum_groups(
         *sizes,
         *assignment.stride(),
         *places,
-        UNROLL=2 * _UNROLL,
         **options,
     )
     _join_windows_kernel[(windows * batch, blocks)](
-        partial, *plan, out, tokens, rows, channels, *assignment.stride(), *places, UNROLL=_UNROLL, **options
+        partial, *plan, out, tokens, rows, channels, *assignment.stride(), *places, **options
     )
     return out
 
@@ -414,12 +413,12 @@ _WINDOWS = {
     "assignment_stride_n": 1,
     "x_stride_c": 1,
     "WINDOW": _WINDOW,
-    "UNROLL": 2 * _UNROLL,
+    "UNROLL": _RUN,
     "BLOCK_C": _TILE,
 }
-_JOIN = {k: v for k, v in _WINDOWS.items() if k not in ("x_stride_c", "size_stride_n")} | {"UNROLL": _UNROLL}
-_SUMS = {**_UNIT, "x_stride_c": 1, "WINDOW": _WINDOW, "UNROLL": _UNROLL, "BLOCK_M": 1, "BLOCK_C": _TILE}
-_STRIDED = {"WINDOW": _WINDOW, "UNROLL": _UNROLL, "BLOCK_M": 1, "BLOCK_C": _TILE}
+_JOIN = {k: v for k, v in _WINDOWS.items() if k not in ("x_stride_c", "size_stride_n")}
+_SUMS = {**_UNIT, "x_stride_c": 1, "WINDOW": _WINDOW, "UNROLL": _PAIR, "BLOCK_M": 1, "BLOCK_C": _TILE}
+_STRIDED = {"WINDOW": _WINDOW, "UNROLL": _PAIR, "BLOCK_M": 1, "BLOCK_C": _TILE}
 _MEAN = {"size": "*fp32", "total": "*fp32"}
 _NO_MEAN = {"size": None, "total": None}
 
