@@ -44,7 +44,7 @@ def few_vectors(batch, tokens, channels, kinds, device, dtype):
 WIDTHS = [(torch.float32, 50), (torch.float16, 24), (torch.bfloat16, 140)]
 OPTIONS = [
     {},
-    {"grid": (2, 9, 15)},
+    {"grid": (2, 9, 15), "stride": (1, 2, 2)},
     {"grid": (2, 9, 15), "stride": (1, 3, 2), "window": (0, 1, 2)},
     {"grid": (2, 9, 15), "window": (1, 1, 1)},
     {"grid": (2, 9, 15), "neighbors": True},
@@ -59,7 +59,7 @@ def test_many_tiles(dtype, channels, options, device):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("dtype", "channels"), WIDTHS)
+@pytest.mark.parametrize(("dtype", "channels"), WIDTHS[1:])
 def test_ties_across_tiles_take_the_lower_position(dtype, channels, options, device):
     """A source is like many destinations to the bit, in every tile: by rule it joins the first of them."""
     metric = few_vectors(2, 270, channels, 3, device, dtype)
@@ -89,7 +89,7 @@ def test_equal_scores_are_selected_by_position(device):
         assert_same(*plans(metric, num_merge))
 
 
-@pytest.mark.parametrize(("dtype", "channels"), WIDTHS)
+@pytest.mark.parametrize(("dtype", "channels"), WIDTHS[::2])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_nan_infinity_and_zero(dtype, channels, options, device):
     metric = torch.randn(1, 270, channels).to(dtype)

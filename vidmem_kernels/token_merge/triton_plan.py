@@ -250,7 +250,7 @@ def plan_from_keys(
 
 def count_at_least(key: Tensor, threshold: float) -> Tensor:
     """(B,) int32: keys of scores that are at least `threshold`, compared in float32."""
-    bits = torch.tensor(threshold + 0.0, dtype=torch.float32).view(torch.int32).item()
+    bits = torch.tensor(threshold + 0.0, dtype=torch.float32, device="cpu").view(torch.int32).item()
     lowest = max(bits ^ ((bits >> 31) & 0x7FFFFFFF), _NEVER.value + 1)
     return (key >= lowest).sum(dim=1, dtype=torch.int32)
 
