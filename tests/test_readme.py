@@ -26,8 +26,9 @@ def test_table_names_the_kernels_there_are():
         op = OPS[name]
         assert ("Triton" in gpu) == (op.triton is not None), name
         assert ("SDPA" in cpu) == (op.library is not None), name
-        sources = "".join(p.read_text() for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-        assert ("C++" in cpu) == (f'm.impl("{name}"' in sources), name
+        for cell, files in ((cpu, "cpu/*.cpp"), (gpu, "cuda/*.cu")):
+            sources = "".join(p.read_text() for p in (ROOT / "csrc").glob(files))
+            assert ("C++" in cell) == (f'm.impl("{name}"' in sources), name
 
 
 def test_code_runs():

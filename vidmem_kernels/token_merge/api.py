@@ -245,7 +245,8 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: a plan that was not made by this package and holds indices outside its shapes.
+        IndexError: a plan that was not made by this package and holds indices outside its shapes. On a GPU, where
+            checking would cost a synchronisation, what depends on them is NaN instead; nothing outside is read.
 
     Equivalent PyTorch:
         total = zeros(B, M).scatter_add_(1, plan.assignment, size)
@@ -280,7 +281,8 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) ->
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: a plan that was not made by this package and holds indices outside its shapes.
+        IndexError: a plan that was not made by this package and holds indices outside its shapes. On a GPU, where
+            checking would cost a synchronisation, what depends on them is NaN instead; nothing outside is read.
 
     Equivalent PyTorch:
         y.gather(1, plan.assignment[..., None].expand(B, N, C))
