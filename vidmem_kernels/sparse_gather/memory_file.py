@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -104,7 +103,12 @@ def _lock(file: BinaryIO) -> bool:
     """Locks a temporary file until it is closed; False if someone else has it or removed it.
 
     A lock ends with its process, whatever that dies of: what can be locked has no writer.
+
+    Raises:
+        OSError, ImportError: a file system, or an operating system, without such locks.
     """
+    import fcntl
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -115,8 +119,8 @@ def _lock(file: BinaryIO) -> bool:
 def _remove_leftovers(folder: Path) -> None:
     """Removes the temporary files of writers that were killed."""
     for left in folder.glob(".vidmem-*.tmp"):
-        # OSError: renamed or removed meanwhile, another user's, or a file system without locks.
-        with contextlib.suppress(OSError), open(left, "r+b") as file:
+        # OSError: renamed or removed meanwhile, another user's, or without locks.
+        with contextlib.suppress(OSError, ImportError), open(left, "r+b") as file:
             if _lock(file):
                 os.unlink(left)
 
@@ -129,7 +133,7 @@ def _temporary(folder: Path) -> tuple[Path, BinaryIO]:
         try:
             if _lock(file):
                 return path, file
-        except OSError:  # a file system without locks, where nobody takes it for a leftover
+        except (OSError, ImportError):  # no locks, so that nobody takes it for a leftover
             return path, file
         file.close()  # another writer came before the lock and removes it
 
