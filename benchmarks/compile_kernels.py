@@ -56,9 +56,9 @@ def resource_usage(binary: Path) -> list[tuple[str, int, int, int]]:
 
 
 def triton_modules() -> list:
-    """Every family's modules of Triton kernels."""
-    paths = sorted((ROOT / "vidmem_kernels").glob("*/triton_*.py"))
-    return [importlib.import_module(f"vidmem_kernels.{p.parent.name}.{p.stem}") for p in paths]
+    """The modules of Triton kernels: every family's and those that families share."""
+    paths = sorted((ROOT / "vidmem_kernels").rglob("*triton_*.py"))
+    return [importlib.import_module(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in paths]
 
 
 class Job(NamedTuple):

@@ -35,7 +35,7 @@ def check(rows, kernels):
 
 def test_triton_kernels(tmp_path):
     pytest.importorskip("triton")
-    sources = [p.read_text() for p in ROOT.glob("vidmem_kernels/*/triton_*.py")]
+    sources = [p.read_text() for p in ROOT.glob("vidmem_kernels/**/*triton_*.py")]
     kernels = {
         line.removeprefix("def ").split("(")[0]
         for source in sources

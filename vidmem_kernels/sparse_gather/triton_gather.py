@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._numerics import accumulate_dtype
+from .._triton_tiles import tile_of
 
 # Elements of a tile: 16 a thread at 4 warps keeps a gather free of spills with several loads in flight.
 _TILE = 2048
@@ -48,10 +49,8 @@ def _gather_tokens_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # Offsets in int64: a bank may hold more than 2**31 elements. Axis 0 alone takes more than 65,535 programs.
-    blocks = tl.cdiv(K, BLOCK_K)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    k = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Offsets in int64: a bank may hold more than 2**31 elements.
+    batch, k = tile_of(K, BLOCK_K)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_k = k < K
     row = tl.load(index + batch * index_stride_b + k * index_stride_k, in_k, other=-1).to(tl.int64)

@@ -12,24 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._numerics import accumulate_dtype
+from .._triton_radix_select import order_key
 from .triton_quantize import _divide
 
 # Scores held at a time: 64 MiB in float32.
 _SCORES = 1 << 24
 _DOT = {"BLOCK_Q": 64, "BLOCK_K": 64, "BLOCK_D": 32}
-
-
-@triton.jit
-def _best_first_key(score):
-    """Integers in the order of falling scores; NaN counts as -inf, -0 as 0."""
-    score = tl.where(score == score, score, float("-inf"))
-    score = tl.where(score == 0, 0.0, score)
-    if score.dtype == tl.float64:
-        bits = score.to(tl.int64, bitcast=True)
-        return tl.where(bits >= 0, ~bits, bits & 0x7FFFFFFFFFFFFFFF)
-    else:
-        bits = score.to(tl.int32, bitcast=True)
-        return tl.where(bits >= 0, ~bits, bits & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -142,7 +130,7 @@ def _best_columns_kernel(
     at = chunk * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     valid = (row < ROWS) & (at < N)
     if ARE_SCORES:
-        key = _best_first_key(tl.load(values + row * N + at, valid, other=0.0))
+        key = ~order_key(tl.load(values + row * N + at, valid, other=0.0))  # the best first
         column = at + tl.zeros_like(row).to(tl.int32)
     else:
         key = tl.load(values + row * N + at, valid, other=0)

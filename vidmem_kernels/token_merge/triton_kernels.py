@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton_tiles import tile_of
 from .triton_match import launch_match_tokens_fwd
 from .triton_neighbors import launch_count_neighbors_fwd, launch_match_neighbors_fwd
 from .triton_sums import group_totals, sum_groups
@@ -57,9 +58,7 @@ def _spread_rows_kernel(
 
     Axis 1 of the grid has one program when there is x, which then needs all channels, else one a channel block.
     """
-    tiles = tl.cdiv(N, BLOCK_N)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch, n = tile_of(N, BLOCK_N)
     in_n = n < N
     row = tl.load(assignment + batch * assignment_stride_b + n * assignment_stride_n, in_n, other=0).to(tl.int64)
     valid = (row >= 0) & (row < M)
@@ -137,9 +136,7 @@ def _grad_size_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The mean moves by (x - mean) / total for a unit of size: <grad, x> less its own mean over the group."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch, n = tile_of(N, BLOCK_N)
     row = tl.load(assignment + batch * assignment_stride_b + n * assignment_stride_n, n < N, other=0).to(tl.int64)
     valid = (n < N) & (row >= 0) & (row < M)
     whole = tl.load(total + batch * M + row, valid, other=0)

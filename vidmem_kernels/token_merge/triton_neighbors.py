@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton_radix_select import order_key
+from .._triton_tiles import tile_of
 from .triton_match import NO_SIMILARITY
-from .triton_plan import count_at_least, order_key, plan_from_keys
+from .triton_plan import count_at_least, plan_from_keys
 from .triton_rows import launch_prepare, layout_of
 
 
@@ -53,10 +55,8 @@ def _match_neighbors_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Key and destination of every source; positions 2 i and 2 i + 1 hold one source and one destination."""
-    pairs = tl.cdiv(N, 2)
-    tiles = tl.cdiv(pairs, BLOCK_N)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    even = 2 * ((tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N))
+    batch, pair = tile_of(tl.cdiv(N, 2), BLOCK_N)
+    even = 2 * pair.to(tl.int32)
     is_second = (even // (H * W) + even // W % H + even % W) % 2 == 0
     n = tl.where(is_second, even + 1, even)
     other = tl.where(is_second, even, even + 1)

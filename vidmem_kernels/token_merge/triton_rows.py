@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton_tiles import tile_of
 from .triton_plan import destinations_before
 
 _SPARE_ROWS = 128  # as a tile has at most
@@ -73,9 +74,8 @@ def _prepare_kernel(
 
     UNIT: rows are float32 unit vectors. LARGEST: exponent (biased) + 127 that a row's largest value gets.
     """
-    tiles = tl.cdiv(N, BLOCK_N)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch, n = tile_of(N, BLOCK_N)
+    n = n.to(tl.int32)  # divided below
     in_n = n < N
     source = x + batch * x_stride_b + n[:, None].to(tl.int64) * x_stride_n
     peak = tl.zeros([BLOCK_N], dtype=tl.float32)

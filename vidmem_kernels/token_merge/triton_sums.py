@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._numerics import accumulate_dtype
+from .._triton_tiles import tile_of
 
 # Elements of a tile, at 4 warps: one row of many channels. Tokens that are loaded at once: most groups are pairs.
 _TILE = 1024
@@ -54,9 +55,7 @@ def _group_totals_kernel(
 
     Without `value` it is 1, without `size` that is 1.
     """
-    tiles = tl.cdiv(M, BLOCK_M)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, row = tile_of(M, BLOCK_M)
     begin, end, in_range = _group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
     if size_total is not None:
         whole = tl.load(size_total + batch * M + row, row < M, other=0)[:, None]
@@ -314,9 +313,7 @@ def _sum_groups_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Sums of groups; with `total`, of the tokens times their shares of it."""
-    tiles = tl.cdiv(M, BLOCK_M)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, row = tile_of(M, BLOCK_M)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, end, in_range = _group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
     sum_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32

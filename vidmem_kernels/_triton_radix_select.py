@@ -1,0 +1,132 @@
+"""Radix select in Triton: which keys of a row are its largest. Not yet run on a GPU.
+
+A pass for each digit, the highest first, counts the keys that share the digits already known, and so finds the last
+key chosen; one more counts what each tile holds of the chosen ones, so that tiles can go on independently. All counts
+are integers: deterministic. No step waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton_tiles import tile_of
+
+TILE = 1024  # keys of a program
+# Values of a digit. More of them cost tl.histogram more than the passes they save: its work grows with the bins.
+_BINS = tl.constexpr(256)
+
+
+@triton.jit
+def order_key(score):
+    """int32 of float32, int64 of float64, in the same order; NaN counts as -inf, -0 as 0."""
+    score = tl.where(score == score, score, float("-inf"))
+    score = tl.where(score == 0, 0.0, score)
+    if score.dtype == tl.float64:
+        bits = score.to(tl.int64, bitcast=True)
+        return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = score.to(tl.int32, bitcast=True)
+        return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def _first_bin(prefix, digit):
+    """What leading digits make the lowest key of a prefix; the highest digit is signed."""
+    return tl.where(digit == 0, -_BINS // 2, prefix * _BINS)
+
+
+@triton.jit
+def _narrow(key, bins, batch, want, digits):
+    """The leading digits of the `want`-th largest key, and how many of the keys that share them are wanted."""
+    dtype: tl.constexpr = key.dtype.element_ty
+    i = tl.arange(0, _BINS)
+    bins += batch * (dtype.primitive_bitwidth // 8) * _BINS
+    prefix, want = tl.full((), 0, dtype), tl.full((), want, tl.int32)
+    for digit in range(digits):
+        counts = tl.load(bins + digit * _BINS + i)
+        at_least = tl.cumsum(counts, axis=0, reverse=True)
+        here = tl.sum((at_least >= want).to(tl.int32), axis=0) - 1
+        prefix = (_first_bin(prefix, digit) + here).to(dtype)
+        want -= tl.sum(tl.where(i > here, counts, 0), axis=0)
+    return prefix, want
+
+
+@triton.jit(do_not_specialize=["digit"])
+def _histogram_kernel(key, bins, N, want, digit, BLOCK: tl.constexpr):
+    """Counts the values of a digit of the keys that share the digits before it with the `want`-th largest."""
+    batch, n = tile_of(N, BLOCK)
+    dtype: tl.constexpr = key.dtype.element_ty
+    prefix, _ = _narrow(key, bins, batch, want, digit)
+    value = tl.load(key + batch * N + n, n < N, other=0)
+    shift = (dtype.primitive_bitwidth - 8 - 8 * digit).to(dtype)
+    # Subtraction wraps for other prefixes, but never to a valid bin.
+    at = (value >> shift) - _first_bin(prefix, digit).to(dtype)
+    shares = (n < N) & (at >= 0) & (at < _BINS)
+    found = tl.histogram(tl.where(shares, at, 0).to(tl.int32), _BINS, mask=shares)
+    target = bins + (batch * (dtype.primitive_bitwidth // 8) + digit) * _BINS + tl.arange(0, _BINS)
+    tl.atomic_add(target, found, found > 0, sem="relaxed")
+
+
+@triton.jit
+def _compare(key, bins, N, want, BLOCK: tl.constexpr):
+    """Which keys of a tile are above the `want`-th largest, which equal it, and how many of the latter are wanted."""
+    batch, n = tile_of(N, BLOCK)
+    last, wanted = _narrow(key, bins, batch, want, key.dtype.element_ty.primitive_bitwidth // 8)
+    value = tl.load(key + batch * N + n, n < N, other=0)
+    return ((n < N) & (value > last)).to(tl.int32), ((n < N) & (value == last)).to(tl.int32), wanted
+
+
+@triton.jit
+def _count_kernel(key, bins, counts, N, want, BLOCK: tl.constexpr):
+    """Per tile, the keys above the `want`-th largest and those that equal it."""
+    above, equal, _ = _compare(key, bins, N, want, BLOCK)
+    counts += tl.program_id(0).to(tl.int64) * 2
+    tl.store(counts, tl.sum(above, axis=0))
+    tl.store(counts + 1, tl.sum(equal, axis=0))
+
+
+@triton.jit
+def chosen_of_tile(key, bins, counts, N, want, BLOCK: tl.constexpr):
+    """Whether the keys of a program's tile are among the `want` largest, and how many such keys come before each.
+
+    Of equal keys the first ones are chosen. `bins` and `counts` are those of `count_keys`, BLOCK is TILE.
+    """
+    above, equal, wanted = _compare(key, bins, N, want, BLOCK)
+    tile = tl.program_id(0) % tl.cdiv(N, BLOCK)
+    counts += (tl.program_id(0) - tile).to(tl.int64) * 2
+    above_before, equal_before = tl.zeros([BLOCK], dtype=tl.int32), tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, tile, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        above_before += tl.load(counts + i * 2, i < tile, other=0)
+        equal_before += tl.load(counts + i * 2 + 1, i < tile, other=0)
+    taken = tl.minimum(tl.sum(equal_before, axis=0), wanted)  # equal ones that are chosen of the tiles before
+    chosen = above | (equal & (tl.cumsum(equal, axis=0) <= wanted - taken).to(tl.int32))
+    return chosen > 0, tl.sum(above_before, axis=0) + taken + tl.cumsum(chosen, axis=0) - chosen
+
+
+def programs(key: Tensor) -> tuple[int]:
+    """The grid of a kernel that has a program for each tile of keys (B, N)."""
+    return (key.shape[0] * triton.cdiv(key.shape[1], TILE),)
+
+
+def count_keys(key: Tensor, want: int) -> tuple[Tensor, Tensor]:
+    """What `chosen_of_tile` needs to know of contiguous keys (B, N), of which 1 <= want <= N are chosen."""
+    digits = key.element_size()
+    bins = torch.zeros(key.shape[0], digits, _BINS.value, dtype=torch.int32, device=key.device)
+    counts = torch.empty(*programs(key), 2, dtype=torch.int32, device=key.device)
+    for digit in range(digits):
+        _histogram_kernel[programs(key)](key, bins, key.shape[1], want, digit, BLOCK=TILE, num_warps=4)
+    _count_kernel[programs(key)](key, bins, counts, key.shape[1], want, BLOCK=TILE, num_warps=4)
+    return bins, counts
+
+
+# See sparse_gather.triton_gather.AOT.
+AOT = {
+    "_histogram_kernel": [({"key": f"*{key}", "bins": "*i32"}, {"BLOCK": TILE}, 4) for key in ("i32", "i64")],
+    "_count_kernel": [
+        ({"key": f"*{key}", "bins": "*i32", "counts": "*i32"}, {"BLOCK": TILE}, 4) for key in ("i32", "i64")
+    ],
+}

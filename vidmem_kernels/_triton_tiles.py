@@ -1,0 +1,17 @@
+"""What Triton kernels of several families share: which tile a program has. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(N, BLOCK: tl.constexpr):
+    """Batch and positions of a program's tile, in int64, for B * cdiv(N, BLOCK) programs on axis 0.
+
+    Not on two axes: axis 0 alone takes more than 65,535 programs.
+    """
+    tiles = tl.cdiv(N, BLOCK)
+    n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // tiles).to(tl.int64), n
