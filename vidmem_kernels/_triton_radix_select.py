@@ -15,7 +15,7 @@ from torch import Tensor
 from ._triton_tiles import tile_of
 
 TILE = 1024  # keys of a program
-# Values of a digit. More of them cost tl.histogram more than the passes they save: its work grows with the bins.
+# Values of a digit: fewer than TILE, for each program scans all of them and adds its counts to those in memory.
 _BINS = tl.constexpr(256)
 
 
