@@ -203,7 +203,7 @@ def launch_sum_groups_fwd(x: Tensor, assignment: Tensor, order: Tensor, offsets:
     return sum_groups(x, None, None, assignment, order, offsets)
 
 
-# See vidmem_kernels/sparse_gather/triton_kernels.py. Contiguous inputs of many channels, int32 plans.
+# See sparse_gather.triton_gather.AOT. Contiguous inputs of many channels, int32 plans.
 _SPREAD = {"y_stride_c": 1, "x_stride_c": 1, "size_stride_n": 1, "assignment_stride_n": 1}
 _SPREAD |= {"BLOCK_N": 4, "BLOCK_C": 1024}
 AOT = {

@@ -321,7 +321,7 @@ def launch_match_tokens_fwd(
     return plan_from_keys(key, target, metric, num_merge)
 
 
-# See vidmem_kernels/sparse_gather/triton_kernels.py.
+# See sparse_gather.triton_gather.AOT.
 def _aot_match(windowed: bool) -> list[tuple[dict, dict, int]]:
     variants = []
     for dtype, name, channels in (

@@ -134,7 +134,7 @@ def launch_count_neighbors_fwd(metric: Tensor, grid: Sequence[int], threshold: f
     return count_at_least(_neighbor_keys(metric, grid)[0], threshold)
 
 
-# See vidmem_kernels/sparse_gather/triton_kernels.py.
+# See sparse_gather.triton_gather.AOT.
 AOT = {
     "_match_neighbors_kernel": [
         (

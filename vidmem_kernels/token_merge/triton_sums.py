@@ -402,7 +402,7 @@ def sum_groups(
     return out
 
 
-# See vidmem_kernels/sparse_gather/triton_kernels.py. Contiguous inputs of many channels.
+# See sparse_gather.triton_gather.AOT. Contiguous inputs of many channels.
 _UNIT = {"size_stride_n": 1, "order_stride_n": 1, "offsets_stride_n": 1}
 _TOTALS = {**_UNIT, "value_stride_n": 1, "BLOCK_M": 4, "BLOCK_K": 128}
 _WINDOWS = {
