@@ -69,6 +69,7 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
         *[f"-DVIDMEM_HAS_{name.upper()}" for name in CPU_CAPABILITIES],
     ]
     compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-c"]
+    compiler.append("-ffp-contract=off")  # results shall not depend on what a compiler fuses: kernels do so by hand
     cxx = [*compiler, *defines, *includes]
     module = [  # no header of torch: it brings an older pybind11
         *compiler,

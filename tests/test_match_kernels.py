@@ -368,6 +368,33 @@ def test_compiled_matching_checks_for_itself():
     same(ops.match_tokens(metric, 5, [2, 3, 4], huge, huge), match(metric, 5, [2, 3, 4], [2, 3, 4]))
 
 
+def test_empty_grid_of_any_length_is_no_work():
+    """2^62 rows of no token: nothing walks over them."""
+    ops, metric = torch.ops.vidmem_cpp, torch.zeros(1, 0, 4)
+    for grid in ([2**62, 0, 5], [2**31, 2**31, 0]):
+        assert [t.shape[1] for t in ops.match_tokens(metric, 0, grid)] == [0, 0, 0, 1]
+        assert [t.shape[1] for t in ops.match_neighbors(metric, 0, grid)] == [0, 0, 0, 1]
+        assert ops.count_neighbors(metric, grid, 0.5).tolist() == [0]
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_sizes_whose_product_overflows(batch):
+    """A stride of 0, or no batch element, makes any size possible: bytes of buffers must not wrap around to few."""
+    ops, metric = torch.ops.vidmem_cpp, torch.zeros(1, dtype=torch.float64).expand(batch, 8, 2**59)
+    rows, index = metric[:, :, None], torch.zeros(batch, 8, dtype=torch.int32)
+    for call in (
+        lambda: ops.match_tokens(metric, 2),
+        lambda: ops.match_tokens(metric, 2, [2, 2, 2], CUBE, [1, 1, 1]),
+        lambda: ops.match_neighbors(metric, 2, [2, 2, 2]),
+        lambda: ops.count_neighbors(metric, [2, 2, 2], 0.5),
+        lambda: ops.topk_blocks(rows, rows, 1, 1, 1),
+        lambda: ops.topk_blocks(rows, rows, 2, 2, 1),
+        lambda: ops.scatter_add_tokens(metric, index, 1),
+    ):
+        with pytest.raises(ValueError, match=r"must have less than 2\*\*48 elements"):
+            call()
+
+
 def test_compiled_topk_checks_for_itself():
     op, q, k = torch.ops.vidmem_cpp.topk_blocks, torch.zeros(2, 5, 3, 4), torch.zeros(2, 9, 3, 4)
     bad = [

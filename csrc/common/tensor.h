@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -35,6 +36,14 @@ inline bool is_quantized(DType dtype) {
 
 inline void check_dim(const Tensor& tensor, int64_t dim, const char* op, const char* argument) {
   VIDMEM_CHECK(tensor.dim() == dim, op, argument, " must have ", dim, " dimensions, got ", tensor.dim());
+}
+
+// No product of sizes, padding and bytes per element overflows, even where one size is 0 or a stride of 0 pretends to
+// memory that nobody has.
+inline void check_extent(const Tensor& tensor, const char* op, const char* argument) {
+  double elements = 1;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) elements *= std::max<double>(1, tensor.size(axis));
+  VIDMEM_CHECK(elements < 0x1p48, op, argument, " must have less than 2**48 elements, got ", elements);
 }
 
 struct IndexView;

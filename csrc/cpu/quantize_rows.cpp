@@ -1,7 +1,6 @@
 // CPU side of quantize_rows and its gradient: checks, allocation, threads.
 #include "cpu/quantize_rows_kernels.h"
 
-#include <algorithm>
 #include <tuple>
 
 #include "common/tensor.h"

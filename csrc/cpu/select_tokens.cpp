@@ -1,5 +1,4 @@
 // CPU side of select_tokens: checks, the choice, allocation, threads.
-#include <algorithm>
 #include <limits>
 #include <tuple>
 

@@ -108,6 +108,7 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
   check_dim(src, 3, op, "src");
   check_dim(index, 2, op, "index");
   VIDMEM_CHECK(src.is_cpu(), op, "src must be on the CPU");
+  check_extent(src, op, "src");
   VIDMEM_CHECK(num_rows >= 0, op, "num_rows must not be negative, got ", num_rows);
   const int64_t batch = src.size(0), count = src.size(1), channels = src.size(2);
   VIDMEM_CHECK(index.size(0) == batch && index.size(1) == count, op, "index must be (", batch, ", ", count,

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <utility>
 
 #include "common/tensor.h"
 #include "cpu/aligned_buffer.h"
@@ -26,6 +25,7 @@ DType check_metric(const char* op, const Tensor& metric) {
   check_dim(metric, 3, op, "metric");
   VIDMEM_CHECK(metric.is_cpu(), op, "metric must be on the CPU");
   VIDMEM_CHECK(metric.size(2) >= 1, op, "metric must have at least one channel");
+  check_extent(metric, op, "metric");
   VIDMEM_CHECK(metric.size(1) < 1 << 28, op, "metric must have less than 2**28 tokens, got ", metric.size(1));
   const DType dtype = dtype_of(metric.scalar_type(), op, "metric");
   VIDMEM_CHECK(!is_quantized(dtype), op, "metric must have a float dtype");
@@ -46,6 +46,18 @@ Three check_grid(const char* op, const Tensor& metric, const std::vector<int64_t
   VIDMEM_CHECK(!overflows && tokens == metric.size(1), op, "grid must hold the ", metric.size(1),
                " tokens of metric, got (", grid[0], ", ", grid[1], ", ", grid[2], ")");
   return grid;
+}
+
+// visit(t, h, w, position) for every token; an empty grid may be 2**62 long along its other axes.
+template <class Visit>
+void for_grid(const Three& grid, const Visit& visit) {
+  if (grid[1] == 0 || grid[2] == 0) return;
+  int32_t position = 0;
+  for (int64_t t = 0; t < grid[0]; ++t) {
+    for (int64_t h = 0; h < grid[1]; ++h) {
+      for (int64_t w = 0; w < grid[2]; ++w) visit(t, h, w, position++);
+    }
+  }
 }
 
 void check_num_merge(const char* op, int64_t num_merge, int64_t sources) {
@@ -139,10 +151,8 @@ void match_all_tokens(const Tensor& metric, DType dtype, const std::vector<int32
 
 void match_windows(const Tensor& metric, DType dtype, const Three& grid, const Three& stride, const Three& window,
                    const Three& cells, const std::vector<int32_t>& destinations, const Matches& out) {
-  constexpr const char* op = "match_tokens";
   const int64_t channels = metric.size(2), size = element_size(dtype);
   const std::vector<int32_t> columns = pad_columns(destinations, cells[2]);
-  VIDMEM_CHECK(columns.size() < size_t(1) << 31, op, "grid has too many cells for a window");
   MatchWindow common{};
   common.columns = columns.data();
   int64_t cell_tokens = 1, seen = 1;
@@ -192,15 +202,10 @@ MergePlan match_tokens(const Tensor& metric, int64_t num_merge, std::optional<st
   if (grid_or_none) {
     grid = check_grid(op, metric, *grid_or_none);
     for (int axis = 0; axis < 3; ++axis) cells[axis] = grid[axis] == 0 ? 0 : (grid[axis] - 1) / stride[axis] + 1;
-    int32_t position = 0;
-    for (int64_t t = 0; t < grid[0]; ++t) {
-      for (int64_t h = 0; h < grid[1]; ++h) {
-        for (int64_t w = 0; w < grid[2]; ++w, ++position) {
-          const bool is_first = t % stride[0] == 0 && h % stride[1] == 0 && w % stride[2] == 0;
-          (is_first ? destinations : sources).push_back(position);
-        }
-      }
-    }
+    for_grid(grid, [&](int64_t t, int64_t h, int64_t w, int32_t position) {
+      const bool is_first = t % stride[0] == 0 && h % stride[1] == 0 && w % stride[2] == 0;
+      (is_first ? destinations : sources).push_back(position);
+    });
   } else {
     for (int32_t i = 0; i < tokens; ++i) (i % 2 ? destinations : sources).push_back(i);
   }
@@ -242,14 +247,9 @@ Matches find_neighbors(const Tensor& metric, DType dtype, const Three& grid) {
 
 std::vector<int32_t> odd_tokens(const Three& grid) {
   std::vector<int32_t> odd;
-  int32_t position = 0;
-  for (int64_t t = 0; t < grid[0]; ++t) {
-    for (int64_t h = 0; h < grid[1]; ++h) {
-      for (int64_t w = 0; w < grid[2]; ++w, ++position) {
-        if ((t + h + w) % 2) odd.push_back(position);
-      }
-    }
-  }
+  for_grid(grid, [&](int64_t t, int64_t h, int64_t w, int32_t position) {
+    if ((t + h + w) % 2) odd.push_back(position);
+  });
   return odd;
 }
 

@@ -51,7 +51,7 @@ inline Divisors<T> divisors(const T* row, int64_t channels) {
   V sums{};
   for (int64_t c = 0; c < channels; c += kWidth<T>) {
     const V x = load<V>(row + c) / peak;
-    sums += x * x;
+    sums = multiply_add(x, x, sums);
   }
   T sum = 0;
   for (int l = 0; l < kWidth<T>; ++l) sum += sums[l];
@@ -289,7 +289,8 @@ void run_match_neighbors(const MatchNeighbors& args, int64_t begin, int64_t end)
       read_token(args.rows, next, other);
       V sums{};
       for (int64_t c = 0; c < channels; c += kWidth<T>) {
-        sums += load<V>(own + c) * (load<V>(other + c) / by[next].peak / by[next].length);
+        const V unit = load<V>(other + c) / by[next].peak / by[next].length;
+        sums = multiply_add(load<V>(own + c), unit, sums);
       }
       T similarity = 0;
       for (int l = 0; l < kWidth<T>; ++l) similarity += sums[l];

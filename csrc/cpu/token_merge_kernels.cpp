@@ -1,7 +1,5 @@
-// Products are rounded before they are added, as in the reference: results are then its own to the bit, and the same
-// for every instruction set, though only some can fuse the two.
-#pragma GCC optimize("fp-contract=off")
-
+// Products are rounded before they are added (the build forbids fusing), as in the reference: results are its own to
+// the bit for every instruction set, but for dot products, whose order of summation goes with the width of a vector.
 #include "cpu/token_merge_kernels.h"
 
 #include "cpu/convert_rows.h"

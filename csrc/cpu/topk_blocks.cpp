@@ -74,6 +74,8 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
     VIDMEM_CHECK(q.size(axis) == k.size(axis), op, "q and k must have the same size along axis ", axis, ", got ",
                  q.size(axis), " and ", k.size(axis));
   }
+  check_extent(q, op, "q");
+  check_extent(k, op, "k");
   VIDMEM_CHECK(block_q >= 1 && block_k >= 1, op, "blocks must have at least one row, got ", std::min(block_q, block_k));
   const int64_t batch = q.size(0), heads = q.size(2), channels = q.size(3);
   const int64_t num_queries = blocks_of(q.size(1), block_q), num_keys = blocks_of(k.size(1), block_k);
