@@ -54,11 +54,17 @@ template <class Float>
   return buffer;
 }
 
+// A tensor without channels has no memory, and null is no argument of memset and memcpy even for 0 bytes.
+template <class T>
+[[maybe_unused]] inline void zero_row(T* out, int64_t count) {
+  if (count > 0) memset(static_cast<void*>(out), 0, count * sizeof(T));
+}
+
 // Rows of one type are copied, whatever their bits.
 template <class T>
 [[maybe_unused]] inline void copy_row(const T* in, int64_t stride, T* out, int64_t count) {
   if (stride == 1) {
-    memcpy(static_cast<void*>(out), in, count * sizeof(T));
+    if (count > 0) memcpy(static_cast<void*>(out), in, count * sizeof(T));
   } else {
     for (int64_t c = 0; c < count; ++c) out[c] = in[c * stride];
   }

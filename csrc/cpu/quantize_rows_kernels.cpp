@@ -103,7 +103,7 @@ void quantize(const QuantizeRows& args, int64_t begin, int64_t end) {
     const auto bits = largest(in, args.channel_stride, args.channels);
     if (bits == 0 || bits >= Infinity<T>::bits) {
       scale = bits == 0 ? Float(0) : Float(__builtin_nanf(""));
-      memset(static_cast<void*>(out), 0, args.channels * sizeof(Q));
+      zero_row(out, args.channels);
       continue;
     }
     T maximum;
@@ -132,7 +132,7 @@ void quantize_backward(const QuantizeRowsBackward& args, int64_t begin, int64_t 
     const int64_t batch = i / args.rows_per_batch, row = i % args.rows_per_batch;
     const T* in = static_cast<const T*>(args.x) + batch * args.batch_stride + row * args.row_stride;
     T* out = static_cast<T*>(args.grad) + i * args.channels;
-    memset(static_cast<void*>(out), 0, args.channels * sizeof(T));
+    zero_row(out, args.channels);
     const int64_t first = first_largest(in, args.channel_stride, args.channels);
     const T at = in[first * args.channel_stride];
     const Float grad = static_cast<const Float*>(

@@ -75,7 +75,7 @@ void gather(const GatherRows& args, int64_t begin, int64_t end) {
     Out* out = static_cast<Out*>(args.out) + i * args.channels;
     const int64_t row = row_at(args.index, batch, k);
     if (row < 0) {
-      memset(static_cast<void*>(out), 0, args.channels * sizeof(Out));
+      zero_row(out, args.channels);
     } else if (args.scale) {
       const float scale = args.scale[batch * args.scale_batch_stride + row * args.scale_row_stride];
       convert_row(source(batch, row), args.channel_stride, scale, out, args.channels);
@@ -121,7 +121,7 @@ void sum(const SumRows& args, int64_t begin, int64_t end, int64_t first, int64_t
       };
       const int64_t count = offsets[row + 1] - offsets[row];
       if (count == 0) {
-        memset(static_cast<void*>(out + piece), 0, piece_bytes);
+        zero_row(out + piece, width);
         continue;
       }
       if (count == 1) {  // most rows of a gradient that hardly repeats an index

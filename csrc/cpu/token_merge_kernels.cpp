@@ -143,7 +143,7 @@ bool merge(const MergeRows& args, int64_t begin, int64_t end) {
     const S total = kWeighted ? size.total(group) : S(0);
     if (kWeighted) static_cast<S*>(args.total)[at] = total;
     if (group.count == 0) {
-      memset(static_cast<void*>(out), 0, channels * sizeof(T));
+      zero_row(out, channels);
       return;
     }
     if (group.count == 1 && (!kWeighted || size.share(group[0], total) == 1)) {
