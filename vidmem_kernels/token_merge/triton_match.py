@@ -74,11 +74,13 @@ def _match_all_kernel(
     # Tiles may reach beyond their rows, into other ones or the spare rows at the end: what is there is not used.
     sources = lane + (DESTINATIONS + tile * BLOCK_M).to(tl.int64) * row_size + tl.arange(0, BLOCK_M) * row_size
     held = _load_rows(sources, 0, INTERPRET, BLOCK_C)
-    begin = split * span
+    # Positions fit int32 whatever the sizes' type.
+    begin = (split * span).to(tl.int32)
+    end = tl.minimum(begin + span, DESTINATIONS).to(tl.int32)
     wide = tl.zeros([], dtype=tl.int64)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype=tl.float32)
-    at = (tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32) + begin).to(tl.int32)
-    for first in range(begin, tl.minimum(begin + span, DESTINATIONS), BLOCK_N):
+    at = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32) + begin
+    for first in range(begin, end, BLOCK_N):
         d = first + tl.arange(0, BLOCK_N)
         inverse = tl.load(factor + batch * N + d, d < DESTINATIONS, other=float("nan"))
         destinations = lane + (wide + first) * row_size + tl.arange(0, BLOCK_N) * row_size
@@ -86,7 +88,7 @@ def _match_all_kernel(
         # False for NaN, which comes last: it needs no care until nothing else is there.
         better = value > best
         best = tl.where(better, value, best)
-        at = tl.where(better, first, at).to(tl.int32)
+        at = tl.where(better, first, at)
     top = tl.max(best, axis=1)
     d = at + tl.arange(0, BLOCK_N)[None, :]
     found = tl.min(tl.where(best == top[:, None], d, _LAST), axis=1)
@@ -174,7 +176,7 @@ def _match_window_kernel(
         inverse = tl.load(factor + batch * N + d)
         destinations = lane + d.to(tl.int64) * WIDTH
         value = _products(sources, held, destinations, WIDTH, HOLD, INTERPRET, BLOCK_C) * inverse[None, :]
-        value = tl.maximum(value, _NAN_PRODUCT)  # which NaN becomes
+        value = tl.where(value > _NAN_PRODUCT, value, _NAN_PRODUCT)  # which NaN becomes
         # Unsigned, so that one comparison covers both sides of the window.
         sees = (cell_t[None, :] - first_t[:, None]).to(tl.uint32) <= 2 * window_t
         sees &= (cell_h[None, :] - first_h[:, None]).to(tl.uint32) <= 2 * window_h

@@ -19,6 +19,13 @@ _TILE = 1024
 _PAIR, _RUN = 2, 4
 # Groups of more tokens are summed by several programs: of a still clip, all tokens may be one group.
 _WINDOW = 128
+_SIGN_BIT = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def _negative_zero():
+    """What adding changes nothing about, not even the sign of 0. Triton 3.6 makes the literal -0.0 a 0."""
+    return tl.full([], _SIGN_BIT, tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -133,17 +140,18 @@ def _add_tokens(
             member = k < end
             n = tl.load(order + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
             valid = member & (n >= 0) & (n < N)
-            where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
-            value = tl.load(where, valid[:, None] & (c < C)[None, :], other=0).to(result.dtype)
             if whole is not None:
                 share = tl.full(whole.shape, 1.0, dtype=tl.float32)
                 if size is not None:
                     share = tl.load(size + n * size_stride_n, valid, other=0)
                 # Rounded correctly: size / size is 1.
                 share = tl.where(whole == 0, 0.0, tl.div_rn(share, tl.where(whole == 0, 1.0, whole)))
+            where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
+            value = tl.load(where, valid[:, None] & (c < C)[None, :], other=0).to(result.dtype)
+            if whole is not None:
                 value = value * share[:, None]
-            # -0 is what adding changes nothing about, so that the sum of one token is that token to the bit.
-            result += tl.where(valid[:, None], value, tl.where(member, float("nan"), -0.0)[:, None])
+            # So that the sum of one token is that token to the bit.
+            result += tl.where(valid[:, None], value, tl.where(member, float("nan"), _negative_zero())[:, None])
     return result
 
 
@@ -214,7 +222,7 @@ def _sum_windows_kernel(
         whole = None
         if total is not None:
             whole = tl.load(total + batch * M + row, wanted, other=0)
-        nothing = tl.where(known, -0.0, float("nan"))  # the reader must not trust what contradicts itself
+        nothing = tl.where(known, _negative_zero(), float("nan"))  # the reader must not trust what contradicts itself
         result = tl.broadcast_to(nothing[:, None], [1, BLOCK_C]).to(partial.dtype.element_ty)
         result = _add_tokens(
             result,
@@ -322,7 +330,7 @@ def _sum_groups_kernel(
         whole = tl.load(total + batch * M + row, row < M, other=0)
     # Longer groups are left to `_join_windows_kernel`, or stay NaN where the plan contradicts itself.
     in_range = in_range & (end - begin <= WINDOW)
-    nothing = tl.where(in_range, tl.where(begin < end, -0.0, 0.0), float("nan"))
+    nothing = tl.where(in_range, tl.where(begin < end, _negative_zero(), 0.0), float("nan"))
     result = tl.broadcast_to(nothing[:, None], [BLOCK_M, BLOCK_C]).to(sum_dtype)
     result = _add_tokens(
         result,
