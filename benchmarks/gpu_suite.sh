@@ -4,9 +4,10 @@
 #     benchmarks/gpu_suite.sh OUT
 #
 # Builds in place for the architecture of this machine's GPU. Needs Python with torch, triton, pytest, pybind11 and
-# setuptools, and nvcc; installs and downloads nothing, needs no git. Leaves in OUT a log of every part (build, tests,
-# bench, profile), info.json, bench.json, profile.json and summary.json. A part that fails or runs out of its time
-# loses nothing of the others. Exit code: 0 all parts passed, 1 some failed, 2 there is no CUDA GPU or no torch.
+# setuptools, and nvcc, and pytest-xdist to run all tests in their time; installs and downloads nothing, needs no git.
+# Leaves in OUT a log of every part (build, tests, bench, profile), info.json, bench.json, profile.json and
+# summary.json. A part that fails or runs out of its time loses nothing of the others. Exit code: 0 all parts passed,
+# 1 some failed, 2 there is no CUDA GPU or no torch.
 #
 #   PYTHON=python3           interpreter
 #   GPU_SUITE_PARTS="..."    some of: build tests bench profile (default: all)
@@ -74,14 +75,20 @@ build() {
 
 tests() {
   local select=gpu
-  local files=()
+  local files=() workers=()
   if [ "$DEVICE" = cpu ]; then
     files=(tests/test_install.py)
     select="not gpu"
   fi
+  # Triton compiles some 900 kernels for the tests, about half a second each: more than one process has the time for.
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$(nproc)")
+  else
+    echo "pytest-xdist is missing: one process runs all tests"
+  fi
   # A test file that needs a package missing here must not keep the others from running. INT: pytest still reports.
-  limited -s INT "${BUDGET[tests]}" "$PYTHON" -m pytest -m "$select" -q -p no:cacheprovider --tb=short \
-    --continue-on-collection-errors --durations=10 ${files[@]+"${files[@]}"}
+  OMP_NUM_THREADS=1 limited -s INT "${BUDGET[tests]}" "$PYTHON" -m pytest -m "$select" -q -p no:cacheprovider \
+    --tb=short --continue-on-collection-errors --durations=10 ${workers[@]+"${workers[@]}"} ${files[@]+"${files[@]}"}
 }
 
 bench() {

@@ -291,6 +291,24 @@ def test_gpu_suite_refuses_an_unknown_part(tmp_path):
     assert done.returncode == 2 and "got benches" in done.stderr
 
 
+@pytest.mark.parametrize("has_xdist", [True, False])
+def test_gpu_suite_runs_tests_in_parallel_where_it_can(has_xdist, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        f"  '-c import xdist') exit {0 if has_xdist else 1} ;;\n"
+        "  '-m pytest '*) echo \"threads $OMP_NUM_THREADS, called with $*\" ;;\n"
+        "esac\n"
+    )
+    python.chmod(0o755)
+    assert gpu_suite(tmp_path, python, GPU_SUITE_DEVICE="cpu", GPU_SUITE_PARTS="tests").returncode == 0
+    log = (tmp_path / "tests.log").read_text()
+    assert "threads 1, called with -m pytest -m not gpu" in log
+    assert (f" -n {len(os.sched_getaffinity(0))} tests/test_install.py" in log) == has_xdist
+    assert ("pytest-xdist is missing" in log) != has_xdist
+
+
 def test_gpu_suite_part_that_fails_loses_nothing_of_the_others(tmp_path):
     python = tmp_path / "python"
     python.write_text(
