@@ -156,6 +156,19 @@ def test_groups_of_all_sizes(dtype, index, device):
     testing.assert_within_budget(got, at_dtype, exact, "merge and unmerge")
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_sizes_are_summed_in_any_order(index, device):
+    """Correctly rounded, so that strides and types, which change the order in which a kernel adds, do not show."""
+    plan = large_and_small_groups(device, index)
+    size = torch.rand(2, 400, device=device) + 0.5
+    x = torch.ones(2, 400, 1, device=device)
+    exact = torch.zeros(2, plan.kept.shape[1], dtype=torch.float64, device=device)
+    exact.scatter_add_(1, plan.assignment.long(), size.double())
+    strided = vk.MergePlan(*(t.mT.contiguous().mT for t in plan))
+    for groups, sizes in ((plan, size), (strided, size.mT.contiguous().mT)):
+        assert torch.equal(vk.merge_tokens(x, groups, sizes, backend="triton").size, exact.float())
+
+
 def test_token_alone_is_unchanged_to_the_bit(device):
     plan = large_and_small_groups(device)
     alone = (plan.offsets.diff(dim=1) == 1)[0]

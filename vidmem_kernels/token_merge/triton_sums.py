@@ -60,14 +60,15 @@ def _group_totals_kernel(
 ):
     """float32 sum of a value per token over each group; with `size_total`, weighted by the tokens' shares of it.
 
-    Without `value` it is 1, without `size` that is 1.
+    Without `value` it is 1, without `size` that is 1. Summed in float64: the order of a sum over an axis is the
+    compiler's choice, which differs between strides and types of index, and must not show in the result.
     """
     batch, row = tile_of(M, BLOCK_M)
     begin, end, in_range = _group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
     if size_total is not None:
         whole = tl.load(size_total + batch * M + row, row < M, other=0)[:, None]
         divisor = tl.broadcast_to(tl.where(whole == 0, 1.0, whole), [BLOCK_M, BLOCK_K])
-    result = tl.zeros([BLOCK_M], dtype=tl.float32)
+    result = tl.zeros([BLOCK_M], dtype=tl.float64)
     for first in range(0, tl.max(end - begin, axis=0), BLOCK_K):
         k = begin[:, None] + first + tl.arange(0, BLOCK_K)[None, :]
         member = k < end[:, None]
@@ -82,8 +83,8 @@ def _group_totals_kernel(
             if size is not None:
                 share = tl.load(size + batch * size_stride_b + n * size_stride_n, member & valid, other=0)
             term = term * tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
-        result += tl.sum(tl.where(member, tl.where(valid, term, float("nan")), 0.0), axis=1)
-    tl.store(total + batch * M + row, tl.where(in_range, result, float("nan")), row < M)
+        result += tl.sum(tl.where(member, tl.where(valid, term, float("nan")), 0.0).to(tl.float64), axis=1)
+    tl.store(total + batch * M + row, tl.where(in_range, result.to(tl.float32), float("nan")), row < M)
 
 
 def group_totals(
