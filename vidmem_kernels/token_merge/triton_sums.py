@@ -135,19 +135,21 @@ def _add_tokens(
     UNROLL: tl.constexpr,
 ):
     """Adds the tokens of groups to the rows of `result`, in order; with `whole`, times their shares of it."""
+    if whole is not None:
+        divisor = tl.where(whole == 0, 1.0, whole)
     for first in range(0, tl.max(end - begin, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             k = begin + first + step
             member = k < end
             n = tl.load(order + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
             valid = member & (n >= 0) & (n < N)
-            where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
             if whole is not None:
                 share = tl.full(whole.shape, 1.0, dtype=tl.float32)
                 if size is not None:
                     share = tl.load(size + n * size_stride_n, valid, other=0)
                 # Rounded correctly: size / size is 1.
-                share = tl.where(whole == 0, 0.0, tl.div_rn(share, tl.where(whole == 0, 1.0, whole)))
+                share = tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
+            where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
             value = tl.load(where, valid[:, None] & (c < C)[None, :], other=0).to(result.dtype)
             if whole is not None:
                 value = value * share[:, None]
