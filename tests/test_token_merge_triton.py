@@ -259,3 +259,11 @@ def test_boxes_see_few_cells():
     assert work((1, 1, 4096), (0, 0, 0), (1, 1, 1)) <= 4096 * 128
     layout = layout_of(8**3, (8, 8, 8), (8, 8, 8))
     assert box_edges(layout, (0, 0, 0), 128) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 8])
+def test_a_plan_that_merges_nothing_shares_no_memory(tokens, device):
+    plan = vk.match_tokens(torch.randn(1, tokens, 3, device=device), 0, backend="triton")
+    places = [t.untyped_storage().data_ptr() for t in plan if t.numel()]
+    assert len(set(places)) == len(places)
+    assert plan.offsets.tolist() == [list(range(tokens + 1))] and plan.kept.tolist() == [list(range(tokens))]

@@ -140,7 +140,7 @@ def plan_from_keys(
 
     if num_merge == 0:
         each = torch.arange(tokens + 1, dtype=torch.int32, device=metric.device).repeat(batch, 1)
-        return *(each[:, :tokens].contiguous() for _ in range(3)), each
+        return *(each[:, :tokens].clone(memory_format=torch.contiguous_format) for _ in range(3)), each
     assignment, kept, offsets = empty(batch, tokens), empty(batch, rows), empty(batch, rows + 1)
     order = empty(batch, tokens)
     if batch == 0:
