@@ -4,7 +4,6 @@
 #include <tuple>
 
 #include "common/tensor.h"
-#include "cpu/empty_rows.h"
 #include "cpu/grain.h"
 
 namespace vidmem {
@@ -27,7 +26,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype) {
   constexpr const char* op = "quantize_rows";
   QuantizeRows args{};
   args.rows_dtype = check_rows(x, dtype, op);
-  Tensor rows = empty_rows(x.size(0), x.size(1), x.size(2), dtype);
+  Tensor rows = torch::stable::empty({x.size(0), x.size(1), x.size(2)}, dtype);
   Tensor scale = torch::stable::empty({x.size(0), x.size(1)}, scale_type(x));
   args.x = x.data_ptr();
   args.dtype = dtype_of(x.scalar_type(), op, "x");
@@ -52,7 +51,7 @@ Tensor quantize_rows_backward(const Tensor& grad_scale, const Tensor& x, ScalarT
   VIDMEM_CHECK(grad_scale.is_cpu() && grad_scale.scalar_type() == scale_type(x) &&
                    grad_scale.size(0) == x.size(0) && grad_scale.size(1) == x.size(1),
                op, "grad_scale must have the dtype of the scale and the first two sizes of x, on the CPU");
-  Tensor grad = empty_rows(x.size(0), x.size(1), x.size(2), x.scalar_type());
+  Tensor grad = torch::stable::empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   if (grad.numel() == 0) return grad;
   args.grad_scale = grad_scale.data_ptr();
   args.grad_batch_stride = grad_scale.stride(0);

@@ -4,7 +4,6 @@
 
 #include "common/tensor.h"
 #include "cpu/best_scores.h"
-#include "cpu/empty_rows.h"
 #include "cpu/grain.h"
 #include "cpu/select_tokens_kernels.h"
 #include "cpu/sparse_gather_kernels.h"
@@ -50,7 +49,7 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& x, int64_t keep, const st
     });
   });
 
-  Tensor tokens = empty_rows(batch, keep, channels, x.scalar_type());
+  Tensor tokens = torch::stable::empty({batch, keep, channels}, x.scalar_type());
   GatherRows args{};
   args.bank = x.data_ptr();
   args.bank_dtype = args.out_dtype = dtype;

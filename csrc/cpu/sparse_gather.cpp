@@ -6,7 +6,6 @@
 #include <memory>
 
 #include "common/tensor.h"
-#include "cpu/empty_rows.h"
 #include "cpu/grain.h"
 
 namespace vidmem {
@@ -40,7 +39,7 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   VIDMEM_CHECK(!is_quantized(args.out_dtype), op, "out_dtype must be a float dtype");
 
   const int64_t count = index.size(1), channels = bank.size(2);
-  Tensor out = empty_rows(batch, count, channels, result);
+  Tensor out = torch::stable::empty({batch, count, channels}, result);
   args.bank = bank.data_ptr();
   args.batch_stride = shared ? 0 : bank.stride(0);
   args.row_stride = bank.stride(1);
@@ -117,7 +116,7 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
   SumRows args{};
   args.dtype = dtype_of(src.scalar_type(), op, "src");
   VIDMEM_CHECK(!is_quantized(args.dtype), op, "src must have a float dtype");
-  Tensor out = empty_rows(batch, num_rows, channels, src.scalar_type());
+  Tensor out = torch::stable::empty({batch, num_rows, channels}, src.scalar_type());
   if (out.numel() == 0) return out;
   const int64_t threads = torch::stable::get_num_threads();
   const Groups groups = group_rows(rows, batch, count, num_rows, threads);

@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "common/tensor.h"
-#include "cpu/empty_rows.h"
 #include "cpu/grain.h"
 
 namespace vidmem {
@@ -191,7 +190,7 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const std::optional<Ten
   MergeRows args = merge_args(plan, x);
   args.weighted = true;
   if (size) args.size = weights_of(op, "size", *size, args.dtype, g.batch, g.tokens);
-  Tensor out = empty_rows(g.batch, g.rows, args.channels, x.scalar_type());
+  Tensor out = torch::stable::empty({g.batch, g.rows, args.channels}, x.scalar_type());
   Tensor total = torch::stable::empty({g.batch, g.rows}, sum_type(args.dtype));
   args.out = out.data_ptr();
   args.total = total.data_ptr();
@@ -202,7 +201,7 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const std::optional<Ten
 Tensor sum_groups(const Tensor& x, const Tensor& assignment, const Tensor& order, const Tensor& offsets) {
   const Plan plan = read_plan("sum_groups", assignment, order, offsets);
   MergeRows args = merge_args(plan, x);
-  Tensor out = empty_rows(plan.groups.batch, plan.groups.rows, args.channels, x.scalar_type());
+  Tensor out = torch::stable::empty({plan.groups.batch, plan.groups.rows, args.channels}, x.scalar_type());
   args.out = out.data_ptr();
   run_rows(plan, merge_rows(), args, args.channels * x.element_size());
   return out;
@@ -252,7 +251,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const Tensor& grad_tokens, cons
     VIDMEM_CHECK(x->scalar_type() == grad_tokens.scalar_type() && x->size(2) == args.channels, op,
                  "x must have the dtype and channels of grad_tokens");
   }
-  Tensor grad_x = empty_rows(g.batch, g.tokens, args.channels, grad_tokens.scalar_type());
+  Tensor grad_x = torch::stable::empty({g.batch, g.tokens, args.channels}, grad_tokens.scalar_type());
   Tensor slope = torch::stable::empty({g.batch, x ? g.tokens : 0}, sum_type(args.dtype));
   args.wants_size = x.has_value();
   args.grad_x = grad_x.data_ptr();
@@ -275,7 +274,7 @@ Tensor unmerge_tokens(const Tensor& y, const Tensor& assignment, const Tensor& o
   float_dtype(op, "y", y);
   args.element_size = y.element_size();
   args.channels = y.size(2);
-  Tensor out = empty_rows(g.batch, g.tokens, args.channels, y.scalar_type());
+  Tensor out = torch::stable::empty({g.batch, g.tokens, args.channels}, y.scalar_type());
   args.out = out.data_ptr();
   const auto kernel = unmerge_rows();
   std::atomic<bool> valid{true};
