@@ -22,7 +22,7 @@ auto order_key(T score) {
   return bits & sign ? ~bits : bits | sign;
 }
 
-// The wanted-th largest key, and how many of the keys that equal it are among the wanted largest: a radix selection from
+// The wanted-th largest key, and how many of its equals are among the wanted largest: a radix selection from
 // the highest byte, which goes on with the keys of one byte only. `wanted` is in [1, keys.size()].
 template <class Key>
 std::pair<Key, int64_t> threshold(std::vector<Key> keys, int64_t wanted) {

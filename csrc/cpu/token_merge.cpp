@@ -132,7 +132,8 @@ void run_rows(const Plan& plan, Kernel kernel, const Args& args, int64_t bytes_p
   const Groups& g = plan.groups;
   std::atomic<bool> valid{g.rows > 0 || g.batch == 0};
   if (g.rows > 0) {
-    torch::stable::parallel_for(0, g.batch * (g.tokens + g.rows), grain(bytes_per_row), [&](int64_t begin, int64_t end) {
+    const int64_t work = g.batch * (g.tokens + g.rows);
+    torch::stable::parallel_for(0, work, grain(bytes_per_row), [&](int64_t begin, int64_t end) {
       if (!kernel(args, row_at(g, begin), row_at(g, end))) valid.store(false, std::memory_order_relaxed);
     });
   } else if (g.tokens == 0) {
