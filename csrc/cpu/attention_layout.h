@@ -1,0 +1,27 @@
+// What callers of the attention kernels must know of tiles; the same for every instruction set.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+
+namespace vidmem {
+
+constexpr int64_t kAttentionTile = 96;   // keys (backward: queries) of a tile, whole panels of every instruction set
+constexpr int64_t kAttentionLanes = 32;  // a multiple of the rows of a pack of every instruction set
+constexpr int64_t kChannelPad = 32;      // channels of scratch rows: whole panels and packs, at most so many more
+
+struct AttentionRows {  // the queries, keys or values of one batch element and head
+  const void* data;
+  DType dtype;
+  int64_t row_stride, channel_stride, channels;
+};
+
+// Which pairs see each other, besides blocks: a key below num_sinks, or one with low[query] <= time[key] <= high[query].
+struct AttentionWindow {
+  const double *low, *high;  // null: no window
+  const double* time;
+  int64_t num_sinks;
+};
+
+}  // namespace vidmem

@@ -1,0 +1,191 @@
+#include "cpu/cross_attention_kernels.h"
+
+#include "cpu/attention_tile.h"
+
+namespace vidmem {
+namespace {
+
+// What the window leaves of a tile of keys, for all queries of a pack together.
+enum class Seen { none, some, all };
+
+// Bounds of the windows of the queries of a pack, lane by lane and together.
+struct PackWindow {
+  const double *low, *high;  // kPackRows each
+  double lowest, largest_low, smallest_high, highest;
+  bool any_nan;
+
+  void set(const AttentionWindow& window, int64_t first, int64_t count, int64_t rows, double* lows, double* highs) {
+    low = lows;
+    high = highs;
+    lowest = smallest_high = __builtin_inf();
+    highest = largest_low = -__builtin_inf();
+    any_nan = false;
+    for (int64_t l = 0; l < rows; ++l) {
+      const int64_t row = first + (l < count ? l : count - 1);
+      const double a = lows[l] = window.low[row], b = highs[l] = window.high[row];
+      lowest = a < lowest ? a : lowest;
+      largest_low = a > largest_low ? a : largest_low;
+      highest = b > highest ? b : highest;
+      smallest_high = b < smallest_high ? b : smallest_high;
+      any_nan |= a != a || b != b;
+    }
+  }
+
+  Seen seen(const AttentionWindow& window, const int32_t* keys, int64_t count) const {
+    bool any = false, all = !any_nan;
+    for (int64_t j = 0; j < count; ++j) {
+      if (keys[j] < window.num_sinks) {
+        any = true;
+        continue;
+      }
+      const double t = window.time[keys[j]];
+      any |= lowest <= t && t <= highest;
+      all &= largest_low <= t && t <= smallest_high;
+    }
+    return !any ? Seen::none : all ? Seen::all : Seen::some;
+  }
+};
+
+// Running maximum, sum of weights and weighted values of the queries of a pack.
+template <class T>
+struct Softmax {
+  using V = Vector<T>;
+  static constexpr int kRows = kPackRows<T>;
+  T *largest, *total, *values;  // values[channel][lane]
+
+  // scores[key][lane] become weights.
+  template <bool kMasked>
+  VIDMEM_INLINE void add(T* scores, const T* bias, T scale, const AttentionWindow& window, const PackWindow& bounds,
+                         const int32_t* keys, int64_t count, int64_t channels) {
+    V most[kPackVectors], sum[kPackVectors], base[kPackVectors], rescale[kPackVectors];
+    for (int v = 0; v < kPackVectors; ++v) most[v] = load(largest + v * kWidth<T>);
+    for (int64_t j = 0; j < count; ++j) {
+      T* score = scores + j * kRows;
+      T keep[kRows];
+      if (kMasked) {
+        const double t = window.time[keys[j]];
+        const bool sink = keys[j] < window.num_sinks;
+        for (int l = 0; l < kRows; ++l) keep[l] = sink | ((bounds.low[l] <= t) & (t <= bounds.high[l]));
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < kPackVectors; ++v) {
+        V s = load(score + v * kWidth<T>) * scale;
+        if (bias) s += bias[j];
+        if (kMasked) s = load(keep + v * kWidth<T>) > V{} ? s : V{} - kInfinity<T>;
+        store(s, score + v * kWidth<T>);
+        most[v] = s > most[v] ? s : most[v];
+      }
+    }
+    for (int v = 0; v < kPackVectors; ++v) {
+      // Nothing is visible yet: every weight is 0.
+      base[v] = most[v] == V{} - kInfinity<T> ? V{} : most[v];
+      rescale[v] = exp_of(load(largest + v * kWidth<T>) - base[v]);
+      store(most[v], largest + v * kWidth<T>);
+      sum[v] = load(total + v * kWidth<T>) * rescale[v];
+    }
+    for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kPackVectors; ++v) {
+        const V weight = exp_of(load(scores + j * kRows + v * kWidth<T>) - base[v]);
+        store(weight, scores + j * kRows + v * kWidth<T>);
+        sum[v] += weight;
+      }
+    }
+    for (int v = 0; v < kPackVectors; ++v) store(sum[v], total + v * kWidth<T>);
+    for (int64_t c = 0; c < channels; ++c) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kPackVectors; ++v) {
+        T* value = values + c * kRows + v * kWidth<T>;
+        store(load(value) * rescale[v], value);
+      }
+    }
+  }
+};
+
+template <class T>
+void run_attend_queries(const AttendQueries& args) {
+  constexpr int kRows = kPackRows<T>;
+  const int64_t channels = args.q.channels, value_channels = args.v.channels;
+  const int64_t value_row = round_up(value_channels, kPanel);
+  const int64_t packs = (args.count + kRows - 1) / kRows;
+  Arena arena{static_cast<char*>(args.scratch)};
+  T* buffer = arena.take<T>(channels > value_row ? channels : value_row);
+  T* queries = arena.take<T>(packs * kRows * channels);
+  T* values = arena.take<T>(packs * kRows * value_row);
+  T* largest = arena.take<T>(packs * kRows);
+  T* total = arena.take<T>(packs * kRows);
+  T* key_panels = arena.take<T>(kAttentionTile * channels);
+  T* value_panels = arena.take<T>(kAttentionTile * value_row);
+  T* scores = arena.take<T>(kAttentionTile * kRows);
+  T* bias = arena.take<T>(kAttentionTile);
+  double* lows = arena.take<double>(packs * kRows);
+  double* highs = arena.take<double>(packs * kRows);
+
+  for (int64_t p = 0; p < packs; ++p) {
+    int32_t rows[kRows];
+    const int64_t first = args.first + p * kRows, left = args.first + args.count - first;
+    const int64_t some = left < kRows ? left : kRows;
+    for (int64_t l = 0; l < some; ++l) rows[l] = static_cast<int32_t>(first + l);
+    pack_transposed(args.q, rows, some, kRows, buffer, queries + p * kRows * channels);
+  }
+  for (int64_t i = 0; i < packs * kRows * value_row; ++i) values[i] = 0;
+  for (int64_t i = 0; i < packs * kRows; ++i) {
+    largest[i] = -kInfinity<T>;
+    total[i] = 0;
+  }
+
+  for (int64_t start = 0; start < args.num_keys; start += kAttentionTile) {
+    const int64_t count = args.num_keys - start < kAttentionTile ? args.num_keys - start : kAttentionTile;
+    const int32_t* keys = args.keys + start;
+    pack_transposed(args.k, keys, count, kPanel, buffer, key_panels);
+    pack_panels(args.v, keys, count, buffer, value_panels);
+    if (args.bias) {
+      for (int64_t j = 0; j < count; ++j) bias[j] = static_cast<const T*>(args.bias)[keys[j]];
+    }
+    for (int64_t p = 0; p < packs; ++p) {
+      PackWindow bounds{};
+      Seen seen = Seen::all;
+      if (args.window.low) {
+        const int64_t first = args.first + p * kRows, left = args.first + args.count - first;
+        bounds.set(args.window, first, left < kRows ? left : kRows, kRows, lows + p * kRows, highs + p * kRows);
+        seen = bounds.seen(args.window, keys, count);
+        if (seen == Seen::none) continue;
+      }
+      multiply_panels<T, false>(key_panels, count, queries + p * kRows * channels, channels, scores);
+      Softmax<T> softmax{largest + p * kRows, total + p * kRows, values + p * kRows * value_row};
+      const T* biases = args.bias ? bias : nullptr;
+      const T scale = static_cast<T>(args.scale);
+      if (seen == Seen::all) {
+        softmax.template add<false>(scores, biases, scale, args.window, bounds, keys, count, value_channels);
+      } else {
+        softmax.template add<true>(scores, biases, scale, args.window, bounds, keys, count, value_channels);
+      }
+      multiply_panels<T, true>(value_panels, value_channels, scores, count, values + p * kRows * value_row);
+    }
+  }
+
+  for (int64_t i = 0; i < args.count; ++i) {
+    const bool empty = total[i] == 0;
+    const T divisor = empty ? 1 : total[i];
+    const T* value = values + i / kRows * kRows * value_row + i % kRows;
+    for (int64_t c = 0; c < value_channels; ++c) buffer[c] = value[c * kRows] / divisor;
+    write_row(buffer, args.q.dtype, args.out, (args.first + i) * args.out_stride, value_channels);
+    static_cast<T*>(args.lse)[args.first + i] =
+        empty ? -kInfinity<T> : static_cast<T>(largest[i] + __builtin_log(static_cast<double>(divisor)));
+  }
+}
+
+}  // namespace
+
+namespace VIDMEM_ISA {
+
+void attend_queries(const AttendQueries& args) {
+  if (args.q.dtype == DType::float64) {
+    run_attend_queries<double>(args);
+  } else {
+    run_attend_queries<float>(args);
+  }
+}
+
+}  // namespace VIDMEM_ISA
+}  // namespace vidmem
