@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import vidmem_kernels as vk
 from vidmem_kernels import _extension, testing
 from vidmem_kernels.cross_attn import reference
 
@@ -85,8 +84,11 @@ def by_sdpa(q, k, v, options):
 
 
 def within_budget(got, args, options, what=""):
-    at_dtype = reference.cross_attention(*args, *options.values())
-    testing.assert_within_budget(got, at_dtype, by_sdpa(*args, options), what)
+    exact = by_sdpa(*args, options)
+    if args[0].dtype == F64:  # as exact as SDPA itself
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12, msg=what)
+    else:
+        testing.assert_within_budget(got, reference.cross_attention(*args, *options.values()), exact, what)
 
 
 @pytest.mark.parametrize("which", FEATURES)
@@ -157,7 +159,7 @@ def test_exp(capability):
         v[:, 1] = 1
         bias = torch.zeros(1, count, 2, dtype=dtype)
         bias[0, :, 1] = difference
-        out, _ = vk.cross_attention(q, k, v, key_bias=bias, return_lse=True, backend="cpu")
+        out, _ = torch.ops.vidmem_cpp.cross_attention(q, k, v, bias, 0, None, None, None, None, [1, 1], 1.0)
         exact = difference.to(dtype).to(F64).exp()
         exact = exact / (1 + exact)
         smallest = torch.finfo(dtype).tiny
@@ -230,3 +232,131 @@ def test_direct_calls_with_unfit_tensors():
     ):
         with pytest.raises(ValueError, match=message):
             direct(*bad, options)
+
+
+def backward_arguments(which, *shape, **more):
+    *args, options = arguments(which, *shape, **more)
+    out, lse = reference.cross_attention(*args, *options.values())
+    grad_lse = None if which == "" else torch.randn_like(lse)
+    return [torch.randn_like(out), grad_lse, *args, options["key_bias"], out, lse, *list(options.values())[1:]]
+
+
+def backward(args):
+    return torch.ops.vidmem_cpp.cross_attention_backward(*args)
+
+
+def exact_gradients(args):
+    """Autograd through SDPA and logsumexp in float64."""
+    grad_out, grad_lse, q, k, v, bias, _, _, *rest = args
+    wide = [None if t is None else t.to(F64).requires_grad_() for t in (q, k, v, bias)]
+    names = ("num_sinks", "q_time", "k_time", "window", "block_index", "block_size", "scale")
+    out, lse = by_sdpa(*wide[:3], {"key_bias": wide[3], **dict(zip(names, rest, strict=True))})
+    loss = (out * grad_out.to(F64)).sum()
+    if grad_lse is not None:  # -inf is a constant
+        loss = loss + (lse.masked_fill(lse == -INF, 0) * grad_lse.masked_fill(lse == -INF, 0)).sum()
+    leaves = [t for t in wide if t is not None]
+    return torch.autograd.grad(loss, leaves)
+
+
+def gradients_within_budget(args, what=""):
+    got, exact = backward(args), exact_gradients(args)
+    got = got[: len(exact)]
+    if args[0].dtype == F64:
+        torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11, msg=what)
+    else:
+        at_dtype = reference.cross_attention_backward(*args)[: len(exact)]
+        # out and lse were rounded: what that costs is the reference's error too.
+        testing.assert_within_budget(got, at_dtype, exact, what)
+
+
+@pytest.mark.parametrize("which", FEATURES)
+def test_backward_against_sdpa(capability, which):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, F64):
+        gradients_within_budget(backward_arguments(which, dtype=dtype), f"{which} {dtype}")
+
+
+@pytest.mark.parametrize("which", ["bias", "sinks window blocks"])
+def test_backward_of_any_shape(capability, which):
+    for queries, keys, size, value_size in product((1, 33), (1, 97), (1, 17), (1, 7)):
+        args = backward_arguments(which, 1, queries, keys, 3, size, value_size)
+        # A single key has a weight of 1 and gradients of 0 but for rounding: no budget to derive from.
+        torch.testing.assert_close(
+            backward(args)[:3], exact_gradients(args)[:3], check_dtype=False, rtol=1e-4, atol=1e-5
+        )
+    gradients_within_budget(backward_arguments(which, 1, 250, 450, 1, 200, 300), which)
+
+
+def test_backward_strided_and_shared_bias(capability):
+    args = backward_arguments("bias window blocks sinks")
+    args[5] = args[5][:, 0].clone()  # one bias for all heads
+    args[6:8] = reference.cross_attention(*args[2:6], *args[8:])
+    gradients_within_budget(args)
+    make = testing.Make()
+    spread = [make.strided(t) if isinstance(t, torch.Tensor) else t for t in args]
+    assert all(map(torch.equal, backward(spread), backward(args)))
+
+
+def test_backward_empty(capability):
+    for queries, keys, batch, size, value_size in ((0, 5, 2, 4, 4), (5, 0, 2, 4, 4), (5, 7, 0, 4, 4), (5, 7, 2, 0, 0)):
+        args = backward_arguments("bias window blocks sinks", batch, queries, keys, 2, size, value_size)
+        with testing.poisoned_memory():
+            got = backward(args)
+        torch.testing.assert_close(got, reference.cross_attention_backward(*args))
+
+
+@pytest.mark.parametrize("which", ["bias", "window", "blocks"])
+def test_gradients_where_nothing_is_visible(capability, which):
+    """Rows that see nothing give gradients of zero, never NaN."""
+    q, k, v, options = arguments(which)
+    if which == "bias":
+        options["key_bias"][1] = -INF
+    elif which == "window":
+        options["q_time"] = options["q_time"].clone()
+        options["q_time"][5:50] = 1e6
+    else:
+        options["block_index"][0, 1] = -1
+    out, lse = direct(q, k, v, options)
+    rest = list(options.values())
+    args = [torch.randn_like(out), torch.randn_like(lse), q, k, v, rest[0], out, lse, *rest[1:]]
+    gradients_within_budget(args)
+    assert (backward(args)[0].transpose(1, 2)[lse == -INF] == 0).all()
+
+
+def test_backward_of_large_scores(capability):
+    """As sharp as weights can be: no overflow, and padding of packs stays out of the sums."""
+    args = backward_arguments("bias", 1, 37, 101, 2, factor=100.0)
+    got, expected = backward(args), reference.cross_attention_backward(*args)
+    assert all(torch.isfinite(t).all() for t in got)
+    # Weights of lse = 1e4 are as rough as a rounding of it, in any implementation.
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1.0)
+
+
+def test_threads_do_not_change_gradients():
+    args = backward_arguments("bias window blocks sinks", 1, 300, 2500)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(backward(args))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.parametrize(
+    "at, bad, message",
+    [
+        (0, torch.zeros(2, 70, 2, 19), "grad_out must have shape"),
+        (1, torch.zeros(2, 2, 69), "grad_lse must have shape"),
+        (6, torch.zeros(2, 70, 2, 20).double(), "q and out must have the same dtype"),
+        (7, torch.zeros(2, 2, 70).double(), "lse must be float32"),
+        (8, 211, "num_sinks must be in"),
+    ],
+)
+def test_direct_backward_calls_are_checked(at, bad, message):
+    args = backward_arguments("bias window blocks sinks")
+    args[at] = bad
+    with pytest.raises(ValueError, match=f"cross_attention_backward: .*{message}"):
+        backward(args)

@@ -1,7 +1,5 @@
 #include "cpu/cross_attention_args.h"
 
-#include <math.h>
-
 namespace vidmem {
 namespace {
 
@@ -43,7 +41,7 @@ std::vector<double> read_times(const char* op, const char* name, const Tensor& t
 
 AttentionArgs::AttentionArgs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                              const OptionalTensor& key_bias, const AttentionOptions& options)
-    : q(q), k(k), v(v), scale(options.scale), num_sinks_(options.num_sinks) {
+    : q(q), k(k), v(v), scale(options.scale), num_sinks(options.num_sinks) {
   check_input(op, "q", q, q);
   check_input(op, "k", k, q);
   check_input(op, "v", v, q);
@@ -59,9 +57,10 @@ AttentionArgs::AttentionArgs(const char* op, const Tensor& q, const Tensor& k, c
   constexpr int64_t kMost = 1 << 30;
   VIDMEM_CHECK(queries < kMost && keys < kMost && channels < kMost && value_channels < kMost, op,
                "axes of q, k and v must be shorter than 2**30");
-  VIDMEM_CHECK(num_sinks_ >= 0 && num_sinks_ <= keys, op, "num_sinks must be in [0, ", keys, "], got ", num_sinks_);
+  VIDMEM_CHECK(num_sinks >= 0 && num_sinks <= keys, op, "num_sinks must be in [0, ", keys, "], got ", num_sinks);
   read_window(op, options);
   read_blocks(op, options);
+  if (!has_window_ && !has_blocks) num_sinks = 0;
   if (key_bias) read_bias(op, *key_bias);
 }
 
@@ -171,9 +170,9 @@ const void* AttentionArgs::bias(int64_t pair) const {
 }
 
 AttentionWindow AttentionArgs::window(int64_t pair) const {
-  if (!has_window_) return {nullptr, nullptr, nullptr, num_sinks_};
+  if (!has_window_) return {nullptr, nullptr, nullptr, num_sinks};
   const int64_t b = pair / heads;
-  return {low_.data() + b * query_times_, high_.data() + b * query_times_, time_.data() + b * key_times_, num_sinks_};
+  return {low_.data() + b * query_times_, high_.data() + b * query_times_, time_.data() + b * key_times_, num_sinks};
 }
 
 void AttentionArgs::visible_blocks(int64_t pair, int64_t row, std::vector<int64_t>& blocks) const {
@@ -190,7 +189,7 @@ void AttentionArgs::visible_blocks(int64_t pair, int64_t row, std::vector<int64_
 void AttentionArgs::visible_keys(int64_t pair, int64_t first, int64_t last, std::vector<int32_t>& out) const {
   out.clear();
   const bool all = !has_window_ && !has_blocks;
-  for (int64_t j = 0; j < (all ? keys : num_sinks_); ++j) out.push_back(static_cast<int32_t>(j));
+  for (int64_t j = 0; j < (all ? keys : num_sinks); ++j) out.push_back(static_cast<int32_t>(j));
   if (all) return;
   const AttentionWindow bounds = window(pair);
   double lowest = HUGE_VAL, highest = -HUGE_VAL;
@@ -199,7 +198,7 @@ void AttentionArgs::visible_keys(int64_t pair, int64_t first, int64_t last, std:
     if (bounds.high[i] > highest) highest = bounds.high[i];
   }
   const auto add = [&](int64_t from, int64_t to) {
-    for (int64_t j = std::max(from, num_sinks_); j < to; ++j) {
+    for (int64_t j = std::max(from, num_sinks); j < to; ++j) {
       if (!has_window_ || (lowest <= bounds.time[j] && bounds.time[j] <= highest)) {
         out.push_back(static_cast<int32_t>(j));
       }

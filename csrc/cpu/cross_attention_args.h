@@ -1,6 +1,8 @@
 // Arguments of cross_attention and its gradient: checked, times and biases made ready for the kernels.
 #pragma once
 
+#include <math.h>
+
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -48,13 +50,13 @@ class AttentionArgs {
   bool has_blocks;
   int64_t block_q, block_k;  // without blocks all queries are one block
   double scale;
+  int64_t num_sinks;  // 0 if every query sees every key anyway
 
  private:
   void read_window(const char* op, const AttentionOptions& options);
   void read_blocks(const char* op, const AttentionOptions& options);
   void read_bias(const char* op, const Tensor& key_bias);
 
-  int64_t num_sinks_;
   bool has_window_ = false, has_bias_ = false;
   int64_t query_times_ = 0, key_times_ = 0, bias_batch_ = 0, bias_head_ = 0;  // strides, 0 where shared
   std::vector<double> low_, high_, time_;
