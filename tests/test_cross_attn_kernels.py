@@ -78,9 +78,10 @@ def by_sdpa(q, k, v, options):
         mask = mask + (bias if bias.dim() == 3 else bias[:, None])[:, :, None]
     mask = mask.masked_fill(~seen, -INF)
     some = (mask > -INF).any(-1)
-    out = F.scaled_dot_product_attention(q, k, v, mask.masked_fill(~some[..., None], 0), scale=options["scale"])
+    mask = mask.masked_fill(~some[..., None], 0)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=options["scale"])
     lse = torch.logsumexp(q @ k.mT * options["scale"] + mask, -1)
-    return out.masked_fill(~some[..., None], 0).transpose(1, 2), lse
+    return out.masked_fill(~some[..., None], 0).transpose(1, 2), lse.masked_fill(~some, -INF)
 
 
 def within_budget(got, args, options, what=""):
