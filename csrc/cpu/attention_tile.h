@@ -186,6 +186,9 @@ inline void multiply_panels(const T* panels, int64_t columns, const T* pack, int
   }
 }
 
+// What a window leaves of the pairs of a pack and a tile.
+enum class Seen { none, some, all };
+
 // Cuts scratch memory into arrays that begin on a cache line.
 struct Arena {
   char* at;

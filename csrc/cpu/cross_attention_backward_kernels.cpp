@@ -43,8 +43,6 @@ void run_sum_queries(const SumQueries& args, int64_t begin, int64_t end) {
   }
 }
 
-enum class Seen { none, some, all };
-
 // The keys of one pack.
 template <class T>
 struct KeyPack {

@@ -5,9 +5,6 @@
 namespace vidmem {
 namespace {
 
-// What the window leaves of a tile of keys, for all queries of a pack together.
-enum class Seen { none, some, all };
-
 // Bounds of the windows of the queries of a pack, lane by lane and together.
 struct PackWindow {
   const double *low, *high;  // kPackRows each

@@ -58,6 +58,9 @@ def _cases(make):
     spread = {n: make.strided(t) if isinstance(t, torch.Tensor) else t for n, t in together.items()}
     yield "strided", *map(make.strided, qkv()), spread
     yield "strided, plain", *map(make.strided, qkv()), {}
+    far = {"q_time": torch.arange(70, device=make.device), "k_time": torch.arange(230, device=make.device) // 3}
+    some = {"key_bias": make.randn(1, 2, 230), "num_sinks": 2, "window": (20, 1.5)}
+    yield "long, window, sinks", *qkv(70, 230, 2, 7, 9, 1), {**far, **some}
     yield "no key", *qkv(keys=0), {}
     yield "no query", *qkv(0), {"key_bias": bias}
     yield "no batch", *qkv(batch=0), {"key_bias": bias[:0]}
