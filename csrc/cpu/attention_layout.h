@@ -17,7 +17,7 @@ struct AttentionRows {  // the queries, keys or values of one batch element and 
   int64_t row_stride, channel_stride, channels;
 };
 
-// Which pairs see each other, besides blocks: a key below num_sinks, or one with low[query] <= time[key] <= high[query].
+// Which pairs see each other, blocks aside: keys below num_sinks, and low[query] <= time[key] <= high[query].
 struct AttentionWindow {
   const double *low, *high;  // null: no window
   const double* time;

@@ -132,7 +132,8 @@ void AttentionArgs::read_bias(const char* op, const Tensor& key_bias) {
   VIDMEM_CHECK(!is_quantized(dtype_of(key_bias.scalar_type(), op, "key_bias")), op, "key_bias must have a float dtype");
   const bool fits = (dims == 2 || (dims == 3 && key_bias.size(1) == heads)) && key_bias.size(0) == batch &&
                     key_bias.size(dims - 1) == keys;
-  VIDMEM_CHECK(fits, op, "key_bias must have shape (", batch, ", ", keys, ") or (", batch, ", ", heads, ", ", keys, ")");
+  VIDMEM_CHECK(fits, op, "key_bias must have shape (", batch, ", ", keys, ") or (", batch, ", ", heads, ", ", keys,
+               ")");
   has_bias_ = true;
   const int64_t rows = dims == 2 ? 1 : heads, row_stride = dims == 2 ? 0 : key_bias.stride(1);
   bias_head_ = dims == 2 ? 0 : keys;
