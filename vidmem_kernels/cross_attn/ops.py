@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _extension
 from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import library, reference
@@ -19,7 +20,12 @@ _OPTIONS = (
 
 def _refuse_cpu(x, *rest) -> str | None:
     """Sums in tiles have another order than the reference's, which is what float64 is compared with."""
-    return "float64 is for checks and runs the reference" if x.dtype == torch.float64 else None
+    if x.dtype == torch.float64:
+        return "float64 is for checks and runs the reference"
+    if _extension.module.cpu_capability() == "baseline":
+        # Gradients of a plain call were 5 % over the error that is allowed.
+        return "needs AVX2: products that are rounded before they are summed err too much"
+    return None
 
 
 def _fake(q, k, v, *rest):
