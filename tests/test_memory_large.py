@@ -62,7 +62,7 @@ def test_device_storage():
 @needs_memory
 def test_mapped_storage(tmp_path):
     if shutil.disk_usage(tmp_path).free < 4 * GIB:
-        pytest.skip("less than 4 GiB of disk free")
+        pytest.skip(reason="less than 4 GiB of disk free")
     path = tmp_path / "working"
     bank, expected = large_bank(storage="mmap", path=path)
     try:
