@@ -1,0 +1,99 @@
+// Rows of tokens as float or double, and the feature maps of linear attention on them. For *_kernels.cpp: internal
+// linkage, each instruction set keeps its own copy.
+#pragma once
+
+#include "cpu/lanes.h"
+#include "cpu/linear_attention_kernels.h"
+
+namespace vidmem {
+namespace {
+
+// Relative error below 2^-24 before the last rounding; x <= 0 or NaN. Results below 2^-126 are rounded twice.
+[[maybe_unused]] inline Floats exp_negative(Floats x) {
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  x = x < -104.0f ? Floats{} - 104.0f : x;  // rounds to 0
+  const Floats magic = Floats{} + 0x1.8p23f;  // adding it rounds to an integer, which its low bits then hold
+  const Floats shifted = x * 0x1.715476p0f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = x - n * 0x1.62e400p-1f - n * 0x1.7f7d1cp-20f;  // the high part of ln 2 has zeros at its end
+  Floats sum = r * (1.0f / 5040) + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  const Ints power = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic);
+  const Ints first = power >> 1;  // 2^power may be too small for one float
+  const Floats low = reinterpret_cast<Floats>((first + 127) << 23);
+  const Floats high = reinterpret_cast<Floats>((power - first + 127) << 23);
+  return sum * low * high;
+}
+
+[[maybe_unused]] inline Doubles exp_negative(Doubles x) {
+  for (int i = 0; i < kDoubles; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// NaN stays NaN.
+template <class V>
+[[maybe_unused]] inline V apply(FeatureMap map, V x) {
+  switch (map) {
+    case FeatureMap::relu: return x < 0 ? V{} : x;
+    case FeatureMap::elu1: return x > 0 ? x + 1 : exp_negative(x > 0 ? V{} : x);
+    default: return x;
+  }
+}
+
+template <class V>
+[[maybe_unused]] inline V derivative(FeatureMap map, V x) {
+  const V one = V{} + 1;
+  switch (map) {
+    case FeatureMap::relu: return x > 0 ? one : V{};
+    case FeatureMap::elu1: return exp_negative(x > 0 ? V{} : x);
+    default: return one;
+  }
+}
+
+// Tokens [first, first + count) as rows of `pitch` elements, zeros behind the channels.
+template <class T, class S>
+inline void read_tokens(const Tokens& tokens, int64_t first, int64_t count, int64_t channels, S* out, int64_t pitch) {
+  constexpr int W = Lanes<S>::count;
+  const T* in = static_cast<const T*>(tokens.data) + first * tokens.token_stride;
+  for (int64_t t = 0; t < count; ++t, in += tokens.token_stride, out += pitch) {
+    int64_t c = 0;
+    if (tokens.channel_stride == 1) {
+      for (; c + W <= channels; c += W) store(load(in + c), out + c);
+    }
+    for (; c < channels; ++c) out[c] = widen(in[c * tokens.channel_stride]);
+    for (; c < pitch; ++c) out[c] = 0;
+  }
+}
+
+template <class S>
+inline void apply_rows(FeatureMap map, S* rows, int64_t count, int64_t channels, int64_t pitch) {
+  if (map == FeatureMap::identity) return;
+  for (int64_t i = 0; i < count * pitch; i += Lanes<S>::count) store(apply(map, load(rows + i)), rows + i);
+  if (map == FeatureMap::relu) return;
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t c = channels; c < pitch; ++c) rows[t * pitch + c] = 0;
+  }
+}
+
+template <class T, class S>
+inline void read_features(const Tokens& tokens, FeatureMap map, int64_t first, int64_t count, int64_t channels,
+                          S* out, int64_t pitch) {
+  read_tokens<T>(tokens, first, count, channels, out, pitch);
+  apply_rows(map, out, count, channels, pitch);
+}
+
+template <class S, class T>
+inline void write_row(const S* row, int64_t channels, T* out) {
+  constexpr int W = Lanes<S>::count;
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) store(load(row + c), out + c);
+  for (; c < channels; ++c) narrow(row[c], out[c]);
+}
+
+}  // namespace
+}  // namespace vidmem

@@ -1,0 +1,170 @@
+// Products of small matrices that lie in the caches, row-major and padded to whole vectors of 64 bytes.
+//
+// Every element is one sum over the depth, in order, that is added to what was there: it does not depend on the rows
+// and columns that it is computed with. For *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
+#pragma once
+
+#include "cpu/lanes.h"
+
+namespace vidmem {
+namespace {
+
+#define VIDMEM_INLINE inline __attribute__((always_inline))
+
+// A register tile is kTileRows rows of kTileVectors vectors; a row of vectors and a broadcast come on top.
+constexpr int64_t kTileRows = 6;
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+
+[[maybe_unused]] inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class S>
+VIDMEM_INLINE void clear(S* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = 0;
+}
+
+// The left factor: element (i, k) at data[i * row + k * step].
+template <class S>
+struct Left {
+  const S* data;
+  int64_t row, step;
+  Left from(int64_t first) const { return {data + first * row, row, step}; }
+};
+
+template <class S, int R, int N, bool Add>
+VIDMEM_INLINE void multiply_tile(const Left<S>& a, const S* b, int64_t b_row, int64_t depth, S* c, int64_t c_row) {
+  using V = typename Lanes<S>::type;
+  constexpr int W = Lanes<S>::count;
+  V sum[R][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = V{};
+  }
+  const S* left = a.data;
+  for (int64_t k = 0; k < depth; ++k, left += a.step, b += b_row) {
+    V right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) right[n] = load(b + n * W);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const V x = left[r * a.row] - V{};  // a broadcast
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[r][n] += x * right[n];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      S* at = c + r * c_row + n * W;
+      if constexpr (Add) sum[r][n] += load(at);
+      store(sum[r][n], at);
+    }
+  }
+}
+
+template <class S, int N, bool Add>
+void multiply_rows(Left<S> a, const S* b, int64_t b_row, int64_t depth, S* c, int64_t c_row, int64_t rows) {
+  for (; rows >= kTileRows; rows -= kTileRows, a = a.from(kTileRows), c += kTileRows * c_row) {
+    multiply_tile<S, kTileRows, N, Add>(a, b, b_row, depth, c, c_row);
+  }
+  switch (rows) {
+    case 5: return multiply_tile<S, 5, N, Add>(a, b, b_row, depth, c, c_row);
+    case 4: return multiply_tile<S, 4, N, Add>(a, b, b_row, depth, c, c_row);
+    case 3: return multiply_tile<S, 3, N, Add>(a, b, b_row, depth, c, c_row);
+    case 2: return multiply_tile<S, 2, N, Add>(a, b, b_row, depth, c, c_row);
+    case 1: return multiply_tile<S, 1, N, Add>(a, b, b_row, depth, c, c_row);
+    default: return;
+  }
+}
+
+// c (rows, columns) = or += a (rows, depth) @ b (depth, columns); columns are rounded up to whole vectors.
+template <bool Add, class S>
+void multiply(const Left<S>& a, const S* b, int64_t b_row, int64_t depth, S* c, int64_t c_row, int64_t rows,
+              int64_t columns) {
+  constexpr int W = Lanes<S>::count;
+  for (int64_t n = 0; n < columns; n += kTileVectors * W) {
+    const int64_t vectors = (columns - n + W - 1) / W;
+    if (vectors == 1) {
+      multiply_rows<S, 1, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+    } else if (vectors == 2 || kTileVectors == 2) {
+      multiply_rows<S, 2, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+    } else if (vectors == 3) {
+      multiply_rows<S, 3, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+    } else {
+      multiply_rows<S, kTileVectors, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+    }
+  }
+}
+
+template <int Count, class S>
+struct LanesOf {
+  typedef S type __attribute__((vector_size(Count * sizeof(S))));
+};
+
+// By halves.
+template <class S, class V>
+VIDMEM_INLINE S sum_lanes(const V& v) {
+  constexpr int count = sizeof(V) / sizeof(S);
+  if constexpr (count == 2) {
+    return v[0] + v[1];
+  } else {
+    typename LanesOf<count / 2, S>::type low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<S>(low + high);
+  }
+}
+
+// Sum of x[i] * y[i] over whole vectors.
+template <class S>
+VIDMEM_INLINE S dot(const S* x, const S* y, int64_t count) {
+  typename Lanes<S>::type sum{};
+  for (int64_t i = 0; i < count; i += Lanes<S>::count) sum += load(x + i) * load(y + i);
+  return sum_lanes<S>(sum);
+}
+
+template <class S>
+VIDMEM_INLINE S sum_row(const S* x, int64_t count) {
+  typename Lanes<S>::type sum{};
+  for (int64_t i = 0; i < count; i += Lanes<S>::count) sum += load(x + i);
+  return sum_lanes<S>(sum);
+}
+
+// out[c] += the sum of a column of x over its rows.
+template <class S>
+VIDMEM_INLINE void add_column_sums(const S* x, int64_t row, int64_t rows, int64_t columns, S* out) {
+  for (int64_t c = 0; c < columns; c += Lanes<S>::count) {
+    typename Lanes<S>::type sum{};
+    for (int64_t i = 0; i < rows; ++i) sum += load(x + i * row + c);
+    store(load(out + c) + sum, out + c);
+  }
+}
+
+// out = x + y over whole vectors.
+template <class S>
+VIDMEM_INLINE void add_rows(const S* x, const S* y, S* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += Lanes<S>::count) store(load(x + i) + load(y + i), out + i);
+}
+
+template <class S>
+VIDMEM_INLINE bool all_finite(const S* x, int64_t count) {
+  typename Lanes<S>::type sum{};
+  for (int64_t i = 0; i < count; i += Lanes<S>::count) sum += load(x + i) - load(x + i);
+  return sum_lanes<S>(sum) == 0;
+}
+
+// out (columns, rows) = x (rows, columns) transposed.
+template <class S>
+void transpose(const S* x, int64_t x_row, int64_t rows, int64_t columns, S* out, int64_t out_row) {
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t i = 0; i < rows; ++i) out[c * out_row + i] = x[i * x_row + c];
+  }
+}
+
+}  // namespace
+}  // namespace vidmem
