@@ -48,7 +48,20 @@ inline int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
   return tiles + padded(state_size(size, value_size));
 }
 
+[[maybe_unused]] inline int64_t backward_scratch_size(int64_t size, int64_t value_size) {
+  const int64_t row = padded(size), value_row = padded(value_size);
+  return scratch_size(size, value_size) + kChunkTokens * (row + 2 * value_row + 1) + 2 * row * value_row + row;
+}
+
 }  // namespace
+
+struct LinearAttentionBackward {
+  LinearAttention forward;  // without `out`; scratch of backward_scratch_size
+  Tokens grad_out;
+  void *grad_q, *grad_k, *grad_v;  // channels are contiguous
+  int64_t grad_q_stride, grad_k_stride, grad_v_stride;
+  void *inverse, *grad_total;  // of every token: 1 / denominator, gradient of the denominator
+};
 
 // state = the sum over the tokens [begin, end), whole groups.
 VIDMEM_DECLARE_KERNEL(sum_state, void(const LinearAttention&, int64_t begin, int64_t end, void* state))
@@ -59,5 +72,14 @@ VIDMEM_DECLARE_KERNEL(read_state, void(const LinearAttention&, int64_t begin, in
 // Outputs of whole groups that see `before` and, by blocks, one another; `state` as in sum_state.
 VIDMEM_DECLARE_KERNEL(scan_tokens,
                       void(const LinearAttention&, int64_t begin, int64_t end, const void* before, void* state))
+
+// Gradients of the queries [begin, end), `inverse` and `grad_total`; grad_state = what they add to the gradient of the
+// state. They see `state`, or with `scan` that and, by groups, one another.
+VIDMEM_DECLARE_KERNEL(grad_queries, void(const LinearAttentionBackward&, bool scan, int64_t begin, int64_t end,
+                                         const void* state, void* grad_state))
+
+// Gradients of the keys and values [begin, end) from `grad_state`, the gradient of the state after them.
+VIDMEM_DECLARE_KERNEL(grad_keys, void(const LinearAttentionBackward&, bool scan, int64_t begin, int64_t end,
+                                      const void* grad_state))
 
 }  // namespace vidmem

@@ -120,7 +120,7 @@ VIDMEM_INLINE S sum_lanes(const V& v) {
   }
 }
 
-// Sum of x[i] * y[i] over whole vectors.
+// Sum of x[i] * y[i]; the count is rounded up to whole vectors.
 template <class S>
 VIDMEM_INLINE S dot(const S* x, const S* y, int64_t count) {
   typename Lanes<S>::type sum{};

@@ -1,0 +1,95 @@
+// What the passes of linear attention share: tiles of a chunk of tokens, its products with a state and within itself.
+//
+// For *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
+#pragma once
+
+#include "cpu/feature_map.h"
+#include "cpu/linear_attention_kernels.h"
+#include "cpu/matmul_tile.h"
+
+namespace vidmem {
+namespace {
+
+template <class S> constexpr S kEps = static_cast<S>(1e-10);  // as in the reference
+
+template <class T>
+struct Chunk {
+  using S = typename Accumulate<T>::type;
+
+  Chunk(const LinearAttention& args, void* scratch) : a(args) {
+    queries = static_cast<S*>(scratch);
+    keys = queries + kChunkTokens * row;
+    transposed = keys + kChunkTokens * row;
+    values = transposed + kChunkTokens * row;
+    sums = values + kChunkTokens * value_row;
+    scores = sums + kChunkTokens * value_row;
+    totals = scores + 8 * kChunkTokens;
+    seen = totals + kChunkTokens;
+  }
+
+  // Tokens of a group see the state before it and, up to the end of their block, one another; else the state after.
+  bool is_masked() const { return a.group > a.block; }
+
+  S* z_of(S* state) const { return state + a.size * value_row; }
+  const S* z_of(const S* state) const { return state + a.size * value_row; }
+
+  // The first token of a group that its token `i` does not see.
+  int64_t end_of_block(int64_t i, int64_t count) const { return smaller(count, (i / a.block + 1) * a.block); }
+
+  // Rows of the group that are taken together: a product of 0 and a row of `tile` that is not seen must not matter,
+  // so one at a time where it could.
+  int64_t rows_at_once(const S* tile, int64_t size) const { return all_finite(tile, size) ? kTileRows : 1; }
+
+  void see(const S* before, const S* state) { add_rows(before, state, seen, state_size(a.size, a.value_size)); }
+
+  void read_keys(int64_t first, int64_t count) {
+    read_features<T>(a.k, a.map, first, count, a.size, keys, row);
+    read_tokens<T>(a.v, first, count, a.value_size, values, value_row);
+  }
+
+  void add_keys(int64_t count, S* state) {
+    multiply<true>(Left<S>{keys, 1, row}, values, value_row, count, state, value_row, a.size, a.value_size);
+    add_column_sums(keys, row, count, row, z_of(state));
+  }
+
+  void add_group(int64_t begin, int64_t end, S* state) {
+    for (int64_t first = begin; first < end; first += kChunkTokens) {
+      const int64_t count = smaller(kChunkTokens, end - first);
+      read_keys(first, count);
+      add_keys(count, state);
+    }
+  }
+
+  // Numerators and denominators of a chunk from the state alone.
+  void query_state(int64_t first, int64_t count, const S* state) {
+    read_features<T>(a.q, a.map, first, count, a.size, queries, row);
+    multiply<false>(Left<S>{queries, row, 1}, state, value_row, a.size, sums, value_row, count, a.value_size);
+    for (int64_t t = 0; t < count && a.normalize; ++t) totals[t] = dot(queries + t * row, z_of(state), row);
+  }
+
+  // Adds what the tokens of a masked group see of one another; its keys and values have been read.
+  void query_group(int64_t count) {
+    transpose(keys, row, count, a.size, transposed, kChunkTokens);
+    const int64_t step = rows_at_once(values, count * value_row);
+    for (int64_t i = 0; i < count; i += step) {
+      const int64_t rows = smaller(step, count - i), end = end_of_block(i + rows - 1, count);
+      multiply<false>(Left<S>{queries + i * row, row, 1}, transposed, kChunkTokens, a.size, scores, kChunkTokens, rows,
+                      end);
+      for (int64_t r = 0; r < rows; ++r) {
+        S* score = scores + r * kChunkTokens;
+        const int64_t seen_end = end_of_block(i + r, count);
+        clear(score + seen_end, padded(end) - seen_end);
+        if (a.normalize) totals[i + r] += sum_row(score, end);
+      }
+      multiply<true>(Left<S>{scores, kChunkTokens, 1}, values, value_row, end, sums + i * value_row, value_row, rows,
+                     a.value_size);
+    }
+  }
+
+  const LinearAttention& a;
+  const int64_t row = padded(a.size), value_row = padded(a.value_size);
+  S *queries, *keys, *transposed, *values, *sums, *scores, *totals, *seen;
+};
+
+}  // namespace
+}  // namespace vidmem
