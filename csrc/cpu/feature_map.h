@@ -1,4 +1,4 @@
-// Rows of tokens as float or double, and the feature maps of linear attention on them. For *_kernels.cpp: internal
+// Rows of tokens as float, and the feature maps of linear attention on them. For *_kernels.cpp: internal
 // linkage, each instruction set keeps its own copy.
 #pragma once
 
@@ -30,68 +30,58 @@ namespace {
   return sum * low * high;
 }
 
-[[maybe_unused]] inline Doubles exp_negative(Doubles x) {
-  for (int i = 0; i < kDoubles; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-
 // NaN stays NaN.
-template <class V>
-[[maybe_unused]] inline V apply(FeatureMap map, V x) {
+[[maybe_unused]] inline Floats apply(FeatureMap map, Floats x) {
   switch (map) {
-    case FeatureMap::relu: return x < 0 ? V{} : x;
-    case FeatureMap::elu1: return x > 0 ? x + 1 : exp_negative(x > 0 ? V{} : x);
+    case FeatureMap::relu: return x < 0 ? Floats{} : x;
+    case FeatureMap::elu1: return x > 0 ? x + 1 : exp_negative(x > 0 ? Floats{} : x);
     default: return x;
   }
 }
 
-template <class V>
-[[maybe_unused]] inline V derivative(FeatureMap map, V x) {
-  const V one = V{} + 1;
+[[maybe_unused]] inline Floats derivative(FeatureMap map, Floats x) {
+  const Floats one = Floats{} + 1.0f;
   switch (map) {
-    case FeatureMap::relu: return x > 0 ? one : V{};
-    case FeatureMap::elu1: return exp_negative(x > 0 ? V{} : x);
+    case FeatureMap::relu: return x > 0 ? one : Floats{};
+    case FeatureMap::elu1: return exp_negative(x > 0 ? Floats{} : x);
     default: return one;
   }
 }
 
 // Tokens [first, first + count) as rows of `pitch` elements, zeros behind the channels.
-template <class T, class S>
-inline void read_tokens(const Tokens& tokens, int64_t first, int64_t count, int64_t channels, S* out, int64_t pitch) {
-  constexpr int W = Lanes<S>::count;
+template <class T>
+inline void read_tokens(const Tokens& tokens, int64_t first, int64_t count, int64_t channels, float* out, int64_t pitch) {
   const T* in = static_cast<const T*>(tokens.data) + first * tokens.token_stride;
   for (int64_t t = 0; t < count; ++t, in += tokens.token_stride, out += pitch) {
     int64_t c = 0;
     if (tokens.channel_stride == 1) {
-      for (; c + W <= channels; c += W) store(load(in + c), out + c);
+      for (; c + kFloats <= channels; c += kFloats) store(load(in + c), out + c);
     }
     for (; c < channels; ++c) out[c] = widen(in[c * tokens.channel_stride]);
     for (; c < pitch; ++c) out[c] = 0;
   }
 }
 
-template <class S>
-inline void apply_rows(FeatureMap map, S* rows, int64_t count, int64_t channels, int64_t pitch) {
+[[maybe_unused]] inline void apply_rows(FeatureMap map, float* rows, int64_t count, int64_t channels, int64_t pitch) {
   if (map == FeatureMap::identity) return;
-  for (int64_t i = 0; i < count * pitch; i += Lanes<S>::count) store(apply(map, load(rows + i)), rows + i);
+  for (int64_t i = 0; i < count * pitch; i += kFloats) store(apply(map, load(rows + i)), rows + i);
   if (map == FeatureMap::relu) return;
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t c = channels; c < pitch; ++c) rows[t * pitch + c] = 0;
   }
 }
 
-template <class T, class S>
+template <class T>
 inline void read_features(const Tokens& tokens, FeatureMap map, int64_t first, int64_t count, int64_t channels,
-                          S* out, int64_t pitch) {
+                          float* out, int64_t pitch) {
   read_tokens<T>(tokens, first, count, channels, out, pitch);
   apply_rows(map, out, count, channels, pitch);
 }
 
-template <class S, class T>
-inline void write_row(const S* row, int64_t channels, T* out) {
-  constexpr int W = Lanes<S>::count;
+template <class T>
+inline void write_row(const float* row, int64_t channels, T* out) {
   int64_t c = 0;
-  for (; c + W <= channels; c += W) store(load(row + c), out + c);
+  for (; c + kFloats <= channels; c += kFloats) store(load(row + c), out + c);
   for (; c < channels; ++c) narrow(row[c], out[c]);
 }
 

@@ -23,7 +23,6 @@ struct Call {
   int64_t sequences() const { return q.size(0) * q.size(2); }
 };
 
-template <class S>
 class Runner {
  public:
   explicit Runner(const Call& call) : call(call) {}
@@ -40,7 +39,7 @@ class Runner {
   }
 
  private:
-  LinearAttention args_of(int64_t sequence, void* scratch) const {
+  LinearAttention args_of(int64_t sequence, float* scratch) const {
     LinearAttention args = call.args;
     args.q = tokens_of(call.q, sequence);
     args.k = tokens_of(call.k, sequence);
@@ -50,19 +49,19 @@ class Runner {
     return args;
   }
 
-  void read(int64_t sequence, S* state) const {
+  void read(int64_t sequence, float* state) const {
     read_initial(call.initial_S, call.initial_z, sequence, call.args, state);
   }
 
-  void write(int64_t sequence, const S* state) const { write_final(state, sequence, call.args, call.S, call.z); }
+  void write(int64_t sequence, const float* state) const { write_final(state, sequence, call.args, call.S, call.z); }
 
   // Each sequence by one thread.
   void walk() const {
     const int64_t cost = size * value_size * std::max<int64_t>(1, call.q.size(1));
     torch::stable::parallel_for(0, call.sequences(), grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
-      const AlignedBuffer buffer((2 * count + scratch) * int64_t(sizeof(S)));
-      S* state = static_cast<S*>(buffer.data());
-      S* own = state + count;
+      const AlignedBuffer buffer((2 * count + scratch) * int64_t(sizeof(float)));
+      float* state = static_cast<float*>(buffer.data());
+      float* own = state + count;
       for (int64_t i = begin; i < end; ++i) {
         const LinearAttention args = args_of(i, own + count);
         read(i, state);
@@ -87,23 +86,23 @@ class Runner {
   void share() const {
     const std::vector<Piece>& pieces = call.plan.pieces;
     const int64_t num_pieces = pieces.size(), tasks = call.sequences() * num_pieces;
-    const AlignedBuffer states(tasks * count * int64_t(sizeof(S)));
-    const auto state_of = [&](int64_t task) { return static_cast<S*>(states.data()) + task * count; };
+    const AlignedBuffer states(tasks * count * int64_t(sizeof(float)));
+    const auto state_of = [&](int64_t task) { return static_cast<float*>(states.data()) + task * count; };
     const int64_t cost = size * value_size * kPieceTokens;
     const auto for_pieces = [&](const auto& f) {
       torch::stable::parallel_for(0, tasks, grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
-        const AlignedBuffer buffer((count + scratch) * int64_t(sizeof(S)));
-        S* own = static_cast<S*>(buffer.data());
+        const AlignedBuffer buffer((count + scratch) * int64_t(sizeof(float)));
+        float* own = static_cast<float*>(buffer.data());
         for (int64_t task = begin; task < end; ++task) {
           f(args_of(task / num_pieces, own + count), task, pieces[task % num_pieces], own);
         }
       });
     };
-    for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, S*) {
+    for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, float*) {
       sum_state()(args, piece.begin, piece.end, state_of(task));
     });
     torch::stable::parallel_for(0, call.sequences(), 1, [&](int64_t begin, int64_t end) {
-      std::vector<S> state(count);
+      std::vector<float> state(count);
       for (int64_t i = begin; i < end; ++i) {
         read(i, state.data());
         for (int64_t p = 0; p < num_pieces; ++p) {
@@ -112,7 +111,7 @@ class Runner {
         write(i, state.data());
       }
     });
-    for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, S* own) {
+    for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, float* own) {
       if (call.plan.is_scan) {
         scan_tokens()(args, piece.begin, piece.end, state_of(task), own);
       } else {
@@ -140,16 +139,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
             S,
             z,
             torch::stable::empty({q.size(0), q.size(1), q.size(2), args.value_size}, q.scalar_type()),
-            torch::stable::empty({q.size(0), q.size(2), args.size, args.value_size}, sum_type(q)),
-            torch::stable::empty({q.size(0), q.size(2), args.size}, sum_type(q))};
+            torch::stable::empty({q.size(0), q.size(2), args.size, args.value_size}, ScalarType::Float),
+            torch::stable::empty({q.size(0), q.size(2), args.size}, ScalarType::Float)};
   advise_huge_pages(call.out);
   call.args.group = call.plan.group;
   call.args.out_stride = q.size(2) * args.value_size;
-  if (args.dtype == DType::float64) {
-    Runner<double>(call).run();
-  } else {
-    Runner<float>(call).run();
-  }
+  Runner(call).run();
   return {call.out, call.S, call.z};
 }
 

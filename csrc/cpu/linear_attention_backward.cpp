@@ -22,7 +22,6 @@ struct Call {
   int64_t sequences() const { return q.size(0) * q.size(2); }
 };
 
-template <class S>
 class Runner {
  public:
   explicit Runner(const Call& call) : call(call) {}
@@ -30,25 +29,25 @@ class Runner {
   // The sums of all pieces, the states that they give and gradients of queries; likewise in reverse for keys.
   void run() const {
     const bool scan = call.plan.is_scan;
-    const AlignedBuffer states(tasks * count * int64_t(sizeof(S))), grads(tasks * count * int64_t(sizeof(S)));
-    const AlignedBuffer factors(2 * call.sequences() * call.q.size(1) * int64_t(sizeof(S)));
+    const AlignedBuffer states(tasks * count * int64_t(sizeof(float))), grads(tasks * count * int64_t(sizeof(float)));
+    const AlignedBuffer factors(2 * call.sequences() * call.q.size(1) * int64_t(sizeof(float)));
     const auto at = [&](const AlignedBuffer& buffer, int64_t task) {
-      return static_cast<S*>(buffer.data()) + task * count;
+      return static_cast<float*>(buffer.data()) + task * count;
     };
     const auto for_pieces = [&](const auto& f) {
       const int64_t cost = 3 * size * value_size * kPieceTokens;
       torch::stable::parallel_for(0, tasks, grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
-        const AlignedBuffer scratch(backward_scratch_size(size, value_size) * int64_t(sizeof(S)));
+        const AlignedBuffer scratch(backward_scratch_size(size, value_size) * int64_t(sizeof(float)));
         for (int64_t task = begin; task < end; ++task) {
           const Piece& piece = call.plan.pieces[task % num_pieces];
-          f(args_of(task / num_pieces, scratch.data(), static_cast<S*>(factors.data())), task, piece);
+          f(args_of(task / num_pieces, static_cast<float*>(scratch.data()), static_cast<float*>(factors.data())), task, piece);
         }
       });
     };
     for_pieces([&](const LinearAttentionBackward& args, int64_t task, const Piece& piece) {
       sum_state()(args.forward, piece.begin, piece.end, at(states, task));
     });
-    for_sequences([&](int64_t i, S* state) {
+    for_sequences([&](int64_t i, float* state) {
       read_initial(call.initial_S, call.initial_z, i, call.args.forward, state);
       for (int64_t p = 0; p < num_pieces; ++p) accumulate(state, at(states, i * num_pieces + p), count, scan);
     });
@@ -57,7 +56,7 @@ class Runner {
       grad_queries()(args, scan, piece.begin, piece.end, at(states, seen), at(grads, task));
     });
     const std::optional<Tensor> grad_S = call.grad_S, grad_z = call.grad_z;
-    for_sequences([&](int64_t i, S* state) {
+    for_sequences([&](int64_t i, float* state) {
       read_initial(grad_S, grad_z, i, call.args.forward, state);
       for (int64_t p = num_pieces - 1; p >= 0; --p) accumulate(state, at(grads, i * num_pieces + p), count, scan);
       write_final(state, i, call.args.forward, std::get<3>(call.results), std::get<4>(call.results));
@@ -73,12 +72,12 @@ class Runner {
   void for_sequences(const F& f) const {
     const int64_t cost = num_pieces * count * 16;
     torch::stable::parallel_for(0, call.sequences(), grain(cost), [&](int64_t begin, int64_t end) {
-      std::vector<S> state(count);
+      std::vector<float> state(count);
       for (int64_t i = begin; i < end; ++i) f(i, state.data());
     });
   }
 
-  LinearAttentionBackward args_of(int64_t sequence, void* scratch, S* factors) const {
+  LinearAttentionBackward args_of(int64_t sequence, float* scratch, float* factors) const {
     LinearAttentionBackward args = call.args;
     args.forward.q = tokens_of(call.q, sequence);
     args.forward.k = tokens_of(call.k, sequence);
@@ -88,7 +87,7 @@ class Runner {
     args.grad_q = const_cast<void*>(tokens_of(std::get<0>(call.results), sequence).data);
     args.grad_k = const_cast<void*>(tokens_of(std::get<1>(call.results), sequence).data);
     args.grad_v = const_cast<void*>(tokens_of(std::get<2>(call.results), sequence).data);
-    args.inverse = factors + 2 * sequence * call.q.size(1);
+    args.total = factors + 2 * sequence * call.q.size(1);
     args.grad_total = factors + (2 * sequence + 1) * call.q.size(1);
     return args;
   }
@@ -106,8 +105,8 @@ Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, 
   constexpr const char* op = "linear_attention_backward";
   LinearAttention args = check_arguments(op, q, k, v, S, z, feature_map, causal, block_size, normalize);
   check_tokens(op, "grad_out", grad_out, q, args.value_size);
-  check_state(op, "grad_S", grad_S, sum_type(q), {q.size(0), q.size(2), args.size, args.value_size});
-  check_state(op, "grad_z", grad_z, sum_type(q), {q.size(0), q.size(2), args.size});
+  check_state(op, "grad_S", grad_S, {q.size(0), q.size(2), args.size, args.value_size});
+  check_state(op, "grad_z", grad_z, {q.size(0), q.size(2), args.size});
   const auto like = [&](int64_t channels) {
     const Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), channels}, q.scalar_type());
     advise_huge_pages(out);
@@ -124,17 +123,13 @@ Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, 
             S,
             z,
             {like(args.size), like(args.size), like(args.value_size),
-             torch::stable::empty({q.size(0), q.size(2), args.size, args.value_size}, sum_type(q)),
-             torch::stable::empty({q.size(0), q.size(2), args.size}, sum_type(q))}};
+             torch::stable::empty({q.size(0), q.size(2), args.size, args.value_size}, ScalarType::Float),
+             torch::stable::empty({q.size(0), q.size(2), args.size}, ScalarType::Float)}};
   args.group = call.plan.group;
   call.args.forward = args;
   call.args.grad_q_stride = call.args.grad_k_stride = q.size(2) * args.size;
   call.args.grad_v_stride = q.size(2) * args.value_size;
-  if (args.dtype == DType::float64) {
-    Runner<double>(call).run();
-  } else {
-    Runner<float>(call).run();
-  }
+  Runner(call).run();
   return call.results;
 }
 

@@ -1,4 +1,4 @@
-// Gradients of linear attention: numerators, denominators and scores are computed anew, chunk by chunk. In order for
+// Gradients of linear attention: denominators and scores are computed anew, chunk by chunk. In order for
 // the queries, which need the state up to them; in reverse for keys and values, which need the gradient of the state.
 #include "cpu/linear_chunk.h"
 
@@ -7,7 +7,6 @@ namespace {
 
 template <class T>
 struct Backward : Chunk<T> {
-  using S = typename Chunk<T>::S;
   using Chunk<T>::a;
   using Chunk<T>::row;
   using Chunk<T>::value_row;
@@ -20,17 +19,17 @@ struct Backward : Chunk<T> {
   using Chunk<T>::transposed;
 
   explicit Backward(const LinearAttentionBackward& args) : Chunk<T>(args.forward, args.forward.scratch), b(args) {
-    features = static_cast<S*>(a.scratch) + scratch_size(a.size, a.value_size);
+    features = a.scratch + scratch_size(a.size, a.value_size);
     grads = features + kChunkTokens * row;
     transposed_values = grads + kChunkTokens * value_row;
     grad_totals = transposed_values + kChunkTokens * value_row;
     seen_transposed = grad_totals + kChunkTokens;
     running = seen_transposed + row * value_row;
-    inverse = static_cast<S*>(b.inverse);
-    grad_total = static_cast<S*>(b.grad_total);
+    totals_of_tokens = b.total;
+    grad_total = b.grad_total;
   }
 
-  void grad_queries(bool scan, int64_t begin, int64_t end, const S* state, S* grad_state) {
+  void grad_queries(bool scan, int64_t begin, int64_t end, const float* state, float* grad_state) {
     clear(grad_state, count_of_state());
     if (!scan) {
       turn(state);
@@ -48,7 +47,7 @@ struct Backward : Chunk<T> {
     }
   }
 
-  void grad_keys(bool scan, int64_t begin, int64_t end, const S* grad_state) {
+  void grad_keys(bool scan, int64_t begin, int64_t end, const float* grad_state) {
     if (!scan) {
       turn(grad_state);
       return grad_key_chunks(begin, end, grad_state, false);
@@ -74,35 +73,47 @@ struct Backward : Chunk<T> {
  private:
   int64_t count_of_state() const { return state_size(a.size, a.value_size); }
 
-  void turn(const S* state) { transpose(state, value_row, a.size, a.value_size, seen_transposed, row); }
+  void turn(const float* state) {
+    transpose(state, value_row, a.size, a.value_size, seen_transposed, row);
+    for (int64_t e = 0; e < a.value_size; ++e) clear(seen_transposed + e * row + a.size, row - a.size);
+  }
 
-  void grad_query_chunks(int64_t begin, int64_t end, const S* state, S* grad_state, bool masked) {
+  void grad_query_chunks(int64_t begin, int64_t end, const float* state, float* grad_state, bool masked) {
     for (int64_t first = begin; first < end; first += kChunkTokens) {
       const int64_t count = smaller(kChunkTokens, end - first);
-      this->query_state(first, count, state);
+      read_features<T>(a.q, a.map, first, count, a.size, queries, row);
+      read_tokens<T>(b.grad_out, first, count, a.value_size, grads, value_row);
+      multiply<false>(Left{grads, value_row, 1}, seen_transposed, row, a.value_size, features, row, count, a.size);
       if (masked) {
         this->read_keys(first, count);
-        this->query_group(count);
+        grad_query_group(count);
       }
-      read_tokens<T>(b.grad_out, first, count, a.value_size, grads, value_row);
-      for (int64_t t = 0; t < count; ++t) {
-        S factor = 1, grad = 0;
-        if (a.normalize) {
-          factor = 1 / (this->totals[t] + kEps<S>);
-          grad = -dot(grads + t * value_row, sums + t * value_row, a.value_size) * (factor * factor);
-        }
-        inverse[first + t] = factor;
-        grad_total[first + t] = grad;
-      }
+      normalize_query_grads(first, count, this->z_of(state), masked);
       scale_grads(first, count);
       add_queries(count, grad_state);
-      // The product with the state, its z the column of ones.
-      multiply<false>(Left<S>{grads, value_row, 1}, seen_transposed, row, a.value_size, features, row, count, a.size);
-      for (int64_t t = 0; t < count; ++t) {
-        add_scaled(this->z_of(state), grad_totals[t], features + t * row, row);
-      }
-      if (masked) grad_query_group(count);
       write_grads(a.q, queries, first, count, static_cast<T*>(b.grad_q) + first * b.grad_q_stride, b.grad_q_stride);
+    }
+  }
+
+  // From the gradient t of a query without normalisation: with d its denominator and z the sum of the keys that it
+  // sees, (t - (q t) / d z) / d. The numerator is not needed, and what cancels in that difference has no error of it.
+  void normalize_query_grads(int64_t first, int64_t count, const float* z, bool masked) {
+    float* visible = sums;  // not in use here
+    for (int64_t c = 0; c < row; c += kFloats) store(load(z + c), visible + c);
+    int64_t end = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      for (; masked && end < this->end_of_block(t, count); ++end) add_rows(visible, keys + end * row, visible, row);
+      float* grad = features + t * row;
+      float total = 1, ratio = 0;
+      if (a.normalize) {
+        total = dot(queries + t * row, visible, row) + kEps;
+        ratio = dot(queries + t * row, grad, a.size) / total;
+      }
+      for (int64_t c = 0; c < row; c += kFloats) {
+        store((load(grad + c) - load(visible + c) * ratio) / total, grad + c);
+      }
+      totals_of_tokens[first + t] = total;
+      grad_total[first + t] = -ratio / total;
     }
   }
 
@@ -111,27 +122,25 @@ struct Backward : Chunk<T> {
     const int64_t step = this->rows_at_once(keys, count * row);
     for (int64_t i = 0; i < count; i += step) {
       const int64_t rows = smaller(step, count - i), end = this->end_of_block(i + rows - 1, count);
-      multiply<false>(Left<S>{grads + i * value_row, value_row, 1}, transposed_values, kChunkTokens, a.value_size,
+      multiply<false>(Left{grads + i * value_row, value_row, 1}, transposed_values, kChunkTokens, a.value_size,
                       scores, kChunkTokens, rows, end);
       for (int64_t r = 0; r < rows; ++r) {
-        S* score = scores + r * kChunkTokens;
         const int64_t seen_end = this->end_of_block(i + r, count);
-        for (int64_t j = 0; j < seen_end; ++j) score[j] += grad_totals[i + r];
-        clear(score + seen_end, end - seen_end);
+        clear(scores + r * kChunkTokens + seen_end, end - seen_end);
       }
-      multiply<true>(Left<S>{scores, kChunkTokens, 1}, keys, row, end, features + i * row, row, rows, a.size);
+      multiply<true>(Left{scores, kChunkTokens, 1}, keys, row, end, features + i * row, row, rows, a.size);
     }
   }
 
-  void grad_key_chunks(int64_t begin, int64_t end, const S* grad_state, bool masked) {
+  void grad_key_chunks(int64_t begin, int64_t end, const float* grad_state, bool masked) {
     for (int64_t first = begin; first < end; first += kChunkTokens) {
       const int64_t count = smaller(kChunkTokens, end - first);
       this->read_keys(first, count);
-      multiply<false>(Left<S>{values, value_row, 1}, seen_transposed, row, a.value_size, features, row, count, a.size);
+      multiply<false>(Left{values, value_row, 1}, seen_transposed, row, a.value_size, features, row, count, a.size);
       for (int64_t t = 0; t < count; ++t) {
         add_rows(this->z_of(grad_state), features + t * row, features + t * row, row);
       }
-      multiply<false>(Left<S>{keys, row, 1}, grad_state, value_row, a.size, sums, value_row, count, a.value_size);
+      multiply<false>(Left{keys, row, 1}, grad_state, value_row, a.size, sums, value_row, count, a.value_size);
       if (masked) grad_key_group(count);
       write_grads(a.k, keys, first, count, static_cast<T*>(b.grad_k) + first * b.grad_k_stride, b.grad_k_stride);
       T* out = static_cast<T*>(b.grad_v) + first * b.grad_v_stride;
@@ -147,19 +156,19 @@ struct Backward : Chunk<T> {
     for (int64_t j = 0; j < count; j += step) {
       const int64_t rows = smaller(step, count - j);
       const int64_t begin = j / a.block * a.block, depth = count - begin, column = begin / 16 * 16;
-      multiply<false>(Left<S>{values + j * value_row, value_row, 1}, transposed_values + column, kChunkTokens,
+      multiply<false>(Left{values + j * value_row, value_row, 1}, transposed_values + column, kChunkTokens,
                       a.value_size, scores + column, kChunkTokens, rows, count - column);
       for (int64_t r = 0; r < rows; ++r) {
-        S* score = scores + r * kChunkTokens;
+        float* score = scores + r * kChunkTokens;
         for (int64_t i = begin; i < count; ++i) score[i] += grad_totals[i];
       }
       clear_unseeing(j, rows, begin);
-      multiply<true>(Left<S>{scores + begin, kChunkTokens, 1}, queries + begin * row, row, depth, features + j * row,
+      multiply<true>(Left{scores + begin, kChunkTokens, 1}, queries + begin * row, row, depth, features + j * row,
                      row, rows, a.size);
-      multiply<false>(Left<S>{keys + j * row, row, 1}, transposed + column, kChunkTokens, a.size, scores + column,
+      multiply<false>(Left{keys + j * row, row, 1}, transposed + column, kChunkTokens, a.size, scores + column,
                       kChunkTokens, rows, count - column);
       clear_unseeing(j, rows, begin);
-      multiply<true>(Left<S>{scores + begin, kChunkTokens, 1}, grads + begin * value_row, value_row, depth,
+      multiply<true>(Left{scores + begin, kChunkTokens, 1}, grads + begin * value_row, value_row, depth,
                      sums + j * value_row, value_row, rows, a.value_size);
     }
   }
@@ -180,31 +189,27 @@ struct Backward : Chunk<T> {
   // Gradients of outputs to those of numerators.
   void scale_grads(int64_t first, int64_t count) {
     for (int64_t t = 0; t < count; ++t) {
-      S* grad = grads + t * value_row;
-      for (int64_t c = 0; c < value_row; c += Lanes<S>::count) store(load(grad + c) * inverse[first + t], grad + c);
+      float* grad = grads + t * value_row;
+      for (int64_t c = 0; c < value_row; c += kFloats) store(load(grad + c) / totals_of_tokens[first + t], grad + c);
       grad_totals[t] = grad_total[first + t];
     }
   }
 
-  void add_queries(int64_t count, S* state) {
-    multiply<true>(Left<S>{queries, 1, row}, grads, value_row, count, state, value_row, a.size, a.value_size);
-    S* z = this->z_of(state);
-    for (int64_t c = 0; c < row; c += Lanes<S>::count) {
-      typename Lanes<S>::type sum{};
+  void add_queries(int64_t count, float* state) {
+    multiply<true>(Left{queries, 1, row}, grads, value_row, count, state, value_row, a.size, a.value_size);
+    float* z = this->z_of(state);
+    for (int64_t c = 0; c < row; c += kFloats) {
+      Floats sum{};
       for (int64_t t = 0; t < count; ++t) sum += load(queries + t * row + c) * grad_totals[t];
       store(load(z + c) + sum, z + c);
     }
   }
 
-  static void add_scaled(const S* x, S factor, S* out, int64_t count) {
-    for (int64_t c = 0; c < count; c += Lanes<S>::count) store(load(out + c) + load(x + c) * factor, out + c);
-  }
-
   // Through the feature map, whose argument is read again.
-  void write_grads(const Tokens& tokens, S* argument, int64_t first, int64_t count, T* out, int64_t stride) {
+  void write_grads(const Tokens& tokens, float* argument, int64_t first, int64_t count, T* out, int64_t stride) {
     if (a.map != FeatureMap::identity) {
       read_tokens<T>(tokens, first, count, a.size, argument, row);
-      for (int64_t i = 0; i < count * row; i += Lanes<S>::count) {
+      for (int64_t i = 0; i < count * row; i += kFloats) {
         store(load(features + i) * derivative(a.map, load(argument + i)), features + i);
       }
     }
@@ -212,26 +217,25 @@ struct Backward : Chunk<T> {
   }
 
   const LinearAttentionBackward& b;
-  S *features, *grads, *transposed_values, *grad_totals, *seen_transposed, *running, *inverse, *grad_total;
+  float *features, *grads, *transposed_values, *grad_totals, *seen_transposed, *running, *totals_of_tokens, *grad_total;
 };
 
 }  // namespace
 
 namespace VIDMEM_ISA {
 
-void grad_queries(const LinearAttentionBackward& args, bool scan, int64_t begin, int64_t end, const void* state,
-                  void* grad_state) {
-  dispatch_float(args.forward.dtype, [&](auto tag) {
+void grad_queries(const LinearAttentionBackward& args, bool scan, int64_t begin, int64_t end, const float* state,
+                  float* grad_state) {
+  dispatch_tokens(args.forward.dtype, [&](auto tag) {
     using B = Backward<typename decltype(tag)::type>;
-    using S = typename B::S;
-    B(args).grad_queries(scan, begin, end, static_cast<const S*>(state), static_cast<S*>(grad_state));
+    B(args).grad_queries(scan, begin, end, state, grad_state);
   });
 }
 
-void grad_keys(const LinearAttentionBackward& args, bool scan, int64_t begin, int64_t end, const void* grad_state) {
-  dispatch_float(args.forward.dtype, [&](auto tag) {
+void grad_keys(const LinearAttentionBackward& args, bool scan, int64_t begin, int64_t end, const float* grad_state) {
+  dispatch_tokens(args.forward.dtype, [&](auto tag) {
     using B = Backward<typename decltype(tag)::type>;
-    B(args).grad_keys(scan, begin, end, static_cast<const typename B::S*>(grad_state));
+    B(args).grad_keys(scan, begin, end, grad_state);
   });
 }
 

@@ -60,15 +60,14 @@ inline Tokens tokens_of(const Tensor& x, int64_t sequence) {
 }
 
 // The state of one batch element and head before the call, as kernels take it.
-template <class S>
-void read_initial(const std::optional<Tensor>& matrix, const std::optional<Tensor>& vector, int64_t sequence,
-                  const LinearAttention& args, S* state) {
+inline void read_initial(const std::optional<Tensor>& matrix, const std::optional<Tensor>& vector, int64_t sequence,
+                  const LinearAttention& args, float* state) {
   const int64_t size = args.size, value_size = args.value_size, row = padded(value_size);
-  std::fill_n(state, state_size(size, value_size), S(0));
+  std::fill_n(state, state_size(size, value_size), 0.0f);
   if (!matrix) return;
   const int64_t b = sequence / matrix->size(1), h = sequence % matrix->size(1);
-  const S* from = static_cast<const S*>(matrix->data_ptr()) + b * matrix->stride(0) + h * matrix->stride(1);
-  const S* z = static_cast<const S*>(vector->data_ptr()) + b * vector->stride(0) + h * vector->stride(1);
+  const float* from = static_cast<const float*>(matrix->data_ptr()) + b * matrix->stride(0) + h * matrix->stride(1);
+  const float* z = static_cast<const float*>(vector->data_ptr()) + b * vector->stride(0) + h * vector->stride(1);
   for (int64_t d = 0; d < size; ++d) {
     for (int64_t e = 0; e < value_size; ++e) {
       state[d * row + e] = from[d * matrix->stride(2) + e * matrix->stride(3)];
@@ -77,33 +76,27 @@ void read_initial(const std::optional<Tensor>& matrix, const std::optional<Tenso
   }
 }
 
-template <class S>
-void write_final(const S* state, int64_t sequence, const LinearAttention& args, const Tensor& matrix,
+inline void write_final(const float* state, int64_t sequence, const LinearAttention& args, const Tensor& matrix,
                  const Tensor& vector) {
   const int64_t size = args.size, value_size = args.value_size;
-  S* out = static_cast<S*>(matrix.data_ptr()) + sequence * size * value_size;
-  S* z = static_cast<S*>(vector.data_ptr()) + sequence * size;
+  float* out = static_cast<float*>(matrix.data_ptr()) + sequence * size * value_size;
+  float* z = static_cast<float*>(vector.data_ptr()) + sequence * size;
   for (int64_t d = 0; d < size; ++d) std::copy_n(state + d * padded(value_size), value_size, out + d * value_size);
   std::copy_n(state + size * padded(value_size), size, z);
 }
 
 template <class S>
-void add_to(S* state, const S* more, int64_t count) {
+void add_to(float* state, const float* more, int64_t count) {
   for (int64_t i = 0; i < count; ++i) state[i] += more[i];
 }
 
 // state += sum, where `sum` becomes the state before or after that.
-template <class S>
-void accumulate(S* state, S* sum, int64_t count, bool before) {
+inline void accumulate(float* state, float* sum, int64_t count, bool before) {
   for (int64_t i = 0; i < count; ++i) {
-    const S after = state[i] + sum[i];
+    const float after = state[i] + sum[i];
     sum[i] = before ? state[i] : after;
     state[i] = after;
   }
-}
-
-inline ScalarType sum_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline void check_tokens(const char* op, const char* name, const Tensor& x, const Tensor& q, int64_t channels) {
@@ -114,10 +107,9 @@ inline void check_tokens(const char* op, const char* name, const Tensor& x, cons
   VIDMEM_CHECK(x.size(3) == channels, op, name, " must have ", channels, " channels, got ", x.size(3));
 }
 
-inline void check_state(const char* op, const char* name, const Tensor& x, ScalarType wide,
-                 const std::vector<int64_t>& shape) {
+inline void check_state(const char* op, const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
   check_dim(x, shape.size(), op, name);
-  VIDMEM_CHECK(x.is_cpu() && x.scalar_type() == wide, op, name, " must have the dtype of sums, on the CPU");
+  VIDMEM_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, op, name, " must be float32, on the CPU");
   for (size_t i = 0; i < shape.size(); ++i) {
     VIDMEM_CHECK(x.size(i) == shape[i], op, name, " must have the sizes of q and v, got ", x.size(i), " for ",
                  shape[i]);
@@ -134,7 +126,8 @@ inline LinearAttention check_arguments(const char* op, const Tensor& q, const Te
   VIDMEM_CHECK(q.is_cpu(), op, "q must be on the CPU");
   LinearAttention args{};
   args.dtype = dtype_of(q.scalar_type(), op, "q");
-  VIDMEM_CHECK(!is_quantized(args.dtype), op, "q must have a float dtype");
+  VIDMEM_CHECK(args.dtype != DType::float64 && !is_quantized(args.dtype), op,
+               "q must be float32, bfloat16 or float16");
   args.size = q.size(3);
   args.value_size = v.size(3);
   check_tokens(op, "k", k, q, args.size);
@@ -142,8 +135,8 @@ inline LinearAttention check_arguments(const char* op, const Tensor& q, const Te
   VIDMEM_CHECK(!causal || block_size >= 1, op, "block_size must be at least 1, got ", block_size);
   VIDMEM_CHECK(S.has_value() == z.has_value(), op, "S and z must come together");
   if (S) {
-    check_state(op, "S", *S, sum_type(q), {q.size(0), q.size(2), args.size, args.value_size});
-    check_state(op, "z", *z, sum_type(q), {q.size(0), q.size(2), args.size});
+    check_state(op, "S", *S, {q.size(0), q.size(2), args.size, args.value_size});
+    check_state(op, "z", *z, {q.size(0), q.size(2), args.size});
   }
   args.map = feature_map_of(op, feature_map);
   args.normalize = normalize;

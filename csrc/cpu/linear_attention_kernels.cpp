@@ -7,18 +7,16 @@ namespace {
 
 template <class T>
 struct Attention : Chunk<T> {
-  using S = typename Chunk<T>::S;
-
   explicit Attention(const LinearAttention& args) : Chunk<T>(args, args.scratch) {}
 
-  void sum_state(int64_t begin, int64_t end, S* state) {
+  void sum_state(int64_t begin, int64_t end, float* state) {
     clear(state, state_size(a.size, a.value_size));
     for (int64_t group = begin; group < end; group += a.group) {
       this->add_group(group, smaller(end, group + a.group), state);
     }
   }
 
-  void read_state(int64_t begin, int64_t end, const S* state) {
+  void read_state(int64_t begin, int64_t end, const float* state) {
     for (int64_t first = begin; first < end; first += kChunkTokens) {
       const int64_t count = smaller(kChunkTokens, end - first);
       this->query_state(first, count, state);
@@ -26,7 +24,7 @@ struct Attention : Chunk<T> {
     }
   }
 
-  void scan(int64_t begin, int64_t end, const S* before, S* state) {
+  void scan(int64_t begin, int64_t end, const float* before, float* state) {
     clear(state, state_size(a.size, a.value_size));
     for (int64_t group = begin; group < end; group += a.group) {
       const int64_t stop = smaller(end, group + a.group);
@@ -49,10 +47,10 @@ struct Attention : Chunk<T> {
     const int64_t value_row = this->value_row;
     T* out = static_cast<T*>(a.out) + first * a.out_stride;
     for (int64_t t = 0; t < count; ++t) {
-      S* sum = this->sums + t * value_row;
+      float* sum = this->sums + t * value_row;
       if (a.normalize) {
-        const S total = this->totals[t] + kEps<S>;
-        for (int64_t c = 0; c < value_row; c += Lanes<S>::count) store(load(sum + c) / total, sum + c);
+        const float total = this->totals[t] + kEps;
+        for (int64_t c = 0; c < value_row; c += kFloats) store(load(sum + c) / total, sum + c);
       }
       write_row(sum, a.value_size, out + t * a.out_stride);
     }
@@ -65,24 +63,24 @@ struct Attention : Chunk<T> {
 
 namespace VIDMEM_ISA {
 
-void sum_state(const LinearAttention& args, int64_t begin, int64_t end, void* state) {
-  dispatch_float(args.dtype, [&](auto tag) {
+void sum_state(const LinearAttention& args, int64_t begin, int64_t end, float* state) {
+  dispatch_tokens(args.dtype, [&](auto tag) {
     using A = Attention<typename decltype(tag)::type>;
-    A(args).sum_state(begin, end, static_cast<typename A::S*>(state));
+    A(args).sum_state(begin, end, state);
   });
 }
 
-void read_state(const LinearAttention& args, int64_t begin, int64_t end, const void* state) {
-  dispatch_float(args.dtype, [&](auto tag) {
+void read_state(const LinearAttention& args, int64_t begin, int64_t end, const float* state) {
+  dispatch_tokens(args.dtype, [&](auto tag) {
     using A = Attention<typename decltype(tag)::type>;
-    A(args).read_state(begin, end, static_cast<const typename A::S*>(state));
+    A(args).read_state(begin, end, state);
   });
 }
 
-void scan_tokens(const LinearAttention& args, int64_t begin, int64_t end, const void* before, void* state) {
-  dispatch_float(args.dtype, [&](auto tag) {
+void scan_tokens(const LinearAttention& args, int64_t begin, int64_t end, const float* before, float* state) {
+  dispatch_tokens(args.dtype, [&](auto tag) {
     using A = Attention<typename decltype(tag)::type>;
-    A(args).scan(begin, end, static_cast<const typename A::S*>(before), static_cast<typename A::S*>(state));
+    A(args).scan(begin, end, before, state);
   });
 }
 

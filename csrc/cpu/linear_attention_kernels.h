@@ -1,6 +1,6 @@
 // CPU kernels of linear attention on raw pointers, for one batch element and head; strides count elements.
 //
-// Sums are double for double, else float. A state is S (size, padded(value_size)), then z (padded(size)), with zeros
+// Sums are float. A state is S (size, padded(value_size)), then z (padded(size)), with zeros
 // in the padding.
 #pragma once
 
@@ -32,7 +32,7 @@ struct LinearAttention {
   Tokens q, k, v;
   void* out;  // channels are contiguous
   int64_t out_stride;
-  void* scratch;  // scratch_size(size, value_size) elements
+  float* scratch;  // scratch_size(size, value_size)
 };
 
 namespace {
@@ -60,26 +60,26 @@ struct LinearAttentionBackward {
   Tokens grad_out;
   void *grad_q, *grad_k, *grad_v;  // channels are contiguous
   int64_t grad_q_stride, grad_k_stride, grad_v_stride;
-  void *inverse, *grad_total;  // of every token: 1 / denominator, gradient of the denominator
+  float *total, *grad_total;  // denominator of every token and its gradient
 };
 
 // state = the sum over the tokens [begin, end), whole groups.
-VIDMEM_DECLARE_KERNEL(sum_state, void(const LinearAttention&, int64_t begin, int64_t end, void* state))
+VIDMEM_DECLARE_KERNEL(sum_state, void(const LinearAttention&, int64_t begin, int64_t end, float* state))
 
 // Outputs of the tokens [begin, end), which all see `state`.
-VIDMEM_DECLARE_KERNEL(read_state, void(const LinearAttention&, int64_t begin, int64_t end, const void* state))
+VIDMEM_DECLARE_KERNEL(read_state, void(const LinearAttention&, int64_t begin, int64_t end, const float* state))
 
 // Outputs of whole groups that see `before` and, by blocks, one another; `state` as in sum_state.
 VIDMEM_DECLARE_KERNEL(scan_tokens,
-                      void(const LinearAttention&, int64_t begin, int64_t end, const void* before, void* state))
+                      void(const LinearAttention&, int64_t begin, int64_t end, const float* before, float* state))
 
-// Gradients of the queries [begin, end), `inverse` and `grad_total`; grad_state = what they add to the gradient of the
+// Gradients of the queries [begin, end), `total` and `grad_total`; grad_state = what they add to the gradient of the
 // state. They see `state`, or with `scan` that and, by groups, one another.
 VIDMEM_DECLARE_KERNEL(grad_queries, void(const LinearAttentionBackward&, bool scan, int64_t begin, int64_t end,
-                                         const void* state, void* grad_state))
+                                         const float* state, float* grad_state))
 
 // Gradients of the keys and values [begin, end) from `grad_state`, the gradient of the state after them.
 VIDMEM_DECLARE_KERNEL(grad_keys, void(const LinearAttentionBackward&, bool scan, int64_t begin, int64_t end,
-                                      const void* grad_state))
+                                      const float* grad_state))
 
 }  // namespace vidmem

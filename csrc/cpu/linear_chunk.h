@@ -10,14 +10,22 @@
 namespace vidmem {
 namespace {
 
-template <class S> constexpr S kEps = static_cast<S>(1e-10);  // as in the reference
+constexpr float kEps = 1e-10f;  // as in the reference
+
+// Calls f(TypeTag<storage type>{}).
+template <class F>
+inline void dispatch_tokens(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::bfloat16: return f(TypeTag<bf16>{});
+    case DType::float16: return f(TypeTag<fp16>{});
+    default: return f(TypeTag<float>{});
+  }
+}
 
 template <class T>
 struct Chunk {
-  using S = typename Accumulate<T>::type;
-
-  Chunk(const LinearAttention& args, void* scratch) : a(args) {
-    queries = static_cast<S*>(scratch);
+  Chunk(const LinearAttention& args, float* scratch) : a(args) {
+    queries = scratch;
     keys = queries + kChunkTokens * row;
     transposed = keys + kChunkTokens * row;
     values = transposed + kChunkTokens * row;
@@ -30,29 +38,29 @@ struct Chunk {
   // Tokens of a group see the state before it and, up to the end of their block, one another; else the state after.
   bool is_masked() const { return a.group > a.block; }
 
-  S* z_of(S* state) const { return state + a.size * value_row; }
-  const S* z_of(const S* state) const { return state + a.size * value_row; }
+  float* z_of(float* state) const { return state + a.size * value_row; }
+  const float* z_of(const float* state) const { return state + a.size * value_row; }
 
   // The first token of a group that its token `i` does not see.
   int64_t end_of_block(int64_t i, int64_t count) const { return smaller(count, (i / a.block + 1) * a.block); }
 
   // Rows of the group that are taken together: a product of 0 and a row of `tile` that is not seen must not matter,
   // so one at a time where it could.
-  int64_t rows_at_once(const S* tile, int64_t size) const { return all_finite(tile, size) ? kTileRows : 1; }
+  int64_t rows_at_once(const float* tile, int64_t size) const { return all_finite(tile, size) ? kTileRows : 1; }
 
-  void see(const S* before, const S* state) { add_rows(before, state, seen, state_size(a.size, a.value_size)); }
+  void see(const float* before, const float* state) { add_rows(before, state, seen, state_size(a.size, a.value_size)); }
 
   void read_keys(int64_t first, int64_t count) {
     read_features<T>(a.k, a.map, first, count, a.size, keys, row);
     read_tokens<T>(a.v, first, count, a.value_size, values, value_row);
   }
 
-  void add_keys(int64_t count, S* state) {
-    multiply<true>(Left<S>{keys, 1, row}, values, value_row, count, state, value_row, a.size, a.value_size);
+  void add_keys(int64_t count, float* state) {
+    multiply<true>(Left{keys, 1, row}, values, value_row, count, state, value_row, a.size, a.value_size);
     add_column_sums(keys, row, count, row, z_of(state));
   }
 
-  void add_group(int64_t begin, int64_t end, S* state) {
+  void add_group(int64_t begin, int64_t end, float* state) {
     for (int64_t first = begin; first < end; first += kChunkTokens) {
       const int64_t count = smaller(kChunkTokens, end - first);
       read_keys(first, count);
@@ -61,9 +69,9 @@ struct Chunk {
   }
 
   // Numerators and denominators of a chunk from the state alone.
-  void query_state(int64_t first, int64_t count, const S* state) {
+  void query_state(int64_t first, int64_t count, const float* state) {
     read_features<T>(a.q, a.map, first, count, a.size, queries, row);
-    multiply<false>(Left<S>{queries, row, 1}, state, value_row, a.size, sums, value_row, count, a.value_size);
+    multiply<false>(Left{queries, row, 1}, state, value_row, a.size, sums, value_row, count, a.value_size);
     for (int64_t t = 0; t < count && a.normalize; ++t) totals[t] = dot(queries + t * row, z_of(state), row);
   }
 
@@ -73,22 +81,22 @@ struct Chunk {
     const int64_t step = rows_at_once(values, count * value_row);
     for (int64_t i = 0; i < count; i += step) {
       const int64_t rows = smaller(step, count - i), end = end_of_block(i + rows - 1, count);
-      multiply<false>(Left<S>{queries + i * row, row, 1}, transposed, kChunkTokens, a.size, scores, kChunkTokens, rows,
+      multiply<false>(Left{queries + i * row, row, 1}, transposed, kChunkTokens, a.size, scores, kChunkTokens, rows,
                       end);
       for (int64_t r = 0; r < rows; ++r) {
-        S* score = scores + r * kChunkTokens;
+        float* score = scores + r * kChunkTokens;
         const int64_t seen_end = end_of_block(i + r, count);
         clear(score + seen_end, padded(end) - seen_end);
         if (a.normalize) totals[i + r] += sum_row(score, end);
       }
-      multiply<true>(Left<S>{scores, kChunkTokens, 1}, values, value_row, end, sums + i * value_row, value_row, rows,
+      multiply<true>(Left{scores, kChunkTokens, 1}, values, value_row, end, sums + i * value_row, value_row, rows,
                      a.value_size);
     }
   }
 
   const LinearAttention& a;
   const int64_t row = padded(a.size), value_row = padded(a.value_size);
-  S *queries, *keys, *transposed, *values, *sums, *scores, *totals, *seen;
+  float *queries, *keys, *transposed, *values, *sums, *scores, *totals, *seen;
 };
 
 }  // namespace

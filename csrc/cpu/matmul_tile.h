@@ -21,37 +21,33 @@ constexpr int kTileVectors = 2;
 
 [[maybe_unused]] inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <class S>
-VIDMEM_INLINE void clear(S* out, int64_t count) {
+VIDMEM_INLINE void clear(float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = 0;
 }
 
 // The left factor: element (i, k) at data[i * row + k * step].
-template <class S>
 struct Left {
-  const S* data;
+  const float* data;
   int64_t row, step;
   Left from(int64_t first) const { return {data + first * row, row, step}; }
 };
 
-template <class S, int R, int N, bool Add>
-VIDMEM_INLINE void multiply_tile(const Left<S>& a, const S* b, int64_t b_row, int64_t depth, S* c, int64_t c_row) {
-  using V = typename Lanes<S>::type;
-  constexpr int W = Lanes<S>::count;
-  V sum[R][N];
+template <int R, int N, bool Add>
+VIDMEM_INLINE void multiply_tile(const Left& a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row) {
+    Floats sum[R][N];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n] = V{};
+    for (int n = 0; n < N; ++n) sum[r][n] = Floats{};
   }
-  const S* left = a.data;
+  const float* left = a.data;
   for (int64_t k = 0; k < depth; ++k, left += a.step, b += b_row) {
-    V right[N];
+    Floats right[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) right[n] = load(b + n * W);
+    for (int n = 0; n < N; ++n) right[n] = load(b + n * kFloats);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const V x = left[r * a.row] - V{};  // a broadcast
+      const Floats x = left[r * a.row] - Floats{};  // a broadcast
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sum[r][n] += x * right[n];
     }
@@ -60,107 +56,100 @@ VIDMEM_INLINE void multiply_tile(const Left<S>& a, const S* b, int64_t b_row, in
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      S* at = c + r * c_row + n * W;
+      float* at = c + r * c_row + n * kFloats;
       if constexpr (Add) sum[r][n] += load(at);
       store(sum[r][n], at);
     }
   }
 }
 
-template <class S, int N, bool Add>
-void multiply_rows(Left<S> a, const S* b, int64_t b_row, int64_t depth, S* c, int64_t c_row, int64_t rows) {
+template <int N, bool Add>
+void multiply_rows(Left a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, int64_t rows) {
   for (; rows >= kTileRows; rows -= kTileRows, a = a.from(kTileRows), c += kTileRows * c_row) {
-    multiply_tile<S, kTileRows, N, Add>(a, b, b_row, depth, c, c_row);
+    multiply_tile<kTileRows, N, Add>(a, b, b_row, depth, c, c_row);
   }
   switch (rows) {
-    case 5: return multiply_tile<S, 5, N, Add>(a, b, b_row, depth, c, c_row);
-    case 4: return multiply_tile<S, 4, N, Add>(a, b, b_row, depth, c, c_row);
-    case 3: return multiply_tile<S, 3, N, Add>(a, b, b_row, depth, c, c_row);
-    case 2: return multiply_tile<S, 2, N, Add>(a, b, b_row, depth, c, c_row);
-    case 1: return multiply_tile<S, 1, N, Add>(a, b, b_row, depth, c, c_row);
+    case 5: return multiply_tile<5, N, Add>(a, b, b_row, depth, c, c_row);
+    case 4: return multiply_tile<4, N, Add>(a, b, b_row, depth, c, c_row);
+    case 3: return multiply_tile<3, N, Add>(a, b, b_row, depth, c, c_row);
+    case 2: return multiply_tile<2, N, Add>(a, b, b_row, depth, c, c_row);
+    case 1: return multiply_tile<1, N, Add>(a, b, b_row, depth, c, c_row);
     default: return;
   }
 }
 
 // c (rows, columns) = or += a (rows, depth) @ b (depth, columns); columns are rounded up to whole vectors.
-template <bool Add, class S>
-void multiply(const Left<S>& a, const S* b, int64_t b_row, int64_t depth, S* c, int64_t c_row, int64_t rows,
+template <bool Add>
+void multiply(const Left& a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, int64_t rows,
               int64_t columns) {
-  constexpr int W = Lanes<S>::count;
-  for (int64_t n = 0; n < columns; n += kTileVectors * W) {
-    const int64_t vectors = (columns - n + W - 1) / W;
+  for (int64_t n = 0; n < columns; n += kTileVectors * kFloats) {
+    const int64_t vectors = (columns - n + kFloats - 1) / kFloats;
     if (vectors == 1) {
-      multiply_rows<S, 1, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+      multiply_rows<1, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
     } else if (vectors == 2 || kTileVectors == 2) {
-      multiply_rows<S, 2, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+      multiply_rows<2, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
     } else if (vectors == 3) {
-      multiply_rows<S, 3, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+      multiply_rows<3, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
     } else {
-      multiply_rows<S, kTileVectors, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
+      multiply_rows<kTileVectors, Add>(a, b + n, b_row, depth, c + n, c_row, rows);
     }
   }
 }
 
-template <int Count, class S>
+template <int Count>
 struct LanesOf {
-  typedef S type __attribute__((vector_size(Count * sizeof(S))));
+  typedef float type __attribute__((vector_size(Count * sizeof(float))));
 };
 
 // By halves.
-template <class S, class V>
-VIDMEM_INLINE S sum_lanes(const V& v) {
-  constexpr int count = sizeof(V) / sizeof(S);
+template <class V>
+VIDMEM_INLINE float sum_lanes(const V& v) {
+  constexpr int count = sizeof(V) / sizeof(float);
   if constexpr (count == 2) {
     return v[0] + v[1];
   } else {
-    typename LanesOf<count / 2, S>::type low, high;
+    typename LanesOf<count / 2>::type low, high;
     memcpy(&low, &v, sizeof low);
     memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return sum_lanes<S>(low + high);
+    return sum_lanes(low + high);
   }
 }
 
 // Sum of x[i] * y[i]; the count is rounded up to whole vectors.
-template <class S>
-VIDMEM_INLINE S dot(const S* x, const S* y, int64_t count) {
-  typename Lanes<S>::type sum{};
-  for (int64_t i = 0; i < count; i += Lanes<S>::count) sum += load(x + i) * load(y + i);
-  return sum_lanes<S>(sum);
+VIDMEM_INLINE float dot(const float* x, const float* y, int64_t count) {
+  Floats sum{};
+  for (int64_t i = 0; i < count; i += kFloats) sum += load(x + i) * load(y + i);
+  return sum_lanes(sum);
 }
 
-template <class S>
-VIDMEM_INLINE S sum_row(const S* x, int64_t count) {
-  typename Lanes<S>::type sum{};
-  for (int64_t i = 0; i < count; i += Lanes<S>::count) sum += load(x + i);
-  return sum_lanes<S>(sum);
+VIDMEM_INLINE float sum_row(const float* x, int64_t count) {
+  Floats sum{};
+  for (int64_t i = 0; i < count; i += kFloats) sum += load(x + i);
+  return sum_lanes(sum);
 }
 
 // out[c] += the sum of a column of x over its rows.
-template <class S>
-VIDMEM_INLINE void add_column_sums(const S* x, int64_t row, int64_t rows, int64_t columns, S* out) {
-  for (int64_t c = 0; c < columns; c += Lanes<S>::count) {
-    typename Lanes<S>::type sum{};
+VIDMEM_INLINE void add_column_sums(const float* x, int64_t row, int64_t rows, int64_t columns, float* out) {
+  for (int64_t c = 0; c < columns; c += kFloats) {
+    Floats sum{};
     for (int64_t i = 0; i < rows; ++i) sum += load(x + i * row + c);
     store(load(out + c) + sum, out + c);
   }
 }
 
 // out = x + y over whole vectors.
-template <class S>
-VIDMEM_INLINE void add_rows(const S* x, const S* y, S* out, int64_t count) {
-  for (int64_t i = 0; i < count; i += Lanes<S>::count) store(load(x + i) + load(y + i), out + i);
+VIDMEM_INLINE void add_rows(const float* x, const float* y, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kFloats) store(load(x + i) + load(y + i), out + i);
 }
 
-template <class S>
-VIDMEM_INLINE bool all_finite(const S* x, int64_t count) {
-  typename Lanes<S>::type sum{};
-  for (int64_t i = 0; i < count; i += Lanes<S>::count) sum += load(x + i) - load(x + i);
-  return sum_lanes<S>(sum) == 0;
+VIDMEM_INLINE bool all_finite(const float* x, int64_t count) {
+  Floats sum{};
+  for (int64_t i = 0; i < count; i += kFloats) sum += load(x + i) - load(x + i);
+  return sum_lanes(sum) == 0;
 }
 
 // out (columns, rows) = x (rows, columns) transposed.
-template <class S>
-void transpose(const S* x, int64_t x_row, int64_t rows, int64_t columns, S* out, int64_t out_row) {
+[[maybe_unused]] inline void transpose(const float* x, int64_t x_row, int64_t rows, int64_t columns, float* out, int64_t out_row) {
   for (int64_t c = 0; c < columns; ++c) {
     for (int64_t i = 0; i < rows; ++i) out[c * out_row + i] = x[i * x_row + c];
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import reference
@@ -18,6 +20,10 @@ def _state_fake(q, v):
 
 def _fake(q, k, v, S, z, feature_map, causal, block_size, normalize):
     return v.new_empty(v.shape), *_state_fake(q, v)
+
+
+def _refuse_cpu(first, *_):
+    return "sums in float32, the tensors are float64" if first.dtype == torch.float64 else None
 
 
 def _setup(ctx, inputs, output):
@@ -42,6 +48,7 @@ register_op(
     setup_context=_setup,
     backward=_backward,
     autocast=("q", "k", "v"),
+    refuse={"cpu": _refuse_cpu},
 )
 
 
@@ -56,4 +63,5 @@ register_op(
     reference=reference.linear_attention_backward,
     fake=_backward_fake,
     autocast=(),
+    refuse={"cpu": _refuse_cpu},
 )
