@@ -4,13 +4,13 @@
 
 #include "cpu/lanes.h"
 #include "cpu/linear_attention_kernels.h"
+#include "cpu/matmul_tile.h"
 
 namespace vidmem {
 namespace {
 
 // Relative error below 2^-24 before the last rounding; x <= 0 or NaN. Results below 2^-126 are rounded twice.
 [[maybe_unused]] inline Floats exp_negative(Floats x) {
-  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
   x = x < -104.0f ? Floats{} - 104.0f : x;  // rounds to 0
   const Floats magic = Floats{} + 0x1.8p23f;  // adding it rounds to an integer, which its low bits then hold
   const Floats shifted = x * 0x1.715476p0f + magic;

@@ -67,6 +67,7 @@ class Runner {
         read(i, state);
         const std::vector<Piece>& pieces = call.plan.pieces;
         for (size_t p = 0; p < pieces.size(); ++p) {
+          std::fill_n(own, count, 0.0f);
           if (call.plan.is_scan) {
             scan_tokens()(args, pieces[p].begin, pieces[p].end, state, own);
             accumulate(state, own, count, false);
@@ -99,6 +100,7 @@ class Runner {
       });
     };
     for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, float*) {
+      std::fill_n(state_of(task), count, 0.0f);
       sum_state()(args, piece.begin, piece.end, state_of(task));
     });
     torch::stable::parallel_for(0, call.sequences(), 1, [&](int64_t begin, int64_t end) {
@@ -113,6 +115,7 @@ class Runner {
     });
     for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, float* own) {
       if (call.plan.is_scan) {
+        std::fill_n(own, count, 0.0f);
         scan_tokens()(args, piece.begin, piece.end, state_of(task), own);
       } else {
         read_state()(args, piece.begin, piece.end, state_of(task / num_pieces * num_pieces + piece.last));

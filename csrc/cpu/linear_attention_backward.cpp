@@ -45,6 +45,7 @@ class Runner {
       });
     };
     for_pieces([&](const LinearAttentionBackward& args, int64_t task, const Piece& piece) {
+      std::fill_n(at(states, task), count, 0.0f);
       sum_state()(args.forward, piece.begin, piece.end, at(states, task));
     });
     for_sequences([&](int64_t i, float* state) {

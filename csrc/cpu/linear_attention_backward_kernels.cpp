@@ -43,7 +43,7 @@ struct Backward : Chunk<T> {
       this->see(state, running);
       turn(seen);
       grad_query_chunks(group, stop, seen, grad_state, masked);
-      if (masked) this->add_keys(stop - group, running);
+      if (masked) this->add_keys(stop, stop - group, running);
     }
   }
 

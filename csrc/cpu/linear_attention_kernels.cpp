@@ -10,7 +10,6 @@ struct Attention : Chunk<T> {
   explicit Attention(const LinearAttention& args) : Chunk<T>(args, args.scratch) {}
 
   void sum_state(int64_t begin, int64_t end, float* state) {
-    clear(state, state_size(a.size, a.value_size));
     for (int64_t group = begin; group < end; group += a.group) {
       this->add_group(group, smaller(end, group + a.group), state);
     }
@@ -25,7 +24,6 @@ struct Attention : Chunk<T> {
   }
 
   void scan(int64_t begin, int64_t end, const float* before, float* state) {
-    clear(state, state_size(a.size, a.value_size));
     for (int64_t group = begin; group < end; group += a.group) {
       const int64_t stop = smaller(end, group + a.group);
       if (this->is_masked()) {
@@ -34,7 +32,7 @@ struct Attention : Chunk<T> {
         this->read_keys(group, stop - group);
         this->query_group(stop - group);
         write(group, stop - group);
-        this->add_keys(stop - group, state);
+        this->add_keys(stop, stop - group, state);
       } else {
         this->add_group(group, stop, state);
         this->see(before, state);

@@ -63,7 +63,7 @@ struct LinearAttentionBackward {
   float *total, *grad_total;  // denominator of every token and its gradient
 };
 
-// state = the sum over the tokens [begin, end), whole groups.
+// state += the sum over the tokens [begin, end), whole groups.
 VIDMEM_DECLARE_KERNEL(sum_state, void(const LinearAttention&, int64_t begin, int64_t end, float* state))
 
 // Outputs of the tokens [begin, end), which all see `state`.

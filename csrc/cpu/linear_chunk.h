@@ -6,6 +6,7 @@
 #include "cpu/feature_map.h"
 #include "cpu/linear_attention_kernels.h"
 #include "cpu/matmul_tile.h"
+#include "cpu/prefetch.h"
 
 namespace vidmem {
 namespace {
@@ -50,13 +51,36 @@ struct Chunk {
 
   void see(const float* before, const float* state) { add_rows(before, state, seen, state_size(a.size, a.value_size)); }
 
+  // multiply(), meanwhile asking for the tokens [first, first + kChunkTokens) of up to two tensors: between heads lie
+  // gaps that no hardware prefetcher looks beyond.
+  template <bool Add>
+  void multiply_ahead(Left left, const float* right, int64_t depth, float* out, int64_t rows, const Tokens& tokens,
+                      const Tokens* more, int64_t first) {
+    constexpr int64_t block = 2 * kTileRows;
+    const int64_t blocks = (rows + block - 1) / block, share = (kChunkTokens + blocks - 1) / blocks;
+    for (int64_t i = 0; i < rows; i += block, first += share) {
+      for (int64_t t = first; t < first + share; ++t) {
+        ask(tokens, t, a.size);
+        if (more) ask(*more, t, a.value_size);
+      }
+      multiply<Add>(left.from(i), right, value_row, depth, out + i * value_row, value_row, smaller(block, rows - i),
+                    a.value_size);
+    }
+  }
+
+  static void ask(const Tokens& tokens, int64_t t, int64_t channels) {
+    if (tokens.channel_stride != 1) return;
+    prefetch(static_cast<const T*>(tokens.data) + t * tokens.token_stride, channels * int64_t(sizeof(T)));
+  }
+
   void read_keys(int64_t first, int64_t count) {
     read_features<T>(a.k, a.map, first, count, a.size, keys, row);
     read_tokens<T>(a.v, first, count, a.value_size, values, value_row);
   }
 
-  void add_keys(int64_t count, float* state) {
-    multiply<true>(Left{keys, 1, row}, values, value_row, count, state, value_row, a.size, a.value_size);
+  // With keys and values of `next` to be read after that.
+  void add_keys(int64_t next, int64_t count, float* state) {
+    multiply_ahead<true>(Left{keys, 1, row}, values, count, state, a.size, a.k, &a.v, next);
     add_column_sums(keys, row, count, row, z_of(state));
   }
 
@@ -64,14 +88,14 @@ struct Chunk {
     for (int64_t first = begin; first < end; first += kChunkTokens) {
       const int64_t count = smaller(kChunkTokens, end - first);
       read_keys(first, count);
-      add_keys(count, state);
+      add_keys(first + count, count, state);
     }
   }
 
   // Numerators and denominators of a chunk from the state alone.
   void query_state(int64_t first, int64_t count, const float* state) {
     read_features<T>(a.q, a.map, first, count, a.size, queries, row);
-    multiply<false>(Left{queries, row, 1}, state, value_row, a.size, sums, value_row, count, a.value_size);
+    multiply_ahead<false>(Left{queries, row, 1}, state, a.size, sums, count, a.q, nullptr, first + count);
     for (int64_t t = 0; t < count && a.normalize; ++t) totals[t] = dot(queries + t * row, z_of(state), row);
   }
 

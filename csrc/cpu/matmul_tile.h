@@ -148,10 +148,51 @@ VIDMEM_INLINE bool all_finite(const float* x, int64_t count) {
   return sum_lanes(sum) == 0;
 }
 
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+
+// Swaps the second halves of groups of 2 * Step lanes of `a` with the first halves of those of `b`.
+template <int Step>
+VIDMEM_INLINE void swap_halves(Floats& a, Floats& b) {
+  Ints first{}, second{};
+#pragma GCC unroll 16
+  for (int l = 0; l < kFloats; ++l) {
+    first[l] = l & Step ? kFloats + l - Step : l;
+    second[l] = l & Step ? kFloats + l : l + Step;
+  }
+  const Floats x = a, y = b;
+  a = __builtin_shuffle(x, y, first);
+  b = __builtin_shuffle(x, y, second);
+}
+
+template <int Step>
+VIDMEM_INLINE void transpose_steps(Floats (&rows)[kFloats]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kFloats; ++i) {
+    if (!(i & Step)) swap_halves<Step>(rows[i], rows[i + Step]);
+  }
+  if constexpr (Step > 1) transpose_steps<Step / 2>(rows);
+}
+
 // out (columns, rows) = x (rows, columns) transposed.
-[[maybe_unused]] inline void transpose(const float* x, int64_t x_row, int64_t rows, int64_t columns, float* out, int64_t out_row) {
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t i = 0; i < rows; ++i) out[c * out_row + i] = x[i * x_row + c];
+[[maybe_unused]] inline void transpose(const float* x, int64_t x_row, int64_t rows, int64_t columns, float* out,
+                                       int64_t out_row) {
+  int64_t i = 0;
+  for (; i + kFloats <= rows; i += kFloats) {
+    int64_t c = 0;
+    for (; c + kFloats <= columns; c += kFloats) {
+      Floats square[kFloats];
+#pragma GCC unroll 16
+      for (int r = 0; r < kFloats; ++r) square[r] = load(x + (i + r) * x_row + c);
+      transpose_steps<kFloats / 2>(square);
+#pragma GCC unroll 16
+      for (int r = 0; r < kFloats; ++r) store(square[r], out + (c + r) * out_row + i);
+    }
+    for (; c < columns; ++c) {
+      for (int r = 0; r < kFloats; ++r) out[c * out_row + i + r] = x[(i + r) * x_row + c];
+    }
+  }
+  for (; i < rows; ++i) {
+    for (int64_t c = 0; c < columns; ++c) out[c * out_row + i] = x[i * x_row + c];
   }
 }
 
