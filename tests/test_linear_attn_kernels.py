@@ -52,12 +52,12 @@ def check(name, args, what):
 
 CASES = {
     # length, heads, size, value size, causal, block
-    "all": (2500, 1, 20, 33, False, 1),
+    "all": (2100, 1, 20, 33, False, 1),
     "tokens": (2100, 2, 17, 9, True, 1),
     "small blocks": (333, 3, 64, 80, True, 7),
     "blocks of a chunk": (200, 1, 33, 64, True, 33),
     "frames": (700, 2, 16, 5, True, 150),
-    "long frames": (5000, 1, 5, 16, True, 2300),
+    "long frames": (2600, 1, 5, 16, True, 2300),
     "one channel": (130, 1, 1, 1, True, 3),
     "many channels": (150, 1, 256, 100, True, 1),
 }
@@ -65,7 +65,8 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_agrees_with_reference(case, dtype, capability):
+def test_agrees_with_reference(case, dtype, capability, threads):
+    threads(1)  # the reference's many small products gain nothing from more
     length, heads, size, value_size, causal, block = CASES[case]
     make = Make(dtype, seed=3)
     for feature_map in ("relu", "elu1", "identity"):
