@@ -104,16 +104,14 @@ struct Backward : Chunk<T> {
     for (int64_t t = 0; t < count; ++t) {
       for (; masked && end < this->end_of_block(t, count); ++end) add_rows(visible, keys + end * row, visible, row);
       float* grad = features + t * row;
-      float total = 1, ratio = 0;
+      double total = 1, ratio = 0;  // of few channels hardly anything may be left of the difference
       if (a.normalize) {
-        total = dot(queries + t * row, visible, row) + kEps;
-        ratio = dot(queries + t * row, grad, a.size) / total;
+        total = wide_dot(queries + t * row, visible, row) + kEps;
+        ratio = wide_dot(queries + t * row, grad, a.size) / total;
       }
-      for (int64_t c = 0; c < row; c += kFloats) {
-        store((load(grad + c) - load(visible + c) * ratio) / total, grad + c);
-      }
-      totals_of_tokens[first + t] = total;
-      grad_total[first + t] = -ratio / total;
+      for (int64_t c = 0; c < a.size; ++c) grad[c] = static_cast<float>((grad[c] - ratio * visible[c]) / total);
+      totals_of_tokens[first + t] = static_cast<float>(total);
+      grad_total[first + t] = static_cast<float>(-ratio / total);
     }
   }
 

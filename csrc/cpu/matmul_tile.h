@@ -122,6 +122,17 @@ VIDMEM_INLINE float dot(const float* x, const float* y, int64_t count) {
   return sum_lanes(sum);
 }
 
+[[maybe_unused]] inline double wide_dot(const float* x, const float* y, int64_t count) {
+  Doubles sums{};
+  for (int64_t i = 0; i < count; i += kFloats) {
+    const Floats a = load(x + i), b = load(y + i);
+    sums += lower(a) * lower(b) + upper(a) * upper(b);
+  }
+  double sum = 0;
+  for (int l = 0; l < kDoubles; ++l) sum += sums[l];
+  return sum;
+}
+
 VIDMEM_INLINE float sum_row(const float* x, int64_t count) {
   Floats sum{};
   for (int64_t i = 0; i < count; i += kFloats) sum += load(x + i);
