@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "cpu/aligned_buffer.h"
-#include "cpu/empty_rows.h"
 #include "cpu/grain.h"
 
 namespace vidmem {
@@ -144,7 +143,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
             torch::stable::empty({q.size(0), q.size(1), q.size(2), args.value_size}, q.scalar_type()),
             torch::stable::empty({q.size(0), q.size(2), args.size, args.value_size}, ScalarType::Float),
             torch::stable::empty({q.size(0), q.size(2), args.size}, ScalarType::Float)};
-  advise_huge_pages(call.out);
   call.args.group = call.plan.group;
   call.args.out_stride = q.size(2) * args.value_size;
   Runner(call).run();

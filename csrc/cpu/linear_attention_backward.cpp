@@ -4,7 +4,6 @@
 #include <tuple>
 
 #include "cpu/aligned_buffer.h"
-#include "cpu/empty_rows.h"
 #include "cpu/grain.h"
 
 namespace vidmem {
@@ -110,7 +109,6 @@ Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, 
   check_state(op, "grad_z", grad_z, {q.size(0), q.size(2), args.size});
   const auto like = [&](int64_t channels) {
     const Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), channels}, q.scalar_type());
-    advise_huge_pages(out);
     return out;
   };
   Call call{{},
