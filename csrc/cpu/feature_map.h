@@ -31,13 +31,8 @@ namespace {
 }
 
 // NaN stays NaN.
-[[maybe_unused]] inline Floats apply(FeatureMap map, Floats x) {
-  switch (map) {
-    case FeatureMap::relu: return x < 0 ? Floats{} : x;
-    case FeatureMap::elu1: return x > 0 ? x + 1 : exp_negative(x > 0 ? Floats{} : x);
-    default: return x;
-  }
-}
+VIDMEM_INLINE Floats relu(Floats x) { return x < 0 ? Floats{} : x; }
+VIDMEM_INLINE Floats elu1(Floats x) { return x > 0 ? x + 1 : exp_negative(x > 0 ? Floats{} : x); }
 
 [[maybe_unused]] inline Floats derivative(FeatureMap map, Floats x) {
   const Floats one = Floats{} + 1.0f;
@@ -48,34 +43,44 @@ namespace {
   }
 }
 
-// Tokens [first, first + count) as rows of `pitch` elements, zeros behind the channels.
-template <class T>
-inline void read_tokens(const Tokens& tokens, int64_t first, int64_t count, int64_t channels, float* out, int64_t pitch) {
+// Tokens [first, first + count) as rows of `pitch` elements, f(vector) of each, zeros behind the channels.
+template <class T, class F>
+VIDMEM_INLINE void read_rows(const Tokens& tokens, int64_t first, int64_t count, int64_t channels, float* out,
+                             int64_t pitch, const F& f) {
   const T* in = static_cast<const T*>(tokens.data) + first * tokens.token_stride;
   for (int64_t t = 0; t < count; ++t, in += tokens.token_stride, out += pitch) {
     int64_t c = 0;
     if (tokens.channel_stride == 1) {
-      for (; c + kFloats <= channels; c += kFloats) store(load(in + c), out + c);
+      for (; c + kFloats <= channels; c += kFloats) store(f(load(in + c)), out + c);
     }
-    for (; c < channels; ++c) out[c] = widen(in[c * tokens.channel_stride]);
+    for (; c < channels; c += kFloats) {
+      const int64_t rest = smaller(kFloats, channels - c);
+      float some[kFloats] = {};
+      for (int64_t i = 0; i < rest; ++i) some[i] = widen(in[(c + i) * tokens.channel_stride]);
+      const Floats mapped = f(load(some));
+      for (int64_t i = 0; i < rest; ++i) out[c + i] = mapped[i];
+      c += rest - kFloats;
+    }
     for (; c < pitch; ++c) out[c] = 0;
   }
 }
 
-[[maybe_unused]] inline void apply_rows(FeatureMap map, float* rows, int64_t count, int64_t channels, int64_t pitch) {
-  if (map == FeatureMap::identity) return;
-  for (int64_t i = 0; i < count * pitch; i += kFloats) store(apply(map, load(rows + i)), rows + i);
-  if (map == FeatureMap::relu) return;
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = channels; c < pitch; ++c) rows[t * pitch + c] = 0;
-  }
+template <class T>
+inline void read_tokens(const Tokens& tokens, int64_t first, int64_t count, int64_t channels, float* out,
+                        int64_t pitch) {
+  read_rows<T>(tokens, first, count, channels, out, pitch, [](Floats x) { return x; });
 }
 
 template <class T>
 inline void read_features(const Tokens& tokens, FeatureMap map, int64_t first, int64_t count, int64_t channels,
                           float* out, int64_t pitch) {
-  read_tokens<T>(tokens, first, count, channels, out, pitch);
-  apply_rows(map, out, count, channels, pitch);
+  switch (map) {
+    case FeatureMap::relu:
+      return read_rows<T>(tokens, first, count, channels, out, pitch, [](Floats x) { return relu(x); });
+    case FeatureMap::elu1:
+      return read_rows<T>(tokens, first, count, channels, out, pitch, [](Floats x) { return elu1(x); });
+    default: return read_tokens<T>(tokens, first, count, channels, out, pitch);
+  }
 }
 
 template <class T>

@@ -6,11 +6,14 @@
 
 #include <tuple>
 
-#include "cpu/aligned_buffer.h"
-#include "cpu/grain.h"
+#include "cpu/touch_pages.h"
 
 namespace vidmem {
 namespace {
+
+// Of heads that are walked along side by side: tokens of one before those of the next, and bytes of their states.
+constexpr int64_t kStepTokens = 256;
+constexpr int64_t kStateBytes = 384 << 10;
 
 struct Call {
   LinearAttention args;  // of no batch element and head yet, without scratch
@@ -18,8 +21,6 @@ struct Call {
   const Tensor &q, &k, &v;
   const std::optional<Tensor>&initial_S, &initial_z;
   Tensor out, S, z;
-
-  int64_t sequences() const { return q.size(0) * q.size(2); }
 };
 
 class Runner {
@@ -27,10 +28,9 @@ class Runner {
   explicit Runner(const Call& call) : call(call) {}
 
   void run() const {
-    const int64_t threads = torch::stable::get_num_threads(), sequences = call.sequences();
-    const int64_t rounds = (sequences + threads - 1) / threads;
-    // Walking along a sequence reads keys and values once; sharing its pieces keeps every thread busy.
-    if (4 * sequences >= 3 * threads * rounds || call.plan.pieces.size() <= 1) {
+    const int64_t threads = torch::stable::get_num_threads(), rounds = (sequences + threads - 1) / threads;
+    // Walking along sequences takes no sums twice; sharing their pieces keeps every thread busy.
+    if (call.plan.is_scan && 4 * sequences >= 3 * threads * rounds) {
       walk();
     } else {
       share();
@@ -54,75 +54,73 @@ class Runner {
 
   void write(int64_t sequence, const float* state) const { write_final(state, sequence, call.args, call.S, call.z); }
 
-  // Each sequence by one thread.
+  // Each sequence by one thread, a few side by side: neighbouring heads lie on the same pages.
   void walk() const {
+    touch_pages(call.out);
     const int64_t cost = size * value_size * std::max<int64_t>(1, call.q.size(1));
-    torch::stable::parallel_for(0, call.sequences(), grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
-      const AlignedBuffer buffer((2 * count + scratch) * int64_t(sizeof(float)));
-      float* state = static_cast<float*>(buffer.data());
-      float* own = state + count;
-      for (int64_t i = begin; i < end; ++i) {
-        const LinearAttention args = args_of(i, own + count);
-        read(i, state);
-        const std::vector<Piece>& pieces = call.plan.pieces;
-        for (size_t p = 0; p < pieces.size(); ++p) {
-          std::fill_n(own, count, 0.0f);
-          if (call.plan.is_scan) {
-            scan_tokens()(args, pieces[p].begin, pieces[p].end, state, own);
-            accumulate(state, own, count, false);
-            continue;
-          }
-          sum_state()(args, pieces[p].begin, pieces[p].end, own);
-          accumulate(state, own, count, false);
-          if (pieces[p].last != int64_t(p)) continue;
-          read_state()(args, pieces[pieces[p].first].begin, pieces[p].end, state);
-        }
-        write(i, state);
+    torch::stable::parallel_for(0, sequences, grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
+      const int64_t most = std::clamp<int64_t>(kStateBytes / (2 * count * int64_t(sizeof(float))), 1, end - begin);
+      const AlignedBuffer buffer((2 * count * most + scratch) * int64_t(sizeof(float)));
+      float* const states = static_cast<float*>(buffer.data());
+      for (int64_t first = begin; first < end; first += most) {
+        walk_together(first, std::min(end, first + most), states, states + 2 * count * most);
       }
     });
   }
 
+  void walk_together(int64_t first, int64_t last, float* states, float* scratch) const {
+    float* const sums = states + (last - first) * count;
+    const auto for_sequences = [&](const auto& f) {
+      for (int64_t i = first; i < last; ++i) f(i, states + (i - first) * count, sums + (i - first) * count);
+    };
+    const int64_t step = std::max<int64_t>(1, kStepTokens / call.plan.group) * call.plan.group;
+    for_sequences([&](int64_t i, float* state, float*) { read(i, state); });
+    for (const Piece& piece : call.plan.pieces) {
+      std::fill_n(sums, (last - first) * count, 0.0f);
+      for (int64_t begin = piece.begin; begin < piece.end; begin += step) {
+        for_sequences([&](int64_t i, const float* state, float* sum) {
+          scan_tokens()(args_of(i, scratch), begin, std::min(piece.end, begin + step), state, sum);
+        });
+      }
+      for_sequences([&](int64_t, float* state, float* sum) { accumulate(state, sum, count, false); });
+    }
+    for_sequences([&](int64_t i, float* state, float*) { write(i, state); });
+  }
+
   // The sums of all pieces, the states that they give, then what the queries find.
   void share() const {
-    const std::vector<Piece>& pieces = call.plan.pieces;
-    const int64_t num_pieces = pieces.size(), tasks = call.sequences() * num_pieces;
-    const AlignedBuffer states(tasks * count * int64_t(sizeof(float)));
-    const auto state_of = [&](int64_t task) { return static_cast<float*>(states.data()) + task * count; };
-    const int64_t cost = size * value_size * kPieceTokens;
-    const auto for_pieces = [&](const auto& f) {
-      torch::stable::parallel_for(0, tasks, grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
-        const AlignedBuffer buffer((count + scratch) * int64_t(sizeof(float)));
-        float* own = static_cast<float*>(buffer.data());
-        for (int64_t task = begin; task < end; ++task) {
-          f(args_of(task / num_pieces, own + count), task, pieces[task % num_pieces], own);
-        }
-      });
+    const int64_t pieces = call.plan.pieces.size();
+    const AlignedBuffer states(sequences * pieces * count * int64_t(sizeof(float)));
+    const auto state_of = [&](int64_t i, int64_t p) {
+      return static_cast<float*>(states.data()) + (i * pieces + p) * count;
     };
-    for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, float*) {
-      std::fill_n(state_of(task), count, 0.0f);
-      sum_state()(args, piece.begin, piece.end, state_of(task));
+    const int64_t cost = size * value_size * kPieceTokens;
+    for_pieces(call.plan, sequences, cost, scratch, [&](int64_t i, int64_t p, const Piece& piece, float* scratch) {
+      std::fill_n(state_of(i, p), count, 0.0f);
+      sum_state()(args_of(i, scratch), piece.begin, piece.end, state_of(i, p));
     });
-    torch::stable::parallel_for(0, call.sequences(), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, sequences, grain(pieces * count * 16), [&](int64_t i, int64_t end) {
       std::vector<float> state(count);
-      for (int64_t i = begin; i < end; ++i) {
+      for (; i < end; ++i) {
         read(i, state.data());
-        for (int64_t p = 0; p < num_pieces; ++p) {
-          accumulate(state.data(), state_of(i * num_pieces + p), count, call.plan.is_scan);
-        }
+        for (int64_t p = 0; p < pieces; ++p) accumulate(state.data(), state_of(i, p), count, call.plan.is_scan);
         write(i, state.data());
       }
     });
-    for_pieces([&](const LinearAttention& args, int64_t task, const Piece& piece, float* own) {
+    for_pieces(call.plan, sequences, cost, scratch + count, [&](int64_t i, int64_t, const Piece& piece, float* own) {
+      const LinearAttention args = args_of(i, own + count);
+      const float* state = state_of(i, piece.last);
       if (call.plan.is_scan) {
         std::fill_n(own, count, 0.0f);
-        scan_tokens()(args, piece.begin, piece.end, state_of(task), own);
+        scan_tokens()(args, piece.begin, piece.end, state, own);
       } else {
-        read_state()(args, piece.begin, piece.end, state_of(task / num_pieces * num_pieces + piece.last));
+        read_state()(args, piece.begin, piece.end, state);
       }
     });
   }
 
   const Call& call;
+  const int64_t sequences = call.q.size(0) * call.q.size(2);
   const int64_t size = call.args.size, value_size = call.args.value_size;
   const int64_t count = padded(state_size(size, value_size)), scratch = scratch_size(size, value_size);
 };

@@ -3,9 +3,6 @@
 
 #include <tuple>
 
-#include "cpu/aligned_buffer.h"
-#include "cpu/grain.h"
-
 namespace vidmem {
 namespace {
 
@@ -17,8 +14,6 @@ struct Call {
   const Tensor &grad_out, &grad_S, &grad_z, &q, &k, &v;
   const std::optional<Tensor>&initial_S, &initial_z;
   Results results;
-
-  int64_t sequences() const { return q.size(0) * q.size(2); }
 };
 
 class Runner {
@@ -28,50 +23,45 @@ class Runner {
   // The sums of all pieces, the states that they give and gradients of queries; likewise in reverse for keys.
   void run() const {
     const bool scan = call.plan.is_scan;
-    const AlignedBuffer states(tasks * count * int64_t(sizeof(float))), grads(tasks * count * int64_t(sizeof(float)));
-    const AlignedBuffer factors(2 * call.sequences() * call.q.size(1) * int64_t(sizeof(float)));
-    const auto at = [&](const AlignedBuffer& buffer, int64_t task) {
-      return static_cast<float*>(buffer.data()) + task * count;
+    const AlignedBuffer states(sequences * pieces * count * int64_t(sizeof(float)));
+    const AlignedBuffer grads(sequences * pieces * count * int64_t(sizeof(float)));
+    const AlignedBuffer factors(2 * sequences * call.q.size(1) * int64_t(sizeof(float)));
+    const auto at = [&](const AlignedBuffer& buffer, int64_t i, int64_t p) {
+      return static_cast<float*>(buffer.data()) + (i * pieces + p) * count;
     };
-    const auto for_pieces = [&](const auto& f) {
+    const auto each = [&](const auto& f) {
       const int64_t cost = 3 * size * value_size * kPieceTokens;
-      torch::stable::parallel_for(0, tasks, grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
-        const AlignedBuffer scratch(backward_scratch_size(size, value_size) * int64_t(sizeof(float)));
-        for (int64_t task = begin; task < end; ++task) {
-          const Piece& piece = call.plan.pieces[task % num_pieces];
-          f(args_of(task / num_pieces, static_cast<float*>(scratch.data()), static_cast<float*>(factors.data())), task, piece);
-        }
-      });
+      for_pieces(call.plan, sequences, cost, backward_scratch_size(size, value_size),
+                 [&](int64_t i, int64_t p, const Piece& piece, float* scratch) {
+                   f(args_of(i, scratch, static_cast<float*>(factors.data())), i, p, piece);
+                 });
     };
-    for_pieces([&](const LinearAttentionBackward& args, int64_t task, const Piece& piece) {
-      std::fill_n(at(states, task), count, 0.0f);
-      sum_state()(args.forward, piece.begin, piece.end, at(states, task));
+    each([&](const LinearAttentionBackward& args, int64_t i, int64_t p, const Piece& piece) {
+      std::fill_n(at(states, i, p), count, 0.0f);
+      sum_state()(args.forward, piece.begin, piece.end, at(states, i, p));
     });
     for_sequences([&](int64_t i, float* state) {
       read_initial(call.initial_S, call.initial_z, i, call.args.forward, state);
-      for (int64_t p = 0; p < num_pieces; ++p) accumulate(state, at(states, i * num_pieces + p), count, scan);
+      for (int64_t p = 0; p < pieces; ++p) accumulate(state, at(states, i, p), count, scan);
     });
-    for_pieces([&](const LinearAttentionBackward& args, int64_t task, const Piece& piece) {
-      const int64_t seen = task / num_pieces * num_pieces + piece.last;
-      grad_queries()(args, scan, piece.begin, piece.end, at(states, seen), at(grads, task));
+    each([&](const LinearAttentionBackward& args, int64_t i, int64_t p, const Piece& piece) {
+      grad_queries()(args, scan, piece.begin, piece.end, at(states, i, piece.last), at(grads, i, p));
     });
     const std::optional<Tensor> grad_S = call.grad_S, grad_z = call.grad_z;
     for_sequences([&](int64_t i, float* state) {
       read_initial(grad_S, grad_z, i, call.args.forward, state);
-      for (int64_t p = num_pieces - 1; p >= 0; --p) accumulate(state, at(grads, i * num_pieces + p), count, scan);
+      for (int64_t p = pieces - 1; p >= 0; --p) accumulate(state, at(grads, i, p), count, scan);
       write_final(state, i, call.args.forward, std::get<3>(call.results), std::get<4>(call.results));
     });
-    for_pieces([&](const LinearAttentionBackward& args, int64_t task, const Piece& piece) {
-      const int64_t seen = task / num_pieces * num_pieces + piece.first;
-      grad_keys()(args, scan, piece.begin, piece.end, at(grads, seen));
+    each([&](const LinearAttentionBackward& args, int64_t i, int64_t, const Piece& piece) {
+      grad_keys()(args, scan, piece.begin, piece.end, at(grads, i, piece.first));
     });
   }
 
  private:
   template <class F>
   void for_sequences(const F& f) const {
-    const int64_t cost = num_pieces * count * 16;
-    torch::stable::parallel_for(0, call.sequences(), grain(cost), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, sequences, grain(pieces * count * 16), [&](int64_t begin, int64_t end) {
       std::vector<float> state(count);
       for (int64_t i = begin; i < end; ++i) f(i, state.data());
     });
@@ -95,7 +85,7 @@ class Runner {
   const Call& call;
   const int64_t size = call.args.forward.size, value_size = call.args.forward.value_size;
   const int64_t count = padded(state_size(size, value_size));
-  const int64_t num_pieces = call.plan.pieces.size(), tasks = call.sequences() * num_pieces;
+  const int64_t sequences = call.q.size(0) * call.q.size(2), pieces = call.plan.pieces.size();
 };
 
 Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, const Tensor& grad_z, const Tensor& q,

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "cpu/aligned_buffer.h"
+#include "cpu/grain.h"
 #include "cpu/linear_attention_kernels.h"
 
 namespace vidmem {
@@ -53,6 +55,20 @@ inline Plan make_plan(int64_t tokens, int64_t block) {
   return plan;
 }
 
+// Calls f(sequence, number of the piece, piece, scratch of so many floats) for all pieces. Every thread has a range of
+// tokens, all heads of it: of a token they lie on the same pages.
+template <class F>
+void for_pieces(const Plan& plan, int64_t sequences, int64_t cost, int64_t scratch, const F& f) {
+  const int64_t tasks = sequences * int64_t(plan.pieces.size());
+  torch::stable::parallel_for(0, tasks, grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
+    const AlignedBuffer buffer(scratch * int64_t(sizeof(float)));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = task / sequences;
+      f(task % sequences, p, plan.pieces[p], static_cast<float*>(buffer.data()));
+    }
+  });
+}
+
 inline Tokens tokens_of(const Tensor& x, int64_t sequence) {
   const int64_t b = sequence / x.size(2), h = sequence % x.size(2);
   const char* data = static_cast<const char*>(x.data_ptr());
@@ -83,11 +99,6 @@ inline void write_final(const float* state, int64_t sequence, const LinearAttent
   float* z = static_cast<float*>(vector.data_ptr()) + sequence * size;
   for (int64_t d = 0; d < size; ++d) std::copy_n(state + d * padded(value_size), value_size, out + d * value_size);
   std::copy_n(state + size * padded(value_size), size, z);
-}
-
-template <class S>
-void add_to(float* state, const float* more, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) state[i] += more[i];
 }
 
 // state += sum, where `sum` becomes the state before or after that.

@@ -19,6 +19,7 @@ struct Attention : Chunk<T> {
     for (int64_t first = begin; first < end; first += kChunkTokens) {
       const int64_t count = smaller(kChunkTokens, end - first);
       this->query_state(first, count, state);
+      this->query_total(count, this->z_of(state));
       write(first, count);
     }
   }
@@ -30,6 +31,7 @@ struct Attention : Chunk<T> {
         this->see(before, state);
         this->query_state(group, stop - group, this->seen);
         this->read_keys(group, stop - group);
+        this->query_totals(stop - group, this->z_of(this->seen));
         this->query_group(stop - group);
         write(group, stop - group);
         this->add_keys(stop, stop - group, state);

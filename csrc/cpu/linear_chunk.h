@@ -34,6 +34,7 @@ struct Chunk {
     scores = sums + kChunkTokens * value_row;
     totals = scores + 8 * kChunkTokens;
     seen = totals + kChunkTokens;
+    for (int64_t i = 0; i < kChunkTokens && is_masked(); ++i) ends[i] = (i / a.block + 1) * a.block;
   }
 
   // Tokens of a group see the state before it and, up to the end of their block, one another; else the state after.
@@ -42,8 +43,8 @@ struct Chunk {
   float* z_of(float* state) const { return state + a.size * value_row; }
   const float* z_of(const float* state) const { return state + a.size * value_row; }
 
-  // The first token of a group that its token `i` does not see.
-  int64_t end_of_block(int64_t i, int64_t count) const { return smaller(count, (i / a.block + 1) * a.block); }
+  // The first token of a masked group that its token `i` does not see.
+  int64_t end_of_block(int64_t i, int64_t count) const { return smaller(count, ends[i]); }
 
   // Rows of the group that are taken together: a product of 0 and a row of `tile` that is not seen must not matter,
   // so one at a time where it could.
@@ -92,14 +93,27 @@ struct Chunk {
     }
   }
 
-  // Numerators and denominators of a chunk from the state alone.
+  // Numerators of a chunk from the state alone.
   void query_state(int64_t first, int64_t count, const float* state) {
     read_features<T>(a.q, a.map, first, count, a.size, queries, row);
     multiply_ahead<false>(Left{queries, row, 1}, state, a.size, sums, count, a.q, nullptr, first + count);
-    for (int64_t t = 0; t < count && a.normalize; ++t) totals[t] = dot(queries + t * row, z_of(state), row);
   }
 
-  // Adds what the tokens of a masked group see of one another; its keys and values have been read.
+  // Denominators of a chunk whose tokens all see the same keys, with the sum `z`.
+  void query_total(int64_t count, const float* z) {
+    for (int64_t t = 0; t < count && a.normalize; ++t) totals[t] = dot(queries + t * row, z, row);
+  }
+
+  // Those of a masked group, whose keys have been read; `z` becomes the sum that its last token sees.
+  void query_totals(int64_t count, float* z) {
+    int64_t end = 0;
+    for (int64_t t = 0; t < count && a.normalize; ++t) {
+      for (; end < end_of_block(t, count); ++end) add_rows(z, keys + end * row, z, row);
+      totals[t] = dot(queries + t * row, z, row);
+    }
+  }
+
+  // Adds what the tokens of a masked group see of one another to their numerators.
   void query_group(int64_t count) {
     transpose(keys, row, count, a.size, transposed, kChunkTokens);
     const int64_t step = rows_at_once(values, count * value_row);
@@ -107,12 +121,7 @@ struct Chunk {
       const int64_t rows = smaller(step, count - i), end = end_of_block(i + rows - 1, count);
       multiply<false>(Left{queries + i * row, row, 1}, transposed, kChunkTokens, a.size, scores, kChunkTokens, rows,
                       end);
-      for (int64_t r = 0; r < rows; ++r) {
-        float* score = scores + r * kChunkTokens;
-        const int64_t seen_end = end_of_block(i + r, count);
-        clear(score + seen_end, padded(end) - seen_end);
-        if (a.normalize) totals[i + r] += sum_row(score, end);
-      }
+      for (int64_t r = 0; r < rows; ++r) clear_from(scores + r * kChunkTokens, end_of_block(i + r, count), end);
       multiply<true>(Left{scores, kChunkTokens, 1}, values, value_row, end, sums + i * value_row, value_row, rows,
                      a.value_size);
     }
@@ -121,6 +130,7 @@ struct Chunk {
   const LinearAttention& a;
   const int64_t row = padded(a.size), value_row = padded(a.value_size);
   float *queries, *keys, *transposed, *values, *sums, *scores, *totals, *seen;
+  int64_t ends[kChunkTokens];
 };
 
 }  // namespace
