@@ -51,7 +51,9 @@ def check_same_dtype(op: str, **tensors: torch.Tensor) -> torch.dtype:
     seen = {}
     for name, tensor in tensors.items():
         seen[name] = tensor.dtype
-        if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        # torch raises where it is asked for the autocast of meta tensors.
+        autocast = tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+        if autocast and tensor.dtype != torch.float64:
             seen[name] = torch.get_autocast_dtype(tensor.device.type)
         check_same(op, f"{first_name} and {name} must have the same dtype", seen[first_name], seen[name])
     return seen[first_name]
