@@ -5,6 +5,7 @@ from .cross_attn import ops as _cross_attn_ops  # noqa: F401  (registers its ops
 from .cross_attn.api import cross_attention, merge_attention_states
 from .linear_attn import ops as _linear_attn_ops  # noqa: F401  (registers its ops)
 from .linear_attn.api import LinearAttentionState, linear_attention
+from .modules import LinearAttention, MemoryCrossAttention
 from .sparse_gather import ops as _sparse_gather_ops  # noqa: F401  (registers its ops)
 from .sparse_gather.api import (
     QuantizedRows,
@@ -32,7 +33,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Choice",
+    "LinearAttention",
     "MemoryBank",
+    "MemoryCrossAttention",
     "MemoryFileError",
     "MergePlan",
     "MergeResult",
