@@ -33,6 +33,14 @@ def test_stream_attention():
     assert len(differences) == 2 and all(d < 1e-5 for d in differences)
 
 
+def test_memory_in_block():
+    tokens, closed, *steps = lines_of("memory_in_block.py")
+    assert tokens == "480 past tokens, 240 in memory, of 480"
+    assert float(closed.split()[-1]) == 0
+    losses = [float(line.split()[-1]) for line in steps]
+    assert len(losses) == 3 and losses[2] < 0.1 * losses[0]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_every_example_is_tested(path):
     assert f'lines_of("{path.name}")' in Path(__file__).read_text()
