@@ -79,6 +79,8 @@ class Runner:
         return bench.make(s, dtype, str(self.device), rng)
 
     def _contenders(self, bench: Benchmark, s: Sizes) -> list[Contender]:
+        if self.compiled:
+            torch._dynamo.reset()  # each shape is compiled anew, and after a few Dynamo would give up
         ours = [
             Contender(f"vidmem ({backend})", "ours", partial(_call_ours, bench, s, backend))
             for backend in self.backends
@@ -90,7 +92,6 @@ class Runner:
     def _baseline(self, bench: Benchmark, b: Baseline, s: Sizes) -> Contender:
         function = partial(b.function, bench, s=s)
         if b.is_compiled:
-            torch._dynamo.reset()  # each shape is compiled anew, and after a few Dynamo would give up and run eagerly
             function = torch.compile(function, dynamic=False, fullgraph=True)
         contender = Contender(b.name, "baseline", function)
         missing = b.missing()
@@ -170,6 +171,7 @@ class Runner:
         work = bench.work_of(which, s, DTYPES[dtype_name].itemsize)
         floor = self.rates.floor(work.bytes, work.flops, dtype_name)
         others = [c for c in contenders if c.kind != "ours" and c.status == "ok"]
+        first = next((c for c in contenders if c.kind == "ours" and c.status == "ok"), None)
         best = min(others, key=lambda c: summarise(c.seconds).median, default=None)
         for c in contenders:
             made = row | {"contender": c.name, "kind": c.kind, "backend": c.backend, "status": c.status}
@@ -193,6 +195,8 @@ class Runner:
             }
             if c.kind == "ours" and best is not None:
                 made |= {"best_baseline": best.name, "speedup": speedup(c.seconds, best.seconds)}
+            if c.kind != "ours" and first is not None:
+                made["over_ours"] = speedup(first.seconds, c.seconds)
             yield made
 
 

@@ -52,6 +52,8 @@ class Baseline(NamedTuple):
         devices: where it exists.
         compiled: also run it under torch.compile, where that is asked for.
         needs: module that must be installed.
+        on_request: device types where it runs only where compilation is asked for: it takes long to compile there, or
+            is known to be far slower than another that runs.
         is_compiled: this is the compiled one.
     """
 
@@ -60,6 +62,7 @@ class Baseline(NamedTuple):
     devices: tuple[str, ...]
     compiled: bool
     needs: str | None
+    on_request: tuple[str, ...] = ()
     is_compiled: bool = False
 
     def missing(self) -> str | None:
@@ -70,12 +73,17 @@ class Baseline(NamedTuple):
 
 
 def baseline(
-    name: str, *, devices: tuple[str, ...] = ("cpu", "cuda"), compiled: bool = False, needs: str | None = None
+    name: str,
+    *,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    compiled: bool = False,
+    needs: str | None = None,
+    on_request: tuple[str, ...] = (),
 ) -> Callable:
     """Marks a method of a benchmark as an alternative; see `Baseline`."""
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.baseline = Baseline(name, function, devices, compiled, needs)
+        function.baseline = Baseline(name, function, devices, compiled, needs, on_request)
         return function
 
     return mark
@@ -137,7 +145,7 @@ class Benchmark:
     def baselines(self, device: str, compiled: bool) -> list[Baseline]:
         """The alternatives on a device type; if `compiled`, those that it helps twice."""
         marked = [getattr(type(self), name).baseline for name in dir(self) if hasattr(getattr(self, name), "baseline")]
-        found = [b for b in marked if device in b.devices]
+        found = [b for b in marked if device in b.devices and (compiled or device not in b.on_request)]
         if compiled:
             found += [b._replace(name=f"{b.name}, compiled", is_compiled=True) for b in found if b.compiled]
         return found

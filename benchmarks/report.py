@@ -79,16 +79,17 @@ def _is_best(candidate: Row, ours: Row) -> bool:
 
 
 def contenders(result: Row) -> str:
-    """A line for every contender that was timed."""
-    header = ["op", "shape", "dtype", "pass", "contender", "median", "p20", "p80", "rate", "of floor", "peak", "rounds"]
+    """A line for every contender that was timed; `over ours`: the median ratio of its time to that of ours."""
+    header = ["op", "shape", "dtype", "pass", "contender", "median", "over ours", "p20", "p80", "rate", "of floor"]
     lines = []
     for row in result["rows"]:
         if row["status"] == "ok":
             name = row["contender"] + (f": {row['backend']}" if row["kind"] == "ours" else "")
-            times = [_time(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")]
+            ratio = f"{row['over_ours']:.2f}x" if "over_ours" in row else ""
+            times = [_time(row["median_ms"]), ratio, _time(row["p20_ms"]), _time(row["p80_ms"])]
             rate = [_rate(row), f"{row['floor_fraction']:.0%}", _bytes(row["peak_bytes"]), str(row["rounds"])]
             lines.append([*_where(row), name, *times, *rate])
-    return _markdown(header, lines)
+    return _markdown([*header, "peak", "rounds"], lines)
 
 
 def notes(result: Row) -> str:
@@ -109,9 +110,10 @@ def notes(result: Row) -> str:
     return "\n".join(lines)
 
 
-def summary(result: Row) -> str:
+def summary(result: Row, every_contender: bool = False) -> str:
     """What run.py prints."""
-    return "\n\n".join([title(result), table(result), notes(result)])
+    body = [table(result), contenders(result)] if every_contender else [table(result)]
+    return "\n\n".join([title(result), *body, notes(result)])
 
 
 def main() -> int:

@@ -51,6 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.5, help="of rounds for each op, shape, dtype and pass")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's. 1 on a machine that others use")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no row is begun after it")
+    parser.add_argument("--contenders", action="store_true", help="print a line for every contender, too")
     parser.add_argument("--note", default="", help="kept in the result: what else ran on the machine, for example")
     parser.add_argument("-o", "--output", type=Path, help=".json file or folder; default: benchmarks/results/DEVICE")
     args = parser.parse_args(argv)
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     result["seconds"] = perf_counter() - started
     result["load_average_after"] = os.getloadavg()[0]
     write_json(path, result)
-    print(summary(result))
+    print(summary(result, args.contenders))
     print(f"\n{path}")
     if interrupted:
         print("interrupted: the rows measured so far are kept", file=sys.stderr)

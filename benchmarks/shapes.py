@@ -43,6 +43,10 @@ def _attention(lq: int, lk: int, heads: int, **more: Any) -> dict[str, Any]:
     return {"B": 1, "Lq": lq, "Lk": lk, "H": heads, "D": 128, **more}
 
 
+def _linear(length: int, heads: int, size: int, **more: Any) -> dict[str, Any]:
+    return {"B": 1, "L": length, "H": heads, "D": size, **more}
+
+
 N480, N240 = prod(CLIP_480P), prod(CLIP_240P)
 N20S, N60S = prod(HISTORY_20S), prod(HISTORY_60S)
 
@@ -70,14 +74,18 @@ _MERGE = {
     "clip480p": Shape({"N": N480, "C": 3072}, "half of a 480 x 832 clip merged, HunyuanVideo", GPU),
 }
 _LINEAR = {
-    "smoke": Shape({"B": 1, "L": 130, "H": 2, "D": 16, "frame": 26}, SMOKE),
-    "clip240p-d64": Shape({"B": 1, "L": N240, "H": 12, "D": 64, "frame": 15 * 26}, "240 x 416 clip", CPU),
-    "clip240p": Shape({"B": 1, "L": N240, "H": 12, "D": 128, "frame": 15 * 26}, "240 x 416 clip, Wan 1.3B", CPU),
-    "clip480p": Shape({"B": 1, "L": N480, "H": 12, "D": 128, "frame": 30 * 52}, "480 x 832 clip, Wan 1.3B", GPU),
+    "smoke": Shape(_linear(130, 2, 16, frame=26), SMOKE),
+    "16k-d64": Shape(_linear(16_384, 8, 64, frame=1024), "half a Wan clip, 8 heads of 64", CPU),
+    "16k-d128": Shape(_linear(16_384, 12, 128, frame=1024), "half a Wan clip, Wan 1.3B", CPU),
+    "1k": Shape(_linear(1024, 12, 64, frame=256), "short enough for all scores at once"),
+    "clip480p": Shape(_linear(N480, 12, 128, frame=30 * 52), "480 x 832 clip, Wan 1.3B", GPU),
+    "history20s": Shape(_linear(N20S, 12, 128, frame=30 * 52), "20 s at 480 x 832, Wan 1.3B", GPU),
+    "history60s-d64": Shape(_linear(N60S, 4, 64, frame=30 * 52), "60 s at 480 x 832: what memory it takes"),
 }
 _CROSS = {
     "smoke": Shape(_attention(70, 96, 2), SMOKE),
     "frame-memory20s": Shape(_attention(390, MEMORY_20S, 4), "a 240 x 416 frame reads the memory of 20 s", CPU),
+    "4k-5k": Shape(_attention(4096, 5120, 8), "4,096 queries read 5,120 tokens"),
     "clip480p-memory5k": Shape(_attention(N480, 5120, 24), "HunyuanVideo's heads, a clip reads 5,120 tokens", GPU),
 }
 
@@ -120,17 +128,34 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
     },
     "linear_attention": _LINEAR,
-    "linear_attention_frames": {name: shape for name, shape in _LINEAR.items() if name != "clip240p-d64"},
+    "linear_attention_frames": _LINEAR,
     "linear_attention_causal": _LINEAR,
     "cross_attention": _CROSS,
     "cross_attention_bias": _CROSS,
+    "cross_attention_window": {
+        "smoke": Shape(_attention(70, 96, 2, frames=8, window=3), SMOKE),
+        "clip240p": Shape(
+            _attention(7 * 390, 8 * 390, 4, frames=8, window=2), "frames of 240 x 416 that see 2 of 8", CPU
+        ),
+        "4k-5k": Shape(_attention(4096, 5120, 8, frames=32, window=8), "a quarter of 32 frames of 160 tokens"),
+        "clip480p": Shape(
+            _attention(N480 - 7 * 1560, N480, 12, frames=21, window=8), "a clip whose frames see 8, Wan 1.3B", GPU
+        ),
+    },
     "cross_attention_blocks": {
         "smoke": Shape(_attention(70, 96, 2, block=(32, 16), topk=2), SMOKE),
         "frame-memory20s": Shape(
             _attention(390, MEMORY_20S, 4, block=(128, 64), topk=21), "a quarter of the 86 blocks of keys", CPU
         ),
+        "4k-5k": Shape(_attention(4096, 5120, 8, block=(128, 64), topk=20), "a quarter of the 80 blocks of keys"),
         "clip480p": Shape(
             _attention(N480, N480, 12, block=(128, 64), topk=64), "an eighth of the 512 blocks of a clip", GPU
         ),
+    },
+    "merge_attention_states": {
+        "smoke": Shape(_linear(70, 2, 16), SMOKE),
+        "4k": Shape(_linear(4096, 8, 128), "4,096 queries"),
+        "clip240p": Shape(_linear(N240, 12, 128), "a 240 x 416 clip, Wan 1.3B", CPU),
+        "clip480p": Shape(_linear(N480, 24, 128), "a 480 x 832 clip, HunyuanVideo's heads", GPU),
     },
 }

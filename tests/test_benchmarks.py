@@ -24,7 +24,6 @@ NOT_MEASURED = {
     "explain": "computes nothing",
     "recording": "computes nothing",
     "use_backend": "computes nothing",
-    "merge_attention_states": "pointwise on outputs of cross_attention",
 }
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention of a clip or a frame to a memory: dense, with a bias a key, to chosen blocks."""
+"""Softmax attention to a memory: dense, with a bias a key, in a temporal window, to chosen blocks; and its merging."""
 
 from __future__ import annotations
 
@@ -10,19 +10,44 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vidmem_kernels as vk
 
-from ..registry import Benchmark, Work, baseline, benchmark, randn
+from ..registry import Benchmark, Unsupported, Work, baseline, benchmark, randn
+
+CHUNK = 256  # queries whose scores the chunked form holds
 
 
 def _heads_first(x):
-    return (x[name].transpose(1, 2) for name in "qkv")
+    return tuple(x[name].transpose(1, 2) for name in "qkv")
 
 
 @cache
-def _flex():
+def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
     # fullgraph: where Dynamo gives up it must not fall back to the eager form, which holds all scores.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _flex(x, **options):
+    if x["q"].device.type == "cpu" and torch.is_grad_enabled():
+        raise Unsupported("FlexAttention has no gradient on the CPU")
+    return _compiled_flex()(*_heads_first(x), **options).transpose(1, 2)
+
+
+def _chunked(x, bias=None):
+    """Scores of CHUNK queries at a time; `bias`, broadcast over queries, is added to them."""
+    q, k, v = _heads_first(x)
+    parts = []
+    for queries in (q * q.shape[3] ** -0.5).split(CHUNK, dim=2):
+        scores = queries @ k.mT
+        parts.append(torch.softmax(scores if bias is None else scores + bias, dim=3) @ v)
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _flash(attention, x):
+    if x["q"].dtype == torch.float32:
+        raise Unsupported("takes no float32")
+    out = attention(x["q"], x["k"], x["v"])
+    return out[0] if isinstance(out, tuple) else out
 
 
 class Cross(Benchmark):
@@ -65,6 +90,22 @@ class CrossAttention(Cross):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return self.sdpa(x, s)
 
+    @baseline("flash-attn", devices=("cuda",), needs="flash_attn")
+    def flash_attn(self, x, s):
+        from flash_attn import flash_attn_func
+
+        return _flash(flash_attn_func, x)
+
+    @baseline("FlashAttention-3", devices=("cuda",), needs="flash_attn_interface")
+    def flash_attn_3(self, x, s):
+        from flash_attn_interface import flash_attn_func
+
+        return _flash(flash_attn_func, x)
+
+    @baseline("chunked", devices=("cpu",))
+    def chunked(self, x, s):
+        return _chunked(x)
+
 
 @benchmark("cross_attention_bias", covers="cross_attention")
 class CrossAttentionBias(Cross):
@@ -92,14 +133,66 @@ class CrossAttentionBias(Cross):
         out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), scale=s["D"] ** -0.5)
         return out[..., : s["D"]].transpose(1, 2)
 
-    @baseline("FlexAttention", devices=("cuda",))
+    @baseline("chunked", devices=("cpu",))
+    def chunked(self, x, s):
+        return _chunked(x, x["key_bias"][:, None, None])
+
+    @baseline("FlexAttention", on_request=("cpu", "cuda"))
     def flex(self, x, s):
         bias = x["key_bias"]
 
         def score_mod(score, b, h, i, j):
             return score + bias[b, j]
 
-        return _flex()(*_heads_first(x), score_mod=score_mod).transpose(1, 2)
+        return _flex(x, score_mod=score_mod)
+
+
+@benchmark("cross_attention_window", covers="cross_attention")
+class CrossAttentionWindow(Cross):
+    """Frames of queries, each of which sees as many frames of keys: its own, which is the last, and those before."""
+
+    def make(self, s, dtype, device, rng):
+        # The first frame of queries is the first with a whole window before it.
+        k_time = torch.arange(s["Lk"], device=device) * s["frames"] // s["Lk"]
+        count = s["frames"] - s["window"] + 1
+        q_time = torch.arange(s["Lq"], device=device) * count // s["Lq"] + s["window"] - 1
+        x = {**super().make(s, dtype, device, rng), "q_time": q_time, "k_time": k_time}
+        x["mask"] = (k_time <= q_time[:, None]) & (k_time > q_time[:, None] - s["window"])
+        x["block_mask"] = _window_mask(q_time, k_time, s)
+        # Queries of a frame and the keys that they see, as slices.
+        x["slices"] = []
+        for frame in range(s["window"] - 1, s["frames"]):
+            rows = [(q_time == frame).nonzero(), ((k_time <= frame) & (k_time > frame - s["window"])).nonzero()]
+            x["slices"].append([slice(r[0].item(), r[-1].item() + 1) for r in rows])
+        return x
+
+    def share(self, s):
+        return s["window"] / s["frames"]
+
+    def call(self, x, s, backend):
+        window = (s["window"] - 1, 0)
+        return vk.cross_attention(
+            x["q"], x["k"], x["v"], q_time=x["q_time"], k_time=x["k_time"], window=window, backend=backend
+        )
+
+    @baseline("SDPA, boolean mask")
+    def sdpa(self, x, s):
+        return F.scaled_dot_product_attention(*_heads_first(x), attn_mask=x["mask"]).transpose(1, 2)
+
+    @baseline("SDPA of each frame")
+    def frames(self, x, s):
+        """Without a mask: only where queries and keys lie in the order of time."""
+        q, k, v = _heads_first(x)
+        queries = q.split([rows.stop - rows.start for rows, _ in x["slices"]], dim=2)
+        parts = [
+            F.scaled_dot_product_attention(part, k[:, :, seen], v[:, :, seen])
+            for part, (_, seen) in zip(queries, x["slices"], strict=True)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    @baseline("FlexAttention, BlockMask", on_request=("cpu", "cuda"))
+    def flex(self, x, s):
+        return _flex(x, block_mask=x["block_mask"])
 
 
 @benchmark("cross_attention_blocks", covers="cross_attention")
@@ -112,8 +205,10 @@ class CrossAttentionBlocks(Cross):
         mask = table.repeat_interleave(s["block"][0], 2)[:, :, : s["Lq"]]
         mask = mask.repeat_interleave(s["block"][1], 3)[..., : s["Lk"]]
         x = {**super().make(s, dtype, device, rng), "index": index, "mask": mask}
-        if torch.device(device).type == "cuda":
-            x["block_mask"] = _block_mask(table, s)
+        # Rows of keys that each block of queries sees; all shapes have B = 1.
+        keys = index.long()[0, 0].unsqueeze(2) * s["block"][1] + torch.arange(s["block"][1], device=device)
+        x["rows"] = [rows[rows < s["Lk"]] for rows in keys.flatten(1)]
+        x["block_mask"] = _block_mask(table, s)
         return x
 
     def share(self, s):
@@ -128,9 +223,18 @@ class CrossAttentionBlocks(Cross):
     def sdpa(self, x, s):
         return F.scaled_dot_product_attention(*_heads_first(x), attn_mask=x["mask"]).transpose(1, 2)
 
-    @baseline("FlexAttention, BlockMask", devices=("cuda",))
+    @baseline("SDPA of gathered keys")
+    def gathered(self, x, s):
+        q, k, v = _heads_first(x)
+        parts = [
+            F.scaled_dot_product_attention(part, k.index_select(2, rows), v.index_select(2, rows))
+            for part, rows in zip(q.split(s["block"][0], dim=2), x["rows"], strict=True)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    @baseline("FlexAttention, BlockMask", on_request=("cpu", "cuda"))
     def flex(self, x, s):
-        return _flex()(*_heads_first(x), block_mask=x["block_mask"]).transpose(1, 2)
+        return _flex(x, block_mask=x["block_mask"])
 
 
 def _block_mask(table, s):
@@ -153,3 +257,50 @@ def _block_mask(table, s):
         mask_mod=visible,
         seq_lengths=(s["Lq"], s["Lk"]),
     )
+
+
+def _window_mask(q_time, k_time, s):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b, h, i, j):
+        return (k_time[j] <= q_time[i]) & (k_time[j] > q_time[i] - s["window"])
+
+    return create_block_mask(visible, None, None, s["Lq"], s["Lk"], device=q_time.device)
+
+
+@benchmark("merge_attention_states", covers="merge_attention_states")
+class MergeAttentionStates(Benchmark):
+    """Two sources of keys: the memory and the present clip."""
+
+    differentiable = ("out0", "out1", "lse0", "lse1")
+
+    def make(self, s, dtype, device, rng):
+        outs = {f"out{i}": randn(rng, dtype, s["B"], s["L"], s["H"], s["D"]) for i in range(2)}
+        return outs | {f"lse{i}": randn(rng, torch.float32, s["B"], s["H"], s["L"]) for i in range(2)}
+
+    def call(self, x, s, backend):
+        return vk.merge_attention_states([x["out0"], x["out1"]], [x["lse0"], x["lse1"]], backend=backend)
+
+    def work(self, s, itemsize):
+        # Two sources read, one written; a multiplication and an addition for every value read.
+        rows = s["B"] * s["L"] * s["H"]
+        return Work(3 * rows * (s["D"] * itemsize + 4), 4 * rows * s["D"])
+
+    def work_backward(self, s, itemsize):
+        # Reads the sources and the gradient, writes two gradients; two products for each source.
+        rows = s["B"] * s["L"] * s["H"]
+        return Work(rows * (5 * s["D"] * itemsize + 4 * 4), 8 * rows * s["D"])
+
+    @baseline("logsumexp form", compiled=True)
+    def logsumexp(self, x, s):
+        lses = [x["lse0"], x["lse1"]]
+        lse = torch.stack(lses).logsumexp(0)
+        weights = [(part - lse).exp().transpose(1, 2).unsqueeze(3) for part in lses]
+        return (weights[0] * x["out0"] + weights[1] * x["out1"]).to(x["out0"].dtype), lse
+
+    @baseline("sigmoid and lerp", compiled=True)
+    def lerp(self, x, s):
+        """Of two sources one weight is enough."""
+        weight = torch.sigmoid(x["lse1"] - x["lse0"]).transpose(1, 2).unsqueeze(3)
+        out = torch.lerp(x["out0"], x["out1"], weight.to(x["out0"].dtype))
+        return out, torch.logaddexp(x["lse0"], x["lse1"])
