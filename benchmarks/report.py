@@ -92,6 +92,24 @@ def contenders(result: Row) -> str:
     return _markdown([*header, "peak", "rounds"], lines)
 
 
+def lengths(result: Row) -> str:
+    """A line for each length of benchmarks/lengths.py, and from which on ours is the better."""
+    header = ["op", "pass", "tokens", "ours", "softmax", "ratio", "peak", "its peak"]
+    lines = []
+    for ours in (r for r in result["rows"] if r["contender"] == "ours"):
+        same = [r for r in result["rows"] if (r["pass"], r["length"]) == (ours["pass"], ours["length"])]
+        other = next((r for r in same if r["contender"] == "softmax"), None)
+        line = [ours["op"], ours["pass"], f"{ours['length']:,}", _time(ours["median_ms"])]
+        line += [_time(other["median_ms"]), f"{other['median_ms'] / ours['median_ms']:.2f}x"] if other else ["", ""]
+        lines.append([*line, _bytes(ours["peak_bytes"]), _bytes(other["peak_bytes"]) if other else ""])
+    says = [
+        f"- {which}: faster {found['median_ms']['says']}; less memory {found['peak_bytes']['says']}"
+        for which, found in result["break_even"].items()
+    ]
+    sizes = f"{result['heads']} heads of {result['channels']}, {result['dtype']}; softmax: SDPA of the same tokens"
+    return "\n".join([sizes, "", _markdown(header, lines), "", *says])
+
+
 def notes(result: Row) -> str:
     """What was measured as floor, what failed, what was left out."""
     lines = [result["note"]] if result["note"] else []
@@ -111,7 +129,9 @@ def notes(result: Row) -> str:
 
 
 def summary(result: Row, every_contender: bool = False) -> str:
-    """What run.py prints."""
+    """What run.py and lengths.py print."""
+    if "break_even" in result:
+        return "\n\n".join([title(result), lengths(result)])
     body = [table(result), contenders(result)] if every_contender else [table(result)]
     return "\n\n".join([title(result), *body, notes(result)])
 
@@ -124,10 +144,13 @@ def main() -> int:
     for path in args.results:
         try:
             result = json.loads(path.read_text())
+            if "break_even" in result:
+                print(f"### {summary(result)}\n")
+                continue
             body = contenders(result) if args.contenders else table(result)
             print(f"### {title(result)}\n\n{body}\n\n{notes(result)}\n")
         except (OSError, ValueError, KeyError) as error:
-            print(f"{path}: not a result of benchmarks/run.py ({type(error).__name__}: {error})", file=sys.stderr)
+            print(f"{path}: not a result of run.py or lengths.py ({type(error).__name__}: {error})", file=sys.stderr)
             return 2
     return 0
 

@@ -15,7 +15,7 @@ import vidmem_kernels
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, measure, record, registry, report, run, timing, verify  # noqa: E402, F401
+from benchmarks import cases, lengths, measure, record, registry, report, run, timing, verify  # noqa: E402, F401
 from benchmarks.registry import BENCHMARKS, Work, baseline  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 
@@ -117,11 +117,64 @@ def test_result_file(tmp_path):
     for ours in (r for r in rows if r["kind"] == "ours"):
         names = [r["contender"] for r in rows if (r["op"], r["pass"]) == (ours["op"], ours["pass"])]
         assert ours["best_baseline"] in names and ours["speedup"] > 0 and ours["backend"]
+        others = [r for r in rows if (r["op"], r["pass"]) == (ours["op"], ours["pass"]) and r is not ours]
+        assert ours["speedup"] == next(r["over_ours"] for r in others if r["contender"] == ours["best_baseline"])
     forward = next(r for r in rows if r["op"] == "gather_tokens")
     assert forward["bytes"] == 2 * 64 * 24 * 4 + 4 * 64  # K x C floats read and written, K indices
     assert forward["floor_ms"] == pytest.approx(forward["bytes"] / 1e7)
     for text in (report.table(result), report.contenders(result), report.summary(result)):
         assert "gather_tokens" in text and "match_tokens_window" in text
+
+
+def test_alternatives_on_request_run_where_compilation_is_asked_for():
+    names = {
+        compiled: {b.name for b in BENCHMARKS["cross_attention_bias"].baselines("cpu", compiled)}
+        for compiled in (False, True)
+    }
+    assert names[True] - names[False] == {"FlexAttention"}
+    assert "SDPA, expanded mask" in names[False]
+
+
+@pytest.mark.parametrize("op", lengths.OPS)
+def test_lengths(op, tmp_path, capsys):
+    arguments = ["--op", op, "--lengths", "40", "20", "--heads", "2", "--channels", "4", "--seconds", "0.01"]
+    path = tmp_path / "lengths.json"
+    assert (
+        lengths.main([*arguments, "--device", "cpu", "--passes", "fwd", "bwd", "--limit", "1e-9", "-o", str(path)]) == 0
+    )
+    result = json.loads(path.read_text())
+    assert result["op"] == op and result["complete"]
+    # The first length is always compared, and tells that the next would take too long.
+    measured = [(r["pass"], r["length"], r["contender"]) for r in result["rows"]]
+    assert measured == [
+        (which, *row) for which in ("fwd", "bwd") for row in ((20, "ours"), (20, "softmax"), (40, "ours"))
+    ]
+    assert all(row["median_ms"] >= row["best_ms"] > 0 and row["peak_bytes"] >= 0 for row in result["rows"])
+    text = report.summary(result)
+    assert text in capsys.readouterr().out and op in text and "- bwd: faster" in text
+
+
+def test_softmax_attention_of_frames_is_masked_softmax_attention():
+    x = {name: torch.randn(1, 11, 2, 4) for name in "qkv"}
+    frame = torch.arange(11) // 4
+    q, k, v = (x[name].transpose(1, 2) for name in "qkv")
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=frame[:, None] >= frame)
+    actual = lengths.softmax("linear_attention_frames", x, {"L": 11, "frame": 4})
+    torch.testing.assert_close(actual.transpose(1, 2), expected)
+
+
+def test_break_even_between_lengths():
+    def found(ours, softmax):
+        times = {"ours": ours, "softmax": softmax}
+        rows = [{"length": 10**i, "contender": name, "ms": ms} for name in times for i, ms in enumerate(times[name], 1)]
+        return lengths.crossing(rows, "ms")
+
+    # Twice as slow at 10 tokens and twice as fast at 100: even half way between the logarithms.
+    assert found([2, 2], [1, 4]) == {"length": 32, "says": "from 32 tokens"}
+    assert found([2, 2, 2], [1, 4, 1]) == {"length": None, "says": "not up to 1,000 tokens"}
+    assert found([1, 1], [2, 3]) == {"length": 10, "says": "at all lengths, from 10 tokens"}
+    assert found([2, 2, 2], [1, 4])["length"] == 32  # softmax attention left out of the longest
+    assert found([1], [])["says"] == "not compared"
 
 
 def test_peak_memory_of_a_call_on_the_cpu():

@@ -250,7 +250,7 @@ def _block_mask(table, s):
     order = table.int().argsort(dim=3, descending=True, stable=True).int()
     return BlockMask.from_kv_blocks(
         torch.zeros_like(count),
-        order,
+        order.clone(),  # the generated C++ does not compile with one tensor in two places
         count,
         order,
         BLOCK_SIZE=s["block"],
