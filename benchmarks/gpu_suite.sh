@@ -92,11 +92,18 @@ tests() {
 }
 
 bench() {
-  local options=(--device cuda --seconds 0.7)
+  local options=(--device cuda --seconds 0.5)
+  local lengths=(--device cuda --seconds 0.2 --limit 0.3)
   if [ "$DEVICE" = cpu ]; then
     options=(--device cpu --ops gather_tokens quantize_rows --shapes smoke --quick)
+    lengths=(--device cpu --seconds 0.01 --lengths 32 64 --heads 1 --channels 8)
   fi
-  limited "${BUDGET[bench]}" "$PYTHON" benchmarks/run.py "${options[@]}" --time-limit $((BUDGET[bench] - 30)) -o "$OUT/bench.json"
+  local status=0
+  limited $((BUDGET[bench] - 35)) "$PYTHON" benchmarks/run.py "${options[@]}" \
+    --time-limit $((BUDGET[bench] - 65)) -o "$OUT/bench.json" || status=$?
+  # Time and memory against length: only in the log.
+  limited 25 "$PYTHON" benchmarks/lengths.py "${lengths[@]}" || status=$?
+  return $status
 }
 
 profile() {

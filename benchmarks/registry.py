@@ -53,7 +53,7 @@ class Baseline(NamedTuple):
         compiled: also run it under torch.compile, where that is asked for.
         needs: module that must be installed.
         on_request: device types where it runs only where compilation is asked for: it takes long to compile there, or
-            is known to be far slower than another that runs.
+            another that runs is known to be faster.
         is_compiled: this is the compiled one.
     """
 

@@ -45,10 +45,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="also run compositions under torch.compile; default: on cuda only (C++ takes long to compile)",
+        help="also run compositions under torch.compile, and what is rarely the best; default: on cuda only (C++ takes long to compile)",
     )
     parser.add_argument("--quick", action="store_true", help="the first shape of each op, and a quarter of the rounds")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of rounds for each op, shape, dtype and pass")
+    parser.add_argument("--seconds", type=float, default=1.2, help="of rounds for each op, shape, dtype and pass")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's. 1 on a machine that others use")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no row is begun after it")
     parser.add_argument("--contenders", action="store_true", help="print a line for every contender, too")

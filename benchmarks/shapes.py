@@ -79,7 +79,7 @@ _LINEAR = {
     "16k-d128": Shape(_linear(16_384, 12, 128, frame=1024), "half a Wan clip, Wan 1.3B", CPU),
     "1k": Shape(_linear(1024, 12, 64, frame=256), "short enough for all scores at once"),
     "clip480p": Shape(_linear(N480, 12, 128, frame=30 * 52), "480 x 832 clip, Wan 1.3B", GPU),
-    "history20s": Shape(_linear(N20S, 12, 128, frame=30 * 52), "20 s at 480 x 832, Wan 1.3B", GPU),
+    "history20s": Shape(_linear(N20S, 12, 128, frame=30 * 52), "20 s at 480 x 832, Wan 1.3B"),
     "history60s-d64": Shape(_linear(N60S, 4, 64, frame=30 * 52), "60 s at 480 x 832: what memory it takes"),
 }
 _CROSS = {
@@ -128,7 +128,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
     },
     "linear_attention": _LINEAR,
-    "linear_attention_frames": _LINEAR,
+    "linear_attention_frames": {**_LINEAR, "16k-d128": _LINEAR["16k-d128"]._replace(devices=())},
     "linear_attention_causal": _LINEAR,
     "cross_attention": _CROSS,
     "cross_attention_bias": _CROSS,

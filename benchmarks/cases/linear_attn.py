@@ -142,7 +142,7 @@ class LinearAttention(Linear):
         out = torch.einsum("blhd,bhde->blhe", q, torch.einsum("blhd,blhe->bhde", k, v))
         return out / (torch.einsum("blhd,bhd->blh", q, k.sum(1)).unsqueeze(3) + EPS)
 
-    @baseline("loop over 256 tokens", devices=("cpu",))
+    @baseline("loop over 256 tokens", devices=("cpu",), on_request=("cpu",))
     def loop256(self, x, s):
         return _frame_loop(x, s["L"], 256)
 
@@ -164,7 +164,7 @@ class LinearAttentionFrames(Linear):
         out = (q @ state / (total + EPS)).flatten(2, 3)[:, :, : s["L"]]
         return out.transpose(1, 2).to(x["v"].dtype)
 
-    @baseline("loop over 256 tokens", devices=("cpu",))
+    @baseline("loop over 256 tokens", devices=("cpu",), on_request=("cpu",))
     def loop256(self, x, s):
         return _frame_loop(x, s["frame"], 256)
 
@@ -172,7 +172,7 @@ class LinearAttentionFrames(Linear):
     def loop512(self, x, s):
         return _frame_loop(x, s["frame"], 512)
 
-    @baseline("loop over frames")
+    @baseline("loop over frames", on_request=("cpu",))
     def loop(self, x, s):
         return _frame_loop(x, s["frame"], s["frame"])
 
@@ -207,7 +207,7 @@ class LinearAttentionCausal(Linear):
     def loop128(self, x, s):
         return _token_loop(x, 128)
 
-    @baseline("loop over 256 tokens")
+    @baseline("loop over 256 tokens", on_request=("cpu",))
     def loop256(self, x, s):
         return _token_loop(x, 256)
 
