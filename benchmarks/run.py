@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="also run compositions under torch.compile, and what is rarely the best; default: on cuda only (C++ takes long to compile)",
+        help="also compositions under torch.compile, and what is rarely best; default: on cuda (C++ compiles slowly)",
     )
     parser.add_argument("--quick", action="store_true", help="the first shape of each op, and a quarter of the rounds")
     parser.add_argument("--seconds", type=float, default=1.2, help="of rounds for each op, shape, dtype and pass")

@@ -1,7 +1,7 @@
 """Linear attention: of all tokens to all, causal by frames, causal by tokens.
 
 The alternatives that hold most or all chunks at once suit a GPU. On a CPU a Python loop over chunks that stay in the
-cache is two to five times as fast, so that loop, at several sizes, is what ours has to beat there.
+cache is 1.5 to 5 times as fast, so that loop, at several sizes, is what ours has to beat there.
 """
 
 from __future__ import annotations
