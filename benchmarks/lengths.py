@@ -5,7 +5,8 @@
     python benchmarks/lengths.py --op cross_attention -o /tmp/lengths.json   # a memory of fixed size instead of all
 
 Softmax attention of the same tokens is SDPA: dense, causal by tokens, or of every frame to the frames up to it. It
-grows with the square of the length, and is left out where a call would take longer than --limit.
+grows with the square of the length, and is left out where a call would take longer than --limit. Exits 1 if anything
+failed or did not fit into memory.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class Sweep:
         self.args = args
         self.clock = clock_of(args.device)
         self.previous: tuple[int, float] | None = None  # length and seconds of softmax attention
+        self.errors: list[str] = []
 
     def inputs(self, length: int) -> tuple[Inputs, Sizes]:
         args = self.args
@@ -128,9 +130,9 @@ class Sweep:
                 peaks[name] = self.clock.peak_bytes(partial(call, 0))
             except torch.OutOfMemoryError:
                 del calls[name]
+                self.errors.append(f"{which} of {length:,} tokens, {name}: out of memory")
         seconds, errors = interleave(self.clock, calls, 1, args.seconds)
-        for name, message in errors.items():
-            print(f"{name} {length}: {message}", file=sys.stderr)
+        self.errors += [f"{which} of {length:,} tokens, {name}: {message}" for name, message in errors.items()]
         for name, times in seconds.items():
             found = summarise(times)
             row = {"op": args.op, "pass": which, "length": length, "contender": name, "median_ms": found.median}
@@ -185,14 +187,17 @@ def main(argv: list[str] | None = None) -> int:
     started = perf_counter()
     result = describe(ROOT, args.device, sys.argv[1:] if argv is None else argv)
     result |= {"op": args.op, "dtype": args.dtype, "heads": args.heads, "channels": args.channels, "break_even": {}}
-    Sweep(args).run(result)
-    result |= {"complete": True, "seconds": perf_counter() - started}
+    sweep = Sweep(args)
+    sweep.run(result)
+    result |= {"complete": True, "errors": sweep.errors, "seconds": perf_counter() - started}
     print(summary(result))
     if args.output is not None:
         path = result_path(args.output, ROOT, result)
         write_json(path, result)
         print(f"\n{path}")
-    return 0
+    for message in sweep.errors:
+        print(message, file=sys.stderr)
+    return 1 if sweep.errors else 0
 
 
 if __name__ == "__main__":

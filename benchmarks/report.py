@@ -103,7 +103,7 @@ def lengths(result: Row) -> str:
         line += [_time(other["median_ms"]), f"{other['median_ms'] / ours['median_ms']:.2f}x"] if other else ["", ""]
         lines.append([*line, _bytes(ours["peak_bytes"]), _bytes(other["peak_bytes"]) if other else ""])
     says = [
-        f"- {which}: faster {found['median_ms']['says']}; less memory {found['peak_bytes']['says']}"
+        f"- {which}: faster: {found['median_ms']['says']}; less memory: {found['peak_bytes']['says']}"
         for which, found in result["break_even"].items()
     ]
     sizes = f"{result['heads']} heads of {result['channels']}, {result['dtype']}; softmax: SDPA of the same tokens"

@@ -154,6 +154,18 @@ def test_lengths(op, tmp_path, capsys):
     assert text in capsys.readouterr().out and op in text and "- bwd: faster" in text
 
 
+def test_lengths_without_softmax_attention_that_fails(monkeypatch, capsys):
+    def too_large(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(lengths, "softmax", too_large)
+    arguments = ["--lengths", "20", "--heads", "1", "--channels", "4", "--seconds", "0.01", "--passes", "fwd"]
+    assert lengths.main([*arguments, "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "fwd of 20 tokens, softmax: out of memory" in captured.err
+    assert "- fwd: faster: not compared" in captured.out
+
+
 def test_softmax_attention_of_frames_is_masked_softmax_attention():
     x = {name: torch.randn(1, 11, 2, 4) for name in "qkv"}
     frame = torch.arange(11) // 4
