@@ -57,9 +57,11 @@ class Runner:
         backends: list[str],
         seconds: float,
         compiled: bool = False,
+        reference: bool = True,
     ):
         self.clock, self.device, self.rates = clock, device, rates
         self.backends, self.seconds, self.compiled = backends, seconds, compiled
+        self.reference = reference and backends != ["reference"]
 
     def measure(self, bench: Benchmark, shape: str, dtype_name: str, passes: list[str]) -> Iterator[Row]:
         """A row for every contender and pass; whatever fails is an error row."""
@@ -81,13 +83,14 @@ class Runner:
     def _contenders(self, bench: Benchmark, s: Sizes) -> list[Contender]:
         if self.compiled:
             torch._dynamo.reset()  # each shape is compiled anew, and after a few Dynamo would give up
-        ours = [
+        contenders = [
             Contender(f"vidmem ({backend})", "ours", partial(_call_ours, bench, s, backend))
             for backend in self.backends
         ]
-        reference = Contender("reference", "reference", partial(_call_ours, bench, s, "reference"))
+        if self.reference:
+            contenders.append(Contender("reference", "reference", partial(_call_ours, bench, s, "reference")))
         baselines = [self._baseline(bench, b, s) for b in bench.baselines(self.device.type, self.compiled)]
-        return [*ours, reference, *baselines] if self.backends != ["reference"] else [*ours, *baselines]
+        return contenders + baselines
 
     def _baseline(self, bench: Benchmark, b: Baseline, s: Sizes) -> Contender:
         function = partial(b.function, bench, s=s)

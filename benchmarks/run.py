@@ -47,6 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="also compositions under torch.compile, and what is rarely best; default: on cuda (C++ compiles slowly)",
     )
+    parser.add_argument("--no-reference", action="store_true", help="our reference checks results, but is not timed")
     parser.add_argument("--quick", action="store_true", help="the first shape of each op, and a quarter of the rounds")
     parser.add_argument("--seconds", type=float, default=1.2, help="of rounds for each op, shape, dtype and pass")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's. 1 on a machine that others use")
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
             "copy_gb_s": rates.bytes_per_second / 1e9,
             "gemm_tflop_s": {name: rate / 1e12 for name, rate in rates.flops_per_second.items()},
         }
-        runner = Runner(clock, args.device, rates, args.backend, args.seconds / (4 if args.quick else 1), args.compile)
+        seconds = args.seconds / (4 if args.quick else 1)
+        runner = Runner(clock, args.device, rates, args.backend, seconds, args.compile, not args.no_reference)
         for op, shape, dtype in plan(args):
             if perf_counter() - started > args.time_limit:
                 result["not_begun"].append(f"{op} {shape} {dtype}")

@@ -126,6 +126,12 @@ def test_result_file(tmp_path):
         assert "gather_tokens" in text and "match_tokens_window" in text
 
 
+def test_the_reference_need_not_be_timed(tmp_path):
+    arguments = ["--ops", "cross_attention_blocks", "--passes", "fwd"]
+    kinds = [{r["kind"] for r in bench(tmp_path, *arguments, *more)[1]["rows"]} for more in ([], ["--no-reference"])]
+    assert kinds[0] - kinds[1] <= {"reference"} and kinds[1] == {"ours", "baseline"}
+
+
 def test_alternatives_on_request_run_where_compilation_is_asked_for():
     names = {
         compiled: {b.name for b in BENCHMARKS["cross_attention_bias"].baselines("cpu", compiled)}

@@ -102,7 +102,7 @@ class CrossAttention(Cross):
 
         return _flash(flash_attn_func, x)
 
-    @baseline("chunked", devices=("cpu",))
+    @baseline("chunked", devices=("cpu",), on_request=("cpu",))
     def chunked(self, x, s):
         return _chunked(x)
 
