@@ -76,7 +76,8 @@ _MERGE = {
 _LINEAR = {
     "smoke": Shape(_linear(130, 2, 16, frame=26), SMOKE),
     "16k-d64": Shape(_linear(16_384, 8, 64, frame=1024), "half a Wan clip, 8 heads of 64", CPU),
-    "16k-d128": Shape(_linear(16_384, 12, 128, frame=1024), "half a Wan clip, Wan 1.3B", CPU),
+    "clip240p": Shape(_linear(N240, 12, 128, frame=15 * 26), "240 x 416 clip, Wan 1.3B", CPU),
+    "16k-d128": Shape(_linear(16_384, 12, 128, frame=1024), "half a Wan clip, Wan 1.3B"),
     "1k": Shape(_linear(1024, 12, 64, frame=256), "short enough for all scores at once"),
     "clip480p": Shape(_linear(N480, 12, 128, frame=30 * 52), "480 x 832 clip, Wan 1.3B", GPU),
     "history20s": Shape(_linear(N20S, 12, 128, frame=30 * 52), "20 s at 480 x 832, Wan 1.3B"),
@@ -128,7 +129,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         ),
     },
     "linear_attention": _LINEAR,
-    "linear_attention_frames": {**_LINEAR, "16k-d128": _LINEAR["16k-d128"]._replace(devices=())},
+    "linear_attention_frames": {**_LINEAR, "16k-d64": _LINEAR["16k-d64"]._replace(devices=())},
     "linear_attention_causal": _LINEAR,
     "cross_attention": _CROSS,
     "cross_attention_bias": _CROSS,
