@@ -34,7 +34,7 @@ from benchmarks.shapes import HISTORY_60S, MEMORY_20S  # noqa: E402
 from benchmarks.timing import clock_of, interleave, summarise  # noqa: E402
 from benchmarks.verify import check_ours, expect  # noqa: E402
 
-LENGTHS = (256, 1024, 4096, 16_384, 65_536, 187_200, 561_600)
+LENGTHS = (64, 256, 1024, 4096, 16_384, 65_536, 187_200, 561_600)
 FRAME = HISTORY_60S[1] * HISTORY_60S[2]
 OPS = ("linear_attention", "linear_attention_frames", "linear_attention_causal", "cross_attention")
 # heads, channels and type: what two cores do in a minute; Wan 1.3B's.
