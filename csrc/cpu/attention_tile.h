@@ -149,7 +149,8 @@ inline void pack_panels(const AttentionRows& rows, const int32_t* index, int64_t
 }
 
 // out[j][lane] (+)= sum over i < depth of a[i * a_row + j * a_column] * b[i * b_row + lane] for j < kPanel and the
-// lanes of kPackVectors vectors.
+// lanes of kPackVectors vectors. What is there is added last: one running sum over thousands of keys would round
+// several times worse than the reference's products.
 template <class T, bool kAdd>
 VIDMEM_INLINE void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, int64_t depth,
                                  T* out, int64_t out_row) {
@@ -158,7 +159,7 @@ VIDMEM_INLINE void multiply_tile(const T* a, int64_t a_row, int64_t a_column, co
 #pragma GCC unroll 8
   for (int j = 0; j < kPanel; ++j) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kPackVectors; ++v) sum[j][v] = kAdd ? load(out + j * out_row + v * kWidth<T>) : V{};
+    for (int v = 0; v < kPackVectors; ++v) sum[j][v] = V{};
   }
   for (int64_t i = 0; i < depth; ++i, a += a_row, b += b_row) {
     V row[kPackVectors];
@@ -174,7 +175,10 @@ VIDMEM_INLINE void multiply_tile(const T* a, int64_t a_row, int64_t a_column, co
 #pragma GCC unroll 8
   for (int j = 0; j < kPanel; ++j) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kPackVectors; ++v) store(sum[j][v], out + j * out_row + v * kWidth<T>);
+    for (int v = 0; v < kPackVectors; ++v) {
+      T* to = out + j * out_row + v * kWidth<T>;
+      store(kAdd ? load(to) + sum[j][v] : sum[j][v], to);
+    }
   }
 }
 

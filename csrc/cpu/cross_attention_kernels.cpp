@@ -78,7 +78,7 @@ struct Softmax {
       base[v] = most[v] == V{} - kInfinity<T> ? V{} : most[v];
       rescale[v] = exp_of(load(largest + v * kWidth<T>) - base[v]);
       store(most[v], largest + v * kWidth<T>);
-      sum[v] = load(total + v * kWidth<T>) * rescale[v];
+      sum[v] = V{};
     }
     for (int64_t j = 0; j < count; ++j) {
 #pragma GCC unroll 2
@@ -88,7 +88,10 @@ struct Softmax {
         sum[v] += weight;
       }
     }
-    for (int v = 0; v < kPackVectors; ++v) store(sum[v], total + v * kWidth<T>);
+    for (int v = 0; v < kPackVectors; ++v) {
+      T* to = total + v * kWidth<T>;
+      store(load(to) * rescale[v] + sum[v], to);
+    }
     for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 2
       for (int v = 0; v < kPackVectors; ++v) {
