@@ -243,6 +243,14 @@ def test_scores_of_ten_thousand(sign, dtype):
     check(q, k, v, {"key_bias": far, "scale": 1.0}, "some far below")
 
 
+@pytest.mark.parametrize("queries", [3, 40])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_long_memory(queries, biased):
+    """Sums over thousands of keys round no worse than the reference's, with few queries too."""
+    q, k, v = qkv(1, queries, 4000, 2, 32, 32)
+    check(q, k, v, {"key_bias": torch.randn(1, 4000)} if biased else {})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", ["bias", "window", "blocks", "all rows"])
 def test_rows_that_see_nothing(how, dtype):
