@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vidmem_kernels as vk
 from vidmem_kernels import cross_attention, merge_attention_states
 from vidmem_kernels.cross_attn import reference
 
@@ -255,42 +254,6 @@ def test_half_precision_rounds_once(dtype, plain, device):
     assert (out.double() - exact).abs().max() <= 0.51 * torch.finfo(dtype).eps * exact.abs().max()
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
     assert exact_lse.dtype == F64
-
-
-@pytest.mark.parametrize("with_lse", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_library_equals_reference(dtype, with_lse):
-    """Values and gradients of the SDPA rung, through lse too."""
-    args = qkv(2, 70, 90, 3, 16, 16, dtype=dtype, grad=True)
-    results = []
-    for backend in ("library", "reference"):
-        out, lse = cross_attention(*args, return_lse=True, backend=backend)
-        loss = (out.float() ** 2).sum() + (lse.sin().sum() if with_lse else 0)
-        results.append((out, lse, *torch.autograd.grad(loss, args)))
-    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, **tolerance)
-
-
-def test_library_says_why_not():
-    q, k, v = qkv(dtype=torch.float32)
-    same = k
-    time = {"q_time": torch.zeros(7), "k_time": torch.zeros(11), "window": (0, 0)}
-    index = torch.zeros(2, 1, 1, 1, dtype=torch.int32)
-    cases = [
-        ((q, k, same), {"key_bias": torch.zeros(2, 11)}, "key_bias is given"),
-        ((q, k, same), time, "window is given"),
-        ((q, k, same), {"block_index": index}, "block_index is given"),
-        ((q, k, v), {}, "D=4 and Dv=3 differ"),
-        ((q, k[:, :0], same[:, :0]), {}, "an input is empty"),
-        ((q.double(), k.double(), same.double()), {}, "float64 is for checks and runs the reference"),
-    ]
-    for args, options, reason in cases:
-        (choice,) = vk.explain(cross_attention, *args, **options)
-        assert choice.backend != "library" and choice.refused["library"] == reason
-        with pytest.raises(vk.BackendError, match=reason):
-            cross_attention(*args, **options, backend="library")
-    assert vk.explain(cross_attention, q, k, same)[0].backend == "library"
 
 
 def test_autocast_casts_q_k_v_only():

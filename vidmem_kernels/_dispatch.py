@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vidmem_kernels")
 
 BACKENDS = ("cpu", "triton", "cuda", "library", "reference")
+# On the CPU our kernels beat SDPA's, on a GPU a library that can take a call is the hardest to beat.
 LADDERS = {
-    "cpu": ("library", "cpu", "reference"),
-    "cuda": ("triton", "cuda", "library", "reference"),
+    "cpu": ("cpu", "library", "reference"),
+    "cuda": ("library", "triton", "cuda", "reference"),
 }
 
 _local = threading.local()
@@ -111,7 +112,37 @@ def unavailable(op: Op, backend: str, device_type: str) -> str | None:
         if device_type != "cuda" and not (device_type == "cpu" and _env.triton_interpret()):
             return f"needs cuda tensors (or TRITON_INTERPRET=1), got {device_type}"
         return _triton_missing()
-    return None if op.library is not None else "this op has no such kernel"
+    return None if op.library else "this op has no such kernel"
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that computes an op on some kinds of device.
+
+    Attributes:
+        name: as `explain` shows it.
+        devices: device types it is for.
+        call: function of the op's arguments that returns its results.
+        refuse: function of the op's arguments that returns why it cannot run them, or None.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    call: Callable[..., Any]
+    refuse: Callable[..., str | None]
+
+
+def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Library | None, dict[str, str]]:
+    """The first library of `op` that can run a call (None if none can), and why those before it cannot."""
+    refused: dict[str, str] = {}
+    for library in op.library:
+        if device.type not in library.devices:
+            continue
+        reason = library.refuse(*args)
+        if reason is None:
+            return library, refused
+        refused[library.name] = reason
+    return None, refused
 
 
 def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> str | None:
@@ -119,31 +150,40 @@ def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> 
     reason = unavailable(op, backend, device.type)
     if reason is None and backend in op.refuse:
         reason = op.refuse[backend](*args)
+    if reason is None and backend == "library":
+        library, refused = first_library(op, device, args)
+        if library is None:
+            reason = "; ".join(f"{name}: {why}" for name, why in refused.items()) or f"none for {device.type}"
     return reason
 
 
-def implementation(op: Op, backend: str) -> Callable[..., Any]:
-    """The function behind a rung. Triton is imported here, when it is first needed."""
+def implementation(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> Callable[..., Any]:
+    """The function that runs a call on a backend. Triton is imported here, when it is first needed."""
     if backend == "reference":
         return op.run_reference
     if backend == "triton":
         return getattr(importlib.import_module(f"{op.family}.triton_kernels"), op.triton)
     if backend == "library":
-        return op.library
+        return first_library(op, device, args)[0].call
     return getattr(torch.ops.vidmem_cpp, op.name)
 
 
 @dataclass
 class Choice:
-    """One op of an explained call: the backend that runs it and why the ones before it do not."""
+    """One op of an explained call: the backend that runs it and why the ones before it do not.
+
+    Where the backend is "library", `library` names it, and `refused` has those before it as "library <name>".
+    """
 
     op: str
     device: str
     backend: str
     refused: dict[str, str] = field(default_factory=dict)
+    library: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.op} on {self.device}: {self.backend}"]
+        which = f" ({self.library})" if self.library else ""
+        lines = [f"{self.op} on {self.device}: {self.backend}{which}"]
         lines += [f"  not {name}: {why}" for name, why in self.refused.items()]
         return "\n".join(lines)
 
@@ -169,8 +209,17 @@ def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> s
     if chosen == "reference" and refused:
         _log_fallback(op.name, refused)
     if is_recording():
-        _local.recorder.append(Choice(op.name, str(device), chosen, refused))
+        _local.recorder.append(_describe(op, device, args, chosen, refused))
     return chosen
+
+
+def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, refused: dict[str, str]) -> Choice:
+    choice = Choice(op.name, str(device), chosen, refused)
+    if chosen == "library":
+        library, others = first_library(op, device, args)
+        choice.library = library.name
+        choice.refused = refused | {f"library {name}": why for name, why in others.items()}
+    return choice
 
 
 def _log_fallback(op: str, refused: dict[str, str]) -> None:

@@ -38,7 +38,7 @@ class Op:
     backward: Callable[..., Any] | None
     autocast: tuple[str, ...]
     triton: str | None
-    library: Callable[..., Any] | None
+    library: tuple[_dispatch.Library, ...] | None
     refuse: dict[str, Callable[..., str | None]] = field(default_factory=dict)
 
     @property
@@ -85,7 +85,7 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     autocast: tuple[str, ...],
     triton: str | None = None,
-    library: Callable[..., Any] | None = None,
+    library: tuple[_dispatch.Library, ...] | None = None,
     refuse: dict[str, Callable[..., str | None]] | None = None,
 ) -> Op:
     """Registers torch.ops.vidmem.<op>.
@@ -99,7 +99,7 @@ def register_op(
             Without it a result that has a float dtype refuses to be differentiated rather than cut the gradient.
         autocast: names of the tensor arguments that torch.autocast casts to its dtype; () for none.
         triton: name of the launch function in the family's triton_kernels.py.
-        library: function that calls a library kernel.
+        library: libraries that compute it, the best one first.
         refuse: per backend, a function of the arguments that returns why it cannot run them, or None.
 
     Returns:
@@ -143,7 +143,7 @@ def _register_kernel(op: Op) -> None:
         guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         # Autocast has had its say above; inside it would lower the float32 products of a reference.
         with guard, torch._C._DisableAutocast():
-            return _dispatch.implementation(op, chosen)(*args)
+            return _dispatch.implementation(op, chosen, device, args)(*args)
 
     def fake(*args):
         args, backend = op.fill(args)

@@ -61,7 +61,7 @@ register_op(
     setup_context=_setup,
     backward=_backward,
     autocast=("q", "k", "v"),
-    library=library.cross_attention,
+    library=library.FORWARD,
     refuse={"library": library.refuse, "cpu": _refuse_cpu},
 )
 
@@ -77,7 +77,7 @@ register_op(
     reference=reference.cross_attention_backward,
     fake=_backward_fake,
     autocast=(),
-    library=library.cross_attention_backward,
+    library=library.BACKWARD,
     refuse={"library": library.refuse_backward, "cpu": _refuse_cpu},
 )
 

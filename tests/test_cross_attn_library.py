@@ -1,0 +1,217 @@
+"""The libraries of cross-attention: which one runs, why others do not, what they are called with, what they return."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vidmem_kernels as vk
+from vidmem_kernels import _dispatch, _extension, cross_attention, testing
+from vidmem_kernels._registry import OPS
+from vidmem_kernels.cross_attn import library, reference
+from vidmem_kernels.cross_attn.samples import PLAIN
+
+NAMES = ["FA3", "fa3-fwd", "SDPA cuDNN", "flash-attn", "SDPA flash"]
+MODULES = {"FA3": "flash_attn_interface", "fa3-fwd": "fa3_fwd_interface", "flash-attn": "flash_attn"}
+
+
+def qkv(queries=70, keys=90, size=16, value_size=None, dtype=torch.float32, grad=False):
+    shapes = [(2, queries, 3, size), (2, keys, 3, size), (2, keys, 3, value_size or size)]
+    return [torch.randn(s).to(dtype).requires_grad_(grad) for s in shapes]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends to a GPU of a compute capability, and to have exactly the packages named so far."""
+    installed = set()
+    monkeypatch.setattr(library, "_installed", installed.__contains__)
+    library._load.cache_clear()
+
+    def pretend(capability=(9, 0), cudnn=91900, **modules):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        for name, function in modules.items():
+            installed.add(name)
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+            sys.modules[name].flash_attn_func = function
+
+    yield pretend
+    library._load.cache_clear()
+
+
+def test_what_is_installed_is_found_without_importing_it():
+    assert library._installed("this") and "this" not in sys.modules
+    assert not library._installed("flash_attn_of_tomorrow")
+
+
+def chosen(size=128, dtype=torch.bfloat16, queries=64, keys=256, **options):
+    """The choice for a call on a GPU that need not be there."""
+    with FakeTensorMode(), _dispatch.recording() as choices:
+        q, k = (torch.empty(1, n, 2, size, dtype=dtype, device="cuda") for n in (queries, keys))
+        cross_attention(q, k, k, **options)
+    return choices[-1]
+
+
+def fake_flash_attn(calls, returns=2):
+    """flash_attn_func as FlashAttention documents it, in torch; notes what it is called with."""
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False, **options):
+        calls.append((causal, return_attn_probs, softmax_scale, options))
+        q, k, v = (t.transpose(1, 2).double() for t in (q, k, v))
+        scores = q @ k.mT * softmax_scale
+        out = (scores.softmax(-1) @ v).transpose(1, 2).bfloat16()  # not contiguous
+        return (out, scores.logsumexp(-1).float(), None)[:returns] if return_attn_probs else out
+
+    return flash_attn_func
+
+
+def exact_and_reference(args):
+    options = {**PLAIN, "scale": args[0].shape[3] ** -0.5}
+    wide = [t.detach().double() for t in args]
+    return reference.cross_attention(*wide, *options.values()), reference.cross_attention(*args, *options.values())
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_packages_are_called_as_documented(machine, name):
+    calls = []
+    machine(**{MODULES[name]: fake_flash_attn(calls, 3 if name == "flash-attn" else 2)})
+    (found,) = (one for one in library.FORWARD if one.name == name)
+    q, k, v = qkv(dtype=torch.bfloat16)
+    options = {**PLAIN, "scale": 0.25}
+    assert found.refuse(q, k, v, *options.values()) is None
+    got = found.call(q, k, v, *options.values())
+    assert calls == [(False, True, 0.25, {})]
+    assert all(t.is_contiguous() for t in got)
+    exact, at_dtype = exact_and_reference((q, k, v))
+    testing.assert_within_budget(got, at_dtype, exact, name)
+
+
+def test_packages_in_order_of_speed(machine):
+    """Each is taken when those before it are missing."""
+    machine()
+    expected = {f"library {name}": f"{MODULES[name]} is not installed" for name in ("FA3", "fa3-fwd")}
+    choice = chosen()
+    assert (choice.backend, choice.library, choice.refused) == ("library", "SDPA cuDNN", expected)
+    assert str(choice).splitlines() == [
+        "cross_attention on cuda:0: library (SDPA cuDNN)",
+        "  not library FA3: flash_attn_interface is not installed",
+        "  not library fa3-fwd: fa3_fwd_interface is not installed",
+    ]
+    for name in ("fa3-fwd", "FA3"):
+        machine(**{MODULES[name]: fake_flash_attn([])})
+        assert chosen().library == name
+
+
+def test_what_each_library_refuses(machine):
+    machine(**{module: fake_flash_attn([]) for module in MODULES.values()})
+    assert chosen().library == "FA3"
+    choice = chosen(256)
+    assert choice.library == "FA3"
+    machine((8, 0))
+    choice = chosen()
+    assert choice.library == "flash-attn"
+    assert choice.refused == {
+        "library FA3": "needs compute capability 9.0",
+        "library fa3-fwd": "needs compute capability 9.0",
+        "library SDPA cuDNN": "needs compute capability 9.0, 10.0 or 10.3",
+    }
+    assert chosen(dtype=torch.float16).refused["library fa3-fwd"] == "needs bfloat16, got float16"
+    machine((10, 0))
+    assert chosen().library == "SDPA cuDNN"
+    assert chosen(192).refused["library SDPA cuDNN"] == "D=192 is over 128"
+    assert chosen(queries=1).refused["library SDPA cuDNN"] == "a length is 1"
+    machine((10, 0), cudnn=91002)
+    assert chosen().refused["library SDPA cuDNN"] == "needs cuDNN 9.15.1, got 91002"
+    machine((10, 0))
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        assert "enable_cudnn_sdp(False)" in chosen().refused["library SDPA cuDNN"]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_calls_that_no_library_takes(machine):
+    machine((7, 5))
+    assert chosen().refused["library"] == "needs compute capability 8.0 or later"
+    machine()
+    assert chosen(dtype=torch.float32).refused["library"] == "needs bfloat16 or float16 on cuda, got float32"
+    assert chosen(36).refused["library"] == "D=36 is not a multiple of 8 up to 256"
+    assert chosen(264).refused["library"] == "D=264 is not a multiple of 8 up to 256"
+
+
+def test_a_broken_or_old_package_is_passed_over(machine):
+    machine((8, 0), flash_attn=lambda q, k, v, softmax_scale=None: None)
+    choice = chosen()
+    assert choice.library == "SDPA flash"
+    assert choice.refused["library flash-attn"] == "flash_attn is too old: flash_attn_func has no return_attn_probs"
+    library._load.cache_clear()
+    del sys.modules["flash_attn"].flash_attn_func
+    assert "flash_attn does not load: module 'flash_attn' has no" in chosen().refused["library flash-attn"]
+
+
+def test_gradient_takes_its_own_library(machine):
+    machine()
+    backward = OPS["cross_attention_backward"]
+    with FakeTensorMode():
+        q, out = (torch.empty(1, 64, 2, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        args = (out, None, q, q, q, None, out, torch.empty(1, 2, 64, device="cuda"), *list(PLAIN.values())[1:])
+        assert _dispatch.select(backward, q.device, args, "auto") == "library"
+        assert _dispatch.first_library(backward, q.device, args)[0].name == "SDPA flash"
+
+
+def test_choice_on_the_cpu():
+    """Ours first; the library is there for whom asks for it, or has no compiled kernels."""
+    args = qkv()
+    if _extension.module is not None and _extension.module.cpu_capability() != "baseline":
+        assert vk.explain(cross_attention, *args)[0].backend == "cpu"
+    (choice,) = vk.explain(cross_attention, *args, backend="library")
+    assert (choice.backend, choice.library, choice.refused) == ("library", "SDPA flash", {})
+    assert str(choice) == "cross_attention on cpu: library (SDPA flash)"
+    (choice,) = vk.explain(cross_attention, *args, backend="reference")
+    assert choice.library is None
+
+
+@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+def test_auto_stays_auto_for_the_gradient():
+    """The gradient chooses anew; an explicit backend is kept."""
+    args = qkv(grad=True)
+    for backend, expected in (("auto", vk.explain(cross_attention, *args)[0].backend), ("library", "library")):
+        out = cross_attention(*args, backend=backend)
+        with _dispatch.recording() as choices:
+            out.sum().backward()
+        assert [(c.op, c.backend) for c in choices] == [("cross_attention_backward", expected)]
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_library_equals_reference(dtype, with_lse):
+    """Values and gradients of the SDPA rung, through lse too."""
+    args = qkv(dtype=dtype, grad=True)
+    results = []
+    for backend in ("library", "reference"):
+        out, lse = cross_attention(*args, return_lse=True, backend=backend)
+        loss = (out.float() ** 2).sum() + (lse.sin().sum() if with_lse else 0)
+        results.append((out, lse, *torch.autograd.grad(loss, args)))
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_library_says_why_not():
+    q, k, v = qkv(7, 11, 4, 3)
+    same = k
+    time = {"q_time": torch.zeros(7), "k_time": torch.zeros(11), "window": (0, 0)}
+    index = torch.zeros(2, 1, 1, 1, dtype=torch.int32)
+    cases = [
+        ((q, k, same), {"key_bias": torch.zeros(2, 11)}, "key_bias is given"),
+        ((q, k, same), time, "window is given"),
+        ((q, k, same), {"block_index": index}, "block_index is given"),
+        ((q, k, v), {}, "D=4 and Dv=3 differ"),
+        ((q, k[:, :0], same[:, :0]), {}, "an input is empty"),
+        ((q.double(), k.double(), same.double()), {}, "float64 is for checks and runs the reference"),
+    ]
+    for args, options, reason in cases:
+        with pytest.raises(vk.BackendError, match=reason):
+            cross_attention(*args, **options, backend="library")
