@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, _extension, cross_attention, testing
@@ -30,7 +31,7 @@ def machine(monkeypatch):
     library._load.cache_clear()
 
     def pretend(capability=(9, 0), cudnn=91900, **modules):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(library, "_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
         for name, function in modules.items():
             installed.add(name)
@@ -182,6 +183,37 @@ def test_auto_stays_auto_for_the_gradient():
         with _dispatch.recording() as choices:
             out.sum().backward()
         assert [(c.op, c.backend) for c in choices] == [("cross_attention_backward", expected)]
+
+
+def test_a_plain_call_copies_no_rows():
+    """(B, L, H, D) in and out, however the library wants its heads: views, but for lse."""
+    args, seen = qkv(), []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func.overloadpacket.__name__, args[0].dim()))
+            return func(*args, **kwargs or {})
+
+    with Seen():
+        library.FORWARD[-1].call(*args, *PLAIN.values())
+    assert set(seen) <= {("transpose", 4), ("_scaled_dot_product_flash_attention_for_cpu", 4), ("clone", 3)}
+
+
+def test_a_plain_call_takes_few_steps():
+    """Python functions of this package between the caller and a kernel: what the call itself costs, in any run."""
+    args, steps = qkv(), []
+
+    def note(frame, event, arg):
+        if event == "call" and "vidmem_kernels" in frame.f_code.co_filename:
+            steps.append(frame.f_code.co_name)
+
+    cross_attention(*args, backend="library")  # imports and caches
+    sys.setprofile(note)
+    try:
+        cross_attention(*args, backend="library")
+    finally:
+        sys.setprofile(None)
+    assert "_flash" in steps and len(steps) <= 40, steps
 
 
 @pytest.mark.parametrize("with_lse", [True, False])

@@ -32,6 +32,7 @@ class Op:
     name: str
     family: str
     arguments: tuple[str, ...]
+    tensors: tuple[int, ...]  # which arguments are tensors or lists of them
     defaults: tuple[Any, ...]
     reference: Callable[..., Any]
     fake: Callable[..., Any]
@@ -53,12 +54,11 @@ class Op:
     def device(self, args: tuple[Any, ...]) -> torch.device:
         """Where the call runs: on an accelerator if any tensor is there (a bank may stay on the host)."""
         found = None
-        for arg in args:
-            for item in arg if isinstance(arg, list | tuple) else (arg,):
-                if isinstance(item, torch.Tensor):
-                    found = item.device
-                    if found.type != "cpu":
-                        return found
+        for i in self.tensors:
+            for tensor in (args[i],) if isinstance(args[i], torch.Tensor) else args[i] or ():
+                found = tensor.device
+                if found.type != "cpu":
+                    return found
         return found
 
     def run_reference(self, *args: Any) -> Any:
@@ -117,6 +117,7 @@ def register_op(
         name=name,
         family=reference.__module__.rpartition(".")[0],
         arguments=tuple(a.name for a in arguments[:-1]),
+        tensors=tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type)),
         defaults=tuple(a.default_value if a.has_default_value() else None for a in arguments),
         reference=reference,
         fake=fake,

@@ -20,6 +20,11 @@ from .._dispatch import Library
 _HALF = (torch.bfloat16, torch.float16)
 
 
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale) -> str | None:
     """Why none of the libraries can compute these results, or None."""
     given = {"key_bias": key_bias, "window": window, "block_index": block_index}
@@ -41,7 +46,7 @@ def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, bl
         return f"needs {names(_HALF)} on cuda, got {names([q.dtype])}"
     if size % 8 or size > 256:
         return f"D={size} is not a multiple of 8 up to 256"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    if _capability(q.device) < (8, 0):
         return "needs compute capability 8.0 or later"
     return None
 
@@ -76,7 +81,7 @@ def _package(
             return f"{module} is not installed"
         if q.dtype not in dtypes:
             return f"needs {names(dtypes)}, got {names([q.dtype])}"
-        if only is not None and torch.cuda.get_device_capability(q.device) != only:
+        if only is not None and _capability(q.device) != only:
             return f"needs compute capability {only[0]}.{only[1]}"
         return _load(module)[1]
 
@@ -106,7 +111,7 @@ def _refuse_cudnn(q, k, *rest) -> str | None:
     """Where torch itself prefers cuDNN to flash, and that is right."""
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return "torch.backends.cuda.enable_cudnn_sdp(False) was called"
-    if torch.cuda.get_device_capability(q.device) not in ((9, 0), (10, 0), (10, 3)):
+    if _capability(q.device) not in ((9, 0), (10, 0), (10, 3)):
         return "needs compute capability 9.0, 10.0 or 10.3"
     version = torch.backends.cudnn.version() or 0
     if version <= 91500:  # until then wrong for some lengths that 128 does not divide (pytorch/pytorch 169849)
