@@ -84,6 +84,12 @@ register_op(
 # --- merge_attention_states ---
 
 
+def _refuse_merge(outs, *rest) -> str | None:
+    # Of the gradient the first argument is grad_out.
+    wide = (outs[0] if isinstance(outs, list) else outs).dtype == torch.float64
+    return "float64 is for checks and runs the reference" if wide else None
+
+
 def _merge_fake(outs, lses):
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
@@ -111,6 +117,8 @@ register_op(
     setup_context=_merge_setup,
     backward=_merge_backward,
     autocast=(),
+    triton="launch_merge_attention_states_fwd",
+    refuse={"cpu": _refuse_merge, "triton": _refuse_merge},
 )
 
 
@@ -127,4 +135,6 @@ register_op(
     reference=reference.merge_attention_states_backward,
     fake=_merge_backward_fake,
     autocast=(),
+    triton="launch_merge_attention_states_bwd",
+    refuse={"cpu": _refuse_merge, "triton": _refuse_merge},
 )

@@ -1,0 +1,55 @@
+// CPU kernels of merge_attention_states on raw pointers; strides count elements. Sums are double for double, else float.
+#pragma once
+
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace vidmem {
+
+struct StateRows {  // (B, L, H, D)
+  const void* data;
+  int64_t batch_stride, row_stride, head_stride, channel_stride;
+};
+
+struct LogSums {  // (B, H, L) in the type of sums
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// Items are the rows of (B, L, H), in this order; results are contiguous.
+struct MergeStates {
+  const StateRows* outs;
+  const LogSums* lses;
+  int64_t parts;
+  DType dtype;
+  int64_t length, heads, channels;
+  void *out, *lse;
+  bool streams;  // `out` is better not read into the caches
+};
+
+struct MergeStatesBackward {
+  StateRows grad_out;
+  LogSums grad_lse;  // of null: zeros
+  const StateRows* outs;
+  const LogSums* lses;
+  int64_t parts;
+  LogSums lse;
+  DType dtype;
+  int64_t rows, length, heads, channels;  // rows: B * L * H
+  void *grad_outs, *grad_lses;            // part after part
+};
+
+// Bytes of scratch, which every call of a kernel needs for itself.
+constexpr int64_t merge_states_scratch(int64_t parts, int64_t channels, int64_t size) {
+  return (2 * parts + 3 * channels) * size + 512;
+}
+
+VIDMEM_DECLARE_KERNEL(merge_states, void(const MergeStates&, int64_t begin, int64_t end, void* scratch))
+VIDMEM_DECLARE_KERNEL(merge_states_backward,
+                      void(const MergeStatesBackward&, int64_t begin, int64_t end, void* scratch))
+
+}  // namespace vidmem

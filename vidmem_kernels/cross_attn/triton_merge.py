@@ -1,0 +1,269 @@
+"""Triton kernels of merge_attention_states. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+
+Log-sum-exps are few: they are stacked. Outputs are read where they are, _GROUP parts at a time since a kernel takes no
+lists; more parts add to a sum in float32 that the last group rounds. The gradient takes a part at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_GROUP = 4
+_ELEMENTS = 1024  # of a tile
+
+
+@triton.jit
+def _weight(lse, total, largest):
+    """Of a part; 0 where no part has a visible key, since `largest` is 0 there and `total` is 1."""
+    return tl.exp(lse - largest) / total
+
+
+@triton.jit
+def _add_part(acc, part, lse, total, largest, offset, mask):
+    row = tl.load(part + offset, mask, other=0.0).to(tl.float32)
+    return acc + _weight(lse, total, largest)[:, None] * row
+
+
+@triton.jit
+def _merge_states_kernel(
+    part0,
+    part1,
+    part2,
+    part3,
+    lses,
+    group_lses,
+    sums,
+    out,
+    lse,
+    PARTS,
+    ROWS,
+    L,
+    H,
+    D,
+    COUNT: tl.constexpr,
+    ADDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds COUNT parts; rows are those of (B, L, H), log-sum-exps stand as (parts, B, H, L), of all and of these."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = row < ROWS
+    place = ((row // H // L) * H + row % H) * L + row // H % L
+    largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    at = lses + place
+    for _ in range(PARTS):
+        value = tl.load(at, valid, other=0.0)
+        largest = tl.where(value > largest, value, largest)
+        at += ROWS
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    at = lses + place
+    for _ in range(PARTS):
+        total += tl.exp(tl.load(at, valid, other=0.0) - largest)  # NaN stays NaN
+        at += ROWS
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    if not ADDS:
+        tl.store(lse + place, tl.where(empty, float("-inf"), largest + tl.log(total)), valid)
+    at0 = group_lses + place
+    at1 = at0 + ROWS
+    at2 = at1 + ROWS
+    at3 = at2 + ROWS
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        offset = row[:, None] * D + d[None, :]
+        mask = valid[:, None] & (d < D)[None, :]
+        acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if ADDS:
+            acc = tl.load(sums + offset, mask, other=0.0)
+        acc = _add_part(acc, part0, tl.load(at0, valid, other=0.0), total, largest, offset, mask)
+        if COUNT > 1:
+            acc = _add_part(acc, part1, tl.load(at1, valid, other=0.0), total, largest, offset, mask)
+        if COUNT > 2:
+            acc = _add_part(acc, part2, tl.load(at2, valid, other=0.0), total, largest, offset, mask)
+        if COUNT > 3:
+            acc = _add_part(acc, part3, tl.load(at3, valid, other=0.0), total, largest, offset, mask)
+        tl.store(out + offset, acc.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _merge_states_part_backward_kernel(
+    grad_out,
+    part,
+    lses,
+    lse,
+    grad_part,
+    along,
+    ROWS,
+    L,
+    H,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of one part: the gradient of its output, and the product of that output with the one of the result."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = row < ROWS
+    place = ((row // H // L) * H + row % H) * L + row // H % L
+    base = tl.load(lse + place, valid, other=0.0)
+    base = tl.where(base == float("-inf"), 0.0, base)
+    weight = tl.exp(tl.load(lses + place, valid, other=0.0) - base)
+    product = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        offset = row[:, None] * D + d[None, :]
+        mask = valid[:, None] & (d < D)[None, :]
+        grad = tl.load(grad_out + offset, mask, other=0.0).to(tl.float32)
+        product += grad * tl.load(part + offset, mask, other=0.0).to(tl.float32)
+        tl.store(grad_part + offset, (weight[:, None] * grad).to(grad_part.dtype.element_ty), mask)
+    tl.store(along + place, tl.sum(product, axis=1), valid)
+
+
+@triton.jit
+def _merge_states_lse_backward_kernel(
+    lses,
+    lse,
+    grad_lse,
+    grad_lses,
+    PARTS,
+    N,
+    HAS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the log-sum-exps, over the products that `grad_lses` holds."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = n < N
+    base = tl.load(lse + n, valid, other=0.0)
+    base = tl.where(base == float("-inf"), 0.0, base)
+    shared = tl.zeros([BLOCK], tl.float32)
+    if HAS_GRAD:
+        shared -= tl.load(grad_lse + n, valid, other=0.0)
+    at = n
+    for _ in range(PARTS):
+        shared += tl.exp(tl.load(lses + at, valid, other=0.0) - base) * tl.load(grad_lses + at, valid, other=0.0)
+        at += N
+    at = n
+    for _ in range(PARTS):
+        weight = tl.exp(tl.load(lses + at, valid, other=0.0) - base)
+        tl.store(grad_lses + at, weight * (tl.load(grad_lses + at, valid, other=0.0) - shared), valid)
+        at += N
+
+
+def _blocks(channels: int) -> dict[str, int]:
+    block_d = min(256, triton.next_power_of_2(max(1, channels)))
+    return {"BLOCK_N": max(1, _ELEMENTS // block_d), "BLOCK_D": block_d}
+
+
+def launch_merge_attention_states_fwd(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """See `vidmem_kernels.merge_attention_states`."""
+    _, length, heads, channels = outs[0].shape
+    out = torch.empty(outs[0].shape, dtype=outs[0].dtype, device=outs[0].device)
+    lse = torch.empty(lses[0].shape, dtype=lses[0].dtype, device=out.device)
+    rows = lse.numel()
+    if rows == 0:
+        return out, lse
+    blocks = _blocks(channels)
+    stacked = torch.stack(lses)
+    sums = out if len(outs) <= _GROUP else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    for first in range(0, len(outs), _GROUP):
+        parts = [part.contiguous() for part in outs[first : first + _GROUP]]
+        last = first + _GROUP >= len(outs)
+        _merge_states_kernel[(triton.cdiv(rows, blocks["BLOCK_N"]),)](
+            *parts,
+            *[None] * (_GROUP - len(parts)),
+            stacked,
+            stacked[first:],
+            sums,
+            out if last else sums,
+            lse,
+            len(outs),
+            rows,
+            length,
+            heads,
+            channels,
+            COUNT=len(parts),
+            ADDS=first > 0,
+            **blocks,
+            num_warps=4,
+        )
+    return out, lse
+
+
+def launch_merge_attention_states_bwd(
+    grad_out: Tensor, grad_lse: Tensor | None, outs: list[Tensor], lses: list[Tensor], lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of outs (n, B, L, H, D) and lses (n, B, H, L), stacked."""
+    _, length, heads, channels = grad_out.shape
+    grad_outs = torch.empty(len(outs), *grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
+    grad_lses = torch.empty(len(lses), *lse.shape, dtype=lse.dtype, device=lse.device)
+    rows = lse.numel()
+    if rows == 0:
+        return grad_outs, grad_lses
+    blocks = _blocks(channels)
+    stacked, lse, grad_out = torch.stack(lses), lse.contiguous(), grad_out.contiguous()
+    for i, part in enumerate(outs):
+        _merge_states_part_backward_kernel[(triton.cdiv(rows, blocks["BLOCK_N"]),)](
+            grad_out,
+            part.contiguous(),
+            stacked[i],
+            lse,
+            grad_outs[i],
+            grad_lses[i],
+            rows,
+            length,
+            heads,
+            channels,
+            **blocks,
+            num_warps=4,
+        )
+    _merge_states_lse_backward_kernel[(triton.cdiv(rows, _ELEMENTS),)](
+        stacked,
+        lse,
+        None if grad_lse is None else grad_lse.contiguous(),
+        grad_lses,
+        len(lses),
+        rows,
+        HAS_GRAD=grad_lse is not None,
+        BLOCK=_ELEMENTS,
+        num_warps=4,
+    )
+    return grad_outs, grad_lses
+
+
+_SUMS = {"lses": "*fp32", "lse": "*fp32"}
+_ALL_SUMS = _SUMS | {"grad_lse": "*fp32", "grad_lses": "*fp32"}
+# See triton_gather.AOT.
+AOT = {
+    "_merge_states_kernel": [
+        (
+            {f"part{i}": f"*{dtype}" for i in range(count)}
+            | {**_SUMS, "group_lses": "*fp32", "sums": "*fp32", "out": f"*{out}"},
+            {f"part{i}": None for i in range(count, _GROUP)}
+            | {"COUNT": count, "ADDS": adds, "BLOCK_N": _ELEMENTS // block_d, "BLOCK_D": block_d},
+            4,
+        )
+        for dtype, out, count, adds, block_d in (
+            ("bf16", "bf16", 2, False, 128),
+            ("bf16", "fp32", 4, False, 128),
+            ("bf16", "bf16", 4, True, 128),
+            ("fp16", "fp16", 2, False, 64),
+            ("fp32", "fp32", 2, False, 128),
+            ("fp32", "fp32", 4, True, 256),
+        )
+    ],
+    "_merge_states_part_backward_kernel": [
+        (
+            {"grad_out": f"*{dtype}", "part": f"*{dtype}", "grad_part": f"*{dtype}", **_SUMS, "along": "*fp32"},
+            {"BLOCK_N": _ELEMENTS // block_d, "BLOCK_D": block_d},
+            4,
+        )
+        for dtype, block_d in (("bf16", 128), ("fp16", 64), ("fp32", 128), ("fp32", 256))
+    ],
+    "_merge_states_lse_backward_kernel": [
+        (_ALL_SUMS, {"HAS_GRAD": True, "BLOCK": _ELEMENTS}, 4),
+        (_ALL_SUMS, {"grad_lse": None, "HAS_GRAD": False, "BLOCK": _ELEMENTS}, 4),
+    ],
+}
