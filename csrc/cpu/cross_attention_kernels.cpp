@@ -1,6 +1,6 @@
 #include "cpu/cross_attention_kernels.h"
 
-#include "cpu/attention_tile.h"
+#include "cpu/attention_few.h"
 
 namespace vidmem {
 namespace {
@@ -102,6 +102,99 @@ struct Softmax {
   }
 };
 
+// Results of query number `row`, from its sums.
+template <class T>
+VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* values, int64_t step, T largest, T total,
+                          T* buffer) {
+  const int64_t channels = args.v.channels;
+  const bool empty = total == 0;
+  const T divisor = empty ? 1 : total;
+  for (int64_t c = 0; c < channels; ++c) buffer[c] = values[c * step] / divisor;
+  write_row(buffer, args.q.dtype, args.out, row * args.out_stride, channels);
+  static_cast<T*>(args.lse)[row] =
+      empty ? -kInfinity<T> : static_cast<T>(largest + __builtin_log(static_cast<double>(divisor)));
+}
+
+// Rows of a tile as they lie, or widened into `copies` if their channels lie apart. The list ends with repetitions of
+// the last one, for whole steps.
+template <class T, class E>
+VIDMEM_INLINE void list_rows(const AttentionRows& rows, const int32_t* index, int64_t count, T* copies,
+                             const E** list) {
+  for (int64_t j = 0; j < count; ++j) {
+    if constexpr (std::is_same_v<T, E>) {
+      const T* row = row_of(rows, index[j], copies + j * rows.channels);
+      list[j] = row;
+    } else {
+      list[j] = static_cast<const E*>(rows.data) + index[j] * rows.row_stride;
+    }
+  }
+  for (int64_t j = count; j < round_up(count, kKeyStep); ++j) list[j] = list[count - 1];
+}
+
+template <class T, class E>
+void attend_few_queries(const AttendQueries& args) {
+  const int64_t channels = args.q.channels, value_channels = args.v.channels, count = args.count;
+  Arena arena{static_cast<char*>(args.scratch)};
+  T* buffer = arena.take<T>(channels > value_channels ? channels : value_channels);
+  T* queries = arena.take<T>(count * channels);
+  T* values = arena.take<T>(count * value_channels);
+  T* key_copies = arena.take<T>(kAttentionTile * channels);
+  T* value_copies = arena.take<T>(kAttentionTile * value_channels);
+  T* scores = arena.take<T>(kFewQueries * kAttentionTile);
+  T largest[kFewQueries], total[kFewQueries], rescale[kFewQueries];
+  const E *keys[kAttentionTile], *rows[kAttentionTile];
+  const T scale = static_cast<T>(args.scale);
+
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = row_of(args.q, args.first + i, buffer);
+    for (int64_t c = 0; c < channels; ++c) queries[i * channels + c] = row[c];
+    largest[i] = -kInfinity<T>;
+    total[i] = 0;
+  }
+  for (int64_t i = 0; i < count * value_channels; ++i) values[i] = 0;
+
+  for (int64_t start = 0; start < args.num_keys; start += kAttentionTile) {
+    const int64_t some = args.num_keys - start < kAttentionTile ? args.num_keys - start : kAttentionTile;
+    const int32_t* index = args.keys + start;
+    list_rows<T, E>(args.k, index, some, key_copies, keys);
+    list_rows<T, E>(args.v, index, some, value_copies, rows);
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      score_keys<T, 2>(keys, i == 0 ? rows : nullptr, some, queries + i * channels, channels,
+                       scores + i * kAttentionTile);
+    }
+    if (i < count) {
+      score_keys<T, 1>(keys, i == 0 ? rows : nullptr, some, queries + i * channels, channels,
+                       scores + i * kAttentionTile);
+    }
+    for (i = 0; i < count; ++i) {
+      T* score = scores + i * kAttentionTile;
+      const double low = args.window.low ? args.window.low[args.first + i] : 0;
+      const double high = args.window.low ? args.window.high[args.first + i] : 0;
+      for (int64_t j = 0; j < some; ++j) score[j] *= scale;
+      if (args.bias) {
+        for (int64_t j = 0; j < some; ++j) score[j] += static_cast<const T*>(args.bias)[index[j]];
+      }
+      for (int64_t j = 0; args.window.low && j < some; ++j) {
+        const double t = args.window.time[index[j]];
+        if (!(index[j] < args.window.num_sinks || (low <= t && t <= high))) score[j] = -kInfinity<T>;
+      }
+      rescale[i] = weigh(score, some, largest + i, total + i);
+    }
+    for (i = 0; i + 2 <= count; i += 2) {
+      add_values<T, 2>(rows, some, scores + i * kAttentionTile, rescale + i, value_channels,
+                       values + i * value_channels);
+    }
+    if (i < count) {
+      add_values<T, 1>(rows, some, scores + i * kAttentionTile, rescale + i, value_channels,
+                       values + i * value_channels);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    finish(args, args.first + i, values + i * value_channels, 1, largest[i], total[i], buffer);
+  }
+}
+
 template <class T>
 void run_attend_queries(const AttendQueries& args) {
   constexpr int kRows = kPackRows<T>;
@@ -165,13 +258,8 @@ void run_attend_queries(const AttendQueries& args) {
   }
 
   for (int64_t i = 0; i < args.count; ++i) {
-    const bool empty = total[i] == 0;
-    const T divisor = empty ? 1 : total[i];
     const T* value = values + i / kRows * kRows * value_row + i % kRows;
-    for (int64_t c = 0; c < value_channels; ++c) buffer[c] = value[c * kRows] / divisor;
-    write_row(buffer, args.q.dtype, args.out, (args.first + i) * args.out_stride, value_channels);
-    static_cast<T*>(args.lse)[args.first + i] =
-        empty ? -kInfinity<T> : static_cast<T>(largest[i] + __builtin_log(static_cast<double>(divisor)));
+    finish(args, args.first + i, value, kRows, largest[i], total[i], buffer);
   }
 }
 
@@ -180,10 +268,14 @@ void run_attend_queries(const AttendQueries& args) {
 namespace VIDMEM_ISA {
 
 void attend_queries(const AttendQueries& args) {
-  if (args.q.dtype == DType::float64) {
-    run_attend_queries<double>(args);
-  } else {
-    run_attend_queries<float>(args);
+  const bool wide = args.q.dtype == DType::float64;
+  if (args.count > kFewQueries) return wide ? run_attend_queries<double>(args) : run_attend_queries<float>(args);
+  if (wide) return attend_few_queries<double, double>(args);
+  const bool together = args.k.channel_stride == 1 && args.v.channel_stride == 1;
+  switch (together ? args.q.dtype : DType::float32) {
+    case DType::bfloat16: return attend_few_queries<float, bf16>(args);
+    case DType::float16: return attend_few_queries<float, fp16>(args);
+    default: return attend_few_queries<float, float>(args);
   }
 }
 

@@ -1,0 +1,139 @@
+// Attention of few queries, which the packs of attention_tile.h would leave mostly empty: every row of keys and values
+// is read once, where it lies, and multiplied by all queries.
+//
+// For *_kernels.cpp only: all of it is internal to one instruction set.
+#pragma once
+
+#include "cpu/attention_tile.h"
+#include "cpu/prefetch.h"
+
+namespace vidmem {
+namespace {
+
+constexpr int64_t kFewQueries = 12;
+constexpr int kKeyStep = 4;  // keys whose products with a query are summed side by side; divides kAttentionTile
+
+template <class T, int N> using Lane [[gnu::vector_size(N * sizeof(T))]] = T;
+
+// The sum of the lanes of a vector, by halves.
+template <class T, int N, class V>
+VIDMEM_INLINE T sum_lanes(const V& v) {
+  if constexpr (N == 1) {
+    T sum;
+    memcpy(&sum, &v, sizeof sum);
+    return sum;
+  } else {
+    Lane<T, N / 2> low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    low += high;
+    return sum_lanes<T, N / 2>(low);
+  }
+}
+
+// scores[query][key] of kQueries queries, whose rows have `channels` elements; E is what keys are stored as. Meanwhile
+// the rows of `next` are fetched, if given: every row is on a page of its own, which the processor does not foresee.
+template <class T, int kQueries, class E>
+VIDMEM_INLINE void score_keys(const E* const* keys, const E* const* next, int64_t count, const T* queries,
+                              int64_t channels, T* scores) {
+  using V = Vector<T>;
+  for (int64_t j = 0; j < count; j += kKeyStep) {
+    V sum[kQueries][kKeyStep] = {};
+    if (next) {
+      for (int i = 0; i < kKeyStep; ++i) prefetch(next[j + i], channels * sizeof(E));
+    }
+    int64_t c = 0;
+    for (; c + kWidth<T> <= channels; c += kWidth<T>) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeyStep; ++i) {
+        const V key = load(keys[j + i] + c);
+#pragma GCC unroll 2
+        for (int q = 0; q < kQueries; ++q) sum[q][i] += key * load(queries + q * channels + c);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kKeyStep; ++i) {
+#pragma GCC unroll 2
+      for (int q = 0; q < kQueries; ++q) {
+        T score = sum_lanes<T, kWidth<T>>(sum[q][i]);
+        for (int64_t d = c; d < channels; ++d) score += queries[q * channels + d] * widen(keys[j + i][d]);
+        scores[q * kAttentionTile + j + i] = score;
+      }
+    }
+  }
+}
+
+// values[query][channel] = rescale[query] * values + weights[query] times the rows, for kVectors vectors of channels.
+template <class T, int kQueries, int kVectors, class E>
+VIDMEM_INLINE void add_vectors(const E* const* rows, int64_t count, int64_t at, const T* weights, const T* rescale,
+                               int64_t row, T* values) {
+  using V = Vector<T>;
+  V sum[kQueries][kVectors];
+#pragma GCC unroll 2
+  for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[q][v] = load(values + q * row + at + v * kWidth<T>) * rescale[q];
+  }
+  for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const V value = load(rows[j] + at + v * kWidth<T>);
+#pragma GCC unroll 2
+      for (int q = 0; q < kQueries; ++q) sum[q][v] += weights[q * kAttentionTile + j] * value;
+    }
+  }
+#pragma GCC unroll 2
+  for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sum[q][v], values + q * row + at + v * kWidth<T>);
+  }
+}
+
+template <class T, int kQueries, class E>
+VIDMEM_INLINE void add_values(const E* const* rows, int64_t count, const T* weights, const T* rescale,
+                              int64_t channels, T* values) {
+  const int64_t row = channels;
+  int64_t c = 0;
+  for (; c + 4 * kWidth<T> <= channels; c += 4 * kWidth<T>) {
+    add_vectors<T, kQueries, 4>(rows, count, c, weights, rescale, row, values);
+  }
+  for (; c + kWidth<T> <= channels; c += kWidth<T>) {
+    add_vectors<T, kQueries, 1>(rows, count, c, weights, rescale, row, values);
+  }
+  for (; c < channels; ++c) {
+    for (int q = 0; q < kQueries; ++q) {
+      T sum = values[q * row + c] * rescale[q];
+      for (int64_t j = 0; j < count; ++j) sum += weights[q * kAttentionTile + j] * widen(rows[j][c]);
+      values[q * row + c] = sum;
+    }
+  }
+}
+
+// Scores of one query with the keys of a tile become weights; returns the factor of what was summed before. What is
+// beyond `count` up to whole vectors gets weights of 0.
+template <class T>
+inline T weigh(T* scores, int64_t count, T* largest, T* total) {
+  using V = Vector<T>;
+  const int64_t whole = round_up(count, kWidth<T>);
+  for (int64_t j = count; j < whole; ++j) scores[j] = -kInfinity<T>;
+  V most = V{} - kInfinity<T>, sum{};
+  for (int64_t j = 0; j < whole; j += kWidth<T>) {
+    const V s = load(scores + j);
+    most = s > most ? s : most;
+  }
+  T highest = *largest;
+  for (int l = 0; l < kWidth<T>; ++l) highest = most[l] > highest ? most[l] : highest;
+  const T base = highest == -kInfinity<T> ? 0 : highest;  // nothing is visible yet: every weight is 0
+  for (int64_t j = 0; j < whole; j += kWidth<T>) {
+    const V weight = exp_of(load(scores + j) - base);
+    store(weight, scores + j);
+    sum += weight;
+  }
+  const T rescale = exp_of(V{} + (*largest - base))[0];
+  *largest = highest;
+  *total = *total * rescale + sum_lanes<T, kWidth<T>>(sum);
+  return rescale;
+}
+
+}  // namespace
+}  // namespace vidmem
