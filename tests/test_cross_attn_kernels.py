@@ -116,6 +116,17 @@ def test_forward_strided(capability):
     assert all(map(torch.equal, got, direct(*args, options)))
 
 
+@pytest.mark.parametrize("which", FEATURES)
+def test_few_queries(capability, which):
+    """They have a path of their own, up to 24; strides change nothing there either."""
+    make = testing.Make()
+    for dtype, queries in product((torch.float32, torch.bfloat16, torch.float16, F64), (1, 2, 3, 7, 24, 25)):
+        *args, options = arguments(which, 1, queries, 230, 2, 69, 150, dtype)
+        got = direct(*args, options)
+        within_budget(got, args, options, f"{which} {queries} {dtype}")
+        assert all(map(torch.equal, direct(*map(make.strided, args), options), got))
+
+
 def test_forward_empty(capability):
     for queries, keys, batch, size, value_size in ((0, 5, 2, 4, 4), (5, 0, 2, 4, 4), (5, 7, 0, 4, 4), (5, 7, 2, 0, 0)):
         *args, options = arguments("bias window blocks sinks", batch, queries, keys, 2, size, value_size)
@@ -148,6 +159,12 @@ def test_large_scores(capability):
     out, lse = direct(*args, options)
     within_budget((out, lse), args, options)
     assert lse.abs().amax() > 1e4 and torch.isfinite(out).all()
+    # Each query by itself: the same scores, in another order of sums.
+    q, k, v = args
+    for i in range(3):
+        one, one_lse = direct(q[:, i : i + 1], k, v, options)
+        torch.testing.assert_close(one_lse[..., 0], lse[..., i], rtol=1e-6, atol=0)
+        assert torch.isfinite(one).all()
 
 
 def test_exp(capability):
@@ -168,8 +185,9 @@ def test_exp(capability):
         assert (error <= tolerance * exact + 2 * smallest).all()
 
 
-def test_not_a_number_and_infinity_as_in_the_reference(capability):
-    q, k, v, options = arguments("", 1, 5, 40)
+@pytest.mark.parametrize("queries", [5, 40])
+def test_not_a_number_and_infinity_as_in_the_reference(capability, queries):
+    q, k, v, options = arguments("", 1, queries, 40)
     q[0, 1, 0, 0], k[0, 3, 1, 2], v[0, 9, 0, 4] = math.nan, INF, math.nan
     got, expected = direct(q, k, v, options), reference.cross_attention(q, k, v, *options.values())
     torch.testing.assert_close(got, expected, equal_nan=True)

@@ -10,8 +10,23 @@
 namespace vidmem {
 namespace {
 
-constexpr int64_t kFewQueries = 12;
+constexpr int64_t kFewQueries = 24;  // from about here on packs are faster
 constexpr int kKeyStep = 4;  // keys whose products with a query are summed side by side; divides kAttentionTile
+#if defined(__AVX512F__)
+constexpr int kQueryStep = 4;  // queries that a row is loaded for at once
+#else
+constexpr int kQueryStep = 2;
+#endif
+
+template <int N> struct Queries { static constexpr int count = N; };
+
+// Calls f(first, Queries<n>{}) for steps of queries.
+template <class F>
+VIDMEM_INLINE void each_queries(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kQueryStep <= count; i += kQueryStep) f(i, Queries<kQueryStep>{});
+  for (; i < count; ++i) f(i, Queries<1>{});
+}
 
 template <class T, int N> using Lane [[gnu::vector_size(N * sizeof(T))]] = T;
 
@@ -47,13 +62,13 @@ VIDMEM_INLINE void score_keys(const E* const* keys, const E* const* next, int64_
 #pragma GCC unroll 4
       for (int i = 0; i < kKeyStep; ++i) {
         const V key = load(keys[j + i] + c);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int q = 0; q < kQueries; ++q) sum[q][i] += key * load(queries + q * channels + c);
       }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kKeyStep; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) {
         T score = sum_lanes<T, kWidth<T>>(sum[q][i]);
         for (int64_t d = c; d < channels; ++d) score += queries[q * channels + d] * widen(keys[j + i][d]);
@@ -65,24 +80,25 @@ VIDMEM_INLINE void score_keys(const E* const* keys, const E* const* next, int64_
 
 // values[query][channel] = rescale[query] * values + weights[query] times the rows, for kVectors vectors of channels.
 template <class T, int kQueries, int kVectors, class E>
-VIDMEM_INLINE void add_vectors(const E* const* rows, int64_t count, int64_t at, const T* weights, const T* rescale,
-                               int64_t row, T* values) {
+VIDMEM_INLINE void add_vectors(const E* const* rows, const E* const* next, int64_t count, int64_t at, const T* weights,
+                               const T* rescale, int64_t row, T* values) {
   using V = Vector<T>;
   V sum[kQueries][kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[q][v] = load(values + q * row + at + v * kWidth<T>) * rescale[q];
   }
   for (int64_t j = 0; j < count; ++j) {
+    if (next) prefetch(next[j] + at, kVectors * kWidth<T> * sizeof(E));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const V value = load(rows[j] + at + v * kWidth<T>);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) sum[q][v] += weights[q * kAttentionTile + j] * value;
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(sum[q][v], values + q * row + at + v * kWidth<T>);
@@ -90,15 +106,15 @@ VIDMEM_INLINE void add_vectors(const E* const* rows, int64_t count, int64_t at, 
 }
 
 template <class T, int kQueries, class E>
-VIDMEM_INLINE void add_values(const E* const* rows, int64_t count, const T* weights, const T* rescale,
-                              int64_t channels, T* values) {
+VIDMEM_INLINE void add_values(const E* const* rows, const E* const* next, int64_t count, const T* weights,
+                              const T* rescale, int64_t channels, T* values) {
   const int64_t row = channels;
   int64_t c = 0;
   for (; c + 4 * kWidth<T> <= channels; c += 4 * kWidth<T>) {
-    add_vectors<T, kQueries, 4>(rows, count, c, weights, rescale, row, values);
+    add_vectors<T, kQueries, 4>(rows, next, count, c, weights, rescale, row, values);
   }
   for (; c + kWidth<T> <= channels; c += kWidth<T>) {
-    add_vectors<T, kQueries, 1>(rows, count, c, weights, rescale, row, values);
+    add_vectors<T, kQueries, 1>(rows, next, count, c, weights, rescale, row, values);
   }
   for (; c < channels; ++c) {
     for (int q = 0; q < kQueries; ++q) {

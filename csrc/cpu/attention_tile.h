@@ -105,12 +105,12 @@ VIDMEM_INLINE const T* row_of(const AttentionRows& rows, int64_t row, T* buffer)
 template <class T>
 VIDMEM_INLINE void write_row(const T* row, DType dtype, void* out, int64_t offset, int64_t channels) {
   if constexpr (sizeof(T) == 8) {
-    memcpy(static_cast<double*>(out) + offset, row, channels * sizeof(double));
+    copy_row(row, 1, static_cast<double*>(out) + offset, channels);
   } else {
     switch (dtype) {
       case DType::bfloat16: return narrow_row(row, static_cast<bf16*>(out) + offset, channels);
       case DType::float16: return narrow_row(row, static_cast<fp16*>(out) + offset, channels);
-      default: memcpy(static_cast<float*>(out) + offset, row, channels * sizeof(float));
+      default: copy_row(row, 1, static_cast<float*>(out) + offset, channels);
     }
   }
 }

@@ -115,8 +115,8 @@ VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* value
       empty ? -kInfinity<T> : static_cast<T>(largest + __builtin_log(static_cast<double>(divisor)));
 }
 
-// Rows of a tile as they lie, or widened into `copies` if their channels lie apart. The list ends with repetitions of
-// the last one, for whole steps.
+// Rows of a tile as they lie, or widened into `copies` if their channels lie apart. Repetitions of the last one fill up
+// the list.
 template <class T, class E>
 VIDMEM_INLINE void list_rows(const AttentionRows& rows, const int32_t* index, int64_t count, T* copies,
                              const E** list) {
@@ -128,7 +128,7 @@ VIDMEM_INLINE void list_rows(const AttentionRows& rows, const int32_t* index, in
       list[j] = static_cast<const E*>(rows.data) + index[j] * rows.row_stride;
     }
   }
-  for (int64_t j = count; j < round_up(count, kKeyStep); ++j) list[j] = list[count - 1];
+  for (int64_t j = count; j < kAttentionTile; ++j) list[j] = list[count - 1];
 }
 
 template <class T, class E>
@@ -142,7 +142,7 @@ void attend_few_queries(const AttendQueries& args) {
   T* value_copies = arena.take<T>(kAttentionTile * value_channels);
   T* scores = arena.take<T>(kFewQueries * kAttentionTile);
   T largest[kFewQueries], total[kFewQueries], rescale[kFewQueries];
-  const E *keys[kAttentionTile], *rows[kAttentionTile];
+  const E *lists[2][kAttentionTile], *rows[kAttentionTile];  // keys of a tile and of the next one; values
   const T scale = static_cast<T>(args.scale);
 
   for (int64_t i = 0; i < count; ++i) {
@@ -153,21 +153,21 @@ void attend_few_queries(const AttendQueries& args) {
   }
   for (int64_t i = 0; i < count * value_channels; ++i) values[i] = 0;
 
+  const auto tile = [&](int64_t start) {
+    return args.num_keys - start < kAttentionTile ? args.num_keys - start : kAttentionTile;
+  };
+  if (args.num_keys > 0) list_rows<T, E>(args.k, args.keys, tile(0), key_copies, lists[0]);
   for (int64_t start = 0; start < args.num_keys; start += kAttentionTile) {
-    const int64_t some = args.num_keys - start < kAttentionTile ? args.num_keys - start : kAttentionTile;
+    const int64_t some = tile(start), end = start + some;
     const int32_t* index = args.keys + start;
-    list_rows<T, E>(args.k, index, some, key_copies, keys);
+    const E** keys = lists[start / kAttentionTile % 2];
+    const E** next = lists[1 - start / kAttentionTile % 2];
     list_rows<T, E>(args.v, index, some, value_copies, rows);
-    int64_t i = 0;
-    for (; i + 2 <= count; i += 2) {
-      score_keys<T, 2>(keys, i == 0 ? rows : nullptr, some, queries + i * channels, channels,
-                       scores + i * kAttentionTile);
-    }
-    if (i < count) {
-      score_keys<T, 1>(keys, i == 0 ? rows : nullptr, some, queries + i * channels, channels,
-                       scores + i * kAttentionTile);
-    }
-    for (i = 0; i < count; ++i) {
+    each_queries(count, [&](int64_t i, auto step) {
+      score_keys<T, decltype(step)::count>(keys, i == 0 ? rows : nullptr, some, queries + i * channels, channels,
+                                           scores + i * kAttentionTile);
+    });
+    for (int64_t i = 0; i < count; ++i) {
       T* score = scores + i * kAttentionTile;
       const double low = args.window.low ? args.window.low[args.first + i] : 0;
       const double high = args.window.low ? args.window.high[args.first + i] : 0;
@@ -181,14 +181,12 @@ void attend_few_queries(const AttendQueries& args) {
       }
       rescale[i] = weigh(score, some, largest + i, total + i);
     }
-    for (i = 0; i + 2 <= count; i += 2) {
-      add_values<T, 2>(rows, some, scores + i * kAttentionTile, rescale + i, value_channels,
-                       values + i * value_channels);
-    }
-    if (i < count) {
-      add_values<T, 1>(rows, some, scores + i * kAttentionTile, rescale + i, value_channels,
-                       values + i * value_channels);
-    }
+    if (end < args.num_keys) list_rows<T, E>(args.k, args.keys + end, tile(end), key_copies, next);
+    each_queries(count, [&](int64_t i, auto step) {
+      const E* const* fetch = i == 0 && end < args.num_keys ? next : nullptr;
+      add_values<T, decltype(step)::count>(rows, fetch, some, scores + i * kAttentionTile, rescale + i, value_channels,
+                                           values + i * value_channels);
+    });
   }
   for (int64_t i = 0; i < count; ++i) {
     finish(args, args.first + i, values + i * value_channels, 1, largest[i], total[i], buffer);
