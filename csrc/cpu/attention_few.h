@@ -28,24 +28,6 @@ VIDMEM_INLINE void each_queries(int64_t count, const F& f) {
   for (; i < count; ++i) f(i, Queries<1>{});
 }
 
-template <class T, int N> using Lane [[gnu::vector_size(N * sizeof(T))]] = T;
-
-// The sum of the lanes of a vector, by halves.
-template <class T, int N, class V>
-VIDMEM_INLINE T sum_lanes(const V& v) {
-  if constexpr (N == 1) {
-    T sum;
-    memcpy(&sum, &v, sizeof sum);
-    return sum;
-  } else {
-    Lane<T, N / 2> low, high;
-    memcpy(&low, &v, sizeof low);
-    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    low += high;
-    return sum_lanes<T, N / 2>(low);
-  }
-}
-
 // scores[query][key] of kQueries queries, whose rows have `channels` elements; E is what keys are stored as. Meanwhile
 // the rows of `next` are fetched, if given: every row is on a page of its own, which the processor does not foresee.
 template <class T, int kQueries, class E>
@@ -70,7 +52,7 @@ VIDMEM_INLINE void score_keys(const E* const* keys, const E* const* next, int64_
     for (int i = 0; i < kKeyStep; ++i) {
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) {
-        T score = sum_lanes<T, kWidth<T>>(sum[q][i]);
+        T score = sum_lanes(sum[q][i]);
         for (int64_t d = c; d < channels; ++d) score += queries[q * channels + d] * widen(keys[j + i][d]);
         scores[q * kAttentionTile + j + i] = score;
       }
@@ -87,7 +69,7 @@ VIDMEM_INLINE void add_vectors(const E* const* rows, const E* const* next, int64
 #pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[q][v] = load(values + q * row + at + v * kWidth<T>) * rescale[q];
+    for (int v = 0; v < kVectors; ++v) sum[q][v] = V{};
   }
   for (int64_t j = 0; j < count; ++j) {
     if (next) prefetch(next[j] + at, kVectors * kWidth<T> * sizeof(E));
@@ -101,7 +83,10 @@ VIDMEM_INLINE void add_vectors(const E* const* rows, const E* const* next, int64
 #pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sum[q][v], values + q * row + at + v * kWidth<T>);
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = values + q * row + at + v * kWidth<T>;
+      store(load(to) * rescale[q] + sum[q][v], to);  // added last: see multiply_tile
+    }
   }
 }
 
@@ -118,9 +103,9 @@ VIDMEM_INLINE void add_values(const E* const* rows, const E* const* next, int64_
   }
   for (; c < channels; ++c) {
     for (int q = 0; q < kQueries; ++q) {
-      T sum = values[q * row + c] * rescale[q];
+      T sum = 0;
       for (int64_t j = 0; j < count; ++j) sum += weights[q * kAttentionTile + j] * widen(rows[j][c]);
-      values[q * row + c] = sum;
+      values[q * row + c] = values[q * row + c] * rescale[q] + sum;
     }
   }
 }
@@ -147,7 +132,7 @@ inline T weigh(T* scores, int64_t count, T* largest, T* total) {
   }
   const T rescale = exp_of(V{} + (*largest - base))[0];
   *largest = highest;
-  *total = *total * rescale + sum_lanes<T, kWidth<T>>(sum);
+  *total = *total * rescale + sum_lanes(sum);
   return rescale;
 }
 

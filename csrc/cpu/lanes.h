@@ -71,6 +71,30 @@ typedef float FloatsHalf __attribute__((vector_size(kVectorBytes / 2)));
   return __builtin_convertvector(half, Doubles);
 }
 
+// By halves. In intrinsics: as shuffles, which GCC compiles badly, causal linear attention took 22.4 ms, not 19.5.
+[[maybe_unused]] inline float sum_lanes(Floats v) {
+#if defined(__AVX512F__)
+  // The masked form: GCC 12 warns of an uninitialised operand inside the plain one.
+  const __m256 x = (__m256)_mm512_maskz_extractf64x4_pd(0xf, (__m512d)v, 1) +
+                   (__m256)_mm512_maskz_extractf64x4_pd(0xf, (__m512d)v, 0);
+#elif defined(__AVX2__)
+  const __m256 x = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  __m128 y = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+  y += _mm_movehl_ps(y, y);
+  return y[0] + y[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+[[maybe_unused]] inline double sum_lanes(Doubles v) {
+  double sum = 0;
+  for (int l = 0; l < kDoubles; ++l) sum += v[l];
+  return sum;
+}
+
 [[maybe_unused]] inline void store(Floats v, float* p) { memcpy(p, &v, sizeof v); }
 [[maybe_unused]] inline void store(Doubles v, double* p) { memcpy(p, &v, sizeof v); }
 

@@ -1,4 +1,4 @@
-// CPU kernels of merge_attention_states on raw pointers; strides count elements. Sums are double for double, else float.
+// CPU kernels of merge_attention_states on raw pointers; strides count elements. Sums of double are double, else float.
 #pragma once
 
 #include <stdint.h>
