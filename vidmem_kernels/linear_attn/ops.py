@@ -26,6 +26,13 @@ def _refuse_cpu(first, *_):
     return "sums in float32, the tensors are float64" if first.dtype == torch.float64 else None
 
 
+def _refuse_triton(q, v) -> str | None:
+    if q.dtype == torch.float64:
+        return "sums in float32, the tensors are float64"
+    sizes = (q.shape[3], v.shape[3])
+    return None if min(sizes) >= 1 and max(sizes) <= 256 else f"takes heads of 1 to 256 channels, got {sizes}"
+
+
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
@@ -48,7 +55,8 @@ register_op(
     setup_context=_setup,
     backward=_backward,
     autocast=("q", "k", "v"),
-    refuse={"cpu": _refuse_cpu},
+    triton="launch_linear_attention_fwd",
+    refuse={"cpu": _refuse_cpu, "triton": lambda q, k, v, *_: _refuse_triton(q, v)},
 )
 
 
@@ -63,5 +71,6 @@ register_op(
     reference=reference.linear_attention_backward,
     fake=_backward_fake,
     autocast=(),
-    refuse={"cpu": _refuse_cpu},
+    triton="launch_linear_attention_bwd",
+    refuse={"cpu": _refuse_cpu, "triton": lambda grad_out, grad_S, grad_z, q, k, v, *_: _refuse_triton(q, v)},
 )

@@ -1,0 +1,254 @@
+"""Triton kernels of linear attention's states: the sums of pieces, the states before them. Not yet run on a GPU.
+
+With B * H = 12, L = 32,760 and D = Dv = 128, sums of 1,024 tokens are 25 MiB of float32: they are written, read and
+written again by the prefix, and read by what comes after. The bfloat16 keys and values are 2 * 96 MiB.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_parts import (
+    Plan,
+    bounds_of,
+    feature_columns,
+    load_columns,
+    load_rows,
+    padded,
+    product,
+    program_of,
+)
+
+
+@triton.jit
+def _linear_sums_kernel(
+    k,
+    v,
+    factors,
+    states,
+    L,
+    H,
+    D,
+    DV,
+    PIECES,
+    SPAN,
+    PER_SPAN,
+    PIECE,
+    COUNT,
+    SPLITS,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    k_stride_d,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    v_stride_d,
+    MAP: tl.constexpr,
+    WITH_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """S and z of the pieces' tokens alone. With `factors` (inverse denominator and its gradient, of queries) the sums
+    that gradients need. The columns of S are split over programs when they do not all fit in registers."""
+    batch, head, piece, split = program_of(PIECES, H, SPLITS)
+    begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
+    d = tl.arange(0, BLOCK_D)
+    c = split * BLOCK_V + tl.arange(0, BLOCK_V)
+    k += batch * k_stride_b + head * k_stride_h
+    v += batch * v_stride_b + head * v_stride_h
+    lane = batch * H + head
+    state = tl.zeros([BLOCK_D, BLOCK_V], tl.float32)
+    keys = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)  # summed over tokens once, at the end
+    for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = first + tl.arange(0, BLOCK_N)
+        y = feature_columns(load_columns(k, n, d, end, D, k_stride_l, k_stride_d), n, d, end, D, MAP)
+        w = load_rows(v, n, c, end, DV, v_stride_l, v_stride_d)
+        if factors is not None:
+            at = factors + lane * 2 * L + n
+            inverse = tl.load(at, n < end, other=0.0)
+            grad = tl.load(at + L, n < end, other=0.0)
+            y = y.to(tl.float32)
+            keys += y * grad[None, :]
+            y = y * inverse[None, :]
+        elif WITH_Z:
+            keys += y.to(tl.float32)
+        state = product(y, w, state, EXACT=True)
+    target = states + (lane * PIECES + piece) * COUNT
+    in_d = d < D
+    tl.store(target + d[:, None] * DV + c[None, :], state, in_d[:, None] & (c < DV)[None, :])
+    tl.store(target + D * DV + d, tl.sum(keys, axis=1), d < (D if split == 0 else 0))
+
+
+@triton.jit
+def _linear_prefix_kernel(
+    states,
+    S,
+    z,
+    last_S,
+    last_z,
+    H,
+    D,
+    DV,
+    PIECES,
+    PER_SPAN,
+    COUNT,
+    S_stride_b,
+    S_stride_h,
+    S_stride_d,
+    S_stride_c,
+    z_stride_b,
+    z_stride_h,
+    z_stride_d,
+    SCAN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums of pieces become, in place, the state before each (SCAN), or that of its span in the span's first piece."""
+    tiles = tl.cdiv(COUNT, BLOCK)
+    lane = (tl.program_id(0) // tiles).to(tl.int64)
+    at = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    in_S = at < D * DV
+    in_z = (at >= D * DV) & (at < D * DV + D)
+    row = (at // DV).to(tl.int64)
+    column = (at % DV).to(tl.int64)
+    state = tl.zeros([BLOCK], tl.float32)
+    if S is not None:
+        first = S + lane // H * S_stride_b + lane % H * S_stride_h
+        state += tl.load(first + row * S_stride_d + column * S_stride_c, in_S, other=0.0)
+        first = z + lane // H * z_stride_b + lane % H * z_stride_h
+        state += tl.load(first + (at - D * DV).to(tl.int64) * z_stride_d, in_z, other=0.0)
+    states += lane * PIECES * COUNT + at
+    valid = in_S | in_z
+    step = tl.full([], 1, tl.int64) * COUNT
+    # The slot that is written lies behind those that are loaded ahead.
+    for i in tl.range(0, PIECES, num_stages=4):
+        piece = PIECES - 1 - i if REVERSE else i
+        own = tl.load(states + piece * step, valid, other=0.0)
+        if SCAN:
+            tl.store(states + piece * step, state, valid)
+            state += own
+        else:
+            state += own
+            # In reverse the first piece of a span is its last to come.
+            if piece % PER_SPAN == (0 if REVERSE else PER_SPAN - 1):
+                tl.store(states + piece // PER_SPAN * PER_SPAN * step, state, valid)
+    tl.store(last_S + lane * D * DV + at, state, in_S)
+    tl.store(last_z + lane * D + at - D * DV, state, in_z)
+
+
+def sum_config(size: int, value_size: int, wide: bool) -> dict[str, int]:
+    """Tile of a program; `wide` is float32 tokens or features."""
+    block_d = padded(size)
+    block_v = min(padded(value_size), (8192 if wide or size > 128 else 16384) // block_d)
+    return {
+        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+        "STAGES": 3,
+    }
+
+
+def _warps(config: dict[str, int]) -> int:
+    return 8 if config["BLOCK_D"] * config["BLOCK_V"] > 4096 else 4
+
+
+def sum_pieces(
+    k: Tensor, v: Tensor, factors: Tensor | None, states: Tensor, plan: Plan, feature_map: str, with_z: bool = True
+) -> None:
+    """Fills `states` with the sums of the pieces; without `with_z`, their z is 0."""
+    batch, length, heads, size = k.shape
+    wide = k.element_size() == 4 or feature_map == "elu1" or factors is not None
+    config = sum_config(size, v.shape[3], wide)
+    splits = triton.cdiv(v.shape[3], config["BLOCK_V"])
+    grid = (batch * heads * plan.pieces * splits,)
+    if grid[0] == 0:
+        return
+    _linear_sums_kernel[grid](
+        k,
+        v,
+        factors,
+        states,
+        length,
+        heads,
+        size,
+        v.shape[3],
+        plan.pieces,
+        plan.span,
+        plan.per_span,
+        plan.piece,
+        states.shape[2],
+        splits,
+        *k.stride(),
+        *v.stride(),
+        MAP=feature_map,
+        WITH_Z=with_z,
+        **config,
+        num_warps=_warps(config),
+    )
+
+
+_PREFIX_BLOCK = 512
+
+
+def prefix_states(
+    states: Tensor, S: Tensor | None, z: Tensor | None, last_S: Tensor, last_z: Tensor, plan: Plan, reverse: bool
+) -> None:
+    """Turns sums of pieces into the states that their tokens see; the final state goes to `last_S` and `last_z`."""
+    lanes, pieces, count = states.shape
+    grid = (lanes * triton.cdiv(count, _PREFIX_BLOCK),)
+    if grid[0] == 0:
+        return
+    _linear_prefix_kernel[grid](
+        states,
+        S,
+        z,
+        last_S,
+        last_z,
+        last_S.shape[1],
+        last_S.shape[2],
+        last_S.shape[3],
+        pieces,
+        plan.per_span,
+        count,
+        *(S.stride() if S is not None else (0,) * 4),
+        *(z.stride() if z is not None else (0,) * 3),
+        SCAN=plan.is_scan,
+        REVERSE=reverse,
+        BLOCK=_PREFIX_BLOCK,
+        num_warps=4,
+    )
+
+
+def _entry(dtype: str, size: int, feature_map: str, weighted: bool = False):
+    wide = dtype == "fp32" or feature_map == "elu1" or weighted
+    config = sum_config(size, size, wide)
+    pointers = {"k": f"*{dtype}", "v": f"*{dtype}", "states": "*fp32"}
+    constants = {"k_stride_d": 1, "v_stride_d": 1, "MAP": feature_map, "WITH_Z": True, **config}
+    if weighted:
+        pointers["factors"] = "*fp32"
+    else:
+        constants["factors"] = None
+    return pointers, constants, _warps(config)
+
+
+# See sparse_gather.triton_gather.AOT.
+AOT = {
+    "_linear_sums_kernel": [
+        _entry("bf16", 128, "relu"),
+        _entry("bf16", 256, "relu"),
+        _entry("fp32", 128, "elu1"),
+        _entry("bf16", 128, "relu", weighted=True),
+    ],
+    "_linear_prefix_kernel": [
+        (
+            {name: "*fp32" for name in ("states", "S", "z", "last_S", "last_z")},
+            {"S_stride_c": 1, "z_stride_d": 1, "SCAN": True, "REVERSE": False, "BLOCK": _PREFIX_BLOCK},
+            4,
+        )
+    ],
+}
