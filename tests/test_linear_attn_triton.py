@@ -67,8 +67,8 @@ CASES = [
     (F16, 200, (16, 16), 1000, "identity", False, False),
     (BF16, 333, (40, 24), None, "elu1", True, True),
     (F32, 130, (3, 1), None, "relu", False, True),
-    (F32, 40, (256, 256), 1, "elu1", True, True),  # both sides of the state are split
-    (BF16, 40, (256, 130), 7, "relu", True, False),
+    (F32, 20, (256, 256), 1, "elu1", True, True),  # both sides of the state are split
+    (BF16, 20, (256, 130), 7, "relu", True, False),
     (F16, 40, (100, 256), 40, "relu", False, True),
 ]
 
@@ -160,8 +160,8 @@ def test_large_sums_of_float16(device):
 
 def test_deterministic(short_pieces, device):
     make = Make(BF16, device)
-    args = arguments(make, 300, 32, 32)
-    grads = arguments(make, 300, 32, 32)[2:]
+    args = arguments(make, 150, 32, 32)
+    grads = arguments(make, 150, 32, 32)[2:]
     options = ("elu1", True, 3, True)
     for op, given in (("linear_attention", args), ("linear_attention_backward", (*grads, *args))):
         first, second = (testing.run(OPS[op], (*given, *options), "triton") for _ in range(2))
@@ -171,7 +171,7 @@ def test_deterministic(short_pieces, device):
 def test_what_it_refuses(device):
     q = torch.ones(1, 2, 1, 4, device=device)
     wide = torch.ones(1, 2, 1, 257, device=device)
-    with pytest.raises(_dispatch.BackendError, match="sums in float32, q is float64"):
+    with pytest.raises(_dispatch.BackendError, match="sums in float32, the tensors are float64"):
         linear_attention(q.double(), q.double(), q.double(), backend="triton")
     with pytest.raises(_dispatch.BackendError, match=r"takes heads of 1 to 256 channels, got \(4, 257\)"):
         linear_attention(q, q, wide, backend="triton")
