@@ -91,8 +91,8 @@ def _linear_outputs_kernel(
     groups = tl.cdiv(end - begin, GROUP)
     # Masked groups are the steps of the inner loop, so that loads run ahead there.
     for g in tl.range(0, 1 if MASKED else groups):
-        start = begin + (groups - 1 - g if REVERSE else g) * GROUP
-        stop = tl.minimum(start + GROUP, end)
+        start = (begin + (groups - 1 - g if REVERSE else g) * GROUP).to(tl.int32)
+        stop = tl.minimum(start + GROUP, end).to(tl.int32)
         if SCAN and not MASKED:
             for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
                 n = first + chunk
@@ -104,8 +104,8 @@ def _linear_outputs_kernel(
                 z += tl.sum(y.to(tl.float32), axis=0)
         for i in tl.range(0, groups if MASKED else tl.cdiv(stop - start, BLOCK_N), num_stages=STAGES):
             if MASKED:
-                first = begin + (groups - 1 - i if REVERSE else i) * GROUP
-                stop = tl.minimum(first + GROUP, end)
+                first = (begin + (groups - 1 - i if REVERSE else i) * GROUP).to(tl.int32)
+                stop = tl.minimum(first + GROUP, end).to(tl.int32)
             else:
                 first = start + i * BLOCK_N
             n = first + chunk
@@ -245,7 +245,7 @@ AOT = {
         _entry("bf16", 128, "relu", causal=False),
         _entry("bf16", 128, "relu", causal=True),
         _entry("bf16", 256, "relu", causal=True),
-        _entry("fp32", 128, "elu1", causal=True),
+        _entry("fp32", 64, "elu1", causal=True),
         _entry("bf16", 64, "relu", causal=True, block=390),
         _entry("bf16", 128, "relu", causal=True, reverse=True),
     ]

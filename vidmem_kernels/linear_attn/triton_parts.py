@@ -84,10 +84,10 @@ def program_of(PIECES, H, SPLITS):
 
 @triton.jit
 def bounds_of(piece, L, SPAN, PER_SPAN, PIECE):
-    """First token of a piece and the one after its last."""
+    """First token of a piece and the one after its last; int32, also beside strides that need more."""
     first = piece // PER_SPAN * SPAN
     begin = first + piece % PER_SPAN * PIECE
-    return begin, tl.minimum(tl.minimum(begin + PIECE, first + SPAN), L)
+    return begin.to(tl.int32), tl.minimum(tl.minimum(begin + PIECE, first + SPAN), L).to(tl.int32)
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def divide(x, y, EXACT: tl.constexpr):
 @triton.jit
 def sees(CHUNK: tl.constexpr, BLOCK, REVERSE: tl.constexpr):
     """(others, tokens): whether a token of a group finds another one, of its own block or of those already walked."""
-    block = tl.arange(0, CHUNK) // BLOCK
+    block = (tl.arange(0, CHUNK) // BLOCK).to(tl.int32)
     if REVERSE:
         return block[:, None] >= block[None, :]
     else:
