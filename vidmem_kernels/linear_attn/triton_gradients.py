@@ -181,7 +181,7 @@ def _linear_gradients_kernel(
                 ratio = tl.div_rn(along, total)
                 t = divide(t - ratio[None, :] * visible, total[None, :], not rounds)
                 if not FACTORS_ONLY:
-                    own = (n < stop) & (split == 0)
+                    own = n < tl.where(split == 0, stop, 0)
                     tl.store(factors + n, tl.div_rn(tl.full([BLOCK_N], 1.0, tl.float32), total), own)
                     tl.store(factors + L + n, tl.div_rn(-ratio, total), own)
             if not FACTORS_ONLY:

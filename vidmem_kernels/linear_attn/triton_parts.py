@@ -18,6 +18,7 @@ from .. import _env
 PIECE = 1024  # tokens that share one float32 state in memory, 64 KiB at D = Dv = 128, beside 1 MiB of bfloat16 tokens
 CHUNK = 32  # tokens of a masked tile of scores beside a state, see `chunk_of`
 EPS = tl.constexpr(1e-10)
+_TF32X3 = tl.constexpr("tf32x3")
 # The interpreter multiplies the bits of bfloat16.
 _INTERPRETED = tl.constexpr(_env.triton_interpret())
 
@@ -143,7 +144,7 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def product(a, b, acc, EXACT: tl.constexpr, SINGLE: tl.constexpr = tl.constexpr("tf32x3")):
+def product(a, b, acc, EXACT: tl.constexpr, SINGLE: tl.constexpr = _TF32X3):
     """acc + a b. A float32 factor of bfloat16 tokens is taken in two parts, 16 bits, which is plenty where the result
     is rounded to the tokens' dtype; with EXACT in three. float16 has not the range for parts of a sum. SINGLE is the
     precision of two float32 factors."""

@@ -81,7 +81,7 @@ def _linear_sums_kernel(
     target = states + (lane * PIECES + piece) * COUNT
     in_d = d < D
     tl.store(target + d[:, None] * DV + c[None, :], state, in_d[:, None] & (c < DV)[None, :])
-    tl.store(target + D * DV + d, tl.sum(keys, axis=1), (d < D) & (split == 0))
+    tl.store(target + D * DV + d, tl.sum(keys, axis=1), d < tl.where(split == 0, D, 0))
 
 
 @triton.jit
