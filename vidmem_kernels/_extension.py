@@ -7,7 +7,7 @@ import logging
 from functools import cache
 from types import ModuleType
 
-import torch  # noqa: F401  (its shared libraries must be loaded before _C's)
+import torch  # its shared libraries must be loaded before _C's
 
 from . import _env
 
@@ -39,3 +39,14 @@ def has_kernel(op: str, device_type: str) -> bool:
     """Whether _C holds a kernel of `op` for tensors on `device_type`."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"vidmem_cpp::{op}", key)
+
+
+def refuse_attention(x: torch.Tensor, *rest: object) -> str | None:
+    """Why the C++ kernels of attention do not take a call whose first tensor is `x`, or None."""
+    if x.dtype == torch.float64:
+        # Sums in tiles have another order than the reference's, which is what float64 is compared with.
+        return "float64 is for checks and runs the reference"
+    if module.cpu_capability() == "baseline":
+        # Gradients were over the error that is allowed: a plain cross-attention's by 5 %, linear attention's 3 times.
+        return "needs AVX2: products that are rounded before they are summed err too much"
+    return None

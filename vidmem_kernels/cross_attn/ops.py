@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _extension
+from .._extension import refuse_attention
 from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import library, reference
@@ -16,16 +16,6 @@ _OPTIONS = (
 
 
 # --- cross_attention ---
-
-
-def _refuse_cpu(x, *rest) -> str | None:
-    """Sums in tiles have another order than the reference's, which is what float64 is compared with."""
-    if x.dtype == torch.float64:
-        return "float64 is for checks and runs the reference"
-    if _extension.module.cpu_capability() == "baseline":
-        # Gradients of a plain call were 5 % over the error that is allowed.
-        return "needs AVX2: products that are rounded before they are summed err too much"
-    return None
 
 
 def _fake(q, k, v, *rest):
@@ -62,7 +52,7 @@ register_op(
     backward=_backward,
     autocast=("q", "k", "v"),
     library=library.FORWARD,
-    refuse={"library": library.refuse, "cpu": _refuse_cpu},
+    refuse={"library": library.refuse, "cpu": refuse_attention},
 )
 
 
@@ -78,7 +68,7 @@ register_op(
     fake=_backward_fake,
     autocast=(),
     library=library.BACKWARD,
-    refuse={"library": library.refuse_backward, "cpu": _refuse_cpu},
+    refuse={"library": library.refuse_backward, "cpu": refuse_attention},
 )
 
 # --- merge_attention_states ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._extension import refuse_attention
 from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import reference
@@ -20,10 +21,6 @@ def _state_fake(q, v):
 
 def _fake(q, k, v, S, z, feature_map, causal, block_size, normalize):
     return v.new_empty(v.shape), *_state_fake(q, v)
-
-
-def _refuse_cpu(first, *_):
-    return "sums in float32, the tensors are float64" if first.dtype == torch.float64 else None
 
 
 def _refuse_triton(q, v) -> str | None:
@@ -56,7 +53,7 @@ register_op(
     backward=_backward,
     autocast=("q", "k", "v"),
     triton="launch_linear_attention_fwd",
-    refuse={"cpu": _refuse_cpu, "triton": lambda q, k, v, *_: _refuse_triton(q, v)},
+    refuse={"cpu": refuse_attention, "triton": lambda q, k, v, *_: _refuse_triton(q, v)},
 )
 
 
@@ -72,5 +69,5 @@ register_op(
     fake=_backward_fake,
     autocast=(),
     triton="launch_linear_attention_bwd",
-    refuse={"cpu": _refuse_cpu, "triton": lambda grad_out, grad_S, grad_z, q, k, v, *_: _refuse_triton(q, v)},
+    refuse={"cpu": refuse_attention, "triton": lambda grad_out, grad_S, grad_z, q, k, v, *_: _refuse_triton(q, v)},
 )
