@@ -18,6 +18,17 @@ _OPTIONS = (
 # --- cross_attention ---
 
 
+def _refuse_triton(q, k, v, *rest) -> str | None:
+    """What the tiles of keys do not hold."""
+    if q.dtype == torch.float64:
+        return "float64 is for checks and runs the reference"
+    if not 1 <= min(q.shape[3], v.shape[3]) <= max(q.shape[3], v.shape[3]) <= 256:
+        return f"needs D and Dv of 1 to 256, got {q.shape[3]} and {v.shape[3]}"
+    if max(q.shape[1], k.shape[1]) >= 2**30:
+        return "needs fewer than 2**30 queries and keys"
+    return None
+
+
 def _fake(q, k, v, *rest):
     batch, length, heads, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[3])
@@ -51,9 +62,18 @@ register_op(
     setup_context=_setup,
     backward=_backward,
     autocast=("q", "k", "v"),
+    triton="launch_cross_attention_fwd",
     library=library.FORWARD,
+<<<<<<< HEAD
     refuse={"library": library.refuse, "cpu": refuse_attention},
+=======
+    refuse={"library": library.refuse, "cpu": refuse_attention, "triton": _refuse_triton},
+>>>>>>> 7598ba6 (Cross-attention and its gradient in Triton: tiles of keys listed in torch, masks only where a tile needs one, no atomics)
 )
+
+
+def _refuse_triton_backward(grad_out, grad_lse, *rest) -> str | None:
+    return _refuse_triton(*rest)
 
 
 def _backward_fake(grad_out, grad_lse, q, k, v, key_bias, out, lse, *rest):
@@ -67,8 +87,13 @@ register_op(
     reference=reference.cross_attention_backward,
     fake=_backward_fake,
     autocast=(),
+    triton="launch_cross_attention_bwd",
     library=library.BACKWARD,
+<<<<<<< HEAD
     refuse={"library": library.refuse_backward, "cpu": refuse_attention},
+=======
+    refuse={"library": library.refuse_backward, "cpu": refuse_attention, "triton": _refuse_triton_backward},
+>>>>>>> 7598ba6 (Cross-attention and its gradient in Triton: tiles of keys listed in torch, masks only where a tile needs one, no atomics)
 )
 
 # --- merge_attention_states ---

@@ -1,0 +1,544 @@
+"""Triton kernels of the gradient of cross_attention. Not yet run on a GPU.
+
+Weights are recomputed from lse. One kernel sums over keys and one over queries, each in its own order: no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_attention import (
+    FEW,
+    as_operand,
+    check_blocks,
+    constants,
+    dot_split,
+    entry_of,
+    exp_minus,
+    hide,
+    lane_of,
+    load_rows,
+    pick,
+    range_of,
+    span_of,
+    strides,
+    tiles_in,
+    variants,
+)
+from .triton_plan import Call
+
+
+@triton.jit
+def _cross_attention_delta_kernel(
+    out,
+    grad,
+    grad_lse,
+    lse,
+    base,
+    delta,
+    LQ,
+    H,
+    DV,
+    out_stride_b,
+    out_stride_l,
+    out_stride_h,
+    out_stride_d,
+    grad_stride_b,
+    grad_stride_l,
+    grad_stride_h,
+    grad_stride_d,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """What all keys of a query share: delta, the gradient of its lse taken off, and the base of its weights.
+
+    The base of a query that sees nothing is +inf, which makes every weight 0.
+    """
+    batch, head, tile = lane_of(tl.cdiv(LQ, BLOCK_M), H)
+    row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dv = tl.arange(0, BLOCK_V).to(tl.int64)
+    inside = (row < LQ)[:, None] & (dv < DV)[None, :]
+    at = out + batch * out_stride_b + head * out_stride_h
+    result = tl.load(at + row[:, None] * out_stride_l + dv[None, :] * out_stride_d, inside, other=0.0)
+    at = grad + batch * grad_stride_b + head * grad_stride_h
+    gradient = tl.load(at + row[:, None] * grad_stride_l + dv[None, :] * grad_stride_d, inside, other=0.0)
+    total = tl.sum(result.to(tl.float32) * gradient.to(tl.float32), axis=1)
+    where = (batch * H + head) * LQ + row
+    if grad_lse is not None:
+        total -= tl.load(grad_lse + where, row < LQ, other=0.0)
+    log_sum = tl.load(lse + where, row < LQ, other=0.0)
+    tl.store(delta + where, total, row < LQ)
+    tl.store(base + where, tl.where(log_sum == float("-inf"), float("inf"), log_sum), row < LQ)
+
+
+@triton.jit
+def _tile_of_keys(
+    grad_q,
+    held,
+    held_grad,
+    base,
+    delta,
+    k,
+    v,
+    bias,
+    rank,
+    low,
+    high,
+    entries,
+    i,
+    LK,
+    D,
+    DV,
+    SIZE_K,
+    SINKS,
+    SCALE,
+    k_stride_l,
+    k_stride_d,
+    v_stride_l,
+    v_stride_d,
+    bias_stride_k,
+    MASKED: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """What one tile of keys adds to the gradient of a tile of queries."""
+    tile, listed = entry_of(entries, i)
+    start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    first = tl.cast(start, tl.int64)
+    at = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
+    keys = as_operand(load_rows(at, start + n, stop, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
+    at = v + first * v_stride_l + (n.to(tl.int64)[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d)
+    values = as_operand(load_rows(at, start + n, stop, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
+    score = tl.dot(held, keys.T, input_precision=PRECISION) * SCALE
+    if bias is not None:
+        at_bias = bias + (first + n) * bias_stride_k
+        score += (tl.load(at_bias, start + n < stop, other=0.0) if MASKED else tl.load(at_bias))[None, :]
+    if MASKED:
+        key_rank = None
+        if rank is not None:
+            key_rank = tl.load(rank + first + n, start + n < stop, other=0)[None, :]
+        score = hide(score, (start + n)[None, :], stop, listed, key_rank, low, high, SINKS, HAS_BLOCKS, HAS_SINKS)
+    weight = exp_minus(score, base[:, None], PRECISION, INTERPRET)
+    grad_score = weight * (tl.dot(held_grad, values.T, input_precision=PRECISION) - delta[:, None])
+    return dot_split(grad_score, keys, grad_q, k.dtype.element_ty, SPLIT, PRECISION, INTERPRET)
+
+
+@triton.jit
+def _cross_attention_grad_q_kernel(
+    q,
+    k,
+    v,
+    grad,
+    base,
+    delta,
+    bias,
+    rank,
+    low,
+    high,
+    ranges,
+    entries,
+    grad_q,
+    LQ,
+    LK,
+    H,
+    D,
+    DV,
+    SIZE_Q,
+    SIZE_K,
+    SINKS,
+    SCALE,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    q_stride_d,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    k_stride_d,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    v_stride_d,
+    grad_stride_b,
+    grad_stride_l,
+    grad_stride_h,
+    grad_stride_d,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_k,
+    rank_stride_b,
+    low_stride_b,
+    tiles_stride_b,
+    tiles_stride_h,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """grad_q (B, Lq, H, D) of one tile of queries."""
+    count = tiles_in(LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
+    batch, head, tile = lane_of(count, H)
+    start, stop = span_of(tile, LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
+    row = start + tl.arange(0, BLOCK_M)
+    row64 = row.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    at = q + batch * q_stride_b + head * q_stride_h
+    at = at + row64[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d
+    held = as_operand(load_rows(at, row, stop, d, D, EVEN, True), q.dtype.element_ty, INTERPRET)
+    at = grad + batch * grad_stride_b + head * grad_stride_h
+    at = at + row64[:, None] * grad_stride_l + dv.to(tl.int64)[None, :] * grad_stride_d
+    held_grad = as_operand(load_rows(at, row, stop, dv, DV, EVEN_V, True), q.dtype.element_ty, INTERPRET)
+    where = (batch * H + head) * LQ + row64
+    row_base = tl.load(base + where, row < stop, other=float("inf"))
+    row_delta = tl.load(delta + where, row < stop, other=0.0)
+    k += batch * k_stride_b + head * k_stride_h
+    v += batch * v_stride_b + head * v_stride_h
+    if bias is not None:
+        bias += batch * bias_stride_b + head * bias_stride_h
+    row_low = None
+    row_high = None
+    if rank is not None:
+        rank += batch * rank_stride_b
+        row_low = tl.load(low + batch * low_stride_b + row64, row < stop, other=0)[:, None]
+        row_high = tl.load(high + batch * low_stride_b + row64, row < stop, other=0)[:, None]
+    lane = batch * tiles_stride_b + head * tiles_stride_h
+    begin, middle, end = range_of(ranges, lane * count + tile, LK // BLOCK_N, tl.cdiv(LK, BLOCK_N))
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=True):
+        total = _tile_of_keys(
+            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS,
+            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+    for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=True):
+        total = _tile_of_keys(
+            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
+            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+    grad_q += ((batch * LQ + row64[:, None]) * H + head) * D + d[None, :]
+    tl.store(grad_q, (total * SCALE).to(grad_q.dtype.element_ty), (row < stop)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _tile_of_queries(
+    grad_k,
+    grad_v,
+    grad_bias,
+    keys,
+    values,
+    key,
+    key_stop,
+    key_bias,
+    key_rank,
+    q,
+    grad,
+    base,
+    delta,
+    low,
+    high,
+    entries,
+    i,
+    LQ,
+    D,
+    DV,
+    SIZE_Q,
+    SINKS,
+    SCALE,
+    q_stride_l,
+    q_stride_d,
+    grad_stride_l,
+    grad_stride_d,
+    MASKED: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """What one tile of queries adds to the gradients of a tile of keys; scores are (keys, queries)."""
+    tile, listed = entry_of(entries, i)
+    start, stop = span_of(tile, LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    first = tl.cast(start, tl.int64)
+    dtype: tl.constexpr = q.dtype.element_ty
+    at = q + first * q_stride_l + (m.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d)
+    queries = as_operand(load_rows(at, start + m, stop, d, D, EVEN, True), dtype, INTERPRET)
+    at = grad + first * grad_stride_l
+    at = at + (m.to(tl.int64)[:, None] * grad_stride_l + dv.to(tl.int64)[None, :] * grad_stride_d)
+    gradient = as_operand(load_rows(at, start + m, stop, dv, DV, EVEN_V, True), dtype, INTERPRET)
+    row_base = tl.load(base + first + m, start + m < stop, other=float("inf"))
+    row_delta = tl.load(delta + first + m, start + m < stop, other=0.0)
+    score = tl.dot(keys, queries.T, input_precision=PRECISION) * SCALE
+    if key_bias is not None:
+        score += key_bias
+    if MASKED:
+        row_low = None
+        row_high = None
+        if key_rank is not None:
+            row_low = tl.load(low + first + m, start + m < stop, other=0)[None, :]
+            row_high = tl.load(high + first + m, start + m < stop, other=0)[None, :]
+        score = hide(score, key, key_stop, listed, key_rank, row_low, row_high, SINKS, HAS_BLOCKS, HAS_SINKS)
+    weight = exp_minus(score, row_base[None, :], PRECISION, INTERPRET)
+    grad_v = dot_split(weight, gradient, grad_v, dtype, SPLIT, PRECISION, INTERPRET)
+    grad_score = weight * (tl.dot(values, gradient.T, input_precision=PRECISION) - row_delta[None, :])
+    if key_bias is not None:
+        grad_bias += tl.sum(grad_score, axis=1)
+    grad_k = dot_split(grad_score, queries, grad_k, dtype, SPLIT, PRECISION, INTERPRET)
+    return grad_k, grad_v, grad_bias
+
+
+@triton.jit
+def _cross_attention_grad_kv_kernel(
+    q,
+    k,
+    v,
+    grad,
+    base,
+    delta,
+    bias,
+    rank,
+    low,
+    high,
+    ranges,
+    entries,
+    grad_k,
+    grad_v,
+    grad_bias,
+    LQ,
+    LK,
+    H,
+    D,
+    DV,
+    SIZE_Q,
+    SIZE_K,
+    SINKS,
+    SCALE,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    q_stride_d,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    k_stride_d,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    v_stride_d,
+    grad_stride_b,
+    grad_stride_l,
+    grad_stride_h,
+    grad_stride_d,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_k,
+    rank_stride_b,
+    low_stride_b,
+    tiles_stride_b,
+    tiles_stride_h,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """grad_k (B, Lk, H, D), grad_v (B, Lk, H, Dv) and grad_bias (B, H, Lk) of one tile of keys."""
+    count = tiles_in(LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
+    batch, head, tile = lane_of(count, H)
+    start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
+    key = start + tl.arange(0, BLOCK_N)
+    key64 = key.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    at = k + batch * k_stride_b + head * k_stride_h
+    at = at + key64[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d
+    keys = as_operand(load_rows(at, key, stop, d, D, EVEN, True), k.dtype.element_ty, INTERPRET)
+    at = v + batch * v_stride_b + head * v_stride_h
+    at = at + key64[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d
+    values = as_operand(load_rows(at, key, stop, dv, DV, EVEN_V, True), v.dtype.element_ty, INTERPRET)
+    q += batch * q_stride_b + head * q_stride_h
+    grad += batch * grad_stride_b + head * grad_stride_h
+    base += (batch * H + head) * LQ
+    delta += (batch * H + head) * LQ
+    key_bias = None
+    if bias is not None:
+        at_bias = bias + batch * bias_stride_b + head * bias_stride_h
+        key_bias = tl.load(at_bias + key64 * bias_stride_k, key < stop, other=0.0)[:, None]
+    key_rank = None
+    if rank is not None:
+        key_rank = tl.load(rank + batch * rank_stride_b + key64, key < stop, other=0)[:, None]
+        low += batch * low_stride_b
+        high += batch * low_stride_b
+    lane = batch * tiles_stride_b + head * tiles_stride_h
+    whole = tl.cdiv(LQ, BLOCK_M)  # keys past the end are 0, and what they add to nobody's sums is not stored
+    begin, middle, end = range_of(ranges, lane * count + tile, whole, whole)
+    total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    total_bias = tl.zeros([BLOCK_N], tl.float32)
+    for i in tl.range(begin, middle, num_stages=STAGES):
+        total_k, total_v, total_bias = _tile_of_queries(
+            total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base, delta,
+            low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+            grad_stride_d, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
+            BLOCK_V,
+        )  # fmt: skip
+    if ranges is not None:
+        for i in tl.range(middle, end, num_stages=STAGES):
+            total_k, total_v, total_bias = _tile_of_queries(
+                total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base,
+                delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+                grad_stride_d, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
+                BLOCK_V,
+            )  # fmt: skip
+    inside = (key < stop)[:, None]
+    row = (batch * LK + key64[:, None]) * H + head
+    grad_k += row * D + d[None, :]
+    tl.store(grad_k, (total_k * SCALE).to(grad_k.dtype.element_ty), inside & (d < D)[None, :])
+    grad_v += row * DV + dv[None, :]
+    tl.store(grad_v, total_v.to(grad_v.dtype.element_ty), inside & (dv < DV)[None, :])
+    if bias is not None:
+        tl.store(grad_bias + (batch * H + head) * LK + key64, total_bias, key < stop)
+
+
+# See triton_attention: head size at most -> (queries, keys, warps, stages).
+_HALF_Q = {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}
+_HALF_KV = {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)}
+_SINGLE = {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)}
+_DELTA = {"BLOCK_M": 16}
+
+
+def launch_cross_attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_sinks: int,
+    q_time: Tensor | None,
+    k_time: Tensor | None,
+    window: list[float] | None,
+    block_index: Tensor | None,
+    block_size: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and key_bias (no elements without one)."""
+    batch, queries, heads, size = q.shape
+    keys, value_size = k.shape[1], v.shape[3]
+    check_blocks(block_index, block_size, keys)
+    like = {"device": q.device}
+    grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, **like) for t in (q, k, v))
+    grad_bias = torch.empty(0 if key_bias is None else (batch, heads, keys), dtype=torch.float32, **like)
+    call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
+    base, delta = (torch.empty(batch, heads, queries, dtype=torch.float32, **like) for _ in range(2))
+    fixed = constants(q, v)
+    half = q.dtype != torch.float32
+    by_axis = strides({"q": q, "k": k, "v": v, "grad": grad_out})
+    shared = {"LQ": queries, "LK": keys, "H": heads, "D": size, "DV": value_size, "SCALE": float(scale)}
+    if base.numel() > 0:
+        _cross_attention_delta_kernel[(batch * heads * triton.cdiv(queries, _DELTA["BLOCK_M"]),)](
+            out,
+            grad_out,
+            grad_lse if grad_lse is None else grad_lse.contiguous(),
+            lse.contiguous(),
+            base,
+            delta,
+            queries,
+            heads,
+            value_size,
+            *out.stride(),
+            *grad_out.stride(),
+            **_DELTA,
+            BLOCK_V=fixed["BLOCK_V"],
+            num_warps=4,
+        )
+        block_m, block_n, warps, stages = pick(_HALF_Q, _SINGLE, q, v)
+        block_m, block_n = call.limits(block_m, block_n)
+        _cross_attention_grad_q_kernel[(batch * heads * call.query_tiles(block_m),)](
+            q, k, v, grad_out, base, delta, grad_q=grad_q, **shared, **by_axis, **fixed,
+            **call.arguments(block_m, block_n, by_key=False), SPLIT=half and keys < FEW,
+            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+    if batch * heads * keys > 0:
+        block_m, block_n, warps, stages = pick(_HALF_KV, _SINGLE, q, v)
+        block_m, block_n = call.limits(block_m, block_n)
+        _cross_attention_grad_kv_kernel[(batch * heads * call.key_tiles(block_n),)](
+            q, k, v, grad_out, base, delta, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias, **shared, **by_axis,
+            **fixed, **call.arguments(block_m, block_n, by_key=True), SPLIT=half and queries < FEW,
+            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+    if key_bias is not None:
+        grad_bias = (grad_bias.sum(1) if key_bias.dim() == 2 else grad_bias).to(key_bias.dtype)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+_UNIT = dict.fromkeys((f"{x}_stride_d" for x in ("q", "k", "v", "grad")), 1)
+_WANTED = (
+    ("bf16", 64, ""),
+    ("bf16", 128, "bias"),
+    ("bf16", 128, "bias window blocks sinks"),
+    ("bf16", 256, ""),
+    ("fp32", 128, ""),
+)
+_ROWS = {"base": "*fp32", "delta": "*fp32"}
+# See triton_gather.AOT.
+AOT = {
+    "_cross_attention_delta_kernel": [
+        (
+            {"out": "*bf16", "grad": "*bf16", "grad_lse": "*fp32", "lse": "*fp32", **_ROWS},
+            {"out_stride_d": 1, "grad_stride_d": 1, **_DELTA, "BLOCK_V": size},
+            4,
+        )
+        for size in (128, 256)
+    ],
+    "_cross_attention_grad_q_kernel": [
+        ({**pointers, **_ROWS}, fixed, warps)
+        for pointers, fixed, warps in variants(_HALF_Q, _SINGLE, ("q", "k", "v", "grad", "grad_q"), _WANTED, _UNIT)
+    ],
+    "_cross_attention_grad_kv_kernel": [
+        ({**pointers, **_ROWS, "grad_bias": "*fp32"}, fixed, warps)
+        for pointers, fixed, warps in variants(
+            _HALF_KV, _SINGLE, ("q", "k", "v", "grad", "grad_k", "grad_v"), _WANTED, _UNIT
+        )
+    ],
+}
