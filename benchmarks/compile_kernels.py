@@ -4,6 +4,9 @@
 
 Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers or needs more shared
 memory than the architecture has. Must not run under TRITON_INTERPRET=1.
+
+An entry of an AOT table is (pointer types, constants, warps), for every architecture, or (pointer types, constants,
+warps, architectures) where tiles depend on it.
 """
 
 from __future__ import annotations
@@ -79,7 +82,7 @@ def compile_triton(job: Job, folder: Path) -> Usage:
 
     module = importlib.import_module(job.module)
     kernel = getattr(module, job.kernel)
-    pointers, constants, num_warps = module.AOT[job.kernel][job.variant]
+    pointers, constants, num_warps, *_ = module.AOT[job.kernel][job.variant]
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, job.integer) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
@@ -108,8 +111,9 @@ def all_triton(archs: list[int], folder: Path) -> list[Usage]:
         jobs += [
             Job(module.__name__, kernel, variant, *target)
             for kernel, variants in entries.items()
-            for variant in range(len(variants))
+            for variant, (*_, held) in enumerate(variants)
             for target in targets
+            if not isinstance(held, tuple) or target[0] in held
         ]
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_triton, jobs, repeat(folder), chunksize=len(jobs) // 16 + 1))

@@ -15,6 +15,7 @@ from triton.language.extra import libdevice
 from .._env import triton_interpret
 from .._numerics import check_index
 from .triton_plan import Call
+from .triton_tiles import WANTED, padded, pick, variants
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -237,6 +238,7 @@ def _cross_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """out (B, Lq, H, Dv) and lse (B, H, Lq) of one tile of queries."""
     count = tiles_in(LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
@@ -264,13 +266,13 @@ def _cross_attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.range(begin, middle, num_stages=STAGES):
+    for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
             held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV, SIZE_K, SINKS,
             SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS, HAS_SINKS,
             SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-    for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1):
+    for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
             held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV, SIZE_K, SINKS,
             SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS, HAS_SINKS,
@@ -286,22 +288,6 @@ def _cross_attention_fwd_kernel(
 
 
 FEW = 256  # terms of a sum, as of which roundings to half precision average out
-
-
-def padded(size: int) -> int:
-    """Width of a tile that holds rows of `size` elements."""
-    return max(16, triton.next_power_of_2(size))
-
-
-# Head size at most -> (queries, keys, warps, stages of the pipeline).
-_HALF = {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)}
-_SINGLE = {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
-
-
-def pick(half: dict, single: dict, q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    """The entry of the smallest head size that holds both."""
-    table = single if q.dtype == torch.float32 else half
-    return table[min(size for size in table if size >= max(q.shape[3], v.shape[3]))]
 
 
 def constants(q: Tensor, v: Tensor) -> dict[str, object]:
@@ -355,7 +341,7 @@ def launch_cross_attention_fwd(
     if lse.numel() == 0:
         return out, lse
     call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
-    block_m, block_n, warps, stages = pick(_HALF, _SINGLE, q, v)
+    block_m, block_n, warps, stages, hoist = pick("fwd", q, v)
     block_m, block_n = call.limits(block_m, block_n)
     grid = (batch * heads * call.query_tiles(block_m),)
     _cross_attention_fwd_kernel[grid](
@@ -377,63 +363,13 @@ def launch_cross_attention_fwd(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         STAGES=stages,
+        HOIST=hoist,
         num_warps=warps,
     )
     return out, lse
 
 
-_NONE = dict.fromkeys(("bias", "rank", "low", "high", "ranges", "entries"))
-_UNIT = dict.fromkeys((f"{x}_stride_d" for x in "qkv"), 1)
-_LIST = {"ranges": "*i64", "entries": "*i32"}
-_WINDOW = {"rank": "*i32", "low": "*i32", "high": "*i32", **_LIST}
-_BIAS = {"bias": "*fp32"}
-
-
-def variants(half: dict, single: dict, tensors: tuple[str, ...], wanted: tuple, unit: dict) -> list:
-    """Entries of an AOT table: of (dtype, head size, features) the tile that `pick` gives."""
-    entries = []
-    for dtype, size, features in wanted:
-        table = single if dtype == "fp32" else half
-        block_m, block_n, warps, stages = table[min(s for s in table if s >= size)]
-        given = (_BIAS if "bias" in features else {}) | (_WINDOW if "window" in features else {})
-        given |= _LIST if "blocks" in features else {}
-        fixed = {
-            **{name: None for name in _NONE if name not in given},
-            **unit,
-            "HAS_BLOCKS": "blocks" in features,
-            "HAS_SINKS": "sinks" in features,
-            "SPLIT": False,
-            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-            "INTERPRET": False,
-            "EVEN": size == padded(size),
-            "EVEN_V": size == padded(size),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_D": padded(size),
-            "BLOCK_V": padded(size),
-            "STAGES": stages,
-        }
-        entries.append(({**dict.fromkeys(tensors, f"*{dtype}"), **given, "SCALE": "fp32"}, fixed, warps))
-    return entries
-
-
-# See triton_gather.AOT.
+# See sparse_gather.triton_gather.AOT.
 AOT = {
-    "_cross_attention_fwd_kernel": [
-        ({**pointers, "lse": "*fp32"}, fixed, warps)
-        for pointers, fixed, warps in variants(
-            _HALF,
-            _SINGLE,
-            ("q", "k", "v", "out"),
-            (
-                ("bf16", 64, ""),
-                ("bf16", 128, "bias"),
-                ("bf16", 128, "blocks"),
-                ("bf16", 128, "bias window blocks sinks"),
-                ("bf16", 256, "window"),
-                ("fp32", 128, ""),
-            ),
-            _UNIT,
-        )
-    ],
+    "_cross_attention_fwd_kernel": variants("fwd", ("q", "k", "v", "out"), {"lse": "*fp32"}, WANTED),
 }

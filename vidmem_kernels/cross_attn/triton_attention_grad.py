@@ -21,14 +21,13 @@ from .triton_attention import (
     hide,
     lane_of,
     load_rows,
-    pick,
     range_of,
     span_of,
     strides,
     tiles_in,
-    variants,
 )
 from .triton_plan import Call
+from .triton_tiles import WANTED, pick, variants
 
 
 @triton.jit
@@ -196,6 +195,7 @@ def _cross_attention_grad_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """grad_q (B, Lq, H, D) of one tile of queries."""
     count = tiles_in(LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
@@ -227,13 +227,13 @@ def _cross_attention_grad_q_kernel(
     lane = batch * tiles_stride_b + head * tiles_stride_h
     begin, middle, end = range_of(ranges, lane * count + tile, LK // BLOCK_N, tl.cdiv(LK, BLOCK_N))
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=True):
+    for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total = _tile_of_keys(
             total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV,
             SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS,
             HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-    for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=True):
+    for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=not HOIST):
         total = _tile_of_keys(
             total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV,
             SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
@@ -379,6 +379,7 @@ def _cross_attention_grad_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """grad_k (B, Lk, H, D), grad_v (B, Lk, H, Dv) and grad_bias (B, H, Lk) of one tile of keys."""
     count = tiles_in(LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
@@ -413,7 +414,7 @@ def _cross_attention_grad_kv_kernel(
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     total_bias = tl.zeros([BLOCK_N], tl.float32)
-    for i in tl.range(begin, middle, num_stages=STAGES):
+    for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total_k, total_v, total_bias = _tile_of_queries(
             total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base, delta,
             low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
@@ -421,7 +422,7 @@ def _cross_attention_grad_kv_kernel(
             BLOCK_V,
         )  # fmt: skip
     if ranges is not None:
-        for i in tl.range(middle, end, num_stages=STAGES):
+        for i in tl.range(middle, end, num_stages=STAGES, disable_licm=not HOIST):
             total_k, total_v, total_bias = _tile_of_queries(
                 total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base,
                 delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
@@ -438,10 +439,6 @@ def _cross_attention_grad_kv_kernel(
         tl.store(grad_bias + (batch * H + head) * LK + key64, total_bias, key < stop)
 
 
-# See triton_attention: head size at most -> (queries, keys, warps, stages).
-_HALF_Q = {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}
-_HALF_KV = {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)}
-_SINGLE = {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)}
 _DELTA = {"BLOCK_M": 16}
 
 
@@ -492,36 +489,29 @@ def launch_cross_attention_bwd(
             BLOCK_V=fixed["BLOCK_V"],
             num_warps=4,
         )
-        block_m, block_n, warps, stages = pick(_HALF_Q, _SINGLE, q, v)
+        block_m, block_n, warps, stages, hoist = pick("grad_q", q, v)
         block_m, block_n = call.limits(block_m, block_n)
         _cross_attention_grad_q_kernel[(batch * heads * call.query_tiles(block_m),)](
             q, k, v, grad_out, base, delta, grad_q=grad_q, **shared, **by_axis, **fixed,
             **call.arguments(block_m, block_n, by_key=False), SPLIT=half and keys < FEW,
-            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=warps,
+            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, HOIST=hoist, num_warps=warps,
         )  # fmt: skip
     if batch * heads * keys > 0:
-        block_m, block_n, warps, stages = pick(_HALF_KV, _SINGLE, q, v)
+        block_m, block_n, warps, stages, hoist = pick("grad_kv", q, v)
         block_m, block_n = call.limits(block_m, block_n)
         _cross_attention_grad_kv_kernel[(batch * heads * call.key_tiles(block_n),)](
             q, k, v, grad_out, base, delta, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias, **shared, **by_axis,
             **fixed, **call.arguments(block_m, block_n, by_key=True), SPLIT=half and queries < FEW,
-            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=warps,
+            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, HOIST=hoist, num_warps=warps,
         )  # fmt: skip
     if key_bias is not None:
         grad_bias = (grad_bias.sum(1) if key_bias.dim() == 2 else grad_bias).to(key_bias.dtype)
     return grad_q, grad_k, grad_v, grad_bias
 
 
-_UNIT = dict.fromkeys((f"{x}_stride_d" for x in ("q", "k", "v", "grad")), 1)
-_WANTED = (
-    ("bf16", 64, ""),
-    ("bf16", 128, "bias"),
-    ("bf16", 128, "bias window blocks sinks"),
-    ("bf16", 256, ""),
-    ("fp32", 128, ""),
-)
+_TENSORS = ("q", "k", "v", "grad")
 _ROWS = {"base": "*fp32", "delta": "*fp32"}
-# See triton_gather.AOT.
+# See sparse_gather.triton_gather.AOT.
 AOT = {
     "_cross_attention_delta_kernel": [
         (
@@ -531,14 +521,8 @@ AOT = {
         )
         for size in (128, 256)
     ],
-    "_cross_attention_grad_q_kernel": [
-        ({**pointers, **_ROWS}, fixed, warps)
-        for pointers, fixed, warps in variants(_HALF_Q, _SINGLE, ("q", "k", "v", "grad", "grad_q"), _WANTED, _UNIT)
-    ],
-    "_cross_attention_grad_kv_kernel": [
-        ({**pointers, **_ROWS, "grad_bias": "*fp32"}, fixed, warps)
-        for pointers, fixed, warps in variants(
-            _HALF_KV, _SINGLE, ("q", "k", "v", "grad", "grad_k", "grad_v"), _WANTED, _UNIT
-        )
-    ],
+    "_cross_attention_grad_q_kernel": variants("grad_q", (*_TENSORS, "grad_q"), _ROWS, WANTED),
+    "_cross_attention_grad_kv_kernel": variants(
+        "grad_kv", (*_TENSORS, "grad_k", "grad_v"), {**_ROWS, "grad_bias": "*fp32"}, WANTED
+    ),
 }

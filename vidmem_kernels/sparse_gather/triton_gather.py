@@ -247,7 +247,8 @@ def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> 
 
 
 # What benchmarks/compile_kernels.py compiles ahead of time, per kernel: pointer types, constants (an argument that is
-# None or 1 is one, as at run time) and warps of the calls that real shapes make.
+# None or 1 is one, as at run time) and warps of the calls that real shapes make; where a call is compiled otherwise on
+# other architectures, also those it is for, as in (80, 90).
 _UNIT = {"bank_stride_c": 1, "index_stride_k": 1}
 _ROW = {"BLOCK_K": 1, "BLOCK_C": _TILE}
 _SUM = {"PIECE": _PIECE, "BLOCK_K": 4, "BLOCK_C": 512}

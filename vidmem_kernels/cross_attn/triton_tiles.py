@@ -1,0 +1,122 @@
+"""Tile sizes of cross_attention's Triton kernels, by architecture, dtype and head size. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """What one launch of a kernel is compiled for; `hoist`: what a loop does not change is computed before it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int  # of the pipeline
+    hoist: bool
+
+
+# Half precision: kernel -> compute capability (major) -> head size at most -> queries, keys, warps, stages.
+_HALF = {
+    "fwd": {
+        8: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},
+        9: {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+        10: {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    },
+    "grad_q": {
+        8: {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        9: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        10: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+    },
+    "grad_kv": {
+        8: {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        9: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        10: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
+    },
+}
+# Single precision has no tensor cores to feed: kernel -> head size at most -> the same on every architecture.
+_SINGLE = {
+    "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "grad_q": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "grad_kv": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+}
+
+
+def tile_of(kernel: str, half: bool, major: int, size: int) -> Tile:
+    """The entry of the smallest head size that holds `size`; of Ampere where an architecture has none."""
+    table = _HALF[kernel].get(major, _HALF[kernel][8]) if half else _SINGLE[kernel]
+    row = table[min(s for s in table if s >= size)]
+    # Products of registers need them all: Hopper and Blackwell multiply from shared memory, where addresses that are
+    # computed once would take the registers that are left; on the others they are cheaper than computing them again.
+    return Tile(*row, hoist=not half or major not in _HALF[kernel] or major == 8)
+
+
+@functools.cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+
+
+def pick(kernel: str, q: Tensor, v: Tensor) -> Tile:
+    """The tile of a call."""
+    return tile_of(kernel, q.dtype != torch.float32, _major(q.device), max(q.shape[3], v.shape[3]))
+
+
+def padded(size: int) -> int:
+    """Width of a tile that holds rows of `size` elements."""
+    return max(16, triton.next_power_of_2(size))
+
+
+_NONE = ("bias", "rank", "low", "high", "ranges", "entries")
+_LIST = {"ranges": "*i64", "entries": "*i32"}
+_WINDOW = {"rank": "*i32", "low": "*i32", "high": "*i32", **_LIST}
+_ALL = (80, 90, 100)
+# The calls that AOT tables hold: dtype, head size, features, architectures.
+WANTED = (
+    ("bf16", 64, "", _ALL),
+    ("bf16", 64, "bias", _ALL),
+    ("bf16", 128, "", _ALL),
+    ("bf16", 128, "bias", _ALL),
+    ("bf16", 128, "blocks", _ALL),
+    ("bf16", 128, "bias window sinks", _ALL),
+    ("bf16", 256, "", _ALL),
+    ("bf16", 256, "bias", _ALL),
+    ("fp32", 128, "", _ALL),
+)
+
+
+def variants(kernel: str, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple) -> list:
+    """Entries of an AOT table, of (dtype, head size, features, architectures), with the tile that `pick` gives."""
+    entries: dict[tuple, list[int]] = {}
+    for dtype, size, features, archs in wanted:
+        for arch in archs:
+            tile = tile_of(kernel, dtype != "fp32", arch // 10, size)
+            entries.setdefault((dtype, size, features, tile), []).append(arch)
+    return [_entry(tensors, others, *key, tuple(archs)) for key, archs in entries.items()]
+
+
+def _entry(tensors, others, dtype, size, features, tile, archs):
+    given = ({"bias": "*fp32"} if "bias" in features else {}) | (_WINDOW if "window" in features else {})
+    given |= _LIST if "blocks" in features else {}
+    even = size == padded(size)
+    fixed = {
+        **{name: None for name in _NONE if name not in given},
+        **{f"{name}_stride_d": 1 for name in ("q", "k", "v", "grad") if name in tensors},
+        "HAS_BLOCKS": "blocks" in features,
+        "HAS_SINKS": "sinks" in features,
+        "SPLIT": False,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "INTERPRET": False,
+        "EVEN": even,
+        "EVEN_V": even,
+        "BLOCK_M": tile.queries,
+        "BLOCK_N": tile.keys,
+        "BLOCK_D": padded(size),
+        "BLOCK_V": padded(size),
+        "STAGES": tile.stages,
+        "HOIST": tile.hoist,
+    }
+    return {**dict.fromkeys(tensors, f"*{dtype}"), **given, "SCALE": "fp32", **others}, fixed, tile.warps, archs
