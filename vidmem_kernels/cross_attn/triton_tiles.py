@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 _HALF = {
     "fwd": {
         8: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},
-        9: {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+        9: {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         10: {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     },
     "grad_q": {
@@ -33,11 +33,13 @@ _HALF = {
         10: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
     },
     "grad_kv": {
-        8: {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        9: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        8: {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (64, 32, 8, 1)},
+        9: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (64, 32, 8, 1)},
         10: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
     },
 }
+# Where offsets kept from step to step would spill and are computed again; elsewhere it is the other way round.
+_RECOMPUTED = {("fwd", 9), ("fwd", 10), ("grad_q", 9), ("grad_kv", 9), ("grad_kv", 10)}
 # Single precision has no tensor cores to feed: kernel -> head size at most -> the same on every architecture.
 _SINGLE = {
     "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
@@ -50,9 +52,7 @@ def tile_of(kernel: str, half: bool, major: int, size: int) -> Tile:
     """The entry of the smallest head size that holds `size`; of Ampere where an architecture has none."""
     table = _HALF[kernel].get(major, _HALF[kernel][8]) if half else _SINGLE[kernel]
     row = table[min(s for s in table if s >= size)]
-    # Products of registers need them all: Hopper and Blackwell multiply from shared memory, where addresses that are
-    # computed once would take the registers that are left; on the others they are cheaper than computing them again.
-    return Tile(*row, hoist=not half or major not in _HALF[kernel] or major == 8)
+    return Tile(*row, hoist=not half or (kernel, major) not in _RECOMPUTED)
 
 
 @functools.cache
