@@ -341,7 +341,8 @@ def launch_cross_attention_fwd(
     if lse.numel() == 0:
         return out, lse
     call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
-    block_m, block_n, warps, stages, hoist = pick("fwd", q, v)
+    split = q.dtype != torch.float32 and keys < FEW
+    block_m, block_n, warps, stages, hoist = pick("fwd", q, v, split)
     block_m, block_n = call.limits(block_m, block_n)
     grid = (batch * heads * call.query_tiles(block_m),)
     _cross_attention_fwd_kernel[grid](
@@ -359,7 +360,7 @@ def launch_cross_attention_fwd(
         **strides({"q": q, "k": k, "v": v}),
         **call.arguments(block_m, block_n, by_key=False),
         **constants(q, v),
-        SPLIT=q.dtype != torch.float32 and keys < FEW,
+        SPLIT=split,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         STAGES=stages,

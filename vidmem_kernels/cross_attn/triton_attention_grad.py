@@ -489,19 +489,21 @@ def launch_cross_attention_bwd(
             BLOCK_V=fixed["BLOCK_V"],
             num_warps=4,
         )
-        block_m, block_n, warps, stages, hoist = pick("grad_q", q, v)
+        split = half and keys < FEW
+        block_m, block_n, warps, stages, hoist = pick("grad_q", q, v, split)
         block_m, block_n = call.limits(block_m, block_n)
         _cross_attention_grad_q_kernel[(batch * heads * call.query_tiles(block_m),)](
             q, k, v, grad_out, base, delta, grad_q=grad_q, **shared, **by_axis, **fixed,
-            **call.arguments(block_m, block_n, by_key=False), SPLIT=half and keys < FEW,
+            **call.arguments(block_m, block_n, by_key=False), SPLIT=split,
             BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, HOIST=hoist, num_warps=warps,
         )  # fmt: skip
     if batch * heads * keys > 0:
-        block_m, block_n, warps, stages, hoist = pick("grad_kv", q, v)
+        split = half and queries < FEW
+        block_m, block_n, warps, stages, hoist = pick("grad_kv", q, v, split)
         block_m, block_n = call.limits(block_m, block_n)
         _cross_attention_grad_kv_kernel[(batch * heads * call.key_tiles(block_n),)](
             q, k, v, grad_out, base, delta, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias, **shared, **by_axis,
-            **fixed, **call.arguments(block_m, block_n, by_key=True), SPLIT=half and queries < FEW,
+            **fixed, **call.arguments(block_m, block_n, by_key=True), SPLIT=split,
             BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, HOIST=hoist, num_warps=warps,
         )  # fmt: skip
     if key_bias is not None:

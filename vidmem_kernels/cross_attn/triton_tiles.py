@@ -44,15 +44,20 @@ _RECOMPUTED = {("fwd", 9), ("fwd", 10), ("grad_q", 9), ("grad_kv", 9), ("grad_kv
 _SINGLE = {
     "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
     "grad_q": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
-    "grad_kv": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "grad_kv": {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 
 
-def tile_of(kernel: str, half: bool, major: int, size: int) -> Tile:
-    """The entry of the smallest head size that holds `size`; of Ampere where an architecture has none."""
+def tile_of(kernel: str, half: bool, major: int, size: int, split: bool) -> Tile:
+    """The entry of the smallest head size that holds `size`; of Ampere where an architecture has none.
+
+    `split`: factors in two parts, for which a tile of queries has fewer registers left.
+    """
     table = _HALF[kernel].get(major, _HALF[kernel][8]) if half else _SINGLE[kernel]
-    row = table[min(s for s in table if s >= size)]
-    return Tile(*row, hoist=not half or (kernel, major) not in _RECOMPUTED)
+    queries, keys, warps, stages = table[min(s for s in table if s >= size)]
+    if split and kernel != "grad_kv":
+        queries, keys = queries if size <= 128 else 32, max(32, keys // 2)
+    return Tile(queries, keys, warps, stages, hoist=not half or (kernel, major) not in _RECOMPUTED)
 
 
 @functools.cache
@@ -60,9 +65,9 @@ def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
-def pick(kernel: str, q: Tensor, v: Tensor) -> Tile:
+def pick(kernel: str, q: Tensor, v: Tensor, split: bool) -> Tile:
     """The tile of a call."""
-    return tile_of(kernel, q.dtype != torch.float32, _major(q.device), max(q.shape[3], v.shape[3]))
+    return tile_of(kernel, q.dtype != torch.float32, _major(q.device), max(q.shape[3], v.shape[3]), split)
 
 
 def padded(size: int) -> int:
@@ -80,6 +85,7 @@ WANTED = (
     ("bf16", 64, "bias", _ALL),
     ("bf16", 128, "", _ALL),
     ("bf16", 128, "bias", _ALL),
+    ("bf16", 128, "bias few", _ALL),
     ("bf16", 128, "blocks", _ALL),
     ("bf16", 128, "bias window sinks", _ALL),
     ("bf16", 256, "", _ALL),
@@ -93,7 +99,7 @@ def variants(kernel: str, tensors: tuple[str, ...], others: dict[str, str], want
     entries: dict[tuple, list[int]] = {}
     for dtype, size, features, archs in wanted:
         for arch in archs:
-            tile = tile_of(kernel, dtype != "fp32", arch // 10, size)
+            tile = tile_of(kernel, dtype != "fp32", arch // 10, size, "few" in features)
             entries.setdefault((dtype, size, features, tile), []).append(arch)
     return [_entry(tensors, others, *key, tuple(archs)) for key, archs in entries.items()]
 
@@ -107,7 +113,7 @@ def _entry(tensors, others, dtype, size, features, tile, archs):
         **{f"{name}_stride_d": 1 for name in ("q", "k", "v", "grad") if name in tensors},
         "HAS_BLOCKS": "blocks" in features,
         "HAS_SINKS": "sinks" in features,
-        "SPLIT": False,
+        "SPLIT": "few" in features,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "INTERPRET": False,
         "EVEN": even,
