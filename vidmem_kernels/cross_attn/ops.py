@@ -64,11 +64,7 @@ register_op(
     autocast=("q", "k", "v"),
     triton="launch_cross_attention_fwd",
     library=library.FORWARD,
-<<<<<<< HEAD
-    refuse={"library": library.refuse, "cpu": refuse_attention},
-=======
     refuse={"library": library.refuse, "cpu": refuse_attention, "triton": _refuse_triton},
->>>>>>> 7598ba6 (Cross-attention and its gradient in Triton: tiles of keys listed in torch, masks only where a tile needs one, no atomics)
 )
 
 
@@ -89,11 +85,7 @@ register_op(
     autocast=(),
     triton="launch_cross_attention_bwd",
     library=library.BACKWARD,
-<<<<<<< HEAD
-    refuse={"library": library.refuse_backward, "cpu": refuse_attention},
-=======
     refuse={"library": library.refuse_backward, "cpu": refuse_attention, "triton": _refuse_triton_backward},
->>>>>>> 7598ba6 (Cross-attention and its gradient in Triton: tiles of keys listed in torch, masks only where a tile needs one, no atomics)
 )
 
 # --- merge_attention_states ---
