@@ -8,7 +8,6 @@ from test_cross_attn_kernels import arguments, by_sdpa
 
 from vidmem_kernels import _dispatch, cross_attention, explain, testing
 from vidmem_kernels._registry import OPS
-from vidmem_kernels.cross_attn import reference
 
 pytest.importorskip("triton")
 
@@ -27,10 +26,10 @@ def on(device, values):
     return [t.to(device) if isinstance(t, torch.Tensor) else t for t in values]
 
 
-def run(args, options, device):
+def run(args, options, device, backend="triton"):
     """(out, lse) of the kernel and the gradients of a projection of both."""
     inputs = testing.with_grad(tuple(on(device, (*args, *options.values()))))
-    results = testing.run(OPS["cross_attention"], inputs, "triton")
+    results = testing.run(OPS["cross_attention"], inputs, backend)
     return results, testing.gradients(inputs[:4], projectable(results))
 
 
@@ -39,16 +38,21 @@ def projectable(results):
     return results[0], results[1].masked_fill(results[1] == -INF, 0)
 
 
-def check(args, options, device, what=""):
-    """Results and gradients within the budget of the reference's error against float64 with a dense mask."""
+def check(args, options, device, what="", derived=True):
+    """Results and gradients within the budget of the reference ops' error against float64 with a dense mask: a gradient
+    pays for the rounding of out and lse wherever it is computed. Without `derived`, for shapes of too few numbers to
+    derive a budget from, gradients have a fixed tolerance in float32."""
     got, grads = run(args, options, device)
-    kept = testing.with_grad((*args, options["key_bias"]))
-    single = reference.cross_attention(*kept, *list(options.values())[1:])
+    single, single_grads = run(args, options, "cpu", "reference")
     wide = testing.with_grad(testing.to_float64((*args, options["key_bias"])))
     exact = by_sdpa(*wide[:3], options | {"key_bias": wide[3]})
     testing.assert_within_budget(on("cpu", got), single, exact, what)
-    expected = testing.gradients(kept, projectable(single)), testing.gradients(wide, projectable(exact))
-    testing.assert_within_budget(on("cpu", grads), *expected, f"gradients {what}")
+    exact_grads = testing.gradients(wide, projectable(exact))
+    if derived or args[0].dtype != torch.float32:
+        testing.assert_within_budget(on("cpu", grads), single_grads, exact_grads, f"gradients {what}")
+    else:
+        for grad, expected in zip(on("cpu", grads), exact_grads, strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
     return got, grads
 
 
@@ -66,25 +70,28 @@ def test_features(which, dtype, device):
 def test_shapes(queries, keys, size, value_size, device):
     for dtype in (torch.float32, torch.bfloat16):
         *args, options = arguments("bias sinks window blocks", 1, queries, keys, 2, size, value_size, dtype)
-        check(args, options, device, f"{dtype}")
+        check(args, options, device, f"{dtype}", derived=False)
 
 
-@pytest.mark.parametrize("block_size", [(1, 1), (7, 5), (150, 90), (200, 300)], ids=str)
-def test_blocks_of_any_size(block_size, device):
-    *args, options = arguments("bias", 2, 160, 190, 2, 8, 4)
+@pytest.mark.parametrize(
+    "queries, keys, block_size",
+    [(9, 11, (1, 1)), (30, 40, (7, 5)), (160, 190, (150, 90)), (160, 190, (200, 300))],
+    ids=str,
+)
+def test_blocks_of_any_size(queries, keys, block_size, device):
+    *args, options = arguments("bias", 1, queries, keys, 2, 8, 4)
     block_q, block_k = block_size
-    shape = (2, 1, -(-160 // block_q), 3)
-    index = torch.randint(-1, -(-190 // block_k), shape)
+    index = torch.randint(-1, -(-keys // block_k), (1, 1, -(-queries // block_q), 3))
     index[..., 2] = index[..., 0]  # a block given twice counts once
-    options |= {"block_index": index, "block_size": [block_q, block_k], "num_sinks": 20}
-    check(args, options, device)
+    options |= {"block_index": index, "block_size": [block_q, block_k], "num_sinks": min(20, keys // 2)}
+    check(args, options, device, derived=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, F64], ids=str)
 def test_window_of_shuffled_times(dtype, device):
-    *args, options = arguments("", 2, 150, 170, 1, 8, 8)
-    q_time, k_time = torch.randint(0, 40, (2, 150)).to(dtype), torch.randint(0, 40, (170,)).to(dtype)
-    for left, right in ((3, 0), (INF, 2.5), (0, INF), (INF, INF)):
+    *args, options = arguments("", 2, 70, 90, 1, 8, 8)
+    q_time, k_time = torch.randint(0, 40, (2, 70)).to(dtype), torch.randint(0, 40, (90,)).to(dtype)
+    for left, right in ((3, 0), (INF, 2.5), (0, INF)):
         check(args, options | {"q_time": q_time, "k_time": k_time, "window": [left, right]}, device, f"{left} {right}")
 
 
@@ -99,7 +106,7 @@ def test_times_compare_exactly(device):
     options |= {name: torch.full((n,), 2.0**24) for name, n in (("q_time", 3), ("k_time", 6))}
     options["k_time"][1:] += 2
     options["window"] = [0.0, 1.0]
-    check(args, options, device)
+    check(args, options, device, derived=False)
 
 
 def test_times_that_are_no_number(device):
@@ -131,7 +138,12 @@ def test_nothing_visible(device):
 def test_large_logits(dtype, device):
     *args, options = arguments("bias sinks window blocks", 1, 40, 90, 1, 16, 8, dtype, factor=100.0)
     options["scale"] = 1.0
-    check(args, options, device)
+    got, grads = run(args, options, device)
+    expected, expected_grads = run(args, options, "cpu", "reference")
+    torch.testing.assert_close(on("cpu", got), list(expected), rtol=1e-2, atol=1e-2)
+    # Weights of lse = 1e4 are as rough as a rounding of it, in any implementation.
+    close = {"rtol": 1e-2, "atol": 1.0} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4.0}
+    torch.testing.assert_close(on("cpu", grads), list(expected_grads), **close)
     for offset in (-1e4, 1e4):
         *args, options = arguments("", 1, 40, 90, 1, 16, 8, dtype)
         options["key_bias"] = torch.randn(1, 90) + offset
@@ -156,7 +168,7 @@ def test_strides_do_not_matter(device):
 
 
 def test_runs_agree_to_the_bit(device):
-    *args, options = arguments("bias window blocks sinks", 2, 70, 150, dtype=torch.bfloat16)
+    *args, options = arguments("bias window blocks sinks", 1, 70, 150, dtype=torch.bfloat16)
     first, second = (run(args, options, device) for _ in range(2))
     assert all(map(torch.equal, (*first[0], *first[1]), (*second[0], *second[1])))
 
@@ -171,7 +183,7 @@ def test_tiles_that_no_query_sees_are_not_loaded(which, device):
         options |= {"q_time": torch.arange(130) % 2 + 1, "k_time": torch.full((640,), 9), "window": [0.0, 0.0]}
         options["k_time"][256:384] = torch.arange(128) % 2 + 1
     else:
-        options |= {"block_index": torch.tensor([2, -1, 2]).expand(1, 1, 2, 3), "block_size": [128, 128]}
+        options |= {"block_index": torch.tensor([2, -1, 2]).repeat(1, 1, 2, 1), "block_size": [128, 128]}
     hidden[256:384] = False
     hidden[:64] = False  # of the tile of the sinks
     poisoned = [t.clone() for t in args]
