@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     hoist: bool
 
 
-# The largest tiles without spills, of any mask and bias. The forward of 128 with bias compiles to 250 registers and
+# Tiles without spills, whatever the masks and bias. The forward of 128 with bias compiles to 250 registers and
 # 90,624 bytes of shared memory on sm_80, 240 and 131,584 on sm_90, 204 and 132,128 on sm_100. On sm_90 its loop is
 # HGMMA 64x64x16 (queries and keys from shared memory) and 64x128x16 (weights from registers): 32 FLOPs a byte of shared
 # memory, as many as the SM can feed, where 64 x 64 has 26; 128 x 128 spills 128 bytes. sm_100 has UTCHMMA, LDTM, STTM.
@@ -33,12 +33,12 @@ _HALF = {
     },
     "grad_q": {
         8: {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        9: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        9: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
         10: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
     },
     "grad_kv": {
         8: {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (64, 32, 8, 1)},
-        9: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (64, 32, 8, 1)},
+        9: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
         10: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
     },
 }
@@ -59,8 +59,10 @@ def tile_of(kernel: str, half: bool, major: int, size: int, split: bool) -> Tile
     """
     table = _HALF[kernel].get(major, _HALF[kernel][8]) if half else _SINGLE[kernel]
     queries, keys, warps, stages = table[min(s for s in table if s >= size)]
-    if split and kernel != "grad_kv":
-        queries, keys = queries if size <= 128 else 32, max(32, keys // 2)
+    if split and size > 128:
+        queries = keys = 32
+    elif split and kernel != "grad_kv":
+        keys = max(32, keys // 2)
     return Tile(queries, keys, warps, stages, hoist=not half or (kernel, major) not in _RECOMPUTED)
 
 
