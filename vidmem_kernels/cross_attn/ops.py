@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .._extension import refuse_attention
@@ -18,6 +20,17 @@ _OPTIONS = (
 # --- cross_attention ---
 
 
+_WIDE_TILES = 131_328  # of the gradient of keys on sm_80; sm_86, sm_89 and sm_120 have 101,376
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may use; where there is no GPU to ask, enough."""
+    if not torch.cuda.is_available():
+        return _WIDE_TILES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _refuse_triton(q, k, v, *rest) -> str | None:
     """What the tiles of keys do not hold."""
     if q.dtype == torch.float64:
@@ -26,6 +39,8 @@ def _refuse_triton(q, k, v, *rest) -> str | None:
         return f"needs D and Dv of 1 to 256, got {q.shape[3]} and {v.shape[3]}"
     if max(q.shape[1], k.shape[1]) >= 2**30:
         return "needs fewer than 2**30 queries and keys"
+    if max(q.shape[3], v.shape[3]) > 128 and q.device.type == "cuda" and _shared_memory(q.device) < _WIDE_TILES:
+        return f"tiles of D=256 need {_WIDE_TILES} bytes of shared memory, this GPU has {_shared_memory(q.device)}"
     return None
 
 

@@ -1,0 +1,230 @@
+"""Triton kernel of the gradients of keys, values and bias of cross_attention. Not yet run on a GPU.
+
+Its sums run over queries, so it has lists of the tiles of queries that see a tile of keys.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_attention import (
+    as_operand,
+    dot_split,
+    entry_of,
+    exp_minus,
+    hide,
+    lane_of,
+    load_rows,
+    range_of,
+    span_of,
+    tiles_in,
+)
+from .triton_tiles import WANTED, variants
+
+TENSORS = ("q", "k", "v", "grad")
+ROWS = {"base": "*fp32", "delta": "*fp32"}
+
+
+@triton.jit
+def _tile_of_queries(
+    grad_k,
+    grad_v,
+    grad_bias,
+    keys,
+    values,
+    key,
+    key_stop,
+    key_bias,
+    key_rank,
+    q,
+    grad,
+    base,
+    delta,
+    low,
+    high,
+    entries,
+    i,
+    LQ,
+    D,
+    DV,
+    SIZE_Q,
+    SINKS,
+    SCALE,
+    q_stride_l,
+    q_stride_d,
+    grad_stride_l,
+    grad_stride_d,
+    MASKED: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """What one tile of queries adds to the gradients of a tile of keys; scores are (keys, queries)."""
+    tile, listed = entry_of(entries, i)
+    start, stop = span_of(tile, LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    first = tl.cast(start, tl.int64)
+    dtype: tl.constexpr = q.dtype.element_ty
+    at = q + first * q_stride_l + (m.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d)
+    queries = as_operand(load_rows(at, start + m, stop, d, D, EVEN, True), dtype, INTERPRET)
+    at = grad + first * grad_stride_l
+    at = at + (m.to(tl.int64)[:, None] * grad_stride_l + dv.to(tl.int64)[None, :] * grad_stride_d)
+    gradient = as_operand(load_rows(at, start + m, stop, dv, DV, EVEN_V, True), dtype, INTERPRET)
+    row_base = tl.load(base + first + m, start + m < stop, other=float("inf"))
+    row_delta = tl.load(delta + first + m, start + m < stop, other=0.0)
+    score = tl.dot(keys, queries.T, input_precision=PRECISION) * SCALE
+    if key_bias is not None:
+        score += key_bias
+    if MASKED:
+        row_low = None
+        row_high = None
+        if key_rank is not None:
+            row_low = tl.load(low + first + m, start + m < stop, other=0)[None, :]
+            row_high = tl.load(high + first + m, start + m < stop, other=0)[None, :]
+        score = hide(score, key, key_stop, listed, key_rank, row_low, row_high, SINKS, HAS_BLOCKS, HAS_SINKS)
+    weight = exp_minus(score, row_base[None, :], PRECISION, INTERPRET)
+    grad_v = dot_split(weight, gradient, grad_v, dtype, SPLIT, PRECISION, INTERPRET)
+    grad_score = weight * (tl.dot(values, gradient.T, input_precision=PRECISION) - row_delta[None, :])
+    if key_bias is not None:
+        grad_bias += tl.sum(grad_score, axis=1)
+    grad_k = dot_split(grad_score, queries, grad_k, dtype, SPLIT, PRECISION, INTERPRET)
+    return grad_k, grad_v, grad_bias
+
+
+@triton.jit
+def _cross_attention_grad_kv_kernel(
+    q,
+    k,
+    v,
+    grad,
+    base,
+    delta,
+    bias,
+    rank,
+    low,
+    high,
+    ranges,
+    entries,
+    grad_k,
+    grad_v,
+    grad_bias,
+    LQ,
+    LK,
+    H,
+    D,
+    DV,
+    SIZE_Q,
+    SIZE_K,
+    SINKS,
+    SCALE,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    q_stride_d,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    k_stride_d,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    v_stride_d,
+    grad_stride_b,
+    grad_stride_l,
+    grad_stride_h,
+    grad_stride_d,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_k,
+    rank_stride_b,
+    low_stride_b,
+    tiles_stride_b,
+    tiles_stride_h,
+    HAS_BLOCKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
+):
+    """grad_k (B, Lk, H, D), grad_v (B, Lk, H, Dv) and grad_bias (B, H, Lk) of one tile of keys."""
+    count = tiles_in(LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
+    batch, head, tile = lane_of(count, H)
+    start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
+    key = start + tl.arange(0, BLOCK_N)
+    key64 = key.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    at = k + batch * k_stride_b + head * k_stride_h
+    at = at + key64[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d
+    keys = as_operand(load_rows(at, key, stop, d, D, EVEN, True), k.dtype.element_ty, INTERPRET)
+    at = v + batch * v_stride_b + head * v_stride_h
+    at = at + key64[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d
+    values = as_operand(load_rows(at, key, stop, dv, DV, EVEN_V, True), v.dtype.element_ty, INTERPRET)
+    q += batch * q_stride_b + head * q_stride_h
+    grad += batch * grad_stride_b + head * grad_stride_h
+    base += (batch * H + head) * LQ
+    delta += (batch * H + head) * LQ
+    key_bias = None
+    if bias is not None:
+        at_bias = bias + batch * bias_stride_b + head * bias_stride_h
+        key_bias = tl.load(at_bias + key64 * bias_stride_k, key < stop, other=0.0)[:, None]
+    key_rank = None
+    if rank is not None:
+        key_rank = tl.load(rank + batch * rank_stride_b + key64, key < stop, other=0)[:, None]
+        low += batch * low_stride_b
+        high += batch * low_stride_b
+    lane = batch * tiles_stride_b + head * tiles_stride_h
+    whole = tl.cdiv(LQ, BLOCK_M)  # keys past the end are 0, and what they add to nobody's sums is not stored
+    begin, middle, end = range_of(ranges, lane * count + tile, whole, whole)
+    total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    total_bias = tl.zeros([BLOCK_N], tl.float32)
+    for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
+        total_k, total_v, total_bias = _tile_of_queries(
+            total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base, delta,
+            low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+            grad_stride_d, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
+            BLOCK_V,
+        )  # fmt: skip
+    if ranges is not None:
+        for i in tl.range(middle, end, num_stages=STAGES, disable_licm=not HOIST):
+            total_k, total_v, total_bias = _tile_of_queries(
+                total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base,
+                delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+                grad_stride_d, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
+                BLOCK_V,
+            )  # fmt: skip
+    inside = (key < stop)[:, None]
+    row = (batch * LK + key64[:, None]) * H + head
+    grad_k += row * D + d[None, :]
+    tl.store(grad_k, (total_k * SCALE).to(grad_k.dtype.element_ty), inside & (d < D)[None, :])
+    grad_v += row * DV + dv[None, :]
+    tl.store(grad_v, total_v.to(grad_v.dtype.element_ty), inside & (dv < DV)[None, :])
+    if bias is not None:
+        tl.store(grad_bias + (batch * H + head) * LK + key64, total_bias, key < stop)
+
+
+# See sparse_gather.triton_gather.AOT.
+AOT = {
+    "_cross_attention_grad_kv_kernel": variants(
+        "grad_kv", (*TENSORS, "grad_k", "grad_v"), {**ROWS, "grad_bias": "*fp32"}, WANTED
+    ),
+}
