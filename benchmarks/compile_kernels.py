@@ -103,7 +103,8 @@ def compile_triton(job: Job, folder: Path) -> Usage:
 def all_triton(archs: list[int], folder: Path) -> list[Usage]:
     jobs = []
     for module in triton_modules():
-        kernels = {name for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
+        jitted = {name: f for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
+        kernels = {name for name, f in jitted.items() if f.fn.__module__ == module.__name__}
         entries = getattr(module, "AOT", {})  # a module may hold helpers or launch functions only
         if lacking := sorted(kernels - entries.keys()):
             raise SystemExit(f"{module.__name__}: no AOT entry for {', '.join(lacking)}")
