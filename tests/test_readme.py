@@ -32,9 +32,14 @@ def test_table_names_the_kernels_there_are():
 
 
 def test_code_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    scope = {}
-    exec(code, scope)
+    block, memory = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    scope = {"x": torch.randn(1, 5, 1536), "memory": torch.randn(1, 7, 1536), "size": torch.full((1, 7), 4.0)}
+    x = scope["x"]
+    exec(memory, scope)
+    assert torch.equal(scope["x"], x) and scope["x"] is not x  # the gate is closed
+    parameters = {name.split(".")[0] for name, _ in scope["read"].named_parameters()}
+    assert parameters == set(re.search(r"# parameters: (.*)", memory).group(1).split(", "))
+    exec(block, scope)
     linear = torch.nn.Linear(16, 16)
     x = torch.randn(2, 4 * 6 * 6, 16, requires_grad=True)
     out = scope["MergedBlock"](linear, (4, 6, 6))(x)

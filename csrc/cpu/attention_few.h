@@ -53,7 +53,10 @@ VIDMEM_INLINE void score_keys(const E* const* keys, const E* const* next, int64_
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) {
         T score = sum_lanes(sum[q][i]);
-        for (int64_t d = c; d < channels; ++d) score += queries[q * channels + d] * widen(keys[j + i][d]);
+        for (int64_t d = c; d < channels; ++d) {
+          score += queries[q * channels + d] * widen(keys[j + i][d]);
+          asm volatile("");  // else GCC multiplies in vectors and adds in order: two roundings, the gradient has one
+        }
         scores[q * kAttentionTile + j + i] = score;
       }
     }
@@ -110,14 +113,19 @@ VIDMEM_INLINE void add_values(const E* const* rows, const E* const* next, int64_
   }
 }
 
+VIDMEM_INLINE Doubles in_double(Floats v) { return lower(v) + upper(v); }
+VIDMEM_INLINE Doubles in_double(Doubles v) { return v; }
+
 // Scores of one query with the keys of a tile become weights; returns the factor of what was summed before. What is
-// beyond `count` up to whole vectors gets weights of 0.
+// beyond `count` up to whole vectors gets weights of 0. The total is double: gradients of so few queries are at the
+// mercy of a single rounding of lse.
 template <class T>
-inline T weigh(T* scores, int64_t count, T* largest, T* total) {
+inline T weigh(T* scores, int64_t count, T* largest, double* total) {
   using V = Vector<T>;
   const int64_t whole = round_up(count, kWidth<T>);
   for (int64_t j = count; j < whole; ++j) scores[j] = -kInfinity<T>;
-  V most = V{} - kInfinity<T>, sum{};
+  V most = V{} - kInfinity<T>;
+  Doubles sum{};
   for (int64_t j = 0; j < whole; j += kWidth<T>) {
     const V s = load(scores + j);
     most = s > most ? s : most;
@@ -128,7 +136,7 @@ inline T weigh(T* scores, int64_t count, T* largest, T* total) {
   for (int64_t j = 0; j < whole; j += kWidth<T>) {
     const V weight = exp_of(load(scores + j) - base);
     store(weight, scores + j);
-    sum += weight;
+    sum += in_double(weight);
   }
   const T rescale = exp_of(V{} + (*largest - base))[0];
   *largest = highest;

@@ -104,15 +104,16 @@ struct Softmax {
 
 // Results of query number `row`, from its sums.
 template <class T>
-VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* values, int64_t step, T largest, T total,
-                          T* buffer) {
+VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* values, int64_t step, T largest,
+                          double total, T* buffer) {
   const int64_t channels = args.v.channels;
   const bool empty = total == 0;
-  const T divisor = empty ? 1 : total;
+  const double sum = empty ? 1 : total;
+  const T divisor = static_cast<T>(sum);
   for (int64_t c = 0; c < channels; ++c) buffer[c] = values[c * step] / divisor;
   write_row(buffer, args.q.dtype, args.out, row * args.out_stride, channels);
   static_cast<T*>(args.lse)[row] =
-      empty ? -kInfinity<T> : static_cast<T>(largest + __builtin_log(static_cast<double>(divisor)));
+      empty ? -kInfinity<T> : static_cast<T>(largest + __builtin_log(sum));
 }
 
 // Rows of a tile as they lie, or widened into `copies` if their channels lie apart. Repetitions of the last one fill up
@@ -141,7 +142,8 @@ void attend_few_queries(const AttendQueries& args) {
   T* key_copies = arena.take<T>(kAttentionTile * channels);
   T* value_copies = arena.take<T>(kAttentionTile * value_channels);
   T* scores = arena.take<T>(kFewQueries * kAttentionTile);
-  T largest[kFewQueries], total[kFewQueries], rescale[kFewQueries];
+  T largest[kFewQueries], rescale[kFewQueries];
+  double total[kFewQueries];
   const E *lists[2][kAttentionTile], *rows[kAttentionTile];  // keys of a tile and of the next one; values
   const T scale = static_cast<T>(args.scale);
 
@@ -171,9 +173,9 @@ void attend_few_queries(const AttendQueries& args) {
       T* score = scores + i * kAttentionTile;
       const double low = args.window.low ? args.window.low[args.first + i] : 0;
       const double high = args.window.low ? args.window.high[args.first + i] : 0;
-      for (int64_t j = 0; j < some; ++j) score[j] *= scale;
-      if (args.bias) {
-        for (int64_t j = 0; j < some; ++j) score[j] += static_cast<const T*>(args.bias)[index[j]];
+      for (int64_t j = 0; !args.bias && j < some; ++j) score[j] *= scale;
+      for (int64_t j = 0; args.bias && j < some; ++j) {  // one rounding, as in the gradient
+        score[j] = score[j] * scale + static_cast<const T*>(args.bias)[index[j]];
       }
       for (int64_t j = 0; args.window.low && j < some; ++j) {
         const double t = args.window.time[index[j]];
