@@ -131,6 +131,7 @@ class PeakMemory:
         """Present level above the level on entry."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) - self.start_bytes
+        release_free_memory()  # even a large block may have come from the heap, if a hole there was large enough
         return max(0, _status_bytes("VmRSS") - self.start_bytes)
 
     def __exit__(self, *_: object) -> None:
