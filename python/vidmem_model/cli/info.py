@@ -1,0 +1,21 @@
+"""Command that tells what runs here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from . import app
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show versions, devices, and which kernels run here or why not."""
+    from vidmem_kernels.info import collect, render
+
+    found = collect()
+    print(json.dumps(found, indent=2) if as_json else render(found))

@@ -1,0 +1,130 @@
+"""Commands that make memory files and read them: demo, compress, retrieve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from . import app
+from .options import (
+    Fps,
+    Rate,
+    Seconds,
+    Size,
+    Video,
+    configured,
+    parse_fps,
+    parse_lengths,
+    parse_rate,
+    parse_size,
+    progress_bar,
+)
+
+
+@app.command()
+def demo(
+    video: Annotated[Path | None, typer.Argument(help="A video file; without one, a sample film is fetched.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
+    seconds: Seconds = 20.0,
+    start: Annotated[float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")] = None,
+    size: Size = "480x832",
+    fps: Fps = "24",
+    rate: Rate = "4x4x2",
+    frames: Annotated[int, typer.Option(help="How many frames to read back.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the positions of those frames.")] = 0,
+    lengths: Annotated[str, typer.Option(help="Seconds of history that the memory profile measures at.")] = "1,5,20",
+) -> None:
+    """Compress 20 s of video by both methods, read random frames back, compare, plot memory."""
+    shape, rate_, fps_, lengths_ = parse_size(size), parse_rate(rate), parse_fps(fps), parse_lengths(lengths)
+    from .. import demo as demo_
+    from ..config import ClipSpec
+    from ..profile import ProfileConfig
+
+    if start is None:
+        start = demo_.SAMPLE_START if video is None else 0.0
+    clip = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
+    config = configured(
+        demo_.DemoConfig,
+        video=video,
+        clip=clip,
+        frames=frames,
+        seed=seed,
+        rate=rate_,
+        profile=configured(ProfileConfig, lengths=lengths_),
+    )
+    with progress_bar() as tell:
+        result = demo_.run_demo(config, output, tell)
+    from ..tables import print_demo
+
+    print_demo(result, output)
+
+
+@app.command()
+def compress(
+    video: Video,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Memory file to write.")],
+    method: Annotated[str, typer.Option(help="dct or merge.")] = "dct",
+    size: Size = "480x832",
+    fps: Fps = "24",
+    seconds: Seconds = 20.0,
+    start: Annotated[float, typer.Option(help="First second to take.")] = 0.0,
+    rate: Rate = "4x4x2",
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to keep, for merge; by default what rate gives.")
+    ] = None,
+    channels: Annotated[int, typer.Option(help="Width of a dct token.")] = 3072,
+    dtype: Annotated[str, typer.Option(help="float16, float32, float8 or int8.")] = "float16",
+) -> None:
+    """Compress a video to a memory file."""
+    shape, rate_, fps_ = parse_size(size), parse_rate(rate), parse_fps(fps)
+    import torch
+
+    from ..compressor import compress as compress_
+    from ..config import ClipSpec, CompressorConfig
+    from ..demo import context_tokens, load_clip
+    from ..memory import write_memory
+    from ..report import check_file
+    from ..vae import DCTCodec
+
+    clip_spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
+    config = configured(CompressorConfig, method=method, rate=rate_, channels=channels, budget=budget, dtype=dtype)
+    check_file(output)
+    codec = DCTCodec()
+    with progress_bar() as tell:
+        step = (lambda name: lambda *n: tell(name, *n)) if tell else lambda _: None
+        clip = load_clip(video, clip_spec, method, step("decode"))
+        shape_ = tuple(clip.frames.shape[:3])
+        latents = codec.encode_chunks(clip.frames.split(2 * codec.stride[0]), torch.float16)
+        memory = compress_(latents, codec, shape_, config, step(f"compress, {method}"))
+        write_memory(output, memory, fps=clip.fps, source=clip.source.name)
+    before, after = context_tokens(shape_, codec), len(memory.tokens)
+    short = f" (the video ends before {seconds:g} s)" if clip.short else ""
+    print(
+        f"{output}: {shape_[0]} frames of {shape_[1]}x{shape_[2]} at {clip.fps:g} fps{short}, "
+        f"{before:,} -> {after:,} tokens ({before / after:.1f}x), "
+        f"{output.stat().st_size / 1e6:.1f} MB"
+    )
+
+
+@app.command()
+def retrieve(
+    memory: Annotated[Path, typer.Argument(help="A memory file that vidmem wrote.")],
+    frame: Annotated[int, typer.Option(help="Which frame to read, from 0.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
+) -> None:
+    """Read one frame from a memory file."""
+    from ..memory import read_memory
+    from ..report import write_png
+
+    if output.suffix.lower() != ".png":
+        raise UserError(f"{output}: frames are written as PNG; give a name that ends in .png")
+    opened = read_memory(memory)
+    image = opened.retrieve(frame)
+    write_png(output, image)
+    print(
+        f"{output}: frame {frame} of {opened.frames} ({frame / opened.fps:.2f} s), "
+        f"{opened.width}x{opened.height} pixels, from {len(opened.bank):,} {opened.method} tokens"
+    )

@@ -1,0 +1,102 @@
+"""Options that several commands share: how they are written, read, and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ..errors import UserError
+
+T = TypeVar("T")
+
+
+def configured(kind: Callable[..., T], **values: Any) -> T:
+    """Build a configuration; what it refuses is a mistake of the user."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{str(error).partition(': ')[2]}; see `vidmem --help`") from error
+
+
+def parse_numbers(option: str, text: str, form: str, parse: Callable[[str], T]) -> tuple[T, ...]:
+    """Split `text` as `form` is written, e.g. "480x832"."""
+    separator, count = ("x", form.count("x") + 1) if "x" in form else (",", None)
+    try:
+        values = tuple(parse(part) for part in text.lower().split(separator))
+    except ValueError:
+        values = ()
+    if not values or (count is not None and len(values) != count):
+        raise UserError(f"{option} must look like {form}, got {text!r}")
+    return values
+
+
+def parse_size(text: str) -> tuple[int | None, int | None]:
+    return (None, None) if text == "source" else parse_numbers("--size", text, "480x832", int)
+
+
+def parse_rate(text: str) -> tuple[int, int, int]:
+    return parse_numbers("--rate", text, "4x4x2", int)
+
+
+def parse_fps(text: str) -> float | None:
+    if text == "source":
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--fps must be a number or source, got {text!r}") from error
+
+
+def parse_lengths(text: str) -> tuple[float, ...]:
+    return parse_numbers("--lengths", text, "1,2,5,10,20", float)
+
+
+Video = Annotated[Path, typer.Argument(help="A video file.")]
+Size = Annotated[str, typer.Option(help="Rows x columns, or source; scaled to cover, centre cropped.")]
+Fps = Annotated[str, typer.Option(help="Frames per second, or source.")]
+Seconds = Annotated[float, typer.Option(help="Length to take.")]
+Rate = Annotated[str, typer.Option(help="Patch tokens per memory token: height x width x time.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int | None], None] | None]:
+    """A bar on stderr that tells of the present step and vanishes; None where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        step = ""
+
+        def tell(description: str, done: int, total: int | None) -> None:
+            nonlocal step
+            if description != step:
+                step = description
+                bars.reset(task, description=description)
+            bars.update(task, completed=done, total=total)
+
+        yield tell
+
+
+def parse_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= count:
+        raise UserError(f"--device {name}: this machine has {count} CUDA devices; try --device cpu")
+    return name
