@@ -175,6 +175,7 @@ def test_history_is_at_time_0_and_does_not_see_the_noise():
 
     before = kept()
     assert before[0].shape == (2, 5 + 6, 2, 24)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in before)
     other = {"t": torch.tensor([0.1, 0.7]), "x": torch.randn_like(given["x"]), "frames": given["frames"] + 3}
     assert all(torch.equal(a, b) for a, b in zip(before, kept(**other), strict=True))
     assert not torch.equal(before[0], kept(window_frames=given["window_frames"] - 1)[0])

@@ -29,8 +29,6 @@ TIME_FEATURES = 256
 # that the error of the prediction is not blown up.
 LEAST_TIME = 0.05
 
-Kept = LinearAttentionState | tuple[torch.Tensor, torch.Tensor]
-
 
 class KVCache:
     """What the blocks' self-attention keeps of the history: keys and values, or linear attention's state.
@@ -42,6 +40,16 @@ class KVCache:
 
     def __init__(self) -> None:
         self.blocks: list[Kept | None] = []
+
+
+class KeysAndValues(NamedTuple):
+    """(B, L, H, D) each, of the history in softmax attention."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+Kept = LinearAttentionState | KeysAndValues
 
 
 class Stream(NamedTuple):
@@ -111,6 +119,7 @@ class Block(nn.Module):
         text: torch.Tensor,
         text_bias: torch.Tensor,
         memory: torch.Tensor | None,
+        keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Kept | None]:
         """Pass the tokens on.
 
@@ -121,9 +130,10 @@ class Block(nn.Module):
             text: (B, S, D) text tokens.
             text_bias: (B, S) float, 0, or -inf where there is no token.
             memory: (B, M, D), what cross-attention to the memory reads, or None.
+            keep: whether to return what is to be kept of the history.
 
         Returns:
-            x of the video, x of the history (None after the last block), and what to keep of the history.
+            x of the video, x of the history (None after the last block), and what to keep or None.
         """
         own = self._qkv(video)
         if history is None:
@@ -147,6 +157,8 @@ class Block(nn.Module):
         passed = None
         if history is not None and not self.last:
             passed = self._finish(history, past_attended, text, None)
+        # Views of the fused projections would keep the queries in memory too.
+        kept = type(kept)(*map(torch.Tensor.contiguous, kept)) if keep and kept is not None else None
         return self._finish(video, attended, text, memory), passed, kept
 
     def _times(self, stream: Stream) -> tuple[torch.Tensor, ...]:
@@ -167,11 +179,11 @@ class Block(nn.Module):
         if self.linear:
             return linear_attention(q, k, v, state=kept)
         if kept is not None:
-            k, v = torch.cat([kept[0], k], 1), torch.cat([kept[1], v], 1)
+            k, v = torch.cat([kept.k, k], 1), torch.cat([kept.v, v], 1)
         return cross_attention(q, k, v)
 
     def _keep(self, k: torch.Tensor, v: torch.Tensor) -> Kept:
-        return linear_attention(k, k, v, return_state=True)[1] if self.linear else (k, v)
+        return linear_attention(k, k, v, return_state=True)[1] if self.linear else KeysAndValues(k, v)
 
     def _finish(
         self, stream: Stream, attended: torch.Tensor, text: tuple[torch.Tensor, ...], memory: torch.Tensor | None
@@ -297,12 +309,13 @@ class DiT(nn.Module):
 
         text = self.text_projection(text.to(dtype))
         bias = torch.zeros(text_mask.shape, device=x.device).masked_fill_(~text_mask, -math.inf)
+        fill = cache is not None and not filled
         for i, block in enumerate(self.blocks):
             kept = cache.blocks[i] if filled else None
-            out, past, kept = block(video, history, kept, text, bias, read)
+            out, past, kept = block(video, history, kept, text, bias, read, fill)
             video = video._replace(x=out)
             history = history._replace(x=past) if past is not None else None
-            if cache is not None and not filled:
+            if fill:
                 cache.blocks.append(kept)
 
         shift, scale = (self.head_table + embedded[:-1].to(dtype).view(b, k, 1, -1)).unsqueeze(3).unbind(2)
