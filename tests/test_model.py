@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from text_helpers import tiny_umt5
 
 from vidmem_model.errors import MemoryFormatError, UserError
 from vidmem_model.lora import add_lora, merge_lora
 from vidmem_model.model import MemoryModel, load_model, save_model
-from vidmem_model.model_config import PRESETS, EncoderConfig
+from vidmem_model.model_config import PRESETS, EncoderConfig, TextConfig
 
 TINY = PRESETS["tiny"]  # latents of 8 channels, 4 x 8 cells, rate 2 x 2 x 2
 
@@ -110,6 +111,20 @@ def test_stored_as_float16_beside_its_vae(tmp_path):
         model.dit.head_table[0, 0] = 1e6
     with pytest.raises(ValueError, match="in the range of float16, got dit.head_table"):
         save_model(tmp_path, model, half=True)
+
+
+def test_a_pretrained_text_encoder_stays_in_its_folder(tmp_path):
+    folder = tiny_umt5(tmp_path / "umt5")
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, text=TextConfig(kind="transformers", dim=8, max_tokens=4))
+    model = MemoryModel(config, folder)
+    file = save_model(tmp_path, model)
+    with safe_open(file, framework="pt") as opened:
+        assert not any(name.startswith("text.") for name in opened.keys())  # noqa: SIM118
+    again = load_model(file, folder)
+    torch.testing.assert_close(again.text(["a cat"])[0], model.text(["a cat"])[0])
+    with pytest.raises(UserError, match="give the folder that holds it"):
+        load_model(file).text(["a cat"])
 
 
 def test_adapters_are_merged_before_saving(tmp_path):

@@ -5,6 +5,7 @@ import zlib
 
 import pytest
 import torch
+from text_helpers import tiny_umt5
 
 from vidmem_model.errors import UserError
 from vidmem_model.model_config import TextConfig
@@ -46,22 +47,7 @@ def test_words_learn():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A UMT5 of random weights with a tokenizer of words, as Wan's text encoder lies on disk."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    path = tmp_path_factory.mktemp("umt5")
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "cat"])}
-    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    torch.manual_seed(1)
-    config = transformers.UMT5Config(
-        vocab_size=6, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.5
-    )
-    transformers.UMT5EncoderModel(config).save_pretrained(path)
-    return path
+    return tiny_umt5(tmp_path_factory.mktemp("umt5"))
 
 
 def pretrained(path, dim=8):
