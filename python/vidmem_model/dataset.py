@@ -54,7 +54,7 @@ class DataConfig:
     seconds: float | None = None
     block_seconds: float = 24.0
     test_every: int = 6
-    cut_threshold: float = 12.0
+    cut_threshold: float = 20.0
     shortest: int = 16
     captions: str | None = None
     cache: str | None = None

@@ -193,6 +193,8 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     try:
         yield device
+        # A process that leaves while another still talks to it makes gloo abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -396,17 +398,24 @@ def _agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tenso
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one kills."""
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one, later, kills."""
     caught: list[int] = []
     before: dict[int, Any] = {}
+    first = 0.0
 
     def note(number: int, _: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
+        nonlocal first
+        if not caught:
+            caught.append(number)
+            first = time.monotonic()
+        # torchrun sends on what the terminal has sent to every process already.
+        elif time.monotonic() - first > 1.0:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
         yield caught
     finally:
         for number, handler in before.items():

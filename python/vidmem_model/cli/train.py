@@ -46,5 +46,9 @@ def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) 
             file=sys.stderr,
         )
         raise typer.Exit(143 if stop.signal == signal.SIGTERM else 130) from stop
+    except KeyboardInterrupt as stop:
+        # While films are encoded; each block is kept when it is done.
+        print("vidmem: interrupted; the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from stop
     if file:
         print(file)
