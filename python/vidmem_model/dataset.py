@@ -40,6 +40,8 @@ class DataConfig:
         seconds: length to take of each video; null for all.
         block_seconds: whole consecutive scenes are grouped to about this length.
         test_every: every so many blocks one is for testing; what is tested is never trained on.
+        test: the stretches [from, to] of each video that are for testing instead, in its seconds,
+            ascending. Their ends should be cuts.
         cut_threshold: mean change of luma, of 255, at which a new scene begins.
         shortest: blocks of fewer latent frames (a video's end, or a short video) are left out.
         captions: a YAML list of {start, end, prompt}, in seconds of the video; for one video.
@@ -54,6 +56,7 @@ class DataConfig:
     seconds: float | None = None
     block_seconds: float = 24.0
     test_every: int = 6
+    test: tuple[tuple[float, float], ...] = ()
     cut_threshold: float = 20.0
     shortest: int = 16
     captions: str | None = None
@@ -67,11 +70,33 @@ class DataConfig:
             _check(value is None or value > 0, f"DataConfig: {name} must be positive", value)
         _check(_is_count(self.shortest), "DataConfig: shortest must be positive", self.shortest)
         _check(_is_count(self.test_every, 2), "DataConfig: test_every must be at least 2", self.test_every)
+        ends = [self.start, *(moment for part in self.test for moment in part)]
+        _check(
+            all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
+            "DataConfig: test must be ascending stretches [from, to] after start",
+            self.test,
+        )
         _check(
             self.captions is None or len(self.videos) == 1,
             "DataConfig: captions belong to one video",
             self.videos,
         )
+
+    def parts(self) -> list[tuple[float, float | None, str | None]]:
+        """Return (first second, seconds or None for the rest, split or None) of the parts of a video.
+
+        Without `test` that is one part, whose blocks are split by number.
+        """
+        if not self.test:
+            return [(self.start, self.seconds, None)]
+        end = None if self.seconds is None else self.start + self.seconds
+        parts: list[tuple[float, float | None, str | None]] = []
+        at = self.start
+        for first, last in self.test:
+            parts += [(at, first - at, "train"), (first, last - first, "test")]
+            at = last
+        parts.append((at, None if end is None else end - at, "train"))
+        return [part for part in parts if part[1] is None or part[1] > 0]
 
 
 @dataclass(frozen=True)
@@ -229,35 +254,36 @@ def _encode_films(
     progress: Callable[[str, int, int | None], None] | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the index's row of every block, encoding those of which a file is missing."""
-    spec = ClipSpec(model.height, model.width, model.fps, config.start, config.seconds)
     number = -1
     for f, film in enumerate(films):
         done = 0
-        for stretch in stretches(
-            data.iter_frames(film, spec), round(config.block_seconds * model.fps), config.cut_threshold
-        ):
-            # A scene that had to be broken stays on one side of the split.
-            number += 0 if stretch.continues else 1
-            done += len(stretch.frames)
-            row = {
-                "name": f"{f:02d}-{stretch.start:06d}",
-                "film": str(film),
-                "start": config.start + stretch.start / model.fps,
-                "frames": _whole(len(stretch.frames), vae),
-                "scenes": len(stretch.cuts) + 1,
-                "split": "test" if number % config.test_every == config.test_every - 1 else "train",
-            }
-            if _latent_frames(len(stretch.frames), vae) < config.shortest:
-                continue
-            for rate in (None, *rates):
-                file = _file(folder, row, rate)
-                if not file.exists():
-                    latents = encode_block(torch.from_numpy(stretch.frames[: row["frames"]]), vae, rate)
-                    header = {"block": json.dumps(row)}
-                    _replace(file, lambda part, x=latents, h=header: save_file({"latents": x}, part, metadata=h))
-            if progress:
-                progress("encoding", done, None)
-            yield row
+        for first, seconds, split in config.parts():
+            chunks = data.iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
+            for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
+                # A scene that had to be broken stays on one side of the split.
+                number += 0 if stretch.continues else 1
+                done += len(stretch.frames)
+                if _latent_frames(len(stretch.frames), vae) < config.shortest:
+                    continue
+                start = first + stretch.start / model.fps
+                by_number = "test" if number % config.test_every == config.test_every - 1 else "train"
+                row = {
+                    "name": f"{f:02d}-{round(start * model.fps):06d}",
+                    "film": str(film),
+                    "start": start,
+                    "frames": _whole(len(stretch.frames), vae),
+                    "scenes": len(stretch.cuts) + 1,
+                    "split": split or by_number,
+                }
+                for rate in (None, *rates):
+                    file = _file(folder, row, rate)
+                    if not file.exists():
+                        latents = encode_block(torch.from_numpy(stretch.frames[: row["frames"]]), vae, rate)
+                        header = {"block": json.dumps(row)}
+                        _replace(file, lambda part, x=latents, h=header: save_file({"latents": x}, part, metadata=h))
+                if progress:
+                    progress("encoding", done, None)
+                yield row
 
 
 @torch.no_grad()
