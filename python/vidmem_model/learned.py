@@ -22,11 +22,12 @@ class LearnedMemory:
     Args:
         model: the trained model.
         vae: makes its latents.
-        digest: SHA-256 of the model's file.
+        digest, vae_digest: SHA-256 of their files; empty where there is none.
     """
 
-    def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "") -> None:
-        self.model, self.vae, self.digest = model, vae, digest
+    def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "", vae_digest: str = "") -> None:
+        self.model, self.vae = model, vae
+        self.digest, self.vae_digest = digest, vae_digest
         self.queries = int(model.extra.get("queries", _QUERIES))
 
     @classmethod
@@ -43,8 +44,8 @@ class LearnedMemory:
             UserError: a file is missing, damaged, or does not fit.
         """
         model = load_model(path)
-        digest = hashlib.sha256(model_path(path).read_bytes()).hexdigest()
-        return cls(model, load_vae(model.config.vae, model.vae_weights), digest)
+        vae = load_vae(model.config.vae, model.vae_weights)
+        return cls(model, vae, _digest(model_path(path)), _digest(model.vae_weights))
 
     @torch.inference_mode()
     def encode(self, frames: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -118,3 +119,7 @@ class LearnedMemory:
         raw = self.vae.unscale(latents)
         chunks = self.vae.decode_chunks(raw.split(2, 2), size)
         return torch.cat([frames_to_uint8(chunk) for chunk in chunks])
+
+
+def _digest(path: Path | None) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
