@@ -15,12 +15,15 @@ from typing import Any
 import torch
 
 from .baselines import ReadBack, mean_frame, training_free
-from .config import METHODS, _check, _is_count
+from .config import METHODS, ClipSpec, _check, _is_count
+from .data import probe, read_clip
+from .dataset import DataConfig, prepare
 from .errors import UserError
-from .learned import LearnedMemory
+from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
 from .metrics import psnr, ssim, stlpips
-from .model_config import ModelConfig
+from .model import MODEL_FILE
+from .model_config import ModelConfig, build
 from .profile import versions
 from .report import write_json
 
@@ -62,20 +65,13 @@ class RetrievalConfig:
 
     clips: int = 8
     history: int = 240
-    steps: int = 8
+    steps: int = DEFAULT_STEPS
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("clips", "history", "steps"):
             _check(_is_count(getattr(self, name)), f"RetrievalConfig: {name} must be positive", getattr(self, name))
         _check(_is_count(self.seed, 0), "RetrievalConfig: seed must not be negative", self.seed)
-
-
-def latent_positions(frames: int, first: int, stride: int) -> list[range]:
-    """Video frames of each latent frame: `first` in the first one, `stride` in the others."""
-    ends = [min(first, frames), *range(min(first, frames) + stride, frames + stride, stride)]
-    ends = [min(end, frames) for end in ends if end - stride < frames]
-    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> dict[str, list[float]]:
@@ -98,6 +94,65 @@ def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> 
         "ssim": [statistics.fmean(ssim(*pairs[i]) for i in span) for span in positions],
         "stlpips": stlpips(read[middle], truth[middle]).tolist(),
     }
+
+
+def find_models(folder: Path) -> list[Path]:
+    """List the finished models in the folders of a folder, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(file.parent for file in folder.glob(f"*/{MODEL_FILE}"))
+    if not found:
+        raise UserError(f"{folder}: holds no folder with a {MODEL_FILE}; train one with `vidmem pretrain`")
+    return found
+
+
+def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | None = None) -> list[History]:
+    """Take pieces that do not overlap of a video, or of the test blocks of what the first model was trained on.
+
+    Args:
+        models: whose first fixes frame size and rate.
+        config: how many and how long; fewer are taken where there are no more.
+        video: a video, or None for the test blocks.
+
+    Returns:
+        Histories.
+
+    Raises:
+        UserError: there is none of that length, or no model.
+    """
+    if not models:
+        raise UserError("there is no model to evaluate; give --model or --table")
+    memory = LearnedMemory.load(models[0])
+    model = memory.model.config
+    if video is None:
+        data = build(DataConfig, memory.model.extra.get("data", {}))
+        stretches = [(b.film, b.start, b.frames) for b in prepare(data, model, memory.vae).split("test").blocks]
+    else:
+        stretches = [(video, 0.0, int(probe(video).duration * model.fps))]
+    pieces = [
+        (film, start + n * config.history / model.fps)
+        for film, start, frames in stretches
+        for n in range(frames // config.history)
+    ]
+    if not pieces:
+        longest = max((frames for *_, frames in stretches), default=0)
+        raise UserError(f"no piece of video has {config.history} frames, the longest has {longest}; shorten --history")
+    return [_read_history(*pieces[n], config.history, model) for n in _spread_over(len(pieces), config.clips)]
+
+
+def _spread_over(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` indices, evenly spread."""
+    wanted = min(count, wanted)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def _read_history(film: Path, start: float, frames: int, model: ModelConfig) -> History:
+    clip = read_clip(film, ClipSpec(model.height, model.width, model.fps, start, frames / model.fps))
+    if clip.short:
+        raise UserError(f"{film}: ends before {frames} frames from {start:.2f} s; shorten --history")
+    return History(clip.frames, film.name, start)
 
 
 def describe(config: ModelConfig) -> str:
@@ -173,16 +228,16 @@ class _Rows:
         self._histories, self._store, self._tell = histories, store, tell or (lambda *_: None)
         self._asked = [dataclasses.asdict(config), *((h.source, h.start) for h in histories)]
 
-    def add(self, name: str, memory: LearnedMemory, read: Callable[[History], ReadBack], **more: Any) -> None:
-        """Measure one run of a row; `memory` and `more` tell it from others."""
-        asked = json.dumps([name, memory.digest, memory.vae_digest, more, self._asked])
+    def add(self, name: str, memory: LearnedMemory, read: Callable[[History], ReadBack], **identity: Any) -> None:
+        """Measure one run of a row of histories cut as `memory` cuts them; `identity` tells it from others."""
+        asked = json.dumps([name, identity, self._asked])
         file = self._store and self._store / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
         if file and file.is_file():
             run = json.loads(file.read_text(encoding="utf-8"))
         else:
             positions = latent_positions(len(self._histories[0].frames), memory.vae.first_frames, memory.vae.stride[0])
             total = len(self._histories)
-            run = {**more, **measure_row(read, self._histories, positions, lambda n: self._tell(name, n, total))}
+            run = {**identity, **measure_row(read, self._histories, positions, lambda n: self._tell(name, n, total))}
             if file:
                 write_json(file, run)
         self.runs.setdefault(name, []).append(run)
@@ -213,6 +268,8 @@ def evaluate_retrieval(
     Raises:
         UserError: a model cannot be used, or the models differ in frame size or VAE.
     """
+    if not models:
+        raise UserError("there is no model to evaluate; give --model or --table")
     rows = _Rows(histories, config, store, tell)
     configs: dict[str, ModelConfig] = {}
     first = None
@@ -226,16 +283,14 @@ def evaluate_retrieval(
         name = describe(mine)
         if configs.setdefault(name, mine) != mine:
             name = f"{name} ({Path(path).stem})"
-        rows.add(name, memory, read_learned(memory, config), model=Path(path).name, sha256=memory.digest)
-    if first is None:
-        raise UserError("there is no model to evaluate; give --model or --table")
+        rows.add(name, memory, read_learned(memory, config), sha256=memory.digest, vae=memory.vae_digest)
     trained = set(rows.runs)
     for rate, width in sorted({(c.encoders[0].rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}):
         for method in METHODS:
             read = functools.partial(_read_training_free, method, rate, width)
-            rows.add(f"{method} {'×'.join(map(str, rate))}", first, read, width_asked=width)
+            rows.add(f"{method} {'×'.join(map(str, rate))}", first, read, most_width=width)
     rows.add("mean frame", first, lambda history: mean_frame(history.frames))
-    rows.add("VAE alone", first, read_vae(first))
+    rows.add("VAE alone", first, read_vae(first), vae=first.vae_digest)
     return {
         "format": "vidmem.retrieval",
         "version": 1,

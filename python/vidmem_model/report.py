@@ -356,14 +356,10 @@ def write_retrieval_plot(path: Path, result: dict[str, Any]) -> None:
 
     figure = Figure((13.5, 5.2), dpi=110, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    titles = {
-        "psnr": "PSNR (dB), higher is better",
-        "ssim": "SSIM, higher is better",
-        "stlpips": "ST-LPIPS, lower is better",
-    }
+    better = {"psnr": "PSNR (dB), higher", "ssim": "SSIM, higher", "stlpips": "ST-LPIPS, lower"}
     seconds = result["config"]["history"] / result["fps"]
-    panels = figure.subplots(1, len(titles))
-    for axes, (measure, title) in zip(panels, titles.items(), strict=True):
+    panels = figure.subplots(1, len(better))
+    for axes, (measure, title) in zip(panels, better.items(), strict=True):
         for i, (name, row) in enumerate(result["rows"].items()):
             curve = row[measure]["curve"]
             axes.plot(
@@ -377,7 +373,7 @@ def write_retrieval_plot(path: Path, result: dict[str, Any]) -> None:
                 linewidth=1.6,
                 linestyle="-" if row["trained"] else (0, (4, 2)),
             )
-        axes.set_title(title, fontsize=11)
+        axes.set_title(f"{title} is better", fontsize=11)
         axes.set_xlabel("position in the history (s)")
         axes.grid(color="0.88", linewidth=0.8)
         axes.set_axisbelow(True)
