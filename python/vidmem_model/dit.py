@@ -29,8 +29,6 @@ TIME_FEATURES = 256
 # that the error of the prediction is not blown up.
 LEAST_TIME = 0.05
 
-Kept = LinearAttentionState | tuple[torch.Tensor, torch.Tensor]
-
 
 class KVCache:
     """What the blocks' self-attention keeps of the history: keys and values, or linear attention's state.
@@ -42,6 +40,16 @@ class KVCache:
 
     def __init__(self) -> None:
         self.blocks: list[Kept | None] = []
+
+
+class KeysAndValues(NamedTuple):
+    """(B, L, H, D) each, of the history in softmax attention."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+Kept = LinearAttentionState | KeysAndValues
 
 
 class Stream(NamedTuple):
@@ -69,6 +77,11 @@ def time_features(t: torch.Tensor) -> torch.Tensor:
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """adaLN: the normalised tokens (B, F, N, D), scaled and shifted by (B or 1, F, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """Divide by the root mean square over the last axis."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)  # the default depends on the dtype: 0.008 in bfloat16
 
 
 class Block(nn.Module):
@@ -111,6 +124,7 @@ class Block(nn.Module):
         text: torch.Tensor,
         text_bias: torch.Tensor,
         memory: torch.Tensor | None,
+        keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Kept | None]:
         """Pass the tokens on.
 
@@ -121,9 +135,10 @@ class Block(nn.Module):
             text: (B, S, D) text tokens.
             text_bias: (B, S) float, 0, or -inf where there is no token.
             memory: (B, M, D), what cross-attention to the memory reads, or None.
+            keep: whether to return what is to be kept of the history.
 
         Returns:
-            x of the video, x of the history (None after the last block), and what to keep of the history.
+            x of the video, x of the history (None after the last block), and what to keep or None.
         """
         own = self._qkv(video)
         if history is None:
@@ -142,11 +157,13 @@ class Block(nn.Module):
                 past_attended, attended = joined.split([past[0].shape[1], own[0].shape[1]], 1)
                 kept = self._keep(*past[1:])
         text_k, text_v = self.text_kv(text).unflatten(2, (2, self.heads, -1)).unbind(2)
-        text_k = F.rms_norm(text_k, text_k.shape[-1:]) * self.text_scale[1]
+        text_k = rms_norm(text_k) * self.text_scale[1]
         text = (text_k.to(text_v.dtype), text_v, text_bias)
         passed = None
         if history is not None and not self.last:
             passed = self._finish(history, past_attended, text, None)
+        # Views of the fused projections would keep the queries in memory too.
+        kept = type(kept)(*map(torch.Tensor.contiguous, kept)) if keep and kept is not None else None
         return self._finish(video, attended, text, memory), passed, kept
 
     def _times(self, stream: Stream) -> tuple[torch.Tensor, ...]:
@@ -156,7 +173,7 @@ class Block(nn.Module):
         shift, scale = self._times(stream)[:2]
         qkv = self.qkv(modulate(stream.x, shift, scale)).flatten(1, 2).unflatten(2, (3, self.heads, -1))
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        qk = F.rms_norm(qk, qk.shape[-1:]) * self.qk_scale
+        qk = rms_norm(qk) * self.qk_scale
         # Linear attention takes its features of the rotated queries and keys. Rotated after, features
         # would turn negative and so could the normaliser; not rotated at all, the block would read its
         # tokens as a bag. The scores no longer depend on the offset alone, but they do know it.
@@ -167,11 +184,11 @@ class Block(nn.Module):
         if self.linear:
             return linear_attention(q, k, v, state=kept)
         if kept is not None:
-            k, v = torch.cat([kept[0], k], 1), torch.cat([kept[1], v], 1)
+            k, v = torch.cat([kept.k, k], 1), torch.cat([kept.v, v], 1)
         return cross_attention(q, k, v)
 
     def _keep(self, k: torch.Tensor, v: torch.Tensor) -> Kept:
-        return linear_attention(k, k, v, return_state=True)[1] if self.linear else (k, v)
+        return linear_attention(k, k, v, return_state=True)[1] if self.linear else KeysAndValues(k, v)
 
     def _finish(
         self, stream: Stream, attended: torch.Tensor, text: tuple[torch.Tensor, ...], memory: torch.Tensor | None
@@ -181,7 +198,7 @@ class Block(nn.Module):
         x = x + gate * self.out(attended.flatten(2)).view_as(x)
         k, v, bias = text
         q = self.text_q(self.text_norm(x)).flatten(1, 2).unflatten(2, (self.heads, -1))
-        q = F.rms_norm(q, q.shape[-1:]) * self.text_scale[0]
+        q = rms_norm(q) * self.text_scale[0]
         x = x + self.text_out(cross_attention(q.to(v.dtype), k, v, key_bias=bias).flatten(2)).view_as(x)
         if memory is not None:
             x = self.memory_attention(x.flatten(1, 2), memory).view_as(x)
@@ -297,12 +314,13 @@ class DiT(nn.Module):
 
         text = self.text_projection(text.to(dtype))
         bias = torch.zeros(text_mask.shape, device=x.device).masked_fill_(~text_mask, -math.inf)
+        fill = cache is not None and not filled
         for i, block in enumerate(self.blocks):
             kept = cache.blocks[i] if filled else None
-            out, past, kept = block(video, history, kept, text, bias, read)
+            out, past, kept = block(video, history, kept, text, bias, read, fill)
             video = video._replace(x=out)
             history = history._replace(x=past) if past is not None else None
-            if cache is not None and not filled:
+            if fill:
                 cache.blocks.append(kept)
 
         shift, scale = (self.head_table + embedded[:-1].to(dtype).view(b, k, 1, -1)).unsqueeze(3).unbind(2)

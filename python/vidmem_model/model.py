@@ -140,7 +140,7 @@ class MemoryModel(nn.Module):
         text = self.text(prompts)
         cache = KVCache() if approximate or not self.config.dit.history_sees_video else None
         given = {
-            "frames": frames,
+            "frames": frames.to(device),
             "memory": memory,
             "window": window,
             "window_frames": window_frames,
