@@ -183,8 +183,13 @@ def test_models_of_other_sizes_are_not_mixed(tmp_path, quick_stlpips):
     save_model(tmp_path / "other", other)
     with pytest.raises(UserError, match="other: differs from .*a in VAE, frame size or rate"):
         evaluate.evaluate_retrieval([first, tmp_path / "other"], [History(film(8), "f", 0.0)], RetrievalConfig(1, 8, 1))
-    with pytest.raises(UserError, match="no model to evaluate"):
-        evaluate.evaluate_retrieval([], [History(film(8), "f", 0.0)], RetrievalConfig(1, 8, 1))
+
+
+def test_command_without_models(tmp_path, capfd):
+    assert cli.main(["evaluate", "retrieval"]) == 2
+    assert "no model to evaluate; give --model or --table" in capfd.readouterr().err
+    assert cli.main(["evaluate", "retrieval", "--table", str(tmp_path)]) == 2
+    assert "holds no folder with a model.safetensors" in capfd.readouterr().err
 
 
 def test_command(tmp_path, quick_stlpips, capfd):

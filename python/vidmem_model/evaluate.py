@@ -108,11 +108,18 @@ def find_models(folder: Path) -> list[Path]:
     return found
 
 
+def trained_history(model: Path) -> int:
+    """Video frames of the histories that a model was trained on, or the default where it does not say."""
+    memory = LearnedMemory.load(model)
+    latent_frames = memory.model.extra.get("training", {}).get("sampling", {}).get("history")
+    return memory.vae.video_frames(latent_frames) if latent_frames else RetrievalConfig.history
+
+
 def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | None = None) -> list[History]:
     """Take pieces that do not overlap of a video, or of the test blocks of what the first model was trained on.
 
     Args:
-        models: whose first fixes frame size and rate.
+        models: at least one; the first fixes frame size and rate.
         config: how many and how long; fewer are taken where there are no more.
         video: a video, or None for the test blocks.
 
@@ -120,14 +127,13 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
         Histories.
 
     Raises:
-        UserError: there is none of that length, or no model.
+        UserError: there is none of that length.
     """
-    if not models:
-        raise UserError("there is no model to evaluate; give --model or --table")
     memory = LearnedMemory.load(models[0])
     model = memory.model.config
     if video is None:
-        data = build(DataConfig, memory.model.extra.get("data", {}))
+        trained_on = memory.model.extra.get("training", {}).get("data", {})
+        data = build(DataConfig, {**trained_on, "captions": None})
         stretches = [(b.film, b.start, b.frames) for b in prepare(data, model, memory.vae).split("test").blocks]
     else:
         stretches = [(video, 0.0, int(probe(video).duration * model.fps))]
@@ -256,7 +262,7 @@ def evaluate_retrieval(
     one encoder, and so its number of tokens, which hold as many numbers.
 
     Args:
-        models: files or folders of models of one frame size with one VAE.
+        models: files or folders of models, at least one, of one frame size with one VAE.
         histories: held-out video at the models' size and rate, all of one length.
         config: what to measure.
         store: folder that keeps every run measured, so that a long table can be taken up again.
@@ -268,8 +274,6 @@ def evaluate_retrieval(
     Raises:
         UserError: a model cannot be used, or the models differ in frame size or VAE.
     """
-    if not models:
-        raise UserError("there is no model to evaluate; give --model or --table")
     rows = _Rows(histories, config, store, tell)
     configs: dict[str, ModelConfig] = {}
     first = None

@@ -39,7 +39,8 @@ class LearnedMemory:
     def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "", vae_digest: str = "") -> None:
         self.model, self.vae = model, vae
         self.digest, self.vae_digest = digest, vae_digest
-        self.queries = int(model.extra.get("queries", _QUERIES))
+        training = model.extra.get("training", {})
+        self.queries = int(training.get("sampling", {}).get("queries", _QUERIES))
 
     @classmethod
     def load(cls, path: str | Path) -> LearnedMemory:

@@ -23,7 +23,7 @@ def retrieval(
         Path | None, typer.Option(help="Take pieces of this video; by default of the test blocks of training's films.")
     ] = None,
     clips: Annotated[int, typer.Option(help="Most histories to take.")] = 8,
-    history: Annotated[int, typer.Option(help="Their length in frames.")] = 240,
+    history: Annotated[int | None, typer.Option(help="Their length in frames; by default that of training.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 8,
     seed: Annotated[int, typer.Option(help="Of its noise.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", help="JSON file to write, with a value a position.")] = None,
@@ -35,13 +35,17 @@ def retrieval(
     from .. import report
     from ..tables import print_retrieval, retrieval_markdown
 
-    config = configured(evaluate_.RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
     for path in (json_, plot, markdown):
         if path:
             report.check_file(path)
     if plot and (missing := report.plots_missing()):
         raise UserError(f"--plot: {missing}")
     models = [*(model or []), *(evaluate_.find_models(table) if table else [])]
+    if not models:
+        raise UserError("there is no model to evaluate; give --model or --table")
+    if history is None:
+        history = evaluate_.trained_history(models[0])
+    config = configured(evaluate_.RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
     store = table / "retrieval-runs" if table else None
     if store:
         store.mkdir(exist_ok=True)

@@ -80,9 +80,9 @@ def compress(
 ) -> None:
     """Compress a video to a memory file."""
     options = {"--size": size, "--fps": fps, "--rate": rate, "--budget": budget, "--channels": channels}
-    if method == "learned":
-        if given := [name for name, value in options.items() if value is not None]:
-            raise UserError(f"{given[0]} is for dct and merge; the trained model has its own")
+    given = [name for name, value in options.items() if value is not None]
+    if method == "learned" and given:
+        raise UserError(f"{given[0]} is for dct and merge; the trained model has its own")
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
     from ..config import ClipSpec, CompressorConfig
     from ..report import check_file
