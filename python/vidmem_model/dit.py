@@ -235,6 +235,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for block in self.blocks:
+                # Keys start as queries do, so that a token first reads those like itself, at its own
+                # position in the memory. In a test with random videos a small model learned to
+                # retrieve a frame in about half the steps. (Mimetic initialisation, arXiv 2305.09828)
+                block.qkv.weight[dim : 2 * dim] = block.qkv.weight[:dim]
         # The first prediction is 0, the mean of what is to be predicted, at all times alike.
         for layer in (self.time_projection, self.head):
             nn.init.zeros_(layer.weight)

@@ -214,6 +214,8 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
         os.close(handle)
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
