@@ -27,7 +27,7 @@ from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
 Rate = tuple[int, int, int]
 SAMPLE = "sample"
 _INDEX = "index.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class DataConfig:
             ascending. Their ends should be cuts.
         cut_threshold: mean change of luma, of 255, at which a new scene begins.
         shortest: blocks of fewer latent frames (a video's end, or a short video) are left out.
+        mirror: train on every block's mirror image too.
         captions: a YAML list of {start, end, prompt}, in seconds of the video; for one video.
         cache: folder of the latents; by default one in the cache folder of this program.
 
@@ -59,6 +60,7 @@ class DataConfig:
     test: tuple[tuple[float, float], ...] = ()
     cut_threshold: float = 20.0
     shortest: int = 16
+    mirror: bool = False
     captions: str | None = None
     cache: str | None = None
 
@@ -118,6 +120,7 @@ class Block:
         frames: video frames, a multiple of what a latent frame covers.
         scenes: number of scenes.
         split: "train" or "test".
+        mirrored: whether these are the mirror images of the frames.
         latents: float16 (C, T, H, W), scaled.
         lows: rate -> float16 (C, T / rate_t, ...), scaled latents of the low-resolution video.
     """
@@ -127,6 +130,7 @@ class Block:
     frames: int
     scenes: int
     split: str
+    mirrored: bool
     latents: torch.Tensor
     lows: dict[Rate, torch.Tensor]
 
@@ -274,16 +278,27 @@ def _encode_films(
                     "frames": _whole(len(stretch.frames), vae),
                     "scenes": len(stretch.cuts) + 1,
                     "split": split or by_number,
+                    "mirrored": False,
                 }
-                for rate in (None, *rates):
-                    file = _file(folder, row, rate)
-                    if not file.exists():
-                        latents = encode_block(torch.from_numpy(stretch.frames[: row["frames"]]), vae, rate)
-                        header = {"block": json.dumps(row)}
-                        _replace(file, lambda part, x=latents, h=header: save_file({"latents": x}, part, metadata=h))
+                frames = torch.from_numpy(stretch.frames[: row["frames"]])
+                _encode_row(folder, row, frames, vae, rates)
+                yield row
+                if config.mirror and row["split"] == "train":
+                    row = {**row, "name": row["name"] + "-mirrored", "mirrored": True}
+                    _encode_row(folder, row, frames.flip(2), vae, rates)
+                    yield row
                 if progress:
                     progress("encoding", done, None)
-                yield row
+
+
+def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, rates: list[Rate]) -> None:
+    """Encode a block to those of its files that are missing."""
+    for rate in (None, *rates):
+        file = _file(folder, row, rate)
+        if not file.exists():
+            tensors = {"latents": encode_block(frames, vae, rate)}
+            header = {"block": json.dumps(row)}
+            _replace(file, lambda part, t=tensors, h=header: save_file(t, part, metadata=h))
 
 
 @torch.no_grad()
@@ -364,6 +379,7 @@ def _load(folder: Path, row: dict[str, Any], rates: list[Rate]) -> Block:
         frames=row["frames"],
         scenes=row["scenes"],
         split=row["split"],
+        mirrored=row["mirrored"],
         latents=read(None),
         lows={rate: read(rate) for rate in rates},
     )
