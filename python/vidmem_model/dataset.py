@@ -16,7 +16,6 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import data
 from .config import ClipSpec, _check, _is_count
 from .encoder import low_resolution
 from .errors import UserError
@@ -184,6 +183,8 @@ def prepare(
     Raises:
         UserError: a film or the captions cannot be read, or the cache cannot be written.
     """
+    from . import data
+
     rates = sorted(set(rates))
     captions = read_captions(Path(config.captions)) if config.captions else ()
     films = [data.fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
@@ -258,6 +259,8 @@ def _encode_films(
     progress: Callable[[str, int, int | None], None] | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the index's row of every block, encoding those of which a file is missing."""
+    from . import data
+
     number = -1
     for f, film in enumerate(films):
         done = 0

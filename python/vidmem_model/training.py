@@ -37,7 +37,7 @@ from .vae import VideoCodec
 
 CURVE = "curve.csv"
 # A run may go on with other values of these.
-_FREE = ("checkpoint_every", "log_every", "threads", "device")
+_FREE = ("checkpoint_every", "log_every", "threads", "device", "output", "cache")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,11 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     # The first process encodes the films while the others wait.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     try:
-        yield device
+        try:
+            yield device
+        except Interrupted:
+            dist.barrier()
+            raise
         # A process that leaves while another still talks to it makes gloo abort.
         dist.barrier()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -40,11 +41,9 @@ def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) 
     try:
         file = train(config, restart)
     except Interrupted as stop:
-        print(
-            f"vidmem: stopped after step {stop.step}, all of it kept in {config.output}; "
-            "the same command goes on from there",
-            file=sys.stderr,
-        )
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+            kept = f"all of it kept in {config.output}; the same command goes on from there"
+            print(f"vidmem: stopped after step {stop.step}, {kept}", file=sys.stderr)
         raise typer.Exit(143 if stop.signal == signal.SIGTERM else 130) from stop
     except KeyboardInterrupt as stop:
         # While films are encoded; each block is kept when it is done.
