@@ -183,11 +183,9 @@ def prepare(
     Raises:
         UserError: a film or the captions cannot be read, or the cache cannot be written.
     """
-    from . import data
-
     rates = sorted(set(rates))
     captions = read_captions(Path(config.captions)) if config.captions else ()
-    films = [data.fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
+    films = film_paths(config)
     root = Path(config.cache) if config.cache else data.cache_dir() / "latents"
     folder = root / _fingerprint(config, films, model, vae)
     try:
@@ -200,6 +198,13 @@ def prepare(
     except OSError as error:
         raise UserError(f"{folder}: the latents cannot be kept there ({error.strerror or error})") from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
+
+
+def film_paths(config: DataConfig) -> list[Path]:
+    """Paths of the videos, the sample film fetched if it is among them."""
+    from . import data
+
+    return [data.fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
 
 
 def read_captions(path: Path) -> tuple[Caption, ...]:
@@ -259,17 +264,42 @@ def _encode_films(
     progress: Callable[[str, int, int | None], None] | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the index's row of every block, encoding those of which a file is missing."""
+    done = 0
+    for row, frames in cut_films(config, films, model, vae):
+        _encode_row(folder, row, frames, vae, rates)
+        yield row
+        if config.mirror and row["split"] == "train":
+            row = {**row, "name": row["name"] + "-mirrored", "mirrored": True}
+            _encode_row(folder, row, frames.flip(2), vae, rates)
+            yield row
+        done += len(frames)
+        if progress:
+            progress("encoding", done, None)
+
+
+def cut_films(
+    config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Decode films and cut them into blocks of whole scenes.
+
+    Args:
+        config: how they are cut.
+        films: paths of videos.
+        model: height, width and rate of the frames.
+        vae: its stride says which frames fill whole latent frames.
+
+    Returns:
+        Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
+    """
     from . import data
 
     number = -1
     for f, film in enumerate(films):
-        done = 0
         for first, seconds, split in config.parts():
             chunks = data.iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
             for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
                 # A scene that had to be broken stays on one side of the split.
                 number += 0 if stretch.continues else 1
-                done += len(stretch.frames)
                 if _latent_frames(len(stretch.frames), vae) < config.shortest:
                     continue
                 start = first + stretch.start / model.fps
@@ -283,15 +313,7 @@ def _encode_films(
                     "split": split or by_number,
                     "mirrored": False,
                 }
-                frames = torch.from_numpy(stretch.frames[: row["frames"]])
-                _encode_row(folder, row, frames, vae, rates)
-                yield row
-                if config.mirror and row["split"] == "train":
-                    row = {**row, "name": row["name"] + "-mirrored", "mirrored": True}
-                    _encode_row(folder, row, frames.flip(2), vae, rates)
-                    yield row
-                if progress:
-                    progress("encoding", done, None)
+                yield row, torch.from_numpy(stretch.frames[: row["frames"]])
 
 
 def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, rates: list[Rate]) -> None:
