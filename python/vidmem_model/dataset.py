@@ -183,6 +183,8 @@ def prepare(
     Raises:
         UserError: a film or the captions cannot be read, or the cache cannot be written.
     """
+    from . import data
+
     rates = sorted(set(rates))
     captions = read_captions(Path(config.captions)) if config.captions else ()
     films = film_paths(config)

@@ -14,6 +14,9 @@ from .model_config import PRESETS, build
 from .pretrain import PretrainConfig
 from .pretrain_vae import PretrainVAEConfig
 
+# Those by which the shipped checkpoints were trained; named without folder and ending.
+RECIPES = Path(__file__).parent / "recipes"
+
 
 def read_pretrain(path: Path) -> PretrainConfig:
     """Read the configuration of a run of Stage I.
@@ -58,14 +61,24 @@ def _read_with_model(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.exists() and (shipped := RECIPES / f"{path}.yaml").is_file():
+        path = shipped
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the path of a YAML file") from error
+        names = sorted(file.name.removesuffix(".yaml") for file in RECIPES.glob("*.yaml") if "." not in file.stem)
+        raise UserError(
+            f"{path}: {error.strerror or error}; give the path of a YAML file or one of {', '.join(names)}"
+        ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping of keys to values, got {type(values).__name__}")
+    given = values.get("data")
+    # Captions may lie beside the file that names them.
+    if isinstance(given, dict) and isinstance(given.get("captions"), str):
+        beside = path.parent / given["captions"]
+        values["data"] = {**given, "captions": str(beside if beside.is_file() else given["captions"])}
     return values
 
 
