@@ -367,8 +367,9 @@ def _scaled(frames: torch.Tensor, vae: VideoCodec, cache: dict) -> torch.Tensor:
 
 def _pieces(frames: torch.Tensor, vae: VideoCodec) -> tuple[torch.Tensor, ...]:
     """Cut frames (T, ...) into pieces that are encoded one after another in bounded memory."""
-    first = min(len(frames), vae.first_frames + vae.stride[0])
-    return frames[:first], *(piece for piece in frames[first:].split(2 * vae.stride[0]) if len(piece))
+    first = vae.first_frames + vae.stride[0]
+    rest = frames[first:].split(2 * vae.stride[0]) if len(frames) > first else ()
+    return frames[:first], *rest
 
 
 def _latent_frames(frames: int, vae: VideoCodec) -> int:

@@ -104,7 +104,8 @@ def stretches(chunks: Iterable[np.ndarray], length: int, threshold: float = 20.0
             small = np.concatenate(pictures)
             # The last frame is a cut only if the frame after it says so.
             cuts = [c for c in find_cuts(small, threshold) if c < len(small) - 1]
-            if end := next((c for c in cuts if 4 * c >= 3 * length), None):
+            end = next((c for c in cuts if 3 * length <= 4 * c <= 8 * length), None)
+            if end:
                 yield cut_off(end, cuts, False)
             elif len(small) > 2 * length:
                 yield cut_off(2 * length, cuts, True)
