@@ -171,8 +171,8 @@ class HighResolution(nn.Module):
     """Latents to one hidden token a box: convolutions that reduce time, then space, and an attention.
 
     The number of channels goes up a stage with every step and stays at the last; the last step goes to
-    the last stage in any case. Kernels reach over time where cells are few channels wide (the first)
-    or few (the last); between them they are flat.
+    the last stage in any case. Only the kernels that cost little reach over time: the first, of few
+    channels, those that reduce time, and the last, of few cells.
 
     Args:
         config: rate, channels and attention.
