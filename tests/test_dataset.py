@@ -251,6 +251,29 @@ def test_the_codec_without_weights(film, tmp_path):
     )
 
 
+def test_named_stretches_are_for_testing(film, vae, tmp_path):
+    test = ((41 / 8, 90 / 8), (125 / 8, 170 / 8))
+    config = dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path), test=test, seconds=175 / 8)
+    made = prepare(config, MODEL, vae)
+    places = [(round(8 * b.start), b.frames, b.split) for b in made.blocks]
+    assert places == [(0, 40, "train"), (41, 48, "test"), (90, 32, "train"), (125, 44, "test")]
+    frames = torch.from_numpy(film_frames())[125:169]
+    assert torch.equal(made.blocks[3].latents, encode_block(frames, vae))
+    with pytest.raises(ValueError, match="test must be ascending stretches"):
+        DataConfig(test=((3.0, 5.0), (4.0, 6.0)))
+
+
+def test_mirror_images_are_trained_on(film, vae, tmp_path):
+    config = dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path), mirror=True)
+    made = prepare(config, MODEL, vae, [RATE])
+    assert [b.mirrored for b in made.blocks] == [False, True, False, True, False, False, True, False, True]
+    assert [b.split for b in made.blocks if b.mirrored] == ["train"] * 4
+    frames = torch.from_numpy(film_frames())[41:89].flip(2)
+    assert torch.equal(made.blocks[3].latents, encode_block(frames, vae))
+    assert torch.equal(made.blocks[3].lows[RATE], encode_block(frames, vae, RATE))
+    assert not torch.equal(made.blocks[3].latents, made.blocks[2].latents)
+
+
 def test_captions(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("- {start: 0, end: 2, prompt: a rabbit}\n- {start: 2.5, end: 9, prompt: a squirrel}\n")

@@ -119,9 +119,9 @@ class Block:
         frames: video frames, a multiple of what a latent frame covers.
         scenes: number of scenes.
         split: "train" or "test".
-        mirrored: whether these are the mirror images of the frames.
         latents: float16 (C, T, H, W), scaled.
         lows: rate -> float16 (C, T / rate_t, ...), scaled latents of the low-resolution video.
+        mirrored: whether these are of the mirror images of the frames.
     """
 
     film: Path
@@ -129,9 +129,9 @@ class Block:
     frames: int
     scenes: int
     split: str
-    mirrored: bool
     latents: torch.Tensor
     lows: dict[Rate, torch.Tensor]
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
