@@ -1,0 +1,157 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on every linear layer of the DiT, by the package peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .errors import MemoryFormatError, UserError
+from .model import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from .dit import DiT
+    from .model import MemoryModel
+
+FORMAT = "vidmem.lora"
+VERSION = 1
+_MARKS = (".lora_A.", ".lora_B.")
+
+
+def add_lora(model: MemoryModel | DiT, rank: int, alpha: float | None = None) -> list[str]:
+    """Put an adapter beside every linear layer of the DiT: y = base(x) + alpha / rank * B(A(x)).
+
+    B is zero at first, so that the model is unchanged. The DiT's own weights are frozen; what is
+    outside the DiT (memory encoders, text encoder) is left as it is.
+
+    Args:
+        model: a MemoryModel, or its DiT.
+        rank: of the adapters.
+        alpha: strength; by default the rank, a factor of 1.
+
+    Returns:
+        Names of the layers, in the DiT.
+
+    Raises:
+        UserError: peft is not installed.
+        ValueError: rank is not positive, or there are adapters already.
+    """
+    peft = _peft()
+    dit = _dit(model)
+    if rank < 1:
+        raise ValueError(f"add_lora: rank must be positive, got {rank}")
+    if _adapters(dit):
+        raise ValueError(f"add_lora: the model must have no adapters, got {_adapters(dit)[0]}; merge_lora first")
+    names = [name for name, layer in dit.named_modules() if isinstance(layer, nn.Linear)]
+    alpha = rank if alpha is None else alpha
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights=True)
+    peft.inject_adapter_in_model(config, dit)
+    for name, parameter in dit.named_parameters():
+        parameter.requires_grad_(_is_adapter(name))
+    return names
+
+
+def merge_lora(model: MemoryModel | DiT) -> None:
+    """Add the adapters to the weights they stand beside, and remove them; the model computes the same.
+
+    The DiT's weights stay frozen as they are: `model.dit.requires_grad_(True)` trains them again.
+
+    Args:
+        model: a MemoryModel, or its DiT.
+
+    Raises:
+        ValueError: there are no adapters.
+    """
+    dit = _dit(model)
+    for name in _present("merge_lora", dit):
+        layer = dit.get_submodule(name)
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(dit.get_submodule(parent), child, layer.get_base_layer())
+    del dit.peft_config  # peft's note that there are adapters
+
+
+def lora_state(model: MemoryModel | DiT) -> dict[str, torch.Tensor]:
+    """Weights of the adapters alone, by their names in the DiT.
+
+    Raises:
+        ValueError: there are no adapters.
+    """
+    dit = _dit(model)
+    _present("lora_state", dit)
+    return {name: tensor for name, tensor in dit.state_dict().items() if _is_adapter(name)}
+
+
+def save_lora(path: str | Path, model: MemoryModel | DiT) -> None:
+    """Write the adapters alone to a safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        model: a MemoryModel, or its DiT, with adapters.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: there are no adapters.
+    """
+    dit = _dit(model)
+    state = {name: tensor.detach().cpu() for name, tensor in lora_state(dit).items()}
+    layer = dit.get_submodule(_adapters(dit)[0])
+    form = {"rank": layer.r["default"], "alpha": layer.lora_alpha["default"]}
+    write_tensors(Path(path), state, {"format": FORMAT, "version": str(VERSION), "lora": json.dumps(form)})
+
+
+def load_lora(path: str | Path, model: MemoryModel | DiT) -> None:
+    """Add the adapters of a file to a model that has none.
+
+    Args:
+        path: a file that save_lora wrote.
+        model: a MemoryModel, or its DiT, of the sizes that the adapters were made for.
+
+    Raises:
+        UserError: the file or peft is missing.
+        MemoryFormatError: the file is damaged, foreign, or its adapters do not fit the model.
+        ValueError: there are adapters already.
+    """
+    file, dit = Path(path), _dit(model)
+    state, header = read_tensors(file, FORMAT, VERSION)
+    try:
+        form = json.loads(header["lora"])
+        rank, alpha = int(form["rank"]), float(form["alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MemoryFormatError(f"{file}: its header is damaged ({error})") from error
+    add_lora(dit, rank, alpha)
+    own = lora_state(dit)
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
+        merge_lora(dit)  # still the identity: the weights stay as they were
+        raise MemoryFormatError(f"{file}: its adapters are for a model of other sizes")
+    dit.load_state_dict(state, strict=False)
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("LoRA needs the package peft: pip install peft") from error
+    return peft
+
+
+def _dit(model: MemoryModel | DiT) -> nn.Module:
+    return getattr(model, "dit", model)
+
+
+def _is_adapter(name: str) -> bool:
+    return any(mark in name for mark in _MARKS)
+
+
+def _adapters(dit: nn.Module) -> list[str]:
+    return [name for name, layer in dit.named_modules() if hasattr(layer, "lora_A")]
+
+
+def _present(function: str, dit: nn.Module) -> list[str]:
+    names = _adapters(dit)
+    if not names:
+        raise ValueError(f"{function}: the model must have adapters, add_lora puts them in, got none")
+    return names

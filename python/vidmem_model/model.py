@@ -1,0 +1,284 @@
+"""The whole model: text encoder, memory encoders and DiT, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .dit import DiT, KVCache
+from .errors import MemoryFormatError, UserError
+from .flow import sample
+from .model_config import ModelConfig
+from .text import TextEncoder
+
+if TYPE_CHECKING:
+    from .encoder import MemoryTokens
+
+FORMAT = "vidmem.model"
+VERSION = 1
+MODEL_FILE = "model.safetensors"
+VAE_FILE = "vae.safetensors"
+_PRETRAINED = "text.pretrained."  # its weights stay in its own folder
+
+
+class MemoryModel(nn.Module):
+    """Remembers a history as a few tokens and makes latent frames from them.
+
+    Args:
+        config: of all parts. The VAE is not among them: it is frozen, and loaded apart.
+        text_path: folder of a pretrained text encoder, for `config.text.kind` "transformers".
+
+    Attributes:
+        extra: what save_model was given besides the model.
+        vae_weights: the VAE's weights beside the file the model came from, or None.
+
+    Raises:
+        UserError: the text encoder's folder cannot be used.
+    """
+
+    def __init__(self, config: ModelConfig, text_path: str | Path | None = None) -> None:
+        super().__init__()
+        from .encoder import MemoryEncoder
+
+        self.config = config
+        self.dit = DiT(config.dit, config.vae.channels, config.text.dim)
+        self.encoders = nn.ModuleList(
+            MemoryEncoder(each, config.dit.dim, config.vae.channels) for each in config.encoders
+        )
+        self.text = TextEncoder(config.text, text_path)
+        self.extra: dict[str, Any] = {}
+        self.vae_weights: Path | None = None
+
+    def remember(self, history: torch.Tensor | None, lows: list[torch.Tensor | None]) -> MemoryTokens:
+        """Encode a history with every encoder, one after another.
+
+        Args:
+            history: (B, C, T, H, W) scaled latents, or None if no encoder reads them.
+            lows: for each encoder the scaled latents of the low-resolution video, or None.
+
+        Returns:
+            MemoryTokens of all encoders: tokens (B, M, D), positions (B or 1, M, 3).
+
+        Raises:
+            ValueError: there are not as many lows as encoders.
+        """
+        from .encoder import MemoryTokens
+
+        if len(lows) != len(self.encoders):
+            raise ValueError(f"remember: lows must be as many as encoders ({len(self.encoders)}), got {len(lows)}")
+        made = [encoder(history, low, self.dit.patch_embed) for encoder, low in zip(self.encoders, lows, strict=True)]
+        batch = max(len(part.positions) for part in made)
+        positions = [part.positions.expand(batch, -1, -1) for part in made]
+        return MemoryTokens(torch.cat([part.tokens for part in made], 1), torch.cat(positions, 1))
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], **given: Any) -> torch.Tensor:
+        """Predict the velocity of noisy latents: DiT.forward with prompts in place of text tokens.
+
+        Args:
+            x: (B, C, K, H, W) noisy latents.
+            t: (B,) or (B, K) times.
+            prompts: B texts.
+            given: frames, memory, window, window_frames, cache; see DiT.forward.
+
+        Returns:
+            (B, C, K, H, W).
+        """
+        return self.dit(x, t, *self.text(prompts), **given)
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        memory: MemoryTokens | None,
+        frames: torch.Tensor,
+        prompts: list[str],
+        steps: int,
+        generator: torch.Generator | None = None,
+        *,
+        window: torch.Tensor | None = None,
+        window_frames: torch.Tensor | None = None,
+        shift: float = 1.0,
+        size: tuple[int, int] | None = None,
+        approximate: bool = False,
+    ) -> torch.Tensor:
+        """Make latent frames from noise, Euler steps along the predicted velocity.
+
+        Args:
+            memory: what `remember` gave, or None.
+            frames: (B, K) positions in time, in latent frames.
+            prompts: B texts.
+            steps: number of steps.
+            generator: of the noise, on its own device.
+            window, window_frames: (B, C, W, H, W') clean latents and (B, W) their positions in time.
+            shift: of the steps' times towards the noise.
+            size: latent rows and columns; by default those of the configuration's frames.
+            approximate: keep the history's keys and values of the first step also where they would
+                change (`history_sees_video`): faster, some quality lost. Where they do not change they
+                are always kept.
+
+        Returns:
+            float32 (B, C, K, H, W) scaled latents.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
+        height, width = size or self.latent_size()
+        b, k = frames.shape
+        device = self.dit.head_table.device
+        noise = torch.randn(
+            (b, self.config.vae.channels, k, height, width),
+            generator=generator,
+            device=generator.device if generator is not None else device,
+        ).to(device)
+        text = self.text(prompts)
+        cache = KVCache() if approximate or not self.config.dit.history_sees_video else None
+        given = {
+            "frames": frames.to(device),
+            "memory": memory,
+            "window": window,
+            "window_frames": window_frames,
+            "cache": cache,
+        }
+        return sample(lambda x, t: self.dit(x, t, *text, **given), noise, steps, shift)
+
+    def latent_size(self) -> tuple[int, int]:
+        """Latent rows and columns of the configuration's frames, padded up to whole patches."""
+        patch = self.config.dit.patch
+        cells = [s * patch for s in self.config.vae.stride[1:]]
+        rows, columns = (
+            -(-n // c) * patch for n, c in zip((self.config.height, self.config.width), cells, strict=True)
+        )
+        return rows, columns
+
+
+def model_path(path: str | Path) -> Path:
+    """File of a model: the path itself, or model.safetensors in a folder."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / MODEL_FILE
+
+
+def save_model(
+    path: str | Path, model: MemoryModel, extra: dict[str, Any] | None = None, *, half: bool = False
+) -> Path:
+    """Write a model and its configuration to a safetensors file, whole or not at all.
+
+    Args:
+        path: a file *.safetensors, or a folder, made if it is missing, for model.safetensors in it.
+        model: what to write; a pretrained text encoder is left out.
+        extra: anything JSON can hold, to be kept in the header.
+        half: store the weights as float16.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: the model has adapters (merge_lora first), or a weight is beyond float16.
+    """
+    file = model_path(path)
+    tensors = {k: v.detach().cpu() for k, v in model.state_dict().items() if not k.startswith(_PRETRAINED)}
+    adapters = [name for name in tensors if ".lora_" in name]
+    if adapters:
+        raise ValueError(f"save_model: the model must have no adapters, merge_lora puts them in, got {adapters[0]}")
+    if half:
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        beyond = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+        if beyond:
+            raise ValueError(f"save_model: weights must be in the range of float16, got {beyond[0]} beyond it")
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "config": json.dumps(model.config.to_dict()),
+        "extra": json.dumps(extra or {}),
+    }
+    write_tensors(file, tensors, header)
+    return file
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+        os.close(handle)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{file}: cannot be written ({reason}); choose another path") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_tensors(file: Path, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file of a given format: its tensors, those of float16 as float32, and its header.
+
+    Raises:
+        UserError: it is missing.
+        MemoryFormatError: it is damaged, of another format or another version.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            if header.get("format") != kind:
+                raise MemoryFormatError(f"{file}: not a file of format {kind}")
+            if header.get("version") != str(version):
+                raise MemoryFormatError(
+                    f"{file}: is of version {header.get('version')}, this vidmem reads version {version}"
+                )
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise MemoryFormatError(f"{file}: is damaged or not a safetensors file ({error})") from error
+    return {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}, header
+
+
+def load_model(path: str | Path, text_path: str | Path | None = None) -> MemoryModel:
+    """Read a model that save_model wrote, in float32, in evaluation mode.
+
+    Args:
+        path: the file, or the folder it is in.
+        text_path: folder of the pretrained text encoder, if the model reads prompts with one.
+
+    Returns:
+        The model; its attribute `extra` is what save_model was given, `vae_weights` the file
+        vae.safetensors in the same folder, if there is one.
+
+    Raises:
+        UserError: the file, or the text encoder, is missing.
+        MemoryFormatError: the file is damaged, not a model, or of another version.
+    """
+    file = model_path(path)
+    tensors, header = read_tensors(file, FORMAT, VERSION)
+    try:
+        config = ModelConfig.from_dict(json.loads(header["config"]))
+        extra = json.loads(header["extra"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MemoryFormatError(f"{file}: its header is damaged ({error})") from error
+    model = MemoryModel(config, text_path)
+    try:
+        missing, unknown = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise MemoryFormatError(f"{file}: its weights do not fit its configuration ({error})") from error
+    missing = [name for name in missing if not name.startswith(_PRETRAINED)]
+    if missing or unknown:
+        names = ", ".join([*(f"no {n}" for n in missing[:3]), *(f"unknown {n}" for n in unknown[:3])])
+        raise MemoryFormatError(f"{file}: its weights do not fit its configuration ({names})")
+    vae = file.parent / VAE_FILE
+    model.extra, model.vae_weights = extra, vae if vae.is_file() else None
+    return model.eval()
