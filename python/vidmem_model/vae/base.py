@@ -1,7 +1,8 @@
 """The interface of VAEs and codecs, and how frames are padded and streamed.
 
 Pad rule, for every codec and compressor: frames are padded at the end (last frame, last row, last
-column, replicated) up to the next multiple of what is needed, and the true size is remembered.
+column, replicated) up to the next multiple of what is needed, and the true size is remembered. Where
+the first latent frame covers one frame and the others four (Wan, HunyuanVideo), that is 1 + 4k frames.
 """
 
 from __future__ import annotations
@@ -12,32 +13,43 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .patchify import PATCH
 
 
-def pad_frames(frames: torch.Tensor, multiple: tuple[int, int, int]) -> torch.Tensor:
-    """Pad (B, C, T, H, W) at the end by replication until T, H, W are multiples of `multiple`."""
-    missing = [-n % m for n, m in zip(frames.shape[2:], multiple, strict=True)]
-    if not any(missing):
+def pad_frames(frames: torch.Tensor, multiple: tuple[int, int, int], first: int = 0) -> torch.Tensor:
+    """Pad (B, C, T, H, W) at the end by replication until T, H, W are multiples of `multiple`.
+
+    With `first`, T becomes first + a multiple: a codec whose first latent frame covers one frame and
+    the others four takes 1 + 4k frames.
+    """
+    short = [-(n - f) % m for n, m, f in zip(frames.shape[2:], multiple, (first, 0, 0), strict=True)]
+    if not any(short):
         return frames
-    t, h, w = missing
+    t, h, w = short
     return F.pad(frames, (0, w, 0, h, 0, t), mode="replicate")
 
 
-def rechunk(chunks: Iterable[torch.Tensor], length: int, dim: int) -> Iterator[torch.Tensor]:
-    """Regroup chunks of any lengths along `dim` into chunks of `length`; the last may be shorter."""
+def rechunk(chunks: Iterable[torch.Tensor], length: int, dim: int, first: int | None = None) -> Iterator[torch.Tensor]:
+    """Regroup chunks of any lengths along `dim` into chunks of `length`; the last may be shorter.
+
+    `first` is the length of the first chunk, where it differs.
+    """
     held: list[torch.Tensor] = []
     have = 0
+    want = length if first is None else first
     for chunk in chunks:
         held.append(chunk)
         have += chunk.shape[dim]
-        if have >= length:
+        if have >= want:
             joined = torch.cat(held, dim) if len(held) > 1 else chunk
-            full = have - have % length
-            yield from joined.narrow(dim, 0, full).split(length, dim)
+            sizes = [want] + [length] * ((have - want) // length)
+            full = sum(sizes)
+            yield from joined.narrow(dim, 0, full).split(sizes, dim)
             held = [joined.narrow(dim, full, have - full)] if have > full else []
             have -= full
+            want = length
     if have:
         yield torch.cat(held, dim)
 
@@ -56,23 +68,56 @@ def frames_to_uint8(frames: torch.Tensor) -> torch.Tensor:
 class VideoCodec(ABC):
     """A map between frames and latents; `stride` is frames, rows and columns a latent cell covers.
 
+    A stream is encoded, or decoded, piece by piece by giving every call the same `cache`, a dict that
+    is empty at first (one for encoding, another for decoding). The first piece has
+    `video_frames(k)` frames, each later one a multiple of the time stride; without a cache every call
+    is a stream of its own.
+
     Attributes:
         name: what a memory file calls the codec.
         channels: latent channels.
         stride: (time, height, width).
+        first_frames: frames that a stream's first latent frame covers; the others cover stride[0].
+        chunk: latent frames that encode_chunks makes at a time.
     """
 
     name: str
     channels: int
     stride: tuple[int, int, int] = (4, 8, 8)
+    first_frames: int = 4
+    chunk: int = 2
 
     @abstractmethod
-    def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames (B, 3, T, H, W) in [-1, 1], multiples of the stride -> latents (B, C, T', H', W')."""
+    def encode(self, frames: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+        """Frames (B, 3, T, H, W) in [-1, 1], whole latent frames, rows and columns -> latents (B, C, T', H', W')."""
 
     @abstractmethod
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         """Latents (B, C, T', H', W') -> frames (B, 3, T, H, W)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codec computes; frames and latents must be there."""
+        parameters = self.parameters() if isinstance(self, nn.Module) else ()
+        return next((p.device for p in parameters), torch.device("cpu"))
+
+    def scale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bring raw latents (B, C, T, H, W) to about unit variance, as a model reads and makes them."""
+        return latents
+
+    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo `scale`."""
+        return latents
+
+    def latent_frames(self, video_frames: int) -> int:
+        """Latent frames of so many video frames, the last padded to a whole one."""
+        if video_frames <= 0:
+            return 0
+        return 1 + max(0, -(-(video_frames - self.first_frames) // self.stride[0]))
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Video frames that so many latent frames from the start of a stream cover."""
+        return self.first_frames + (latent_frames - 1) * self.stride[0] if latent_frames > 0 else 0
 
     def encode_chunks(
         self, frames: Iterable[torch.Tensor | np.ndarray], dtype: torch.dtype = torch.float32
@@ -84,27 +129,31 @@ class VideoCodec(ABC):
             dtype: of the latents.
 
         Returns:
-            Iterator over latents (1, C, t', H', W'), t' <= 2; rows and columns are padded to whole
-            patches, the last frames to a whole latent frame.
+            Iterator over raw latents (1, C, t', H', W'), t' <= chunk; rows and columns are padded to
+            whole patches, the last frames to a whole latent frame.
         """
         t, h, w = self.stride
-        for chunk in rechunk((torch.as_tensor(f) for f in frames), 2 * t, 0):
-            padded = pad_frames(frames_to_float(chunk), (t, h * PATCH, w * PATCH))
-            yield self.encode(padded).to(dtype)
+        cache: dict = {}
+        first = self.video_frames(self.chunk)
+        pieces = rechunk((torch.as_tensor(f) for f in frames), self.chunk * t, 0, first)
+        for i, piece in enumerate(pieces):
+            padded = pad_frames(frames_to_float(piece), (t, h * PATCH, w * PATCH), 0 if i else self.first_frames)
+            yield self.encode(padded.to(self.device), cache).to(dtype)
 
     def decode_chunks(self, latents: Iterable[torch.Tensor], size: tuple[int, int, int]) -> Iterator[torch.Tensor]:
         """Decode a stream of latents, cropped to the true size.
 
         Args:
-            latents: chunks (1, C, t', H', W').
+            latents: raw chunks (1, C, t', H', W'), the first from the start of the stream.
             size: frames, rows and columns of the clip before padding.
 
         Returns:
             Iterator over float32 frames (1, 3, t, H, W).
         """
         left, height, width = size
+        cache: dict = {}
         for chunk in latents:
-            frames = self.decode(chunk)[:, :, :left, :height, :width]
+            frames = self.decode(chunk, cache)[:, :, :left, :height, :width]
             left -= frames.shape[2]
             if frames.shape[2]:
                 yield frames

@@ -24,13 +24,22 @@ class DCTCodec(VideoCodec):
     The three-point DCT of (R, G, B) is (R+G+B)/sqrt(3), (R-B)/sqrt(2), (R-2G+B)/sqrt(6): luma and two
     opponent colours. Channels are ordered by frequency, so that the first ones carry the most.
 
+    Latents stay raw in memory files. For a model, `scale` divides each channel by a standard deviation
+    typical of film: 12, 6 and 3 for the means of the three colours, 3.7 / frequency^1.5 for the others,
+    in the frequency that orders them. On 12 stretches of an animated film at 480x832 the first 64
+    channels' own deviations are within a factor of 2.3 of it.
+
     Args:
         config: number of channels kept; all 768 make decode the exact inverse of encode.
+        latent_std: (channels,), in place of that formula.
+
+    Raises:
+        ValueError: latent_std is of another shape or not positive.
     """
 
     name = "dct"
 
-    def __init__(self, config: CodecConfig | None = None) -> None:
+    def __init__(self, config: CodecConfig | None = None, latent_std: torch.Tensor | None = None) -> None:
         self.channels = (config or CodecConfig()).channels
         t, h, w = self.stride
         block = torch.kron(dct_matrix(t), torch.kron(dct_matrix(h), dct_matrix(w)))
@@ -42,11 +51,40 @@ class DCTCodec(VideoCodec):
         # best 64 of that clip 39.0 dB).
         frequency = (kt + 1) * (kh + 1) * (kw + 1) * torch.where(kc > 0, 3, 1)
         self._order = torch.argsort(frequency.flatten(), stable=True)[: self.channels]
+        if latent_std is None:
+            typical = 3.7 * frequency.float() ** -1.5
+            typical[:, 0, 0, 0] = torch.tensor([12.0, 6.0, 3.0])
+            latent_std = typical.flatten()[self._order]
+        if latent_std.shape != (self.channels,) or not (latent_std > 0).all():
+            raise ValueError(
+                f"DCTCodec: latent_std must be {self.channels} positive numbers, got {tuple(latent_std.shape)}"
+            )
+        self.latent_std = latent_std.to(torch.float32)
 
-    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where the codec computes."""
+        return self._block.device
+
+    def to(self, device: torch.device | str) -> DCTCodec:
+        """Move the codec's tables to a device."""
+        for name in ("_block", "_colour", "_order", "latent_std"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def scale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Divide each channel of raw latents (B, C, T, H, W) by its typical standard deviation."""
+        return latents / self.latent_std.view(-1, 1, 1, 1)
+
+    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo `scale`."""
+        return latents * self.latent_std.view(-1, 1, 1, 1)
+
+    def encode(self, frames: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         """Transform frames (B, 3, T, H, W) to float32 latents (B, channels, T/4, H/8, W/8).
 
-        Channels are innermost in memory, which `patchify` reads fastest.
+        Channels are innermost in memory, which `patchify` reads fastest. Blocks do not see each other:
+        a stream needs no cache.
 
         Raises:
             ValueError: frames are not 3-coloured or not whole blocks.
@@ -69,7 +107,7 @@ class DCTCodec(VideoCodec):
         bands = (blocks @ self._block.T).view(b, *grid, -1).index_select(-1, self._order)
         return bands.permute(0, 4, 1, 2, 3)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         """Transform latents (B, channels, T', H', W') to float32 frames (B, 3, 4T', 8H', 8W').
 
         Raises:

@@ -1,0 +1,270 @@
+"""diffusers' AutoencoderKLWan and AutoencoderKLHunyuanVideo as VAEs of a model, from a local folder.
+
+The first latent frame covers one video frame, each later one four. Latents are the mode (the mean) of
+the posterior; nothing is sampled.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..model_config import VAEConfig
+from .base import VideoCodec
+
+CLASSES = {"wan": "AutoencoderKLWan", "hunyuan": "AutoencoderKLHunyuanVideo"}
+
+
+class DiffusersVAE(nn.Module, VideoCodec):
+    """What both VAEs share: an adapter around the model of diffusers, frozen, in evaluation mode.
+
+    Args:
+        vae: the model of diffusers.
+
+    Attributes:
+        latent_mean, latent_std: (channels,), for `scale`.
+    """
+
+    first_frames = 1
+
+    def __init__(self, vae: nn.Module, channels: int, stride: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.channels = channels
+        self.stride = stride
+        self.register_buffer("latent_mean", torch.zeros(channels))
+        self.register_buffer("latent_std", torch.ones(channels))
+
+    def encode(self, frames: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+        """Encode frames (B, 3, T, H, W) in [-1, 1] to the posterior's mode (B, C, T', H', W'), float32.
+
+        Args:
+            frames: 1 + 4k of them, or 4k in the continuation of a stream, of whole latent rows and columns.
+            cache: carries a stream from call to call; give the same dict each time, an empty one at first.
+
+        Raises:
+            ValueError: frames are not 3-coloured, or of another number or size.
+        """
+        t, h, w = self.stride
+        start = 0 if cache else self.first_frames
+        if (
+            frames.ndim != 5
+            or frames.shape[1] != 3
+            or frames.shape[2] < max(1, start)
+            or (frames.shape[2] - start) % t
+            or frames.shape[3] % h
+            or frames.shape[4] % w
+        ):
+            wanted = f"1 + {t}k" if start else f"{t}k"
+            raise ValueError(
+                f"{type(self).__name__}.encode: frames must be (B, 3, {wanted}, multiple of {h}, multiple of {w}), "
+                f"got {tuple(frames.shape)}"
+            )
+        dtype = next(self.vae.parameters()).dtype
+        return self._encode(frames.to(dtype), cache).to(torch.float32)
+
+    def decode(self, latents: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+        """Decode latents (B, C, T', H', W') to float32 frames (B, 3, T, H, W).
+
+        Args:
+            latents: raw latents, as `encode` gives them.
+            cache: as for `encode`, but another dict.
+
+        Raises:
+            ValueError: latents do not have the VAE's channels, or there are none.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.channels or latents.shape[2] < 1:
+            raise ValueError(
+                f"{type(self).__name__}.decode: latents must be (B, {self.channels}, T, H, W), "
+                f"got {tuple(latents.shape)}"
+            )
+        dtype = next(self.vae.parameters()).dtype
+        return self._decode(latents.to(dtype), cache).to(torch.float32)
+
+    def scale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bring raw latents (B, C, T, H, W) to about zero mean and unit variance, as published with the VAE."""
+        return (latents - self.latent_mean.view(-1, 1, 1, 1)) / self.latent_std.view(-1, 1, 1, 1)
+
+    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Undo `scale`."""
+        return latents * self.latent_std.view(-1, 1, 1, 1) + self.latent_mean.view(-1, 1, 1, 1)
+
+
+class WanVAE(DiffusersVAE):
+    """AutoencoderKLWan, of Wan 2.1 (stride 4x8x8) or Wan 2.2 (4x16x16).
+
+    The model is causal, and computes group by group (one frame, then four at a time) with a cache of the
+    last frames before every convolution. diffusers makes and drops that cache in each call; here it is
+    handed from call to call through the arguments of its encoder and decoder, so that a stream, however
+    it is cut, gives what one call over the whole gives.
+
+    Args:
+        vae: the model of diffusers.
+    """
+
+    name = "wan"
+
+    def __init__(self, vae: nn.Module) -> None:
+        config = vae.config
+        space = config.scale_factor_spatial
+        super().__init__(vae, config.z_dim, (config.scale_factor_temporal, space, space))
+        self.latent_mean.copy_(torch.tensor(config.latents_mean))
+        self.latent_std.copy_(torch.tensor(config.latents_std))
+
+    def _encode(self, frames: torch.Tensor, cache: dict | None) -> torch.Tensor:
+        if cache is None:
+            return self.vae.encode(frames).latent_dist.mode()
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+        fresh = not cache
+        states = cache.setdefault("states", _empty_states(self.vae.encoder))
+        if self.vae.config.patch_size is not None:
+            frames = patchify(frames, self.vae.config.patch_size)
+        groups = frames[:, :, int(fresh) :].split(self.stride[0], 2) if frames.shape[2] > int(fresh) else ()
+        groups = (frames[:, :, :1], *groups) if fresh else groups
+        parts = [self.vae.encoder(group, feat_cache=states, feat_idx=[0]) for group in groups]
+        mean, _ = self.vae.quant_conv(torch.cat(parts, 2)).chunk(2, 1)
+        return mean
+
+    def _decode(self, latents: torch.Tensor, cache: dict | None) -> torch.Tensor:
+        if cache is None:
+            return self.vae.decode(latents).sample
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        fresh = not cache
+        states = cache.setdefault("states", _empty_states(self.vae.decoder))
+        cells = self.vae.post_quant_conv(latents)
+        parts = [
+            self.vae.decoder(cell, feat_cache=states, feat_idx=[0], first_chunk=fresh and i == 0)
+            for i, cell in enumerate(cells.split(1, 2))
+        ]
+        frames = torch.cat(parts, 2)
+        if self.vae.config.patch_size is not None:
+            frames = unpatchify(frames, self.vae.config.patch_size)
+        return frames.clamp(-1.0, 1.0)
+
+
+def _empty_states(part: nn.Module) -> list[Any]:
+    """The cache of an encoder or decoder of Wan before the first frame: one entry a causal convolution."""
+    return [None] * sum(isinstance(module, type(part.conv_in)) for module in part.modules())
+
+
+class HunyuanVAE(DiffusersVAE):
+    """AutoencoderKLHunyuanVideo.
+
+    Its group norms and its attention look over all frames of a call, so no stream can equal the whole;
+    diffusers itself cuts clips of more than 16 frames into tiles that overlap and blends them. A stream
+    here encodes (decodes) each piece behind the last `overlap` latent frames before it, as context, and
+    drops what comes out for them. The first piece is exact; how far later ones are off depends on the
+    weights, and shrinks with longer pieces.
+
+    Args:
+        vae: the model of diffusers.
+        overlap: latent frames of context.
+    """
+
+    name = "hunyuan"
+    chunk = 4
+
+    def __init__(self, vae: nn.Module, overlap: int = 2) -> None:
+        config = vae.config
+        space = config.spatial_compression_ratio
+        super().__init__(vae, config.latent_channels, (config.temporal_compression_ratio, space, space))
+        self.overlap = overlap
+        self.latent_std.fill_(1.0 / config.scaling_factor)
+
+    def _encode(self, frames: torch.Tensor, cache: dict | None) -> torch.Tensor:
+        if cache is None:
+            return self.vae.encode(frames).latent_dist.mode()
+        frames, before = self._behind(frames, cache, self.video_frames(self.overlap))
+        return self.vae.encode(frames).latent_dist.mode()[:, :, self.latent_frames(before) :]
+
+    def _decode(self, latents: torch.Tensor, cache: dict | None) -> torch.Tensor:
+        if cache is None:
+            return self.vae.decode(latents).sample
+        latents, before = self._behind(latents, cache, self.overlap)
+        return self.vae.decode(latents).sample[:, :, self.video_frames(before) :]
+
+    @staticmethod
+    def _behind(piece: torch.Tensor, cache: dict, keep: int) -> tuple[torch.Tensor, int]:
+        """Put the last of the piece before in front; returns that and how many there are, and keeps anew."""
+        if "before" in cache:
+            piece = torch.cat([cache["before"].to(piece), piece], 2)
+        before = cache["before"].shape[2] if "before" in cache else 0
+        cache["before"] = piece[:, :, max(0, piece.shape[2] - keep) :].clone()
+        return piece, before
+
+
+def load_diffusers_vae(config: VAEConfig, folder: Path | None) -> DiffusersVAE:
+    """Load a VAE that save_pretrained wrote, from the folder alone: nothing is fetched.
+
+    Args:
+        config: of kind "wan" or "hunyuan"; channels and stride must be the VAE's.
+        folder: with config.json and the weights, or one with such a folder named vae.
+
+    Returns:
+        Adapter on the CPU in float32.
+
+    Raises:
+        UserError: diffusers is missing, or the folder holds no such VAE.
+    """
+    name = CLASSES[config.kind]
+    if folder is None:
+        raise UserError(f"the model's VAE is {name}: give the folder with its weights")
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    found = _class_in(folder)
+    if found != name:
+        raise UserError(f"{folder}: holds a {found or 'model without a class name'}, the model asks for {name}")
+    try:
+        vae = _diffusers_class(name).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: the weights of {name} cannot be read ({reason})") from error
+    return _adapt(config, vae, str(folder))
+
+
+def new_diffusers_vae(config: VAEConfig) -> DiffusersVAE:
+    """Make the VAE in its published size with random weights, for measuring time and memory.
+
+    Raises:
+        UserError: diffusers is missing, or the published VAE has other channels or another stride.
+    """
+    name = CLASSES[config.kind]
+    return _adapt(config, _diffusers_class(name)(), name)
+
+
+def _adapt(config: VAEConfig, vae: nn.Module, source: str) -> DiffusersVAE:
+    adapter = WanVAE(vae) if config.kind == "wan" else HunyuanVAE(vae)
+    if (adapter.channels, adapter.stride) != (config.channels, tuple(config.stride)):
+        raise UserError(
+            f"{source}: has {adapter.channels} channels and stride {adapter.stride}, "
+            f"the model asks for {config.channels} and {tuple(config.stride)}"
+        )
+    return adapter
+
+
+def _class_in(folder: Path) -> str | None:
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give the folder of a VAE of diffusers") from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: is not the configuration of a model of diffusers") from error
+
+
+def _diffusers_class(name: str) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(f"{name} needs diffusers: pip install 'vidmem-kernels[diffusers]' ({error})") from error
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise UserError(f"diffusers {diffusers.__version__} has no {name}; install a newer one")
+    return found
