@@ -258,6 +258,13 @@ def test_a_fresh_model_predicts_the_mean():
     torch.testing.assert_close(dit(**given | {"t": times}), expected)
 
 
+def test_a_fresh_token_reads_itself_first():
+    block = DiT(SMALL, CHANNELS, TEXT).blocks[0]
+    q, k, _ = block.qkv(torch.randn(20, 48)).view(20, 3, 2, 24).unbind(1)
+    scores = torch.einsum("lhd,mhd->hlm", q, k)
+    assert (scores.argmax(-1) == torch.arange(20)).float().mean() > 0.8
+
+
 def test_frames_at_times_of_their_own():
     dit, given = made(), inputs()
     same = given["t"][:, None].expand(2, 2)

@@ -8,7 +8,7 @@ history joins self-attention at timestep 0 and is dropped before the head (arXiv
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,11 @@ from torch import nn
 
 from vidmem_kernels import LinearAttentionState, MemoryCrossAttention, cross_attention, linear_attention
 
+from .encoder import MemoryTokens
 from .flow import over_frames
 from .model_config import DiTConfig
 from .rope import FEATURES, frame_positions, position_features, rotary, rotate
 from .vae import patchify, unpatchify
-
-if TYPE_CHECKING:
-    from .encoder import MemoryTokens
 
 TIME_FEATURES = 256
 # The velocity of a predicted sample is (x - sample) / t; below this t it is not divided further, so
@@ -235,6 +233,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for block in self.blocks:
+                # Keys start as queries do, so that a token first reads those like itself, at its own
+                # position in the memory. In a test with random videos a small model learned to
+                # retrieve a frame in about half the steps. (Mimetic initialisation, arXiv 2305.09828)
+                block.qkv.weight[dim : 2 * dim] = block.qkv.weight[:dim]
         # The first prediction is 0, the mean of what is to be predicted, at all times alike.
         for layer in (self.time_projection, self.head):
             nn.init.zeros_(layer.weight)

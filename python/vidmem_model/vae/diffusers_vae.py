@@ -34,11 +34,12 @@ class DiffusersVAE(nn.Module, VideoCodec):
 
     def __init__(self, vae: nn.Module, channels: int, stride: tuple[int, int, int]) -> None:
         super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = vae.requires_grad_(False)
         self.channels = channels
         self.stride = stride
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
+        self.eval()
 
     def encode(self, frames: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         """Encode frames (B, 3, T, H, W) in [-1, 1] to the posterior's mode (B, C, T', H', W'), float32.
@@ -160,8 +161,8 @@ class HunyuanVAE(DiffusersVAE):
     Its group norms and its attention look over all frames of a call, so no stream can equal the whole;
     diffusers itself cuts clips of more than 16 frames into tiles that overlap and blends them. A stream
     here encodes (decodes) each piece behind the last `overlap` latent frames before it, as context, and
-    drops what comes out for them. The first piece is exact; how far later ones are off depends on the
-    weights, and shrinks with longer pieces.
+    drops what comes out for them: that, and no nearness to the whole, is what can be promised. The first
+    piece is what one call gives for it.
 
     Args:
         vae: the model of diffusers.
@@ -169,7 +170,6 @@ class HunyuanVAE(DiffusersVAE):
     """
 
     name = "hunyuan"
-    chunk = 4
 
     def __init__(self, vae: nn.Module, overlap: int = 2) -> None:
         config = vae.config
