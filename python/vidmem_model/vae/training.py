@@ -73,12 +73,16 @@ def vae_loss(vae: CausalVAE, clip: torch.Tensor, generator: torch.Generator | No
 
 @torch.no_grad()
 def measure_latents(vae: CausalVAE, blocks: tuple[torch.Tensor, ...], frames: int = 16) -> None:
-    """Set latent_mean and latent_std to those of the latents of `blocks` (uint8 (T, H, W, 3) each)."""
+    """Set latent_mean and latent_std from the latents of `blocks` (uint8 (T, H, W, 3) each).
+
+    One deviation for all channels: scaling each by its own would make the last detail count as much as
+    the brightness of a block, for the diffusion's noise and for the loss.
+    """
     latents = [
         vae.encode(frames_to_float(block[start : start + frames])).transpose(0, 1).flatten(1)
         for block in blocks
         for start in range(0, len(block) - frames + 1, 4 * frames)
     ]
-    std, mean = torch.std_mean(torch.cat(latents, 1), dim=1)
+    variance, mean = torch.var_mean(torch.cat(latents, 1), dim=1)
     vae.latent_mean.copy_(mean)
-    vae.latent_std.copy_(std)
+    vae.latent_std.fill_(variance.mean().sqrt())
