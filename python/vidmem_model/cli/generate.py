@@ -16,8 +16,6 @@ from .options import Device, configured, parse_device
 if TYPE_CHECKING:
     from ..generate import Progress
 
-_SHIPPED = Path(__file__).parents[1] / "checkpoints" / "demo.safetensors"
-
 
 @app.command()
 def generate(
@@ -55,6 +53,7 @@ def generate(
     device = parse_device(device)
     from ..generate import GenerateConfig
     from ..generate import generate as generate_
+    from ..learned import shipped
     from ..model import load_model
     from ..report import check_file, write_json
     from ..vae import load_vae
@@ -74,9 +73,10 @@ def generate(
     )
     if report is not None:
         check_file(report)
-    if model is None and not _SHIPPED.is_file():
+    model = model or shipped()
+    if model is None:
         raise UserError("no model is shipped with this vidmem; give --model")
-    net = load_model(model or _SHIPPED, text).to(device)
+    net = load_model(model, text).to(device)
     codec = load_vae(net.config.vae, vae or net.vae_weights)
     if device != "cpu" and hasattr(codec, "to"):
         codec = codec.to(device)
