@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .errors import UserError
 
@@ -77,8 +78,9 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], settings: dict
             os.rename(part, target)
             for old in _complete(folder)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder}: the checkpoint cannot be written ({error.strerror or error})") from error
+    except (OSError, CheckpointException) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(f"{folder}: the checkpoint cannot be written ({reason})") from error
     _wait()
 
 
@@ -95,7 +97,7 @@ def load(path: Path, state: dict[str, torch.Tensor]) -> int:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
-    except Exception as error:  # torch raises its own kinds here, a CheckpointException among them
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException of its own
         raise UserError(f"{path}: cannot be read; --restart begins anew") from error
     return step_of(path)
 

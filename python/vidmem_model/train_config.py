@@ -12,6 +12,10 @@ from .errors import UserError
 from .finetune import FinetuneConfig
 from .model_config import PRESETS, build
 from .pretrain import PretrainConfig
+from .pretrain_vae import PretrainVAEConfig
+
+# Those by which the shipped checkpoints were trained; named without folder and ending.
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def read_pretrain(path: Path) -> PretrainConfig:
@@ -23,10 +27,16 @@ def read_pretrain(path: Path) -> PretrainConfig:
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong; the message names it.
     """
-    values = _read(path)
-    if "model" in values:
-        values["model"] = _model(path, values["model"])
-    return _build(path, PretrainConfig, values)
+    return _build(path, PretrainConfig, _read_with_model(path))
+
+
+def read_pretrain_vae(path: Path) -> PretrainVAEConfig:
+    """Read the configuration of a run that trains the VAE; `model` as for read_pretrain.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong; the message names it.
+    """
+    return _build(path, PretrainVAEConfig, _read_with_model(path))
 
 
 def read_finetune(path: Path) -> FinetuneConfig:
@@ -43,15 +53,32 @@ def read_finetune(path: Path) -> FinetuneConfig:
     return _build(path, FinetuneConfig, {("start" if k == "from" else k): v for k, v in values.items()})
 
 
+def _read_with_model(path: Path) -> dict[str, Any]:
+    values = _read(path)
+    if "model" in values:
+        values["model"] = _model(path, values["model"])
+    return values
+
+
 def _read(path: Path) -> dict[str, Any]:
+    if not path.exists() and (shipped := RECIPES / f"{path}.yaml").is_file():
+        path = shipped
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the path of a YAML file") from error
+        names = sorted(file.name.removesuffix(".yaml") for file in RECIPES.glob("*.yaml") if "." not in file.stem)
+        raise UserError(
+            f"{path}: {error.strerror or error}; give the path of a YAML file or one of {', '.join(names)}"
+        ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping of keys to values, got {type(values).__name__}")
+    given = values.get("data")
+    # Captions may lie beside the file that names them.
+    if isinstance(given, dict) and isinstance(given.get("captions"), str):
+        beside = path.parent / given["captions"]
+        values["data"] = {**given, "captions": str(beside if beside.is_file() else given["captions"])}
     return values
 
 

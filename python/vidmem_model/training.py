@@ -37,7 +37,7 @@ from .vae import VideoCodec
 
 CURVE = "curve.csv"
 # A run may go on with other values of these.
-_FREE = ("checkpoint_every", "log_every", "threads", "device")
+_FREE = ("checkpoint_every", "log_every", "threads", "device", "output", "cache")
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,10 @@ class FlowMatching(nn.Module):
         super().__init__()
         self.model = model
 
+    def parts(self) -> list[nn.Module]:
+        """Modules whose weights are gathered one at a time."""
+        return [*self.model.dit.blocks, *self.model.encoders]
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Mean squared error of the predicted velocity, a float32 scalar."""
         memory = self.model.remember(batch.history, batch.lows)
@@ -192,7 +196,13 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     # The first process encodes the films while the others wait.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     try:
-        yield device
+        try:
+            yield device
+        except Interrupted:
+            dist.barrier()
+            raise
+        # A process that leaves while another still talks to it makes gloo abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -221,14 +231,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def fit(
-    build: Callable[[], MemoryModel],
-    batches: Callable[[int, Sequence[int]], Batch],
+    build: Callable[[], nn.Module],
+    batches: Callable[[int, Sequence[int]], Any],
     config: TrainConfig,
     folder: Path,
     settings: dict[str, Any],
     device: torch.device,
     restart: bool = False,
-) -> MemoryModel:
+    objective_of: Callable[[Any], nn.Module] | None = None,
+) -> Any:
     """Train a model, going on from the last checkpoint if there is one.
 
     Writes checkpoints/, curve.csv and, with matplotlib, curve.png to `folder`.
@@ -242,6 +253,8 @@ def fit(
         settings: JSON of all that must be the same for a run to go on.
         device: of this process.
         restart: forget an earlier run in this folder.
+        objective_of: makes the module whose output for a batch is the loss; it has the attribute
+            `model` and says by `parts` what FSDP shards apart. By default FlowMatching.
 
     Returns:
         A model with the moving average of the weights, on the CPU.
@@ -251,7 +264,7 @@ def fit(
         UserError: the folder holds a run with other settings, or cannot be written.
     """
     torch.manual_seed(config.seed)
-    objective = _shard(FlowMatching(build()).to(device).train(), device)
+    objective = _shard((objective_of or FlowMatching)(build()).to(device).train(), device)
     trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(trained, config)
     ema = {name: p.detach().clone() for name, p in trained.items()}
@@ -300,7 +313,7 @@ def fit(
     return final
 
 
-def _shard(objective: FlowMatching, device: torch.device) -> FlowMatching:
+def _shard(objective: nn.Module, device: torch.device) -> nn.Module:
     """Shard weights, gradients and moments over the processes (FSDP2), if there are several."""
     if dist.is_initialized():
         from torch.distributed.device_mesh import init_device_mesh
@@ -309,7 +322,7 @@ def _shard(objective: FlowMatching, device: torch.device) -> FlowMatching:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         # What is outside of these is gathered for the whole step: the first projection, which the
         # memory encoders call too, is among it.
-        for part in (*objective.model.dit.blocks, *objective.model.encoders, objective):
+        for part in (*objective.parts(), objective):
             fully_shard(part, mesh=mesh)
     return objective
 
@@ -396,17 +409,24 @@ def _agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tenso
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one kills."""
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one, later, kills."""
     caught: list[int] = []
     before: dict[int, Any] = {}
+    first = 0.0
 
     def note(number: int, _: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
+        nonlocal first
+        if not caught:
+            caught.append(number)
+            first = time.monotonic()
+        # torchrun sends on what the terminal has sent to every process already.
+        elif time.monotonic() - first > 1.0:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
         yield caught
     finally:
         for number, handler in before.items():
