@@ -26,7 +26,7 @@ from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
 Rate = tuple[int, int, int]
 SAMPLE = "sample"
 _INDEX = "index.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class DataConfig:
         seconds: length to take of each video; null for all.
         block_seconds: whole consecutive scenes are grouped to about this length.
         test_every: every so many blocks one is for testing; what is tested is never trained on.
+        test: the stretches [from, to] of each video that are for testing instead, in its seconds,
+            ascending. Their ends should be cuts.
         cut_threshold: mean change of luma, of 255, at which a new scene begins.
         shortest: blocks of fewer latent frames (a video's end, or a short video) are left out.
+        mirror: train on every block's mirror image too.
         captions: a YAML list of {start, end, prompt}, in seconds of the video; for one video.
         cache: folder of the latents; by default one in the cache folder of this program.
 
@@ -53,8 +56,10 @@ class DataConfig:
     seconds: float | None = None
     block_seconds: float = 24.0
     test_every: int = 6
+    test: tuple[tuple[float, float], ...] = ()
     cut_threshold: float = 20.0
     shortest: int = 16
+    mirror: bool = False
     captions: str | None = None
     cache: str | None = None
 
@@ -66,11 +71,33 @@ class DataConfig:
             _check(value is None or value > 0, f"DataConfig: {name} must be positive", value)
         _check(_is_count(self.shortest), "DataConfig: shortest must be positive", self.shortest)
         _check(_is_count(self.test_every, 2), "DataConfig: test_every must be at least 2", self.test_every)
+        ends = [self.start, *(moment for part in self.test for moment in part)]
+        _check(
+            all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
+            "DataConfig: test must be ascending stretches [from, to] after start",
+            self.test,
+        )
         _check(
             self.captions is None or len(self.videos) == 1,
             "DataConfig: captions belong to one video",
             self.videos,
         )
+
+    def parts(self) -> list[tuple[float, float | None, str | None]]:
+        """Return (first second, seconds or None for the rest, split or None) of the parts of a video.
+
+        Without `test` that is one part, whose blocks are split by number.
+        """
+        if not self.test:
+            return [(self.start, self.seconds, None)]
+        end = None if self.seconds is None else self.start + self.seconds
+        parts: list[tuple[float, float | None, str | None]] = []
+        at = self.start
+        for first, last in self.test:
+            parts += [(at, first - at, "train"), (first, last - first, "test")]
+            at = last
+        parts.append((at, None if end is None else end - at, "train"))
+        return [part for part in parts if part[1] is None or part[1] > 0]
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,7 @@ class Block:
         frames: video frames, a multiple of what a latent frame covers.
         scenes: number of scenes.
         split: "train" or "test".
+        mirrored: whether these are the mirror images of the frames.
         latents: float16 (C, T, H, W), scaled.
         lows: rate -> float16 (C, T / rate_t, ...), scaled latents of the low-resolution video.
     """
@@ -101,6 +129,7 @@ class Block:
     frames: int
     scenes: int
     split: str
+    mirrored: bool
     latents: torch.Tensor
     lows: dict[Rate, torch.Tensor]
 
@@ -158,7 +187,7 @@ def prepare(
 
     rates = sorted(set(rates))
     captions = read_captions(Path(config.captions)) if config.captions else ()
-    films = [data.fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
+    films = film_paths(config)
     root = Path(config.cache) if config.cache else data.cache_dir() / "latents"
     folder = root / _fingerprint(config, films, model, vae)
     try:
@@ -171,6 +200,13 @@ def prepare(
     except OSError as error:
         raise UserError(f"{folder}: the latents cannot be kept there ({error.strerror or error})") from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
+
+
+def film_paths(config: DataConfig) -> list[Path]:
+    """Paths of the videos, the sample film fetched if it is among them."""
+    from . import data
+
+    return [data.fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
 
 
 def read_captions(path: Path) -> tuple[Caption, ...]:
@@ -230,37 +266,66 @@ def _encode_films(
     progress: Callable[[str, int, int | None], None] | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the index's row of every block, encoding those of which a file is missing."""
+    done = 0
+    for row, frames in cut_films(config, films, model, vae):
+        _encode_row(folder, row, frames, vae, rates)
+        yield row
+        if config.mirror and row["split"] == "train":
+            row = {**row, "name": row["name"] + "-mirrored", "mirrored": True}
+            _encode_row(folder, row, frames.flip(2), vae, rates)
+            yield row
+        done += len(frames)
+        if progress:
+            progress("encoding", done, None)
+
+
+def cut_films(
+    config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Decode films and cut them into blocks of whole scenes.
+
+    Args:
+        config: how they are cut.
+        films: paths of videos.
+        model: height, width and rate of the frames.
+        vae: its stride says which frames fill whole latent frames.
+
+    Returns:
+        Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
+    """
     from . import data
 
-    spec = ClipSpec(model.height, model.width, model.fps, config.start, config.seconds)
     number = -1
     for f, film in enumerate(films):
-        done = 0
-        for stretch in stretches(
-            data.iter_frames(film, spec), round(config.block_seconds * model.fps), config.cut_threshold
-        ):
-            # A scene that had to be broken stays on one side of the split.
-            number += 0 if stretch.continues else 1
-            done += len(stretch.frames)
-            row = {
-                "name": f"{f:02d}-{stretch.start:06d}",
-                "film": str(film),
-                "start": config.start + stretch.start / model.fps,
-                "frames": _whole(len(stretch.frames), vae),
-                "scenes": len(stretch.cuts) + 1,
-                "split": "test" if number % config.test_every == config.test_every - 1 else "train",
-            }
-            if _latent_frames(len(stretch.frames), vae) < config.shortest:
-                continue
-            for rate in (None, *rates):
-                file = _file(folder, row, rate)
-                if not file.exists():
-                    latents = encode_block(torch.from_numpy(stretch.frames[: row["frames"]]), vae, rate)
-                    header = {"block": json.dumps(row)}
-                    _replace(file, lambda part, x=latents, h=header: save_file({"latents": x}, part, metadata=h))
-            if progress:
-                progress("encoding", done, None)
-            yield row
+        for first, seconds, split in config.parts():
+            chunks = data.iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
+            for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
+                # A scene that had to be broken stays on one side of the split.
+                number += 0 if stretch.continues else 1
+                if _latent_frames(len(stretch.frames), vae) < config.shortest:
+                    continue
+                start = first + stretch.start / model.fps
+                by_number = "test" if number % config.test_every == config.test_every - 1 else "train"
+                row = {
+                    "name": f"{f:02d}-{round(start * model.fps):06d}",
+                    "film": str(film),
+                    "start": start,
+                    "frames": _whole(len(stretch.frames), vae),
+                    "scenes": len(stretch.cuts) + 1,
+                    "split": split or by_number,
+                    "mirrored": False,
+                }
+                yield row, torch.from_numpy(stretch.frames[: row["frames"]])
+
+
+def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, rates: list[Rate]) -> None:
+    """Encode a block to those of its files that are missing."""
+    for rate in (None, *rates):
+        file = _file(folder, row, rate)
+        if not file.exists():
+            tensors = {"latents": encode_block(frames, vae, rate)}
+            header = {"block": json.dumps(row)}
+            _replace(file, lambda part, t=tensors, h=header: save_file(t, part, metadata=h))
 
 
 @torch.no_grad()
@@ -302,9 +367,8 @@ def _scaled(frames: torch.Tensor, vae: VideoCodec, cache: dict) -> torch.Tensor:
 
 def _pieces(frames: torch.Tensor, vae: VideoCodec) -> tuple[torch.Tensor, ...]:
     """Cut frames (T, ...) into pieces that are encoded one after another in bounded memory."""
-    first = vae.first_frames + vae.stride[0]
-    rest = frames[first:].split(2 * vae.stride[0]) if len(frames) > first else ()
-    return frames[:first], *rest
+    first = min(len(frames), vae.first_frames + vae.stride[0])
+    return frames[:first], *(piece for piece in frames[first:].split(2 * vae.stride[0]) if len(piece))
 
 
 def _latent_frames(frames: int, vae: VideoCodec) -> int:
@@ -342,6 +406,7 @@ def _load(folder: Path, row: dict[str, Any], rates: list[Rate]) -> Block:
         frames=row["frames"],
         scenes=row["scenes"],
         split=row["split"],
+        mirrored=row["mirrored"],
         latents=read(None),
         lows={rate: read(rate) for rate in rates},
     )

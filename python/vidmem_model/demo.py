@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int | None], None]
 SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
 # Bytes that decoding and compressing need for each byte of decoded video.
-_ROOM = {"dct": 4, "merge": 6}
+_ROOM = {"dct": 4, "merge": 6, "learned": 12}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ history joins self-attention at timestep 0 and is dropped before the head (arXiv
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,11 @@ from torch import nn
 
 from vidmem_kernels import LinearAttentionState, MemoryCrossAttention, cross_attention, linear_attention
 
+from .encoder import MemoryTokens
 from .flow import over_frames
 from .model_config import DiTConfig
 from .rope import FEATURES, frame_positions, position_features, rotary, rotate
 from .vae import patchify, unpatchify
-
-if TYPE_CHECKING:
-    from .encoder import MemoryTokens
 
 TIME_FEATURES = 256
 # The velocity of a predicted sample is (x - sample) / t; below this t it is not divided further, so

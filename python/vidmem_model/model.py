@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,13 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .dit import DiT, KVCache
+from .encoder import MemoryEncoder, MemoryTokens
 from .errors import MemoryFormatError, UserError
 from .flow import sample
 from .model_config import ModelConfig
 from .text import TextEncoder
-
-if TYPE_CHECKING:
-    from .encoder import MemoryTokens
 
 FORMAT = "vidmem.model"
 VERSION = 1
@@ -46,8 +44,6 @@ class MemoryModel(nn.Module):
 
     def __init__(self, config: ModelConfig, text_path: str | Path | None = None) -> None:
         super().__init__()
-        from .encoder import MemoryEncoder
-
         self.config = config
         self.dit = DiT(config.dit, config.vae.channels, config.text.dim)
         self.encoders = nn.ModuleList(
@@ -70,8 +66,6 @@ class MemoryModel(nn.Module):
         Raises:
             ValueError: there are not as many lows as encoders.
         """
-        from .encoder import MemoryTokens
-
         if len(lows) != len(self.encoders):
             raise ValueError(f"remember: lows must be as many as encoders ({len(self.encoders)}), got {len(lows)}")
         made = [encoder(history, low, self.dit.patch_embed) for encoder, low in zip(self.encoders, lows, strict=True)]

@@ -223,11 +223,7 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
             memory.restart()
             held_bytes = memory.held_bytes()
             first = timed(lambda: attention(query, *held, **keywords), device)
-        times = [first]
-        if first < _SLOW_SECONDS:
-            times = []
-            while len(times) < 3 or (sum(times) < _SLOW_SECONDS and len(times) < _MOST_REPEATS):
-                times.append(timed(lambda: attention(query, *held, **keywords), device))
+        times = repeated(lambda: attention(query, *held, **keywords), device, first)
         backend = explain(attention, query, *held, **keywords)[0].backend
     return Point(
         strategy=strategy,
@@ -246,6 +242,26 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
     )
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def repeated(call: Callable[[], object], device: torch.device, first: float) -> list[float]:
+    """Seconds of several runs of a call, for about a second and a half; of one that took longer, just `first`."""
+    if first >= _SLOW_SECONDS:
+        return [first]
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < _SLOW_SECONDS and len(times) < _MOST_REPEATS):
+        times.append(timed(call, device))
+    return times
+
+
+def is_noisy(points: Sequence[Any]) -> bool:
+    """Whether repeats of a call differ so much that times should not be trusted."""
+    return any(p.call_seconds_slowest > _NOISE * p.call_seconds_fastest for p in points)
+
+
 def check_room(config: ProfileConfig, device: torch.device | str) -> None:
     """Raise UserError if the longest history does not fit the device's free memory."""
     device = torch.device(device)
@@ -254,7 +270,7 @@ def check_room(config: ProfileConfig, device: torch.device | str) -> None:
     need = config.held_bytes("whole history", config.latent_frames(longest))
     copied = device.type == "cpu" and config.dtype != "float32"
     room = need * (_HEADROOM_COPIED if copied else _HEADROOM)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    free = free_bytes(device)
     if room > free:
         raise UserError(
             f"keys and values of {longest:g} s take {need / 2**30:.1f} GiB, with room to work "
@@ -325,6 +341,6 @@ def profile(
         "device": describe_device(device),
         "versions": versions(),
         "config": asdict(config),
-        "noisy": any(p.call_seconds_slowest > _NOISE * p.call_seconds_fastest for p in points),
+        "noisy": is_noisy(points),
         "points": [asdict(point) for point in points],
     }

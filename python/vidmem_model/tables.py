@@ -105,6 +105,43 @@ def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> 
     _print_files(console, folder, names, skipped)
 
 
+def _spread(measured: dict[str, Any], digits: int) -> str:
+    spread = "" if measured["spread"] is None else f" ± {measured['spread']:.{digits}f}"
+    return f"{measured['mean']:.{digits}f}{spread}"
+
+
+_MEASURES = {"psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "stlpips": ("ST-LPIPS ↓", 3)}
+
+
+def _retrieval_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, row in result["rows"].items():
+        cells = [name, f"{row['tokens']:,}" if row["tokens"] else "", str(len(row["runs"])) if row["trained"] else ""]
+        rows.append(cells + [_spread(row[key], digits) for key, (_, digits) in _MEASURES.items()])
+    return rows
+
+
+def print_retrieval(result: dict[str, Any]) -> None:
+    """Print what `evaluate.evaluate_retrieval` returned.
+
+    Args:
+        result: the content of retrieval.json.
+    """
+    seconds = result["config"]["history"] / result["fps"]
+    title = f"Frames read back, {len(result['clips'])} held-out histories of {seconds:g} s"
+    table = _table("memory", "tokens", "runs", *(heading for heading, _ in _MEASURES.values()), title=title)
+    for row in _retrieval_rows(result):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def retrieval_markdown(result: dict[str, Any]) -> str:
+    """Return the same table in Markdown."""
+    headings = ["memory", "tokens", "runs", *(heading for heading, _ in _MEASURES.values())]
+    rows = [headings, ["---", *["---:"] * (len(headings) - 1)], *_retrieval_rows(result)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def _print_files(console: Console, folder: Path, names: list[str], skipped: str | None) -> None:
     for name in names:
         size = (folder / name).stat().st_size

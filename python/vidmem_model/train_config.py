@@ -12,6 +12,7 @@ from .errors import UserError
 from .finetune import FinetuneConfig
 from .model_config import PRESETS, build
 from .pretrain import PretrainConfig
+from .pretrain_vae import PretrainVAEConfig
 
 
 def read_pretrain(path: Path) -> PretrainConfig:
@@ -23,10 +24,16 @@ def read_pretrain(path: Path) -> PretrainConfig:
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong; the message names it.
     """
-    values = _read(path)
-    if "model" in values:
-        values["model"] = _model(path, values["model"])
-    return _build(path, PretrainConfig, values)
+    return _build(path, PretrainConfig, _read_with_model(path))
+
+
+def read_pretrain_vae(path: Path) -> PretrainVAEConfig:
+    """Read the configuration of a run that trains the VAE; `model` as for read_pretrain.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong; the message names it.
+    """
+    return _build(path, PretrainVAEConfig, _read_with_model(path))
 
 
 def read_finetune(path: Path) -> FinetuneConfig:
@@ -41,6 +48,13 @@ def read_finetune(path: Path) -> FinetuneConfig:
     if "from" not in values:
         raise UserError(f"{path}: needs the key from, the model of Stage I")
     return _build(path, FinetuneConfig, {("start" if k == "from" else k): v for k, v in values.items()})
+
+
+def _read_with_model(path: Path) -> dict[str, Any]:
+    values = _read(path)
+    if "model" in values:
+        values["model"] = _model(path, values["model"])
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:

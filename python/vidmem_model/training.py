@@ -163,6 +163,10 @@ class FlowMatching(nn.Module):
         super().__init__()
         self.model = model
 
+    def parts(self) -> list[nn.Module]:
+        """Modules whose weights are gathered one at a time."""
+        return [*self.model.dit.blocks, *self.model.encoders]
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Mean squared error of the predicted velocity, a float32 scalar."""
         memory = self.model.remember(batch.history, batch.lows)
@@ -227,14 +231,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def fit(
-    build: Callable[[], MemoryModel],
-    batches: Callable[[int, Sequence[int]], Batch],
+    build: Callable[[], nn.Module],
+    batches: Callable[[int, Sequence[int]], Any],
     config: TrainConfig,
     folder: Path,
     settings: dict[str, Any],
     device: torch.device,
     restart: bool = False,
-) -> MemoryModel:
+    objective_of: Callable[[Any], nn.Module] | None = None,
+) -> Any:
     """Train a model, going on from the last checkpoint if there is one.
 
     Writes checkpoints/, curve.csv and, with matplotlib, curve.png to `folder`.
@@ -248,6 +253,8 @@ def fit(
         settings: JSON of all that must be the same for a run to go on.
         device: of this process.
         restart: forget an earlier run in this folder.
+        objective_of: makes the module whose output for a batch is the loss; it has the attribute
+            `model` and says by `parts` what FSDP shards apart. By default FlowMatching.
 
     Returns:
         A model with the moving average of the weights, on the CPU.
@@ -257,7 +264,7 @@ def fit(
         UserError: the folder holds a run with other settings, or cannot be written.
     """
     torch.manual_seed(config.seed)
-    objective = _shard(FlowMatching(build()).to(device).train(), device)
+    objective = _shard((objective_of or FlowMatching)(build()).to(device).train(), device)
     trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(trained, config)
     ema = {name: p.detach().clone() for name, p in trained.items()}
@@ -306,7 +313,7 @@ def fit(
     return final
 
 
-def _shard(objective: FlowMatching, device: torch.device) -> FlowMatching:
+def _shard(objective: nn.Module, device: torch.device) -> nn.Module:
     """Shard weights, gradients and moments over the processes (FSDP2), if there are several."""
     if dist.is_initialized():
         from torch.distributed.device_mesh import init_device_mesh
@@ -315,7 +322,7 @@ def _shard(objective: FlowMatching, device: torch.device) -> FlowMatching:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         # What is outside of these is gathered for the whole step: the first projection, which the
         # memory encoders call too, is among it.
-        for part in (*objective.model.dit.blocks, *objective.model.encoders, objective):
+        for part in (*objective.parts(), objective):
             fully_shard(part, mesh=mesh)
     return objective
 

@@ -18,6 +18,15 @@ Restart = Annotated[bool, typer.Option("--restart", help="Begin anew although th
 
 
 @app.command()
+def pretrain_vae(config: Config, restart: Restart = False) -> None:
+    """Train the small causal VAE; run again to go on."""
+    from .. import pretrain_vae as stage
+    from ..train_config import read_pretrain_vae
+
+    _run(stage.pretrain_vae, read_pretrain_vae(config), restart)
+
+
+@app.command()
 def pretrain(config: Config, restart: Restart = False) -> None:
     """Train a memory to give back any frame of a history (Stage I); run again to go on."""
     from .. import pretrain as stage
