@@ -278,7 +278,7 @@ def test_captions(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("- {start: 0, end: 2, prompt: a rabbit}\n- {start: 2.5, end: 9, prompt: a squirrel}\n")
     captions = read_captions(file)
-    each = dataset.Block(tmp_path, 1.0, 32, 1, "train", torch.zeros(1, 8, 1, 1), {})
+    each = dataset.Block(tmp_path, 1.0, 32, 1, "train", False, torch.zeros(1, 8, 1, 1), {})
     latents = dataset.Latents((each,), 0.5, captions)
     # Latent frame k is on screen from 1 + k / 2 seconds on; its middle decides.
     prompts = [latents.prompt(each, k) for k in range(4)]
