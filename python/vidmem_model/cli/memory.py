@@ -102,9 +102,9 @@ def compress(
 
     codec = DCTCodec()
     if method == "learned":
-        from ..learned import compress_learned, open_shipped
+        from ..learned import DEFAULT_MODEL, compress_learned, open_shipped
 
-        model = open_shipped().model.config
+        model = open_shipped(DEFAULT_MODEL).model.config
         shape, fps_ = (model.height, model.width), model.fps
     clip_spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     with progress_bar() as tell:
