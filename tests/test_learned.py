@@ -11,12 +11,16 @@ pytest.importorskip("av")
 from test_cli import make_video
 from test_evaluate import CONFIG, film, tiny_model
 
-from vidmem_model import cli, learned
+from vidmem_model import cli, demo, learned, tables
+from vidmem_model.config import ClipSpec
+from vidmem_model.data import read_clip
 from vidmem_model.encoder import count_tokens
 from vidmem_model.errors import MemoryFormatError, UserError
 from vidmem_model.learned import compress_learned, latent_positions
 from vidmem_model.memory import read_memory, write_memory
+from vidmem_model.metrics import psnr
 from vidmem_model.model import save_model
+from vidmem_model.profile import ProfileConfig
 
 
 @pytest.fixture
@@ -128,3 +132,55 @@ def test_commands(package, tmp_path, capfd):
 def test_without_a_checkpoint_the_way_out_is_told(empty_package, tmp_path, capfd):
     assert cli.main(["compress", "a.mp4", "-o", str(tmp_path / "m"), "-m", "learned"]) == 2
     assert "'demo' is not in this installation; use --method dct or merge" in capfd.readouterr().err
+
+
+def test_demo_shows_the_learned_memory_at_its_own_size(package, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("vidmem_model.profile._SLOW_SECONDS", 0.02)
+    video = make_video(tmp_path / "film.mkv", frames=24)
+    config = demo.DemoConfig(
+        video=video,
+        clip=ClipSpec(80, 112, 24.0, 0.0, 1.0),
+        frames=2,
+        rate=(2, 2, 2),
+        learned=True,
+        profile=ProfileConfig(lengths=(0.5,)),
+    )
+    result = demo.run_demo(config, tmp_path / "out")
+    assert set(result["methods"]) == {"dct", "merge"} and result["video"]["height"] == 80
+    small = result["learned"]
+    assert (small["video"]["frames"], small["video"]["height"], small["video"]["width"]) == (8, 32, 64)
+    assert {m: (e["context_tokens_after"], e["channels"]) for m, e in small["methods"].items()} == {
+        "learned": (2, 48),
+        "dct": (2, 48),
+        "merge": (2, 48),
+    }
+    source = read_clip(video, ClipSpec(32, 64, 8.0, 0.0, 1.0)).frames
+    for entry in small["methods"].values():
+        memory = read_memory(tmp_path / "out" / entry["file"])
+        for row in entry["retrieved"]:
+            assert row["psnr_db"] == pytest.approx(psnr(memory.retrieve(row["frame"]), source[row["frame"]]), abs=1e-6)
+    assert "contact_sheet_learned.png" in result["files"]
+    tables.print_demo(result, tmp_path / "out")
+    shown = capfd.readouterr().out
+    assert "8 frames of 32x64 at 8 fps" in shown and f"{small['methods']['learned']['mean_psnr_db']:.2f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "learns"),
+    [([], True), (["--size", "480x832"], False), (["--fps", "24"], False), (["--seed", "1"], True)],
+)
+def test_demo_leaves_the_model_out_at_a_size_of_the_users(package, monkeypatch, tmp_path, options, learns):
+    asked = []
+
+    def run_demo(config, *_):
+        asked.append(config)
+        raise UserError("enough")
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    assert cli.main(["demo", "a.mp4", "-o", str(tmp_path / "out"), *options]) == 2
+    (config,) = asked
+    assert config.learned is learns and (config.clip.height, config.clip.width, config.clip.fps) == (480, 832, 24.0)
+    (package / "demo.safetensors").unlink()
+    assert cli.main(["demo", "a.mp4", "-o", str(tmp_path / "out"), *options]) == 2
+    assert asked[1].learned is False
