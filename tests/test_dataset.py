@@ -308,3 +308,29 @@ def test_captions(tmp_path):
 def test_config_refuses(wrong):
     with pytest.raises(ValueError, match="^DataConfig: .*, got "):
         DataConfig(**wrong)
+
+
+def test_named_test_stretches_and_mirror_images(film, vae, tmp_path):
+    """The test stretch is taken as it is named; training blocks come mirrored too, test blocks do not."""
+    first, last = CUTS[3] / 8, CUTS[5] / 8
+    config = dataclasses.replace(
+        DATA, videos=(str(film),), cache=str(tmp_path), test=((first, last),), mirror=True, block_seconds=30.0
+    )
+    made = prepare(config, MODEL, vae, [RATE])
+    assert [(b.split, round(8 * b.start), b.mirrored) for b in made.blocks] == [
+        ("train", 0, False),
+        ("train", 0, True),
+        ("test", CUTS[3], False),
+        ("train", CUTS[5], False),
+        ("train", CUTS[5], True),
+    ]
+    frames = torch.from_numpy(film_frames()[: CUTS[3]]).flip(2)
+    expected = encode_block(frames[: made.blocks[1].frames], vae)
+    torch.testing.assert_close(made.blocks[1].latents, expected, rtol=2e-3, atol=2e-3)
+    assert not torch.equal(made.blocks[0].latents, made.blocks[1].latents)
+
+
+@pytest.mark.parametrize("test", [((5.0, 3.0),), ((1.0, 4.0), (3.0, 6.0))])
+def test_test_stretches_must_ascend(test):
+    with pytest.raises(ValueError, match="^DataConfig: test must be ascending stretches"):
+        DataConfig(test=test)
