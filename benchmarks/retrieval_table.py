@@ -137,16 +137,17 @@ def fill_page(page: Path, table: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Other options go to vidmem evaluate retrieval."
+    )
     parser.add_argument("base", type=Path, help="recipe of vidmem pretrain that all rows share")
     parser.add_argument("--out", type=Path, required=True, help="folder of recipes, runs and results")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="page to put the table in")
-    parser.add_argument("evaluation", nargs=argparse.REMAINDER, help="-- and options of vidmem evaluate retrieval")
-    given = parser.parse_args(argv)
+    given, options = parser.parse_known_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     train_all(write_recipes(given.base, given.out, ROWS), given.jobs)
-    evaluate(given.out, [option for option in given.evaluation if option != "--"])
+    evaluate(given.out, options)
     if given.page:
         fill_page(given.page, (given.out / "retrieval.md").read_text(encoding="utf-8"))
 

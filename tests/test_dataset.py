@@ -278,7 +278,7 @@ def test_captions(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("- {start: 0, end: 2, prompt: a rabbit}\n- {start: 2.5, end: 9, prompt: a squirrel}\n")
     captions = read_captions(file)
-    each = dataset.Block(tmp_path, 1.0, 32, 1, "train", torch.zeros(1, 8, 1, 1), {})
+    each = dataset.Block(tmp_path, 1.0, 32, 1, "train", False, torch.zeros(1, 8, 1, 1), {})
     latents = dataset.Latents((each,), 0.5, captions)
     # Latent frame k is on screen from 1 + k / 2 seconds on; its middle decides.
     prompts = [latents.prompt(each, k) for k in range(4)]
@@ -308,3 +308,29 @@ def test_captions(tmp_path):
 def test_config_refuses(wrong):
     with pytest.raises(ValueError, match="^DataConfig: .*, got "):
         DataConfig(**wrong)
+
+
+def test_named_test_stretches_and_mirror_images(film, vae, tmp_path):
+    """The test stretch is taken as it is named; training blocks come mirrored too, test blocks do not."""
+    first, last = CUTS[3] / 8, CUTS[5] / 8
+    config = dataclasses.replace(
+        DATA, videos=(str(film),), cache=str(tmp_path), test=((first, last),), mirror=True, block_seconds=30.0
+    )
+    made = prepare(config, MODEL, vae, [RATE])
+    assert [(b.split, round(8 * b.start), b.mirrored) for b in made.blocks] == [
+        ("train", 0, False),
+        ("train", 0, True),
+        ("test", CUTS[3], False),
+        ("train", CUTS[5], False),
+        ("train", CUTS[5], True),
+    ]
+    frames = torch.from_numpy(film_frames()[: CUTS[3]]).flip(2)
+    expected = encode_block(frames[: made.blocks[1].frames], vae)
+    torch.testing.assert_close(made.blocks[1].latents, expected, rtol=2e-3, atol=2e-3)
+    assert not torch.equal(made.blocks[0].latents, made.blocks[1].latents)
+
+
+@pytest.mark.parametrize("test", [((5.0, 3.0),), ((1.0, 4.0), (3.0, 6.0))])
+def test_test_stretches_must_ascend(test):
+    with pytest.raises(ValueError, match="^DataConfig: test must be ascending stretches"):
+        DataConfig(test=test)

@@ -1,8 +1,11 @@
 """Evaluation of retrieval: what is compared with what, means and spreads, and the command."""
 
 import dataclasses
+import importlib.util
 import json
 import statistics
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from vidmem_model.learned import LearnedMemory, latent_positions
 from vidmem_model.metrics import psnr, ssim
 from vidmem_model.model import MemoryModel, save_model
 from vidmem_model.model_config import PRESETS, EncoderConfig, VAEConfig
+from vidmem_model.train_config import read_pretrain
 from vidmem_model.vae import load_vae
 
 # The embedded codec is a VAE without weights.
@@ -154,8 +158,8 @@ def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkey
     store.mkdir()
     result = evaluate.evaluate_retrieval(models, histories, config, store)
     assert list(result["rows"]) == [
-        "both 2×2×2",
         "without LR 2×2×2",
+        "both 2×2×2",
         "dct 2×2×2",
         "merge 2×2×2",
         "mean frame",
@@ -172,7 +176,7 @@ def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkey
     assert [result["rows"][n]["width"] for n in ("both 2×2×2", "dct 2×2×2", "merge 2×2×2")] == [48, 48, 48]
     json.dumps(result, allow_nan=False)
     markdown = tables.retrieval_markdown(result).splitlines()
-    assert len(markdown) == 8 and markdown[2].startswith("| both 2×2×2 | 4 | 2 | ") and " ± " in markdown[2]
+    assert len(markdown) == 8 and markdown[3].startswith("| both 2×2×2 | 4 | 2 | ") and " ± " in markdown[3]
     monkeypatch.setattr(evaluate, "measure_row", lambda *_: pytest.fail("was measured before"))
     assert evaluate.evaluate_retrieval(models, histories, config, store) == result
 
@@ -208,3 +212,54 @@ def test_command(tmp_path, quick_stlpips, capfd):
         name, value = row.split(" | ")[0].strip("| "), row.split(" | ")[3]
         assert name in shown and value in shown
     assert out["png"].read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def table_script():
+    path = Path(__file__).parent.parent / "benchmarks" / "retrieval_table.py"
+    spec = importlib.util.spec_from_file_location("retrieval_table", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["retrieval_table"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recipes_of_the_table(table_script, tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("model: tiny\noutput: elsewhere\noptimisation: {steps: 7, lr: 3e-4}\n")
+    recipes = table_script.write_recipes(base, tmp_path, table_script.ROWS)
+    assert len(recipes) == 4 * 3 + 2 and [r.stem[-1] for r in recipes] == list("00000011112222")
+    for recipe in recipes:
+        config = read_pretrain(recipe)
+        (encoder,) = config.model.encoders
+        assert recipe.stem == f"{encoder.branches}-{'x'.join(map(str, encoder.rate))}-seed{config.optimisation.seed}"
+        assert encoder.channels == PRESETS["tiny"].encoders[0].channels
+        assert config.output == str(tmp_path / recipe.stem)
+        assert (config.optimisation.steps, config.optimisation.lr, config.optimisation.threads) == (7, 3e-4, 1)
+    assert table_script.write_recipes(base, tmp_path, table_script.ROWS) == recipes
+    base.write_text("model: tiny\noutput: elsewhere\noptimisation: {steps: 8}\n")
+    with pytest.raises(SystemExit, match="differs from"):
+        table_script.write_recipes(base, tmp_path, table_script.ROWS)
+
+
+def test_training_skips_what_is_finished_and_tells_what_failed(table_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(table_script.sys, "executable", "/bin/false")
+    done, failing = tmp_path / "done.yaml", tmp_path / "failing.yaml"
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "model.safetensors").touch()
+    table_script.train_all([done], jobs=2)
+    with pytest.raises(SystemExit, match="failing.yaml: training failed with code 1; see .*failing.log"):
+        table_script.train_all([done, failing], jobs=2)
+
+
+def test_page_is_filled_again_and_again(table_script, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(table_script.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    before, after = page.read_text(encoding="utf-8").split("<!-- table -->\n")
+    for table in ("| a |\n", "| b |\n"):
+        table_script.fill_page(page, table)
+    text = page.read_text(encoding="utf-8")
+    assert text == f"{before}<!-- table -->\n| b |\n<!-- end of table -->\n" + after.split("<!-- end of table -->\n")[1]
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="must hold <!-- table -->"):
+        table_script.fill_page(page, "")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .compressor import box_grid, compress
+from .compressor import CompressedMemory, box_grid, compress
 from .config import CodecConfig, CompressorConfig
 from .memory import read_memory, write_memory
 from .vae import PATCH, DCTCodec
@@ -48,10 +48,10 @@ def mean_frame(frames: torch.Tensor) -> ReadBack:
     return ReadBack(mean.expand_as(frames), 0, 0)
 
 
-def training_free(
+def compress_training_free(
     method: str, frames: torch.Tensor, rate: tuple[int, int, int], width: int, budget: int | None = None
-) -> ReadBack:
-    """Read every frame back from a memory file of dct or merge with tokens of a given width.
+) -> CompressedMemory:
+    """Compress frames with dct or merge to tokens of a given width.
 
     A token of merge is a patch of latents: it gets its width by keeping as many of the codec's
     channels. What merge stores beside its tokens (the row of every patch token) comes on top.
@@ -64,7 +64,7 @@ def training_free(
         budget: number of tokens of merge; by default what the rate gives.
 
     Returns:
-        ReadBack.
+        CompressedMemory.
 
     Raises:
         UserError: the history is too small for the rate or the budget.
@@ -73,7 +73,22 @@ def training_free(
     size = tuple(frames.shape[:3])
     whole = 3 * math.prod(box_grid(size, codec.stride, rate)[1])
     config = CompressorConfig(method, rate, min(width, whole), budget)
-    memory = compress(codec.encode_chunks(frames.split(2 * codec.stride[0])), codec, size, config)
+    return compress(codec.encode_chunks(frames.split(2 * codec.stride[0])), codec, size, config)
+
+
+def training_free(method: str, frames: torch.Tensor, rate: tuple[int, int, int], width: int) -> ReadBack:
+    """Read every frame back from a memory file that `compress_training_free` filled.
+
+    Args:
+        method, frames, rate, width: as there.
+
+    Returns:
+        ReadBack.
+
+    Raises:
+        UserError: as there.
+    """
+    memory = compress_training_free(method, frames, rate, width)
     with tempfile.TemporaryDirectory(prefix="vidmem-") as folder:
         path = Path(folder) / "memory.safetensors"
         write_memory(path, memory, fps=1.0, source="")

@@ -119,9 +119,9 @@ class Block:
         frames: video frames, a multiple of what a latent frame covers.
         scenes: number of scenes.
         split: "train" or "test".
+        mirrored: whether these are the mirror images of the frames.
         latents: float16 (C, T, H, W), scaled.
         lows: rate -> float16 (C, T / rate_t, ...), scaled latents of the low-resolution video.
-        mirrored: whether these are of the mirror images of the frames.
     """
 
     film: Path
@@ -129,9 +129,9 @@ class Block:
     frames: int
     scenes: int
     split: str
+    mirrored: bool
     latents: torch.Tensor
     lows: dict[Rate, torch.Tensor]
-    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -367,9 +367,8 @@ def _scaled(frames: torch.Tensor, vae: VideoCodec, cache: dict) -> torch.Tensor:
 
 def _pieces(frames: torch.Tensor, vae: VideoCodec) -> tuple[torch.Tensor, ...]:
     """Cut frames (T, ...) into pieces that are encoded one after another in bounded memory."""
-    first = vae.first_frames + vae.stride[0]
-    rest = frames[first:].split(2 * vae.stride[0]) if len(frames) > first else ()
-    return frames[:first], *rest
+    first = min(len(frames), vae.first_frames + vae.stride[0])
+    return frames[:first], *(piece for piece in frames[first:].split(2 * vae.stride[0]) if len(piece))
 
 
 def _latent_frames(frames: int, vae: VideoCodec) -> int:

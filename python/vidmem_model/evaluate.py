@@ -289,6 +289,7 @@ def evaluate_retrieval(
             name = f"{name} ({Path(path).stem})"
         rows.add(name, memory, read_learned(memory, config), sha256=memory.digest, vae=memory.vae_digest)
     trained = set(rows.runs)
+    rows.runs = dict(sorted(rows.runs.items(), key=lambda row: _place(configs.get(row[0]), row[1])))
     for rate, width in sorted({(c.encoders[0].rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}):
         for method in METHODS:
             read = functools.partial(_read_training_free, method, rate, width)
@@ -306,6 +307,13 @@ def evaluate_retrieval(
         "device": describe_device("cpu"),
         "versions": versions(),
     }
+
+
+def _place(config: ModelConfig | None, runs: list[dict[str, Any]]) -> tuple[int, int]:
+    """Order of the trained rows: by tokens, then from the simplest encoder to the whole one."""
+    order = ("patchifier", "lr", "hr", "both")
+    branches = config.encoders[0].branches if config else ""
+    return runs[0]["tokens"], order.index(branches) if branches in order else len(order)
 
 
 def _read_training_free(method: str, rate: tuple[int, int, int], width: int, history: History) -> ReadBack:

@@ -148,7 +148,7 @@ def shipped(name: str = DEFAULT_MODEL) -> Path | None:
 
 
 @functools.lru_cache(maxsize=2)
-def open_shipped(name: str = DEFAULT_MODEL) -> LearnedMemory:
+def open_shipped(name: str) -> LearnedMemory:
     """Load a checkpoint that comes with the package.
 
     Raises:

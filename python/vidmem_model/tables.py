@@ -33,6 +33,25 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
         folder: where the files are.
     """
     console = Console(highlight=False)
+    _print_memories(console, result)
+    if result["learned"]:
+        _print_memories(console, result["learned"])
+    table = _table("stage", "s", "peak MiB", "above start MiB", title="Time and resident memory")
+    for stage in result["stages"]:
+        table.add_row(
+            stage["stage"],
+            f"{stage['seconds']:.2f}",
+            _mebi(stage["peak_rss_bytes"]),
+            _mebi(stage["grown_bytes"]),
+        )
+    total = sum(stage["seconds"] for stage in result["stages"])
+    table.add_row("all", f"{total:.2f}", _mebi(result["peak_rss_bytes"]), "")
+    console.print(table)
+    _print_files(console, folder, result["files"], result["skipped"])
+
+
+def _print_memories(console: Console, result: dict[str, Any]) -> None:
+    """One part of the demo: its video, its memories, and the frames read back."""
     video, methods = result["video"], result["methods"]
     before = result["context_tokens_before"]
     console.print(
@@ -65,19 +84,6 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
             cells.append(f"{row['retrieve_seconds'] * 1e3:.0f}")
         table.add_row(*cells)
     console.print(table)
-
-    table = _table("stage", "s", "peak MiB", "above start MiB", title="Time and resident memory")
-    for stage in result["stages"]:
-        table.add_row(
-            stage["stage"],
-            f"{stage['seconds']:.2f}",
-            _mebi(stage["peak_rss_bytes"]),
-            _mebi(stage["grown_bytes"]),
-        )
-    total = sum(stage["seconds"] for stage in result["stages"])
-    table.add_row("all", f"{total:.2f}", _mebi(result["peak_rss_bytes"]), "")
-    console.print(table)
-    _print_files(console, folder, result["files"], result["skipped"])
 
 
 def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> None:

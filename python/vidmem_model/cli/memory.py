@@ -10,10 +10,7 @@ import typer
 from ..errors import UserError
 from . import app
 from .options import (
-    Fps,
-    Rate,
     Seconds,
-    Size,
     Video,
     configured,
     parse_fps,
@@ -30,17 +27,22 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
     seconds: Seconds = 20.0,
     start: Annotated[float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")] = None,
-    size: Size = "480x832",
-    fps: Fps = "24",
-    rate: Rate = "4x4x2",
+    size: Annotated[str | None, typer.Option(help="Rows x columns, or source, for dct and merge; 480x832.")] = None,
+    fps: Annotated[str | None, typer.Option(help="Frames per second, or source, for dct and merge; 24.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Patch tokens per token of dct and merge; 4x4x2.")] = None,
     frames: Annotated[int, typer.Option(help="How many frames to read back.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the positions of those frames.")] = 0,
     lengths: Annotated[str, typer.Option(help="Seconds of history that the memory profile measures at.")] = "1,5,20",
 ) -> None:
-    """Compress 20 s of video by both methods, read random frames back, compare, plot memory."""
-    shape, rate_, fps_, lengths_ = parse_size(size), parse_rate(rate), parse_fps(fps), parse_lengths(lengths)
+    """Compress 20 s of video, read random frames back, compare, plot memory.
+
+    dct and merge run at --size; the trained model beside them at its own, unless --size, --fps or --rate is given.
+    """
+    shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
+    lengths_ = parse_lengths(lengths)
     from .. import demo as demo_
     from ..config import ClipSpec
+    from ..learned import DEFAULT_MODEL, shipped
     from ..profile import ProfileConfig
 
     if start is None:
@@ -53,6 +55,7 @@ def demo(
         frames=frames,
         seed=seed,
         rate=rate_,
+        learned=(size, fps, rate) == (None, None, None) and shipped(DEFAULT_MODEL) is not None,
         profile=configured(ProfileConfig, lengths=lengths_),
     )
     with progress_bar() as tell:
@@ -102,9 +105,9 @@ def compress(
 
     codec = DCTCodec()
     if method == "learned":
-        from ..learned import compress_learned, open_shipped
+        from ..learned import DEFAULT_MODEL, compress_learned, open_shipped
 
-        model = open_shipped().model.config
+        model = open_shipped(DEFAULT_MODEL).model.config
         shape, fps_ = (model.height, model.width), model.fps
     clip_spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     with progress_bar() as tell:
