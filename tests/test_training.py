@@ -21,8 +21,8 @@ from vidmem_model.pretrain import FrameQueries, QueryConfig, low_levels, mask
 from vidmem_model.train_config import read_pretrain
 
 
-def queries(**changes):
-    return FrameQueries(latents(), MODEL.encoders, dataclasses.replace(QUERIES, **changes))
+def queries(shift=1.0, **changes):
+    return FrameQueries(latents(), MODEL.encoders, dataclasses.replace(QUERIES, **changes), shift=shift)
 
 
 def equal(a, b):
@@ -127,9 +127,19 @@ def test_spans_are_aligned_and_all_places_are_equally_probable():
 def test_samples_of_stage_two():
     config = ContinuationConfig(history=8, targets=3, window=2, drop_prompt=0.0)
     draw = Continuations(latents(), MODEL.encoders, config)
-    windows = 0
+    windows, empty = 0, 0
+    whole = Continuations(latents(), MODEL.encoders, dataclasses.replace(config, empty_probability=0.0))
     for step in range(40):
         batch = draw(step, range(2))
+        if batch.history.shape[2] == 0:
+            empty += 1
+            full = whole(step, range(2))
+            assert batch.lows[0].shape[2] == 0 and batch.window is None and batch.frames.tolist() == [[0, 1, 2]] * 2
+            assert torch.equal(batch.target, full.target) and batch.prompts == full.prompts
+            loss = training.FlowMatching(MemoryModel(MODEL))(batch)
+            assert loss.isfinite()
+            loss.backward()
+            continue
         for i in range(2):
             source, start = find(batch.history[i], draw.latents.blocks, RATE[2])
             assert torch.equal(batch.target[i], source.latents[:, start + 8 : start + 11].float())
@@ -141,7 +151,7 @@ def test_samples_of_stage_two():
             assert torch.equal(batch.window, batch.history[:, :, 6:])
             assert batch.window_frames.tolist() == [[6, 7]] * 2
         assert equal(draw(step, [1])[2:4], tuple(x[1:] for x in batch[2:4]))
-    assert 8 < windows < 32
+    assert 8 < windows < 32 and 0 < empty < 12
 
 
 def test_loss_is_that_of_the_velocity():

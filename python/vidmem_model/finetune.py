@@ -32,7 +32,7 @@ class ContinuationConfig:
         targets: latent frames after it that are to be made.
         window: last frames of the history that the DiT sees as they are.
         window_probability: share of the steps with a window.
-        shift: of the flow's times towards the noise.
+        empty_probability: share of the steps without any history, as for a video's first segment.
         drop_prompt: how often a sample has no prompt.
 
     Raises:
@@ -43,7 +43,7 @@ class ContinuationConfig:
     targets: int = 6
     window: int = 3
     window_probability: float = 0.5
-    shift: float = 1.0
+    empty_probability: float = 0.1
     drop_prompt: float = 0.1
 
     def __post_init__(self) -> None:
@@ -54,10 +54,9 @@ class ContinuationConfig:
             f"ContinuationConfig: window must be in [1, {self.history}]",
             self.window,
         )
-        for name in ("window_probability", "drop_prompt"):
+        for name in ("window_probability", "empty_probability", "drop_prompt"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"ContinuationConfig: {name} must be in [0, 1]", value)
-        _check(self.shift > 0, "ContinuationConfig: shift must be positive", self.shift)
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,21 @@ class Continuations:
         encoders: of the model; they say which low-resolution latents are needed.
         config: what a sample is.
         seed: of all choices.
+        shift: of the flow's times towards the noise.
 
     Raises:
         UserError: no block is as long as a history and its targets.
     """
 
     def __init__(
-        self, latents: Latents, encoders: Sequence[EncoderConfig], config: ContinuationConfig, seed: int = 0
+        self,
+        latents: Latents,
+        encoders: Sequence[EncoderConfig],
+        config: ContinuationConfig,
+        seed: int = 0,
+        shift: float = 1.0,
     ) -> None:
-        self.latents, self.config, self.seed = latents, config, seed
+        self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
         self.rates = [low_rate(encoder) for encoder in encoders]
         self.spans = Spans(latents, config.history + config.targets, alignment(encoders))
 
@@ -123,7 +128,15 @@ class Continuations:
             prompts=list(prompts),
         )
         # One choice for the whole step, so that a batch has one length.
-        if torch.rand((), generator=seeded(self.seed, step)) >= config.window_probability:
+        generator = seeded(self.seed, step)
+        windowed = torch.rand((), generator=generator) < config.window_probability
+        if torch.rand((), generator=generator) < config.empty_probability:
+            return batch._replace(
+                history=batch.history[:, :, :0],
+                lows=[None if low is None else low[:, :, :0] for low in batch.lows],
+                frames=batch.frames - config.history,
+            )
+        if not windowed:
             return batch
         first = config.history - config.window
         return batch._replace(
@@ -144,7 +157,7 @@ class Continuations:
             for rate in self.rates
         ]
         noise = torch.randn(target.shape, generator=generator)
-        t = shift_timesteps(logit_normal((), *TIME, generator), config.shift)
+        t = shift_timesteps(logit_normal((), *TIME, generator), self.shift)
         dropped = torch.rand((), generator=generator) < config.drop_prompt
         return history, lows, target, noise, t, "" if dropped else self.latents.prompt(block, end)
 
@@ -170,7 +183,8 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
         encoders = start.config.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]
         latents = prepare_latents(config.data, start.config, vae, rates)
-        batches = Continuations(latents.split("train"), encoders, config.sampling, config.optimisation.seed)
+        seed, shift = config.optimisation.seed, start.config.shift
+        batches = Continuations(latents.split("train"), encoders, config.sampling, seed, shift)
         output = Path(config.output)
         model = fit(
             lambda: adapted(config),

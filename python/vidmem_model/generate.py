@@ -52,7 +52,7 @@ class GenerateConfig:
         segment: latent frames made together.
         window: clean latent frames before a segment, or None for the model's own number.
         guidance: scale of classifier-free guidance; 1 is none, and takes half the time of others.
-        shift: of the steps' times towards the noise.
+        shift: of the steps' times towards the noise, or None for the model's own.
         cross_attention: whether blocks read the memory by cross-attention too, or None for the model's own way.
         kv_cache: whether the history's keys and values are kept over the steps of a segment, or None
             for only where that changes nothing.
@@ -68,7 +68,7 @@ class GenerateConfig:
     segment: int = 6
     window: int | None = None
     guidance: float = 1.0
-    shift: float = 1.0
+    shift: float | None = None
     cross_attention: bool | None = None
     kv_cache: bool | None = None
     start: Path | None = None
@@ -291,7 +291,7 @@ class Generator:
         own = self.model.dit.config
         self.model.dit.config = dataclasses.replace(own, memory_cross_attention=self.cross_attention)
         try:
-            return sample(velocity, noise, config.steps, config.shift)
+            return sample(velocity, noise, config.steps, config.shift or self.model.config.shift)
         finally:
             self.model.dit.config = own
 

@@ -98,7 +98,7 @@ class MemoryModel(nn.Module):
         *,
         window: torch.Tensor | None = None,
         window_frames: torch.Tensor | None = None,
-        shift: float = 1.0,
+        shift: float | None = None,
         size: tuple[int, int] | None = None,
         approximate: bool = False,
     ) -> torch.Tensor:
@@ -111,7 +111,7 @@ class MemoryModel(nn.Module):
             steps: number of steps.
             generator: of the noise, on its own device.
             window, window_frames: (B, C, W, H, W') clean latents and (B, W) their positions in time.
-            shift: of the steps' times towards the noise.
+            shift: of the steps' times towards the noise; by default the configuration's.
             size: latent rows and columns; by default those of the configuration's frames.
             approximate: keep the history's keys and values of the first step also where they would
                 change (`history_sees_video`): faster, some quality lost. Where they do not change they
@@ -140,7 +140,7 @@ class MemoryModel(nn.Module):
             "window_frames": window_frames,
             "cache": cache,
         }
-        return sample(lambda x, t: self.dit(x, t, *text, **given), noise, steps, shift)
+        return sample(lambda x, t: self.dit(x, t, *text, **given), noise, steps, shift or self.config.shift)
 
     def latent_size(self) -> tuple[int, int]:
         """Latent rows and columns of the configuration's frames, padded up to whole patches."""

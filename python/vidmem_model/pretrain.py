@@ -34,7 +34,6 @@ class QueryConfig:
         history: latent frames of a history.
         queries: frames of it that are to be made, in random places.
         mask_probability: how often the rest of the history is masked with noise; else all stays clean.
-        shift: of the flow's times towards the noise.
         drop_prompt: how often a sample has no prompt.
 
     Raises:
@@ -44,7 +43,6 @@ class QueryConfig:
     history: int = 24
     queries: int = 2
     mask_probability: float = 1.0
-    shift: float = 1.0
     drop_prompt: float = 0.1
 
     def __post_init__(self) -> None:
@@ -56,7 +54,6 @@ class QueryConfig:
         )
         for name in ("mask_probability", "drop_prompt"):
             _check(0 <= getattr(self, name) <= 1, f"QueryConfig: {name} must be in [0, 1]", getattr(self, name))
-        _check(self.shift > 0, "QueryConfig: shift must be positive", self.shift)
 
 
 @dataclass(frozen=True)
@@ -98,13 +95,21 @@ class FrameQueries:
         encoders: of the model; they say which low-resolution latents are needed.
         config: what a sample is.
         seed: of all choices.
+        shift: of the flow's times towards the noise.
 
     Raises:
         UserError: no block is as long as a history.
     """
 
-    def __init__(self, latents: Latents, encoders: Sequence[EncoderConfig], config: QueryConfig, seed: int = 0) -> None:
-        self.latents, self.config, self.seed = latents, config, seed
+    def __init__(
+        self,
+        latents: Latents,
+        encoders: Sequence[EncoderConfig],
+        config: QueryConfig,
+        seed: int = 0,
+        shift: float = 1.0,
+    ) -> None:
+        self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
         self.rates = [low_rate(encoder) for encoder in encoders]
         self.spans = Spans(latents, config.history, alignment(encoders))
 
@@ -141,7 +146,7 @@ class FrameQueries:
                 low = mask(low, low_levels(levels, omega, rate[2]), generator)
             lows.append(low)
         noise = torch.randn(target.shape, generator=generator)
-        t = shift_timesteps(logit_normal((), *TIME, generator), config.shift)
+        t = shift_timesteps(logit_normal((), *TIME, generator), self.shift)
         dropped = torch.rand((), generator=generator) < config.drop_prompt
         prompt = "" if dropped else self.latents.prompt(block, start + int(omega[0]))
         return mask(history, levels, generator), lows, target, noise, t, omega.float(), prompt
@@ -190,7 +195,8 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         encoders = config.model.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]
         latents = prepare_latents(config.data, config.model, vae, rates)
-        batches = FrameQueries(latents.split("train"), encoders, config.sampling, config.optimisation.seed)
+        seed, shift = config.optimisation.seed, config.model.shift
+        batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)
         output = Path(config.output)
         model = fit(
             lambda: MemoryModel(config.model, config.text),

@@ -32,7 +32,9 @@ def generate(
     segment: Annotated[int, typer.Option(help="Latent frames made together.")] = 6,
     window: Annotated[int | None, typer.Option(help="Clean latent frames beside the memory; 0 for none.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none, else twice the time.")] = 1.0,
-    shift: Annotated[float, typer.Option(help="Of the steps' times towards the noise.")] = 1.0,
+    shift: Annotated[
+        float | None, typer.Option(help="Of the steps' times towards the noise; else as in training.")
+    ] = None,
     cross_attention: Annotated[
         bool | None,
         typer.Option("--cross-attention/--no-cross-attention", help="Read the memory by cross-attention too."),
