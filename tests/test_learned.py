@@ -19,7 +19,7 @@ from vidmem_model.errors import MemoryFormatError, UserError
 from vidmem_model.learned import compress_learned, latent_positions
 from vidmem_model.memory import read_memory, write_memory
 from vidmem_model.metrics import psnr
-from vidmem_model.model import save_model
+from vidmem_model.model import MemoryModel, save_model
 from vidmem_model.profile import ProfileConfig
 
 
@@ -184,3 +184,29 @@ def test_demo_leaves_the_model_out_at_a_size_of_the_users(package, monkeypatch, 
     (package / "demo.safetensors").unlink()
     assert cli.main(["demo", "a.mp4", "-o", str(tmp_path / "out"), *options]) == 2
     assert asked[1].learned is False
+
+
+def test_export_in_eight_bits(package, tmp_path, capsys):
+    from vidmem_model.vae import load_vae
+    from vidmem_model.weights import write_tensors
+
+    run = tmp_path / "run"
+    causal = dataclasses.replace(CONFIG.vae, kind="causal")
+    model = MemoryModel(dataclasses.replace(CONFIG, vae=causal))
+    extra = {"training": {"sampling": {"queries": 2, "history": 6}, "data": {"test": [[1.0, 2.5]]}}}
+    save_model(run, model, extra)
+    torch.manual_seed(3)
+    before = load_vae(causal)
+    write_tensors(run / "vae.safetensors", before.state_dict(), {})
+    out = tmp_path / "out" / "small.safetensors"
+    assert cli.main(["export", str(run), "-o", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    memory, whole = learned.LearnedMemory.load(out), learned.LearnedMemory.load(run)
+    assert (memory.queries, memory.seconds, memory.held_out) == (2, 24 / model.config.fps, [(1.0, 2.5)])
+    assert out.stat().st_size < 0.6 * (run / "model.safetensors").stat().st_size
+    for small, large in ((memory.model, whole.model), (memory.vae, whole.vae)):
+        for name, tensor in large.state_dict().items():
+            step = tensor.flatten(1).abs().amax() / 127 if tensor.ndim > 1 else 0.0
+            assert (small.state_dict()[name] - tensor).abs().max() <= 0.51 * step
+    assert cli.main(["export", str(run), "-o", str(out), "--dtype", "int4"]) == 2
+    assert "--dtype must be one of float32, float16, int8, got 'int4'" in capsys.readouterr().err

@@ -228,13 +228,21 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
 def _run_learned(
     config: DemoConfig, video: Path, folder: Path, stages: Stages, tell: Progress
 ) -> tuple[dict[str, Any], torch.Tensor, dict[str, tuple[list[torch.Tensor], list[float]]]]:
-    """Do the same at the trained model's size and rate; results, source frames, frames read back."""
+    """Do the same at the trained model's size and rate, for a history as long as those it was trained on.
+
+    Results, source frames, frames read back.
+    """
     from .baselines import compress_training_free
     from .learned import DEFAULT_MODEL, compress_learned, open_shipped
 
     trained = open_shipped(DEFAULT_MODEL)
     model = trained.model.config
-    spec = ClipSpec(model.height, model.width, model.fps, config.clip.start, config.clip.seconds)
+    start, seconds = config.clip.start, config.clip.seconds
+    if config.video is None and trained.held_out:
+        start = trained.held_out[0][0]  # of the sample film, a part that was not trained on
+    if trained.seconds:
+        seconds = min(trained.seconds, seconds or trained.seconds)
+    spec = ClipSpec(model.height, model.width, model.fps, start, seconds)
     where = f", {model.height}x{model.width}"
     with stages.measure(f"decode{where}"):
         clip = load_clip(video, spec, "learned", lambda *n: tell(f"decode{where}", *n))

@@ -16,11 +16,14 @@ from .compressor import CompressedMemory, packed
 from .dataset import encode_block
 from .encoder import MemoryTokens
 from .errors import MemoryFormatError, UserError
-from .model import MemoryModel, load_model, model_path
+from .model import VAE_FILE, MemoryModel, load_model, model_path, save_model
 from .vae import VideoCodec, frames_to_uint8, load_vae
+from .weights import pack, write_tensors
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+# Stage I, which reads frames back, and Stage II, which continues video.
 DEFAULT_MODEL = "demo"
+CONTINUING_MODEL = "demo_continue"
 DEFAULT_STEPS = 8
 # Latent frames that are made together, if the model's file does not say how many it was trained on.
 _QUERIES = 4
@@ -34,6 +37,11 @@ class LearnedMemory:
         model: the trained model.
         vae: makes its latents.
         digest, vae_digest: SHA-256 of their files; empty where there is none.
+
+    Attributes:
+        queries: frames that are made together, as in training.
+        seconds: length of the histories it was trained on, or None if its file does not say.
+        held_out: stretches [from, to] of its film, in seconds, that it was not trained on.
     """
 
     def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "", vae_digest: str = "") -> None:
@@ -41,6 +49,9 @@ class LearnedMemory:
         self.digest, self.vae_digest = digest, vae_digest
         training = model.extra.get("training", {})
         self.queries = int(training.get("sampling", {}).get("queries", _QUERIES))
+        history = training.get("sampling", {}).get("history")
+        self.seconds = vae.video_frames(history) / model.config.fps if history else None
+        self.held_out = [tuple(part) for part in training.get("data", {}).get("test", [])]
 
     @classmethod
     def load(cls, path: str | Path) -> LearnedMemory:
@@ -129,6 +140,29 @@ class LearnedMemory:
         raw = self.vae.unscale(latents)
         chunks = self.vae.decode_chunks(raw.split(2, 2), size)
         return torch.cat([frames_to_uint8(chunk) for chunk in chunks])
+
+
+def store(run: str | Path, output: Path, dtype: str) -> list[Path]:
+    """Store a trained model and the VAE beside it.
+
+    Args:
+        run: the model's file or folder.
+        output: the model's new file; the VAE becomes vae.safetensors in its folder.
+        dtype: see `weights.pack`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: a file is missing, damaged, or cannot be written.
+    """
+    model = load_model(run)
+    files = [save_model(output, model, model.extra, dtype=dtype)]
+    if model.vae_weights is not None:
+        vae = load_vae(model.config.vae, model.vae_weights)
+        files.append(files[0].with_name(VAE_FILE))
+        write_tensors(files[1], pack(vae.state_dict(), dtype), {})
+    return files
 
 
 def _digest(path: Path | None) -> str:

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from .config import _check, _is_count
 from .dataset import DataConfig, cut_films, film_paths
 from .model import VAE_FILE
 from .model_config import ModelConfig
-from .report import replacing
 from .training import TrainConfig, first_then_others, fit, processes, rank, run_settings
 from .vae.base import frames_to_float
 from .vae.causal import CausalVAE
 from .vae.training import ClipSampler, Reconstruction, measure_latents
+from .weights import write_tensors
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,5 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
             return None
         measure_latents(vae.eval(), blocks, config.frames)
         file = output / VAE_FILE
-        with replacing(file) as part:
-            save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, part)
+        write_tensors(file, vae.state_dict(), {})
         return file

@@ -55,7 +55,7 @@ def generate(
     device = parse_device(device)
     from ..generate import GenerateConfig
     from ..generate import generate as generate_
-    from ..learned import shipped
+    from ..learned import CONTINUING_MODEL, shipped
     from ..model import load_model
     from ..report import check_file, write_json
     from ..vae import load_vae
@@ -75,7 +75,7 @@ def generate(
     )
     if report is not None:
         check_file(report)
-    model = model or shipped()
+    model = model or shipped(CONTINUING_MODEL)
     if model is None:
         raise UserError("no model is shipped with this vidmem; give --model")
     net = load_model(model, text).to(device)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from . import app
 
 Config = Annotated[Path, typer.Argument(help="A YAML file.")]
@@ -42,6 +43,22 @@ def finetune(config: Config, restart: Restart = False) -> None:
     from ..train_config import read_finetune
 
     _run(stage.finetune, read_finetune(config), restart)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model's file to write; vae.safetensors beside it.")],
+    dtype: Annotated[str, typer.Option(help="float32, float16 or int8 (one scale a row).")] = "int8",
+) -> None:
+    """Store a trained model and its VAE in fewer bits."""
+    from ..learned import store
+    from ..weights import DTYPES
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for file in store(run, output, dtype):
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
 def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) -> None:

@@ -65,6 +65,8 @@ def _load_state(vae, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from ..weights import unpack
+
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the VAE's safetensors file")
     try:
@@ -72,7 +74,7 @@ def _load_state(vae, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise MemoryFormatError(f"{path}: is damaged or not a safetensors file ({error})") from error
     try:
-        vae.load_state_dict({k: v.to(torch.float32) for k, v in state.items()})
-    except RuntimeError as error:
+        vae.load_state_dict({k: v.to(torch.float32) for k, v in unpack(state).items()})
+    except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not the weights of the VAE that the model asks for ({reason})") from error
