@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import math
 import os
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,13 +200,22 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     try:
         try:
             yield device
-        except Interrupted:
-            dist.barrier()
+        except Interrupted as stop:
+            traceback.clear_frames(stop.__traceback__)
+            _part()
             raise
-        # A process that leaves while another still talks to it makes gloo abort.
-        dist.barrier()
+        _part()
     finally:
         dist.destroy_process_group()
+
+
+def _part() -> None:
+    """Wait for the other processes, with nothing left that refers to the group of them.
+
+    A sharded model that lives on until the interpreter ends makes gloo abort there, now and then.
+    """
+    gc.collect()
+    dist.barrier()
 
 
 def rank() -> int:
