@@ -166,6 +166,7 @@ EXTENSION = Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)
 setup(
     packages=find_packages(include=["vidmem_kernels*"]) + find_packages("python"),
     package_dir={"vidmem_model": "python/vidmem_model"},
+    package_data={"vidmem_model": ["recipes/*.yaml", "checkpoints/*"]},
     ext_modules=[] if os.environ.get("VIDMEM_BUILD") == "0" else [EXTENSION],
     cmdclass={"build_ext": BuildExtension},
 )

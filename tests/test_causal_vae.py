@@ -10,7 +10,7 @@ import torch
 from vidmem_model.model_config import VAEConfig
 from vidmem_model.vae import frames_to_float
 from vidmem_model.vae.causal import CausalVAE
-from vidmem_model.vae.training import VAEBatches, measure_latents, vae_loss
+from vidmem_model.vae.training import Clips, ClipSampler, Reconstruction, measure_latents
 
 TINY = VAEConfig(channels=5, stride=(2, 4, 4), width=8, depth=2)
 
@@ -81,29 +81,36 @@ def test_scale_brings_the_training_latents_to_unit_variance():
     with torch.no_grad():
         latents = torch.cat([vae.encode(frames_to_float(b)) for b in blocks])
     scaled = vae.scale(latents)
-    std, mean = torch.std_mean(scaled, dim=(0, 2, 3, 4))
-    torch.testing.assert_close(std, torch.ones(5), atol=1e-4, rtol=0)
+    variance, mean = torch.var_mean(scaled, dim=(0, 2, 3, 4))
+    assert variance.mean().item() == pytest.approx(1.0, abs=1e-4)
+    torch.testing.assert_close(variance, latents.var(dim=(0, 2, 3, 4)) / vae.latent_std[0].square())
     torch.testing.assert_close(mean, torch.zeros(5), atol=1e-4, rtol=0)
     torch.testing.assert_close(vae.unscale(scaled), latents, atol=1e-5, rtol=1e-5)
 
 
-def test_batches_depend_on_seed_and_step_only():
+def test_clips_depend_on_seed_step_and_sample_only():
     blocks = (film(20, seed=1), film(6, seed=2), film(16, seed=3))
-    batches = VAEBatches(blocks, frames=8, batch=3, seed=5)
-    first = [batches(step) for step in range(12)]
-    again = VAEBatches(blocks, frames=8, batch=3, seed=5)
-    assert all(torch.equal(again(step), first[step]) for step in reversed(range(12)))
-    assert not torch.equal(first[0], VAEBatches(blocks, frames=8, batch=3, seed=6)(0))
-    sizes = {tuple(clip.shape) for clip in first}
-    assert sizes == {(3, 3, 8, 8, 12), (3, 3, 8, 2, 3)}, "large and small clips both come up"
+    vae = CausalVAE(TINY)
+    sampler = ClipSampler(blocks, vae, frames=8, seed=5)
+    first = [sampler(step, range(3)) for step in range(12)]
+    again = ClipSampler(blocks, vae, frames=8, seed=5)
+    for step in reversed(range(12)):
+        one, two = again(step, [0]), again(step, [1, 2])
+        assert torch.equal(torch.cat([one.frames, two.frames]), first[step].frames)
+        assert torch.equal(torch.cat([one.noise, two.noise]), first[step].noise)
+    assert not torch.equal(first[0].frames, ClipSampler(blocks, vae, frames=8, seed=6)(0, range(3)).frames)
+    sizes = {(tuple(clips.frames.shape), tuple(clips.noise.shape)) for clips in first}
+    large, small = ((3, 3, 8, 8, 12), (3, 5, 4, 2, 3)), ((3, 3, 8, 2, 3), (3, 5, 4, 0, 0))
+    assert sizes == {large, small}, "large and small clips both come up"
     stretches = [frames_to_float(b) for b in (blocks[0], blocks[2])]  # the second block is too short
-    for clip in next(c for c in first if c.shape[-1] == 12):
-        found = any(
+    for clip in next(c.frames for c in first if c.frames.shape[-1] == 12):
+        assert any(
             torch.equal(stretch[0, :, s : s + 8], clip) or torch.equal(stretch[0, :, s : s + 8].flip(-1), clip)
             for stretch in stretches
             for s in range(stretch.shape[2] - 7)
         )
-        assert found
+    with pytest.raises(ValueError, match="at least 32 frames, got 3 shorter ones"):
+        ClipSampler(blocks, vae, frames=32)
 
 
 def test_loss_of_a_known_error():
@@ -113,18 +120,29 @@ def test_loss_of_a_known_error():
             layer.weight.zero_()
             layer.bias.zero_()
         vae.encoder_out.bias.zero_()  # posterior: mean 0, variance 1, so no divergence
-    clip = torch.full((2, 3, 4, 8, 8), 0.5)
-    clip[..., 4:] = -0.5  # the reconstruction is 0 everywhere: the error is 0.5, its one edge 1.0
-    assert vae_loss(vae, clip).item() == pytest.approx(0.5 + 2.0 * 0.25 + 0.5 * (1.0 / 7), rel=1e-5)
+    frames = torch.full((2, 3, 4, 8, 8), 0.5)
+    frames[..., 4:] = -0.5  # the reconstruction is 0 everywhere: the error is 0.5, its one edge 1.0
+    clips = Clips(frames, torch.randn(2, 5, 2, 2, 2, generator=torch.Generator().manual_seed(0)))
+    loss = Reconstruction(vae)
+    assert loss(clips).item() == pytest.approx(0.5 + 2.0 * 0.25 + 0.5 * (1.0 / 7), rel=1e-5)
     with torch.no_grad():
         vae.encoder_out.bias[TINY.channels :] = -2.0
     more = 1e-4 * 0.5 * (math.exp(-2.0) - 1.0 + 2.0)
-    assert vae_loss(vae, clip).item() == pytest.approx(0.5 + 0.5 + 0.5 / 7 + more, rel=1e-5)
+    assert loss(clips).item() == pytest.approx(0.5 + 0.5 + 0.5 / 7 + more, rel=1e-5)
+    with torch.no_grad():
+        vae.from_latent.weight.fill_(1.0)
+    # Every pixel is now the sum of its latents' noise, whose deviation is exp(-2 / 2).
+    noisy = vae._frames((clips.noise * math.exp(-1.0)).sum(1)[..., None].expand(-1, -1, -1, -1, 3 * 2 * 4 * 4))
+    error = noisy - frames
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    expected = error.abs().mean() + 2.0 * error.square().mean() + 0.5 * edges + more
+    assert loss(clips).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_every_parameter_learns():
     vae = random_vae()
-    vae_loss(vae, frames_to_float(film()), torch.Generator().manual_seed(0)).backward()
+    sampler = ClipSampler([film()], vae, frames=4)
+    Reconstruction(vae)(next(c for c in (sampler(s, range(2)) for s in range(9)) if c.noise.numel())).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
 
 

@@ -100,7 +100,7 @@ def test_saved_and_loaded_to_the_bit(tmp_path, where):
 
 def test_stored_as_float16_beside_its_vae(tmp_path):
     model = made()
-    whole, half = (save_model(tmp_path / name, model, half=name == "half") for name in ("whole", "half"))
+    whole, half = (save_model(tmp_path / dtype, model, dtype=dtype) for dtype in ("float32", "float16"))
     assert half.stat().st_size < 0.6 * whole.stat().st_size
     (half.parent / "vae.safetensors").write_bytes(b"")
     again = load_model(half)
@@ -110,7 +110,29 @@ def test_stored_as_float16_beside_its_vae(tmp_path):
     with torch.no_grad():
         model.dit.head_table[0, 0] = 1e6
     with pytest.raises(ValueError, match="in the range of float16, got dit.head_table"):
-        save_model(tmp_path, model, half=True)
+        save_model(tmp_path, model, dtype="float16")
+
+
+def test_stored_in_eight_bits(tmp_path):
+    model = made()
+    file = save_model(tmp_path, model, dtype="int8")
+    again = load_model(file).state_dict()
+    eight = 0
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 1 or tensor.numel() < 4096:
+            assert torch.equal(again[name], tensor)
+            continue
+        rows, back = tensor.flatten(1), again[name].flatten(1)
+        scale = rows.abs().amax(1, keepdim=True) / 127
+        assert ((back - rows).abs() <= 0.5001 * scale).all() and not torch.equal(back, rows)
+        eight += 1
+    assert eight == 9
+    with torch.no_grad():
+        model.dit.head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="in the range of int8, got dit.head.weight"):
+        save_model(tmp_path, model, dtype="int8")
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        save_model(tmp_path, model, dtype="int4")
 
 
 def test_a_pretrained_text_encoder_stays_in_its_folder(tmp_path):
@@ -147,7 +169,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
             half_written.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vidmem_model.model.save_file", full)
+    monkeypatch.setattr("vidmem_model.weights.save_file", full)
     with pytest.raises(UserError, match="cannot be written .No space left"):
         save_model(tmp_path, made(1))
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [file.name]

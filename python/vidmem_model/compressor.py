@@ -1,4 +1,4 @@
-"""Two training-free compressors of a clip's patch tokens behind one interface.
+"""Two training-free compressors of a clip's patch tokens behind one interface; `learned` is the third method.
 
 Both turn the latents of a codec into M rows with positions, and can read one frame back from the
 rows that cover it:
@@ -76,10 +76,6 @@ def compress(
         boxes = math.prod(box_grid(size, codec.stride, config.rate)[0])
         made = merging.compress_merge(latents, codec, size, config, boxes, progress)
     tokens, positions, extras, meta = made
-    # Latents range over three decades. One mean square for all channels lets rows of 8 bits with one
-    # scale keep the high frequencies, and is what a projection that reads the tokens wants anyway.
-    scale = tokens.square().mean(0).sqrt_()
-    scale[scale == 0] = 1.0
     meta = {
         "method": config.method,
         "size": json.dumps(size),
@@ -88,6 +84,19 @@ def compress(
         "dtype": config.dtype,
         **meta,
     }
+    return packed(tokens, positions, extras, meta)
+
+
+def packed(
+    tokens: torch.Tensor, positions: torch.Tensor, extras: dict[str, torch.Tensor], meta: dict[str, str]
+) -> CompressedMemory:
+    """Scale tokens (M, C) in place to unit mean square a channel and keep the scale.
+
+    Latents range over three decades. One mean square for all channels lets rows of 8 bits with one
+    scale keep the high frequencies, and is what a projection that reads the tokens wants anyway.
+    """
+    scale = tokens.square().mean(0).sqrt_()
+    scale[scale == 0] = 1.0
     return CompressedMemory(tokens.div_(scale), positions, {"scale": scale, **extras}, meta)
 
 

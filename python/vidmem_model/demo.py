@@ -21,7 +21,7 @@ import torch
 from vidmem_kernels import Choice, recording
 
 from . import report
-from .compressor import compress
+from .compressor import CompressedMemory, compress
 from .config import METHODS, ClipSpec, CompressorConfig
 from .data import Clip, fetch_sample_clip, probe, read_clip
 from .errors import UserError
@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int | None], None]
 SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
 # Bytes that decoding and compressing need for each byte of decoded video.
-_ROOM = {"dct": 4, "merge": 6}
+_ROOM = {"dct": 4, "merge": 6, "learned": 12}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class DemoConfig:
         frames: how many frames to read back.
         seed: of the frames' random positions.
         rate: patch tokens that one token of memory covers, (height, width, time).
+        learned: also take the same part at the trained model's size and rate, and show its memory
+            beside dct and merge with as many tokens, as wide.
         profile: what the memory profile measures.
     """
 
@@ -58,6 +60,7 @@ class DemoConfig:
     frames: int = 8
     seed: int = 0
     rate: tuple[int, int, int] = (4, 4, 2)
+    learned: bool = False
     profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
 
     def __post_init__(self) -> None:
@@ -126,7 +129,7 @@ def context_tokens(size: tuple[int, int, int], codec: VideoCodec) -> int:
 
 
 def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Run the demo and write its folder: report.json, two memory files, and pictures.
+    """Run the demo and write its folder: report.json, memory files, and pictures.
 
     Args:
         config: what to do.
@@ -176,16 +179,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     result = {
         "format": "vidmem.demo",
         "version": 1,
-        "video": {
-            "source": clip.source.name,
-            "start_seconds": config.clip.start,
-            "seconds": size[0] / clip.fps,
-            "frames": size[0],
-            "height": size[1],
-            "width": size[2],
-            "fps": clip.fps,
-            "shorter_than_asked": clip.short,
-        },
+        "video": _describe(clip, config.clip.start),
         "config": {"seed": config.seed, "frames": config.frames, "rate": config.rate},
         "context_tokens_before": before,
         "methods": {},
@@ -205,33 +199,14 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
         tell(f"store, {method}", 0, None)
         with stages.measure(f"store, {method}"):
             write_memory(file, compressed, fps=fps, source=video.name)
-        rows = len(compressed.tokens)
-        result["methods"][method] = {
-            "file": file.name,
-            "bytes_on_disk": file.stat().st_size,
-            "context_tokens_after": rows,
-            "channels": compressed.tokens.shape[1],
-            "compression": before / rows,
-        }
+        result["methods"][method] = _stored(file, compressed, before)
         del compressed
     del latents
-    retrieved = {m: _retrieve(m, folder, chosen, stages, tell) for m in METHODS}
+    retrieved = {m: _retrieve(m, folder / f"memory-{m}.safetensors", chosen, stages, tell) for m in METHODS}
     with stages.measure("compare"):
-        for method, (images, times) in retrieved.items():
-            entry = result["methods"][method]
-            entry["retrieved"] = [
-                {
-                    "frame": index,
-                    "seconds": index / fps,
-                    "psnr_db": _finite(psnr(image, source)),
-                    "ssim": ssim(image, source),
-                    "retrieve_seconds": passed,
-                }
-                for index, image, source, passed in zip(chosen, images, sources, times, strict=True)
-            ]
-            known = [r["psnr_db"] for r in entry["retrieved"] if r["psnr_db"] is not None]
-            entry["mean_psnr_db"] = statistics.fmean(known) if known else None
-            entry["mean_ssim"] = statistics.fmean(r["ssim"] for r in entry["retrieved"])
+        _compare(result["methods"], retrieved, chosen, sources, fps)
+    small = _run_learned(config, video, folder, stages, tell) if config.learned else None
+    result["learned"] = small and small[0]
     with stages.measure("memory profile"):
         curve = profile(config.profile, device, progress=lambda what, *n: tell(what, *n))
     report.write_json(folder / "memory_vs_context.json", curve)
@@ -241,6 +216,8 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
         with stages.measure("pictures"):
             report.write_memory_plot(folder / "memory_vs_context.png", curve)
             _draw(folder / "contact_sheet.png", result, sources, retrieved)
+            if small:
+                _draw(folder / "contact_sheet_learned.png", *small)
     result["files"] = sorted(file.name for file in folder.iterdir()) + ["report.json"]
     result["stages"] = stages.done
     result["device"] = describe_device("cpu")
@@ -248,17 +225,104 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     return result
 
 
+def _run_learned(
+    config: DemoConfig, video: Path, folder: Path, stages: Stages, tell: Progress
+) -> tuple[dict[str, Any], torch.Tensor, dict[str, tuple[list[torch.Tensor], list[float]]]]:
+    """Do the same at the trained model's size and rate; results, source frames, frames read back."""
+    from .baselines import compress_training_free
+    from .learned import DEFAULT_MODEL, compress_learned, open_shipped
+
+    trained = open_shipped(DEFAULT_MODEL)
+    model = trained.model.config
+    spec = ClipSpec(model.height, model.width, model.fps, config.clip.start, config.clip.seconds)
+    where = f", {model.height}x{model.width}"
+    with stages.measure(f"decode{where}"):
+        clip = load_clip(video, spec, "learned", lambda *n: tell(f"decode{where}", *n))
+    size = tuple(clip.frames.shape[:3])
+    chosen = sorted(random.Random(config.seed).sample(range(size[0]), min(config.frames, size[0])))
+    before = context_tokens(size, trained.vae)
+    result: dict[str, Any] = {"video": _describe(clip, spec.start), "context_tokens_before": before, "methods": {}}
+    for method in ("learned", *METHODS):
+        file = folder / (f"memory-{method}{where.replace(', ', '-')}.safetensors")
+        tell(f"compress, {method}{where}", 0, None)
+        with stages.measure(f"compress, {method}{where}"):
+            if method == "learned":
+                compressed = compress_learned(clip.frames)
+            else:
+                compressed = compress_training_free(method, clip.frames, model.encoders[0].rate, model.dit.dim)
+            write_memory(file, compressed, fps=clip.fps, source=video.name)
+        result["methods"][method] = _stored(file, compressed, before)
+    sources, fps = clip.frames[chosen], clip.fps
+    del clip
+    retrieved = {
+        m: _retrieve(f"{m}{where}", folder / entry["file"], chosen, stages, tell)
+        for m, entry in result["methods"].items()
+    }
+    _compare(result["methods"], retrieved, chosen, sources, fps)
+    return result, sources, retrieved
+
+
+def _describe(clip: Clip, start: float) -> dict[str, Any]:
+    frames, height, width = clip.frames.shape[:3]
+    return {
+        "source": clip.source.name,
+        "start_seconds": start,
+        "seconds": frames / clip.fps,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "fps": clip.fps,
+        "shorter_than_asked": clip.short,
+    }
+
+
+def _stored(file: Path, compressed: CompressedMemory, before: int) -> dict[str, Any]:
+    rows, channels = compressed.tokens.shape
+    return {
+        "file": file.name,
+        "bytes_on_disk": file.stat().st_size,
+        "context_tokens_after": rows,
+        "channels": channels,
+        "compression": before / rows,
+    }
+
+
+def _compare(
+    methods: dict[str, dict[str, Any]],
+    retrieved: dict[str, tuple[list[torch.Tensor], list[float]]],
+    chosen: list[int],
+    sources: torch.Tensor,
+    fps: float,
+) -> None:
+    """Add to each method's results how close its frames are to their sources."""
+    for method, (images, times) in retrieved.items():
+        entry = methods[method]
+        entry["retrieved"] = [
+            {
+                "frame": index,
+                "seconds": index / fps,
+                "psnr_db": _finite(psnr(image, source)),
+                "ssim": ssim(image, source),
+                "retrieve_seconds": passed,
+            }
+            for index, image, source, passed in zip(chosen, images, sources, times, strict=True)
+        ]
+        known = [r["psnr_db"] for r in entry["retrieved"] if r["psnr_db"] is not None]
+        entry["mean_psnr_db"] = statistics.fmean(known) if known else None
+        entry["mean_ssim"] = statistics.fmean(r["ssim"] for r in entry["retrieved"])
+
+
 def _retrieve(
-    method: str, folder: Path, chosen: list[int], stages: Stages, tell: Progress
+    name: str, file: Path, chosen: list[int], stages: Stages, tell: Progress
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Open the memory file anew and read the chosen frames; images and seconds for each."""
     images: list[torch.Tensor] = []
     times = []
-    with stages.measure(f"retrieve, {method}"):
-        memory = read_memory(folder / f"memory-{method}.safetensors")
+    with stages.measure(f"retrieve, {name}"):
+        memory = read_memory(file)
         for index in chosen:
             times.append(timed(lambda index=index: images.append(memory.retrieve(index))))
-            tell(f"retrieve, {method}", len(images), len(chosen))
+            tell(f"retrieve, {name}", len(images), len(chosen))
     return images, times
 
 
@@ -291,7 +355,7 @@ def _draw(
     rows = []
     entries = {method: result["methods"][method]["retrieved"] for method in retrieved}
     for i, source in enumerate(sources):
-        first = entries[METHODS[0]][i]
+        first = next(iter(entries.values()))[i]
         rows.append(
             report.SheetRow(
                 f"frame {first['frame']}\n{first['seconds']:.2f} s",

@@ -161,23 +161,18 @@ class FrameAttention(nn.Module):
             )
         read = cross_attention(q, seen.k, seen.v, q_time=own, k_time=seen.frame, window=(self.window, 0.0))
         x = x + self.out(read.flatten(2)).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x, self._keep(seen, start + len(axes[0]))
-
-    def _keep(self, seen: KeptTokens, following: int) -> KeptTokens:
-        """The tokens that frame `following` still sees; frames are in order, so they are the last ones."""
-        last = int((seen.frame >= following - self.window).sum())
-        first = len(seen.frame) - last
-        return (
-            seen if first == 0 else KeptTokens(seen.k[:, first:].clone(), seen.v[:, first:].clone(), seen.frame[first:])
-        )
+        # The next frame sees `window` frames, and those are the last ones.
+        first = len(seen.frame) - min(self.window * x.shape[3] * x.shape[4], len(seen.frame))
+        # Copies: views would keep the other frames, and v the fused projection.
+        return x, KeptTokens(seen.k[:, first:].clone(), seen.v[:, first:].clone(), seen.frame[first:].clone())
 
 
 class HighResolution(nn.Module):
     """Latents to one hidden token a box: convolutions that reduce time, then space, and an attention.
 
     The number of channels goes up a stage with every step and stays at the last; the last step goes to
-    the last stage in any case. Kernels reach over time where cells are few channels wide (the first)
-    or few (the last); between them they are flat.
+    the last stage in any case. Only the kernels that cost little reach over time: the first, of few
+    channels, those that reduce time, and the last, of few cells.
 
     Args:
         config: rate, channels and attention.

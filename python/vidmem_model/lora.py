@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import MemoryFormatError, UserError
-from .model import read_tensors, write_tensors
+from .weights import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .dit import DiT

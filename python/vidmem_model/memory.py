@@ -29,7 +29,7 @@ class Memory:
 
     Attributes:
         bank: the rows, their positions and what reading back needs.
-        method: "dct" or "merge".
+        method: "dct", "merge" or "learned".
         frames, height, width: size of the clip, in frames and pixels.
         fps: frames per second.
         source: name of the video it was made from.
@@ -43,20 +43,27 @@ class Memory:
     fps: float
     source: str
 
-    def retrieve(self, frame: int) -> torch.Tensor:
+    def retrieve(self, frame: int, steps: int | None = None) -> torch.Tensor:
         """Read one frame back.
 
         Args:
             frame: in [0, frames).
+            steps: of the sampler, for a learned memory; by default `learned.DEFAULT_STEPS`.
 
         Returns:
             uint8 (height, width, 3), RGB.
 
         Raises:
-            UserError: no such frame.
+            UserError: no such frame, or the memory is not a learned one and has no steps.
         """
         if not 0 <= frame < self.frames:
             raise UserError(f"there is no frame {frame}: this memory holds frames 0 to {self.frames - 1}")
+        if self.method == "learned":
+            from .learned import DEFAULT_STEPS, read_learned  # the trained model's modules: only where it is used
+
+            return read_learned(self.bank, frame, steps or DEFAULT_STEPS)
+        if steps is not None:
+            raise UserError(f"steps belong to a learned memory; this one is of the method {self.method}")
         return reconstruct(self.bank, frame)
 
 
@@ -120,7 +127,12 @@ def read_memory(path: str | Path) -> Memory:
             "make it anew with `vidmem compress`"
         )
     try:
-        check_bank(bank)
+        if header["method"] == "learned":
+            from .learned import check_learned
+
+            check_learned(bank)
+        else:
+            check_bank(bank)
         frames, height, width = json.loads(header["size"])
         return Memory(bank, header["method"], frames, height, width, float(header["fps"]), header["source"])
     except KeyError as error:

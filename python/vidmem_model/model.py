@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .dit import DiT, KVCache
 from .encoder import MemoryEncoder, MemoryTokens
-from .errors import MemoryFormatError, UserError
+from .errors import MemoryFormatError
 from .flow import sample
 from .model_config import ModelConfig
 from .text import TextEncoder
+from .weights import pack, read_tensors, write_tensors
 
 FORMAT = "vidmem.model"
 VERSION = 1
@@ -98,7 +95,7 @@ class MemoryModel(nn.Module):
         *,
         window: torch.Tensor | None = None,
         window_frames: torch.Tensor | None = None,
-        shift: float = 1.0,
+        shift: float | None = None,
         size: tuple[int, int] | None = None,
         approximate: bool = False,
     ) -> torch.Tensor:
@@ -111,7 +108,7 @@ class MemoryModel(nn.Module):
             steps: number of steps.
             generator: of the noise, on its own device.
             window, window_frames: (B, C, W, H, W') clean latents and (B, W) their positions in time.
-            shift: of the steps' times towards the noise.
+            shift: of the steps' times towards the noise; by default the configuration's.
             size: latent rows and columns; by default those of the configuration's frames.
             approximate: keep the history's keys and values of the first step also where they would
                 change (`history_sees_video`): faster, some quality lost. Where they do not change they
@@ -140,7 +137,7 @@ class MemoryModel(nn.Module):
             "window_frames": window_frames,
             "cache": cache,
         }
-        return sample(lambda x, t: self.dit(x, t, *text, **given), noise, steps, shift)
+        return sample(lambda x, t: self.dit(x, t, *text, **given), noise, steps, shift or self.config.shift)
 
     def latent_size(self) -> tuple[int, int]:
         """Latent rows and columns of the configuration's frames, padded up to whole patches."""
@@ -159,7 +156,7 @@ def model_path(path: str | Path) -> Path:
 
 
 def save_model(
-    path: str | Path, model: MemoryModel, extra: dict[str, Any] | None = None, *, half: bool = False
+    path: str | Path, model: MemoryModel, extra: dict[str, Any] | None = None, *, dtype: str = "float32"
 ) -> Path:
     """Write a model and its configuration to a safetensors file, whole or not at all.
 
@@ -167,81 +164,28 @@ def save_model(
         path: a file *.safetensors, or a folder, made if it is missing, for model.safetensors in it.
         model: what to write; a pretrained text encoder is left out.
         extra: anything JSON can hold, to be kept in the header.
-        half: store the weights as float16.
+        dtype: how the weights are stored, see `weights.pack`.
 
     Returns:
         The file.
 
     Raises:
         UserError: the file cannot be written.
-        ValueError: the model has adapters (merge_lora first), or a weight is beyond float16.
+        ValueError: the model has adapters (merge_lora first), or the weights cannot be stored so.
     """
     file = model_path(path)
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items() if not k.startswith(_PRETRAINED)}
     adapters = [name for name in tensors if ".lora_" in name]
     if adapters:
         raise ValueError(f"save_model: the model must have no adapters, merge_lora puts them in, got {adapters[0]}")
-    if half:
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-        beyond = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-        if beyond:
-            raise ValueError(f"save_model: weights must be in the range of float16, got {beyond[0]} beyond it")
     header = {
         "format": FORMAT,
         "version": str(VERSION),
         "config": json.dumps(model.config.to_dict()),
         "extra": json.dumps(extra or {}),
     }
-    write_tensors(file, tensors, header)
+    write_tensors(file, pack(tensors, dtype), header)
     return file
-
-
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        os.close(handle)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=header)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{file}: cannot be written ({reason}); choose another path") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def read_tensors(file: Path, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file of a given format: its tensors, those of float16 as float32, and its header.
-
-    Raises:
-        UserError: it is missing.
-        MemoryFormatError: it is damaged, of another format or another version.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != kind:
-                raise MemoryFormatError(f"{file}: not a file of format {kind}")
-            if header.get("version") != str(version):
-                raise MemoryFormatError(
-                    f"{file}: is of version {header.get('version')}, this vidmem reads version {version}"
-                )
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise MemoryFormatError(f"{file}: is damaged or not a safetensors file ({error})") from error
-    return {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}, header
 
 
 def load_model(path: str | Path, text_path: str | Path | None = None) -> MemoryModel:

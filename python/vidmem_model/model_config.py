@@ -188,6 +188,10 @@ class ModelConfig:
         encoders: one memory encoder, or several whose tokens are put one after another.
         height, width: of the frames it is made for, in pixels.
         fps: frames per second it is made for.
+        shift: of the flow's times towards the noise, in training and in sampling.
+
+    Raises:
+        ValueError: the shift is not positive.
     """
 
     vae: VAEConfig = VAEConfig()
@@ -197,6 +201,10 @@ class ModelConfig:
     height: int = 480
     width: int = 832
     fps: float = 16.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.shift > 0, "ModelConfig: shift must be positive", self.shift)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, numbers and strings, as JSON and YAML hold them."""
@@ -287,7 +295,7 @@ PRESETS: dict[str, ModelConfig] = {
             dim=384,
             depth=4,
             heads=6,
-            mlp=768,
+            mlp=640,
             prediction="sample",
             position_features=True,
             history_sees_video=False,
@@ -295,6 +303,7 @@ PRESETS: dict[str, ModelConfig] = {
         height=128,
         width=192,
         fps=12.0,
+        shift=3.0,
     ),
     # Widths, depths and heads of the published models; the MLP here is gated, so its hidden layer is
     # two thirds of theirs for the same number of weights.

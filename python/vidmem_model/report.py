@@ -335,5 +335,60 @@ def write_memory_plot(path: Path, result: dict[str, Any]) -> None:
         canvas.print_png(part)
 
 
+# Rows of the retrieval table: trained ones have full lines, the others dashed or dotted ones.
+_ROW_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
+_ROW_MARKERS = "osD^vPX*"
+
+
+def write_retrieval_plot(path: Path, result: dict[str, Any]) -> None:
+    """Plot what `evaluate.evaluate_retrieval` measured: each measure against the position in the history.
+
+    Args:
+        path: PNG file to write.
+        result: as returned by `evaluate.evaluate_retrieval`.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; ask `plots_missing` first.
+        UserError: the path cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((13.5, 5.2), dpi=110, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    better = {"psnr": "PSNR (dB), higher", "ssim": "SSIM, higher", "stlpips": "ST-LPIPS, lower"}
+    seconds = result["config"]["history"] / result["fps"]
+    panels = figure.subplots(1, len(better))
+    for axes, (measure, title) in zip(panels, better.items(), strict=True):
+        for i, (name, row) in enumerate(result["rows"].items()):
+            curve = row[measure]["curve"]
+            axes.plot(
+                [(p + 0.5) * seconds / len(curve) for p in range(len(curve))],
+                curve,
+                label=name,
+                color=_ROW_COLOURS[i % len(_ROW_COLOURS)],
+                marker=_ROW_MARKERS[i // 2 % len(_ROW_MARKERS)],
+                markevery=max(1, len(curve) // 8),
+                markersize=5,
+                linewidth=1.6,
+                linestyle="-" if row["trained"] else (0, (4, 2)),
+            )
+        axes.set_title(f"{title} is better", fontsize=11)
+        axes.set_xlabel("position in the history (s)")
+        axes.grid(color="0.88", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    height, width = result["frame_size"]
+    figure.suptitle(
+        f"Frames read back from {seconds:g} s of held-out video ({height}×{width}, {result['fps']:g} fps): "
+        f"means over {len(result['clips'])} histories",
+        fontsize=11,
+    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    with replacing(path) as part:
+        canvas.print_png(part)
+
+
 def _thousands(count: int) -> str:
     return f"{count / 1000:.3g}k" if count >= 1000 else str(count)

@@ -33,6 +33,25 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
         folder: where the files are.
     """
     console = Console(highlight=False)
+    _print_memories(console, result)
+    if result["learned"]:
+        _print_memories(console, result["learned"])
+    table = _table("stage", "s", "peak MiB", "above start MiB", title="Time and resident memory")
+    for stage in result["stages"]:
+        table.add_row(
+            stage["stage"],
+            f"{stage['seconds']:.2f}",
+            _mebi(stage["peak_rss_bytes"]),
+            _mebi(stage["grown_bytes"]),
+        )
+    total = sum(stage["seconds"] for stage in result["stages"])
+    table.add_row("all", f"{total:.2f}", _mebi(result["peak_rss_bytes"]), "")
+    console.print(table)
+    _print_files(console, folder, result["files"], result["skipped"])
+
+
+def _print_memories(console: Console, result: dict[str, Any]) -> None:
+    """One part of the demo: its video, its memories, and the frames read back."""
     video, methods = result["video"], result["methods"]
     before = result["context_tokens_before"]
     console.print(
@@ -66,19 +85,6 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
         table.add_row(*cells)
     console.print(table)
 
-    table = _table("stage", "s", "peak MiB", "above start MiB", title="Time and resident memory")
-    for stage in result["stages"]:
-        table.add_row(
-            stage["stage"],
-            f"{stage['seconds']:.2f}",
-            _mebi(stage["peak_rss_bytes"]),
-            _mebi(stage["grown_bytes"]),
-        )
-    total = sum(stage["seconds"] for stage in result["stages"])
-    table.add_row("all", f"{total:.2f}", _mebi(result["peak_rss_bytes"]), "")
-    console.print(table)
-    _print_files(console, folder, result["files"], result["skipped"])
-
 
 def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
     """Print what `profile.profile` returned.
@@ -103,6 +109,43 @@ def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> 
         console.print("times differ much between repeats: is the machine busy with other work?", soft_wrap=True)
     names = ["memory_vs_context.json"] + ([] if skipped else ["memory_vs_context.png"])
     _print_files(console, folder, names, skipped)
+
+
+def _spread(measured: dict[str, Any], digits: int) -> str:
+    spread = "" if measured["spread"] is None else f" ± {measured['spread']:.{digits}f}"
+    return f"{measured['mean']:.{digits}f}{spread}"
+
+
+_MEASURES = {"psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 3), "stlpips": ("ST-LPIPS ↓", 3)}
+
+
+def _retrieval_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, row in result["rows"].items():
+        cells = [name, f"{row['tokens']:,}" if row["tokens"] else "", str(len(row["runs"])) if row["trained"] else ""]
+        rows.append(cells + [_spread(row[key], digits) for key, (_, digits) in _MEASURES.items()])
+    return rows
+
+
+def print_retrieval(result: dict[str, Any]) -> None:
+    """Print what `evaluate.evaluate_retrieval` returned.
+
+    Args:
+        result: the content of retrieval.json.
+    """
+    seconds = result["config"]["history"] / result["fps"]
+    title = f"Frames read back, {len(result['clips'])} held-out histories of {seconds:g} s"
+    table = _table("memory", "tokens", "runs", *(heading for heading, _ in _MEASURES.values()), title=title)
+    for row in _retrieval_rows(result):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def retrieval_markdown(result: dict[str, Any]) -> str:
+    """Return the same table in Markdown."""
+    headings = ["memory", "tokens", "runs", *(heading for heading, _ in _MEASURES.values())]
+    rows = [headings, ["---", *["---:"] * (len(headings) - 1)], *_retrieval_rows(result)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _print_files(console: Console, folder: Path, names: list[str], skipped: str | None) -> None:

@@ -145,4 +145,4 @@ def _root(
 
 
 # The commands register themselves with `app` on import, in the order of the help.
-from . import memory, profile, info  # noqa: E402, F401, I001
+from . import memory, train, evaluate, generate, profile, info  # noqa: E402, F401, I001

@@ -10,10 +10,7 @@ import typer
 from ..errors import UserError
 from . import app
 from .options import (
-    Fps,
-    Rate,
     Seconds,
-    Size,
     Video,
     configured,
     parse_fps,
@@ -30,17 +27,22 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
     seconds: Seconds = 20.0,
     start: Annotated[float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")] = None,
-    size: Size = "480x832",
-    fps: Fps = "24",
-    rate: Rate = "4x4x2",
+    size: Annotated[str | None, typer.Option(help="Rows x columns, or source, for dct and merge; 480x832.")] = None,
+    fps: Annotated[str | None, typer.Option(help="Frames per second, or source, for dct and merge; 24.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Patch tokens per token of dct and merge; 4x4x2.")] = None,
     frames: Annotated[int, typer.Option(help="How many frames to read back.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the positions of those frames.")] = 0,
     lengths: Annotated[str, typer.Option(help="Seconds of history that the memory profile measures at.")] = "1,5,20",
 ) -> None:
-    """Compress 20 s of video by both methods, read random frames back, compare, plot memory."""
-    shape, rate_, fps_, lengths_ = parse_size(size), parse_rate(rate), parse_fps(fps), parse_lengths(lengths)
+    """Compress 20 s of video, read random frames back, compare, plot memory.
+
+    dct and merge run at --size; the trained model beside them at its own, unless --size, --fps or --rate is given.
+    """
+    shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
+    lengths_ = parse_lengths(lengths)
     from .. import demo as demo_
     from ..config import ClipSpec
+    from ..learned import DEFAULT_MODEL, shipped
     from ..profile import ProfileConfig
 
     if start is None:
@@ -53,6 +55,7 @@ def demo(
         frames=frames,
         seed=seed,
         rate=rate_,
+        learned=(size, fps, rate) == (None, None, None) and shipped(DEFAULT_MODEL) is not None,
         profile=configured(ProfileConfig, lengths=lengths_),
     )
     with progress_bar() as tell:
@@ -66,39 +69,56 @@ def demo(
 def compress(
     video: Video,
     output: Annotated[Path, typer.Option("--output", "-o", help="Memory file to write.")],
-    method: Annotated[str, typer.Option(help="dct or merge.")] = "dct",
-    size: Size = "480x832",
-    fps: Fps = "24",
+    method: Annotated[str, typer.Option("--method", "-m", help="dct, merge or learned (the trained model).")] = "dct",
+    size: Annotated[str | None, typer.Option(help="Rows x columns, or source; 480x832, learned: its own.")] = None,
+    fps: Annotated[str | None, typer.Option(help="Frames per second, or source; 24, learned: its own.")] = None,
     seconds: Seconds = 20.0,
     start: Annotated[float, typer.Option(help="First second to take.")] = 0.0,
-    rate: Rate = "4x4x2",
+    rate: Annotated[str | None, typer.Option(help="Patch tokens per token, 4x4x2; learned: its own.")] = None,
     budget: Annotated[
         int | None, typer.Option(min=1, help="Tokens to keep, for merge; by default what rate gives.")
     ] = None,
-    channels: Annotated[int, typer.Option(help="Width of a dct token.")] = 3072,
+    channels: Annotated[int | None, typer.Option(help="Width of a dct token, 3072.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, float32, float8 or int8.")] = "float16",
 ) -> None:
     """Compress a video to a memory file."""
-    shape, rate_, fps_ = parse_size(size), parse_rate(rate), parse_fps(fps)
+    options = {"--size": size, "--fps": fps, "--rate": rate, "--budget": budget, "--channels": channels}
+    given = [name for name, value in options.items() if value is not None]
+    if method == "learned" and given:
+        raise UserError(f"{given[0]} is for dct and merge; the trained model has its own")
+    shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
+    from ..config import ClipSpec, CompressorConfig
+    from ..report import check_file
+
+    training_free = "dct" if method == "learned" else method
+    channels_ = 3072 if channels is None else channels
+    config = configured(
+        CompressorConfig, method=training_free, rate=rate_, channels=channels_, budget=budget, dtype=dtype
+    )
+    check_file(output)
     import torch
 
     from ..compressor import compress as compress_
-    from ..config import ClipSpec, CompressorConfig
     from ..demo import context_tokens, load_clip
     from ..memory import write_memory
-    from ..report import check_file
     from ..vae import DCTCodec
 
-    clip_spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
-    config = configured(CompressorConfig, method=method, rate=rate_, channels=channels, budget=budget, dtype=dtype)
-    check_file(output)
     codec = DCTCodec()
+    if method == "learned":
+        from ..learned import DEFAULT_MODEL, compress_learned, open_shipped
+
+        model = open_shipped(DEFAULT_MODEL).model.config
+        shape, fps_ = (model.height, model.width), model.fps
+    clip_spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     with progress_bar() as tell:
         step = (lambda name: lambda *n: tell(name, *n)) if tell else lambda _: None
         clip = load_clip(video, clip_spec, method, step("decode"))
         shape_ = tuple(clip.frames.shape[:3])
-        latents = codec.encode_chunks(clip.frames.split(2 * codec.stride[0]), torch.float16)
-        memory = compress_(latents, codec, shape_, config, step(f"compress, {method}"))
+        if method == "learned":
+            memory = compress_learned(clip.frames, dtype=dtype)
+        else:
+            latents = codec.encode_chunks(clip.frames.split(2 * codec.stride[0]), torch.float16)
+            memory = compress_(latents, codec, shape_, config, step(f"compress, {method}"))
         write_memory(output, memory, fps=clip.fps, source=clip.source.name)
     before, after = context_tokens(shape_, codec), len(memory.tokens)
     short = f" (the video ends before {seconds:g} s)" if clip.short else ""
@@ -114,6 +134,7 @@ def retrieve(
     memory: Annotated[Path, typer.Argument(help="A memory file that vidmem wrote.")],
     frame: Annotated[int, typer.Option(help="Which frame to read, from 0.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler, for a learned memory.")] = None,
 ) -> None:
     """Read one frame from a memory file."""
     from ..memory import read_memory
@@ -122,7 +143,7 @@ def retrieve(
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: frames are written as PNG; give a name that ends in .png")
     opened = read_memory(memory)
-    image = opened.retrieve(frame)
+    image = opened.retrieve(frame, steps)
     write_png(output, image)
     print(
         f"{output}: frame {frame} of {opened.frames} ({frame / opened.fps:.2f} s), "

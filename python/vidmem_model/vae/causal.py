@@ -180,7 +180,7 @@ class CausalVAE(nn.Module, VideoCodec):
         return self._frames(blocks + self.from_latent(cells).float())
 
     def scale(self, latents: torch.Tensor) -> torch.Tensor:
-        """Bring raw latents (B, C, T, H, W) to zero mean and unit variance."""
+        """Bring raw latents (B, C, T, H, W) to zero mean and, over all channels, unit variance."""
         return (latents - _column(self.latent_mean)) / _column(self.latent_std)
 
     def unscale(self, latents: torch.Tensor) -> torch.Tensor:

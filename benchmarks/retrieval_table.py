@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Train every row of the retrieval table and evaluate all: the rows of arXiv 2512.23851, at a small size.
+
+A row is a base recipe of `vidmem pretrain` with other memory encoders. Every run is a process of its own
+with one thread. Nothing is lost by an interrupt: the same command goes on, finished models are not trained
+again, and what was evaluated is not evaluated again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+PAGE = Path(__file__).parent.parent / "docs" / "retrieval.md"
+MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: a memory encoder, and the seeds it is trained with."""
+
+    branches: str
+    rate: tuple[int, int, int]
+    seeds: tuple[int, ...]
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Names of the runs' folders, and their seeds."""
+        rate = "x".join(map(str, self.rate))
+        return [(f"{self.branches}-{rate}-seed{seed}", seed) for seed in self.seeds]
+
+
+ROWS = (
+    Row("patchifier", (4, 4, 2), (0, 1, 2)),
+    Row("lr", (4, 4, 2), (0, 1, 2)),
+    Row("hr", (4, 4, 2), (0, 1, 2)),
+    Row("both", (4, 4, 2), (0, 1, 2)),
+    Row("both", (2, 2, 2), (0,)),
+    Row("both", (2, 2, 1), (0,)),
+)
+
+
+def write_recipes(base: Path, out: Path, rows: tuple[Row, ...]) -> list[Path]:
+    """Write the recipe of every run, first seeds first, so that a first table is there soon.
+
+    Args:
+        base: recipe that all runs share.
+        out: folder of the table.
+        rows: of the table.
+
+    Returns:
+        The recipes.
+
+    Raises:
+        SystemExit: the base is no recipe, or an existing recipe says otherwise.
+    """
+    recipe = yaml.safe_load(base.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict) or "model" not in recipe:
+        raise SystemExit(f"{base}: is no recipe of vidmem pretrain: it has no model")
+    runs = [(seed, name, row) for row in rows for name, seed in row.runs()]
+    written = []
+    for seed, name, row in sorted(runs, key=lambda run: run[0]):
+        mine = copy.deepcopy(recipe)
+        model = {"preset": mine["model"]} if isinstance(mine["model"], str) else mine["model"]
+        encoder = {**(model.get("encoders") or [{}])[0], "rate": list(row.rate), "branches": row.branches}
+        mine["model"] = {**model, "encoders": [encoder]}
+        mine["output"] = str(out / name)
+        mine["optimisation"] = {**mine.get("optimisation", {}), "seed": seed, "threads": 1}
+        text = yaml.safe_dump(mine, sort_keys=False)
+        path = out / f"{name}.yaml"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"{path}: differs from {base}; delete it and {out / name}, or choose another --out")
+        part = path.with_suffix(".part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+        written.append(path)
+    return written
+
+
+def train_all(recipes: list[Path], jobs: int) -> None:
+    """Train what has no model yet, `jobs` at a time.
+
+    Raises:
+        SystemExit: a run failed; the others have been stopped with a checkpoint.
+    """
+    waiting = [recipe for recipe in recipes if not (recipe.with_suffix("") / MODEL).is_file()]
+    running: dict[Path, subprocess.Popen] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                recipe = waiting.pop(0)
+                command = [sys.executable, "-m", "vidmem_model", "pretrain", str(recipe)]
+                with recipe.with_suffix(".log").open("ab") as log:
+                    running[recipe] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                print(f"training {recipe.stem}, {len(waiting)} to follow", flush=True)
+            time.sleep(1)
+            for recipe in [r for r, process in running.items() if process.poll() is not None]:
+                code = running.pop(recipe).returncode
+                if code:
+                    raise SystemExit(f"{recipe}: training failed with code {code}; see {recipe.with_suffix('.log')}")
+                print(f"trained {recipe.stem}", flush=True)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+
+
+def evaluate(out: Path, options: list[str]) -> None:
+    """Evaluate all models of the folder."""
+    command = [sys.executable, "-m", "vidmem_model", "evaluate", "retrieval", "--table", str(out)]
+    command += ["--json", str(out / "retrieval.json"), "--markdown", str(out / "retrieval.md")]
+    command += ["--plot", str(out / "retrieval.png"), *options]
+    subprocess.run(command, check=True)
+
+
+def fill_page(page: Path, table: str) -> None:
+    """Put the table between the marks of the page, whole or not at all."""
+    begin, end = "<!-- table -->\n", "<!-- end of table -->\n"
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{page}: must hold {begin.strip()} and {end.strip()}, each on a line, once")
+    head, rest = text.split(begin)
+    part = page.with_suffix(".part")
+    part.write_text(head + begin + table + end + rest.split(end)[1], encoding="utf-8")
+    os.replace(part, page)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Other options go to vidmem evaluate retrieval."
+    )
+    parser.add_argument("base", type=Path, help="recipe of vidmem pretrain that all rows share")
+    parser.add_argument("--out", type=Path, required=True, help="folder of recipes, runs and results")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="page to put the table in")
+    given, options = parser.parse_known_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    train_all(write_recipes(given.base, given.out, ROWS), given.jobs)
+    evaluate(given.out, options)
+    if given.page:
+        fill_page(given.page, (given.out / "retrieval.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

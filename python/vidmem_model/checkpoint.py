@@ -1,0 +1,129 @@
+"""Checkpoints of a training run: everything that the next step depends on, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from .errors import UserError
+
+_SETTINGS = "settings.json"
+
+
+def training_state(
+    parameters: dict[str, torch.nn.Parameter], ema: dict[str, torch.Tensor], optimizer: torch.optim.AdamW
+) -> dict[str, torch.Tensor]:
+    """Name the tensors of a run: trained weights, their moving average, and AdamW's moments.
+
+    Moments that AdamW has not made yet are made here, as zeros, so that a checkpoint can be read into
+    them in place.
+
+    Args:
+        parameters: trained weights by name.
+        ema: their moving averages by the same names.
+        optimizer: of these weights.
+
+    Returns:
+        The tensors themselves, not copies; DTensors where the weights are sharded.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        if not moments:
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        state[f"weight.{name}"] = parameter.detach()
+        state[f"ema.{name}"] = ema[name]
+        state |= {f"{key}.{name}": value for key, value in moments.items()}
+    return state
+
+
+def save(folder: Path, step: int, state: dict[str, torch.Tensor], settings: dict[str, Any], keep: int = 2) -> None:
+    """Write a checkpoint and delete all but the last ones. Every process of a run calls this.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: optimisation steps done.
+        state: from `training_state`.
+        settings: JSON of what the run must go on with.
+        keep: how many checkpoints stay.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    alone = not dist.is_initialized()
+    part, target = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
+    first = alone or dist.get_rank() == 0
+    try:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            (part / _SETTINGS).write_text(json.dumps(settings))
+        _wait()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as `alone` says
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(part), no_dist=alone)
+        if first:
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(part, target)
+            for old in _complete(folder)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    except (OSError, CheckpointException) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(f"{folder}: the checkpoint cannot be written ({reason})") from error
+    _wait()
+
+
+def load(path: Path, state: dict[str, torch.Tensor]) -> int:
+    """Read a checkpoint into the tensors of `state`, with any number of processes.
+
+    Returns:
+        Its step.
+
+    Raises:
+        UserError: it is damaged or of another model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException of its own
+        raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+    return step_of(path)
+
+
+def newest(folder: Path) -> Path | None:
+    """The last complete checkpoint of a run, or None."""
+    return next(iter(reversed(_complete(folder))), None)
+
+
+def step_of(path: Path) -> int:
+    """Step of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """Settings that a checkpoint was written with."""
+    try:
+        return json.loads((path / _SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is damaged; --restart begins anew") from error
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

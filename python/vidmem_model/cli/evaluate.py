@@ -1,0 +1,62 @@
+"""Commands that judge trained models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from . import app
+from .options import configured, progress_bar
+
+evaluate = typer.Typer(help="Judge trained models on held-out video.", no_args_is_help=True)
+app.add_typer(evaluate, name="evaluate")
+
+
+@evaluate.command()
+def retrieval(
+    model: Annotated[list[Path] | None, typer.Option(help="A trained model; may be given several times.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Folder of models; runs of one configuration make a row.")] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="Take pieces of this video; by default of the test blocks of training's films.")
+    ] = None,
+    clips: Annotated[int, typer.Option(help="Most histories to take.")] = 8,
+    history: Annotated[int | None, typer.Option(help="Their length in frames; by default that of training.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of its noise.")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", help="JSON file to write, with a value a position.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write: values against position.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write: the table.")] = None,
+) -> None:
+    """Read every frame back from trained memories, dct, merge and a mean frame, and compare."""
+    from .. import evaluate as evaluate_
+    from .. import report
+    from ..tables import print_retrieval, retrieval_markdown
+
+    for path in (json_, plot, markdown):
+        if path:
+            report.check_file(path)
+    if plot and (missing := report.plots_missing()):
+        raise UserError(f"--plot: {missing}")
+    models = [*(model or []), *(evaluate_.find_models(table) if table else [])]
+    if not models:
+        raise UserError("there is no model to evaluate; give --model or --table")
+    if history is None:
+        history = evaluate_.trained_history(models[0])
+    config = configured(evaluate_.RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
+    store = table / "retrieval-runs" if table else None
+    if store:
+        store.mkdir(exist_ok=True)
+    with progress_bar() as tell:
+        histories = evaluate_.choose_histories(models, config, video)
+        result = evaluate_.evaluate_retrieval(models, histories, config, store, tell)
+    if json_:
+        report.write_json(json_, result)
+    if markdown:
+        with report.replacing(markdown) as part:
+            part.write_text(retrieval_markdown(result), encoding="utf-8")
+    if plot:
+        report.write_retrieval_plot(plot, result)
+    print_retrieval(result)

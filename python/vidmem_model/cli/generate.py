@@ -1,0 +1,153 @@
+"""Commands that make videos: generate, and storyboard, which has a language model write what to make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+from . import app
+from .options import Device, configured, parse_device
+
+if TYPE_CHECKING:
+    from ..generate import Progress
+
+
+@app.command()
+def generate(
+    storyboard: Annotated[Path, typer.Argument(help="A storyboard, YAML: shots with times and prompts.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="MP4 file to write.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A model's file or folder, its vae.safetensors beside it; else the shipped one.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="The VAE's file or folder, if it is not beside the model.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Folder of the text encoder, if the model needs one.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length; else the storyboard's.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler per segment.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    segment: Annotated[int, typer.Option(help="Latent frames made together.")] = 6,
+    window: Annotated[int | None, typer.Option(help="Clean latent frames beside the memory; 0 for none.")] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none, else twice the time.")] = 1.0,
+    shift: Annotated[
+        float | None, typer.Option(help="Of the steps' times towards the noise; else as in training.")
+    ] = None,
+    cross_attention: Annotated[
+        bool | None,
+        typer.Option("--cross-attention/--no-cross-attention", help="Read the memory by cross-attention too."),
+    ] = None,
+    kv_cache: Annotated[
+        bool | None,
+        typer.Option("--kv-cache/--no-kv-cache", help="Keep the history's keys and values; else where it is exact."),
+    ] = None,
+    start: Annotated[Path | None, typer.Option(help="A video to continue.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the segments of a run that was stopped.")] = False,
+    report: Annotated[Path | None, typer.Option(help="JSON file for tokens and times.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Make a video from a storyboard, segment by segment; a run that was stopped goes on where it was."""
+    from ..storyboard import read_storyboard
+
+    board = read_storyboard(storyboard)
+    device = parse_device(device)
+    from ..generate import GenerateConfig
+    from ..generate import generate as generate_
+    from ..learned import shipped
+    from ..model import load_model
+    from ..report import check_file, write_json
+    from ..vae import load_vae
+
+    config = configured(
+        GenerateConfig,
+        seconds=seconds,
+        steps=steps,
+        seed=seed,
+        segment=segment,
+        window=window,
+        guidance=guidance,
+        shift=shift,
+        cross_attention=cross_attention,
+        kv_cache=kv_cache,
+        start=start,
+    )
+    if report is not None:
+        check_file(report)
+    model = model or shipped()
+    if model is None:
+        raise UserError("no model is shipped with this vidmem; give --model")
+    net = load_model(model, text).to(device)
+    codec = load_vae(net.config.vae, vae or net.vae_weights)
+    if device != "cpu" and hasattr(codec, "to"):
+        codec = codec.to(device)
+    try:
+        with _progress() as tell:
+            made = generate_(board, net, codec, output, config, restart, tell)
+    except KeyboardInterrupt as error:
+        typer.echo("vidmem: interrupted; the same command goes on after the last whole segment", err=True)
+        raise typer.Exit(130) from error
+    if report is not None:
+        write_json(report, made)
+    first, last = made["memory_tokens"][0], made["memory_tokens"][-1]
+    print(
+        f"{output}: {made['seconds']:g} s of {net.config.height}x{net.config.width} at {net.config.fps:g} fps "
+        f"in {made['segments']} segments, {made['wall_seconds']:.0f} s of work; "
+        f"memory {first:,} -> {last:,} tokens, {made['context_per_second']:g} tokens/s, "
+        f"and {max(made['window_tokens']):,} of clean frames"
+    )
+
+
+@app.command()
+def storyboard(
+    idea: Annotated[str, typer.Argument(help="What the video is about.")],
+    lm: Annotated[Path, typer.Option("--lm", help="Folder of a causal language model, such as Qwen.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write.")],
+    seconds: Annotated[float, typer.Option(help="Length of the video.")] = 20.0,
+    shots: Annotated[int, typer.Option(min=1, help="Number of shots to ask for.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first answer; a bad one is asked for again.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Have a local language model write a storyboard."""
+    if not seconds > 0:
+        raise UserError(f"--seconds must be positive, got {seconds:g}")
+    if not idea.strip():
+        raise UserError("the idea must not be empty; say what the video is about")
+    from ..report import check_file, replacing
+    from ..storyboard import format_storyboard, language_model, write_storyboard
+
+    check_file(output)
+    made = write_storyboard(idea, language_model(lm, device=parse_device(device)), seconds, shots, seed)
+    with replacing(output) as part:
+        part.write_text(format_storyboard(made), encoding="utf-8")
+    print(f"{output}: {len(made.shots)} shots in {seconds:g} s")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None] | None]:
+    """A line on stderr with segment, seconds made, context and time left; None where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    with Bars(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("reading", total=None, left="")
+
+        def tell(now: Progress) -> None:
+            minutes, seconds = divmod(round(now.left), 60)
+            bars.update(
+                task,
+                description=f"segment {now.segment}/{now.segments}, {now.seconds:.1f} s made, "
+                f"context {now.context:,} tokens",
+                completed=(now.segment - 1) * now.steps + now.step,
+                total=now.segments * now.steps,
+                left=f"{minutes}:{seconds:02d} left",
+            )
+
+        yield tell

@@ -1,0 +1,62 @@
+"""Commands that train: pretrain (Stage I) and finetune (Stage II)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import app
+
+Config = Annotated[Path, typer.Argument(help="A YAML file.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew although the output folder holds a run.")]
+
+
+@app.command()
+def pretrain_vae(config: Config, restart: Restart = False) -> None:
+    """Train the small causal VAE; run again to go on."""
+    from .. import pretrain_vae as stage
+    from ..train_config import read_pretrain_vae
+
+    _run(stage.pretrain_vae, read_pretrain_vae(config), restart)
+
+
+@app.command()
+def pretrain(config: Config, restart: Restart = False) -> None:
+    """Train a memory to give back any frame of a history (Stage I); run again to go on."""
+    from .. import pretrain as stage
+    from ..train_config import read_pretrain
+
+    _run(stage.pretrain, read_pretrain(config), restart)
+
+
+@app.command()
+def finetune(config: Config, restart: Restart = False) -> None:
+    """Train a pretrained memory to continue video (Stage II); run again to go on."""
+    from .. import finetune as stage
+    from ..train_config import read_finetune
+
+    _run(stage.finetune, read_finetune(config), restart)
+
+
+def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) -> None:
+    from ..training import Interrupted
+
+    try:
+        file = train(config, restart)
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+            kept = f"all of it kept in {config.output}; the same command goes on from there"
+            print(f"vidmem: stopped after step {stop.step}, {kept}", file=sys.stderr)
+        raise typer.Exit(143 if stop.signal == signal.SIGTERM else 130) from stop
+    except KeyboardInterrupt as stop:
+        # While films are encoded; each block is kept when it is done.
+        print("vidmem: interrupted; the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from stop
+    if file:
+        print(file)

@@ -1,0 +1,449 @@
+"""Training data: films cut into scenes, blocks of scenes encoded once, and what is drawn from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .config import ClipSpec, _check, _is_count
+from .encoder import low_resolution
+from .errors import UserError
+from .model_config import ModelConfig, build
+from .scenes import stretches
+from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
+
+Rate = tuple[int, int, int]
+SAMPLE = "sample"
+_INDEX = "index.json"
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which films are trained on and how they are cut.
+
+    Args:
+        videos: paths of videos; "sample" is the sample film, fetched the first time.
+        start: first moment of each video, in seconds.
+        seconds: length to take of each video; null for all.
+        block_seconds: whole consecutive scenes are grouped to about this length.
+        test_every: every so many blocks one is for testing; what is tested is never trained on.
+        test: the stretches [from, to] of each video that are for testing instead, in its seconds,
+            ascending. Their ends should be cuts.
+        cut_threshold: mean change of luma, of 255, at which a new scene begins.
+        shortest: blocks of fewer latent frames (a video's end, or a short video) are left out.
+        mirror: train on every block's mirror image too.
+        captions: a YAML list of {start, end, prompt}, in seconds of the video; for one video.
+        cache: folder of the latents; by default one in the cache folder of this program.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    videos: tuple[str, ...] = (SAMPLE,)
+    start: float = 0.0
+    seconds: float | None = None
+    block_seconds: float = 24.0
+    test_every: int = 6
+    test: tuple[tuple[float, float], ...] = ()
+    cut_threshold: float = 20.0
+    shortest: int = 16
+    mirror: bool = False
+    captions: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(len(self.videos) > 0, "DataConfig: videos must not be empty", self.videos)
+        _check(self.start >= 0, "DataConfig: start must not be negative", self.start)
+        for name in ("seconds", "block_seconds", "cut_threshold"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"DataConfig: {name} must be positive", value)
+        _check(_is_count(self.shortest), "DataConfig: shortest must be positive", self.shortest)
+        _check(_is_count(self.test_every, 2), "DataConfig: test_every must be at least 2", self.test_every)
+        ends = [self.start, *(moment for part in self.test for moment in part)]
+        _check(
+            all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
+            "DataConfig: test must be ascending stretches [from, to] after start",
+            self.test,
+        )
+        _check(
+            self.captions is None or len(self.videos) == 1,
+            "DataConfig: captions belong to one video",
+            self.videos,
+        )
+
+    def parts(self) -> list[tuple[float, float | None, str | None]]:
+        """Return (first second, seconds or None for the rest, split or None) of the parts of a video.
+
+        Without `test` that is one part, whose blocks are split by number.
+        """
+        if not self.test:
+            return [(self.start, self.seconds, None)]
+        end = None if self.seconds is None else self.start + self.seconds
+        parts: list[tuple[float, float | None, str | None]] = []
+        at = self.start
+        for first, last in self.test:
+            parts += [(at, first - at, "train"), (first, last - first, "test")]
+            at = last
+        parts.append((at, None if end is None else end - at, "train"))
+        return [part for part in parts if part[1] is None or part[1] > 0]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What is to be seen from `start` to `end`, in seconds of the film."""
+
+    start: float
+    end: float
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive scenes of a film and their latents.
+
+    Attributes:
+        film: path of the video.
+        start: second of the film at which the block begins.
+        frames: video frames, a multiple of what a latent frame covers.
+        scenes: number of scenes.
+        split: "train" or "test".
+        mirrored: whether these are the mirror images of the frames.
+        latents: float16 (C, T, H, W), scaled.
+        lows: rate -> float16 (C, T / rate_t, ...), scaled latents of the low-resolution video.
+    """
+
+    film: Path
+    start: float
+    frames: int
+    scenes: int
+    split: str
+    mirrored: bool
+    latents: torch.Tensor
+    lows: dict[Rate, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of all films.
+
+    Attributes:
+        blocks: in the order of the films.
+        seconds_per_latent: length of a latent frame.
+        captions: prompts of moments of the film, or none.
+    """
+
+    blocks: tuple[Block, ...]
+    seconds_per_latent: float
+    captions: tuple[Caption, ...] = ()
+
+    def split(self, name: str) -> Latents:
+        """Return the blocks of "train" or of "test" only."""
+        return dataclasses.replace(self, blocks=tuple(b for b in self.blocks if b.split == name))
+
+    def prompt(self, block: Block, frame: int) -> str:
+        """Return the prompt of latent frame number `frame` of a block, "" where there is none."""
+        moment = block.start + (frame + 0.5) * self.seconds_per_latent
+        return next((c.prompt for c in self.captions if c.start <= moment < c.end), "")
+
+
+def prepare(
+    config: DataConfig,
+    model: ModelConfig,
+    vae: VideoCodec,
+    rates: Iterable[Rate] = (),
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> Latents:
+    """Decode films, cut them into blocks and encode each block, or read what an earlier call encoded.
+
+    The cache folder is named by a hash of everything the latents depend on. Every file in it is written
+    whole or not at all, so that an interrupted call loses one block at most.
+
+    Args:
+        config: which films and how they are cut.
+        model: height, width and rate of the frames.
+        vae: makes the latents.
+        rates: of the low-resolution branches whose latents are wanted too.
+        progress: called with (what is done, video frames done, None).
+
+    Returns:
+        Latents of all blocks, train and test.
+
+    Raises:
+        UserError: a film or the captions cannot be read, or the cache cannot be written.
+    """
+    from . import data
+
+    rates = sorted(set(rates))
+    captions = read_captions(Path(config.captions)) if config.captions else ()
+    films = film_paths(config)
+    root = Path(config.cache) if config.cache else data.cache_dir() / "latents"
+    folder = root / _fingerprint(config, films, model, vae)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = _read_index(folder)
+        if rows is None or not all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)):
+            rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
+            _replace(folder / _INDEX, lambda part: part.write_text(json.dumps(rows, indent=1)))
+        blocks = tuple(_load(folder, row, rates) for row in rows)
+    except OSError as error:
+        raise UserError(f"{folder}: the latents cannot be kept there ({error.strerror or error})") from error
+    return Latents(blocks, vae.stride[0] / model.fps, captions)
+
+
+def film_paths(config: DataConfig) -> list[Path]:
+    """Paths of the videos, the sample film fetched if it is among them."""
+    from . import data
+
+    return [data.fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
+
+
+def read_captions(path: Path) -> tuple[Caption, ...]:
+    """Read a YAML list of {start, end, prompt}.
+
+    Raises:
+        UserError: the file is missing, is no such list, or an entry is wrong; the message numbers it.
+    """
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as captions ({' '.join(str(error).split())})") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: must be a list of {{start, end, prompt}}")
+    try:
+        return tuple(build(Caption, row, f"caption {i + 1}") for i, row in enumerate(rows))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec) -> str:
+    """Hash of all that the latents depend on; adding a rate or captions changes none of them."""
+    settings: dict[str, Any] = {
+        "format": _FORMAT,
+        "films": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] if f.is_file() else str(f) for f in films],
+        "raster": [model.height, model.width, model.fps],
+        "vae": [vae.name, vae.channels, list(vae.stride)],
+    }
+    settings |= {k: v for k, v in dataclasses.asdict(config).items() if k not in ("videos", "captions", "cache")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    if isinstance(vae, torch.nn.Module):
+        for name, tensor in sorted(vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_index(folder: Path) -> list[dict[str, Any]] | None:
+    try:
+        return json.loads((folder / _INDEX).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _file(folder: Path, row: dict[str, Any], rate: Rate | None) -> Path:
+    low = "" if rate is None else ".low-" + "x".join(map(str, rate))
+    return folder / f"{row['name']}{low}.safetensors"
+
+
+def _encode_films(
+    folder: Path,
+    config: DataConfig,
+    films: list[Path],
+    model: ModelConfig,
+    vae: VideoCodec,
+    rates: list[Rate],
+    progress: Callable[[str, int, int | None], None] | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the index's row of every block, encoding those of which a file is missing."""
+    done = 0
+    for row, frames in cut_films(config, films, model, vae):
+        _encode_row(folder, row, frames, vae, rates)
+        yield row
+        if config.mirror and row["split"] == "train":
+            row = {**row, "name": row["name"] + "-mirrored", "mirrored": True}
+            _encode_row(folder, row, frames.flip(2), vae, rates)
+            yield row
+        done += len(frames)
+        if progress:
+            progress("encoding", done, None)
+
+
+def cut_films(
+    config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Decode films and cut them into blocks of whole scenes.
+
+    Args:
+        config: how they are cut.
+        films: paths of videos.
+        model: height, width and rate of the frames.
+        vae: its stride says which frames fill whole latent frames.
+
+    Returns:
+        Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
+    """
+    from . import data
+
+    number = -1
+    for f, film in enumerate(films):
+        for first, seconds, split in config.parts():
+            chunks = data.iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
+            for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
+                # A scene that had to be broken stays on one side of the split.
+                number += 0 if stretch.continues else 1
+                if _latent_frames(len(stretch.frames), vae) < config.shortest:
+                    continue
+                start = first + stretch.start / model.fps
+                by_number = "test" if number % config.test_every == config.test_every - 1 else "train"
+                row = {
+                    "name": f"{f:02d}-{round(start * model.fps):06d}",
+                    "film": str(film),
+                    "start": start,
+                    "frames": _whole(len(stretch.frames), vae),
+                    "scenes": len(stretch.cuts) + 1,
+                    "split": split or by_number,
+                    "mirrored": False,
+                }
+                yield row, torch.from_numpy(stretch.frames[: row["frames"]])
+
+
+def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, rates: list[Rate]) -> None:
+    """Encode a block to those of its files that are missing."""
+    for rate in (None, *rates):
+        file = _file(folder, row, rate)
+        if not file.exists():
+            tensors = {"latents": encode_block(frames, vae, rate)}
+            header = {"block": json.dumps(row)}
+            _replace(file, lambda part, t=tensors, h=header: save_file(t, part, metadata=h))
+
+
+@torch.no_grad()
+def encode_block(frames: torch.Tensor, vae: VideoCodec, rate: Rate | None = None) -> torch.Tensor:
+    """Encode consecutive frames as one stream, or their low-resolution video.
+
+    Args:
+        frames: uint8 (T, H, W, 3), as many as whole latent frames cover.
+        vae: makes the latents.
+        rate: of the low-resolution branch; None for the frames themselves.
+
+    Returns:
+        float16 (C, T', H', W'), scaled; for a rate T' is what is left of the latent frames of the
+        frames themselves when those that fill no box are cropped.
+    """
+    if rate is None:
+        pieces = (frames_to_float(piece) for piece in _pieces(frames, vae))
+        return _stream(pieces, vae)
+    boxes = _latent_frames(len(frames), vae) // rate[2]
+    if not boxes:
+        raise ValueError(f"encode_block: frames must fill a box of rate {rate}, got {len(frames)}")
+    # Pieces begin at multiples of rate_t, so that the frames which are kept are those of one call for all.
+    small = [low_resolution(frames_to_float(p), rate)[0] for p in frames.split(8 * rate[2])]
+    low = torch.cat(small, dim=1).transpose(0, 1)
+    pieces = (piece.transpose(0, 1)[None] for piece in _pieces(low[: _whole(len(low), vae)], vae))
+    return _stream(pieces, vae)[:, :boxes]
+
+
+def _stream(pieces: Iterable[torch.Tensor], vae: VideoCodec) -> torch.Tensor:
+    cache: dict = {}
+    _, h, w = vae.stride
+    latents = [_scaled(pad_frames(x, (1, h * PATCH, w * PATCH)), vae, cache) for x in pieces]
+    return torch.cat(latents, dim=2)[0].contiguous()
+
+
+def _scaled(frames: torch.Tensor, vae: VideoCodec, cache: dict) -> torch.Tensor:
+    return vae.scale(vae.encode(frames.to(vae.device), cache)).to("cpu", torch.float16)
+
+
+def _pieces(frames: torch.Tensor, vae: VideoCodec) -> tuple[torch.Tensor, ...]:
+    """Cut frames (T, ...) into pieces that are encoded one after another in bounded memory."""
+    first = min(len(frames), vae.first_frames + vae.stride[0])
+    return frames[:first], *(piece for piece in frames[first:].split(2 * vae.stride[0]) if len(piece))
+
+
+def _latent_frames(frames: int, vae: VideoCodec) -> int:
+    """Latent frames that `frames` video frames fill."""
+    return max(0, 1 + (frames - vae.first_frames) // vae.stride[0])
+
+
+def _whole(frames: int, vae: VideoCodec) -> int:
+    """Video frames that whole latent frames cover, of `frames`."""
+    latent = _latent_frames(frames, vae)
+    return vae.first_frames + (latent - 1) * vae.stride[0] if latent else 0
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _load(folder: Path, row: dict[str, Any], rates: list[Rate]) -> Block:
+    def read(rate: Rate | None) -> torch.Tensor:
+        file = _file(folder, row, rate)
+        try:
+            return load_file(file)["latents"]
+        except (SafetensorError, KeyError) as error:
+            raise UserError(f"{file}: is damaged; delete it and run again") from error
+
+    return Block(
+        film=Path(row["film"]),
+        start=row["start"],
+        frames=row["frames"],
+        scenes=row["scenes"],
+        split=row["split"],
+        mirrored=row["mirrored"],
+        latents=read(None),
+        lows={rate: read(rate) for rate in rates},
+    )
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator of its own for each tuple of numbers (seed, step, sample), whatever was drawn before."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Spans:
+    """Stretches of latent frames of one length, all equally probable.
+
+    Args:
+        latents: blocks to take them from.
+        length: latent frames of a stretch.
+        align: stretches begin at multiples of this, so that boxes of every rate are whole.
+
+    Raises:
+        UserError: no block is long enough.
+    """
+
+    def __init__(self, latents: Latents, length: int, align: int) -> None:
+        self.latents, self.length, self.align = latents, length, align
+        counts = [max(0, (b.latents.shape[1] - length) // align + 1) for b in latents.blocks]
+        self._ends = torch.tensor(counts).cumsum(0)
+        if not counts or not self._ends[-1]:
+            longest = max((b.latents.shape[1] for b in latents.blocks), default=0)
+            raise UserError(
+                f"no block of the films has {length} latent frames, the longest has {longest}; "
+                "take a shorter history or longer data.block_seconds"
+            )
+
+    def draw(self, generator: torch.Generator) -> tuple[Block, int]:
+        """Return a block and the first latent frame of a stretch in it."""
+        number = int(torch.randint(int(self._ends[-1]), (), generator=generator))
+        index = int(torch.searchsorted(self._ends, number, right=True))
+        before = int(self._ends[index - 1]) if index else 0
+        return self.latents.blocks[index], (number - before) * self.align

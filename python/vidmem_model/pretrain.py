@@ -1,0 +1,210 @@
+"""Stage I: the memory of a history learns to give back any single frame of it (arXiv 2512.23851).
+
+A few random frames Omega of the history stay clean, the others are masked with noise; the DiT is to
+make the frames of Omega from noise, given the memory of the masked history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import _check, _is_count
+from .dataset import DataConfig, Latents, Rate, Spans, seeded
+from .flow import logit_normal, shift_timesteps
+from .model import MemoryModel
+from .model_config import EncoderConfig, ModelConfig
+from .training import Batch, TrainConfig, finish, fit, prepare_latents, processes, run_settings
+from .vae import load_vae
+
+# Noise of the masked frames, and times of the flow: logit-normal with this mean and deviation.
+MASK_LEVEL = (0.2, 1.0)
+TIME = (0.0, 1.0)
+LOW_BRANCHES = ("both", "lr")
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """What a sample of Stage I is.
+
+    Args:
+        history: latent frames of a history.
+        queries: frames of it that are to be made, in random places.
+        mask_probability: how often the rest of the history is masked with noise; else all stays clean.
+        drop_prompt: how often a sample has no prompt.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    history: int = 24
+    queries: int = 2
+    mask_probability: float = 1.0
+    drop_prompt: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(_is_count(self.history), "QueryConfig: history must be positive", self.history)
+        _check(
+            _is_count(self.queries) and self.queries <= self.history,
+            f"QueryConfig: queries must be in [1, {self.history}]",
+            self.queries,
+        )
+        for name in ("mask_probability", "drop_prompt"):
+            _check(0 <= getattr(self, name) <= 1, f"QueryConfig: {name} must be in [0, 1]", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A run of Stage I.
+
+    Args:
+        model: its sizes; in YAML a preset's name, or fields with `preset` among them.
+        output: folder of the run.
+        data, sampling, optimisation: films, samples, and how to optimise.
+        vae: file of the VAE's weights; null for the codec without any.
+        text: folder of the pretrained text encoder, for `model.text.kind` transformers.
+    """
+
+    model: ModelConfig
+    output: str
+    data: DataConfig = DataConfig()
+    sampling: QueryConfig = QueryConfig()
+    optimisation: TrainConfig = TrainConfig()
+    vae: str | None = None
+    text: str | None = None
+
+
+def low_rate(encoder: EncoderConfig) -> Rate | None:
+    """Rate of the low-resolution latents that an encoder reads, or None."""
+    return encoder.rate if encoder.branches in LOW_BRANCHES else None
+
+
+def alignment(encoders: Sequence[EncoderConfig]) -> int:
+    """Latent frames that whole boxes of all encoders cover."""
+    return max(encoder.rate[2] for encoder in encoders)
+
+
+class FrameQueries:
+    """Samples of Stage I, a function of seed, step and number of the sample.
+
+    Args:
+        latents: blocks to take histories from.
+        encoders: of the model; they say which low-resolution latents are needed.
+        config: what a sample is.
+        seed: of all choices.
+        shift: of the flow's times towards the noise.
+
+    Raises:
+        UserError: no block is as long as a history.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        encoders: Sequence[EncoderConfig],
+        config: QueryConfig,
+        seed: int = 0,
+        shift: float = 1.0,
+    ) -> None:
+        self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
+        self.rates = [low_rate(encoder) for encoder in encoders]
+        self.spans = Spans(latents, config.history, alignment(encoders))
+
+    def __call__(self, step: int, samples: Sequence[int]) -> Batch:
+        """Return the batch of these samples of a step."""
+        drawn = [self._sample(seeded(self.seed, step, number)) for number in samples]
+        history, lows, target, noise, t, frames, prompts = zip(*drawn, strict=True)
+        return Batch(
+            history=torch.stack(history),
+            lows=[torch.stack(low) if low[0] is not None else None for low in zip(*lows, strict=True)],
+            target=torch.stack(target),
+            noise=torch.stack(noise),
+            t=torch.stack(t),
+            frames=torch.stack(frames),
+            prompts=list(prompts),
+        )
+
+    def _sample(self, generator: torch.Generator) -> tuple:
+        config = self.config
+        block, start = self.spans.draw(generator)
+        history = block.latents[:, start : start + config.history].float()
+        omega = torch.randperm(config.history, generator=generator)[: config.queries].sort().values
+        target = history[:, omega]
+        levels = torch.zeros(config.history)
+        if torch.rand((), generator=generator) < config.mask_probability:
+            levels = logit_normal((config.history,), *MASK_LEVEL, generator)
+            levels[omega] = 0.0
+        lows = []
+        for rate in self.rates:
+            low = None
+            if rate is not None:
+                first, count = start // rate[2], config.history // rate[2]
+                low = block.lows[rate][:, first : first + count].float()
+                low = mask(low, low_levels(levels, omega, rate[2]), generator)
+            lows.append(low)
+        noise = torch.randn(target.shape, generator=generator)
+        t = shift_timesteps(logit_normal((), *TIME, generator), self.shift)
+        dropped = torch.rand((), generator=generator) < config.drop_prompt
+        prompt = "" if dropped else self.latents.prompt(block, start + int(omega[0]))
+        return mask(history, levels, generator), lows, target, noise, t, omega.float(), prompt
+
+
+def low_levels(levels: torch.Tensor, omega: torch.Tensor, rate: int) -> torch.Tensor:
+    """Noise levels of the low-resolution latent frames, each of which covers `rate` frames.
+
+    Args:
+        levels: (T,) of the history's frames.
+        omega: indices of the frames that stay clean.
+        rate: frames that one covers.
+
+    Returns:
+        (T / rate,): 0 where a frame of omega is covered, else the mean.
+    """
+    count = len(levels) // rate
+    boxes = levels[: count * rate].view(count, rate).mean(1)
+    covering = omega // rate
+    boxes[covering[covering < count]] = 0.0
+    return boxes
+
+
+def mask(latents: torch.Tensor, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Mix every frame of latents (C, T, H, W) with noise: (1 - s) x + s eps, s of `levels` (T,)."""
+    s = levels.view(-1, 1, 1)
+    return (1 - s) * latents + s * torch.randn(latents.shape, generator=generator)
+
+
+def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
+    """Run Stage I, or go on with it.
+
+    Args:
+        config: of the run.
+        restart: begin anew although the output folder holds a run.
+
+    Returns:
+        The model's file; None in all processes but the first.
+
+    Raises:
+        Interrupted: it was stopped; the same call goes on from there.
+        UserError: something in the configuration cannot be used.
+    """
+    with processes(config.optimisation) as device:
+        vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
+        encoders = config.model.encoders
+        rates = [rate for rate in map(low_rate, encoders) if rate]
+        latents = prepare_latents(config.data, config.model, vae, rates)
+        seed, shift = config.optimisation.seed, config.model.shift
+        batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)
+        output = Path(config.output)
+        model = fit(
+            lambda: MemoryModel(config.model, config.text),
+            batches,
+            config.optimisation,
+            output,
+            run_settings(config),
+            device,
+            restart,
+        )
+        return finish(output, model, config, config.vae)

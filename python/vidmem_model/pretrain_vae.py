@@ -1,0 +1,89 @@
+"""Training of the small causal VAE on the training blocks of films."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .config import _check, _is_count
+from .dataset import DataConfig, cut_films, film_paths
+from .model import VAE_FILE
+from .model_config import ModelConfig
+from .report import replacing
+from .training import TrainConfig, first_then_others, fit, processes, rank, run_settings
+from .vae.base import frames_to_float
+from .vae.causal import CausalVAE
+from .vae.training import ClipSampler, Reconstruction, measure_latents
+
+
+@dataclass(frozen=True)
+class PretrainVAEConfig:
+    """A run that trains the VAE of `model`.
+
+    Args:
+        model: its VAE, and height, width and rate of the frames.
+        output: folder of the run.
+        data, optimisation: films, and how to optimise.
+        frames: length of a clip in video frames.
+
+    Raises:
+        ValueError: the VAE is not the causal one, or a value is out of range.
+    """
+
+    model: ModelConfig
+    output: str
+    data: DataConfig = DataConfig()
+    optimisation: TrainConfig = TrainConfig()
+    frames: int = 16
+
+    def __post_init__(self) -> None:
+        _check(self.model.vae.kind == "causal", "PretrainVAEConfig: model.vae.kind must be causal", self.model.vae.kind)
+        _check(
+            _is_count(self.frames) and self.frames % self.model.vae.stride[0] == 0,
+            f"PretrainVAEConfig: frames must be a multiple of {self.model.vae.stride[0]}",
+            self.frames,
+        )
+
+
+def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | None:
+    """Train the VAE, or go on with it.
+
+    Args:
+        config: of the run.
+        restart: begin anew although the output folder holds a run.
+
+    Returns:
+        The file of the VAE's weights; None in all processes but the first.
+
+    Raises:
+        Interrupted: it was stopped; the same call goes on from there.
+        UserError: something in the configuration cannot be used.
+    """
+    with processes(config.optimisation) as device:
+        films = first_then_others(lambda: film_paths(config.data))
+        cut = cut_films(config.data, films, config.model, CausalVAE(config.model.vae))
+        blocks = [frames for row, frames in cut if row["split"] == "train"]
+        step = config.model.vae.stride[0]
+
+        def build() -> CausalVAE:
+            vae = CausalVAE(config.model.vae)
+            # Every sixth latent frame's worth of film is plenty for the principal components.
+            vae.start_from(
+                torch.cat([frames_to_float(b[i : i + step]) for b in blocks for i in range(0, len(b), 6 * step)])
+            )
+            return vae
+
+        batches = ClipSampler(blocks, CausalVAE(config.model.vae), config.frames, config.optimisation.seed)
+        output = Path(config.output)
+        settings = run_settings(config)
+        vae = fit(build, batches, config.optimisation, output, settings, device, restart, Reconstruction)
+        if rank() != 0:
+            return None
+        measure_latents(vae.eval(), blocks, config.frames)
+        file = output / VAE_FILE
+        with replacing(file) as part:
+            save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, part)
+        return file

@@ -1,0 +1,463 @@
+"""The training loop of both stages: flow matching, AdamW, moving average, checkpoints, exact resume.
+
+Every random number comes from a generator seeded by (seed, step, sample), so that a resumed run, or one
+with another number of processes, takes exactly the same samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import checkpoint
+from .config import _check, _is_count
+from .curve import Curve, progress, read_curve, write_curve_plot
+from .dataset import DataConfig, Latents, Rate, prepare
+from .errors import UserError
+from .flow import interpolate, velocity_loss
+from .model import VAE_FILE, MemoryModel, save_model
+from .model_config import ModelConfig
+from .report import plots_missing, replacing
+from .vae import VideoCodec
+
+CURVE = "curve.csv"
+# A run may go on with other values of these.
+_FREE = ("checkpoint_every", "log_every", "threads", "device", "output", "cache")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is optimised.
+
+    Args:
+        steps: optimisation steps.
+        batch: samples a step, over all processes.
+        lr: learning rate of AdamW after the warm-up.
+        warmup: steps over which the learning rate rises from zero.
+        schedule: "cosine" (down to a hundredth) or "constant".
+        weight_decay: of matrices; norms, biases and tables have none.
+        clip_norm: largest norm of the gradient.
+        ema_decay: of the moving average of the weights, which is what is saved in the end.
+        seed: of the initial weights and of all samples.
+        precision: "float32", or "bfloat16" by autocast.
+        checkpoint_every, log_every: in steps.
+        threads: of the CPU; null leaves them as they are.
+        device: "cpu", "cuda", or "auto".
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    steps: int = 10_000
+    batch: int = 8
+    lr: float = 3e-4
+    warmup: int = 200
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    precision: str = "float32"
+    checkpoint_every: int = 500
+    log_every: int = 50
+    threads: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "checkpoint_every", "log_every"):
+            _check(_is_count(getattr(self, name)), f"TrainConfig: {name} must be positive", getattr(self, name))
+        for name in ("lr", "clip_norm"):
+            _check(getattr(self, name) > 0, f"TrainConfig: {name} must be positive", getattr(self, name))
+        for name in ("warmup", "weight_decay", "seed"):
+            _check(getattr(self, name) >= 0, f"TrainConfig: {name} must not be negative", getattr(self, name))
+        _check(0 <= self.ema_decay < 1, "TrainConfig: ema_decay must be in [0, 1)", self.ema_decay)
+        _check(
+            self.schedule in ("cosine", "constant"),
+            "TrainConfig: schedule must be cosine or constant",
+            self.schedule,
+        )
+        _check(
+            self.precision in ("float32", "bfloat16"),
+            "TrainConfig: precision must be float32 or bfloat16",
+            self.precision,
+        )
+        _check(self.threads is None or self.threads > 0, "TrainConfig: threads must be positive", self.threads)
+        _check(
+            self.device in ("auto", "cpu", "cuda"),
+            "TrainConfig: device must be auto, cpu or cuda",
+            self.device,
+        )
+
+
+class Batch(NamedTuple):
+    """Samples of one step; B samples, latents (B, C, frames, H, W).
+
+    Attributes:
+        history: what the memory encoders see.
+        lows: for each encoder its low-resolution latents, or None.
+        target: frames to be made.
+        noise: of the size of `target`.
+        t: (B,) times in (0, 1).
+        frames: (B, K) positions of the targets, in latent frames from the history's start.
+        prompts: B texts.
+        window, window_frames: clean frames beside the memory and their positions, or None.
+    """
+
+    history: torch.Tensor
+    lows: list[torch.Tensor | None]
+    target: torch.Tensor
+    noise: torch.Tensor
+    t: torch.Tensor
+    frames: torch.Tensor
+    prompts: list[str]
+    window: torch.Tensor | None = None
+    window_frames: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=True)
+            return [move(v) for v in value] if isinstance(value, list) else value
+
+        return Batch(*map(move, self))
+
+
+class Interrupted(Exception):
+    """The user stopped the run; a checkpoint holds all that was done.
+
+    Attributes:
+        step: steps done.
+        signal: that stopped it.
+    """
+
+    def __init__(self, step: int, number: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step, self.signal = step, number
+
+
+class FlowMatching(nn.Module):
+    """The loss of both stages, as one module: FSDP gathers its weights for one forward.
+
+    Args:
+        model: what is trained.
+    """
+
+    def __init__(self, model: MemoryModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def parts(self) -> list[nn.Module]:
+        """Modules whose weights are gathered one at a time."""
+        return [*self.model.dit.blocks, *self.model.encoders]
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Mean squared error of the predicted velocity, a float32 scalar."""
+        memory = self.model.remember(batch.history, batch.lows)
+        noisy = interpolate(batch.target, batch.noise, batch.t)
+        given = {"frames": batch.frames, "window": batch.window, "window_frames": batch.window_frames}
+        velocity = self.model.predict(noisy, batch.t, batch.prompts, memory=memory, **given)
+        return velocity_loss(velocity, batch.target, batch.noise).mean()
+
+
+@contextmanager
+def processes(config: TrainConfig) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did, and give this one's device."""
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise UserError("optimisation.device is cuda, but there is no CUDA device; take cpu")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch % world:
+        raise UserError(f"optimisation.batch must be a multiple of the {world} processes, got {config.batch}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield device
+        return
+    # The first process encodes the films while the others wait.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
+    try:
+        try:
+            yield device
+        except Interrupted:
+            dist.barrier()
+            raise
+        # A process that leaves while another still talks to it makes gloo abort.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first_then_others(work: Callable[[], Any]) -> Any:
+    """Do something in the first process, then in the others, which find its files."""
+    made = work() if rank() == 0 else None
+    if dist.is_initialized():
+        dist.barrier()
+    return made if rank() == 0 else work()
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of step number `step`, from 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def fit(
+    build: Callable[[], nn.Module],
+    batches: Callable[[int, Sequence[int]], Any],
+    config: TrainConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    device: torch.device,
+    restart: bool = False,
+    objective_of: Callable[[Any], nn.Module] | None = None,
+) -> Any:
+    """Train a model, going on from the last checkpoint if there is one.
+
+    Writes checkpoints/, curve.csv and, with matplotlib, curve.png to `folder`.
+
+    Args:
+        build: makes the model before its first step, the same in every call and process; weights
+            without gradient stay as they are.
+        batches: function of the step and of the numbers of the samples in the batch.
+        config: how to optimise.
+        folder: of the run.
+        settings: JSON of all that must be the same for a run to go on.
+        device: of this process.
+        restart: forget an earlier run in this folder.
+        objective_of: makes the module whose output for a batch is the loss; it has the attribute
+            `model` and says by `parts` what FSDP shards apart. By default FlowMatching.
+
+    Returns:
+        A model with the moving average of the weights, on the CPU.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        UserError: the folder holds a run with other settings, or cannot be written.
+    """
+    torch.manual_seed(config.seed)
+    objective = _shard((objective_of or FlowMatching)(build()).to(device).train(), device)
+    trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
+    optimizer = _optimizer(trained, config)
+    ema = {name: p.detach().clone() for name, p in trained.items()}
+    state = checkpoint.training_state(trained, ema, optimizer)
+    done = _resume(folder, state, settings, restart)
+
+    averages, weights = [_local(ema[name]) for name in trained], [_local(p) for p in trained.values()]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    share = config.batch // world
+    samples = range(rank() * share, (rank() + 1) * share)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    curve = Curve(folder / CURVE, done) if rank() == 0 else None
+    with _signals() as stop, progress(config.steps, done, rank() == 0) as tell:
+        for step in range(done, config.steps):
+            began = time.perf_counter()
+            rate = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = batches(step, samples).to(device)
+            with amp:
+                loss = objective(batch)
+            loss.backward()
+            norm = _full(nn.utils.clip_grad_norm_(trained.values(), config.clip_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(config.ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+            mean, stopped = _agree(loss.detach(), stop, world)
+            at = step + 1
+            if curve:
+                curve.add(at, mean, norm, rate, time.perf_counter() - began)
+            keeps = at % config.checkpoint_every == 0 or at == config.steps or stopped
+            if curve and (keeps or at % config.log_every == 0):
+                tell(at, *curve.flush())
+            if keeps:
+                checkpoint.save(folder / "checkpoints", at, state, settings)
+            if stopped and at < config.steps:
+                raise Interrupted(at, stopped)
+
+    if curve and plots_missing() is None:
+        write_curve_plot(folder / "curve.png", read_curve(folder / CURVE))
+    torch.manual_seed(config.seed)
+    final = build()
+    final.load_state_dict({name: _full(value).cpu() for name, value in ema.items()}, strict=False)
+    return final
+
+
+def _shard(objective: nn.Module, device: torch.device) -> nn.Module:
+    """Shard weights, gradients and moments over the processes (FSDP2), if there are several."""
+    if dist.is_initialized():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        # What is outside of these is gathered for the whole step: the first projection, which the
+        # memory encoders call too, is among it.
+        for part in (*objective.parts(), objective):
+            fully_shard(part, mesh=mesh)
+    return objective
+
+
+def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    if not trained:
+        raise ValueError("fit: the model must have weights that require a gradient, got none")
+    # Vectors are norms and biases; tables (adaLN, places) are sums of them.
+    decays = {name: p.ndim >= 2 and "table" not in name and "places" not in name for name, p in trained.items()}
+    groups = [
+        {"params": [p for name, p in trained.items() if decays[name]], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in trained.items() if not decays[name]], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.99), fused=True)
+
+
+def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, Any], restart: bool) -> int:
+    """Load the last checkpoint into `state`, if there is one; the step to go on from."""
+    checkpoints = folder / "checkpoints"
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if restart:
+                shutil.rmtree(checkpoints, ignore_errors=True)
+                (folder / CURVE).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror or error}); choose another output"
+            ) from error
+    if dist.is_initialized():
+        dist.barrier()
+    last = checkpoint.newest(checkpoints)
+    if last is None:
+        return 0
+    before = checkpoint.settings_of(last)
+    for key in sorted(settings.keys() | before.keys()):
+        old, new = before.get(key), settings.get(key)
+        if old != new:
+            raise UserError(
+                f"{folder}: holds a run with {key} {old!r}, now it is {new!r}; choose another output or --restart"
+            )
+    return checkpoint.load(last, state)
+
+
+def run_settings(config: Any) -> dict[str, Any]:
+    """Flatten a configuration to dotted keys, without those that may change from run to run."""
+
+    def flat(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from flat(inner, f"{where}.{key}".lstrip("."))
+        elif where.rpartition(".")[2] not in _FREE:
+            yield where, [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return dict(flat(dataclasses.asdict(config), ""))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON gives back for it."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a weight."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a weight that may be sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tensor, int]:
+    """Mean loss of all processes, and a signal that came to any of them: all must stop at one step."""
+    if world == 1:
+        return loss, stop[-1] if stop else 0
+    both = torch.stack([loss / world, torch.tensor(float(stop[-1] if stop else 0), device=loss.device)])
+    dist.all_reduce(both)
+    return both[0], signal.SIGINT if both[1] else 0
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one, later, kills."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+    first = 0.0
+
+    def note(number: int, _: object) -> None:
+        nonlocal first
+        if not caught:
+            caught.append(number)
+            first = time.monotonic()
+        # torchrun sends on what the terminal has sent to every process already.
+        elif time.monotonic() - first > 1.0:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prepare_latents(config: DataConfig, model: ModelConfig, vae: VideoCodec, rates: Sequence[Rate]) -> Latents:
+    """Encode the films in the first process, with progress on stderr, and read the latents in all."""
+    from .cli.options import progress_bar
+
+    with progress_bar() as tell:
+        latents = first_then_others(lambda: prepare(config, model, vae, rates, tell))
+    if rank() == 0:
+        scenes = sum(block.scenes for block in latents.blocks)
+        seconds = sum(b.latents.shape[1] for b in latents.blocks) * latents.seconds_per_latent
+        test = len(latents.split("test").blocks)
+        print(
+            f"{len(latents.blocks)} blocks of {scenes} scenes, {seconds:.0f} s of video, {test} blocks for testing",
+            file=sys.stderr,
+        )
+    return latents
+
+
+def finish(output: Path, model: MemoryModel, config: Any, vae: str | Path | None) -> Path | None:
+    """Write the trained model, its configuration beside it, and the VAE's weights, in the first process."""
+    if rank() != 0:
+        return None
+    curve = read_curve(output / CURVE)
+    extra = {"training": _plain(dataclasses.asdict(config)), "steps": curve[-1]["step"], "loss": curve[-1]["loss"]}
+    file = save_model(output, model, extra)
+    if vae is not None and Path(vae).is_file():
+        with replacing(file.with_name(VAE_FILE)) as part:
+            shutil.copyfile(vae, part)
+    return file

@@ -1,0 +1,116 @@
+"""Files of weights: written whole or not at all, and stored in 32, 16 or 8 bits."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vidmem_kernels import quantize_rows
+
+from .errors import MemoryFormatError, UserError
+
+DTYPES = ("float32", "float16", "int8")
+_SCALE = ".row_scale"
+# Vectors and small matrices are norms, biases and tables: their bytes do not count, their errors do.
+_LEAST = 4096
+
+
+def pack(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """Make weights ready to be stored.
+
+    Args:
+        tensors: weights by name, float32.
+        dtype: "float32", "float16", or "int8": matrices of at least 4,096 numbers as int8 with one
+            float32 scale a row (of all that follows the first dimension), the rest as float32.
+
+    Returns:
+        What to store; `unpack` undoes it.
+
+    Raises:
+        ValueError: the dtype is another, or a weight is not finite or beyond float16.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"pack: dtype must be one of {DTYPES}, got {dtype!r}")
+    packed = {}
+    for name, tensor in tensors.items():
+        stored = tensor
+        if tensor.is_floating_point() and dtype == "float16":
+            stored = tensor.half()
+        elif tensor.is_floating_point() and dtype == "int8" and tensor.ndim > 1 and tensor.numel() >= _LEAST:
+            rows, packed[name + _SCALE] = quantize_rows(tensor.flatten(1))
+            stored = rows.view(tensor.shape)
+        finite = packed.get(name + _SCALE, stored)
+        if tensor.is_floating_point() and not finite.isfinite().all():
+            raise ValueError(f"pack: weights must be in the range of {dtype}, got {name} beyond it")
+        packed[name] = stored
+    return packed
+
+
+def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo pack, up to its rounding: all weights float32."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_SCALE):
+            continue
+        if tensor.dtype == torch.int8:
+            scale = tensors[name + _SCALE]
+            weights[name] = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
+        else:
+            weights[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
+    return weights
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+        os.close(handle)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{file}: cannot be written ({reason}); choose another path") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_tensors(file: Path, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file of a given format: its tensors, unpacked, and its header.
+
+    Raises:
+        UserError: it is missing.
+        MemoryFormatError: it is damaged, of another format or another version.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            if header.get("format") != kind:
+                raise MemoryFormatError(f"{file}: not a file of format {kind}")
+            if header.get("version") != str(version):
+                raise MemoryFormatError(
+                    f"{file}: is of version {header.get('version')}, this vidmem reads version {version}"
+                )
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise MemoryFormatError(f"{file}: is damaged or not a safetensors file ({error})") from error
+    try:
+        return unpack(tensors), header
+    except (KeyError, RuntimeError) as error:
+        raise MemoryFormatError(f"{file}: its rows and their scales do not fit ({error})") from error

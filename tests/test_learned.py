@@ -1,0 +1,186 @@
+"""Memory files of the trained model: written, read back by the same model only, always to the same frame."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+
+from test_cli import make_video
+from test_evaluate import CONFIG, film, tiny_model
+
+from vidmem_model import cli, demo, learned, tables
+from vidmem_model.config import ClipSpec
+from vidmem_model.data import read_clip
+from vidmem_model.encoder import count_tokens
+from vidmem_model.errors import MemoryFormatError, UserError
+from vidmem_model.learned import compress_learned, latent_positions
+from vidmem_model.memory import read_memory, write_memory
+from vidmem_model.metrics import psnr
+from vidmem_model.model import save_model
+from vidmem_model.profile import ProfileConfig
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package whose checkpoint is a tiny model with random weights."""
+    folder = tmp_path / "checkpoints"
+    save_model(folder / "demo.safetensors", tiny_model())
+    monkeypatch.setattr(learned, "CHECKPOINTS", folder)
+    learned.open_shipped.cache_clear()
+    yield folder
+    learned.open_shipped.cache_clear()
+
+
+@pytest.fixture
+def empty_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(learned, "CHECKPOINTS", tmp_path / "none")
+    learned.open_shipped.cache_clear()
+
+
+def test_file_holds_the_tokens_and_gives_frames_back(package, tmp_path):
+    frames = film(22)  # six latent frames, the last of them half full
+    path = tmp_path / "memory.safetensors"
+    write_memory(path, compress_learned(frames), fps=8.0, source="film")
+    opened = read_memory(path)
+    assert (opened.method, opened.frames, opened.height, opened.width) == ("learned", 22, 32, 64)
+    memory = learned.open_shipped("demo")
+    tokens, positions = memory.remember(*memory.encode(frames))
+    assert len(opened.bank) == tokens.shape[1] == count_tokens(CONFIG.encoders[0], CONFIG.vae, 24, 32, 64)
+    assert torch.equal(opened.bank.positions, positions[0])
+    rows = opened.bank.gather(torch.arange(len(opened.bank)), out_dtype=torch.float32) * opened.bank.extras["scale"]
+    assert torch.allclose(rows, tokens[0], rtol=2e-3, atol=1e-6)
+    # By hand: latent frames up to that of frame 14, made together, then decoded as a stream.
+    made = memory.retrieve(learned.MemoryTokens(rows[None], positions), [0, 1, 2, 3], learned.DEFAULT_STEPS)
+    expected = memory.decode(made, (16, 32, 64))[14]
+    assert torch.equal(opened.retrieve(14), expected) and torch.equal(read_memory(path).retrieve(14), expected)
+    assert not torch.equal(opened.retrieve(14, steps=1), expected)
+    assert opened.retrieve(21).shape == (32, 64, 3)
+    with pytest.raises(UserError, match="holds frames 0 to 21"):
+        opened.retrieve(22)
+
+
+def test_each_frame_comes_from_its_latent_frame(package, tmp_path, monkeypatch):
+    """A model that answers with the numbers of the latent frames it is asked for."""
+    write_memory(tmp_path / "m", compress_learned(film(22)), fps=8.0, source="film")
+    opened = read_memory(tmp_path / "m")
+    memory = learned.open_shipped("demo")
+    asked = []
+
+    def retrieve(tokens, frames, steps, seed=0):
+        asked.append(frames)
+        return torch.tensor(frames).float().view(1, 1, -1, 1, 1).expand(1, 8, -1, 4, 8)
+
+    decoded = lambda latents, size: torch.arange(size[0])[:, None, None, None].expand(-1, 1, 1, 3)  # noqa: E731
+    monkeypatch.setattr(memory, "retrieve", retrieve)
+    monkeypatch.setattr(memory, "decode", decoded)
+    memory.queries = 3
+    found = [int(opened.retrieve(frame)[0, 0, 0]) for frame in (0, 3, 5, 11, 12, 21)]
+    assert asked == [[0], [0], [0, 1], [0, 1, 2], [1, 2, 3], [3, 4, 5]]
+    assert found == [0, 3, 5, 11, 8, 9]
+
+
+def test_video_frames_of_latent_positions():
+    assert latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
+    assert latent_positions(22, 4, 4)[-1] == range(20, 22)
+
+
+def test_another_model_does_not_read_it(package, tmp_path):
+    path = tmp_path / "memory.safetensors"
+    write_memory(path, compress_learned(film(8)), fps=8.0, source="film")
+    save_model(package / "demo.safetensors", tiny_model(seed=1))
+    learned.open_shipped.cache_clear()
+    with pytest.raises(MemoryFormatError, match="another version of the trained model 'demo'; make it anew"):
+        read_memory(path)
+    (package / "demo.safetensors").unlink()
+    learned.open_shipped.cache_clear()
+    with pytest.raises(MemoryFormatError, match="trained model 'demo', which is not in this installation"):
+        read_memory(path)
+
+
+@pytest.mark.parametrize("name", ["../demo", "demo.x", ""])
+def test_name_of_a_model_is_no_path(package, tmp_path, name):
+    made = compress_learned(film(8))
+    made = dataclasses.replace(made, meta={**made.meta, "model": name})
+    write_memory(tmp_path / "m", made, fps=8.0, source="film")
+    with pytest.raises(MemoryFormatError, match="not in this installation"):
+        read_memory(tmp_path / "m")
+
+
+def test_frames_of_another_size_are_refused(package):
+    with pytest.raises(UserError, match="takes frames of 32x64, got 40x64"):
+        compress_learned(torch.zeros(8, 40, 64, 3, dtype=torch.uint8))
+
+
+def test_commands(package, tmp_path, capfd):
+    video = make_video(tmp_path / "film.mkv", frames=24)
+    path, image = tmp_path / "memory.safetensors", tmp_path / "frame.png"
+    assert cli.main(["compress", str(video), "-o", str(path), "-m", "learned", "--seconds", "1"]) == 0
+    assert "8 frames of 32x64 at 8 fps, 16 -> 2 tokens (8.0x)" in capfd.readouterr().out
+    assert json.loads(read_memory(path).bank.metadata["size"]) == [8, 32, 64]
+    assert cli.main(["retrieve", str(path), "--frame", "7", "-o", str(image), "--steps", "2"]) == 0
+    assert "from 2 learned tokens" in capfd.readouterr().out
+    assert cli.main(["compress", str(video), "-o", str(path), "-m", "learned", "--rate", "4x4x2"]) == 2
+    assert "--rate is for dct and merge" in capfd.readouterr().err
+    assert cli.main(["compress", str(video), "-o", str(path), "--size", "32x64", "--fps", "8", "--seconds", "1"]) == 0
+    assert cli.main(["retrieve", str(path), "--frame", "7", "-o", str(image), "--steps", "2"]) == 2
+    assert "steps belong to a learned memory; this one is of the method dct" in capfd.readouterr().err
+
+
+def test_without_a_checkpoint_the_way_out_is_told(empty_package, tmp_path, capfd):
+    assert cli.main(["compress", "a.mp4", "-o", str(tmp_path / "m"), "-m", "learned"]) == 2
+    assert "'demo' is not in this installation; use --method dct or merge" in capfd.readouterr().err
+
+
+def test_demo_shows_the_learned_memory_at_its_own_size(package, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("vidmem_model.profile._SLOW_SECONDS", 0.02)
+    video = make_video(tmp_path / "film.mkv", frames=24)
+    config = demo.DemoConfig(
+        video=video,
+        clip=ClipSpec(80, 112, 24.0, 0.0, 1.0),
+        frames=2,
+        rate=(2, 2, 2),
+        learned=True,
+        profile=ProfileConfig(lengths=(0.5,)),
+    )
+    result = demo.run_demo(config, tmp_path / "out")
+    assert set(result["methods"]) == {"dct", "merge"} and result["video"]["height"] == 80
+    small = result["learned"]
+    assert (small["video"]["frames"], small["video"]["height"], small["video"]["width"]) == (8, 32, 64)
+    assert {m: (e["context_tokens_after"], e["channels"]) for m, e in small["methods"].items()} == {
+        "learned": (2, 48),
+        "dct": (2, 48),
+        "merge": (2, 48),
+    }
+    source = read_clip(video, ClipSpec(32, 64, 8.0, 0.0, 1.0)).frames
+    for entry in small["methods"].values():
+        memory = read_memory(tmp_path / "out" / entry["file"])
+        for row in entry["retrieved"]:
+            assert row["psnr_db"] == pytest.approx(psnr(memory.retrieve(row["frame"]), source[row["frame"]]), abs=1e-6)
+    assert "contact_sheet_learned.png" in result["files"]
+    tables.print_demo(result, tmp_path / "out")
+    shown = capfd.readouterr().out
+    assert "8 frames of 32x64 at 8 fps" in shown and f"{small['methods']['learned']['mean_psnr_db']:.2f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "learns"),
+    [([], True), (["--size", "480x832"], False), (["--fps", "24"], False), (["--seed", "1"], True)],
+)
+def test_demo_leaves_the_model_out_at_a_size_of_the_users(package, monkeypatch, tmp_path, options, learns):
+    asked = []
+
+    def run_demo(config, *_):
+        asked.append(config)
+        raise UserError("enough")
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    assert cli.main(["demo", "a.mp4", "-o", str(tmp_path / "out"), *options]) == 2
+    (config,) = asked
+    assert config.learned is learns and (config.clip.height, config.clip.width, config.clip.fps) == (480, 832, 24.0)
+    (package / "demo.safetensors").unlink()
+    assert cli.main(["demo", "a.mp4", "-o", str(tmp_path / "out"), *options]) == 2
+    assert asked[1].learned is False

@@ -1,0 +1,118 @@
+"""A run that was killed goes on as if it had not been: the same curve and weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import curve, train
+
+from vidmem_model import checkpoint, training
+from vidmem_model.errors import UserError
+
+HELPERS = Path(__file__).with_name("training_helpers.py")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder and weights of a run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder).state_dict()
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kill_in_a_step(whole, tmp_path):
+    at = random.SystemRandom().randrange(5, 12)
+    killed = subprocess.run([sys.executable, HELPERS, tmp_path, "12", str(at), "4"], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "checkpoints")) == at // 4 * 4
+    # Rows after the checkpoint were written when the log was due; they must not stay.
+    with (tmp_path / "curve.csv").open("a") as file:
+        file.write("12,9,9,9,9\n")
+    model = train(tmp_path)
+    assert curve(tmp_path) == curve(whole[0]), f"killed at {at}"
+    assert same(model.state_dict(), whole[1]), f"killed at {at}"
+
+
+def test_kill_at_any_moment(tmp_path):
+    """SIGKILL from outside, in a run that writes a checkpoint after every step."""
+    rarely = {"steps": 16, "checkpoint_every": 100}
+    reference = train(tmp_path / "whole", **rarely).state_dict()
+    folder = tmp_path / "killed"
+    child = subprocess.Popen([sys.executable, HELPERS, folder, "16", "-1", "1"], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while checkpoint.newest(folder / "checkpoints") is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(random.SystemRandom().random())
+    finally:
+        child.kill()
+        child.wait()
+    done = checkpoint.step_of(checkpoint.newest(folder / "checkpoints"))
+    assert len(curve(folder)) >= 1 + done, "the curve is written before the checkpoint"
+    model = train(folder, **rarely)
+    assert curve(folder) == curve(tmp_path / "whole"), f"killed after {done}"
+    assert same(model.state_dict(), reference), f"killed after {done}"
+
+
+def test_checkpoints_hold_the_last_two(whole):
+    names = sorted(os.listdir(whole[0] / "checkpoints"))
+    assert names == ["step-00000008", "step-00000012"]
+
+
+def test_a_finished_run_is_not_run_again(whole, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    monkeypatch.setattr(training.FlowMatching, "forward", None)
+    assert same(train(folder).state_dict(), whole[1])
+    assert curve(folder) == curve(whole[0])
+
+
+def test_another_setting_is_refused_until_restart(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    with pytest.raises(UserError, match=r"holds a run with lr 0.003, now it is 0.001; .*--restart"):
+        train(folder, lr=1e-3)
+    train(folder, steps=2, lr=1e-3, restart=True)
+    assert len(curve(folder)) == 1 + 2
+    assert curve(folder)[1] != curve(whole[0])[1]
+    assert os.listdir(folder / "checkpoints") == ["step-00000002"]
+
+
+def test_damaged_checkpoint_is_one_line(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    for file in (folder / "checkpoints" / "step-00000012").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"step-00000012: cannot be read; --restart begins anew"):
+        train(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_after_its_step(whole, tmp_path, number, monkeypatch):
+    forward, calls = training.FlowMatching.forward, []
+
+    def interrupting(self, batch):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), number)
+        return forward(self, batch)
+
+    monkeypatch.setattr(training.FlowMatching, "forward", interrupting)
+    before = signal.getsignal(number)
+    with pytest.raises(training.Interrupted) as stop:
+        train(tmp_path)
+    assert (stop.value.step, stop.value.signal) == (6, number)
+    assert signal.getsignal(number) is before
+    assert len(curve(tmp_path)) == 1 + 6
+    model = train(tmp_path)
+    assert curve(tmp_path) == curve(whole[0])
+    assert same(model.state_dict(), whole[1])
