@@ -41,11 +41,14 @@ import torch
 from .cost_parts import ENCODED, EVERY, STRATEGIES, CostConfig, StrategyBench, VAEBench, tensor_bytes
 from .errors import UserError
 from .measure import PeakMemory, describe_device, timed
-from .profile import free_bytes, is_noisy, repeated, versions
+from .profile import free_bytes, repeated, versions
 
 # What is expected of a point, from the one before, is multiplied by this before it is compared with
 # what is free.
 _MARGIN = 1.3
+# Medians that are above the fastest by more tell of other work on the machine. (The slowest of many calls of a
+# millisecond says nothing.)
+_NOISE = 1.5
 # A call that takes longer needs no warm-up.
 _WARM_SECONDS = 1.0
 # Numbers of malloc's options in glibc.
@@ -95,15 +98,20 @@ def profile_model(
         name: what to call the model.
         device: where to measure.
         strategies: which of STRATEGIES.
-        progress: called with (description, points done, points in all).
+        progress: called with (description, points done, points in all); a point counts for its memory
+            and for its time.
 
     Returns:
         What goes into the JSON file: format, what is measured, device, versions, config, bytes of the
-        weights, points, those skipped with the reason, and `noisy` as for `profile.profile`.
+        weights, points, those skipped with the reason, and `noisy`: whether times should not be trusted.
 
     Raises:
         UserError: the weights do not fit the device's memory.
+        ValueError: a strategy is unknown.
     """
+    for strategy in strategies:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"profile_model: strategies must be among {STRATEGIES}, got {strategy!r}")
     device = torch.device(device)
     if config.dtype == "auto":
         config = replace(config, dtype="float32" if device.type == "cpu" else "bfloat16")
@@ -113,6 +121,8 @@ def profile_model(
         with _no_holes():
             runs.measure_memory()
         runs.measure_time()
+    if progress:
+        progress("profile", runs.told, runs.told)
     points = list(runs.points.values())
     with PeakMemory(device) as probe:
         pass
@@ -129,7 +139,7 @@ def profile_model(
         "depth_of_model": config.model.dit.depth,
         "next_step_is_exact": not config.model.dit.history_sees_video,
         "weights_bytes": runs.weights,
-        "noisy": is_noisy(points),
+        "noisy": any(p.call_seconds > _NOISE * p.call_seconds_fastest for p in points),
         "points": [asdict(point) for point in points],
         "skipped": runs.skipped,
     }

@@ -257,11 +257,6 @@ def repeated(call: Callable[[], object], device: torch.device, first: float) -> 
     return times
 
 
-def is_noisy(points: Sequence[Any]) -> bool:
-    """Whether repeats of a call differ so much that times should not be trusted."""
-    return any(p.call_seconds_slowest > _NOISE * p.call_seconds_fastest for p in points)
-
-
 def check_room(config: ProfileConfig, device: torch.device | str) -> None:
     """Raise UserError if the longest history does not fit the device's free memory."""
     device = torch.device(device)
@@ -341,6 +336,6 @@ def profile(
         "device": describe_device(device),
         "versions": versions(),
         "config": asdict(config),
-        "noisy": is_noisy(points),
+        "noisy": any(p.call_seconds_slowest > _NOISE * p.call_seconds_fastest for p in points),
         "points": [asdict(point) for point in points],
     }

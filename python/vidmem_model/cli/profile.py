@@ -1,4 +1,4 @@
-"""Command that measures memory and time against context length."""
+"""Command that measures memory and time against context length, of one attention layer or of a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from . import app
 from .options import (
     Device,
@@ -21,18 +22,43 @@ from .options import (
 def profile(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and plot.")] = Path("profile_output"),
     lengths: Annotated[str, typer.Option(help="Seconds of history.")] = "1,2,5,10,20",
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 12,
-    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    heads: Annotated[int | None, typer.Option(help="Attention heads of the layer. [default: 12]")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head. [default: 128]")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; auto: float32 on the CPU.")] = "auto",
     device: Device = "auto",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Every part of a model in place of one layer: a preset (demo, wan-1.3b, ...) or a model's file."
+        ),
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Blocks of the model to measure; all by default.")] = None,
+    segment: Annotated[int | None, typer.Option(help="Latent frames made at a time. [default: 4]")] = None,
+    most_seconds: Annotated[
+        float | None, typer.Option(help="Leave out calls of a model expected to take longer. [default: 60]")
+    ] = None,
 ) -> None:
     """Measure memory and time against context length on this device."""
     lengths_ = parse_lengths(lengths)
+    of_layer = {"heads": heads, "head_dim": head_dim}
+    of_model = {"depth": depth, "segment": segment, "most_seconds": most_seconds}
+    for name, value in (of_model if model is None else of_layer).items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} {'belongs to' if model is None else 'does not go with'} --model")
+    chosen = {k: v for k, v in (of_layer if model is None else of_model).items() if v is not None}
+    if model is None:
+        _profile_layer(output, dict(lengths=lengths_, dtype=dtype, **chosen), device)
+    else:
+        _profile_model(output, model, dict(lengths=lengths_, dtype=dtype, **chosen), device)
+
+
+def _profile_layer(output: Path, values: dict, device: str) -> None:
     from .. import profile as profile_
     from .. import report
     from ..tables import print_profile
 
-    config = configured(profile_.ProfileConfig, lengths=lengths_, heads=heads, head_dim=head_dim, dtype=dtype)
+    config = configured(profile_.ProfileConfig, **values)
     device_ = parse_device(device)
     with report.output_folder(output) as folder, progress_bar() as tell:
         result = profile_.profile(config, device_, progress=tell)
@@ -41,3 +67,28 @@ def profile(
         if skipped is None:
             report.write_memory_plot(folder / "memory_vs_context.png", result)
     print_profile(result, output, skipped)
+
+
+def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
+    from .. import report
+    from ..cost import profile_model
+    from ..cost_parts import CostConfig
+    from ..cost_report import print_cost, write_cost_plot
+    from ..model_config import PRESETS
+
+    sizes = PRESETS.get(model)
+    if sizes is None:
+        from ..model import load_model
+
+        if not Path(model).exists():
+            raise UserError(f"--model {model}: no such file, nor one of the presets {', '.join(PRESETS)}")
+        sizes = load_model(model).config
+    config = configured(CostConfig, model=sizes, **values)
+    device_ = parse_device(device)
+    with report.output_folder(output) as folder, progress_bar() as tell:
+        result = profile_model(config, Path(model).name, device_, progress=tell)
+        report.write_json(folder / "model_cost.json", result)
+        skipped = report.plots_missing()
+        if skipped is None and result["points"]:
+            write_cost_plot(folder / "model_cost.png", result)
+    print_cost(result, output, skipped)

@@ -1,0 +1,191 @@
+"""The cost of a model's parts: exact counts of tokens and bytes, the order of the peaks, what is left out."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from vidmem_model import cost, profile, report
+from vidmem_model.cli import main
+from vidmem_model.cost import CostPoint, profile_model
+from vidmem_model.cost_parts import ENCODED, EVERY, PARTS, STRATEGIES, CostConfig, StrategyBench, tensor_bytes
+from vidmem_model.cost_report import write_cost_plot
+from vidmem_model.errors import UserError
+from vidmem_model.model_config import PRESETS
+
+TINY = PRESETS["tiny"]
+MIB = 2**20
+SHORT, LONG = 4.0, 400.0
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The tiny model at 4 and 400 seconds: 8 and 800 latent frames of 8 patch tokens."""
+    before, profile._SLOW_SECONDS = profile._SLOW_SECONDS, 0.01
+    try:
+        seen = []
+        result = profile_model(CostConfig(TINY, (LONG, SHORT)), "tiny", progress=lambda *call: seen.append(call))
+    finally:
+        profile._SLOW_SECONDS = before
+    return result, seen
+
+
+def of(result, part, strategy, seconds=LONG):
+    (point,) = (p for p in result["points"] if (p["part"], p["strategy"], p["seconds"]) == (part, strategy, seconds))
+    return point
+
+
+def test_counts_of_the_paper():
+    """20 s at 24 fps and 480x832: 187,200 tokens, 5,460 at the rate 4x4x2; a quarter of them at 2x2x8."""
+    wan = dataclasses.replace(PRESETS["wan-1.3b"], fps=24.0)
+    config = CostConfig(wan, window_frames=8)
+    frames = config.latent_frames(20)
+    assert frames == 120 and config.frame_tokens == 1560
+    assert (
+        config.context_tokens("whole history", frames) == config.context_tokens("linear attention", frames) == 187_200
+    )
+    assert config.context_tokens("sliding window", frames) == 8 * 1560
+    assert config.memory_tokens(frames) == 5_460
+    assert config.context_tokens("compressed memory", frames) == 5_460 + 3 * 1560
+    assert config.context_tokens("merged", 2) == 91 + 2 * 1560
+
+
+def test_every_part_of_every_strategy_is_measured(measured):
+    result, seen = measured
+    expected = [("VAE encode", EVERY, s) for s in (SHORT, LONG)]
+    for strategy in STRATEGIES:
+        parts = PARTS[1:] if strategy in ENCODED else PARTS[3:]
+        expected += [(part, strategy, s) for part in parts for s in (SHORT, LONG)]
+    assert [(p["part"], p["strategy"], p["seconds"]) for p in result["points"]] == expected
+    assert result["skipped"] == []
+    assert seen[-1][1:] == (2 * len(expected), 2 * len(expected))
+    assert [call[1] for call in seen] == list(range(2 * len(expected) + 1))
+    names = {field.name for field in dataclasses.fields(CostPoint)}
+    assert all(set(p) == names and p["call_seconds"] > 0 and p["repeats"] >= 1 for p in result["points"])
+    assert result["format"] == "vidmem.model_cost" and result["model"] == "tiny"
+    assert result["depth"] == result["depth_of_model"] == 2 and result["next_step_is_exact"]
+    assert result["config"]["model"]["dit"]["dim"] == 48 and result["config"]["dtype"] == "float32"
+    assert json.loads(json.dumps(result, allow_nan=False))["device"]["type"] == "cpu"
+
+
+def test_tokens_and_kept_bytes_are_exact(measured):
+    result, _ = measured
+    tokens = {s: of(result, "first step", s)["context_tokens"] for s in STRATEGIES}
+    # 800 frames of 2x4 patch tokens; boxes of 2x2x2 of them; beside memory 3 clean frames.
+    memory = 400 * 1 * 2
+    assert tokens == {
+        "whole history": 6400,
+        "sliding window": 64,
+        "merged": memory + 24,
+        "linear attention": 6400,
+        "compressed memory": memory + 24,
+    }
+    assert of(result, "memory encode", "merged")["context_tokens"] == memory
+    assert of(result, "append", "compressed memory")["context_tokens"] == 2 * 1 * 2
+    dim, heads, depth = TINY.dit.dim, TINY.dit.heads, TINY.dit.depth
+    for strategy in set(STRATEGIES) - {"linear attention"}:
+        for part in ("first step", "next step"):
+            assert of(result, part, strategy)["held_bytes"] == 2 * depth * dim * 4 * tokens[strategy]
+    head = dim // heads
+    assert of(result, "next step", "linear attention")["held_bytes"] == depth * heads * head * (head + 1) * 4
+    # The VAE's latents of 800 frames of 4x8 cells.
+    assert of(result, "VAE encode", EVERY)["held_bytes"] == 800 * 4 * 8 * TINY.vae.channels * 4
+
+
+def test_what_the_encoders_make_has_the_computed_size():
+    for strategy in ENCODED:
+        bench = StrategyBench(CostConfig(TINY, dtype="float32"), strategy, torch.device("cpu"))
+        parts = {name: (inputs, call) for name, inputs, call in bench.parts()}
+        inputs, call = parts["memory encode"]
+        (made,) = call(inputs(21))
+        assert made.tokens.shape == (1, bench.config.memory_tokens(21), TINY.dit.dim)
+        assert tensor_bytes(made) == made.tokens.numel() * 4 + made.positions.numel() * 4
+
+
+def test_peaks_are_ordered_as_the_contexts_are(measured):
+    result, _ = measured
+    first = {s: of(result, "first step", s)["peak_bytes"] for s in STRATEGIES}
+    following = {s: of(result, "next step", s)["peak_bytes"] for s in STRATEGIES}
+    assert first["sliding window"] < first["compressed memory"] < first["whole history"]
+    assert min(first["whole history"], first["linear attention"]) > 2 * max(first[s] for s in ENCODED)
+    assert following["whole history"] > following["compressed memory"] > following["linear attention"]
+    # Keys and values of the whole history, 4.7 MiB, are held; the linear state is not 0.1.
+    assert following["whole history"] > 4.6 * MIB > 4 * following["linear attention"]
+    short = of(result, "first step", "sliding window", SHORT)["peak_bytes"]
+    assert first["sliding window"] < short + MIB
+    # Video arrives chunk by chunk: a hundred times the film adds its latents, 0.8 MiB, and little more.
+    assert (
+        of(result, "VAE encode", EVERY)["peak_bytes"] < of(result, "VAE encode", EVERY, SHORT)["peak_bytes"] + 6 * MIB
+    )
+
+
+def test_compressed_memory_is_faster_and_appends_at_a_constant_cost(measured):
+    result, _ = measured
+    assert (
+        of(result, "first step", "whole history")["call_seconds"]
+        > of(result, "first step", "compressed memory")["call_seconds"]
+    )
+    append = of(result, "append", "compressed memory"), of(result, "append", "compressed memory", SHORT)
+    # What is kept for the next segment does not grow with the history: the attention has a window.
+    assert append[0]["held_bytes"] == append[1]["held_bytes"]
+
+
+def test_what_would_not_fit_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(cost, "free_bytes", lambda device: 4 * MIB)
+    result = profile_model(CostConfig(TINY, (SHORT, LONG)), strategies=["whole history", "sliding window"])
+    left_out = {(s["part"], s["strategy"], s["seconds"]): s["reason"] for s in result["skipped"]}
+    assert left_out.keys() >= {("first step", "whole history", LONG), ("next step", "whole history", LONG)}
+    assert left_out["first step", "whole history", LONG].startswith("takes about 0.0 GiB, and 0.0 GiB are free")
+    assert of(result, "next step", "sliding window")["context_tokens"] == 64
+    assert of(result, "first step", "whole history", SHORT)["context_tokens"] == 64
+
+
+def test_slow_calls_are_left_out_and_out_of_memory_is_told(monkeypatch):
+    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    config = CostConfig(TINY, (SHORT, LONG), most_seconds=0.001)
+    result = profile_model(config, strategies=["linear attention"])
+    reasons = [s["reason"] for s in result["skipped"] if s["part"] == "first step"]
+    assert len(reasons) == 1 and "a call, more than 0.001 s" in reasons[0]
+
+    def fails(self, *given):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+
+    monkeypatch.setattr(StrategyBench, "_step", fails)
+    result = profile_model(CostConfig(TINY, (SHORT,)), strategies=["sliding window"])
+    assert {s["reason"] for s in result["skipped"]} == {"ran out of memory"}
+    monkeypatch.setattr(cost, "free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match="the weights of 1 blocks take .* give a smaller --depth"):
+        profile_model(CostConfig(TINY, (SHORT,), depth=1))
+
+
+def test_plot_is_written(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_cost_plot(tmp_path / "cost.png", measured[0])
+    assert (tmp_path / "cost.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_command(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(report, "plots_missing", lambda: "no matplotlib here")
+    out = tmp_path / "out"
+    assert main(["profile", "--model", "tiny", "--lengths", "1", "--depth", "1", "-o", str(out)]) == 0
+    said = capfd.readouterr().out
+    assert "model tiny, measured with 1 of its 2 blocks" in said and "no matplotlib here" in said
+    assert "next step, compressed memory" in said
+    assert json.loads((out / "model_cost.json").read_text())["depth"] == 1
+    for arguments, message in (
+        (["--model", "huge"], "no such file, nor one of the presets tiny, demo"),
+        (["--model", "tiny", "--heads", "2"], "--heads does not go with --model"),
+        (["--depth", "2"], "--depth belongs to --model"),
+        (["--model", "tiny", "--depth", "3"], "depth must be in [1, 2], got 3"),
+        (["--model", "tiny", "--lengths", "0"], "lengths must be positive seconds"),
+    ):
+        assert main(["profile", *arguments, "-o", str(out)]) == 2
+        assert message in capfd.readouterr().err
+
+
+def test_unknown_strategy():
+    with pytest.raises(ValueError, match="strategies must be among .* got 'all'"):
+        profile_model(CostConfig(TINY), strategies=["all"])
