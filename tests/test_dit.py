@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from vidmem_model.dit import DiT, KVCache
 from vidmem_model.flow import interpolate, sample, velocity_loss
 from vidmem_model.model_config import PRESETS, DiTConfig
-from vidmem_model.rope import axis_sizes, frame_positions, position_features, rotary, rotate
+from vidmem_model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary
 
 CHANNELS, TEXT = 4, 6
 SMALL = dataclasses.replace(PRESETS["tiny"].dit, history_sees_video=False, position_features=True)
@@ -60,24 +60,42 @@ def test_channels_are_split_as_in_wan(head, sizes):
 
 def test_rotation_by_hand():
     # One pair of channels an axis: the frequency is 1, the angle is the position in radians.
-    rotated = rotate(torch.tensor([1.0, 0.0] * 3).view(1, 1, 6), rotary(torch.tensor([[[0.5, 1.0, 2.0]]]), 6))
+    rotation = rotary(torch.tensor([[[0.5, 1.0, 2.0]]]), 6)
+    # The root mean square of these channels is sqrt(1 / 2).
+    rotated = norm_rotate(torch.tensor([3.0, 0.0] * 3).view(1, 1, 6), torch.full((6,), 0.5**0.5), rotation)
     expected = [f(p) for p in (0.5, 1.0, 2.0) for f in (math.cos, math.sin)]
-    assert rotated.flatten().tolist() == pytest.approx(expected)
+    assert rotated.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_norm_and_rotation_are_those_of_single_ops():
+    x = torch.randn(2, 5, 3, 4, 6, dtype=torch.float64)[:, :, :2].requires_grad_()
+    scale = torch.rand(2, 1, 6, dtype=torch.float64).requires_grad_()
+    positions = torch.rand(2, 5, 3) * 10
+    rotation = rotary(positions, 6)
+    angle = rotation.angle().double().view(2, 5, 1, 1, 3)
+    normed = torch.nn.functional.rms_norm(x, (6,), eps=1e-6) * scale
+    a, b = normed.unflatten(-1, (3, 2)).unbind(-1)
+    expected = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).flatten(-2)
+    torch.testing.assert_close(norm_rotate(x, scale, rotation), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(norm_rotate(x, scale), normed)
+    exact = rotation.to(torch.complex128)
+    assert torch.autograd.gradcheck(lambda x, s: norm_rotate(x, s, exact), (x, scale))
+    assert torch.autograd.gradcheck(norm_rotate, (x[:, :, 0], scale[0, 0]))
 
 
 def test_scores_depend_on_the_offset_only():
-    q, k = torch.randn(2, 7, 3, 32), torch.randn(2, 7, 3, 32)
+    q, k, one = torch.randn(2, 7, 3, 32), torch.randn(2, 7, 3, 32), torch.ones(32)
     positions = torch.rand(2, 7, 3) * 20
 
     def scores(offset):
         rotation = rotary(positions + torch.tensor(offset), 32)
-        return torch.einsum("blhd,bmhd->bhlm", rotate(q, rotation), rotate(k, rotation))
+        return torch.einsum("blhd,bmhd->bhlm", norm_rotate(q, one, rotation), norm_rotate(k, one, rotation))
 
     torch.testing.assert_close(scores([37.5, -4.0, 11.25]), scores([0.0, 0.0, 0.0]), atol=1e-4, rtol=1e-4)
     moved = rotary(positions + torch.tensor([1.0, 0.0, 0.0]), 32)
     here = rotary(positions, 32)
-    one = torch.einsum("blhd,bmhd->bhlm", rotate(q, moved), rotate(k, here))
-    assert (one - scores([0.0, 0.0, 0.0])).abs().max() > 0.1
+    other = torch.einsum("blhd,bmhd->bhlm", norm_rotate(q, one, moved), norm_rotate(k, one, here))
+    assert (other - scores([0.0, 0.0, 0.0])).abs().max() > 0.1
 
 
 def test_features_tell_neighbours_in_a_box_apart():

@@ -19,7 +19,7 @@ from vidmem_kernels import LinearAttentionState, MemoryCrossAttention, cross_att
 from .encoder import MemoryTokens
 from .flow import over_frames
 from .model_config import DiTConfig
-from .rope import FEATURES, frame_positions, position_features, rotary, rotate
+from .rope import FEATURES, frame_positions, norm_rotate, position_features, rotary
 from .vae import patchify, unpatchify
 
 TIME_FEATURES = 256
@@ -75,11 +75,6 @@ def time_features(t: torch.Tensor) -> torch.Tensor:
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """adaLN: the normalised tokens (B, F, N, D), scaled and shifted by (B or 1, F, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
-
-
-def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """Divide by the root mean square over the last axis."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)  # the default depends on the dtype: 0.008 in bfloat16
 
 
 class Block(nn.Module):
@@ -155,7 +150,7 @@ class Block(nn.Module):
                 past_attended, attended = joined.split([past[0].shape[1], own[0].shape[1]], 1)
                 kept = self._keep(*past[1:])
         text_k, text_v = self.text_kv(text).unflatten(2, (2, self.heads, -1)).unbind(2)
-        text_k = rms_norm(text_k) * self.text_scale[1]
+        text_k = norm_rotate(text_k, self.text_scale[1])
         text = (text_k.to(text_v.dtype), text_v, text_bias)
         passed = None
         if history is not None and not self.last:
@@ -171,11 +166,10 @@ class Block(nn.Module):
         shift, scale = self._times(stream)[:2]
         qkv = self.qkv(modulate(stream.x, shift, scale)).flatten(1, 2).unflatten(2, (3, self.heads, -1))
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        qk = rms_norm(qk) * self.qk_scale
         # Linear attention takes its features of the rotated queries and keys. Rotated after, features
         # would turn negative and so could the normaliser; not rotated at all, the block would read its
         # tokens as a bag. The scores no longer depend on the offset alone, but they do know it.
-        q, k = rotate(qk, stream.rotation).to(v.dtype).unbind(2)
+        q, k = norm_rotate(qk, self.qk_scale, stream.rotation).unbind(2)
         return q, k, v
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept | None) -> torch.Tensor:
@@ -196,8 +190,8 @@ class Block(nn.Module):
         x = x + gate * self.out(attended.flatten(2)).view_as(x)
         k, v, bias = text
         q = self.text_q(self.text_norm(x)).flatten(1, 2).unflatten(2, (self.heads, -1))
-        q = rms_norm(q) * self.text_scale[0]
-        x = x + self.text_out(cross_attention(q.to(v.dtype), k, v, key_bias=bias).flatten(2)).view_as(x)
+        q = norm_rotate(q, self.text_scale[0])
+        x = x + self.text_out(cross_attention(q, k, v, key_bias=bias).flatten(2)).view_as(x)
         if memory is not None:
             x = self.memory_attention(x.flatten(1, 2), memory).view_as(x)
         gated, value = self.up(modulate(x, shift, scale)).chunk(2, -1)
