@@ -144,10 +144,22 @@ def test_what_would_not_fit_is_left_out_with_the_reason(monkeypatch):
 
 def test_slow_calls_are_left_out_and_out_of_memory_is_told(monkeypatch):
     monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
-    config = CostConfig(TINY, (SHORT, LONG), most_seconds=0.001)
+    config = CostConfig(TINY, (SHORT, LONG), most_seconds=1e-6)
     result = profile_model(config, strategies=["linear attention"])
-    reasons = [s["reason"] for s in result["skipped"] if s["part"] == "first step"]
-    assert len(reasons) == 1 and "a call, more than 0.001 s" in reasons[0]
+    for part in ("VAE encode", "first step", "next step"):
+        shortest, longer = (s["reason"] for s in result["skipped"] if s["part"] == part)
+        assert "s a call, more than 1e-06 s" in shortest and (part == "next step" or "a shorter history" in longer)
+    assert result["points"] == []
+
+    # A call of the shortest history is timed, and tells that the longest would take too long.
+    monkeypatch.setattr(cost, "timed", lambda work, device: 1.0 + 0 * bool(work()))
+    config = CostConfig(TINY, (SHORT, LONG), most_seconds=5.0)
+    result = profile_model(config, strategies=["linear attention"])
+    assert [s["reason"] for s in result["skipped"] if s["part"] == "first step"] == [
+        "takes about 67 s a call, more than 5 s"
+    ]
+    monkeypatch.undo()
+    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
 
     def fails(self, *given):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")

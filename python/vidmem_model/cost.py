@@ -223,16 +223,19 @@ class _Runs:
                     self._tell("memory", part, strategy, seconds)
                     # The inputs of these take a run of the part before.
                     reason = before.get(seconds) if part in ("append", "next step") else None
+                    if reason is None and last is None and reasons:
+                        reason = "a shorter history was too much"
                     reason = reason or _too_much(self.config, part, strategy, last, seconds, self.device)
                     if reason is None:
                         try:
-                            last = self._memory(part, strategy, seconds, inputs, call)
+                            reason = self._warm_up(part, seconds, inputs, call) if last is None else None
+                            if reason is None:
+                                last = self._memory(part, strategy, seconds, inputs, call)
+                                self.points[strategy, part, seconds] = last
                         except (RuntimeError, MemoryError) as error:
                             if not _is_out_of_memory(error):
                                 raise
                             reason = "ran out of memory"
-                        else:
-                            self.points[strategy, part, seconds] = last
                     if reason is not None:
                         reasons[seconds] = reason
                         self._skip(part, strategy, seconds, reason)
@@ -253,13 +256,27 @@ class _Runs:
             return VAEBench(self.config, self.device)
         return StrategyBench(self.config, strategy, self.device)
 
+    def _warm_up(
+        self, part: str, seconds: float, inputs: Callable[[int], Any], call: Callable[[Any], Any]
+    ) -> str | None:
+        """Run a part on a short history; returns why the first point is left out, if that took too long.
+
+        Thread pools and library workspaces, made by the first call, stay with the process.
+        """
+        frames = self.config.latent_frames(seconds)
+        few = min(frames, 2)
+        given = inputs(few)
+        passed = timed(lambda: call(given), self.device)
+        expected = passed * frames / few if part.endswith(" encode") else passed
+        if expected <= self.config.most_seconds:
+            return None
+        return f"takes about {expected:,.0f} s a call, more than {self.config.most_seconds:g} s"
+
     def _memory(
         self, part: str, strategy: str, seconds: float, inputs: Callable[[int], Any], call: Callable[[Any], Any]
     ) -> CostPoint:
         config = self.config
         frames = config.latent_frames(seconds)
-        # Thread pools and library workspaces, made by the first call, stay with the process.
-        call(inputs(min(frames, config.segment)))
         kept: list[Any] = []
         with PeakMemory(self.device) as memory:
             given = inputs(frames)
