@@ -19,7 +19,7 @@ from vidmem_kernels import LinearAttentionState, MemoryCrossAttention, cross_att
 from .encoder import MemoryTokens
 from .flow import over_frames
 from .model_config import DiTConfig
-from .rope import FEATURES, frame_positions, norm_rotate, position_features, rotary
+from .rope import FEATURES, frame_positions, norm_rotate, position_features, rotary, rotate, value_rotary
 from .vae import patchify, unpatchify
 
 TIME_FEATURES = 256
@@ -57,11 +57,13 @@ class Stream(NamedTuple):
         x: (B, F, N, D), F groups (frames) of tokens that share a timestep.
         time: (B or 1, F, 6, D), the projected timestep of each group.
         rotation: (B or 1, F * N, head / 2), see rope.rotary.
+        value_rotation: the same of values, see rope.value_rotary, or None.
     """
 
     x: torch.Tensor
     time: torch.Tensor
     rotation: torch.Tensor
+    value_rotation: torch.Tensor | None
 
 
 def time_features(t: torch.Tensor) -> torch.Tensor:
@@ -170,7 +172,7 @@ class Block(nn.Module):
         # would turn negative and so could the normaliser; not rotated at all, the block would read its
         # tokens as a bag. The scores no longer depend on the offset alone, but they do know it.
         q, k = norm_rotate(qk, self.qk_scale, stream.rotation).unbind(2)
-        return q, k, v
+        return q, k, v if stream.value_rotation is None else rotate(v, stream.value_rotation)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept | None) -> torch.Tensor:
         if self.linear:
@@ -186,6 +188,8 @@ class Block(nn.Module):
         self, stream: Stream, attended: torch.Tensor, text: tuple[torch.Tensor, ...], memory: torch.Tensor | None
     ) -> torch.Tensor:
         x = stream.x
+        if stream.value_rotation is not None:
+            attended = rotate(attended, stream.value_rotation.conj())
         gate, shift, scale, mlp_gate = self._times(stream)[2:]
         x = x + gate * self.out(attended.flatten(2)).view_as(x)
         k, v, bias = text
@@ -335,8 +339,9 @@ class DiT(nn.Module):
         return tokens.to(self.head_table.dtype), positions
 
     def _stream(self, tokens: torch.Tensor, positions: torch.Tensor, time: torch.Tensor) -> Stream:
-        rotation = rotary(positions, self.config.dim // self.config.heads)
-        return Stream(tokens.unflatten(1, (time.shape[1], -1)), time, rotation)
+        head = self.config.dim // self.config.heads
+        turned = value_rotary(positions, self.config.heads, head) if self.config.value_rotation else None
+        return Stream(tokens.unflatten(1, (time.shape[1], -1)), time, rotary(positions, head), turned)
 
     def _history(
         self,

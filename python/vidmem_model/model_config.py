@@ -134,6 +134,9 @@ class DiTConfig:
             velocity follows; the loss is on the velocity either way.
         position_features: add features of a token's absolute position to it. A small model trained
             from nothing reads its memory much sooner with them; a pretrained one needs none.
+        value_rotation: rotate values by their position too, and what attention reads back by the query's
+            (GTA, arXiv 2310.10375): a token can then read what lies at its own place inside the box of
+            a memory token. A pretrained model has no such rotation.
         history_sees_video: whether memory and clean frames attend to the noisy frames too. If not,
             their keys and values are the same at every step, and the KV cache is exact.
         memory_cross_attention: read the memory by cross-attention in every block as well, through a
@@ -152,6 +155,7 @@ class DiTConfig:
     patch: int = 2
     prediction: str = "velocity"
     position_features: bool = False
+    value_rotation: bool = False
     history_sees_video: bool = True
     memory_cross_attention: bool = False
     linear_blocks: tuple[int, ...] = ()
