@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from vidmem_model.dit import DiT, KVCache
 from vidmem_model.flow import interpolate, sample, velocity_loss
 from vidmem_model.model_config import PRESETS, DiTConfig
-from vidmem_model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary
+from vidmem_model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary, rotate, value_rotary
 
 CHANNELS, TEXT = 4, 6
 SMALL = dataclasses.replace(PRESETS["tiny"].dit, history_sees_video=False, position_features=True)
@@ -98,6 +98,39 @@ def test_scores_depend_on_the_offset_only():
     assert (other - scores([0.0, 0.0, 0.0])).abs().max() > 0.1
 
 
+def test_values_are_read_by_the_offset_only():
+    """Moving all tokens changes nothing; moving the history alone does, with or without rotated keys."""
+    dit, given = made(value_rotation=True, position_features=False), inputs()
+    given |= {"memory": given["memory"]._replace(positions=torch.rand(1, 5, 3) * 4)}
+
+    def moved(history, video):
+        memory = given["memory"]
+        shift = torch.tensor([history, 0.0, 0.0])
+        changed = {"memory": memory._replace(positions=memory.positions + shift), "frames": given["frames"] + video}
+        return dit(**{**given, **changed, "window_frames": given["window_frames"] + video})
+
+    torch.testing.assert_close(moved(3.0, 3.0), moved(0.0, 0.0), atol=1e-4, rtol=1e-4)
+    assert (moved(3.0, 0.0) - moved(0.0, 0.0)).abs().max() > 1e-3
+
+
+def test_a_box_is_a_fourier_series_over_its_tokens():
+    """One memory token's channels, turned by the offsets and summed, give any values at the places of its box."""
+    offsets = torch.cartesian_prod(torch.tensor([-0.5, 0.5]), *[torch.tensor([-1.5, -0.5, 0.5, 1.5])] * 2)
+    rotation = value_rotary(offsets[None], heads=6, head_dim=64)[0]
+    assert torch.equal(value_rotary(torch.zeros(1, 1, 3), 6, 64), torch.ones(1, 1, 6, 32, dtype=torch.complex64))
+    basis = torch.cat([rotation.real, rotation.imag], -1).flatten(1)
+    wanted = torch.randn(32, 3)
+    series = torch.linalg.lstsq(basis, wanted, driver="gelsd").solution
+    torch.testing.assert_close(basis @ series, wanted, atol=1e-3, rtol=1e-3)
+    # By hand: the seventh wave, the second of head 0, is the last of those with one period along a single axis.
+    x = torch.zeros(1, 32, 6, 64)
+    x[..., 0, 2] = 1.0
+    turned = rotate(x, rotation[None])[0, :, 0, 2:4]
+    angles = 2 * math.pi * offsets / torch.tensor([2.0, 4.0, 4.0])
+    expected = torch.stack([angles.cos(), angles.sin()], -1)
+    assert any(torch.allclose(turned, expected[:, axis], atol=1e-5) for axis in range(3))
+
+
 def test_features_tell_neighbours_in_a_box_apart():
     t = torch.arange(8.0)
     features = position_features(torch.stack([t, t * 0, t * 0], -1)[None])[0]
@@ -163,9 +196,9 @@ def test_against_plain_torch(prediction):
 
 
 @pytest.mark.parametrize("linear_blocks", [(), (0,), (0, 1)])
-@pytest.mark.parametrize("memory_cross_attention", [False, True])
-def test_cache_is_exact_where_the_history_sees_itself_only(linear_blocks, memory_cross_attention):
-    dit = made(linear_blocks=linear_blocks, memory_cross_attention=memory_cross_attention)
+@pytest.mark.parametrize("added", [{}, {"memory_cross_attention": True}, {"value_rotation": True}])
+def test_cache_is_exact_where_the_history_sees_itself_only(linear_blocks, added):
+    dit = made(linear_blocks=linear_blocks, **added)
     given, cache = inputs(), KVCache()
     for t in (1.0, 0.6, 0.2):
         given |= {"t": torch.full((2,), t), "x": torch.randn_like(given["x"])}
