@@ -114,20 +114,21 @@ def test_values_are_read_by_the_offset_only():
 
 
 def test_a_box_is_a_fourier_series_over_its_tokens():
-    """One memory token's channels, turned by the offsets and summed, give any values at the places of its box."""
-    offsets = torch.cartesian_prod(torch.tensor([-0.5, 0.5]), *[torch.tensor([-1.5, -0.5, 0.5, 1.5])] * 2)
-    rotation = value_rotary(offsets[None], heads=6, head_dim=64)[0]
-    assert torch.equal(value_rotary(torch.zeros(1, 1, 3), 6, 64), torch.ones(1, 1, 6, 32, dtype=torch.complex64))
-    basis = torch.cat([rotation.real, rotation.imag], -1).flatten(1)
-    wanted = torch.randn(32, 3)
-    series = torch.linalg.lstsq(basis, wanted, driver="gelsd").solution
-    torch.testing.assert_close(basis @ series, wanted, atol=1e-3, rtol=1e-3)
-    # By hand: the seventh wave, the second of head 0, is the last of those with one period along a single axis.
-    x = torch.zeros(1, 32, 6, 64)
-    x[..., 0, 2] = 1.0
-    turned = rotate(x, rotation[None])[0, :, 0, 2:4]
-    angles = 2 * math.pi * offsets / torch.tensor([2.0, 4.0, 4.0])
-    expected = torch.stack([angles.cos(), angles.sin()], -1)
+    """A memory token's channels, turned by the offsets and summed, give what is smooth at the places of its box."""
+    offsets = torch.cartesian_prod(torch.tensor([-0.5, 0.5]), *[torch.tensor([-1.5, -0.5, 0.5, 1.5])] * 2).double()
+    rotation = value_rotary(offsets[None].float(), head_dim=64)[0, :, 0]
+    assert torch.equal(value_rotary(torch.zeros(1, 1, 3), 64), torch.ones(1, 1, 1, 32, dtype=torch.complex64))
+    basis = torch.cat([rotation.real, rotation.imag], -1).double()
+    t, h, w = offsets.T
+    for smooth in (torch.ones(32).double(), t, h, w, h * w, t * h, t * w, h * h, w * w, h * h + w * w - t * h):
+        series = torch.linalg.lstsq(basis, smooth[:, None], driver="gelsd").solution
+        assert (basis @ series - smooth[:, None]).abs().max() < 1e-4 * smooth.abs().max()
+    # By hand: after the constant come half a period along each axis, the last axis first.
+    x = torch.zeros(1, 32, 2, 64)
+    x[..., 2] = 1.0
+    turned = rotate(x, rotation[None, :, None])[0, :, 1, 2:4]
+    angles = math.pi * offsets / torch.tensor([2.0, 4.0, 4.0])
+    expected = torch.stack([angles.cos(), angles.sin()], -1).float()
     assert any(torch.allclose(turned, expected[:, axis], atol=1e-5) for axis in range(3))
 
 

@@ -340,7 +340,7 @@ class DiT(nn.Module):
 
     def _stream(self, tokens: torch.Tensor, positions: torch.Tensor, time: torch.Tensor) -> Stream:
         head = self.config.dim // self.config.heads
-        turned = value_rotary(positions, self.config.heads, head) if self.config.value_rotation else None
+        turned = value_rotary(positions, head) if self.config.value_rotation else None
         return Stream(tokens.unflatten(1, (time.shape[1], -1)), time, rotary(positions, head), turned)
 
     def _history(

@@ -301,6 +301,7 @@ PRESETS: dict[str, ModelConfig] = {
             heads=6,
             mlp=640,
             prediction="sample",
+            value_rotation=True,
             position_features=True,
             history_sees_video=False,
         ),
