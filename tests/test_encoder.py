@@ -133,6 +133,21 @@ def test_patchifier_is_a_convolution_of_boxes():
     torch.testing.assert_close(model(history, None, projection()).tokens, expected)
 
 
+def test_shortcut_is_added_to_the_convolutions():
+    model = encoder(branches="hr", shortcut=True)
+    history, _ = inputs(frames=8)
+    plain, patchifier = encoder(branches="hr"), encoder(branches="patchifier")
+    state = model.state_dict()
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("patchifier")})
+    patchifier.load_state_dict({k: v for k, v in state.items() if k.startswith("patchifier")})
+    made = model(history, None, projection())
+    expected = plain(history, None, projection()).tokens + patchifier(history, None, projection()).tokens
+    torch.testing.assert_close(made.tokens, expected)
+    first, state = model.append(history[:, :, :3], None, projection(), None)
+    rest, _ = model.append(history[:, :, 3:], None, projection(), state)
+    torch.testing.assert_close(torch.cat([first.tokens, rest.tokens], 1), made.tokens, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("rate", "cell"), [((2, 2, 2), 2), ((4, 2, 1), 2), ((4, 4, 4), 4)])
 def test_merging_equal_tokens_gives_them_and_their_midpoints(rate, cell):
     # Cells of 2 x 2 x 2 tokens go in one round, of 4 x 4 x 4 in two; values are far apart between cells.

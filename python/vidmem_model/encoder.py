@@ -138,7 +138,7 @@ class MemoryEncoder(nn.Module):
             self.projection = nn.Linear(config.channels[-1], dim)
             nn.init.normal_(self.projection.weight, std=_HIGH_INIT * config.channels[-1] ** -0.5)
             nn.init.zeros_(self.projection.bias)
-        elif config.branches == "patchifier":
+        if config.branches == "patchifier" or (config.shortcut and self.high is not None):
             self.patchifier = nn.Linear(latent_channels * math.prod(self._box()), dim)
             nn.init.xavier_uniform_(self.patchifier.weight)
             nn.init.zeros_(self.patchifier.bias)

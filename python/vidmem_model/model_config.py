@@ -86,6 +86,8 @@ class EncoderConfig:
             own), "window" (the last `window` frames of memory and one's own) or "none".
         window: frames of memory, in units of memory frames, for attention "window".
         heads: of that attention.
+        shortcut: add a linear projection of the whole box to the high-resolution branch, so that its
+            convolutions learn what is missing in that. With it a small model learns sooner.
 
     Raises:
         ValueError: a value is out of range.
@@ -97,6 +99,7 @@ class EncoderConfig:
     attention: str = "window"
     window: int = 4
     heads: int = 8
+    shortcut: bool = False
 
     def __post_init__(self) -> None:
         _check(
