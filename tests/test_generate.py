@@ -11,7 +11,8 @@ from vidmem_model.config import ClipSpec
 from vidmem_model.data import probe, read_clip
 from vidmem_model.encoder import count_tokens, low_resolution
 from vidmem_model.errors import UserError
-from vidmem_model.generate import GenerateConfig, Generator, context_per_second, generate
+from vidmem_model.generate import GenerateConfig, Generator, generate
+from vidmem_model.history import context_per_second
 from vidmem_model.model import MemoryModel, save_model
 from vidmem_model.model_config import PRESETS, EncoderConfig, ModelConfig, VAEConfig
 from vidmem_model.storyboard import Shot, Storyboard
