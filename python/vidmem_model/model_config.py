@@ -297,7 +297,7 @@ PRESETS: dict[str, ModelConfig] = {
     "demo": ModelConfig(
         vae=VAEConfig(width=128, depth=3),
         text=TextConfig(dim=64),
-        encoders=(EncoderConfig(channels=(32, 64, 128, 256), heads=4),),
+        encoders=(EncoderConfig(channels=(32, 64, 128, 256), heads=4, shortcut=True),),
         dit=DiTConfig(
             dim=384,
             depth=4,
@@ -311,7 +311,7 @@ PRESETS: dict[str, ModelConfig] = {
         height=128,
         width=192,
         fps=12.0,
-        shift=3.0,
+        shift=6.0,
     ),
     # Widths, depths and heads of the published models; the MLP here is gated, so its hidden layer is
     # two thirds of theirs for the same number of weights.
