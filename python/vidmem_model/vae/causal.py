@@ -14,49 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..causal_layers import CausalConv3d, ChannelNorm
 from ..model_config import VAEConfig
 from .base import VideoCodec
-
-
-class CausalConv3d(nn.Module):
-    """3D convolution of stride 1 that sees this frame and the ones before, never a later one.
-
-    Before a stream's first frame it sees zeros. Rows and columns are padded by zeros on both sides.
-
-    Args:
-        channels_in, channels_out: channels.
-        kernel: odd numbers of frames, rows and columns; the frames are the present one and earlier ones.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.past = kernel[0] - 1
-        padding = (0, kernel[1] // 2, kernel[2] // 2)
-        self.conv = nn.Conv3d(channels_in, channels_out, kernel, padding=padding)
-
-    def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
-        """Convolve (B, C, T, H, W); with a cache, as the continuation of the calls that filled it."""
-        if self.past:
-            before = None if cache is None else cache.get(self)
-            if before is None:
-                before = x.new_zeros(*x.shape[:2], self.past, *x.shape[3:])
-            x = torch.cat([before.to(x.dtype), x], dim=2)
-            if cache is not None:
-                cache[self] = x[:, :, x.shape[2] - self.past :].detach().clone()
-        return self.conv(x)
-
-
-class ChannelNorm(nn.Module):
-    """RMS norm over the channels of every cell, so that no cell sees another through it."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (B, C, T, H, W) over C."""
-        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-6)
-        return x * scale.to(x.dtype) * self.weight.view(-1, 1, 1, 1).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -67,12 +27,14 @@ class ResidualBlock(nn.Module):
         self.norm = ChannelNorm(width)
         self.first = CausalConv3d(width, width, (3, 3, 3))
         self.second = CausalConv3d(width, width, (1, 3, 3))
-        nn.init.zeros_(self.second.conv.weight)
+        nn.init.zeros_(self.second.weight)
 
     def forward(self, x: torch.Tensor, cache: dict | None) -> torch.Tensor:
-        """Map (B, width, T, H, W) to the same shape."""
-        h = self.first(F.silu(self.norm(x)), cache)
-        return x + self.second(F.silu(h), cache)
+        """Map (B, width, T, H, W) to the same shape; a cache carries what the block keeps of a stream."""
+        h, kept = self.first(F.silu(self.norm(x)), None if cache is None else cache.get(self))
+        if cache is not None:
+            cache[self] = kept.detach()
+        return x + self.second(F.silu(h), None)[0]
 
 
 class CausalVAE(nn.Module, VideoCodec):
