@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vidmem_kernels import cross_attention
 from vidmem_model.dit import DiT, KVCache
 from vidmem_model.flow import interpolate, sample, velocity_loss
 from vidmem_model.model_config import PRESETS, DiTConfig
@@ -197,7 +198,7 @@ def test_against_plain_torch(prediction):
 
 
 @pytest.mark.parametrize("linear_blocks", [(), (0,), (0, 1)])
-@pytest.mark.parametrize("added", [{}, {"memory_cross_attention": True}, {"value_rotation": True}])
+@pytest.mark.parametrize("added", [{}, {"memory_cross_attention": True}, {"value_rotation": True}, {"local_heads": 1}])
 def test_cache_is_exact_where_the_history_sees_itself_only(linear_blocks, added):
     dit = made(linear_blocks=linear_blocks, **added)
     given, cache = inputs(), KVCache()
@@ -315,6 +316,36 @@ def test_a_fresh_token_reads_itself_first():
     q, k, _ = block.qkv(torch.randn(20, 48)).view(20, 3, 2, 24).unbind(1)
     scores = torch.einsum("lhd,mhd->hlm", q, k)
     assert (scores.argmax(-1) == torch.arange(20)).float().mean() > 0.8
+
+
+def test_local_heads_of_a_fresh_model_read_the_box_around_the_query(monkeypatch):
+    """As dit.py says where their constants are: most of the attention goes to one memory token, the rest near."""
+    config = dataclasses.replace(PRESETS["demo"].dit, local_heads=6)
+    dit = DiT(config, 16, TEXT)
+    grid = torch.cartesian_prod(torch.arange(12.0), torch.arange(2.0), torch.arange(3.0))
+    middles = grid * torch.tensor([2, 4, 4]) + torch.tensor([0.5, 1.5, 1.5])
+    memory = Memory(torch.randn(1, 72, config.dim), middles[None])
+    frames = torch.tensor([3, 8, 21])
+    places = frame_positions(frames[None].float(), 8, 12)[0]
+    box = (places[:, 0] // 2 * 6 + places[:, 1] // 4 * 3 + places[:, 2] // 4).long()
+    seen = []
+
+    def watched(q, k, v, **given):
+        if q.shape[1] == len(places) and k.shape[1] == 72 + len(places):
+            seen.append(torch.einsum("blhd,bmhd->hlm", q, k).mul(q.shape[-1] ** -0.5).softmax(-1))
+        return cross_attention(q, k, v, **given)
+
+    monkeypatch.setattr("vidmem_model.dit.cross_attention", watched)
+    x = torch.randn(1, 16, 3, 16, 24)
+    text = torch.randn(1, 2, TEXT), torch.ones(1, 2, dtype=torch.bool)
+    dit(x, torch.ones(1), *text, memory=memory, frames=frames[None].float())
+    assert len(seen) == config.depth
+    for weights in seen:
+        local, others = weights[:6], weights[6:]
+        own = local[:, torch.arange(len(places)), box]
+        assert own.mean() > 0.5 and (local.argmax(-1) == box).float().mean() > 0.75
+        assert local[:, :, 72:].sum(-1).mean() < 0.02  # of the noisy tokens
+        assert others[:, torch.arange(len(places)), box].mean() < 0.1
 
 
 def test_frames_at_times_of_their_own():

@@ -19,7 +19,7 @@ from vidmem_model.errors import MemoryFormatError, UserError
 from vidmem_model.learned import compress_learned, latent_positions
 from vidmem_model.memory import read_memory, write_memory
 from vidmem_model.metrics import psnr
-from vidmem_model.model import MemoryModel, save_model
+from vidmem_model.model import MemoryModel, load_model, save_model
 from vidmem_model.profile import ProfileConfig
 
 
@@ -210,3 +210,38 @@ def test_export_in_eight_bits(package, tmp_path, capsys):
             assert (small.state_dict()[name] - tensor).abs().max() <= 0.51 * step
     assert cli.main(["export", str(run), "-o", str(out), "--dtype", "int4"]) == 2
     assert "--dtype must be one of float32, float16, int8, got 'int4'" in capsys.readouterr().err
+
+
+def test_adapters_alone_are_stored_beside_their_model(package, tmp_path, capsys):
+    """Stage II with frozen encoders: a small file that names the model it is to be added to."""
+    pytest.importorskip("peft")
+    from vidmem_model.lora import add_lora, merge_lora, save_lora
+
+    run = tmp_path / "run"
+    model = load_model(package / "demo.safetensors")
+    add_lora(model, 2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    run.mkdir()
+    save_lora(run / "lora.safetensors", model, {"steps": 7})
+    merge_lora(model)
+    out = package / "continued.safetensors"
+    assert cli.main(["export", str(run), "-o", str(out), "--base", "demo.safetensors"]) == 0
+    assert str(out) in capsys.readouterr().out
+    stored = load_model(out)
+    assert stored.extra == {"steps": 7} and stored.vae_weights == load_model(package / "demo.safetensors").vae_weights
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(stored.state_dict()[name], tensor, rtol=1e-3, atol=1e-3)
+    assert out.stat().st_size < 0.5 * (package / "demo.safetensors").stat().st_size
+    # The digest that memories carry changes with the model underneath.
+    digest = learned.LearnedMemory.load(out).digest
+    save_model(package / "demo.safetensors", MemoryModel(CONFIG))
+    assert learned.LearnedMemory.load(out).digest != digest
+
+    assert cli.main(["export", str(run), "-o", str(out), "--base", "none.safetensors"]) == 2
+    assert "none.safetensors: no such file" in capsys.readouterr().err
+    (package / "demo.safetensors").unlink()
+    with pytest.raises(UserError, match="demo.safetensors: no such file"):
+        load_model(out)

@@ -80,6 +80,36 @@ def test_mask_of_stage_one():
     torch.testing.assert_close(spread.quantile(torch.tensor([0.25, 0.5, 0.75])), wanted, rtol=0, atol=0.06)
 
 
+def test_mixed_histories():
+    """Two histories are added with weights on the unit circle, the same for the low resolution."""
+    draw, blocks = queries(mix_probability=1.0, mask_probability=0.0), latents().blocks
+    starts = [(b, s) for b in blocks for s in range(0, b.latents.shape[1] - 7, RATE[2])]
+    columns = torch.stack([b.latents[:, s : s + 8].float().flatten() for b, s in starts], 1).double()
+    lows = torch.stack(
+        [b.lows[RATE][:, s // RATE[2] :][:, : 8 // RATE[2]].float().flatten() for b, s in starts], 1
+    ).double()
+    angles = []
+    for step in range(30):
+        batch = draw(step, [0])
+        weights = torch.linalg.lstsq(columns, batch.history[0].flatten().double()[:, None]).solution[:, 0]
+        used = weights.abs() > 1e-4
+        assert used.sum() <= 2
+        if used.sum() == 2:  # not one history with itself
+            assert weights.square().sum().item() == pytest.approx(1.0, abs=1e-4)
+            angles.append(float(torch.atan2(*weights[used])))
+        torch.testing.assert_close(lows @ weights, batch.lows[0][0].flatten().double(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(batch.target[0], batch.history[0][:, batch.frames[0].long()])
+    assert len(angles) > 15 and min(angles) < -1.5 and max(angles) > 1.5
+    plain = queries(mix_probability=0.5, mask_probability=0.0)
+    mixed = 0
+    for step in range(60):
+        try:
+            find(plain(step, [0]).history[0], blocks, RATE[2])
+        except AssertionError:
+            mixed += 1
+    assert 15 < mixed < 45
+
+
 def test_omega_is_everywhere_and_the_times_are_logit_normal():
     draw = queries()
     batches = [draw(step, range(8)) for step in range(60)]
@@ -186,12 +216,38 @@ def test_a_tiny_model_learns_its_film_by_heart(tmp_path):
     assert last < 0.5 * first
 
 
-def test_learning_rate():
-    config = dataclasses.replace(TRAIN, steps=110, warmup=10, lr=1.0)
-    rates = [training.learning_rate(config, step) for step in (0, 4, 9, 10, 60, 110)]
-    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.01 + 0.99 / 2, 0.01])
+def test_schedule():
+    config = dataclasses.replace(TRAIN, steps=110, warmup=10)
+    shares = [training.schedule(config, step) for step in (0, 4, 9, 10, 60, 110)]
+    assert shares == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.01 + 0.99 / 2, 0.01])
     constant = dataclasses.replace(config, schedule="constant")
-    assert training.learning_rate(constant, 100) == 1.0
+    assert training.schedule(constant, 100) == 1.0
+
+
+def test_each_optimizer_has_its_learning_rate(tmp_path, monkeypatch):
+    seen = {torch.optim.AdamW: [], training.Muon: []}
+    for kind, rates in seen.items():
+
+        def watched(self, step=kind.step, rates=rates):
+            rates.extend(group["lr"] for group in self.param_groups)
+            step(self)
+
+        monkeypatch.setattr(kind, "step", watched)
+    train(tmp_path, steps=2, warmup=2, lr=0.1, muon_lr=0.4, schedule="constant")
+    assert seen[torch.optim.AdamW] == pytest.approx([0.05, 0.05, 0.1, 0.1])
+    assert seen[training.Muon] == pytest.approx([0.2, 0.4])
+
+
+def test_who_takes_which_weights():
+    model = MemoryModel(MODEL)
+    named = dict(model.named_parameters())
+    adamw, muon = training._optimizers(named, TRAIN)
+    taken = [{id(p) for group in each.param_groups for p in group["params"]} for each in (adamw, muon)]
+    assert not taken[0] & taken[1] and len(taken[0] | taken[1]) == len(named)
+    layers = {name.removeprefix("dit.blocks.0.") for name, p in named.items() if id(p) in taken[1] and ".0." in name}
+    assert layers == {"qkv.weight", "out.weight", "up.weight", "down.weight"}
+    (alone,) = training._optimizers(named, dataclasses.replace(TRAIN, muon_lr=0.0))
+    assert isinstance(alone, torch.optim.AdamW)
 
 
 def test_average_of_the_weights(tmp_path, monkeypatch):
@@ -223,7 +279,7 @@ def test_average_of_the_weights(tmp_path, monkeypatch):
 
 def test_norms_and_biases_do_not_decay():
     model = MemoryModel(MODEL)
-    optimizer = training._optimizer(dict(model.named_parameters()), TRAIN)
+    (optimizer,) = training._optimizers(dict(model.named_parameters()), dataclasses.replace(TRAIN, muon_lr=0.0))
     decaying, free = (set(map(id, group["params"])) for group in optimizer.param_groups)
     assert optimizer.param_groups[0]["weight_decay"] == TRAIN.weight_decay
     assert optimizer.param_groups[1]["weight_decay"] == 0.0

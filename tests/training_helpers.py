@@ -20,7 +20,16 @@ MODEL = PRESETS["tiny"]
 RATE = MODEL.encoders[0].rate
 QUERIES = QueryConfig(history=8, queries=2)
 TRAIN = TrainConfig(
-    steps=12, batch=4, lr=3e-3, warmup=3, checkpoint_every=4, log_every=5, ema_decay=0.9, threads=1, device="cpu"
+    steps=12,
+    batch=4,
+    lr=3e-3,
+    muon_lr=3e-3,
+    warmup=3,
+    checkpoint_every=4,
+    log_every=5,
+    ema_decay=0.9,
+    threads=1,
+    device="cpu",
 )
 
 

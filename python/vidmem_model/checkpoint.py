@@ -20,9 +20,9 @@ _SETTINGS = "settings.json"
 
 
 def training_state(
-    parameters: dict[str, torch.nn.Parameter], ema: dict[str, torch.Tensor], optimizer: torch.optim.AdamW
+    parameters: dict[str, torch.nn.Parameter], ema: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """Name the tensors of a run: trained weights, their moving average, and AdamW's moments.
+    """Name the tensors of a run: trained weights, their moving average, and the optimizers' moments.
 
     Moments that AdamW has not made yet are made here, as zeros, so that a checkpoint can be read into
     them in place.
@@ -30,14 +30,15 @@ def training_state(
     Args:
         parameters: trained weights by name.
         ema: their moving averages by the same names.
-        optimizer: of these weights.
+        optimizers: AdamW and others, of these weights; a weight has one of them.
 
     Returns:
         The tensors themselves, not copies; DTensors where the weights are sharded.
     """
     state: dict[str, torch.Tensor] = {}
+    owner = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
     for name, parameter in parameters.items():
-        moments = optimizer.state[parameter]
+        moments = owner[parameter].state[parameter]
         if not moments:
             moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)

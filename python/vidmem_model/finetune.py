@@ -15,11 +15,11 @@ import torch
 from .config import _check, _is_count
 from .dataset import DataConfig, Latents, Spans, seeded
 from .flow import logit_normal, shift_timesteps
-from .lora import add_lora, merge_lora
+from .lora import LORA_FILE, add_lora, merge_lora, save_lora
 from .model import MemoryModel, load_model
 from .model_config import EncoderConfig
 from .pretrain import TIME, alignment, low_rate
-from .training import Batch, TrainConfig, finish, fit, prepare_latents, processes, run_settings
+from .training import Batch, TrainConfig, finish, fit, prepare_latents, processes, rank, run_extra, run_settings
 from .vae import load_vae
 
 
@@ -70,7 +70,8 @@ class FinetuneConfig:
         vae: file of the VAE's weights; by default those beside the model of Stage I.
         text: folder of the pretrained text encoder, if the model has one.
         lora_rank: of the adapters; 0 trains all weights of the DiT.
-        freeze_encoder: train neither the memory encoders nor the text encoder.
+        freeze_encoder: train neither the memory encoders nor the text encoder. The adapters are then all
+            that Stage II adds, and are written to lora.safetensors too.
     """
 
     start: str
@@ -196,6 +197,8 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
             restart,
         )
         if config.lora_rank:
+            if config.freeze_encoder and rank() == 0:
+                save_lora(output / LORA_FILE, model, run_extra(output, config))
             merge_lora(model)
         return finish(output, model, config, weights)
 

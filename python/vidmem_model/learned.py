@@ -16,6 +16,7 @@ from .compressor import CompressedMemory, packed
 from .dataset import encode_block
 from .encoder import MemoryTokens
 from .errors import MemoryFormatError, UserError
+from .lora import LORA_FILE, attach_lora, base_of
 from .model import VAE_FILE, MemoryModel, load_model, model_path, save_model
 from .vae import VideoCodec, frames_to_uint8, load_vae
 from .weights import pack, write_tensors
@@ -68,7 +69,8 @@ class LearnedMemory:
         """
         model = load_model(path)
         vae = load_vae(model.config.vae, model.vae_weights)
-        return cls(model, vae, _digest(model_path(path)), _digest(model.vae_weights))
+        file = model_path(path)
+        return cls(model, vae, _digest(file, base_of(file)), _digest(model.vae_weights))
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -142,13 +144,15 @@ class LearnedMemory:
         return torch.cat([frames_to_uint8(chunk) for chunk in chunks])
 
 
-def store(run: str | Path, output: Path, dtype: str) -> list[Path]:
+def store(run: str | Path, output: Path, dtype: str, base: str | None = None) -> list[Path]:
     """Store a trained model and the VAE beside it.
 
     Args:
         run: the model's file or folder.
         output: the model's new file; the VAE becomes vae.safetensors in its folder.
         dtype: see `weights.pack`.
+        base: name of the stored model of Stage I in the folder of `output`; only what Stage II has added
+            to that is stored then, its adapters, in 16 bits. The run must have left the encoders frozen.
 
     Returns:
         The files.
@@ -156,6 +160,10 @@ def store(run: str | Path, output: Path, dtype: str) -> list[Path]:
     Raises:
         UserError: a file is missing, damaged, or cannot be written.
     """
+    if base is not None:
+        load_model(output.parent / base)
+        attach_lora(Path(run) / LORA_FILE, output, base)
+        return [output]
     model = load_model(run)
     files = [save_model(output, model, model.extra, dtype=dtype)]
     if model.vae_weights is not None:
@@ -165,8 +173,9 @@ def store(run: str | Path, output: Path, dtype: str) -> list[Path]:
     return files
 
 
-def _digest(path: Path | None) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+def _digest(*paths: Path | None) -> str:
+    content = b"".join(path.read_bytes() for path in paths if path)
+    return hashlib.sha256(content).hexdigest() if content else ""
 
 
 def latent_positions(frames: int, first: int, stride: int) -> list[range]:

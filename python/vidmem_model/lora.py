@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .errors import MemoryFormatError, UserError
-from .weights import read_tensors, write_tensors
+from .weights import pack, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .dit import DiT
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT = "vidmem.lora"
 VERSION = 1
+LORA_FILE = "lora.safetensors"
 _MARKS = (".lora_A.", ".lora_B.")
 
 
@@ -85,12 +87,13 @@ def lora_state(model: MemoryModel | DiT) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in dit.state_dict().items() if _is_adapter(name)}
 
 
-def save_lora(path: str | Path, model: MemoryModel | DiT) -> None:
+def save_lora(path: str | Path, model: MemoryModel | DiT, extra: dict[str, Any] | None = None) -> None:
     """Write the adapters alone to a safetensors file, whole or not at all.
 
     Args:
         path: the file.
         model: a MemoryModel, or its DiT, with adapters.
+        extra: anything JSON can hold, to be kept in the header.
 
     Raises:
         UserError: the file cannot be written.
@@ -100,34 +103,81 @@ def save_lora(path: str | Path, model: MemoryModel | DiT) -> None:
     state = {name: tensor.detach().cpu() for name, tensor in lora_state(dit).items()}
     layer = dit.get_submodule(_adapters(dit)[0])
     form = {"rank": layer.r["default"], "alpha": layer.lora_alpha["default"]}
-    write_tensors(Path(path), state, {"format": FORMAT, "version": str(VERSION), "lora": json.dumps(form)})
+    _write(Path(path), state, form, extra)
 
 
-def load_lora(path: str | Path, model: MemoryModel | DiT) -> None:
-    """Add the adapters of a file to a model that has none.
+def attach_lora(path: str | Path, output: Path, base: str) -> None:
+    """Store adapters as a model file of their own: in 16 bits, to be added to the model `base` beside it.
 
     Args:
         path: a file that save_lora wrote.
-        model: a MemoryModel, or its DiT, of the sizes that the adapters were made for.
+        output: the new file, which `model.load_model` reads.
+        base: name of the model's file, in the folder of `output`.
 
     Raises:
-        UserError: the file or peft is missing.
+        UserError: a file is missing or cannot be written.
+        MemoryFormatError: the file is damaged or foreign.
+    """
+    state, form, extra = _read(Path(path))
+    _write(output, pack(state, "float16"), {**form, "base": base}, extra)
+
+
+def base_of(path: str | Path) -> Path | None:
+    """The model that a file of adapters is to be added to, or None if the file names none or is no such file."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+        name = json.loads(header["lora"]).get("base") if header.get("format") == FORMAT else None
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError):
+        return None
+    return Path(path).parent / name if name else None
+
+
+@torch.no_grad()
+def apply_lora(path: str | Path, model: MemoryModel | DiT) -> dict[str, Any]:
+    """Add the adapters of a file to the weights of a model, without the package peft.
+
+    Args:
+        path: a file that save_lora or attach_lora wrote.
+        model: a MemoryModel, or its DiT, of the sizes that the adapters were made for.
+
+    Returns:
+        What save_lora was given as `extra`.
+
+    Raises:
+        UserError: the file is missing.
         MemoryFormatError: the file is damaged, foreign, or its adapters do not fit the model.
-        ValueError: there are adapters already.
     """
     file, dit = Path(path), _dit(model)
+    state, form, extra = _read(file)
+    first, second = (f"{mark}default.weight" for mark in _MARKS)
+    weights = dict(dit.named_parameters())
+    names = [name.removesuffix(first) for name in state if name.endswith(first)]
+    try:
+        changes = {n: form["alpha"] / form["rank"] * state[n + second] @ state[n + first] for n in names}
+        fits = all(weights[f"{n}.weight"].shape == change.shape for n, change in changes.items())
+    except (KeyError, RuntimeError):
+        fits = False
+    if not fits or 2 * len(names) != len(state):
+        raise MemoryFormatError(f"{file}: its adapters are for a model of other sizes")
+    for name, change in changes.items():
+        weights[f"{name}.weight"] += change
+    return extra
+
+
+def _write(file: Path, state: dict[str, torch.Tensor], form: dict[str, Any], extra: dict[str, Any] | None) -> None:
+    header = {"lora": json.dumps(form), "extra": json.dumps(extra or {})}
+    write_tensors(file, state, {"format": FORMAT, "version": str(VERSION), **header})
+
+
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """Adapters, their rank and alpha, and what else was kept."""
     state, header = read_tensors(file, FORMAT, VERSION)
     try:
-        form = json.loads(header["lora"])
-        rank, alpha = int(form["rank"]), float(form["alpha"])
+        form, extra = json.loads(header["lora"]), json.loads(header["extra"])
+        return state, {"rank": int(form["rank"]), "alpha": float(form["alpha"])}, extra
     except (KeyError, TypeError, ValueError) as error:
         raise MemoryFormatError(f"{file}: its header is damaged ({error})") from error
-    add_lora(dit, rank, alpha)
-    own = lora_state(dit)
-    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        merge_lora(dit)  # still the identity: the weights stay as they were
-        raise MemoryFormatError(f"{file}: its adapters are for a model of other sizes")
-    dit.load_state_dict(state, strict=False)
 
 
 def _peft():

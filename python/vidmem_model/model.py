@@ -13,6 +13,7 @@ from .dit import DiT, KVCache
 from .encoder import MemoryEncoder, MemoryTokens
 from .errors import MemoryFormatError
 from .flow import sample
+from .lora import apply_lora, base_of
 from .model_config import ModelConfig
 from .text import TextEncoder
 from .weights import pack, read_tensors, write_tensors
@@ -192,7 +193,8 @@ def load_model(path: str | Path, text_path: str | Path | None = None) -> MemoryM
     """Read a model that save_model wrote, in float32, in evaluation mode.
 
     Args:
-        path: the file, or the folder it is in.
+        path: the file, or the folder it is in; or a file of adapters that names the model beside it
+            which they are to be added to (lora.attach_lora).
         text_path: folder of the pretrained text encoder, if the model reads prompts with one.
 
     Returns:
@@ -204,6 +206,11 @@ def load_model(path: str | Path, text_path: str | Path | None = None) -> MemoryM
         MemoryFormatError: the file is damaged, not a model, or of another version.
     """
     file = model_path(path)
+    base = base_of(file)
+    if base is not None:
+        model = load_model(base, text_path)
+        model.extra = apply_lora(file, model)
+        return model
     tensors, header = read_tensors(file, FORMAT, VERSION)
     try:
         config = ModelConfig.from_dict(json.loads(header["config"]))

@@ -140,6 +140,10 @@ class DiTConfig:
         value_rotation: rotate values by their position too, and what attention reads back by the query's
             (GTA, arXiv 2310.10375): a token can then read what lies at its own place inside the box of
             a memory token. A pretrained model has no such rotation.
+        local_heads: heads of every block whose attention starts at the tokens of the history that are
+            nearest, so that nothing has to be learned before the memory can be read. (Small models
+            trained from nothing read it with a few heads of the first block only, and those took a
+            thousand steps to get there.) 0 for a pretrained model.
         history_sees_video: whether memory and clean frames attend to the noisy frames too. If not,
             their keys and values are the same at every step, and the KV cache is exact.
         memory_cross_attention: read the memory by cross-attention in every block as well, through a
@@ -159,6 +163,7 @@ class DiTConfig:
     prediction: str = "velocity"
     position_features: bool = False
     value_rotation: bool = False
+    local_heads: int = 0
     history_sees_video: bool = True
     memory_cross_attention: bool = False
     linear_blocks: tuple[int, ...] = ()
@@ -182,6 +187,11 @@ class DiTConfig:
             all(_is_count(b, 0) and b < self.depth for b in self.linear_blocks),
             f"DiTConfig: linear_blocks must be in [0, {self.depth})",
             self.linear_blocks,
+        )
+        _check(
+            _is_count(self.local_heads, 0) and self.local_heads <= self.heads,
+            f"DiTConfig: local_heads must be in [0, {self.heads}]",
+            self.local_heads,
         )
         _check(_is_count(self.window, 0), "DiTConfig: window must not be negative", self.window)
 
@@ -297,14 +307,15 @@ PRESETS: dict[str, ModelConfig] = {
     "demo": ModelConfig(
         vae=VAEConfig(width=128, depth=3),
         text=TextConfig(dim=64),
-        encoders=(EncoderConfig(channels=(32, 64, 128, 256), heads=4, shortcut=True),),
+        encoders=(EncoderConfig(channels=(32, 64, 128, 192), heads=4, shortcut=True),),
         dit=DiTConfig(
-            dim=384,
-            depth=4,
-            heads=6,
-            mlp=640,
+            dim=768,
+            depth=2,
+            heads=12,
+            mlp=512,
             prediction="sample",
             value_rotation=True,
+            local_heads=6,
             position_features=True,
             history_sees_video=False,
         ),

@@ -6,6 +6,7 @@ make the frames of Omega from noise, given the memory of the masked history.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .config import _check, _is_count
-from .dataset import DataConfig, Latents, Rate, Spans, seeded
+from .dataset import Block, DataConfig, Latents, Rate, Spans, seeded
 from .flow import logit_normal, shift_timesteps
 from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
@@ -34,6 +35,9 @@ class QueryConfig:
         history: latent frames of a history.
         queries: frames of it that are to be made, in random places.
         mask_probability: how often the rest of the history is masked with noise; else all stays clean.
+        mix_probability: how often two histories are added, with weights that keep the variance, to one
+            that no film holds: a model that has seen its few films often can no longer answer from what
+            it knows of them, and has to read the memory.
         drop_prompt: how often a sample has no prompt.
 
     Raises:
@@ -43,6 +47,7 @@ class QueryConfig:
     history: int = 24
     queries: int = 2
     mask_probability: float = 1.0
+    mix_probability: float = 0.0
     drop_prompt: float = 0.1
 
     def __post_init__(self) -> None:
@@ -52,7 +57,7 @@ class QueryConfig:
             f"QueryConfig: queries must be in [1, {self.history}]",
             self.queries,
         )
-        for name in ("mask_probability", "drop_prompt"):
+        for name in ("mask_probability", "mix_probability", "drop_prompt"):
             _check(0 <= getattr(self, name) <= 1, f"QueryConfig: {name} must be in [0, 1]", getattr(self, name))
 
 
@@ -130,26 +135,39 @@ class FrameQueries:
     def _sample(self, generator: torch.Generator) -> tuple:
         config = self.config
         block, start = self.spans.draw(generator)
-        history = block.latents[:, start : start + config.history].float()
+        history, lows = self._read(block, start)
+        if torch.rand((), generator=generator) < config.mix_probability:
+            angle = 2 * math.pi * torch.rand((), generator=generator)
+            others = self._read(*self.spans.draw(generator))
+            history = angle.cos() * history + angle.sin() * others[0]
+            lows = [
+                None if low is None else angle.cos() * low + angle.sin() * other
+                for low, other in zip(lows, others[1], strict=True)
+            ]
         omega = torch.randperm(config.history, generator=generator)[: config.queries].sort().values
         target = history[:, omega]
         levels = torch.zeros(config.history)
         if torch.rand((), generator=generator) < config.mask_probability:
             levels = logit_normal((config.history,), *MASK_LEVEL, generator)
             levels[omega] = 0.0
-        lows = []
-        for rate in self.rates:
-            low = None
-            if rate is not None:
-                first, count = start // rate[2], config.history // rate[2]
-                low = block.lows[rate][:, first : first + count].float()
-                low = mask(low, low_levels(levels, omega, rate[2]), generator)
-            lows.append(low)
+        lows = [
+            None if rate is None else mask(low, low_levels(levels, omega, rate[2]), generator)
+            for rate, low in zip(self.rates, lows, strict=True)
+        ]
         noise = torch.randn(target.shape, generator=generator)
         t = shift_timesteps(logit_normal((), *TIME, generator), self.shift)
         dropped = torch.rand((), generator=generator) < config.drop_prompt
         prompt = "" if dropped else self.latents.prompt(block, start + int(omega[0]))
         return mask(history, levels, generator), lows, target, noise, t, omega.float(), prompt
+
+    def _read(self, block: Block, start: int) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Latents of the history that begins at latent frame `start`, and its low-resolution latents."""
+        length = self.config.history
+        lows = [
+            None if rate is None else block.lows[rate][:, start // rate[2] :][:, : length // rate[2]].float()
+            for rate in self.rates
+        ]
+        return block.latents[:, start : start + length].float(), lows
 
 
 def low_levels(levels: torch.Tensor, omega: torch.Tensor, rate: int) -> torch.Tensor:

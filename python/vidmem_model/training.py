@@ -1,4 +1,4 @@
-"""The training loop of both stages: flow matching, AdamW, moving average, checkpoints, exact resume.
+"""The training loop of both stages: flow matching, AdamW or Muon, moving average, checkpoints, exact resume.
 
 Every random number comes from a generator seeded by (seed, step, sample), so that a resumed run, or one
 with another number of processes, takes exactly the same samples.
@@ -34,6 +34,7 @@ from .errors import UserError
 from .flow import interpolate, velocity_loss
 from .model import VAE_FILE, MemoryModel, save_model
 from .model_config import ModelConfig
+from .muon import Muon
 from .report import plots_missing, replacing
 from .vae import VideoCodec
 
@@ -50,6 +51,8 @@ class TrainConfig:
         steps: optimisation steps.
         batch: samples a step, over all processes.
         lr: learning rate of AdamW after the warm-up.
+        muon_lr: learning rate of Muon, of which an update is about as large as AdamW's, for the matrices of
+            the transformer's blocks (those that read the prompt apart); 0 leaves them to AdamW.
         warmup: steps over which the learning rate rises from zero.
         schedule: "cosine" (down to a hundredth) or "constant".
         weight_decay: of matrices; norms, biases and tables have none.
@@ -68,6 +71,7 @@ class TrainConfig:
     steps: int = 10_000
     batch: int = 8
     lr: float = 3e-4
+    muon_lr: float = 0.0
     warmup: int = 200
     schedule: str = "cosine"
     weight_decay: float = 0.01
@@ -85,7 +89,7 @@ class TrainConfig:
             _check(_is_count(getattr(self, name)), f"TrainConfig: {name} must be positive", getattr(self, name))
         for name in ("lr", "clip_norm"):
             _check(getattr(self, name) > 0, f"TrainConfig: {name} must be positive", getattr(self, name))
-        for name in ("warmup", "weight_decay", "seed"):
+        for name in ("muon_lr", "warmup", "weight_decay", "seed"):
             _check(getattr(self, name) >= 0, f"TrainConfig: {name} must not be negative", getattr(self, name))
         _check(0 <= self.ema_decay < 1, "TrainConfig: ema_decay must be in [0, 1)", self.ema_decay)
         _check(
@@ -231,14 +235,14 @@ def first_then_others(work: Callable[[], Any]) -> Any:
     return made if rank() == 0 else work()
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step number `step`, from 0."""
+def schedule(config: TrainConfig, step: int) -> float:
+    """Learning rate of step number `step`, from 0, as a share of its peak."""
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return (step + 1) / config.warmup
     if config.schedule == "constant":
-        return config.lr
+        return 1.0
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def fit(
@@ -277,9 +281,10 @@ def fit(
     torch.manual_seed(config.seed)
     objective = _shard((objective_of or FlowMatching)(build()).to(device).train(), device)
     trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(trained, config)
+    optimizers = _optimizers(trained, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     ema = {name: p.detach().clone() for name, p in trained.items()}
-    state = checkpoint.training_state(trained, ema, optimizer)
+    state = checkpoint.training_state(trained, ema, optimizers)
     done = _resume(folder, state, settings, restart)
 
     averages, weights = [_local(ema[name]) for name in trained], [_local(p) for p in trained.values()]
@@ -291,23 +296,24 @@ def fit(
     with _signals() as stop, progress(config.steps, done, rank() == 0) as tell:
         for step in range(done, config.steps):
             began = time.perf_counter()
-            rate = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            share_of_peak = schedule(config, step)
+            for group in groups:
+                group["lr"] = share_of_peak * group["peak"]
             batch = batches(step, samples).to(device)
             with amp:
                 loss = objective(batch)
             loss.backward()
             norm = _full(nn.utils.clip_grad_norm_(trained.values(), config.clip_norm))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             decay = min(config.ema_decay, (step + 1) / (step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 1 - decay)
             mean, stopped = _agree(loss.detach(), stop, world)
             at = step + 1
             if curve:
-                curve.add(at, mean, norm, rate, time.perf_counter() - began)
+                curve.add(at, mean, norm, config.lr * share_of_peak, time.perf_counter() - began)
             keeps = at % config.checkpoint_every == 0 or at == config.steps or stopped
             if curve and (keeps or at % config.log_every == 0):
                 tell(at, *curve.flush())
@@ -338,16 +344,28 @@ def _shard(objective: nn.Module, device: torch.device) -> nn.Module:
     return objective
 
 
-def _optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def _optimizers(trained: dict[str, nn.Parameter], config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon if it has a learning rate; a group's "peak" is that of its learning rate."""
     if not trained:
         raise ValueError("fit: the model must have weights that require a gradient, got none")
+    matrices = {n: p for n, p in trained.items() if config.muon_lr and ".blocks." in n and p.ndim == 2}
+    # What reads the prompt learns from few tokens, and orthogonalising it would be a fifth of Muon's time.
+    matrices = {n: p for n, p in matrices.items() if "table" not in n and ".text_" not in n}
     # Vectors are norms and biases; tables (adaLN, places) are sums of them.
     decays = {name: p.ndim >= 2 and "table" not in name and "places" not in name for name, p in trained.items()}
+    rest = {n: p for n, p in trained.items() if n not in matrices}
     groups = [
-        {"params": [p for name, p in trained.items() if decays[name]], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in trained.items() if not decays[name]], "weight_decay": 0.0},
+        {"params": [p for n, p in rest.items() if decays[n]], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in rest.items() if not decays[n]], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.99), fused=True)
+    made = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.99), fused=True)]
+    if matrices:
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        made.append(Muon(matrices.values(), config.muon_lr, config.weight_decay, dtype=dtype))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return made
 
 
 def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, Any], restart: bool) -> int:
@@ -461,13 +479,17 @@ def prepare_latents(config: DataConfig, model: ModelConfig, vae: VideoCodec, rat
     return latents
 
 
+def run_extra(output: Path, config: Any) -> dict[str, Any]:
+    """What a trained model's file says of its training: configuration, steps and last loss."""
+    last = read_curve(output / CURVE)[-1]
+    return {"training": _plain(dataclasses.asdict(config)), "steps": last["step"], "loss": last["loss"]}
+
+
 def finish(output: Path, model: MemoryModel, config: Any, vae: str | Path | None) -> Path | None:
     """Write the trained model, its configuration beside it, and the VAE's weights, in the first process."""
     if rank() != 0:
         return None
-    curve = read_curve(output / CURVE)
-    extra = {"training": _plain(dataclasses.asdict(config)), "steps": curve[-1]["step"], "loss": curve[-1]["loss"]}
-    file = save_model(output, model, extra)
+    file = save_model(output, model, run_extra(output, config))
     if vae is not None and Path(vae).is_file():
         with replacing(file.with_name(VAE_FILE)) as part:
             shutil.copyfile(vae, part)

@@ -50,6 +50,10 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model's file to write; vae.safetensors beside it.")],
     dtype: Annotated[str, typer.Option(help="float32, float16 or int8 (one scale a row).")] = "int8",
+    base: Annotated[
+        str | None,
+        typer.Option(help="The stored model of Stage I in OUTPUT's folder: store only the adapters of Stage II."),
+    ] = None,
 ) -> None:
     """Store a trained model and its VAE in fewer bits."""
     from ..learned import store
@@ -57,7 +61,7 @@ def export(
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    for file in store(run, output, dtype):
+    for file in store(run, output, dtype, base):
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
