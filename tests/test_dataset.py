@@ -15,7 +15,7 @@ from test_data import write_video
 
 from vidmem_model import dataset
 from vidmem_model.config import ClipSpec
-from vidmem_model.data import iter_frames
+from vidmem_model.data import iter_frames, read_clip
 from vidmem_model.dataset import DataConfig, encode_block, prepare, read_captions
 from vidmem_model.encoder import low_resolution
 from vidmem_model.errors import UserError
@@ -274,11 +274,31 @@ def test_mirror_images_are_trained_on(film, vae, tmp_path):
     assert not torch.equal(made.blocks[3].latents, made.blocks[2].latents)
 
 
+def test_enlarged_blocks_are_trained_on(film, vae, tmp_path):
+    """A window of the enlarged frames, mirrored too; what is tested comes as it is."""
+    config = dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path), mirror=True, zooms=(1.5, 2.0))
+    made = prepare(config, MODEL, vae, [RATE])
+    train = [b for b in made.blocks if b.split == "train"]
+    assert [(b.zoom, b.mirrored) for b in train[:6]] == [(z, m) for z in (1.0, 1.5, 2.0) for m in (False, True)]
+    assert all(b.zoom == 1.0 and not b.mirrored for b in made.blocks if b.split == "test")
+    block = train[2]
+    seconds = block.frames / MODEL.fps
+    whole = read_clip(film, ClipSpec(round(1.5 * 32), round(1.5 * 64), MODEL.fps, block.start, seconds)).frames
+    windows = [whole[:, y : y + 32, x : x + 64] for y in range(17) for x in range(33)]
+    row = {"name": "00-000000-x1.5", "zoom": 1.5, "film": str(film), "start": block.start, "frames": block.frames}
+    taken = dataset.enlarged(row, MODEL)
+    assert any(torch.equal(taken, window) for window in windows)
+    assert torch.equal(block.latents, encode_block(taken, vae))
+    assert torch.equal(train[3].lows[RATE], encode_block(taken.flip(2), vae, RATE))
+    with pytest.raises(ValueError, match="zooms must be greater than 1"):
+        DataConfig(zooms=(0.5,))
+
+
 def test_captions(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("- {start: 0, end: 2, prompt: a rabbit}\n- {start: 2.5, end: 9, prompt: a squirrel}\n")
     captions = read_captions(file)
-    each = dataset.Block(tmp_path, 1.0, 32, 1, "train", False, torch.zeros(1, 8, 1, 1), {})
+    each = dataset.Block(tmp_path, 1.0, 32, 1, "train", False, 1.0, torch.zeros(1, 8, 1, 1), {})
     latents = dataset.Latents((each,), 0.5, captions)
     # Latent frame k is on screen from 1 + k / 2 seconds on; its middle decides.
     prompts = [latents.prompt(each, k) for k in range(4)]

@@ -110,6 +110,27 @@ def test_mixed_histories():
     assert 15 < mixed < 45
 
 
+def test_rolled_histories():
+    """Moved by whole low-resolution cells, the low-resolution latents along with them."""
+    draw, found = queries(roll=True, mask_probability=0.0), set()
+    blocks = latents().blocks
+    for step in range(60):
+        batch = draw(step, [0])
+        history, low = batch.history[0], batch.lows[0][0]
+        for rows, columns in ((y, x) for y in range(0, 4, 2) for x in range(0, 8, 2)):
+            try:
+                each, start = find(history.roll((-rows, -columns), (2, 3)), blocks, RATE[2])
+            except AssertionError:
+                continue
+            found.add((rows, columns))
+            expected = each.lows[RATE][:, start // RATE[2] :][:, : 8 // RATE[2]].float()
+            assert torch.equal(low.roll((-(rows // 2), -(columns // 2)), (2, 3)), expected)
+            break
+        else:
+            raise AssertionError("moved by no whole number of cells")
+    assert len(found) == 8
+
+
 def test_omega_is_everywhere_and_the_times_are_logit_normal():
     draw = queries()
     batches = [draw(step, range(8)) for step in range(60)]

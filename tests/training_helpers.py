@@ -38,7 +38,7 @@ def block(length, seed, split="train", start=0.0):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(8, length, 4, 8, generator=generator)
     low = torch.randn(8, length // RATE[2], 2, 4, generator=generator)
-    return Block(Path("film"), start, 4 * length, 1, split, False, latents.half(), {RATE: low.half()})
+    return Block(Path("film"), start, 4 * length, 1, split, False, 1.0, latents.half(), {RATE: low.half()})
 
 
 def latents():

@@ -26,7 +26,7 @@ from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
 Rate = tuple[int, int, int]
 SAMPLE = "sample"
 _INDEX = "index.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class DataConfig:
         cut_threshold: mean change of luma, of 255, at which a new scene begins.
         shortest: blocks of fewer latent frames (a video's end, or a short video) are left out.
         mirror: train on every block's mirror image too.
+        zooms: train on every block enlarged by these factors too, a window of the frame's size from a place
+            of the enlarged frames that is another for every block.
         captions: a YAML list of {start, end, prompt}, in seconds of the video; for one video.
         cache: folder of the latents; by default one in the cache folder of this program.
 
@@ -60,6 +62,7 @@ class DataConfig:
     cut_threshold: float = 20.0
     shortest: int = 16
     mirror: bool = False
+    zooms: tuple[float, ...] = ()
     captions: str | None = None
     cache: str | None = None
 
@@ -71,6 +74,7 @@ class DataConfig:
             _check(value is None or value > 0, f"DataConfig: {name} must be positive", value)
         _check(_is_count(self.shortest), "DataConfig: shortest must be positive", self.shortest)
         _check(_is_count(self.test_every, 2), "DataConfig: test_every must be at least 2", self.test_every)
+        _check(all(z > 1 for z in self.zooms), "DataConfig: zooms must be greater than 1", self.zooms)
         ends = [self.start, *(moment for part in self.test for moment in part)]
         _check(
             all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
@@ -120,6 +124,7 @@ class Block:
         scenes: number of scenes.
         split: "train" or "test".
         mirrored: whether these are the mirror images of the frames.
+        zoom: how much the frames are enlarged.
         latents: float16 (C, T, H, W), scaled.
         lows: rate -> float16 (C, T / rate_t, ...), scaled latents of the low-resolution video.
     """
@@ -130,6 +135,7 @@ class Block:
     scenes: int
     split: str
     mirrored: bool
+    zoom: float
     latents: torch.Tensor
     lows: dict[Rate, torch.Tensor]
 
@@ -268,15 +274,43 @@ def _encode_films(
     """Yield the index's row of every block, encoding those of which a file is missing."""
     done = 0
     for row, frames in cut_films(config, films, model, vae):
-        _encode_row(folder, row, frames, vae, rates)
-        yield row
-        if config.mirror and row["split"] == "train":
-            row = {**row, "name": row["name"] + "-mirrored", "mirrored": True}
-            _encode_row(folder, row, frames.flip(2), vae, rates)
-            yield row
+        views = [(row, frames)]
+        if row["split"] == "train":
+            views += [({**row, "name": f"{row['name']}-x{z:g}", "zoom": z}, None) for z in config.zooms]
+        for view, taken in views:
+            taken = enlarged(view, model) if taken is None else taken
+            _encode_row(folder, view, taken, vae, rates)
+            yield view
+            if config.mirror and row["split"] == "train":
+                view = {**view, "name": view["name"] + "-mirrored", "mirrored": True}
+                _encode_row(folder, view, taken.flip(2), vae, rates)
+                yield view
         done += len(frames)
         if progress:
             progress("encoding", done, None)
+
+
+def enlarged(row: dict[str, Any], model: ModelConfig) -> torch.Tensor:
+    """Decode a block once more, enlarged by its row's zoom, and cut out a window of the frame's size.
+
+    Args:
+        row: of the index; its name chooses the window's place.
+        model: height, width and rate of the frames.
+
+    Returns:
+        uint8 (T, H, W, 3).
+    """
+    from . import data
+
+    height, width = (round(row["zoom"] * n) for n in (model.height, model.width))
+    spec = ClipSpec(height, width, model.fps, row["start"], row["frames"] / model.fps)
+    frames = data.read_clip(row["film"], spec).frames
+    generator = seeded(row["name"])
+    top, left = (
+        int(torch.randint(n - m + 1, (), generator=generator))
+        for n, m in ((height, model.height), (width, model.width))
+    )
+    return frames[:, top : top + model.height, left : left + model.width]
 
 
 def cut_films(
@@ -314,6 +348,7 @@ def cut_films(
                     "scenes": len(stretch.cuts) + 1,
                     "split": split or by_number,
                     "mirrored": False,
+                    "zoom": 1.0,
                 }
                 yield row, torch.from_numpy(stretch.frames[: row["frames"]])
 
@@ -407,13 +442,14 @@ def _load(folder: Path, row: dict[str, Any], rates: list[Rate]) -> Block:
         scenes=row["scenes"],
         split=row["split"],
         mirrored=row["mirrored"],
+        zoom=row["zoom"],
         latents=read(None),
         lows={rate: read(rate) for rate in rates},
     )
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """A generator of its own for each tuple of numbers (seed, step, sample), whatever was drawn before."""
+def seeded(*numbers: int | str) -> torch.Generator:
+    """A generator of its own for each tuple, such as (seed, step, sample), whatever was drawn before."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -38,6 +38,8 @@ class QueryConfig:
         mix_probability: how often two histories are added, with weights that keep the variance, to one
             that no film holds: a model that has seen its few films often can no longer answer from what
             it knows of them, and has to read the memory.
+        roll: move every history round its frame's edges by a random number of low-resolution cells, so
+            that what lies in one box of the memory is another each time.
         drop_prompt: how often a sample has no prompt.
 
     Raises:
@@ -48,6 +50,7 @@ class QueryConfig:
     queries: int = 2
     mask_probability: float = 1.0
     mix_probability: float = 0.0
+    roll: bool = False
     drop_prompt: float = 0.1
 
     def __post_init__(self) -> None:
@@ -135,10 +138,10 @@ class FrameQueries:
     def _sample(self, generator: torch.Generator) -> tuple:
         config = self.config
         block, start = self.spans.draw(generator)
-        history, lows = self._read(block, start)
+        history, lows = self._read(block, start, generator)
         if torch.rand((), generator=generator) < config.mix_probability:
             angle = 2 * math.pi * torch.rand((), generator=generator)
-            others = self._read(*self.spans.draw(generator))
+            others = self._read(*self.spans.draw(generator), generator)
             history = angle.cos() * history + angle.sin() * others[0]
             lows = [
                 None if low is None else angle.cos() * low + angle.sin() * other
@@ -160,14 +163,28 @@ class FrameQueries:
         prompt = "" if dropped else self.latents.prompt(block, start + int(omega[0]))
         return mask(history, levels, generator), lows, target, noise, t, omega.float(), prompt
 
-    def _read(self, block: Block, start: int) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def _read(
+        self, block: Block, start: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Latents of the history that begins at latent frame `start`, and its low-resolution latents."""
         length = self.config.history
+        history = block.latents[:, start : start + length].float()
         lows = [
             None if rate is None else block.lows[rate][:, start // rate[2] :][:, : length // rate[2]].float()
             for rate in self.rates
         ]
-        return block.latents[:, start : start + length].float(), lows
+        if not self.config.roll:
+            return history, lows
+        # A low-resolution cell of rate r covers r cells, so a step is the largest rate of an axis.
+        shifts = []
+        for axis in (0, 1):
+            step = max((rate[axis] for rate in self.rates if rate is not None), default=1)
+            count = -(-history.shape[2 + axis] // step)
+            shifts.append(step * int(torch.randint(count, (), generator=generator)))
+        return history.roll(shifts, (2, 3)), [
+            None if rate is None else low.roll([n // r for n, r in zip(shifts, rate[:2], strict=True)], (2, 3))
+            for rate, low in zip(self.rates, lows, strict=True)
+        ]
 
 
 def low_levels(levels: torch.Tensor, omega: torch.Tensor, rate: int) -> torch.Tensor:
