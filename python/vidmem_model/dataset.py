@@ -139,6 +139,25 @@ class Block:
     latents: torch.Tensor
     lows: dict[Rate, torch.Tensor]
 
+    def read(
+        self, start: int, length: int, rates: Iterable[Rate | None]
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Return a history in float32.
+
+        Args:
+            start: its first latent frame, a multiple of every rate's time.
+            length: its latent frames.
+            rates: of low-resolution latents, or None for none.
+
+        Returns:
+            Latents (C, length, H, W), and for each rate the low-resolution latents or None.
+        """
+        lows = [
+            None if rate is None else self.lows[rate][:, start // rate[2] :][:, : length // rate[2]].float()
+            for rate in rates
+        ]
+        return self.latents[:, start : start + length].float(), lows
+
 
 @dataclass(frozen=True)
 class Latents:

@@ -149,14 +149,8 @@ class Continuations:
         config = self.config
         block, start = self.spans.draw(generator)
         end = start + config.history
-        history = block.latents[:, start:end].float()
+        history, lows = block.read(start, config.history, self.rates)
         target = block.latents[:, end : end + config.targets].float()
-        lows = [
-            block.lows[rate][:, start // rate[2] : start // rate[2] + config.history // rate[2]].float()
-            if rate is not None
-            else None
-            for rate in self.rates
-        ]
         noise = torch.randn(target.shape, generator=generator)
         t = shift_timesteps(logit_normal((), *TIME, generator), self.shift)
         dropped = torch.rand((), generator=generator) < config.drop_prompt

@@ -120,6 +120,8 @@ class FrameQueries:
         self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
         self.rates = [low_rate(encoder) for encoder in encoders]
         self.spans = Spans(latents, config.history, alignment(encoders))
+        # Latent cells that a low-resolution cell covers; the same for encoders that read none.
+        self.cell = [max(encoder.rate[axis] for encoder in encoders) for axis in (0, 1)]
 
     def __call__(self, step: int, samples: Sequence[int]) -> Batch:
         """Return the batch of these samples of a step."""
@@ -137,15 +139,14 @@ class FrameQueries:
 
     def _sample(self, generator: torch.Generator) -> tuple:
         config = self.config
-        block, start = self.spans.draw(generator)
-        history, lows = self._read(block, start, generator)
+        block, start, history, lows = self._draw(generator)
         if torch.rand((), generator=generator) < config.mix_probability:
             angle = 2 * math.pi * torch.rand((), generator=generator)
-            others = self._read(*self.spans.draw(generator), generator)
-            history = angle.cos() * history + angle.sin() * others[0]
+            *_, other, other_lows = self._draw(generator)
+            history = angle.cos() * history + angle.sin() * other
             lows = [
-                None if low is None else angle.cos() * low + angle.sin() * other
-                for low, other in zip(lows, others[1], strict=True)
+                None if low is None else angle.cos() * low + angle.sin() * other_low
+                for low, other_low in zip(lows, other_lows, strict=True)
             ]
         omega = torch.randperm(config.history, generator=generator)[: config.queries].sort().values
         target = history[:, omega]
@@ -163,28 +164,21 @@ class FrameQueries:
         prompt = "" if dropped else self.latents.prompt(block, start + int(omega[0]))
         return mask(history, levels, generator), lows, target, noise, t, omega.float(), prompt
 
-    def _read(
-        self, block: Block, start: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Latents of the history that begins at latent frame `start`, and its low-resolution latents."""
-        length = self.config.history
-        history = block.latents[:, start : start + length].float()
-        lows = [
-            None if rate is None else block.lows[rate][:, start // rate[2] :][:, : length // rate[2]].float()
-            for rate in self.rates
-        ]
+    def _draw(self, generator: torch.Generator) -> tuple[Block, int, torch.Tensor, list[torch.Tensor | None]]:
+        """Draw a block and the first latent frame of a history in it; the history and its low-resolution latents."""
+        block, start = self.spans.draw(generator)
+        history, lows = block.read(start, self.config.history, self.rates)
         if not self.config.roll:
-            return history, lows
-        # A low-resolution cell of rate r covers r cells, so a step is the largest rate of an axis.
-        shifts = []
-        for axis in (0, 1):
-            step = max((rate[axis] for rate in self.rates if rate is not None), default=1)
-            count = -(-history.shape[2 + axis] // step)
-            shifts.append(step * int(torch.randint(count, (), generator=generator)))
-        return history.roll(shifts, (2, 3)), [
+            return block, start, history, lows
+        shifts = [
+            cell * int(torch.randint(-(-size // cell), (), generator=generator))
+            for cell, size in zip(self.cell, history.shape[2:], strict=True)
+        ]
+        lows = [
             None if rate is None else low.roll([n // r for n, r in zip(shifts, rate[:2], strict=True)], (2, 3))
             for rate, low in zip(self.rates, lows, strict=True)
         ]
+        return block, start, history.roll(shifts, (2, 3)), lows
 
 
 def low_levels(levels: torch.Tensor, omega: torch.Tensor, rate: int) -> torch.Tensor:
