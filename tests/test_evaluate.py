@@ -14,8 +14,10 @@ pytest.importorskip("av")
 
 from test_cli import make_video
 
-from vidmem_model import baselines, cli, evaluate, tables
+from vidmem_model import baselines, cli, evaluate, learned, tables
+from vidmem_model import data as data_module
 from vidmem_model.config import CompressorConfig
+from vidmem_model.data import iter_frames, probe
 from vidmem_model.errors import UserError
 from vidmem_model.evaluate import History, RetrievalConfig
 from vidmem_model.learned import LearnedMemory, latent_positions
@@ -189,11 +191,32 @@ def test_models_of_other_sizes_are_not_mixed(tmp_path, quick_stlpips):
         evaluate.evaluate_retrieval([first, tmp_path / "other"], [History(film(8), "f", 0.0)], RetrievalConfig(1, 8, 1))
 
 
-def test_command_without_models(tmp_path, capfd):
+def test_command_without_models(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(learned, "CHECKPOINTS", tmp_path)
     assert cli.main(["evaluate", "retrieval"]) == 2
-    assert "no model to evaluate; give --model or --table" in capfd.readouterr().err
+    assert "no model is shipped with this vidmem; give --model or --table" in capfd.readouterr().err
     assert cli.main(["evaluate", "retrieval", "--table", str(tmp_path)]) == 2
     assert "holds no folder with a model.safetensors" in capfd.readouterr().err
+
+
+def test_by_default_the_shipped_model_on_what_it_was_not_trained_on(tmp_path, quick_stlpips, capfd, monkeypatch):
+    """Histories lie in the test stretches of the model's own film, and no other part of it is decoded."""
+    video = make_video(tmp_path / "film.mp4", frames=120)
+    length = probe(video).duration
+    test = [[0.25 * length, 0.5 * length], [0.75 * length, length]]
+    data = {"videos": [str(video)], "test": test, "shortest": 2, "mirror": True, "zooms": [2.0]}
+    save_model(tmp_path / "demo.safetensors", tiny_model(), {"training": {"data": data, "sampling": {"history": 2}}})
+    monkeypatch.setattr(learned, "CHECKPOINTS", tmp_path)
+    decoded = []
+    monkeypatch.setattr(data_module, "iter_frames", lambda v, spec: decoded.append(spec) or iter_frames(v, spec))
+    found = tmp_path / "found.json"
+    assert cli.main(["evaluate", "retrieval", "--steps", "1", "--clips", "20", "--json", str(found)]) == 0
+    assert "both 2×2×2" in capfd.readouterr().out
+    starts = [clip["start_seconds"] for clip in json.loads(found.read_text())["clips"]]
+    spans = [(start, start + 8 / CONFIG.fps) for start in starts]
+    assert len(spans) >= 2
+    assert all(any(a <= first and last <= b + 0.2 for a, b in test) for first, last in spans)
+    assert all(any(a <= spec.start < b for a, b in test) for spec in decoded)
 
 
 def test_command(tmp_path, quick_stlpips, capfd):

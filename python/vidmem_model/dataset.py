@@ -333,7 +333,7 @@ def enlarged(row: dict[str, Any], model: ModelConfig) -> torch.Tensor:
 
 
 def cut_films(
-    config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec
+    config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec, only: str | None = None
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
     """Decode films and cut them into blocks of whole scenes.
 
@@ -342,6 +342,8 @@ def cut_films(
         films: paths of videos.
         model: height, width and rate of the frames.
         vae: its stride says which frames fill whole latent frames.
+        only: "train" or "test", for the blocks of one split; parts of a film that cannot hold any are not
+            decoded.
 
     Returns:
         Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
@@ -351,6 +353,8 @@ def cut_films(
     number = -1
     for f, film in enumerate(films):
         for first, seconds, split in config.parts():
+            if only and split and split != only:
+                continue
             chunks = data.iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
             for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
                 # A scene that had to be broken stays on one side of the split.
@@ -369,7 +373,8 @@ def cut_films(
                     "mirrored": False,
                     "zoom": 1.0,
                 }
-                yield row, torch.from_numpy(stretch.frames[: row["frames"]])
+                if only in (None, row["split"]):
+                    yield row, torch.from_numpy(stretch.frames[: row["frames"]])
 
 
 def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, rates: list[Rate]) -> None:

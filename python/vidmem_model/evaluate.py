@@ -17,7 +17,7 @@ import torch
 from .baselines import ReadBack, mean_frame, training_free
 from .config import METHODS, ClipSpec, _check, _is_count
 from .data import probe, read_clip
-from .dataset import DataConfig, prepare
+from .dataset import DataConfig, cut_films, film_paths
 from .errors import UserError
 from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
@@ -134,7 +134,8 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
     if video is None:
         trained_on = memory.model.extra.get("training", {}).get("data", {})
         data = build(DataConfig, {**trained_on, "captions": None})
-        stretches = [(b.film, b.start, b.frames) for b in prepare(data, model, memory.vae).split("test").blocks]
+        cut = cut_films(data, film_paths(data), model, memory.vae, "test")
+        stretches = [(Path(row["film"]), row["start"], row["frames"]) for row, _ in cut]
     else:
         stretches = [(video, 0.0, int(probe(video).duration * model.fps))]
     pieces = [

@@ -63,8 +63,8 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
     """
     with processes(config.optimisation) as device:
         films = first_then_others(lambda: film_paths(config.data))
-        cut = cut_films(config.data, films, config.model, CausalVAE(config.model.vae))
-        blocks = [frames for row, frames in cut if row["split"] == "train"]
+        cut = cut_films(config.data, films, config.model, CausalVAE(config.model.vae), "train")
+        blocks = [frames for _, frames in cut]
         step = config.model.vae.stride[0]
 
         def build() -> CausalVAE:

@@ -17,7 +17,9 @@ app.add_typer(evaluate, name="evaluate")
 
 @evaluate.command()
 def retrieval(
-    model: Annotated[list[Path] | None, typer.Option(help="A trained model; may be given several times.")] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Trained model, or several; default: the shipped one.")
+    ] = None,
     table: Annotated[Path | None, typer.Option(help="Folder of models; runs of one configuration make a row.")] = None,
     video: Annotated[
         Path | None, typer.Option(help="Take pieces of this video; by default of the test blocks of training's films.")
@@ -33,6 +35,7 @@ def retrieval(
     """Read every frame back from trained memories, dct, merge and a mean frame, and compare."""
     from .. import evaluate as evaluate_
     from .. import report
+    from ..learned import shipped
     from ..tables import print_retrieval, retrieval_markdown
 
     for path in (json_, plot, markdown):
@@ -42,7 +45,9 @@ def retrieval(
         raise UserError(f"--plot: {missing}")
     models = [*(model or []), *(evaluate_.find_models(table) if table else [])]
     if not models:
-        raise UserError("there is no model to evaluate; give --model or --table")
+        models = [path for path in (shipped(),) if path]
+    if not models:
+        raise UserError("no model is shipped with this vidmem; give --model or --table")
     if history is None:
         history = evaluate_.trained_history(models[0])
     config = configured(evaluate_.RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
