@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidmem_kernels import cross_attention
 from vidmem_model.dit import DiT, KVCache
 from vidmem_model.flow import interpolate, sample, velocity_loss
 from vidmem_model.model_config import PRESETS, DiTConfig
-from vidmem_model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary, rotate, value_rotary
+from vidmem_model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary
 
 CHANNELS, TEXT = 4, 6
 SMALL = dataclasses.replace(PRESETS["tiny"].dit, history_sees_video=False, position_features=True)
@@ -99,40 +98,6 @@ def test_scores_depend_on_the_offset_only():
     assert (other - scores([0.0, 0.0, 0.0])).abs().max() > 0.1
 
 
-def test_values_are_read_by_the_offset_only():
-    """Moving all tokens changes nothing; moving the history alone does, with or without rotated keys."""
-    dit, given = made(value_rotation=True, position_features=False), inputs()
-    given |= {"memory": given["memory"]._replace(positions=torch.rand(1, 5, 3) * 4)}
-
-    def moved(history, video):
-        memory = given["memory"]
-        shift = torch.tensor([history, 0.0, 0.0])
-        changed = {"memory": memory._replace(positions=memory.positions + shift), "frames": given["frames"] + video}
-        return dit(**{**given, **changed, "window_frames": given["window_frames"] + video})
-
-    torch.testing.assert_close(moved(3.0, 3.0), moved(0.0, 0.0), atol=1e-4, rtol=1e-4)
-    assert (moved(3.0, 0.0) - moved(0.0, 0.0)).abs().max() > 1e-3
-
-
-def test_a_box_is_a_fourier_series_over_its_tokens():
-    """A memory token's channels, turned by the offsets and summed, give what is smooth at the places of its box."""
-    offsets = torch.cartesian_prod(torch.tensor([-0.5, 0.5]), *[torch.tensor([-1.5, -0.5, 0.5, 1.5])] * 2).double()
-    rotation = value_rotary(offsets[None].float(), head_dim=64)[0, :, 0]
-    assert torch.equal(value_rotary(torch.zeros(1, 1, 3), 64), torch.ones(1, 1, 1, 32, dtype=torch.complex64))
-    basis = torch.cat([rotation.real, rotation.imag], -1).double()
-    t, h, w = offsets.T
-    for smooth in (torch.ones(32).double(), t, h, w, h * w, t * h, t * w, h * h, w * w, h * h + w * w - t * h):
-        series = torch.linalg.lstsq(basis, smooth[:, None], driver="gelsd").solution
-        assert (basis @ series - smooth[:, None]).abs().max() < 1e-4 * smooth.abs().max()
-    # By hand: after the constant come half a period along each axis, the last axis first.
-    x = torch.zeros(1, 32, 2, 64)
-    x[..., 2] = 1.0
-    turned = rotate(x, rotation[None, :, None])[0, :, 1, 2:4]
-    angles = math.pi * offsets / torch.tensor([2.0, 4.0, 4.0])
-    expected = torch.stack([angles.cos(), angles.sin()], -1).float()
-    assert any(torch.allclose(turned, expected[:, axis], atol=1e-5) for axis in range(3))
-
-
 def test_features_tell_neighbours_in_a_box_apart():
     t = torch.arange(8.0)
     features = position_features(torch.stack([t, t * 0, t * 0], -1)[None])[0]
@@ -198,7 +163,7 @@ def test_against_plain_torch(prediction):
 
 
 @pytest.mark.parametrize("linear_blocks", [(), (0,), (0, 1)])
-@pytest.mark.parametrize("added", [{}, {"memory_cross_attention": True}, {"value_rotation": True}, {"local_heads": 1}])
+@pytest.mark.parametrize("added", [{}, {"memory_cross_attention": True}, {"unfold": 16, "prediction": "sample"}])
 def test_cache_is_exact_where_the_history_sees_itself_only(linear_blocks, added):
     dit = made(linear_blocks=linear_blocks, **added)
     given, cache = inputs(), KVCache()
@@ -302,10 +267,12 @@ def test_a_prompt_without_tokens():
 # --- the whole ---
 
 
-def test_a_fresh_model_predicts_the_mean():
+@pytest.mark.parametrize("unfold", [0, 20])
+def test_a_fresh_model_predicts_the_mean(unfold):
     given = inputs()
     assert DiT(SMALL, CHANNELS, TEXT)(**given).abs().max() == 0
-    dit = DiT(dataclasses.replace(SMALL, prediction="sample"), CHANNELS, TEXT)
+    dit = DiT(dataclasses.replace(SMALL, prediction="sample", unfold=unfold), CHANNELS, TEXT, rate=(2, 2, 2))
+    given |= {"memory": Memory(torch.randn(2, 12, 48), torch.cartesian_prod(*[torch.arange(0.5, 5, 2)] * 3)[None, :12])}
     times = torch.tensor([0.4, 0.01])
     expected = given["x"] / torch.tensor([0.4, 0.05]).view(2, 1, 1, 1, 1)  # a time below 0.05 counts as that
     torch.testing.assert_close(dit(**given | {"t": times}), expected)
@@ -316,36 +283,6 @@ def test_a_fresh_token_reads_itself_first():
     q, k, _ = block.qkv(torch.randn(20, 48)).view(20, 3, 2, 24).unbind(1)
     scores = torch.einsum("lhd,mhd->hlm", q, k)
     assert (scores.argmax(-1) == torch.arange(20)).float().mean() > 0.8
-
-
-def test_local_heads_of_a_fresh_model_read_the_box_around_the_query(monkeypatch):
-    """As dit.py says where their constants are: most of the attention goes to one memory token, the rest near."""
-    config = dataclasses.replace(PRESETS["demo"].dit, local_heads=6)
-    dit = DiT(config, 16, TEXT)
-    grid = torch.cartesian_prod(torch.arange(12.0), torch.arange(2.0), torch.arange(3.0))
-    middles = grid * torch.tensor([2, 4, 4]) + torch.tensor([0.5, 1.5, 1.5])
-    memory = Memory(torch.randn(1, 72, config.dim), middles[None])
-    frames = torch.tensor([3, 8, 21])
-    places = frame_positions(frames[None].float(), 8, 12)[0]
-    box = (places[:, 0] // 2 * 6 + places[:, 1] // 4 * 3 + places[:, 2] // 4).long()
-    seen = []
-
-    def watched(q, k, v, **given):
-        if q.shape[1] == len(places) and k.shape[1] == 72 + len(places):
-            seen.append(torch.einsum("blhd,bmhd->hlm", q, k).mul(q.shape[-1] ** -0.5).softmax(-1))
-        return cross_attention(q, k, v, **given)
-
-    monkeypatch.setattr("vidmem_model.dit.cross_attention", watched)
-    x = torch.randn(1, 16, 3, 16, 24)
-    text = torch.randn(1, 2, TEXT), torch.ones(1, 2, dtype=torch.bool)
-    dit(x, torch.ones(1), *text, memory=memory, frames=frames[None].float())
-    assert len(seen) == config.depth
-    for weights in seen:
-        local, others = weights[:6], weights[6:]
-        own = local[:, torch.arange(len(places)), box]
-        assert own.mean() > 0.5 and (local.argmax(-1) == box).float().mean() > 0.75
-        assert local[:, :, 72:].sum(-1).mean() < 0.02  # of the noisy tokens
-        assert others[:, torch.arange(len(places)), box].mean() < 0.1
 
 
 def test_frames_at_times_of_their_own():

@@ -19,18 +19,14 @@ from vidmem_kernels import LinearAttentionState, MemoryCrossAttention, cross_att
 from .encoder import MemoryTokens
 from .flow import over_frames
 from .model_config import DiTConfig
-from .rope import FEATURES, axis_sizes, frame_positions, norm_rotate, position_features, rotary, rotate, value_rotary
+from .rope import FEATURES, frame_positions, norm_rotate, position_features, rotary
+from .unfold import Unfold
 from .vae import patchify, unpatchify
 
 TIME_FEATURES = 256
 # The velocity of a predicted sample is (x - sample) / t; below this t it is not divided further, so
 # that the error of the prediction is not blown up.
 LEAST_TIME = 0.05
-# A local head at the start: this many of the highest frequencies of each axis have a constant of this
-# size in queries and keys, beside what is projected (about 0.7), and the scores of the history's keys are
-# multiplied. More than half of the attention then goes to the one memory token around the query, measured
-# with boxes of 4 x 4 x 2, and nothing to the noisy tokens.
-_LOCAL_WAVES, _LOCAL_CONSTANT, _LOCAL_SCALE = 3, 3.5, 3.0
 
 
 class KVCache:
@@ -62,13 +58,11 @@ class Stream(NamedTuple):
         x: (B, F, N, D), F groups (frames) of tokens that share a timestep.
         time: (B or 1, F, 6, D), the projected timestep of each group.
         rotation: (B or 1, F * N, head / 2), see rope.rotary.
-        value_rotation: the same of values, see rope.value_rotary, or None.
     """
 
     x: torch.Tensor
     time: torch.Tensor
     rotation: torch.Tensor
-    value_rotation: torch.Tensor | None
 
 
 def time_features(t: torch.Tensor) -> torch.Tensor:
@@ -106,7 +100,6 @@ class Block(nn.Module):
             self.table[[2, 5]] = 1.0
         self.qkv = nn.Linear(dim, 3 * dim)
         self.qk_scale = nn.Parameter(torch.ones(2, 1, dim // config.heads))
-        self.history_scale = nn.Parameter(torch.ones(config.heads, 1)) if config.local_heads else None
         self.out = nn.Linear(dim, dim)
         self.text_norm = nn.LayerNorm(dim)
         self.text_q = nn.Linear(dim, dim)
@@ -146,8 +139,6 @@ class Block(nn.Module):
             attended = self._attend(*own, kept)
         else:
             past = self._qkv(history)
-            if self.history_scale is not None:
-                past = past[0], past[1] * self.history_scale.to(past[1].dtype), past[2]
             past_attended = None
             if self.last or not self.history_sees_video:
                 # The video sees all; the history, if it is needed still, itself only.
@@ -169,21 +160,6 @@ class Block(nn.Module):
         kept = type(kept)(*map(torch.Tensor.contiguous, kept)) if keep and kept is not None else None
         return self._finish(video, attended, text, memory), passed, kept
 
-    @torch.no_grad()
-    def look_near(self, heads: int) -> None:
-        """Let the attention of the first heads start at the nearest tokens of the history, whatever they hold.
-
-        Rotated, equal constants in a query and a key give scores of cosines of their offset, highest at 0.
-        """
-        constant = torch.zeros(self.heads, self.qk_scale.shape[-1])
-        first = 0
-        for size in axis_sizes(constant.shape[1]):
-            constant[:heads, first : first + min(2 * _LOCAL_WAVES, size) : 2] = _LOCAL_CONSTANT
-            first += size
-        dim = constant.numel()
-        self.qkv.bias[: 2 * dim] = constant.flatten().repeat(2)
-        self.history_scale[:heads] = _LOCAL_SCALE
-
     def _times(self, stream: Stream) -> tuple[torch.Tensor, ...]:
         return (stream.time + self.table).unsqueeze(3).unbind(2)
 
@@ -195,7 +171,7 @@ class Block(nn.Module):
         # would turn negative and so could the normaliser; not rotated at all, the block would read its
         # tokens as a bag. The scores no longer depend on the offset alone, but they do know it.
         q, k = norm_rotate(qk, self.qk_scale, stream.rotation).unbind(2)
-        return q, k, v if stream.value_rotation is None else rotate(v, stream.value_rotation)
+        return q, k, v
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept | None) -> torch.Tensor:
         if self.linear:
@@ -211,8 +187,6 @@ class Block(nn.Module):
         self, stream: Stream, attended: torch.Tensor, text: tuple[torch.Tensor, ...], memory: torch.Tensor | None
     ) -> torch.Tensor:
         x = stream.x
-        if stream.value_rotation is not None:
-            attended = rotate(attended, stream.value_rotation.conj())
         gate, shift, scale, mlp_gate = self._times(stream)[2:]
         x = x + gate * self.out(attended.flatten(2)).view_as(x)
         k, v, bias = text
@@ -232,14 +206,29 @@ class DiT(nn.Module):
         config: sizes and switches.
         latent_channels: of the VAE.
         text_dim: width of the text tokens.
+        rate: of the memory that is read in place (`config.unfold`): patch tokens that one of its tokens
+            covers along height, width and time.
+
+    Raises:
+        ValueError: a patch token reads fewer channels in place than it has.
     """
 
-    def __init__(self, config: DiTConfig, latent_channels: int, text_dim: int) -> None:
+    def __init__(
+        self, config: DiTConfig, latent_channels: int, text_dim: int, rate: tuple[int, int, int] = (4, 4, 2)
+    ) -> None:
         super().__init__()
         self.config = config
         self.channels = latent_channels
         dim, cell = config.dim, latent_channels * config.patch**2
         self.patch_projection = nn.Linear(cell, dim)
+        self.unfold = self.unfold_projection = None
+        if config.unfold:
+            if config.unfold < cell:
+                raise ValueError(
+                    f"DiT: unfold must be at least the {cell} numbers of a patch token, got {config.unfold}"
+                )
+            self.unfold = Unfold(dim, config.unfold, rate)
+            self.unfold_projection = nn.Linear(config.unfold, dim)
         self.position_projection = nn.Linear(FEATURES, dim) if config.position_features else None
         self.text_projection = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(TIME_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -260,11 +249,12 @@ class DiT(nn.Module):
                 # position in the memory. In a test with random videos a small model learned to
                 # retrieve a frame in about half the steps. (Mimetic initialisation, arXiv 2305.09828)
                 block.qkv.weight[dim : 2 * dim] = block.qkv.weight[:dim]
-                if config.local_heads:
-                    block.look_near(config.local_heads)
         # The first prediction is 0, the mean of what is to be predicted, at all times alike.
         for layer in (self.time_projection, self.head):
             nn.init.zeros_(layer.weight)
+        if self.unfold is not None:
+            for parameter in self.unfold.projection.parameters():
+                nn.init.zeros_(parameter.data.unflatten(0, (self.unfold.places, -1))[:, :cell])
 
     def patch_embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Project latents (B, C, T, H, W) to tokens (B, T * H/patch * W/patch, D), frame by frame.
@@ -303,7 +293,8 @@ class DiT(nn.Module):
             memory: tokens (B, M, D) with positions (B or 1, M, 3).
             window: (B, C, W, H', W') clean latents.
             window_frames: (B, W) their positions in time.
-            cache: filled by the first call, read by later ones, which must have the same history.
+            cache: filled by the first call, read by later ones, which must have the same history. (They
+                need no `window`, and `memory` only for `memory_cross_attention` and `unfold`.)
 
         Returns:
             (B, C, K, H, W) of the dtype of x.
@@ -330,8 +321,12 @@ class DiT(nn.Module):
         dtype = self.patch_projection.weight.dtype
         embedded = self.time_embedding(time_features(rows).to(dtype))
         projected = self.time_projection(F.silu(embedded)).to(dtype).unflatten(1, (6, -1))
-        tokens = self._place(self.patch_embed(x), frame_positions(frames, *grid[1:]))
-        video = self._stream(*tokens, projected[:-1].unflatten(0, (b, k)))
+        places = frame_positions(frames, *grid[1:])
+        tokens = self.patch_embed(x)
+        unfolded = self.unfold(memory, places) if self.unfold is not None and memory is not None else None
+        if unfolded is not None:
+            tokens = tokens + self.unfold_projection(unfolded)
+        video = self._stream(*self._place(tokens, places), projected[:-1].unflatten(0, (b, k)))
 
         filled = cache is not None and bool(cache.blocks)
         reads = memory if self.config.memory_cross_attention or not filled else None
@@ -352,6 +347,8 @@ class DiT(nn.Module):
 
         shift, scale = (self.head_table + embedded[:-1].to(dtype).view(b, k, 1, -1)).unsqueeze(3).unbind(2)
         cells = self.head(modulate(video.x, shift, scale)).flatten(1, 2)
+        if unfolded is not None and self.config.prediction == "sample":
+            cells = cells + unfolded[..., : cells.shape[-1]]
         predicted = unpatchify(cells.to(torch.float32), grid, patch)
         if self.config.prediction == "sample":
             predicted = (x.to(torch.float32) - predicted) / over_frames(times).clamp(min=LEAST_TIME)
@@ -365,8 +362,7 @@ class DiT(nn.Module):
 
     def _stream(self, tokens: torch.Tensor, positions: torch.Tensor, time: torch.Tensor) -> Stream:
         head = self.config.dim // self.config.heads
-        turned = value_rotary(positions, head) if self.config.value_rotation else None
-        return Stream(tokens.unflatten(1, (time.shape[1], -1)), time, rotary(positions, head), turned)
+        return Stream(tokens.unflatten(1, (time.shape[1], -1)), time, rotary(positions, head))
 
     def _history(
         self,

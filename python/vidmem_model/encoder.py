@@ -235,12 +235,15 @@ class MemoryEncoder(nn.Module):
             hidden, kept = self.high(history.to(self.projection.weight.dtype), start, kept)
             parts.append(self.projection(hidden))
         if self.patchifier is not None:
-            time, rows, columns = self._box()
-            cells = history.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(2, (-1, time))
-            cells = cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-            parts.append(self.patchifier(cells.to(self.patchifier.weight.dtype)))
+            parts.append(self.patchifier(self.boxes(history).to(self.patchifier.weight.dtype)))
         positions = _positions(grid, (rate[2], rate[0], rate[1]), start, parts[0].device)
         return MemoryTokens(sum(parts[1:], parts[0]), positions), kept
+
+    def boxes(self, history: torch.Tensor) -> torch.Tensor:
+        """Cut latents (B, C, T, H, W) of whole boxes into them: (B, boxes, C * cells of a box)."""
+        time, rows, columns = self._box()
+        cells = history.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(2, (-1, time))
+        return cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
     def _reduce(self, history: torch.Tensor, count: int, patch_embed: PatchEmbed, start: int) -> MemoryTokens:
         """Reduce the patch tokens of whole boxes to `count`, by merging or by selecting."""

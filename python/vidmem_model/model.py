@@ -43,7 +43,7 @@ class MemoryModel(nn.Module):
     def __init__(self, config: ModelConfig, text_path: str | Path | None = None) -> None:
         super().__init__()
         self.config = config
-        self.dit = DiT(config.dit, config.vae.channels, config.text.dim)
+        self.dit = DiT(config.dit, config.vae.channels, config.text.dim, config.encoders[0].rate)
         self.encoders = nn.ModuleList(
             MemoryEncoder(each, config.dit.dim, config.vae.channels) for each in config.encoders
         )

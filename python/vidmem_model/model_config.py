@@ -137,13 +137,11 @@ class DiTConfig:
             velocity follows; the loss is on the velocity either way.
         position_features: add features of a token's absolute position to it. A small model trained
             from nothing reads its memory much sooner with them; a pretrained one needs none.
-        value_rotation: rotate values by their position too, and what attention reads back by the query's
-            (GTA, arXiv 2310.10375): a token can then read what lies at its own place inside the box of
-            a memory token. A pretrained model has no such rotation.
-        local_heads: heads of every block whose attention starts at the tokens of the history that are
-            nearest, so that nothing has to be learned before the memory can be read. (Small models
-            trained from nothing read it with a few heads of the first block only, and those took a
-            thousand steps to get there.) 0 for a pretrained model.
+        unfold: channels that a patch token reads of the memory token whose box it is in, by a linear map
+            of its own for each place in the box, besides by attention; at least as many as a patch token
+            has. With prediction "sample" the first of them are a first answer, which the transformer
+            corrects. Small models trained from nothing took thousands of steps to find such maps with
+            attention. 0 for a pretrained model.
         history_sees_video: whether memory and clean frames attend to the noisy frames too. If not,
             their keys and values are the same at every step, and the KV cache is exact.
         memory_cross_attention: read the memory by cross-attention in every block as well, through a
@@ -162,8 +160,7 @@ class DiTConfig:
     patch: int = 2
     prediction: str = "velocity"
     position_features: bool = False
-    value_rotation: bool = False
-    local_heads: int = 0
+    unfold: int = 0
     history_sees_video: bool = True
     memory_cross_attention: bool = False
     linear_blocks: tuple[int, ...] = ()
@@ -188,12 +185,9 @@ class DiTConfig:
             f"DiTConfig: linear_blocks must be in [0, {self.depth})",
             self.linear_blocks,
         )
-        _check(
-            _is_count(self.local_heads, 0) and self.local_heads <= self.heads,
-            f"DiTConfig: local_heads must be in [0, {self.heads}]",
-            self.local_heads,
-        )
-        _check(_is_count(self.window, 0), "DiTConfig: window must not be negative", self.window)
+        for name in ("unfold", "window"):
+            value = getattr(self, name)
+            _check(_is_count(value, 0), f"DiTConfig: {name} must not be negative", value)
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,7 @@ class ModelConfig:
         shift: of the flow's times towards the noise, in training and in sampling.
 
     Raises:
-        ValueError: the shift is not positive.
+        ValueError: the shift is not positive, or `dit.unfold` has no boxes to read.
     """
 
     vae: VAEConfig = VAEConfig()
@@ -222,6 +216,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check(self.shift > 0, "ModelConfig: shift must be positive", self.shift)
+        _check(
+            not self.dit.unfold or self.encoders[0].branches not in ("merge", "sparse"),
+            "ModelConfig: dit.unfold reads tokens of boxes, which the first encoder must make",
+            self.encoders[0].branches,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, numbers and strings, as JSON and YAML hold them."""
@@ -314,8 +313,7 @@ PRESETS: dict[str, ModelConfig] = {
             heads=12,
             mlp=512,
             prediction="sample",
-            value_rotation=True,
-            local_heads=6,
+            unfold=128,
             position_features=True,
             history_sees_video=False,
         ),

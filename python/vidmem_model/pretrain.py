@@ -7,7 +7,7 @@ make the frames of Omega from noise, given the memory of the masked history.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from .config import _check, _is_count
 from .dataset import Block, DataConfig, Latents, Rate, Spans, seeded
 from .flow import logit_normal, shift_timesteps
+from .linear_start import start_linearly
 from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
 from .training import Batch, TrainConfig, finish, fit, prepare_latents, processes, run_settings
@@ -74,6 +75,8 @@ class PretrainConfig:
         data, sampling, optimisation: films, samples, and how to optimise.
         vae: file of the VAE's weights; null for the codec without any.
         text: folder of the pretrained text encoder, for `model.text.kind` transformers.
+        linear_start: histories of which linear_start.start_linearly finds where to begin; 0 to begin at
+            random. Twice as many boxes as a box has numbers are the least.
     """
 
     model: ModelConfig
@@ -83,6 +86,10 @@ class PretrainConfig:
     optimisation: TrainConfig = TrainConfig()
     vae: str | None = None
     text: str | None = None
+    linear_start: int = 0
+
+    def __post_init__(self) -> None:
+        _check(_is_count(self.linear_start, 0), "PretrainConfig: linear_start must not be negative", self.linear_start)
 
 
 def low_rate(encoder: EncoderConfig) -> Rate | None:
@@ -136,6 +143,12 @@ class FrameQueries:
             frames=torch.stack(frames),
             prompts=list(prompts),
         )
+
+    def clean(self, count: int) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
+        """Draw histories (1, C, T, H, W) without noise, each with its low-resolution latents for every encoder."""
+        for number in range(count):
+            *_, history, lows = self._draw(seeded(self.seed, "clean", number))
+            yield history[None], [None if low is None else low[None] for low in lows]
 
     def _sample(self, generator: torch.Generator) -> tuple:
         config = self.config
@@ -228,7 +241,7 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)
         output = Path(config.output)
         model = fit(
-            lambda: MemoryModel(config.model, config.text),
+            lambda: _fresh(config, batches),
             batches,
             config.optimisation,
             output,
@@ -237,3 +250,10 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
             restart,
         )
         return finish(output, model, config, config.vae)
+
+
+def _fresh(config: PretrainConfig, batches: FrameQueries) -> MemoryModel:
+    model = MemoryModel(config.model, config.text)
+    if config.linear_start:
+        start_linearly(model, lambda: batches.clean(config.linear_start))
+    return model

@@ -61,39 +61,6 @@ def rotary(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def value_rotary(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rotation of each pair of a value's channels: a three-dimensional Fourier basis of the offset.
-
-    The first half period of every axis is a box of 2 frames x 4 x 4 tokens, so that the channels of a
-    memory token, turned by the offset from its middle and summed by the output projection, are a
-    Fourier series over its box.
-
-    Args:
-        positions: float (B or 1, N, 3), (t, h, w).
-        head_dim: channels of a head, even.
-
-    Returns:
-        complex64 (B or 1, N, 1, head_dim / 2), of modulus 1, for all heads alike.
-    """
-    t, h, w = torch.meshgrid(*(torch.arange(-n, n + 1.0) for n in (2, 4, 4)), indexing="ij")
-    waves = torch.stack([t, h, w], -1).flatten(0, 2)
-    # A wave and its negative are conjugates: one of them will do. The lowest frequencies come first.
-    waves = waves[len(waves) // 2 :]
-    order = ((1 + t.abs()) * (1 + h.abs()) * (1 + w.abs())).flatten()[len(t.flatten()) // 2 :].argsort(stable=True)
-    # All heads have the lowest waves. With other, higher ones in each the basis of a box is complete, but
-    # 400 steps of training then gained nothing over no rotation.
-    waves = waves[order[torch.arange(head_dim // 2) % len(order)]].to(positions.device)
-    half_period = torch.tensor([2.0, 4.0, 4.0], device=positions.device)
-    angle = (positions.to(torch.float32) / half_period) @ waves.T * math.pi
-    return torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
-
-
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of neighbouring channels of x (B, N, H, head_dim) by (B or 1, N, 1, head_dim / 2), in float32."""
-    pairs = torch.view_as_complex(x.to(torch.float32).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-
-
 class _NormRotate(torch.autograd.Function):
     """RMS norm, scale and rotation with a gradient of a few passes over memory.
 
