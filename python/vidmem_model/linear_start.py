@@ -1,8 +1,8 @@
 """A start for training: the best linear memory of the training data, found in closed form.
 
 A memory encoder with a linear projection of the box and a DiT that reads the memory in place (unfold)
-contain a linear autoencoder of boxes. Its optimum are the principal components of the data, so that there
-is no need to descend to it: a small model then begins where 1,500 steps of AdamW had not got to.
+contain a linear autoencoder of boxes. Its optimum is the principal components of the data, so that there
+is no need to descend to it: the demo model then has after 50 steps the loss of 1,200 steps from a random start.
 """
 
 from __future__ import annotations

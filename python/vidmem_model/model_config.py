@@ -140,7 +140,7 @@ class DiTConfig:
         unfold: channels that a patch token reads of the memory token whose box it is in, by a linear map
             of its own for each place in the box, besides by attention; at least as many as a patch token
             has. With prediction "sample" the first of them are a first answer, which the transformer
-            corrects. Small models trained from nothing took thousands of steps to find such maps with
+            corrects. In 1,800 steps a small model trained from nothing did not find such maps by
             attention. 0 for a pretrained model.
         history_sees_video: whether memory and clean frames attend to the noisy frames too. If not,
             their keys and values are the same at every step, and the KV cache is exact.

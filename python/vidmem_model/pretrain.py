@@ -76,7 +76,7 @@ class PretrainConfig:
         vae: file of the VAE's weights; null for the codec without any.
         text: folder of the pretrained text encoder, for `model.text.kind` transformers.
         linear_start: histories of which linear_start.start_linearly finds where to begin; 0 to begin at
-            random. Twice as many boxes as a box has numbers are the least.
+            random. Their boxes should be many times the numbers of a box (demo: 28,800 boxes, 2,048 numbers).
     """
 
     model: ModelConfig
