@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from gradient_helpers import same_gradients
 from torch import nn
 
 import vidmem_kernels as vk
@@ -61,19 +62,6 @@ def plain_linear_attention(module, x):
     if module.normalize:
         weight = weight / (weight.sum(-1, keepdim=True) + 1e-10)
     return module.o((weight @ v).transpose(1, 2).flatten(2))
-
-
-def same_gradients(module, got, expected, *inputs):
-    """Of all parameters and inputs; asserts that both results are the same first."""
-    torch.testing.assert_close(got, expected)
-    leaves = [*module.parameters(), *inputs]
-    weight = torch.randn_like(got)
-    for mine, theirs in zip(
-        torch.autograd.grad((got * weight).sum(), leaves),
-        torch.autograd.grad((expected * weight).sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("feature_map, causal, block_size, normalize", [

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from gradient_helpers import same_gradients
 from training_helpers import MODEL, QUERIES, latents
 
 from vidmem_model.dit import DiT
@@ -40,15 +41,7 @@ def test_unfold_is_a_transposed_convolution(rate):
     expected = torch.nn.functional.conv_transpose3d(grid, kernel, stride=(time, height, width))
     bias = unfold.projection.bias.view(time, height, width, 5).permute(3, 0, 1, 2).repeat(1, 3, 2, 3)
     expected = (expected + bias).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(got, expected)
-    weights = tokens, unfold.projection.weight, unfold.projection.bias
-    factor = torch.randn_like(got)
-    for a, b in zip(
-        torch.autograd.grad((got * factor).sum(), weights),
-        torch.autograd.grad((expected * factor).sum(), weights),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    same_gradients(unfold, got, expected, tokens)
 
 
 def test_unfold_finds_boxes_by_position_and_reads_nothing_elsewhere():
