@@ -20,6 +20,7 @@ class Unfold(nn.Module):
 
     This is a transposed convolution with the memory's rate as kernel and stride. Boxes are found by the
     positions of the tokens, which stand at their midpoints; those of other rates are never the same.
+    Frames that follow the memory read its last frame: a video goes on where it was.
 
     Args:
         dim: width of the memory tokens.
@@ -47,6 +48,8 @@ class Unfold(nn.Module):
         if not memory.tokens.shape[1]:
             return weight.new_zeros(*places.shape[:2], self.channels)
         span = torch.tensor(self.span, device=places.device)
+        last = torch.floor(memory.positions[:, :, 0].amax(1) + (self.span[0] - 1) / 2)
+        places = torch.cat([places[..., :1].minimum(last[:, None, None]), places[..., 1:]], -1)
         box = torch.floor(places / span)
         t, h, w = (places - box * span).round().long().unbind(-1)
         offset = (t * self.span[1] + h) * self.span[2] + w
