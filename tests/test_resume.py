@@ -45,6 +45,17 @@ def test_kill_in_a_step(whole, tmp_path):
     assert same(model.state_dict(), whole[1]), f"killed at {at}"
 
 
+def test_kill_after_a_linear_start(tmp_path):
+    command = [sys.executable, HELPERS, tmp_path / "killed", "8", "6", "4", "linear"]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "killed" / "checkpoints")) == 4
+    model = train(tmp_path / "killed", steps=8, linear=True)
+    reference = train(tmp_path / "whole", steps=8, linear=True).state_dict()
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert same(model.state_dict(), reference)
+
+
 def test_kill_at_any_moment(tmp_path):
     """SIGKILL from outside, in a run that writes a checkpoint after every step."""
     rarely = {"steps": 16, "checkpoint_every": 100}

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from gradient_helpers import same_gradients
-from training_helpers import MODEL, QUERIES, latents
+from training_helpers import LINEAR, QUERIES, latents
 
 from vidmem_model.dit import DiT
 from vidmem_model.encoder import MemoryTokens
@@ -68,9 +68,9 @@ def test_unfold_finds_boxes_by_position_and_reads_nothing_elsewhere():
 
 def linear(branches="hr", dim=48, **changes):
     """The tiny model with a linear memory of boxes."""
-    encoder = dataclasses.replace(MODEL.encoders[0], shortcut=True, branches=branches)
-    dit = dataclasses.replace(MODEL.dit, unfold=32, prediction="sample", dim=dim)
-    return MemoryModel(dataclasses.replace(MODEL, encoders=(encoder,), dit=dit, **changes))
+    encoder = dataclasses.replace(LINEAR.encoders[0], branches=branches)
+    dit = dataclasses.replace(LINEAR.dit, dim=dim)
+    return MemoryModel(dataclasses.replace(LINEAR, encoders=(encoder,), dit=dit, **changes))
 
 
 def histories(model, count=60):
@@ -133,7 +133,7 @@ def test_linear_start_with_more_width_than_numbers_is_exact():
 
 
 def test_clean_histories_are_those_of_the_film_and_the_same_again():
-    queries = FrameQueries(latents(), MODEL.encoders, dataclasses.replace(QUERIES, mask_probability=1.0))
+    queries = FrameQueries(latents(), LINEAR.encoders, dataclasses.replace(QUERIES, mask_probability=1.0))
     first, again = list(queries.clean(5)), list(queries.clean(5))
     stretches = [
         each.latents[:, start : start + 8].float()
@@ -149,9 +149,9 @@ def test_what_cannot_be():
     with pytest.raises(ValueError, match="there must be histories, got none"):
         start_linearly(linear(), lambda: iter(()))
     with pytest.raises(ValueError, match="unfold must be at least the 32 numbers of a patch token, got 8"):
-        DiT(dataclasses.replace(MODEL.dit, unfold=8), 8, 16)
+        DiT(dataclasses.replace(LINEAR.dit, unfold=8), 8, 16)
     with pytest.raises(ValueError, match="reads tokens of boxes.*'merge'"):
         ModelConfig(
-            encoders=(dataclasses.replace(MODEL.encoders[0], branches="merge"),),
-            dit=dataclasses.replace(MODEL.dit, unfold=32),
+            encoders=(dataclasses.replace(LINEAR.encoders[0], branches="merge"),),
+            dit=dataclasses.replace(LINEAR.dit, unfold=32),
         )

@@ -1,4 +1,4 @@
-"""A tiny training run on synthetic latents, also as a program: training_helpers.py FOLDER STEPS KILL_AT EVERY."""
+"""A tiny training run on synthetic latents, also as a program: training_helpers.py FOLDER STEPS KILL_AT EVERY [linear]."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from pathlib import Path
 import torch
 
 from vidmem_model.dataset import Block, Caption, Latents
+from vidmem_model.linear_start import start_linearly
 from vidmem_model.model import MemoryModel
 from vidmem_model.model_config import PRESETS
 from vidmem_model.pretrain import FrameQueries, QueryConfig
 from vidmem_model.training import TrainConfig, fit, processes, run_settings
 
 MODEL = PRESETS["tiny"]
+# The same with all that the linear start sets.
+LINEAR = dataclasses.replace(
+    MODEL,
+    encoders=(dataclasses.replace(MODEL.encoders[0], shortcut=True),),
+    dit=dataclasses.replace(MODEL.dit, unfold=32, prediction="sample"),
+)
 RATE = MODEL.encoders[0].rate
 QUERIES = QueryConfig(history=8, queries=2)
 TRAIN = TrainConfig(
@@ -47,10 +54,16 @@ def latents():
     return Latents((block(16, 0), block(11, 1, start=8.0), block(20, 2, start=16.0)), 0.5, captions)
 
 
-def train(folder, steps=12, kill_at=None, restart=False, **changes):
+def train(folder, steps=12, kill_at=None, restart=False, linear=False, **changes):
     """Train, with the learning rates of 12 steps; SIGKILL comes in the middle of step `kill_at`, if given."""
     config = dataclasses.replace(TRAIN, **changes)
     queries = FrameQueries(latents(), MODEL.encoders, QUERIES)
+
+    def fresh():
+        model = MemoryModel(LINEAR if linear else MODEL)
+        if linear:
+            start_linearly(model, lambda: queries.clean(8))
+        return model
 
     def batches(step, samples):
         if step == kill_at:
@@ -59,7 +72,7 @@ def train(folder, steps=12, kill_at=None, restart=False, **changes):
 
     config = dataclasses.replace(config, steps=steps)
     with processes(config) as device:
-        return fit(lambda: MemoryModel(MODEL), batches, config, folder, run_settings(config), device, restart)
+        return fit(fresh, batches, config, folder, run_settings(config), device, restart)
 
 
 def curve(folder):
@@ -68,5 +81,5 @@ def curve(folder):
 
 
 if __name__ == "__main__":
-    numbers = [int(text) for text in sys.argv[2:]]
-    train(Path(sys.argv[1]), numbers[0], numbers[1], checkpoint_every=numbers[2])
+    numbers = [int(text) for text in sys.argv[2:5]]
+    train(Path(sys.argv[1]), *numbers[:2], linear=sys.argv[5:] == ["linear"], checkpoint_every=numbers[2])

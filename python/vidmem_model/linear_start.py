@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from .encoder import MemoryEncoder, PatchEmbed
+from .encoder import MemoryEncoder
 from .model import MemoryModel
 from .vae import patchify
 
@@ -25,9 +25,7 @@ _RIDGE = 1e-4
 def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]]) -> None:
     """Set the encoders' linear projections to principal components, and what is read in place to their inverse.
 
-    The components are those of what the LR branch does not tell, in directions that it leaves free, so
-    that the sum of the branches keeps both; they are scaled half way to equal variance. What the
-    convolutions add starts at 0. The
+    The components are scaled half way to equal variance. What the convolutions add starts at 0. The
     reading is fitted by least squares to the tokens of the first encoder, whichever branches it has;
     where the DiT reads nothing in place, only the encoders change.
 
@@ -39,45 +37,31 @@ def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]
     Raises:
         ValueError: there are no histories.
     """
-    for i, encoder in enumerate(model.encoders):
+    for encoder in model.encoders:
         if encoder.patchifier is not None:
-            pairs = ((history, lows[i]) for history, lows in histories())
-            _set_components(encoder, model.dit.patch_embed, pairs)
+            _set_components(encoder, (history for history, _ in histories()))
     if model.dit.unfold is not None:
         _set_reading(model, histories())
 
 
-def _set_components(
-    encoder: MemoryEncoder, patch_embed: PatchEmbed, histories: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
-) -> None:
-    """Give the shortcut the directions that the LR branch leaves free, and there what it does not tell."""
-    layer, dim = encoder.patchifier, encoder.dim
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    if encoder.projection is not None:
-        nn.init.zeros_(encoder.projection.weight)
-    # So the tokens are those of the LR branch alone, or zeros.
-    gram, _ = _sums(
-        (torch.cat([encoder(history, low, patch_embed).tokens, encoder.boxes(history)], 2).flatten(0, 1), None)
-        for history, low in histories
-    )
+def _set_components(encoder: MemoryEncoder, histories: Iterable[torch.Tensor]) -> None:
+    boxes = (encoder.boxes(history).flatten(0, 1) for history in histories)
+    gram, _ = _sums((rows, rows[:, :0]) for rows in boxes)
     count = gram[-1, -1]
     mean = gram[-1, :-1] / count
-    covariance = gram[:-1, :-1] / count - torch.outer(mean, mean)
-    power, directions = torch.linalg.eigh(covariance[:dim, :dim])
-    free = int((power <= _RIDGE * power[-1]).sum())
-    read = directions[:, free:]
-    shared = covariance[dim:, :dim] @ read
-    boxes = covariance[dim:, dim:]
-    _, components = torch.linalg.eigh(boxes - shared / power[free:] @ shared.T)
-    kept = min(free, len(boxes))
-    components = components.flip(1)[:, :kept]
-    variance = (components * (boxes @ components)).sum(0)
-    deviation = variance.clamp(min=1e-6 * variance.max()).sqrt()
+    variance, components = torch.linalg.eigh(gram[:-1, :-1] / count - torch.outer(mean, mean))
+    kept = min(encoder.dim, len(variance))
+    variance, components = variance.flip(0)[:kept], components.flip(1)[:, :kept]
+    deviation = variance.clamp(min=1e-6 * variance[0]).sqrt()
     # Scores have the deviation sqrt(deviation), and a whole token the mean square 1.
-    weight = directions[:, :kept] @ (components * (dim / deviation.sum() / deviation).sqrt()).T
-    layer.weight.copy_(weight)
-    layer.bias.copy_(-(weight @ mean[dim:]))
+    weight = (components * (encoder.dim / deviation.sum() / deviation).sqrt()).T
+    layer = encoder.patchifier
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    layer.weight[:kept] = weight.to(layer.weight.dtype)
+    layer.bias[:kept] = -(weight @ mean).to(layer.bias.dtype)
+    if encoder.projection is not None:
+        nn.init.zeros_(encoder.projection.weight)
 
 
 def _set_reading(model: MemoryModel, histories: Iterable[History]) -> None:
@@ -101,12 +85,11 @@ def _set_reading(model: MemoryModel, histories: Iterable[History]) -> None:
     unfold.projection.bias.unflatten(0, (unfold.places, -1))[:, :cell] = solution[-1]
 
 
-def _sums(pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _sums(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of x^T x and x^T y in float64, over pieces x (N, C) and y (N, E); x gets a last column of ones."""
     gram = product = None
     for x, y in pairs:
         x = torch.cat([x, x.new_ones(len(x), 1)], 1).to(torch.float32)
-        y = x[:, :0] if y is None else y
         sums = (x.T @ x).to(torch.float64), (x.T @ y.to(torch.float32)).to(torch.float64)
         gram, product = sums if gram is None else (gram.add_(sums[0]), product.add_(sums[1]))
     if gram is None:
