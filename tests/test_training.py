@@ -205,6 +205,23 @@ def test_samples_of_stage_two():
     assert 8 < windows < 32 and 0 < empty < 12
 
 
+def test_targets_beyond_a_cut_are_not_taken():
+    """A film that stands still, with cuts before frames 9 and 17: a target may not have one in or before it."""
+    still = block(24, 0)
+    shots = torch.arange(24).ge(9).float() + torch.arange(24).ge(17)
+    still = dataclasses.replace(still, latents=shots.view(1, -1, 1, 1).expand(8, 24, 4, 8).half())
+    config = ContinuationConfig(history=8, targets=2, window=2, most_change=0.5)
+    draw = Continuations(Latents((still,), 0.5), MODEL.encoders, config)
+    # Histories end at start + 7: targets (8, 9), (16, 17) begin with a cut or have one, (10, 11), (12, 13), ... not.
+    assert [start for _, start in draw.spans.starts] == [2, 4, 6, 10, 12, 14]
+    every = Continuations(Latents((still,), 0.5), MODEL.encoders, dataclasses.replace(config, most_change=None))
+    assert [start for _, start in every.spans.starts] == [0, 2, 4, 6, 8, 10, 12, 14]
+    with pytest.raises(UserError, match=r"none of the \d+ stretches of 10 latent frames fits"):
+        Continuations(latents(), MODEL.encoders, config)
+    with pytest.raises(ValueError, match="most_change must be positive, got 0"):
+        dataclasses.replace(config, most_change=0)
+
+
 def test_loss_is_that_of_the_velocity():
     """The model predicts 0 at first, and its target is noise - sample."""
     batch = queries()(0, range(4))

@@ -485,25 +485,26 @@ class Spans:
         latents: blocks to take them from.
         length: latent frames of a stretch.
         align: stretches begin at multiples of this, so that boxes of every rate are whole.
+        fits: whether a block's stretch from a latent frame on may be taken; all by default.
 
     Raises:
-        UserError: no block is long enough.
+        UserError: no block is long enough, or no stretch fits.
     """
 
-    def __init__(self, latents: Latents, length: int, align: int) -> None:
-        self.latents, self.length, self.align = latents, length, align
-        counts = [max(0, (b.latents.shape[1] - length) // align + 1) for b in latents.blocks]
-        self._ends = torch.tensor(counts).cumsum(0)
-        if not counts or not self._ends[-1]:
+    def __init__(
+        self, latents: Latents, length: int, align: int, fits: Callable[[Block, int], bool] | None = None
+    ) -> None:
+        starts = [(b, start) for b in latents.blocks for start in range(0, b.latents.shape[1] - length + 1, align)]
+        if not starts:
             longest = max((b.latents.shape[1] for b in latents.blocks), default=0)
             raise UserError(
                 f"no block of the films has {length} latent frames, the longest has {longest}; "
                 "take a shorter history or longer data.block_seconds"
             )
+        self.starts = [each for each in starts if fits is None or fits(*each)]
+        if not self.starts:
+            raise UserError(f"none of the {len(starts)} stretches of {length} latent frames fits what is asked of them")
 
     def draw(self, generator: torch.Generator) -> tuple[Block, int]:
         """Return a block and the first latent frame of a stretch in it."""
-        number = int(torch.randint(int(self._ends[-1]), (), generator=generator))
-        index = int(torch.searchsorted(self._ends, number, right=True))
-        before = int(self._ends[index - 1]) if index else 0
-        return self.latents.blocks[index], (number - before) * self.align
+        return self.starts[int(torch.randint(len(self.starts), (), generator=generator))]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .config import _check, _is_count
-from .dataset import DataConfig, Latents, Spans, seeded
+from .dataset import Block, DataConfig, Latents, Spans, seeded
 from .flow import logit_normal, shift_timesteps
 from .lora import LORA_FILE, add_lora, merge_lora, save_lora
 from .model import MemoryModel, load_model
@@ -34,6 +34,9 @@ class ContinuationConfig:
         window_probability: share of the steps with a window.
         empty_probability: share of the steps without any history, as for a video's first segment.
         drop_prompt: how often a sample has no prompt.
+        most_change: mean square of the change from one latent frame to the next (their variance is about 1)
+            that is no cut: targets with a cut in or before them, which nobody can foresee, are not taken.
+            None takes all.
 
     Raises:
         ValueError: a value is out of range.
@@ -45,6 +48,7 @@ class ContinuationConfig:
     window_probability: float = 0.5
     empty_probability: float = 0.1
     drop_prompt: float = 0.1
+    most_change: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("history", "targets", "window"):
@@ -57,6 +61,11 @@ class ContinuationConfig:
         for name in ("window_probability", "empty_probability", "drop_prompt"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"ContinuationConfig: {name} must be in [0, 1]", value)
+        _check(
+            self.most_change is None or self.most_change > 0,
+            "ContinuationConfig: most_change must be positive",
+            self.most_change,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Continuations:
         shift: of the flow's times towards the noise.
 
     Raises:
-        UserError: no block is as long as a history and its targets.
+        UserError: no block is as long as a history and its targets, or all targets have cuts.
     """
 
     def __init__(
@@ -112,7 +121,7 @@ class Continuations:
     ) -> None:
         self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
         self.rates = [low_rate(encoder) for encoder in encoders]
-        self.spans = Spans(latents, config.history + config.targets, alignment(encoders))
+        self.spans = Spans(latents, config.history + config.targets, alignment(encoders), self._goes_on)
 
     def __call__(self, step: int, samples: Sequence[int]) -> Batch:
         """Return the batch of these samples of a step."""
@@ -144,6 +153,15 @@ class Continuations:
             window=batch.history[:, :, first:],
             window_frames=torch.arange(first, config.history).float().expand(len(drawn), -1),
         )
+
+    def _goes_on(self, block: Block, start: int) -> bool:
+        """Whether the targets of a stretch belong to the shot that its history ends with."""
+        config = self.config
+        if config.most_change is None:
+            return True
+        last = start + config.history - 1
+        frames = block.latents[:, last : last + config.targets + 1].float()
+        return bool(frames.diff(dim=1).square().mean((0, 2, 3)).max() <= config.most_change)
 
     def _sample(self, generator: torch.Generator) -> tuple:
         config = self.config
