@@ -65,6 +65,9 @@ def write_recipes(base: Path, out: Path, rows: tuple[Row, ...]) -> list[Path]:
     recipe = yaml.safe_load(base.read_text(encoding="utf-8"))
     if not isinstance(recipe, dict) or "model" not in recipe:
         raise SystemExit(f"{base}: is no recipe of vidmem pretrain: it has no model")
+    captions = (recipe.get("data") or {}).get("captions")
+    if captions and (base.parent / captions).is_file():
+        recipe["data"]["captions"] = str((base.parent / captions).resolve())
     runs = [(seed, name, row) for row in rows for name, seed in row.runs()]
     written = []
     for seed, name, row in sorted(runs, key=lambda run: run[0]):

@@ -248,8 +248,10 @@ def table_script():
 
 
 def test_recipes_of_the_table(table_script, tmp_path):
-    base = tmp_path / "base.yaml"
-    base.write_text("model: tiny\noutput: elsewhere\noptimisation: {steps: 7, lr: 3e-4}\n")
+    (tmp_path / "mine").mkdir()
+    base, captions = tmp_path / "mine" / "base.yaml", tmp_path / "mine" / "said.yaml"
+    captions.write_text("")
+    base.write_text("model: tiny\noutput: elsewhere\ndata: {captions: said.yaml}\noptimisation: {steps: 7, lr: 3e-4}\n")
     recipes = table_script.write_recipes(base, tmp_path, table_script.ROWS)
     assert len(recipes) == 4 * 3 + 2 and [r.stem[-1] for r in recipes] == list("00000011112222")
     for recipe in recipes:
@@ -257,7 +259,7 @@ def test_recipes_of_the_table(table_script, tmp_path):
         (encoder,) = config.model.encoders
         assert recipe.stem == f"{encoder.branches}-{'x'.join(map(str, encoder.rate))}-seed{config.optimisation.seed}"
         assert encoder.channels == PRESETS["tiny"].encoders[0].channels
-        assert config.output == str(tmp_path / recipe.stem)
+        assert config.output == str(tmp_path / recipe.stem) and config.data.captions == str(captions)
         assert (config.optimisation.steps, config.optimisation.lr, config.optimisation.threads) == (7, 3e-4, 1)
     assert table_script.write_recipes(base, tmp_path, table_script.ROWS) == recipes
     base.write_text("model: tiny\noutput: elsewhere\noptimisation: {steps: 8}\n")

@@ -235,6 +235,9 @@ def test_adapters_alone_are_stored_beside_their_model(package, tmp_path, capsys)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(stored.state_dict()[name], tensor, rtol=1e-3, atol=1e-3)
     assert out.stat().st_size < 0.5 * (package / "demo.safetensors").stat().st_size
+    half = package / "half.safetensors"
+    assert cli.main(["export", str(run), "-o", str(half), "--base", "demo.safetensors", "--dtype", "float16"]) == 0
+    assert half.stat().st_size < 0.7 * out.stat().st_size  # adapters of rank 2 are too small for 8 bits
     # The digest that memories carry changes with the model underneath.
     digest = learned.LearnedMemory.load(out).digest
     save_model(package / "demo.safetensors", MemoryModel(CONFIG))

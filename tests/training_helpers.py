@@ -1,4 +1,4 @@
-"""A tiny training run on synthetic latents, also as a program: training_helpers.py FOLDER STEPS KILL_AT EVERY [linear]."""
+"""A tiny training run on synthetic latents, also as a program: FOLDER STEPS KILL_AT EVERY [linear]."""
 
 from __future__ import annotations
 

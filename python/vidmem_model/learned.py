@@ -152,7 +152,7 @@ def store(run: str | Path, output: Path, dtype: str, base: str | None = None) ->
         output: the model's new file; the VAE becomes vae.safetensors in its folder.
         dtype: see `weights.pack`.
         base: name of the stored model of Stage I in the folder of `output`; only what Stage II has added
-            to that is stored then, its adapters, in 16 bits. The run must have left the encoders frozen.
+            to that is stored then, its adapters. The run must have left the encoders frozen.
 
     Returns:
         The files.
@@ -162,7 +162,7 @@ def store(run: str | Path, output: Path, dtype: str, base: str | None = None) ->
     """
     if base is not None:
         load_model(output.parent / base)
-        attach_lora(Path(run) / LORA_FILE, output, base)
+        attach_lora(Path(run) / LORA_FILE, output, base, dtype)
         return [output]
     model = load_model(run)
     files = [save_model(output, model, model.extra, dtype=dtype)]

@@ -106,20 +106,21 @@ def save_lora(path: str | Path, model: MemoryModel | DiT, extra: dict[str, Any] 
     _write(Path(path), state, form, extra)
 
 
-def attach_lora(path: str | Path, output: Path, base: str) -> None:
-    """Store adapters as a model file of their own: in 16 bits, to be added to the model `base` beside it.
+def attach_lora(path: str | Path, output: Path, base: str, dtype: str) -> None:
+    """Store adapters as a model file of their own, to be added to the model `base` beside it.
 
     Args:
         path: a file that save_lora wrote.
         output: the new file, which `model.load_model` reads.
         base: name of the model's file, in the folder of `output`.
+        dtype: see `weights.pack`.
 
     Raises:
         UserError: a file is missing or cannot be written.
         MemoryFormatError: the file is damaged or foreign.
     """
     state, form, extra = _read(Path(path))
-    _write(output, pack(state, "float16"), {**form, "base": base}, extra)
+    _write(output, pack(state, dtype), {**form, "base": base}, extra)
 
 
 def base_of(path: str | Path) -> Path | None:
