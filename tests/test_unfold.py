@@ -132,6 +132,28 @@ def test_linear_start_with_more_width_than_numbers_is_exact():
     torch.testing.assert_close(answer(model, *pair), pair[0], atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("remembers", [True, False])
+def test_after_the_window_the_first_answer_is_its_newest_frame(remembers):
+    """The head is zero at first. Frames 4 and 3 follow the clean frames 1 and 2, in either order; frame 0 does not."""
+    model = linear()
+    for parameter in model.dit.unfold.parameters():
+        torch.nn.init.normal_(parameter)
+    history, window = torch.randn(2, 8, 2, 8, 8), torch.randn(2, 8, 2, 8, 8)
+    given = {
+        "frames": torch.tensor([[4.0, 0.0, 3.0]] * 2),
+        "memory": model.remember(history, [None]) if remembers else None,
+    }
+    noise = torch.randn(2, 8, 3, 8, 8)
+
+    def made(**more):
+        return noise - model.predict(noise, torch.ones(2), ["", ""], **given, **more)
+
+    alone = made() if remembers else torch.zeros_like(noise)
+    with_window = made(window=window, window_frames=torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    newest = torch.stack([window[0, :, 1], window[1, :, 0]])
+    torch.testing.assert_close(with_window, torch.stack([newest, alone[:, :, 1], newest], 2), atol=1e-5, rtol=1e-5)
+
+
 def test_clean_histories_are_those_of_the_film_and_the_same_again():
     queries = FrameQueries(latents(), LINEAR.encoders, dataclasses.replace(QUERIES, mask_probability=1.0))
     first, again = list(queries.clean(5)), list(queries.clean(5))

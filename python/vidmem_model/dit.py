@@ -294,7 +294,7 @@ class DiT(nn.Module):
             window: (B, C, W, H', W') clean latents.
             window_frames: (B, W) their positions in time.
             cache: filled by the first call, read by later ones, which must have the same history. (They
-                need no `window`, and `memory` only for `memory_cross_attention` and `unfold`.)
+                need `window` only for `unfold`, and `memory` for that and `memory_cross_attention`.)
 
         Returns:
             (B, C, K, H, W) of the dtype of x.
@@ -312,6 +312,8 @@ class DiT(nn.Module):
         _check_shape("text_mask", text_mask, tuple(text.shape[:2]))
         if (window is None) != (window_frames is None):
             raise ValueError("DiT: window and window_frames must be given together, got one of them")
+        if window is not None:
+            _check_shape("window_frames", window_frames, (b, window.shape[2]))
         if memory is not None:
             _check_shape("memory.tokens", memory.tokens, (b, memory.tokens.shape[1], self.config.dim))
 
@@ -323,7 +325,7 @@ class DiT(nn.Module):
         projected = self.time_projection(F.silu(embedded)).to(dtype).unflatten(1, (6, -1))
         places = frame_positions(frames, *grid[1:])
         tokens = self.patch_embed(x)
-        unfolded = self.unfold(memory, places) if self.unfold is not None and memory is not None else None
+        unfolded = self._first_answer(places, memory, x.shape, frames, window, window_frames)
         if unfolded is not None:
             tokens = tokens + self.unfold_projection(unfolded)
         video = self._stream(*self._place(tokens, places), projected[:-1].unflatten(0, (b, k)))
@@ -354,6 +356,29 @@ class DiT(nn.Module):
             predicted = (x.to(torch.float32) - predicted) / over_frames(times).clamp(min=LEAST_TIME)
         return predicted.to(x.dtype)
 
+    def _first_answer(
+        self,
+        places: torch.Tensor,
+        memory: MemoryTokens | None,
+        shape: torch.Size,
+        frames: torch.Tensor,
+        window: torch.Tensor | None,
+        window_frames: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """What patch tokens read in place (B, K * N, unfold): their box, after the window its newest frame; or None."""
+        if self.unfold is None:
+            return None
+        read = self.unfold(memory, places) if memory is not None else None
+        if window is None or not window.shape[2] or (window.shape[1], *window.shape[3:]) != (shape[1], *shape[3:]):
+            return read
+        if read is None:
+            read = self.unfold_projection.weight.new_zeros(*places.shape[:2], self.config.unfold)
+        newest, at = window_frames.max(1)
+        clean, _ = patchify(window[torch.arange(len(window), device=at.device), :, at].unsqueeze(2), self.config.patch)
+        follows = (frames > newest[:, None]).repeat_interleave(clean.shape[1], 1)[..., None]
+        first, rest = read.split([clean.shape[2], read.shape[2] - clean.shape[2]], 2)
+        return torch.cat([torch.where(follows, clean.repeat(1, shape[2], 1).to(read.dtype), first), rest], 2)
+
     def _place(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add features of the position, where the model has them; the residual stream has the weights' dtype."""
         if self.position_projection is not None:
@@ -375,7 +400,6 @@ class DiT(nn.Module):
         """Memory tokens, then the tokens of the clean frames, all at time 0; None if there are none."""
         parts = [memory] if memory is not None and memory[0].shape[1] else []
         if window is not None and window.shape[2]:
-            _check_shape("window_frames", window_frames, (batch, window.shape[2]))
             size = [n // self.config.patch for n in window.shape[3:]]
             parts.append(self._place(self.patch_embed(window), frame_positions(window_frames, *size)))
         if not parts:

@@ -140,8 +140,9 @@ class DiTConfig:
         unfold: channels that a patch token reads of the memory token whose box it is in, by a linear map
             of its own for each place in the box, besides by attention; at least as many as a patch token
             has. With prediction "sample" the first of them are a first answer, which the transformer
-            corrects. In 1,800 steps a small model trained from nothing did not find such maps by
-            attention. 0 for a pretrained model.
+            corrects; frames beyond the memory read its last one, and of a window the newest clean frame is
+            the first answer for those after it. In 1,800 steps a small model trained from nothing did not
+            find such maps by attention. 0 for a pretrained model.
         history_sees_video: whether memory and clean frames attend to the noisy frames too. If not,
             their keys and values are the same at every step, and the KV cache is exact.
         memory_cross_attention: read the memory by cross-attention in every block as well, through a
