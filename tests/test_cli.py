@@ -388,6 +388,8 @@ def test_interrupt_leaves_nothing(tmp_path, signum, code, line):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What a shell starts in the background ignores SIGINT, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not os.listdir(out) and process.poll() is None and time.monotonic() < deadline:
