@@ -206,13 +206,13 @@ def test_samples_of_stage_two():
 
 
 def test_targets_beyond_a_cut_are_not_taken():
-    """A film that stands still, with cuts before frames 9 and 17: a target may not have one in or before it."""
+    """A film that stands still, with cuts before frames 9 and 16: a target may not have one in or before it."""
     still = block(24, 0)
-    shots = torch.arange(24).ge(9).float() + torch.arange(24).ge(17)
+    shots = torch.arange(24).ge(9).float() + torch.arange(24).ge(16)
     still = dataclasses.replace(still, latents=shots.view(1, -1, 1, 1).expand(8, 24, 4, 8).half())
     config = ContinuationConfig(history=8, targets=2, window=2, most_change=0.5)
     draw = Continuations(Latents((still,), 0.5), MODEL.encoders, config)
-    # Histories end at start + 7: targets (8, 9), (16, 17) begin with a cut or have one, (10, 11), (12, 13), ... not.
+    # Histories end at start + 7: targets (8, 9) have a cut, (16, 17) follow one; (10, 11), (12, 13), ... not.
     assert [start for _, start in draw.spans.starts] == [2, 4, 6, 10, 12, 14]
     every = Continuations(Latents((still,), 0.5), MODEL.encoders, dataclasses.replace(config, most_change=None))
     assert [start for _, start in every.spans.starts] == [0, 2, 4, 6, 8, 10, 12, 14]
