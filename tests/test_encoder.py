@@ -134,12 +134,14 @@ def test_patchifier_is_a_convolution_of_boxes():
 
 
 def test_shortcut_is_added_to_the_convolutions():
-    model = encoder(branches="hr", shortcut=True)
+    model = encoder(branches="hr", shortcut=20)
     history, _ = inputs(frames=8)
     plain, patchifier = encoder(branches="hr"), encoder(branches="patchifier")
-    state = model.state_dict()
-    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("patchifier")})
-    patchifier.load_state_dict({k: v for k, v in state.items() if k.startswith("patchifier")})
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("shortcut")})
+    first, second = model.shortcut
+    with torch.no_grad():
+        patchifier.patchifier.weight.copy_(second.weight @ first.weight)
+        patchifier.patchifier.bias.copy_(second.weight @ first.bias)
     made = model(history, None, projection())
     expected = plain(history, None, projection()).tokens + patchifier(history, None, projection()).tokens
     torch.testing.assert_close(made.tokens, expected)

@@ -276,6 +276,21 @@ def test_each_optimizer_has_its_learning_rate(tmp_path, monkeypatch):
     assert seen[training.Muon] == pytest.approx([0.2, 0.4])
 
 
+def test_layers_of_the_linear_start_may_learn_slower(tmp_path):
+    """At a share of 0 they stay as they were set, whatever else learns; by default they learn too."""
+    start, kept, free = (
+        dict(train(tmp_path / name, steps=1, linear=True, **how).named_parameters())
+        for name, how in (("0", {"lr": 1e-12, "muon_lr": 0.0}), ("1", {"fitted_lr": 0.0}), ("2", {}))
+    )
+
+    def moved(trained):
+        return {name for name in start if float((start[name] - trained[name]).detach().abs().max()) > 1e-6}
+
+    layers = ("encoders.0.shortcut.", "dit.unfold.", "dit.patch_projection.")
+    assert moved(kept) == {name for name in moved(free) if not name.startswith(layers)}
+    assert len(moved(free) - moved(kept)) >= 6
+
+
 def test_who_takes_which_weights():
     model = MemoryModel(MODEL)
     named = dict(model.named_parameters())

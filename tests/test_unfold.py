@@ -17,6 +17,7 @@ from vidmem_model.model_config import ModelConfig
 from vidmem_model.pretrain import FrameQueries
 from vidmem_model.rope import frame_positions
 from vidmem_model.unfold import Unfold
+from vidmem_model.vae import patchify
 
 
 def middles(grid, rate, start=0):
@@ -66,9 +67,9 @@ def test_unfold_finds_boxes_by_position_and_reads_nothing_elsewhere():
     assert torch.equal(unfold(nothing, places), torch.zeros(1, 120, 4))
 
 
-def linear(branches="hr", dim=48, **changes):
+def linear(branches="hr", dim=48, shortcut=48, **changes):
     """The tiny model with a linear memory of boxes."""
-    encoder = dataclasses.replace(LINEAR.encoders[0], branches=branches)
+    encoder = dataclasses.replace(LINEAR.encoders[0], branches=branches, shortcut=shortcut)
     dit = dataclasses.replace(LINEAR.dit, dim=dim)
     return MemoryModel(dataclasses.replace(LINEAR, encoders=(encoder,), dit=dit, **changes))
 
@@ -107,6 +108,30 @@ def test_linear_start_answers_with_the_principal_components():
     assert torch.stack(errors).mean().item() == pytest.approx(missing.item(), rel=2e-3)
     tokens = torch.cat([model.remember(*pair).tokens for pair in histories(model)])
     assert tokens.square().mean().item() == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("shortcut", [16, 10, 30])
+def test_linear_start_beside_low_resolution_tells_what_that_does_not(shortcut):
+    """A low-resolution token takes 32 of the 48 directions of a token; components have the 16 others to themselves.
+
+    The error is then that of the best linear memory there is: regression of the boxes on the 32 numbers,
+    and principal components of what that leaves. With more than 16 the directions overlap, to no harm.
+    """
+    model = linear("both", shortcut=shortcut)
+    start_linearly(model, lambda: histories(model))
+    pairs = list(histories(model))
+    boxes = torch.cat([model.encoders[0].boxes(history)[0] for history, _ in pairs]).double()
+    low = torch.cat([patchify(low, 2)[0][0] for _, (low,) in pairs]).double()
+    boxes, low = boxes - boxes.mean(0), low - low.mean(0)
+    left = boxes - low @ torch.linalg.lstsq(low, boxes).solution
+    *_, v = torch.linalg.svd(left, full_matrices=False)
+    errors = torch.stack([(answer(model, *pair) - pair[0]).square().mean() for pair in pairs]).mean().item()
+    missing = [(left - left @ v[:k].T @ v[:k]).square().mean().item() for k in (shortcut, min(shortcut, 16))]
+    assert missing[1] < 0.8 * left.square().mean().item() < 0.8 * boxes.square().mean().item()
+    if shortcut <= 16:
+        assert errors == pytest.approx(missing[0], rel=5e-3)
+    else:
+        assert missing[0] < errors < 1.01 * missing[1]
 
 
 @pytest.mark.parametrize("branches", ["patchifier", "both", "lr"])

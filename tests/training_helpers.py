@@ -21,7 +21,7 @@ MODEL = PRESETS["tiny"]
 # The same with all that the linear start sets.
 LINEAR = dataclasses.replace(
     MODEL,
-    encoders=(dataclasses.replace(MODEL.encoders[0], shortcut=True),),
+    encoders=(dataclasses.replace(MODEL.encoders[0], shortcut=48),),
     dit=dataclasses.replace(MODEL.dit, unfold=32, prediction="sample"),
 )
 RATE = MODEL.encoders[0].rate

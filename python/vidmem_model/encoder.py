@@ -132,16 +132,20 @@ class MemoryEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, dim: int, latent_channels: int) -> None:
         super().__init__()
         self.config, self.dim, self.channels = config, dim, latent_channels
-        self.high = self.projection = self.patchifier = None
+        self.high = self.projection = self.shortcut = self.patchifier = None
+        numbers = latent_channels * math.prod(self._box())
         if config.branches in ("both", "hr"):
             self.high = HighResolution(config, latent_channels)
             self.projection = nn.Linear(config.channels[-1], dim)
             nn.init.normal_(self.projection.weight, std=_HIGH_INIT * config.channels[-1] ** -0.5)
             nn.init.zeros_(self.projection.bias)
-        if config.branches == "patchifier" or (config.shortcut and self.high is not None):
-            self.patchifier = nn.Linear(latent_channels * math.prod(self._box()), dim)
-            nn.init.xavier_uniform_(self.patchifier.weight)
-            nn.init.zeros_(self.patchifier.bias)
+            if config.shortcut:
+                self.shortcut = nn.Sequential(
+                    _linear(numbers, config.shortcut), nn.Linear(config.shortcut, dim, bias=False)
+                )
+                nn.init.orthogonal_(self.shortcut[1].weight)
+        elif config.branches == "patchifier":
+            self.patchifier = _linear(numbers, dim)
 
     @property
     def reads_low(self) -> bool:
@@ -234,8 +238,9 @@ class MemoryEncoder(nn.Module):
         if self.high is not None:
             hidden, kept = self.high(history.to(self.projection.weight.dtype), start, kept)
             parts.append(self.projection(hidden))
-        if self.patchifier is not None:
-            parts.append(self.patchifier(self.boxes(history).to(self.patchifier.weight.dtype)))
+        for layers in (self.shortcut, self.patchifier):
+            if layers is not None:
+                parts.append(layers(self.boxes(history).to(next(layers.parameters()).dtype)))
         positions = _positions(grid, (rate[2], rate[0], rate[1]), start, parts[0].device)
         return MemoryTokens(sum(parts[1:], parts[0]), positions), kept
 
@@ -295,6 +300,13 @@ class MemoryEncoder(nn.Module):
                 )
             low = low[..., : rows * PATCH, : columns * PATCH]
         return history, low
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _join(name: str, before: torch.Tensor | None, segment: torch.Tensor | None) -> torch.Tensor | None:

@@ -19,15 +19,23 @@ from .vae import patchify
 History = tuple[torch.Tensor, Sequence[torch.Tensor | None]]
 # Ridge of the regression, as a share of the mean square of the tokens.
 _RIDGE = 1e-4
+# Layers that are set, and the first projection, on which the reading of low-resolution tokens depends.
+_FITTED = ("shortcut.", "patchifier.", "unfold.", "patch_projection.")
+
+
+def is_fitted(name: str) -> bool:
+    """Whether the parameter of this name is one that the start sets, or that they were fitted to."""
+    return any(layer in name for layer in _FITTED)
 
 
 @torch.no_grad()
 def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]]) -> None:
     """Set the encoders' linear projections to principal components, and what is read in place to their inverse.
 
-    The components are scaled half way to equal variance. What the convolutions add starts at 0. The
-    reading is fitted by least squares to the tokens of the first encoder, whichever branches it has;
-    where the DiT reads nothing in place, only the encoders change.
+    The components are scaled half way to equal variance. Beside a low-resolution branch they are those of
+    what that does not tell, in directions of the token that it leaves free, as far as there are any.
+    What the convolutions add starts at 0. The reading is fitted by least squares to the tokens of the
+    first encoder, whichever branches it has; where the DiT reads nothing in place, only the encoders change.
 
     Args:
         model: a fresh one.
@@ -37,31 +45,58 @@ def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]
     Raises:
         ValueError: there are no histories.
     """
-    for encoder in model.encoders:
-        if encoder.patchifier is not None:
-            _set_components(encoder, (history for history, _ in histories()))
+    for number, encoder in enumerate(model.encoders):
+        if encoder.shortcut is not None:
+            pairs = ((history, lows[number]) for history, lows in histories())
+            taken = model.dit.patch_projection.weight if encoder.reads_low else None
+            _set_components(encoder, encoder.shortcut[0], pairs, model.config.dit.patch)
+            _set_directions(encoder.shortcut[1], taken)
+            nn.init.zeros_(encoder.projection.weight)
+        elif encoder.patchifier is not None:
+            pairs = ((history, None) for history, _ in histories())
+            _set_components(encoder, encoder.patchifier, pairs, model.config.dit.patch)
     if model.dit.unfold is not None:
         _set_reading(model, histories())
 
 
-def _set_components(encoder: MemoryEncoder, histories: Iterable[torch.Tensor]) -> None:
-    boxes = (encoder.boxes(history).flatten(0, 1) for history in histories)
-    gram, _ = _sums((rows, rows[:, :0]) for rows in boxes)
-    count = gram[-1, -1]
-    mean = gram[-1, :-1] / count
-    variance, components = torch.linalg.eigh(gram[:-1, :-1] / count - torch.outer(mean, mean))
-    kept = min(encoder.dim, len(variance))
-    variance, components = variance.flip(0)[:kept], components.flip(1)[:, :kept]
-    deviation = variance.clamp(min=1e-6 * variance[0]).sqrt()
-    # Scores have the deviation sqrt(deviation), and a whole token the mean square 1.
+def _set_components(
+    encoder: MemoryEncoder, layer: nn.Linear, pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]], patch: int
+) -> None:
+    """Make `layer` give the components of boxes: of all that is in them, or of what low-resolution patches leave."""
+
+    def rows(history: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
+        boxes = encoder.boxes(history).flatten(0, 1)
+        return boxes if low is None else torch.cat([boxes, patchify(low, patch)[0].flatten(0, 1)], 1)
+
+    given = (rows(*pair) for pair in pairs)
+    gram, _ = _sums((x, x[:, :0]) for x in given)
+    mean = gram[-1, :-1] / gram[-1, -1]
+    covariance = gram[:-1, :-1] / gram[-1, -1] - torch.outer(mean, mean)
+    count = layer.in_features
+    boxes, both, low = covariance[:count, :count], covariance[:count, count:], covariance[count:, count:]
+    low.diagonal().add_(_RIDGE * low.diagonal().mean())
+    _, components = torch.linalg.eigh(boxes - both @ torch.linalg.solve(low, both.T))
+    kept = min(layer.out_features, count)
+    components = components.flip(1)[:, :kept]
+    variance = (components * (boxes @ components)).sum(0)
+    deviation = variance.clamp(min=1e-6 * variance.max()).sqrt()
+    # Scores have the deviation sqrt(deviation), and a token that they are spread over the mean square 1.
     weight = (components * (encoder.dim / deviation.sum() / deviation).sqrt()).T
-    layer = encoder.patchifier
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     layer.weight[:kept] = weight.to(layer.weight.dtype)
-    layer.bias[:kept] = -(weight @ mean).to(layer.bias.dtype)
-    if encoder.projection is not None:
-        nn.init.zeros_(encoder.projection.weight)
+    layer.bias[:kept] = -(weight @ mean[:count]).to(layer.bias.dtype)
+
+
+def _set_directions(layer: nn.Linear, taken: torch.Tensor | None) -> None:
+    """Make `layer` orthogonal, into directions of the token other than those of the columns of `taken` (D, N)."""
+    nn.init.zeros_(layer.weight)
+    basis = torch.eye(layer.out_features, dtype=torch.float64, device=layer.weight.device)
+    if taken is not None:
+        columns = min(taken.shape)
+        basis = torch.linalg.qr(taken.to(torch.float64), mode="complete").Q.roll(-columns, 1)
+    kept = min(layer.weight.shape)
+    layer.weight[:, :kept] = basis[:, :kept].to(layer.weight.dtype)
 
 
 def _set_reading(model: MemoryModel, histories: Iterable[History]) -> None:

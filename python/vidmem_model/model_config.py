@@ -86,8 +86,10 @@ class EncoderConfig:
             own), "window" (the last `window` frames of memory and one's own) or "none".
         window: frames of memory, in units of memory frames, for attention "window".
         heads: of that attention.
-        shortcut: add a linear projection of the whole box to the high-resolution branch, so that its
-            convolutions learn what is missing in that. With it a small model learns sooner.
+        shortcut: channels of a linear path beside the convolutions of the high-resolution branch, from the
+            whole box to the token, so that they learn what is missing in that; 0 for none. With it a small
+            model learns sooner. The numbers of a patch token fewer than the token's width, and what the
+            low-resolution branch tells has room of its own.
 
     Raises:
         ValueError: a value is out of range.
@@ -99,7 +101,7 @@ class EncoderConfig:
     attention: str = "window"
     window: int = 4
     heads: int = 8
-    shortcut: bool = False
+    shortcut: int = 0
 
     def __post_init__(self) -> None:
         _check(
@@ -115,7 +117,9 @@ class EncoderConfig:
             self.channels,
         )
         _check(_is_count(self.heads), "EncoderConfig: heads must be positive", self.heads)
-        _check(_is_count(self.window, 0), "EncoderConfig: window must not be negative", self.window)
+        for name in ("window", "shortcut"):
+            value = getattr(self, name)
+            _check(_is_count(value, 0), f"EncoderConfig: {name} must not be negative", value)
         _check(
             self.channels[-1] % self.heads == 0,
             f"EncoderConfig: the last of channels must be a multiple of heads ({self.heads})",
@@ -307,7 +311,7 @@ PRESETS: dict[str, ModelConfig] = {
     "demo": ModelConfig(
         vae=VAEConfig(width=128, depth=3),
         text=TextConfig(dim=64),
-        encoders=(EncoderConfig(channels=(32, 64, 128, 192), heads=4, shortcut=True),),
+        encoders=(EncoderConfig(channels=(32, 64, 128, 192), heads=4, shortcut=704),),
         dit=DiTConfig(
             dim=768,
             depth=2,

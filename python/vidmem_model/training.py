@@ -32,6 +32,7 @@ from .curve import Curve, progress, read_curve, write_curve_plot
 from .dataset import DataConfig, Latents, Rate, prepare
 from .errors import UserError
 from .flow import interpolate, velocity_loss
+from .linear_start import is_fitted
 from .model import VAE_FILE, MemoryModel, save_model
 from .model_config import ModelConfig
 from .muon import Muon
@@ -53,6 +54,8 @@ class TrainConfig:
         lr: learning rate of AdamW after the warm-up.
         muon_lr: learning rate of Muon, of which an update is about as large as AdamW's, for the matrices of
             the transformer's blocks (those that read the prompt apart); 0 leaves them to AdamW.
+        fitted_lr: share of `lr` for the layers that a linear start sets. AdamW's steps do not get smaller
+            near an optimum, and at the full rate they lead away from it.
         warmup: steps over which the learning rate rises from zero.
         schedule: "cosine" (down to a hundredth) or "constant".
         weight_decay: of matrices; norms, biases and tables have none.
@@ -72,6 +75,7 @@ class TrainConfig:
     batch: int = 8
     lr: float = 3e-4
     muon_lr: float = 0.0
+    fitted_lr: float = 1.0
     warmup: int = 200
     schedule: str = "cosine"
     weight_decay: float = 0.01
@@ -89,7 +93,7 @@ class TrainConfig:
             _check(_is_count(getattr(self, name)), f"TrainConfig: {name} must be positive", getattr(self, name))
         for name in ("lr", "clip_norm"):
             _check(getattr(self, name) > 0, f"TrainConfig: {name} must be positive", getattr(self, name))
-        for name in ("muon_lr", "warmup", "weight_decay", "seed"):
+        for name in ("muon_lr", "fitted_lr", "warmup", "weight_decay", "seed"):
             _check(getattr(self, name) >= 0, f"TrainConfig: {name} must not be negative", getattr(self, name))
         _check(0 <= self.ema_decay < 1, "TrainConfig: ema_decay must be in [0, 1)", self.ema_decay)
         _check(
@@ -354,11 +358,17 @@ def _optimizers(trained: dict[str, nn.Parameter], config: TrainConfig) -> list[t
     # Vectors are norms and biases; tables (adaLN, places) are sums of them.
     decays = {name: p.ndim >= 2 and "table" not in name and "places" not in name for name, p in trained.items()}
     rest = {n: p for n, p in trained.items() if n not in matrices}
+    shares = {name: config.fitted_lr if is_fitted(name) else 1.0 for name in rest}
     groups = [
-        {"params": [p for n, p in rest.items() if decays[n]], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in rest.items() if not decays[n]], "weight_decay": 0.0},
+        {
+            "params": [p for n, p in rest.items() if (shares[n], decays[n]) == (share, decay)],
+            "weight_decay": config.weight_decay if decay else 0.0,
+            "lr": config.lr * share,
+        }
+        for share in sorted(set(shares.values()), reverse=True)
+        for decay in (True, False)
     ]
-    made = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.99), fused=True)]
+    made = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), fused=True)]
     if matrices:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         made.append(Muon(matrices.values(), config.muon_lr, config.weight_decay, dtype=dtype))
