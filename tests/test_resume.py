@@ -15,7 +15,7 @@ import pytest
 import torch
 from training_helpers import curve, train
 
-from vidmem_model import checkpoint, training
+from vidmem_model import checkpoint, distributed, training
 from vidmem_model.errors import UserError
 
 HELPERS = Path(__file__).with_name("training_helpers.py")
@@ -119,7 +119,7 @@ def test_signals_end_a_run_after_its_step(whole, tmp_path, number, monkeypatch):
 
     monkeypatch.setattr(training.FlowMatching, "forward", interrupting)
     before = signal.getsignal(number)
-    with pytest.raises(training.Interrupted) as stop:
+    with pytest.raises(distributed.Interrupted) as stop:
         train(tmp_path)
     assert (stop.value.step, stop.value.signal) == (6, number)
     assert signal.getsignal(number) is before

@@ -294,12 +294,12 @@ def test_layers_of_the_linear_start_may_learn_slower(tmp_path):
 def test_who_takes_which_weights():
     model = MemoryModel(MODEL)
     named = dict(model.named_parameters())
-    adamw, muon = training._optimizers(named, TRAIN)
+    adamw, muon = training._optimizers(named, TRAIN, torch.float32)
     taken = [{id(p) for group in each.param_groups for p in group["params"]} for each in (adamw, muon)]
     assert not taken[0] & taken[1] and len(taken[0] | taken[1]) == len(named)
     layers = {name.removeprefix("dit.blocks.0.") for name, p in named.items() if id(p) in taken[1] and ".0." in name}
     assert layers == {"qkv.weight", "out.weight", "up.weight", "down.weight"}
-    (alone,) = training._optimizers(named, dataclasses.replace(TRAIN, muon_lr=0.0))
+    (alone,) = training._optimizers(named, dataclasses.replace(TRAIN, muon_lr=0.0), torch.float32)
     assert isinstance(alone, torch.optim.AdamW)
 
 
@@ -332,7 +332,8 @@ def test_average_of_the_weights(tmp_path, monkeypatch):
 
 def test_norms_and_biases_do_not_decay():
     model = MemoryModel(MODEL)
-    (optimizer,) = training._optimizers(dict(model.named_parameters()), dataclasses.replace(TRAIN, muon_lr=0.0))
+    named = dict(model.named_parameters())
+    (optimizer,) = training._optimizers(named, dataclasses.replace(TRAIN, muon_lr=0.0), torch.float32)
     decaying, free = (set(map(id, group["params"])) for group in optimizer.param_groups)
     assert optimizer.param_groups[0]["weight_decay"] == TRAIN.weight_decay
     assert optimizer.param_groups[1]["weight_decay"] == 0.0
@@ -349,6 +350,18 @@ def test_bfloat16_learns_too(tmp_path):
         [row["loss"] for row in training.read_curve(tmp_path / name / "curve.csv")] for name in ("float32", "bfloat16")
     ]
     assert pairs[0] != pairs[1] and pairs[1] == pytest.approx(pairs[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [({"avx2": True}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")],
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(tmp_path, monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    for precision in (dtype, "auto"):
+        train(tmp_path / precision, steps=3, precision=precision)
+    curves = [training.read_curve(tmp_path / name / "curve.csv") for name in (dtype, "auto")]
+    assert [row["loss"] for row in curves[0]] == [row["loss"] for row in curves[1]]
 
 
 def stage_one(folder):

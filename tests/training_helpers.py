@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from vidmem_model.dataset import Block, Caption, Latents
+from vidmem_model.distributed import processes
 from vidmem_model.linear_start import start_linearly
 from vidmem_model.model import MemoryModel
 from vidmem_model.model_config import PRESETS
 from vidmem_model.pretrain import FrameQueries, QueryConfig
-from vidmem_model.training import TrainConfig, fit, processes, run_settings
+from vidmem_model.training import TrainConfig, fit, run_settings
 
 MODEL = PRESETS["tiny"]
 # The same with all that the linear start sets.

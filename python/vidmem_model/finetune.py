@@ -14,12 +14,13 @@ import torch
 
 from .config import _check, _is_count
 from .dataset import Block, DataConfig, Latents, Spans, seeded
+from .distributed import processes, rank
 from .flow import logit_normal, shift_timesteps
 from .lora import LORA_FILE, add_lora, merge_lora, save_lora
 from .model import MemoryModel, load_model
 from .model_config import EncoderConfig
 from .pretrain import TIME, alignment, low_rate
-from .training import Batch, TrainConfig, finish, fit, prepare_latents, processes, rank, run_extra, run_settings
+from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_extra, run_settings
 from .vae import load_vae
 
 

@@ -15,11 +15,12 @@ import torch
 
 from .config import _check, _is_count
 from .dataset import Block, DataConfig, Latents, Rate, Spans, seeded
+from .distributed import processes
 from .flow import logit_normal, shift_timesteps
 from .linear_start import start_linearly
 from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
-from .training import Batch, TrainConfig, finish, fit, prepare_latents, processes, run_settings
+from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_settings
 from .vae import load_vae
 
 # Noise of the masked frames, and times of the flow: logit-normal with this mean and deviation.

@@ -9,9 +9,10 @@ import torch
 
 from .config import _check, _is_count
 from .dataset import DataConfig, cut_films, film_paths
+from .distributed import first_then_others, processes, rank
 from .model import VAE_FILE
 from .model_config import ModelConfig
-from .training import TrainConfig, first_then_others, fit, processes, rank, run_settings
+from .training import TrainConfig, fit, run_settings
 from .vae.base import frames_to_float
 from .vae.causal import CausalVAE
 from .vae.training import ClipSampler, Reconstruction, measure_latents

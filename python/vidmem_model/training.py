@@ -7,17 +7,11 @@ with another number of processes, takes exactly the same samples.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import gc
 import math
-import os
 import shutil
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +24,7 @@ from . import checkpoint
 from .config import _check, _is_count
 from .curve import Curve, progress, read_curve, write_curve_plot
 from .dataset import DataConfig, Latents, Rate, prepare
+from .distributed import Interrupted, agree, first_then_others, full, local, rank, shard, signals
 from .errors import UserError
 from .flow import interpolate, velocity_loss
 from .linear_start import is_fitted
@@ -62,7 +57,8 @@ class TrainConfig:
         clip_norm: largest norm of the gradient.
         ema_decay: of the moving average of the weights, which is what is saved in the end.
         seed: of the initial weights and of all samples.
-        precision: "float32", or "bfloat16" by autocast.
+        precision: "float32", "bfloat16" by autocast, or "auto": bfloat16 where the device multiplies it in
+            hardware. Where it does not, a product in bfloat16 can take a hundred times as long.
         checkpoint_every, log_every: in steps.
         threads: of the CPU; null leaves them as they are.
         device: "cpu", "cuda", or "auto".
@@ -102,8 +98,8 @@ class TrainConfig:
             self.schedule,
         )
         _check(
-            self.precision in ("float32", "bfloat16"),
-            "TrainConfig: precision must be float32 or bfloat16",
+            self.precision in ("float32", "bfloat16", "auto"),
+            "TrainConfig: precision must be float32, bfloat16 or auto",
             self.precision,
         )
         _check(self.threads is None or self.threads > 0, "TrainConfig: threads must be positive", self.threads)
@@ -149,19 +145,6 @@ class Batch(NamedTuple):
         return Batch(*map(move, self))
 
 
-class Interrupted(Exception):
-    """The user stopped the run; a checkpoint holds all that was done.
-
-    Attributes:
-        step: steps done.
-        signal: that stopped it.
-    """
-
-    def __init__(self, step: int, number: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.step, self.signal = step, number
-
-
 class FlowMatching(nn.Module):
     """The loss of both stages, as one module: FSDP gathers its weights for one forward.
 
@@ -184,59 +167,6 @@ class FlowMatching(nn.Module):
         given = {"frames": batch.frames, "window": batch.window, "window_frames": batch.window_frames}
         velocity = self.model.predict(noisy, batch.t, batch.prompts, memory=memory, **given)
         return velocity_loss(velocity, batch.target, batch.noise).mean()
-
-
-@contextmanager
-def processes(config: TrainConfig) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did, and give this one's device."""
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise UserError("optimisation.device is cuda, but there is no CUDA device; take cpu")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch % world:
-        raise UserError(f"optimisation.batch must be a multiple of the {world} processes, got {config.batch}")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world == 1:
-        yield device
-        return
-    # The first process encodes the films while the others wait.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
-    try:
-        try:
-            yield device
-        except Interrupted as stop:
-            traceback.clear_frames(stop.__traceback__)
-            _part()
-            raise
-        _part()
-    finally:
-        dist.destroy_process_group()
-
-
-def _part() -> None:
-    """Wait for the other processes, with nothing left that refers to the group of them.
-
-    A sharded model that lives on until the interpreter ends makes gloo abort there, now and then.
-    """
-    gc.collect()
-    dist.barrier()
-
-
-def rank() -> int:
-    """Number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def first_then_others(work: Callable[[], Any]) -> Any:
-    """Do something in the first process, then in the others, which find its files."""
-    made = work() if rank() == 0 else None
-    if dist.is_initialized():
-        dist.barrier()
-    return made if rank() == 0 else work()
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -283,21 +213,22 @@ def fit(
         UserError: the folder holds a run with other settings, or cannot be written.
     """
     torch.manual_seed(config.seed)
-    objective = _shard((objective_of or FlowMatching)(build()).to(device).train(), device)
+    objective = shard((objective_of or FlowMatching)(build()).to(device).train(), device)
     trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
-    optimizers = _optimizers(trained, config)
+    dtype = _dtype(config, device)
+    optimizers = _optimizers(trained, config, dtype)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     ema = {name: p.detach().clone() for name, p in trained.items()}
     state = checkpoint.training_state(trained, ema, optimizers)
     done = _resume(folder, state, settings, restart)
 
-    averages, weights = [_local(ema[name]) for name in trained], [_local(p) for p in trained.values()]
+    averages, weights = [local(ema[name]) for name in trained], [local(p) for p in trained.values()]
     world = dist.get_world_size() if dist.is_initialized() else 1
     share = config.batch // world
     samples = range(rank() * share, (rank() + 1) * share)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     curve = Curve(folder / CURVE, done) if rank() == 0 else None
-    with _signals() as stop, progress(config.steps, done, rank() == 0) as tell:
+    with signals() as stop, progress(config.steps, done, rank() == 0) as tell:
         for step in range(done, config.steps):
             began = time.perf_counter()
             share_of_peak = schedule(config, step)
@@ -307,14 +238,14 @@ def fit(
             with amp:
                 loss = objective(batch)
             loss.backward()
-            norm = _full(nn.utils.clip_grad_norm_(trained.values(), config.clip_norm))
+            norm = full(nn.utils.clip_grad_norm_(trained.values(), config.clip_norm))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             decay = min(config.ema_decay, (step + 1) / (step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 1 - decay)
-            mean, stopped = _agree(loss.detach(), stop, world)
+            mean, stopped = agree(loss.detach(), stop, world)
             at = step + 1
             if curve:
                 curve.add(at, mean, norm, config.lr * share_of_peak, time.perf_counter() - began)
@@ -330,25 +261,25 @@ def fit(
         write_curve_plot(folder / "curve.png", read_curve(folder / CURVE))
     torch.manual_seed(config.seed)
     final = build()
-    final.load_state_dict({name: _full(value).cpu() for name, value in ema.items()}, strict=False)
+    final.load_state_dict({name: full(value).cpu() for name, value in ema.items()}, strict=False)
     return final
 
 
-def _shard(objective: nn.Module, device: torch.device) -> nn.Module:
-    """Shard weights, gradients and moments over the processes (FSDP2), if there are several."""
-    if dist.is_initialized():
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        # What is outside of these is gathered for the whole step: the first projection, which the
-        # memory encoders call too, is among it.
-        for part in (*objective.parts(), objective):
-            fully_shard(part, mesh=mesh)
-    return objective
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of the products of a training."""
+    if config.precision != "auto":
+        return getattr(torch, config.precision)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
+    return torch.bfloat16 if fast else torch.float32
 
 
-def _optimizers(trained: dict[str, nn.Parameter], config: TrainConfig) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    trained: dict[str, nn.Parameter], config: TrainConfig, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon if it has a learning rate; a group's "peak" is that of its learning rate."""
     if not trained:
         raise ValueError("fit: the model must have weights that require a gradient, got none")
@@ -370,7 +301,6 @@ def _optimizers(trained: dict[str, nn.Parameter], config: TrainConfig) -> list[t
     ]
     made = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), fused=True)]
     if matrices:
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         made.append(Muon(matrices.values(), config.muon_lr, config.weight_decay, dtype=dtype))
     for optimizer in made:
         for group in optimizer.param_groups:
@@ -424,52 +354,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a weight."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a weight that may be sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tensor, int]:
-    """Mean loss of all processes, and a signal that came to any of them: all must stop at one step."""
-    if world == 1:
-        return loss, stop[-1] if stop else 0
-    both = torch.stack([loss / world, torch.tensor(float(stop[-1] if stop else 0), device=loss.device)])
-    dist.all_reduce(both)
-    return both[0], signal.SIGINT if both[1] else 0
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one, later, kills."""
-    caught: list[int] = []
-    before: dict[int, Any] = {}
-    first = 0.0
-
-    def note(number: int, _: object) -> None:
-        nonlocal first
-        if not caught:
-            caught.append(number)
-            first = time.monotonic()
-        # torchrun sends on what the terminal has sent to every process already.
-        elif time.monotonic() - first > 1.0:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note) or signal.SIG_DFL
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def prepare_latents(config: DataConfig, model: ModelConfig, vae: VideoCodec, rates: Sequence[Rate]) -> Latents:

@@ -66,7 +66,7 @@ def export(
 
 
 def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) -> None:
-    from ..training import Interrupted
+    from ..distributed import Interrupted
 
     try:
         file = train(config, restart)
