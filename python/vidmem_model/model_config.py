@@ -88,8 +88,8 @@ class EncoderConfig:
         heads: of that attention.
         shortcut: channels of a linear path beside the convolutions of the high-resolution branch, from the
             whole box to the token, so that they learn what is missing in that; 0 for none. With it a small
-            model learns sooner. The numbers of a patch token fewer than the token's width, and what the
-            low-resolution branch tells has room of its own.
+            model learns sooner. If it is smaller than the token's width by the numbers of a patch token, what
+            the low-resolution branch tells has directions of its own.
 
     Raises:
         ValueError: a value is out of range.
