@@ -108,6 +108,7 @@ def test_linear_start_answers_with_the_principal_components():
     assert torch.stack(errors).mean().item() == pytest.approx(missing.item(), rel=2e-3)
     tokens = torch.cat([model.remember(*pair).tokens for pair in histories(model)])
     assert tokens.square().mean().item() == pytest.approx(1.0, rel=0.05)
+    assert tokens.mean((0, 1)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("shortcut", [16, 10, 30])
