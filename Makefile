@@ -4,12 +4,15 @@
 #   TORCH="torch==2.13.0"  what pip installs as torch. Default: the plain package where there is an NVIDIA GPU, else
 #                          the version below, as a CPU build if pip's index offers one (set PIP_EXTRA_INDEX_URL to
 #                          PyTorch's CPU index where yours does not; the CUDA build works too, it is only larger).
+#   WORKERS=4              processes of make test, about 1 GB each (default: one a core, 16 at most)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
+# nproc would take OMP_NUM_THREADS for the number of cores.
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 16 ? n : 16)))
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test bench lint info clean
@@ -19,7 +22,7 @@ demo: $(VENV)/built
 	$(BIN)/vidmem demo -o demo_output
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/run.py

@@ -82,7 +82,7 @@ tests() {
   fi
   # Triton compiles some 900 kernels for the tests, about half a second each: more than one process has the time for.
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    workers=(-n "$(nproc)")
+    workers=(-n "$(env -u OMP_NUM_THREADS nproc)")  # with that set, nproc would not tell of cores
   else
     echo "pytest-xdist is missing: one process runs all tests"
   fi
