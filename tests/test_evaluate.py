@@ -152,7 +152,7 @@ def table_of(tmp_path, names):
     return [tmp_path / name for name in names]
 
 
-def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkeypatch):
+def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkeypatch, capfd):
     models = table_of(tmp_path, {"a": (0, {}), "b": (1, {}), "c": (0, {"branches": "hr"})})
     histories = [History(film(16, 3), "film", 0.0)]
     config = RetrievalConfig(clips=1, history=16, steps=1)
@@ -179,8 +179,25 @@ def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkey
     json.dumps(result, allow_nan=False)
     markdown = tables.retrieval_markdown(result).splitlines()
     assert len(markdown) == 8 and markdown[3].startswith("| both 2×2×2 | 4 | 2 | ") and " ± " in markdown[3]
+    monkeypatch.setenv("COLUMNS", "40")
+    tables.print_retrieval(result)
+    shown = capfd.readouterr().out
+    assert all(cell.strip() in shown for line in markdown[2:] for cell in line.split("|")) and "…" not in shown
     monkeypatch.setattr(evaluate, "measure_row", lambda *_: pytest.fail("was measured before"))
     assert evaluate.evaluate_retrieval(models, histories, config, store) == result
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_rounded_model_has_a_row_of_its_own(tmp_path, quick_stlpips, dtype):
+    models = table_of(tmp_path, {"a": (0, {}), "b": (1, {})})
+    rounded = save_model(tmp_path / "c", tiny_model(0), dtype=dtype)
+    histories = [History(film(16, 3), "film", 0.0)]
+    config = RetrievalConfig(clips=1, history=16, steps=1)
+    rows = evaluate.evaluate_retrieval([rounded, *models], histories, config)["rows"]
+    assert list(rows)[:2] == ["both 2×2×2", f"both 2×2×2, {dtype}"]
+    assert [len(rows[name]["runs"]) for name in list(rows)[:2]] == [2, 1]
+    exact, after = (rows[name]["runs"][0]["psnr"]["mean"] for name in list(rows)[:2])
+    assert exact != after and after == pytest.approx(exact, abs=0.5)
 
 
 def test_models_of_other_sizes_are_not_mixed(tmp_path, quick_stlpips):

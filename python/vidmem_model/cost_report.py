@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .cost_parts import EVERY, PARTS
 from .report import replacing
-from .tables import _mebi, _print_files, _table
+from .tables import _mebi, _print_files, _print_table, _table
 
 # Okabe and Ito's colours, told apart in all common kinds of colour vision; so are the markers.
 _LINES = {
@@ -49,7 +49,7 @@ def write_cost_plot(path: Path, result: dict[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure((11.5, 9.2), dpi=110, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -72,6 +72,8 @@ def write_cost_plot(path: Path, result: dict[str, Any]) -> None:
             axes.set_title(f"{title}: {what}", fontsize=11)
             axes.set_xticks(lengths, [f"{s:g} s\n{tokens[s]:,}" for s in lengths])
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
             axes.grid(which="major", color="0.85", linewidth=0.8)
             axes.set_axisbelow(True)
@@ -119,7 +121,7 @@ def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> Non
         for part, strategy in lines:
             mine = [points.get((part, strategy, seconds)) for seconds in lengths]
             table.add_row(f"{part}, {strategy}", *("-" if p is None else cell(p) for p in mine))
-        console.print(table)
+        _print_table(console, table)
     for left_out in result["skipped"]:
         console.print(
             f"left out: {left_out['part']}, {left_out['strategy']}, {left_out['seconds']:g} s: {left_out['reason']}",

@@ -22,10 +22,11 @@ from .errors import UserError
 from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
 from .metrics import psnr, ssim, stlpips
-from .model import MODEL_FILE
+from .model import MODEL_FILE, model_path
 from .model_config import ModelConfig, build
 from .profile import versions
 from .report import write_json
+from .weights import stored_dtype
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -259,8 +260,8 @@ def evaluate_retrieval(
 ) -> dict[str, Any]:
     """Measure trained models, and beside them dct, merge, the mean frame, and the VAE alone.
 
-    Models with one configuration are runs of one row. dct and merge get the rate of each model with
-    one encoder, and so its number of tokens, which hold as many numbers.
+    Models with one configuration, stored in as many bits, are runs of one row. dct and merge get the rate of
+    each model with one encoder, and so its number of tokens, which hold as many numbers.
 
     Args:
         models: files or folders of models, at least one, of one frame size with one VAE.
@@ -285,12 +286,13 @@ def evaluate_retrieval(
         theirs = first.model.config
         if (mine.vae, mine.height, mine.width, mine.fps) != (theirs.vae, theirs.height, theirs.width, theirs.fps):
             raise UserError(f"{path}: differs from {models[0]} in VAE, frame size or rate; evaluate them apart")
-        name = describe(mine)
+        stored = stored_dtype(model_path(path))
+        name = describe(mine) + ("" if stored == "float32" else f", {stored}")
         if configs.setdefault(name, mine) != mine:
             name = f"{name} ({Path(path).stem})"
         rows.add(name, memory, read_learned(memory, config), sha256=memory.digest, vae=memory.vae_digest)
     trained = set(rows.runs)
-    rows.runs = dict(sorted(rows.runs.items(), key=lambda row: _place(configs.get(row[0]), row[1])))
+    rows.runs = dict(sorted(rows.runs.items(), key=lambda row: (*_place(configs.get(row[0]), row[1]), row[0])))
     for rate, width in sorted({(c.encoders[0].rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}):
         for method in METHODS:
             read = functools.partial(_read_training_free, method, rate, width)

@@ -9,12 +9,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_WIDEST = 1000
+
 
 def _table(*columns: str, title: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Print a table with all its cells whole, even if its lines are then longer than those of the terminal."""
+    least = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    usual, console.width = console.width, max(console.width, least)
+    console.print(table)
+    console.width = usual
 
 
 def _decibel(value: float | None) -> str:
@@ -46,7 +56,7 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
         )
     total = sum(stage["seconds"] for stage in result["stages"])
     table.add_row("all", f"{total:.2f}", _mebi(result["peak_rss_bytes"]), "")
-    console.print(table)
+    _print_table(console, table)
     _print_files(console, folder, result["files"], result["skipped"])
 
 
@@ -73,9 +83,9 @@ def _print_memories(console: Console, result: dict[str, Any]) -> None:
             _decibel(method["mean_psnr_db"]),
             f"{method['mean_ssim']:.3f}",
         )
-    console.print(table)
+    _print_table(console, table)
 
-    columns = [f"{name} {unit}" for name in methods for unit in ("dB", "SSIM", "ms")]
+    columns = [f"{name}\n{unit}" for name in methods for unit in ("dB", "SSIM", "ms")]
     table = _table("frame", *columns, title="Frames read back from the memory file alone")
     for rows in zip(*(method["retrieved"] for method in methods.values()), strict=True):
         cells = [str(rows[0]["frame"])]
@@ -83,7 +93,7 @@ def _print_memories(console: Console, result: dict[str, Any]) -> None:
             cells += [_decibel(row["psnr_db"]), f"{row['ssim']:.3f}"]
             cells.append(f"{row['retrieve_seconds'] * 1e3:.0f}")
         table.add_row(*cells)
-    console.print(table)
+    _print_table(console, table)
 
 
 def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
@@ -104,7 +114,7 @@ def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> 
         for seconds in sorted({p["seconds"] for p in result["points"]}):
             row = [p for p in result["points"] if p["seconds"] == seconds]
             table.add_row(f"{seconds:g} s", f"{row[0]['context_tokens']:,}", *map(cell, row))
-        console.print(table)
+        _print_table(console, table)
     if result["noisy"]:
         console.print("times differ much between repeats: is the machine busy with other work?", soft_wrap=True)
     names = ["memory_vs_context.json"] + ([] if skipped else ["memory_vs_context.png"])
@@ -138,7 +148,7 @@ def print_retrieval(result: dict[str, Any]) -> None:
     table = _table("memory", "tokens", "runs", *(heading for heading, _ in _MEASURES.values()), title=title)
     for row in _retrieval_rows(result):
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    _print_table(Console(highlight=False), table)
 
 
 def retrieval_markdown(result: dict[str, Any]) -> str:

@@ -89,6 +89,13 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str
             os.unlink(temporary)
 
 
+def stored_dtype(file: Path) -> str:
+    """Name of the numbers that a file keeps its matrices in, one of DTYPES."""
+    with safe_open(file, framework="pt") as opened:
+        found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    return "int8" if "I8" in found else "float16" if "F16" in found else "float32"
+
+
 def read_tensors(file: Path, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file of a given format: its tensors, unpacked, and its header.
 
