@@ -78,7 +78,8 @@ def write_cost_plot(path: Path, result: dict[str, Any]) -> None:
             axes.grid(which="major", color="0.85", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-        handles = [Line2D([], [], color="0.3", linestyle=_DASHES[part], label=part) for part in parts]
+        drawn = [part for part in parts if any(part == p for p, _ in lines)]
+        handles = [Line2D([], [], color="0.3", linestyle=_DASHES[part], label=part) for part in drawn]
         clock.legend(handles=handles, frameon=False, fontsize=9)
     device, config = result["device"], result["config"]
     threads = f", {device['threads']} threads" if "threads" in device else ""
@@ -107,7 +108,10 @@ def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> Non
     weights = ", ".join(f"{name} {_mebi(size)} MiB" for name, size in result["weights_bytes"].items())
     console.print(f"model {result['model']}, {_blocks(result)}; weights: {weights}", soft_wrap=True)
     if not result["next_step_is_exact"]:
-        console.print("its history sees the video: a next step is an approximation, the exact one is the first again")
+        console.print(
+            "its history sees the video: a next step is an approximation, the exact one is the first again",
+            soft_wrap=True,
+        )
     points = {(p["part"], p["strategy"], p["seconds"]): p for p in result["points"]}
     known = result["points"] + result["skipped"]
     lengths = sorted({p["seconds"] for p in known})
