@@ -189,6 +189,20 @@ def test_plot_is_written(measured, tmp_path):
     assert (tmp_path / "cost.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_key_of_the_plot_names_what_is_drawn(measured, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    keys = []
+    monkeypatch.setattr(Axes, "legend", lambda _, handles, **__: keys.append([h.get_label() for h in handles]))
+    result = measured[0]
+    write_cost_plot(tmp_path / "cost.png", result)
+    known = [p for p in result["points"] if p["part"] != "VAE encode"]
+    write_cost_plot(tmp_path / "cost.png", {**result, "points": known})
+    denoising = ["first step", "next step"]
+    assert keys == [denoising, ["VAE encode", "memory encode", "append"], denoising, ["memory encode", "append"]]
+
+
 def test_command(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
     monkeypatch.setattr(report, "plots_missing", lambda: "no matplotlib here")

@@ -22,9 +22,8 @@ def _table(*columns: str, title: str) -> Table:
 def _print_table(console: Console, table: Table) -> None:
     """Print a table with all its cells whole, even if its lines are then longer than those of the terminal."""
     least = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-    usual, console.width = console.width, max(console.width, least)
+    console.width = max(console.width, least)
     console.print(table)
-    console.width = usual
 
 
 def _decibel(value: float | None) -> str:
