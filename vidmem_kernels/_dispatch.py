@@ -60,6 +60,11 @@ def requested(backend: str | None = None) -> str:
     return chosen if chosen is not None else check_backend(_env.backend(), "VIDMEM_BACKEND")
 
 
+def of_this_thread() -> str | None:
+    """The backend of the innermost `use_backend`, or None."""
+    return getattr(_local, "backend", None)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Makes `name` the backend of every call of this thread that does not name one itself.
@@ -237,6 +242,13 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 def is_recording() -> bool:
     """Whether a call of `explain` is under way on this thread."""
     return getattr(_local, "recorder", None) is not None
+
+
+def record_composition(op: Op, device: torch.device) -> None:
+    """Tells a call of `explain` that an op runs its reference because a transform takes its derivative."""
+    why = "has no derivative under torch.func or in forward mode"
+    refused = {backend: why for backend in LADDERS.get(device.type, ()) if backend != "reference"}
+    _local.recorder.append(Choice(op.name, str(device), "reference", refused))
 
 
 @contextmanager

@@ -23,3 +23,15 @@ def cpu_capability() -> str | None:
 def triton_interpret() -> bool:
     """Whether Triton kernels run under the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def dispatch_state() -> tuple[object, ...]:
+    """What the choice of a backend reads of the environment, as a key; several times a call, so without a copy."""
+    raw = getattr(os.environ, "_data", os.environ)  # CPython keeps it encoded, and decodes at every get
+    return raw.get(_BACKEND), raw.get(_INTERPRET)
+
+
+_BACKEND, _INTERPRET = (
+    os.environ.encodekey(name) if hasattr(os.environ, "_data") else name
+    for name in ("VIDMEM_BACKEND", "TRITON_INTERPRET")
+)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -12,8 +15,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_index(op: str, name: str, index: Tensor, low: int, rows: int) -> None:
-    """Raises IndexError unless every element of `index` is in [low, rows - 1]; waits for a GPU."""
-    if index.numel() == 0:
+    """Raises IndexError unless every element of `index` is in [low, rows - 1]; waits for a GPU.
+
+    Under torch.func the values below the transforms are looked at; in a trace there are none to look at.
+    """
+    while _functorch.is_functorch_wrapped_tensor(index):
+        index = _functorch.get_unwrapped(index)
+    if index.numel() == 0 or is_fake(index) or get_proxy_mode() is not None:
         return
     smallest, largest = index.amin().item(), index.amax().item()
     if smallest < low or largest >= rows:

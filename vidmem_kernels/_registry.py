@@ -9,23 +9,21 @@ vidmem_cpp::<op>   the same schema without `backend`; csrc/ registers its CPU an
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch.library import Library
 from torch.utils import _pytree as pytree
 
-from . import _dispatch
+from . import _autograd, _dispatch, _transforms
 
 _LIBRARY = Library("vidmem", "DEF")
 _CPP_LIBRARY = Library("vidmem_cpp", "DEF")
 OPS: dict[str, Op] = {}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Op:
     """What the registry knows of one op; see `register_op` for the fields."""
 
@@ -36,20 +34,69 @@ class Op:
     defaults: tuple[Any, ...]
     reference: Callable[..., Any]
     fake: Callable[..., Any]
+    setup_context: Callable[..., None] | None
     backward: Callable[..., Any] | None
     autocast: tuple[str, ...]
     triton: str | None
     library: tuple[_dispatch.Library, ...] | None
     refuse: dict[str, Callable[..., str | None]] = field(default_factory=dict)
+    batch: str = ""
+    broadcasts: tuple[str, ...] = ()
+    without_batch: dict[str, int] = field(default_factory=dict)
+    result_batch: int = 0
 
-    @property
-    def overload(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.vidmem, self.name).default
+    def __post_init__(self) -> None:
+        self.overload: torch._ops.OpOverload = getattr(torch.ops.vidmem, self.name).default
+        self.has_lists = any(
+            "Tensor[]" in str(a.type) or "List[Tensor]" in str(a.type) for a in self.overload._schema.arguments
+        )
+        self.function = _autograd.make_function(self)
+        self.registry = OPS
+        self.remembered: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+        self.composition = self._composition()
+
+    def _composition(self) -> Callable[..., Any]:
+        def composition(*args):
+            """The reference with the op's autocast: what transforms differentiate."""
+            device = self.device(args)
+            if self.autocast and torch.is_autocast_enabled(device.type):
+                args = self.cast(args, torch.get_autocast_dtype(device.type))
+            with torch._C._DisableAutocast():
+                return self.run_reference(*args)
+
+        return composition
+
+    def cast(self, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        """The arguments as autocast to `dtype` wants them: float64 stays, as in torch's own autocast."""
+
+        def lower(tensor: torch.Tensor) -> torch.Tensor:
+            lowers = tensor.is_floating_point() and tensor.dtype != torch.float64
+            return tensor.to(dtype) if lowers else tensor
+
+        cast = [
+            a if name not in self.autocast else pytree.tree_map_only(torch.Tensor, lower, a)
+            for name, a in zip(self.arguments, args, strict=True)
+        ]
+        return tuple(cast)
 
     def fill(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
         """(arguments, backend); the dispatcher drops trailing arguments that equal their default."""
         *filled, backend = args + self.defaults[len(args) :]
         return tuple(filled), backend
+
+    def complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a call, defaults added."""
+        return args + self.defaults[len(args) : -1]
+
+    def bind(self, args: tuple[Any, ...], backend: str) -> Callable[..., Any] | None:
+        """The kernel of calls like this one, gradient included, past the dispatcher; None if only that can serve it."""
+        device = self.device(args)
+        run = _dispatch.implementation(self, _dispatch.select(self, device, args, backend), device, args)
+        if device.type == "cuda":
+            run = _on_device(run, device)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return run
+        return None if self.backward is None else lambda *args: _autograd.apply(self, args, backend, run)
 
     def device(self, args: tuple[Any, ...]) -> torch.device:
         """Where the call runs: on an accelerator if any tensor is there (a bank may stay on the host)."""
@@ -66,14 +113,14 @@ class Op:
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, self.reference(*args))
 
 
-class BoundOps:
-    """torch.ops.vidmem with the backend of the forward call: what gradients are computed with."""
+def _on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`run` with `device` as the current one: Triton launches there, whatever its tensors are on."""
 
-    def __init__(self, backend: str):
-        self._backend = backend
+    def run_there(*args):
+        with torch.cuda.device(device):
+            return run(*args)
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(getattr(torch.ops.vidmem, name), backend=self._backend)
+    return run_there
 
 
 def register_op(
@@ -87,6 +134,10 @@ def register_op(
     triton: str | None = None,
     library: tuple[_dispatch.Library, ...] | None = None,
     refuse: dict[str, Callable[..., str | None]] | None = None,
+    batch: str | None = None,
+    broadcasts: tuple[str, ...] = (),
+    without_batch: dict[str, int] | None = None,
+    result_batch: int = 0,
 ) -> Op:
     """Registers torch.ops.vidmem.<op>.
 
@@ -101,6 +152,10 @@ def register_op(
         triton: name of the launch function in the family's triton_kernels.py.
         library: libraries that compute it, the best one first.
         refuse: per backend, a function of the arguments that returns why it cannot run them, or None.
+        batch: name of the tensor whose first axis is the batch, which vmap folds its axis into; default the first one.
+        broadcasts: names of tensors that may have a batch of 1 where the batch is larger.
+        without_batch: names of tensors that may lack the batch axis, with their number of dimensions then.
+        result_batch: axis of the batch in the results.
 
     Returns:
         The `Op`; its family is the package that `reference` lives in.
@@ -121,15 +176,22 @@ def register_op(
         defaults=tuple(a.default_value if a.has_default_value() else None for a in arguments),
         reference=reference,
         fake=fake,
+        setup_context=setup_context,
         backward=backward,
         autocast=autocast,
         triton=triton,
         library=library,
         refuse=refuse or {},
+        batch=batch or next(a.name for a in arguments if "Tensor" in str(a.type)),
+        broadcasts=broadcasts,
+        without_batch=without_batch or {},
+        result_batch=result_batch,
     )
     OPS[name] = op
     _register_kernel(op)
-    _register_autograd(op, setup_context)
+    _LIBRARY.impl(name, _autograd.autograd_kernel(op), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"vidmem::{name}", _transforms.vmap_rule(op), lib=_LIBRARY)
+    _LIBRARY.impl(name, _transforms.batched_gradient_rule(op), "Batched")
     if autocast:
         _register_autocast(op)
     return op
@@ -140,11 +202,12 @@ def _register_kernel(op: Op) -> None:
         args, backend = op.fill(args)
         device = op.device(args)
         chosen = _dispatch.select(op, device, args, backend)
-        # Triton launches on the current device, whatever its tensors are on.
-        guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        run = _dispatch.implementation(op, chosen, device, args)
+        if device.type == "cuda":
+            run = _on_device(run, device)
         # Autocast has had its say above; inside it would lower the float32 products of a reference.
-        with guard, torch._C._DisableAutocast():
-            return _dispatch.implementation(op, chosen, device, args)(*args)
+        with torch._C._DisableAutocast():
+            return run(*args)
 
     def fake(*args):
         args, backend = op.fill(args)
@@ -156,38 +219,12 @@ def _register_kernel(op: Op) -> None:
     torch.library.register_fake(f"vidmem::{op.name}", fake, lib=_LIBRARY)
 
 
-def _register_autograd(op: Op, setup_context: Callable[..., None] | None) -> None:
-    def setup(ctx, inputs, output):
-        ctx.backend = inputs[-1]
-        if setup_context is not None:
-            setup_context(ctx, inputs[:-1], output)
-
-    def backward(ctx, *grads):
-        if op.backward is None:
-            raise RuntimeError(f"{op.name}: has no derivative (second derivatives are not supported)")
-        grads = op.backward(BoundOps(ctx.backend), ctx, *grads)
-        return *(grads if isinstance(grads, tuple) else (grads,)), None
-
-    torch.library.register_autograd(f"vidmem::{op.name}", backward, setup_context=setup, lib=_LIBRARY)
-
-
-def _lower(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` as autocast wants it: float64 stays, as in torch's own autocast."""
-    lowers = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if lowers else tensor
-
-
 def _register_autocast(op: Op) -> None:
-    positions = [op.arguments.index(name) for name in op.autocast]
-
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def cast_and_call(*args, device_type=device_type, key=key):
             args, backend = op.fill(args)
-            args = list(args)
-            dtype = torch.get_autocast_dtype(device_type)
-            for i in positions:
-                args[i] = pytree.tree_map_only(torch.Tensor, lambda t: _lower(t, dtype), args[i])
+            args = op.cast(args, torch.get_autocast_dtype(device_type))
             keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return op.overload(*args, backend)

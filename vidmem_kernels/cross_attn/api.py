@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._call import call
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
-from .._dispatch import requested
+from .._fast import fast
 from .._numerics import accumulate_dtype
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
@@ -72,6 +73,7 @@ def _check_blocks(op: str, q: Tensor, block_index: Tensor | None, block_size: tu
     check_same(op, "q and block_index must be on the same device", q.device, block_index.device)
 
 
+@fast
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -159,13 +161,14 @@ def cross_attention(
         scale = size**-0.5
     elif not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
-    out, lse = torch.ops.vidmem.cross_attention(
-        q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
-        requested(backend),
+    out, lse = call(
+        "cross_attention", q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
+        backend=backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
+@fast
 def merge_attention_states(
     outs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -203,4 +206,4 @@ def merge_attention_states(
         check_same(op, f"outs[0] and outs[{i}] must have the same dtype", outs[0].dtype, out.dtype)
         for name, tensor in ((f"outs[{i}]", out), (f"lses[{i}]", lse)):
             check_same(op, f"outs[0] and {name} must be on the same device", outs[0].device, tensor.device)
-    return torch.ops.vidmem.merge_attention_states(list(outs), list(lses), requested(backend))
+    return call("merge_attention_states", list(outs), list(lses), backend=backend)

@@ -15,6 +15,7 @@ _OPTIONS = (
     "SymInt num_sinks, Tensor? q_time, Tensor? k_time, float[]? window, Tensor? block_index,"
     " SymInt[] block_size, float scale"
 )
+_TIMES = {"q_time": 1, "k_time": 1}
 
 
 # --- cross_attention ---
@@ -80,6 +81,7 @@ register_op(
     triton="launch_cross_attention_fwd",
     library=library.FORWARD,
     refuse={"library": library.refuse, "cpu": refuse_attention, "triton": _refuse_triton},
+    without_batch=_TIMES,
 )
 
 
@@ -101,6 +103,7 @@ register_op(
     triton="launch_cross_attention_bwd",
     library=library.BACKWARD,
     refuse={"library": library.refuse_backward, "cpu": refuse_attention, "triton": _refuse_triton_backward},
+    without_batch=_TIMES,
 )
 
 # --- merge_attention_states ---
@@ -159,4 +162,5 @@ register_op(
     autocast=(),
     triton="launch_merge_attention_states_bwd",
     refuse={"cpu": _refuse_merge, "triton": _refuse_merge},
+    result_batch=1,  # both are stacked
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from .._call import call
 from .._checks import check_int, check_same, check_same_dtype, check_tensor
-from .._dispatch import requested
+from .._fast import fast
 from .._numerics import accumulate_dtype
 from .reference import FEATURE_MAPS
 
@@ -25,6 +25,7 @@ class LinearAttentionState(NamedTuple):
     z: Tensor
 
 
+@fast
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -98,7 +99,5 @@ def linear_attention(
         check_same(op, "state.z must have shape (B, H, D) of q", sizes, tuple(z.shape))
         check_same(op, "q and state.S must be on the same device", q.device, S.device)
         check_same(op, "q and state.z must be on the same device", q.device, z.device)
-    out, S, z = torch.ops.vidmem.linear_attention(
-        q, k, v, S, z, feature_map, causal, block_size, normalize, requested(backend)
-    )
+    out, S, z = call("linear_attention", q, k, v, S, z, feature_map, causal, block_size, normalize, backend=backend)
     return (out, LinearAttentionState(S, z)) if return_state else out

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._call import call
 from .._checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
@@ -16,7 +17,7 @@ from .._checks import (
     check_tensor,
     names,
 )
-from .._dispatch import requested
+from .._fast import fast
 
 
 class QuantizedRows(NamedTuple):
@@ -33,6 +34,7 @@ class SelectResult(NamedTuple):
     index: Tensor
 
 
+@fast
 def gather_tokens(
     bank: Tensor,
     index: Tensor,
@@ -86,9 +88,10 @@ def gather_tokens(
         check_same(op, "scale must be on the bank's device", scale.device, bank.device)
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype must be {names(FLOAT_DTYPES)}, got {out_dtype}")
-    return torch.ops.vidmem.gather_tokens(bank, index, scale, out_dtype, requested(backend))
+    return call("gather_tokens", bank, index, scale, out_dtype, backend=backend)
 
 
+@fast
 def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: str | None = None) -> Tensor:
     """Adds rows into a new memory of zeros: the transpose of `gather_tokens`.
 
@@ -115,9 +118,10 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: st
     check_same(op, "index must have the first two sizes of src", index.shape, src.shape[:2])
     check_same(op, "index must be on the device of src", index.device, src.device)
     check_int(op, "num_rows", num_rows, 0)
-    return torch.ops.vidmem.scatter_add_tokens(src, index, num_rows, requested(backend))
+    return call("scatter_add_tokens", src, index, num_rows, backend=backend)
 
 
+@fast
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | None = None) -> QuantizedRows:
     """Quantises every row to 8 bits with a scale of its own (symmetric, by its largest magnitude).
 
@@ -162,10 +166,11 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
         raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype}")
     lead = x.shape[:-2]
     flat = x.reshape(lead.numel(), *x.shape[-2:])
-    rows, scale = torch.ops.vidmem.quantize_rows(flat, dtype, requested(backend))
+    rows, scale = call("quantize_rows", flat, dtype, backend=backend)
     return QuantizedRows(rows.reshape(x.shape), scale.reshape(x.shape[:-1]))
 
 
+@fast
 def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend: str | None = None) -> SelectResult:
     """Keeps the strongest tokens, in their order: sparsification to a fixed budget.
 
@@ -195,9 +200,10 @@ def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend:
         check_tensor(op, "score", score, "B, N")
         check_same(op, "score must have the first two sizes of x", score.shape, x.shape[:2])
         check_same(op, "score must be on the device of x", score.device, x.device)
-    return SelectResult(*torch.ops.vidmem.select_tokens(x, keep, score, requested(backend)))
+    return SelectResult(*call("select_tokens", x, keep, score, backend=backend))
 
 
+@fast
 def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int, backend: str | None = None) -> Tensor:
     """Finds the blocks of keys that each block of queries wants most: the `block_index` of `cross_attention`.
 
@@ -240,4 +246,4 @@ def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int,
     # Widening is exact, so queries and keys of two dtypes, as autocast leaves them, need no kernel of their own.
     wider = torch.promote_types(q.dtype, k.dtype)
     q, k = q.to(wider), k.to(wider)
-    return torch.ops.vidmem.topk_blocks(q, k, block_q, block_k, topk, requested(backend))
+    return call("topk_blocks", q, k, block_q, block_k, topk, backend=backend)

@@ -31,7 +31,8 @@ def _gather_backward(ops, ctx, grad):
     def scatter(values):
         where = index
         if batch == 1:  # every lane read the same bank: one sum of all rather than one a lane, summed by autograd
-            values, where = values.flatten(0, 1).unsqueeze(0), index.flatten().unsqueeze(0)
+            count = values.shape[0] * values.shape[1]
+            values, where = values.reshape(1, count, values.shape[2]), index.reshape(1, count)
         return ops.scatter_add_tokens(values, where, rows).to(ctx.bank_device)
 
     if scale is None:
@@ -67,6 +68,8 @@ register_op(
     autocast=(),
     triton="launch_gather_tokens_fwd",
     refuse={"triton": _gather_refuse_triton, "cuda": _gather_refuse_cuda},
+    batch="index",
+    broadcasts=("bank", "scale"),
 )
 
 # --- scatter_add_tokens ---

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._call import call
 from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
-from .._dispatch import requested
+from .._fast import fast
 from .._numerics import accumulate_dtype
+from .._transforms import check_values
 from .reference import group_by_row
 
 
@@ -85,6 +87,7 @@ def _check_grid(op: str, metric: Tensor, grid: object) -> tuple[int, int, int]:
     return t, h, w
 
 
+@fast
 def match_tokens(
     metric: Tensor,
     num_merge: int,
@@ -140,10 +143,11 @@ def match_tokens(
         if grid is None:
             raise ValueError(f"{op}: window must come with a grid, got window {window} and no grid")
     check_int(op, "num_merge", num_merge, 0, sources)
-    plan = torch.ops.vidmem.match_tokens(metric, num_merge, grid, stride, window, requested(backend))
+    plan = call("match_tokens", metric, num_merge, grid, stride, window, backend=backend)
     return MergePlan(*plan)
 
 
+@fast
 def match_neighbors(
     metric: Tensor,
     num_merge: int | None,
@@ -191,19 +195,19 @@ def match_neighbors(
     if num_merge is None:
         num_merge = sources
     check_int(op, "num_merge", num_merge, 0, sources)
-    backend = requested(backend)
     if threshold is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, int | float | torch.SymFloat):
             raise TypeError(f"{op}: threshold must be a float, got {type(threshold).__name__}")
         if not -1 <= threshold <= 1:
             raise ValueError(f"{op}: threshold must be in [-1, 1], got {threshold}")
-        counts = torch.ops.vidmem.count_neighbors(metric, grid, float(threshold), backend)
+        check_values(op, "the number of rows depends on the values with a threshold")
+        counts = call("count_neighbors", metric, grid, float(threshold), backend=backend)
         # The limit is one more count, so that an empty batch has a smallest one.
         limit = counts.new_full((1,), num_merge)
         num_merge = torch.cat([counts, limit]).amin().item()
         torch._check(num_merge >= 0)
         torch._check(num_merge <= sources)
-    return MergePlan(*torch.ops.vidmem.match_neighbors(metric, num_merge, grid, backend))
+    return MergePlan(*call("match_neighbors", metric, num_merge, grid, backend=backend))
 
 
 def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> None:
@@ -228,6 +232,7 @@ def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool)
         )
 
 
+@fast
 def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, backend: str | None = None) -> MergeResult:
     """Merges each group of a plan into its size-weighted mean.
 
@@ -263,10 +268,11 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
         check_tensor(op, "size", size, "B, N", (dtype,))
         check_same(op, "size must have the first two sizes of x", size.shape, x.shape[:2])
         check_same(op, "size must be on the device of x", size.device, x.device)
-    merged = torch.ops.vidmem.merge_tokens(x, size, plan.assignment, plan.order, plan.offsets, requested(backend))
+    merged = call("merge_tokens", x, size, plan.assignment, plan.order, plan.offsets, backend=backend)
     return MergeResult(*merged)
 
 
+@fast
 def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) -> Tensor:
     """Gives every token the row that it was merged into.
 
@@ -292,4 +298,4 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) ->
     op = "unmerge_tokens"
     check_tensor(op, "y", y, "B, M, C")
     _check_plan(op, plan, "y", y, of_rows=True)
-    return torch.ops.vidmem.unmerge_tokens(y, plan.assignment, plan.order, plan.offsets, requested(backend))
+    return call("unmerge_tokens", y, plan.assignment, plan.order, plan.offsets, backend=backend)

@@ -1,0 +1,84 @@
+"""The gradient of an op: one `torch.autograd.Function` each, below the dispatcher and on the fast path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import _fast, _transforms
+
+if TYPE_CHECKING:
+    from ._registry import Op
+
+
+class BoundOps:
+    """torch.ops.vidmem with the backend of the forward call: what gradients are computed with."""
+
+    def __init__(self, ops: dict[str, Op], backend: str):
+        self._ops = ops
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op = self._ops[name]
+        return lambda *args: _fast.call_op(op, op.complete(args), self._backend)
+
+
+def make_function(op: Op) -> type[torch.autograd.Function]:
+    """The Function of an op: `apply(*arguments, backend, run)` gives `run(*arguments)` with its gradient.
+
+    autograd sees no tensors in lists, so an op with lists takes `apply(*leaves, structure, backend, run)`.
+    """
+    lists = op.has_lists
+
+    def forward(ctx, *inputs):
+        *args, backend, run = inputs
+        if lists:
+            *leaves, structure = args
+            args = pytree.tree_unflatten(leaves, structure)
+        result = run(*args)
+        ctx.backend = backend
+        if op.setup_context is not None:
+            op.setup_context(ctx, tuple(args), result)
+        return result
+
+    def backward(ctx, *grads):
+        if op.backward is None:
+            raise RuntimeError(f"{op.name}: has no derivative (second derivatives are not supported)")
+        grads = op.backward(BoundOps(op.registry, ctx.backend), ctx, *grads)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        if lists:
+            grads = *(g for grad in grads for g in (grad if isinstance(grad, list | tuple) else (grad,))), None
+        return *grads, None, None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{op.name}_function", (torch.autograd.Function,), methods)
+
+
+def apply(op: Op, args: tuple[Any, ...], backend: str, run: Callable[..., Any]) -> Any:
+    """`run(*args)`, recorded by autograd."""
+    if op.has_lists:
+        leaves, structure = pytree.tree_flatten(args)
+        return op.function.apply(*leaves, structure, backend, run)
+    return op.function.apply(*args, backend, run)
+
+
+def autograd_kernel(op: Op) -> Callable[..., Any]:
+    """What is registered at the op's Autograd key."""
+
+    def kernel(keyset, *args):
+        _transforms.check_no_tangent(op.name, args)
+        below = keyset & torch._C._after_autograd_keyset
+
+        def run(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.overload.redispatch(below, *args, backend)
+
+        args, backend = op.fill(args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(op, args, backend, run)
+        return run(*args)
+
+    return kernel

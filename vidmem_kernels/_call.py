@@ -1,0 +1,64 @@
+"""How a public function calls its op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import _dispatch, _fast, _transforms
+from ._registry import OPS
+
+
+def call(name: str, *args: Any, backend: str | None) -> Any:
+    """Calls an op: through the dispatcher, or by its reference where a transform takes the derivative.
+
+    Args:
+        name: of the op.
+        *args: its arguments.
+        backend: what the user gave as such.
+
+    Raises:
+        ValueError: there is no such backend.
+        BackendError: an explicit backend cannot run this call.
+    """
+    backend = _dispatch.requested(backend)
+    if _transforms.meets_tangents_of_outside():
+        return _call_uncompiled(name, args, backend)
+    if _transforms.differentiates(args):
+        return _call_differentiated(name, args, backend)
+    results = getattr(torch.ops.vidmem, name)(*args, backend)
+    if not torch.compiler.is_compiling():
+        _fast.watch(OPS[name], args, backend, results)
+    return results
+
+
+@_transforms.uncompiled
+def _call_uncompiled(name: str, args: tuple[Any, ...], backend: str) -> Any:
+    return call(name, *args, backend=backend)
+
+
+@_transforms.when_traced
+def _keep_whole(name: str) -> None:
+    """Makes torch.compile take a composition as one node of its graph, whose operations AOTAutograd then traces."""
+    torch.compiler.allow_in_graph(OPS[name].composition)
+
+
+def _call_differentiated(name: str, args: tuple[Any, ...], backend: str) -> Any:
+    """The reference as plain torch operations, which have every derivative; indices have none and take a kernel."""
+    op = OPS[name]
+    if backend not in ("auto", "reference"):
+        raise _dispatch.BackendError(
+            f"{name}: backend {backend!r} has no derivative under torch.func or in forward mode; "
+            "'reference' has, and 'auto' takes it there"
+        )
+    if op.backward is None:
+        args = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        return op.overload(*args, backend)
+    if torch.compiler.is_compiling():
+        _keep_whole(name)
+        return op.composition(*args)
+    if _dispatch.is_recording():
+        _dispatch.record_composition(op, op.device(args))
+    return _transforms.uncompiled(op.composition)(*args)

@@ -1,0 +1,180 @@
+"""The fast path: a call that was made before goes straight to its kernel.
+
+What decides how a call is served (op, devices, dtypes, sizes, strides, options, environment) is the key of a table of
+remembered calls; an entry holds the kernel and where its arguments come from. A hit saves the checks and torch's Python
+dispatcher, most of what an op on small tensors costs. The path steps aside for all that only the dispatcher knows how
+to serve: autocast, dispatch and function modes, transforms, forward-mode gradients, tracing, `explain`, subclasses.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _dispatch, _env, _extension
+
+if TYPE_CHECKING:
+    from ._registry import Op
+
+MAX_REMEMBERED = 4096  # calls of one function; beyond, the table starts anew
+
+Runner = Callable[[Sequence[Tensor]], Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype})
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
+_watch = threading.local()  # .calls: the op calls of a public function that is being remembered
+
+
+def _is_plain() -> bool:
+    """Whether nothing is under way on this thread that the dispatcher would have to serve."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+        and not _dispatch.is_recording()
+        and getattr(_watch, "calls", None) is None
+    )
+
+
+def _surroundings() -> list[Any]:
+    """What decides beside the arguments: the start of a key."""
+    module = _extension.module
+    return [
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        _env.dispatch_state(),
+        _dispatch.of_this_thread(),
+        None if module is None else module.cpu_capability(),
+        torch._C._get_cudnn_sdp_enabled(),
+        torch._C._get_flash_sdp_enabled(),
+    ]
+
+
+def _describe(values: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> bool:
+    """Adds to a key what decides how these arguments are served; False if one of them is not a plain value."""
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            tensors.append(value)
+            key += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+        elif kind in _SCALARS:
+            key += (kind, value)
+        elif isinstance(value, tuple | list):
+            key += (kind, len(value))
+            if not _describe(value, key, tensors):
+                return False
+        else:
+            return False
+    return True
+
+
+def _key(values: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    key = _surroundings()
+    try:
+        return tuple(key) if _describe(values, key, tensors) else None
+    except RuntimeError:  # sparse and nested tensors have no strides
+        return None
+
+
+def fast(function: F) -> F:
+    """Decorator of a public function that calls one op, by `_call.call`: remembers how its calls were served."""
+    remembered: dict[tuple[Any, ...], Runner | None] = {}
+    _tables.append(remembered)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling() or not _is_plain():
+            return function(*args, **kwargs)
+        tensors: list[Tensor] = []
+        key = _key((*args, *kwargs, *kwargs.values()), tensors)
+        run = remembered.get(key, _UNKNOWN)
+        if run is None or key is None:
+            return function(*args, **kwargs)
+        if run is not _UNKNOWN:
+            return run(tensors)
+        _watch.calls = []
+        try:
+            results = function(*args, **kwargs)
+            calls = _watch.calls
+        finally:
+            _watch.calls = None
+        if len(remembered) >= MAX_REMEMBERED:
+            remembered.clear()
+        remembered[key] = _runner(*calls[0], tensors, results) if len(calls) == 1 else None
+        return results
+
+    return wrapper
+
+
+_UNKNOWN = object()
+_tables: list[dict] = []
+
+
+def call_op(op: Op, args: tuple[Any, ...], backend: str) -> Any:
+    """Calls an op as torch.ops.vidmem does, where no gradient is recorded: what a backward pass calls."""
+    if torch.is_grad_enabled() or not _is_plain():
+        return op.overload(*args, backend)
+    tensors: list[Tensor] = []
+    key = _key((*args, backend), tensors)
+    kernel = op.remembered.get(key, _UNKNOWN)
+    if kernel is _UNKNOWN:
+        one_device = key is not None and len({t.device for t in tensors}) == 1
+        kernel = op.bind(args, backend) if one_device and tensors[0].device.type in _dispatch.LADDERS else None
+        if len(op.remembered) >= MAX_REMEMBERED:
+            op.remembered.clear()
+        op.remembered[key] = kernel
+    return op.overload(*args, backend) if kernel is None else kernel(*args)
+
+
+def watch(op: Op, args: Sequence[Any], backend: str, raw: Any) -> None:
+    """Tells a public function that is being remembered which op it called, and what that returned."""
+    calls = getattr(_watch, "calls", None)
+    if calls is not None:
+        calls.append((op, args, backend, raw))
+
+
+def _pick(value: Any, tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Any] | None:
+    """How to make `value` of tensors among which its own are; None if one of its tensors is not among them."""
+    if isinstance(value, Tensor):
+        place = next((i for i, t in enumerate(tensors) if t is value), None)
+        return None if place is None else lambda found: found[place]
+    if isinstance(value, tuple | list):
+        parts = [_pick(v, tensors) for v in value]
+        if None in parts:
+            return None
+        make = type(value)._make if hasattr(value, "_make") else type(value)
+        return lambda found: make([part(found) for part in parts])
+    return lambda found: value
+
+
+def _runner(
+    op: Op, args: Sequence[Any], backend: str, raw: Any, tensors: Sequence[Tensor], results: Any
+) -> Runner | None:
+    """What a hit runs: the op's kernel on these tensors, and the public function's results of it; None if it cannot."""
+    devices = {t.device for t in tensors}
+    if len(devices) != 1 or next(iter(devices)).type not in _dispatch.LADDERS:
+        return None
+    parts = [_pick(value, tensors) for value in args]
+    shape = _pick(results, raw if isinstance(raw, tuple) else (raw,))
+    if None in parts or shape is None:
+        return None
+    kernel = op.bind(tuple(args), backend)
+    if kernel is None:
+        return None
+    if results is raw:
+        return lambda tensors: kernel(*[part(tensors) for part in parts])
+    return lambda tensors: shape(kernel(*[part(tensors) for part in parts]))
