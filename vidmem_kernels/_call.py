@@ -24,7 +24,7 @@ def call(name: str, *args: Any, backend: str | None) -> Any:
         BackendError: an explicit backend cannot run this call.
     """
     backend = _dispatch.requested(backend)
-    if _transforms.meets_tangents_of_outside():
+    if _transforms.compiler_drops_tangents():
         return _call_uncompiled(name, args, backend)
     if _transforms.differentiates(args):
         return _call_differentiated(name, args, backend)

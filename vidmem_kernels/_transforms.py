@@ -31,8 +31,8 @@ def depth() -> int:
 def when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: torch.compile calls the function while it traces, and takes the result for a constant.
 
-    It guards what these functions read, the stack of transforms. As `torch.compiler.assume_constant_result`, which would
-    import torch._dynamo, and with it Triton.
+    It guards what these functions read, the stack of transforms. As `torch.compiler.assume_constant_result`, which
+    would import torch._dynamo, and with it Triton.
     """
     function._dynamo_marked_constant = True
     return function
@@ -59,18 +59,19 @@ def _is_under_way(*kinds: str) -> bool:
     return any(level.key().name in kinds for level in _functorch.get_interpreter_stack() or ())
 
 
-def meets_tangents_of_outside() -> bool:
-    """Whether torch.compile traces a function whose tensors may have tangents: some of its compilers drop these."""
-    return torch.compiler.is_compiling() and forward_ad._current_level >= 0 and depth() == 0 and _level_is_outside()
+def compiler_drops_tangents() -> bool:
+    """Whether torch.compile traces a function that is given forward-mode tangents, for a compiler that drops them."""
+    return torch.compiler.is_compiling() and forward_ad._current_level >= 0 and depth() == 0 and _tangents_are_lost()
 
 
 @when_traced
-def _level_is_outside() -> bool:
-    """Whether the level of forward-mode gradients was entered before the function that torch.compile traces."""
+def _tangents_are_lost() -> bool:
     from torch._dynamo.symbolic_convert import tls  # imported already where torch.compile is at work
 
-    translator = getattr(tls, "current_tx", None)
-    return translator is not None and translator.output.dual_level >= 0
+    graph = getattr(getattr(tls, "current_tx", None), "output", None)
+    if graph is None or graph.dual_level < 0:  # the level was entered inside what is traced, which is served
+        return False
+    return getattr(graph.compiler_fn, "compiler_name", None) not in ("eager", "aot_eager")
 
 
 def check_values(name: str, what: str) -> None:

@@ -162,8 +162,8 @@ def cross_attention(
     elif not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
     out, lse = call(
-        "cross_attention", q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
-        backend=backend,
+        "cross_attention", q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size),
+        float(scale), backend=backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
