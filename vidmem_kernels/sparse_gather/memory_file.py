@@ -257,8 +257,16 @@ class Header:
     def is_ours(self) -> bool:
         """Whether `write` formats a header so; damage may have changed what it says, but another program its form."""
         text = json.dumps(self.content, separators=(",", ":")).encode()
-        first = [f"{RESERVED}{key}" for key in ("checksum", "format", "version")]
-        return list(self.metadata)[:3] == first and self.bytes[8:] == text + b" " * (-(8 + len(text)) % _ALIGNMENT)
+        first = [f"{RESERVED}format", f"{RESERVED}version"]  # behind the checksum
+        if list(self.metadata)[1:3] != first or self.bytes[8:] != text + b" " * (-(8 + len(text)) % _ALIGNMENT):
+            return False
+        try:
+            entries = [self.entry(name) for name in self.tensors]
+        except (KeyError, TypeError, ValueError):
+            return True
+        by_name = {entry.name: (-entry.dtype.itemsize, entry.name) for entry in entries}
+        # A name that damage changed may be out of order too, but no program renames these two.
+        return list(by_name.values()) == sorted(by_name.values()) or not {"rows", "positions"} <= by_name.keys()
 
     @staticmethod
     def knows(dtype: str) -> bool:
