@@ -1,6 +1,9 @@
 """MemoryBank: what it holds comes back, from memory and from disk."""
 
+import copy
 import os
+import pickle
+import random
 
 import pytest
 import torch
@@ -223,26 +226,97 @@ def test_pinned_needs_a_gpu(tmp_path):
     refuses(RuntimeError, f"MemoryBank.load: {text}", MemoryBank.load, tmp_path / "bank", storage="pinned")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
 @pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)
-@pytest.mark.parametrize("storage", ["device", "pinned"])
-def test_on_a_gpu(dtype, storage, tmp_path):
-    bank = MemoryBank(5, dtype=dtype, device="cuda", storage=storage)
+@pytest.mark.parametrize(
+    ("device", "storage"),
+    [
+        ("cpu", "device"),
+        ("cpu", "mmap"),
+        *[pytest.param("cuda", storage, marks=GPU) for storage in ("device", "pinned", "mmap")],
+    ],
+)
+def test_on_a_device(dtype, device, storage, tmp_path):
+    """Everything the bank does, on each device, against plain torch on the dequantised rows."""
+    path = tmp_path / "working" if storage == "mmap" else None
+    bank = MemoryBank(5, dtype=dtype, device=device, storage=storage, path=path)
     tokens, positions = fill(bank, 100)
-    expected = stored(tokens, dtype)
-    index = torch.tensor([[3, -1, 99]], device="cuda")
     bank.save(tmp_path / "bank")
-    for held in (bank, MemoryBank.load(tmp_path / "bank", device="cuda", storage=storage)):
+    where = "cpu" if storage == "mmap" else device  # CUDA reads no mapped rows
+    index = torch.tensor([[3, -1, 99]], device=where)
+    for held in (bank, MemoryBank.load(tmp_path / "bank", device=device, storage=storage)):
         for kept in (held._rows, held._scale):
             assert kept is None or kept.is_pinned() == (storage == "pinned")
-        assert held.positions.is_cuda and torch.equal(held.positions.cpu(), positions)
+        assert held.positions.device.type == device and torch.equal(held.positions.cpu(), positions)
+        more, _ = fill(held, 100, seed=1)
+        expected = torch.cat([stored(tokens, dtype), stored(more, dtype)])
         got = held.gather(index, out_dtype=torch.float32)
-        assert got.is_cuda and torch.equal(got[0, ::2].cpu(), expected[[3, 99]]) and not got[0, 1].any()
-        values, found = held.topk(expected[:4].cuda(), 1)
-        assert values.is_cuda and found.flatten().tolist() == [0, 1, 2, 3]
-        fill(held, 100, seed=1)
+        assert got.device.type == where and torch.equal(got[0, ::2].cpu(), expected[[3, 99]]) and not got[0, 1].any()
+
+        query = expected[:4]
+        values, found = held.topk(query.to(device), 7)
+        assert values.device.type == found.device.type == device and found.dtype == torch.int32
+        scores = query.double() @ expected.double().T
+        # What is found has the scores it should, and nothing that is left out has a larger one, up to the rounding of
+        # the product, of five sums and of the factor in float32.
+        rounding = 7 * 2**-24 * float((query.double().abs() @ expected.double().abs().T).max())
+        for wanted in (scores.gather(1, found.cpu().long()), scores.sort(dim=1, descending=True).values[:, :7]):
+            assert (values.cpu().double() - wanted).abs().max() <= rounding
+        assert all(len(set(row)) == 7 for row in found.tolist())
         assert len(held) == 200
+
+
+@pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)
+def test_sizes_of_zero(dtype, make_bank, tmp_path):
+    """No rows, no queries, no batch, nothing to find: empty results, whatever else is drawn."""
+    for seed in range(40):
+        draw = random.Random(f"{dtype} {seed}")
+        bank = make_bank(draw.choice([1, 4]), dtype=dtype, capacity=draw.choice([0, 0, 3]))
+        tokens = torch.zeros(0, bank.channels)
+        for count in (draw.choice([0, 1, 3]) for _ in range(draw.choice([0, 1, 3]))):
+            tokens = torch.cat([tokens, fill(bank, count, seed=count)[0]])
+        if draw.random() < 0.5:
+            bank.save(tmp_path / "bank")
+            load = draw.choice([MemoryBank.load, MemoryBank.from_safetensors])
+            bank = load(tmp_path / "bank", storage=bank.storage)
+        bank = draw.choice([lambda b: b, copy.copy, copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])(bank)
+        bank.append(torch.zeros(0, bank.channels, dtype=torch.float64), torch.zeros(0, 3))
+        rows, count = stored(tokens, dtype), len(tokens)
+        assert len(bank) == count and bank.positions.shape == (count, 3)
+        assert f"({count} x {bank.channels}, " in repr(bank) and len(repr(bank)) < 60
+        assert bank.nbytes == count * (bank.channels * dtype.itemsize + 12 + 4 * (dtype in QUANTIZED))
+        assert bank.capacity_bytes >= bank.nbytes
+
+        kind = draw.choice([torch.int32, torch.int64])
+        for shape in ((0,), (0, 0), (0, 3), (2, 0), (3,), (2, 2)):
+            index = torch.randint(-1, count, shape, dtype=kind) if count else torch.full(shape, -1, dtype=kind)
+            got = bank.gather(index, torch.float32)
+            assert got.shape == (*shape, bank.channels)
+            assert torch.equal(got, torch.cat([rows, torch.zeros(1, bank.channels)])[index.long()])
+        with pytest.raises(IndexError, match=rf"index must be in \[-1, {count - 1}\], got {count}"):
+            bank.gather(torch.tensor([count], dtype=kind))
+        for queries in (0, 2):
+            query = torch.randn(queries, bank.channels)
+            for k in {0, count}:
+                values, found = bank.topk(query, k)
+                assert values.shape == found.shape == (queries, k)
+                assert found.sort(dim=1).values.tolist() == [list(range(k))] * queries
+            refuses(
+                ValueError,
+                f"MemoryBank.topk: k must be in [0, {count}], got {count + 1}",
+                bank.topk,
+                query,
+                count + 1,
+            )
+        name, wide = "MemoryBank.append: ", bank.channels + 1
+        text = f"tokens must have {bank.channels} channels, got {wide}"
+        refuses(ValueError, name + text, bank.append, torch.zeros(0, wide), torch.zeros(0, 3))
+        text = "positions must have shape (0, 3), got (1, 3)"
+        refuses(ValueError, name + text, bank.append, torch.zeros(0, bank.channels), torch.zeros(1, 3))
+        fill(bank, 2)
+        assert len(bank) == count + 2
 
 
 @pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import tempfile
-import weakref
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, QUANTIZED_DTYPES, check_int, check_tensor, names
-from . import memory_file
+from . import memory_file, memory_import, memory_pickle
 from .api import gather_tokens, quantize_rows
+from .memory_mapping import OpenFile
+from .memory_rows import (
+    BANK_DTYPES,
+    Held,
+    check_extras,
+    check_metadata,
+    check_no_gradient,
+    check_parts,
+    check_storage,
+    checked_values,
+    is_bank,
+)
 from .reference import merge_best
 
-BANK_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *QUANTIZED_DTYPES)
-STORAGES = ("device", "pinned", "mmap")
 _SMALLEST_CAPACITY = 64  # rows of the first allocation, so that single appends do not reallocate at once
 _SCORED_ELEMENTS = 1 << 22  # elements of the rows that `topk` widens to float32 at a time
-
-
-def _check_storage(op: str, storage: object) -> None:
-    if storage not in STORAGES:
-        raise ValueError(f"{op}: storage must be {', '.join(STORAGES[:-1])} or {STORAGES[-1]}, got {storage!r}")
-    if storage == "pinned" and not torch.cuda.is_available():
-        raise RuntimeError(f"{op}: storage 'pinned' must have a CUDA device to pin memory for, got none")
 
 
 class MemoryBank:
@@ -41,7 +44,7 @@ class MemoryBank:
         storage: "device"; "pinned", host memory that CUDA gathers read in place; or "mmap", a file on disk of which
             only the rows that are asked for are read.
         path: for "mmap", the working file that holds the rows, which must not exist yet. It is not a memory file and
-            is not removed; `save` writes one that `load` reads.
+            is not removed; `save` writes one that `load` reads (docs/bank_file.md says what is in it).
         capacity: rows to make room for at once. Room is doubled whenever it is used up.
 
     Attributes:
@@ -49,7 +52,25 @@ class MemoryBank:
         extras: dict[str, Tensor] likewise.
 
     Stored values are no part of an autograd graph: `append` refuses tokens that require a gradient, and what `gather`
-    and `topk` return requires none. One thread at a time may append.
+    and `topk` return requires none.
+
+    Threads: one thread may append while any number of others read, without a lock. Everything that reads (`gather`,
+    `topk`, `save`, `positions`, `len`, `nbytes`, copying, pickling, ...) sees the bank as it was between two appends,
+    for the whole of that call; two calls may see two moments. Appends of several threads wait for one another, each
+    stays whole. On a GPU this holds within one stream: order other streams after the append as for any tensor.
+    `metadata` and `extras` are plain dicts, to which this does not apply.
+
+    Copies: `copy.copy` and `copy.deepcopy` give a bank of its own: what is appended to one is not seen in the other.
+    The copy of a mapped bank maps the same file again. (`copy.copy` shares the tensors of `extras`.)
+
+    Pickling, `torch.save` and `torch.load(weights_only=False)`: the rows travel along, except that of an "mmap" bank
+    the name of its file does, as long as that file has all its rows: the file it was loaded from or saved to, or the
+    working file at `path`. Loading the pickle checks that the file still holds the same rows. After an append to a
+    loaded bank there is no such file, and until `save` writes one the rows travel along.
+
+    Processes: a bank that is passed to another process (`spawn`, `forkserver`, DataLoader workers, queues) is not
+    copied for each of them: mapped rows are mapped there too, saved or not; others lie in shared memory. In such a
+    process, as in one that was forked, the bank is its own: what it appends is not seen elsewhere.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -79,26 +100,26 @@ class MemoryBank:
         check_int(op, "channels", channels, 1)
         if dtype not in BANK_DTYPES:
             raise TypeError(f"{op}: dtype must be {names(BANK_DTYPES)}, got {dtype}")
-        _check_storage(op, storage)
+        check_storage(op, storage)
         check_int(op, "capacity", capacity, 0)
         if (path is not None) != (storage == "mmap"):
             raise ValueError(f"{op}: path must be given exactly for storage 'mmap', got {path!r} for {storage!r}")
-        self.channels = channels
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.storage = storage
         self.metadata = {}
         self.extras = {}
-        self._count = 0
-        self._file: BinaryIO | None = None  # backs the rows of "mmap"
-        self._folder: Path | None = None  # where a loaded "mmap" bank makes that file when it is appended to
-        self._rows = torch.empty(0, channels, dtype=dtype, device=self._rows_device())
-        self._positions = torch.empty(0, 3, dtype=torch.float32, device=self.device)
-        self._scale = None
-        if dtype in QUANTIZED_DTYPES:
-            self._scale = torch.empty(0, dtype=torch.float32, device=self._rows_device())
-        if storage == "mmap":
-            self._keep_open(open(path, "x+b", buffering=0))  # noqa: SIM115 (lives as long as the bank)
+        device = torch.device(device)
+        host = device if storage == "device" else torch.device("cpu")
+        held = Held(
+            count=0,
+            rows=torch.empty(0, channels, dtype=dtype, device=host),
+            positions=torch.empty(0, 3, dtype=torch.float32, device=device),
+            scale=torch.empty(0, dtype=torch.float32, device=host) if dtype in QUANTIZED_DTYPES else None,
+        )
+        folder = None
+        if path is not None:
+            with open(path, "x+b") as file:
+                held = held._replace(file=OpenFile(os.dup(file.fileno())), own=True, working=os.path.realpath(path))
+            folder = Path(path).absolute().parent
+        self._hold(held, device, storage, folder)
         if capacity:
             try:
                 self._grow(capacity)
@@ -107,25 +128,66 @@ class MemoryBank:
                     os.unlink(path)
                 raise
 
-    def _keep_open(self, file: BinaryIO) -> None:
-        """Makes `file` back the rows until the bank is gone."""
-        self._file = file
-        weakref.finalize(self, file.close)
+    def _hold(self, held: Held, device: torch.device, storage: str, folder: Path | None) -> None:
+        """Makes this the bank of what is held."""
+        self.channels, self.dtype = held.rows.shape[1], held.rows.dtype
+        self.device, self.storage = device, storage
+        self._held = held  # replaced as a whole: readers take it once
+        self._folder = folder  # where "mmap" rows get a file when the one they lie in must not be appended to
+        self._writing = threading.Lock()
+        memory_pickle.BANKS.add(self)
 
-    def _rows_device(self) -> torch.device:
-        return self.device if self.storage == "device" else torch.device("cpu")
+    @classmethod
+    def _holding(cls, held: Held, device: torch.device, storage: str, folder: Path | None) -> MemoryBank:
+        bank = cls.__new__(cls)
+        bank.metadata, bank.extras = {}, {}
+        bank._hold(held, device, storage, folder)
+        return bank
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        memory_pickle.share_when_sent(cls)
+
+    # Parts of `_held`, for those who need just one.
+
+    @property
+    def _rows(self) -> Tensor:
+        return self._held.rows
+
+    @property
+    def _positions(self) -> Tensor:
+        return self._held.positions
+
+    @property
+    def _scale(self) -> Tensor | None:
+        return self._held.scale
+
+    @property
+    def _file(self) -> OpenFile | None:
+        return self._held.file
+
+    @property
+    def _count(self) -> int:
+        return self._held.count
+
+    @_count.setter
+    def _count(self, count: int) -> None:
+        """Shows readers that many of the rows that the buffers hold."""
+        self._held = self._held._replace(count=count, saved=None)
 
     def __len__(self) -> int:
         return self._count
 
     def __repr__(self) -> str:
         dtype = names([self.dtype])
-        return f"MemoryBank({len(self)} x {self.channels}, {dtype}, {self.storage} on {self._rows.device})"
+        held = self._held
+        return f"MemoryBank({held.count} x {self.channels}, {dtype}, {self.storage} on {held.rows.device})"
 
     @property
     def positions(self) -> Tensor:
         """(M, 3) float32 positions (t, h, w) on `device`; a view that is not to be written to."""
-        return self._positions[: self._count]
+        held = self._held
+        return held.positions[: held.count]
 
     @property
     def nbytes(self) -> int:
@@ -138,8 +200,8 @@ class MemoryBank:
         return self._rows.shape[0] * self._bytes_per_row()
 
     def _bytes_per_row(self) -> int:
-        scale = 0 if self._scale is None else self._scale.element_size()
-        return self.channels * self._rows.element_size() + scale + 3 * self._positions.element_size()
+        scale = 4 if self.dtype in QUANTIZED_DTYPES else 0
+        return self.channels * self.dtype.itemsize + scale + 3 * 4
 
     def append(self, tokens: Tensor, positions: Tensor) -> None:
         """Adds rows at the end; either all of them or, on an error, none.
@@ -162,22 +224,18 @@ class MemoryBank:
             raise ValueError(f"{op}: tokens must have {self.channels} channels, got {tokens.shape[1]}")
         if positions.shape != (count, 3):
             raise ValueError(f"{op}: positions must have shape {(count, 3)}, got {tuple(positions.shape)}")
-        if torch.is_grad_enabled() and (tokens.requires_grad or positions.requires_grad):
-            raise ValueError(
-                f"{op}: tokens and positions must not require a gradient, which the bank would not carry; "
-                "detach them or use torch.no_grad()"
-            )
+        check_no_gradient(op, "tokens and positions", tokens, positions)
         if count == 0:
             return
         with torch.no_grad():
-            if self._scale is None:
+            if self.dtype not in QUANTIZED_DTYPES:
                 rows, scale = tokens.to(self.dtype), None
                 finite = rows.isfinite().all(dim=1)
             else:
                 rows, scale = quantize_rows(tokens.to(torch.float32), self.dtype)
                 finite = scale.isfinite()
             if not finite.all():
-                largest = torch.finfo(torch.float32 if self._scale is not None else self.dtype).max
+                largest = torch.finfo(self.dtype if scale is None else torch.float32).max
                 wrong = count - int(finite.sum())
                 raise ValueError(
                     f"{op}: tokens must be finite and at most {largest:g} in magnitude, got {wrong} rows that are not"
@@ -185,47 +243,29 @@ class MemoryBank:
             finite = positions.isfinite().all(dim=1)
             if not finite.all():
                 raise ValueError(f"{op}: positions must be finite, got {count - int(finite.sum())} rows that are not")
-            end = self._count + count
-            if end > self._rows.shape[0]:
-                self._grow(max(end, 2 * self._rows.shape[0], _SMALLEST_CAPACITY))
-            self._rows[self._count : end].copy_(rows)
-            self._positions[self._count : end].copy_(positions)
+            self._store(rows, positions, scale)
+
+    def _store(self, rows: Tensor, positions: Tensor, scale: Tensor | None) -> None:
+        """Adds rows of the bank's dtype at the end."""
+        with self._writing, torch.no_grad():
+            start = self._held.count
+            end = start + rows.shape[0]
+            capacity = self._held.rows.shape[0]
+            if end > capacity:
+                self._grow(max(end, 2 * capacity, _SMALLEST_CAPACITY))
+            held = self._held
+            held.rows[start:end].copy_(rows)
+            held.positions[start:end].copy_(positions)
             if scale is not None:
-                self._scale[self._count : end].copy_(scale)
-        self._count = end
+                held.scale[start:end].copy_(scale)
+            self._count = end
 
     def _grow(self, capacity: int) -> None:
         """Makes room for `capacity` rows; the bank is unchanged if that fails."""
-        # A tensor made in inference mode could not be appended to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            positions = self._copied(self._positions, capacity)
-            scale = None if self._scale is None else self._copied(self._scale, capacity)
-            rows = self._mapped_rows(capacity) if self.storage == "mmap" else self._copied(self._rows, capacity)
-        self._rows, self._positions, self._scale = rows, positions, scale
-
-    def _copied(self, old: Tensor, capacity: int) -> Tensor:
-        pinned = self.storage == "pinned" and old.device.type == "cpu"
-        new = torch.empty(capacity, *old.shape[1:], dtype=old.dtype, device=old.device, pin_memory=pinned)
-        new[: self._count].copy_(old[: self._count])
-        return new
-
-    def _mapped_rows(self, capacity: int) -> Tensor:
-        file = self._file
-        if file is None:
-            # Loaded from a memory file, which must stay what it is: its rows move to a nameless file beside it.
-            file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
-        # Blocks are taken now: a sparse file on a full disk would kill the process at a later write to memory.
-        size = os.fstat(file.fileno()).st_size
-        try:
-            os.posix_fallocate(file.fileno(), 0, capacity * self.channels * self.dtype.itemsize)
-        except OSError:
-            os.truncate(file.fileno(), size)  # gives back what it got before the disk was full
-            raise
-        rows = memory_file.map_tensor(file, 0, (capacity, self.channels), self.dtype, writable=True)
-        if self._file is None:
-            rows[: self._count].copy_(self._rows[: self._count])
-            self._keep_open(file)
-        return rows
+        before = self._held
+        self._held = before.grown(capacity, self.storage, self._folder)
+        if self.storage == "pinned":
+            torch.cuda.synchronize()  # kernels may still read the rows of `before`, whose memory others get next
 
     def gather(self, index: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Reads rows, dequantising them in the same pass; see `gather_tokens`.
@@ -245,13 +285,15 @@ class MemoryBank:
         op = "MemoryBank.gather"
         single = isinstance(index, Tensor) and index.dim() == 1
         check_tensor(op, "index", index.unsqueeze(0) if single else index, "B, K", INDEX_DTYPES)
-        scale = None if self._scale is None else self._scale[: self._count].unsqueeze(0)
+        held = self._held
         out = gather_tokens(
-            self._rows[: self._count].unsqueeze(0),
+            held.rows[: held.count].unsqueeze(0),
             index.unsqueeze(0) if single else index,
-            scale=scale,
+            scale=None if held.scale is None else held.scale[: held.count].unsqueeze(0),
             out_dtype=out_dtype,
         )
+        if out.is_cuda and self.storage == "pinned" and self._held.rows is not held.rows:
+            torch.cuda.current_stream(out.device).synchronize()  # replaced meanwhile: see `_grow`
         return out.squeeze(0) if single else out
 
     def topk(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -275,21 +317,22 @@ class MemoryBank:
         check_tensor(op, "query", query, "Q, C", FLOAT_DTYPES[:3])
         if query.shape[1] != self.channels:
             raise ValueError(f"{op}: query must have {self.channels} channels, got {query.shape[1]}")
-        if self._rows.device != query.device and self._rows.device.type != "cpu":
-            raise ValueError(f"{op}: query must be on the bank's device, {self._rows.device}, got {query.device}")
-        if self._count > torch.iinfo(torch.int32).max:
-            raise ValueError(f"{op}: the bank must have at most {torch.iinfo(torch.int32).max} rows, got {self._count}")
-        check_int(op, "k", k, 0, self._count)
+        held = self._held
+        if held.rows.device != query.device and held.rows.device.type != "cpu":
+            raise ValueError(f"{op}: query must be on the bank's device, {held.rows.device}, got {query.device}")
+        if held.count > torch.iinfo(torch.int32).max:
+            raise ValueError(f"{op}: the bank must have at most {torch.iinfo(torch.int32).max} rows, got {held.count}")
+        check_int(op, "k", k, 0, held.count)
         values = query.new_empty(query.shape[0], 0, dtype=torch.float32)
         index = query.new_empty(query.shape[0], 0, dtype=torch.int32)
         step = max(1, _SCORED_ELEMENTS // self.channels)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             wanted = query.to(torch.float32)
-            for start in range(0, self._count, step):
-                end = min(start + step, self._count)
-                scores = wanted @ self._rows[start:end].to(query.device).to(torch.float32).T
-                if self._scale is not None:
-                    scores = scores * self._scale[start:end].to(query.device)
+            for start in range(0, held.count, step):
+                end = min(start + step, held.count)
+                scores = wanted @ held.rows[start:end].to(query.device).to(torch.float32).T
+                if held.scale is not None:
+                    scores = scores * held.scale[start:end].to(query.device)
                 values, index = merge_best(values, index, scores, start, k)
         return values, index
 
@@ -318,13 +361,18 @@ class MemoryBank:
         """
         metadata = self.metadata if metadata is None else metadata
         extras = self.extras if extras is None else extras
-        _check_metadata(metadata)
-        _check_extras(extras)
-        tensors = {"rows": self._rows[: self._count], "positions": self.positions}
-        if self._scale is not None:
-            tensors["scale"] = self._scale[: self._count]
+        check_metadata("MemoryBank.save", metadata)
+        check_extras("MemoryBank.save", extras)
+        held = self._held
+        tensors = {"rows": held.rows[: held.count], "positions": held.positions[: held.count]}
+        if held.scale is not None:
+            tensors["scale"] = held.scale[: held.count]
         tensors |= {f"extras.{name}": tensor for name, tensor in extras.items()}
-        memory_file.write(Path(path), tensors, metadata)
+        saved = memory_file.write(Path(path), tensors, metadata)
+        with self._writing:
+            # A pickle may name that file, unless rows came meanwhile or the bank still has another.
+            if self._held.count == held.count and not memory_file.is_untouched(self._held.saved):
+                self._held = self._held._replace(saved=saved)
 
     @classmethod
     def load(
@@ -349,60 +397,106 @@ class MemoryBank:
             MemoryFileError: the file is foreign, damaged, cut short or of another version.
             FileNotFoundError: there is none; other OSErrors where it cannot be read.
         """
-        _check_storage("MemoryBank.load", storage)
+        check_storage("MemoryBank.load", storage)
         path = Path(path)
-        tensors, metadata = memory_file.read(path, "rows", storage)
+        return cls._of_content(memory_file.read(path, "rows", storage), path, torch.device(device), storage)
+
+    @classmethod
+    def _of_content(cls, content: memory_file.Content, path: Path, device: torch.device, storage: str) -> MemoryBank:
+        """The bank of what was read from a memory file."""
+        tensors = content.tensors
         rows, positions, scale = tensors.get("rows"), tensors.get("positions"), tensors.get("scale")
-        if not _is_bank(rows, positions, scale):
+        if not is_bank(rows, positions, scale):
             raise memory_file.foreign(path, "it does not hold the rows of a bank")
-        bank = cls.__new__(cls)
-        bank.channels, bank.dtype = rows.shape[1], rows.dtype
-        bank.device, bank.storage = torch.device(device), storage
-        bank.metadata = metadata
+        held = Held(rows.shape[0], rows, positions, scale, content.file, content.offset, saved=content.saved)
+        bank = cls._holding(held.placed(device, storage), device, storage, path.absolute().parent)
+        bank.metadata = content.metadata
         bank.extras = {
-            name.removeprefix("extras."): tensor.to(bank.device)
+            name.removeprefix("extras."): tensor.to(device)
             for name, tensor in tensors.items()
             if name.startswith("extras.")
         }
-        bank._count, bank._file, bank._folder = rows.shape[0], None, path.absolute().parent
-        bank._rows = rows.to(bank._rows_device())
-        bank._positions = positions.to(bank.device)
-        bank._scale = None if scale is None else scale.to(bank._rows_device())
-        if storage == "pinned" and scale is not None:
-            bank._scale = scale.pin_memory()  # CUDA reads rows in place only where their scales are pinned too
         return bank
 
+    @classmethod
+    def from_tensors(
+        cls,
+        rows: Tensor,
+        positions: Tensor,
+        scale: Tensor | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
+    ) -> MemoryBank:
+        """Makes a bank of rows as they are: int8 and float8_e4m3fn rows are taken with their scales, not quantised.
 
-def _is_bank(rows: Tensor | None, positions: Tensor | None, scale: Tensor | None) -> bool:
-    if rows is None or rows.dim() != 2 or rows.shape[1] < 1 or rows.dtype not in BANK_DTYPES:
-        return False
-    if positions is None or positions.shape != (rows.shape[0], 3) or positions.dtype != torch.float32:
-        return False
-    if rows.dtype not in QUANTIZED_DTYPES:
-        return scale is None
-    return scale is not None and scale.shape == rows.shape[:1] and scale.dtype == torch.float32
+        Args:
+            rows: (M, C) of one of the bank's dtypes, which the bank then has; copied.
+            positions: (M, 3) floats, rounded to float32, or signed or 8-bit integers of at most 2**24 in magnitude.
+            scale: (M,) floats, rounded to float32: row m stands for `rows[m].float() * scale[m]`. Required for int8
+                and float8_e4m3fn rows, and only for those.
+            device, storage, path: see `MemoryBank`.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit, a value that is NaN or infinite.
+        """
+        op = "MemoryBank.from_tensors"
+        check_parts(op, rows, positions, scale)
+        check_no_gradient(op, "rows, positions and scale", rows, positions, scale)
+        positions, scale = checked_values(op, rows, positions, scale)
+        count, channels = rows.shape
+        bank = cls(channels, dtype=rows.dtype, device=device, storage=storage, path=path, capacity=count)
+        bank._store(rows, positions, scale)
+        return bank
+
+    @classmethod
+    def from_safetensors(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        rows: str = "rows",
+        positions: str = "positions",
+        scale: str = "scale",
+        device: torch.device | str = "cpu",
+        storage: str = "device",
+    ) -> MemoryBank:
+        """Imports a safetensors file that another program wrote, or a bank's file that another program rewrote.
+
+        Such a file has no checksum, so that only what is impossible is noticed: use `load` for what `save` wrote.
+        Nothing in the file is executed, and no memory is taken before its header fits the file and a bank.
+
+        Args:
+            path: the file.
+            rows, positions, scale: names of the tensors that are taken as in `from_tensors`. All others become
+                `extras`, under their names without a leading "extras."; the header's text entries become `metadata`.
+            device: see `load`.
+            storage: see `MemoryBank`. With "mmap" the rows are copied to a nameless file in the same folder; `save`
+                the bank and `load` it to map them where they are.
+
+        Raises:
+            MemoryFileError: no safetensors file, cut short, or of a later version of the bank's file.
+            ValueError, TypeError: tensors that are missing or that `from_tensors` refuses.
+            FileNotFoundError: there is none; other OSErrors where it cannot be read.
+        """
+        op = "MemoryBank.from_safetensors"
+        check_storage(op, storage)
+        path, device = Path(path), torch.device(device)
+        folder = path.absolute().parent
+        held, metadata, extras = memory_import.read(op, path, (rows, positions, scale), storage, folder)
+        bank = cls._holding(held.placed(device, storage), device, storage, folder)
+        bank.metadata = metadata
+        bank.extras = {name: tensor.to(device) for name, tensor in extras.items()}
+        return bank
+
+    def __copy__(self) -> MemoryBank:
+        return memory_pickle.copied(self, dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBank:
+        return memory_pickle.copied(self, lambda value: copy.deepcopy(value, memo))
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        return memory_pickle.reduced(self)
 
 
-def _check_metadata(metadata: object) -> None:
-    op = "MemoryBank.save"
-    if not isinstance(metadata, Mapping):
-        raise TypeError(f"{op}: metadata must be a dict of str, got {type(metadata).__name__}")
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TypeError(f"{op}: metadata must be a dict of str to str, got {key!r}: {value!r}")
-        if key.startswith(memory_file.RESERVED):
-            raise ValueError(f"{op}: metadata must not have keys that start with {memory_file.RESERVED!r}, got {key!r}")
-
-
-def _check_extras(extras: object) -> None:
-    op = "MemoryBank.save"
-    if not isinstance(extras, Mapping):
-        raise TypeError(f"{op}: extras must be a dict of tensors, got {type(extras).__name__}")
-    for name, tensor in extras.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: extras must be a dict of str to tensor, got {name!r}: {type(tensor).__name__}")
-        if tensor.dtype not in memory_file.DTYPES or tensor.layout != torch.strided:
-            raise TypeError(
-                f"{op}: extras must be dense and {names(memory_file.DTYPES)}, got {names([tensor.dtype])} "
-                f"({tensor.layout}) for {name!r}"
-            )
+memory_pickle.share_when_sent(MemoryBank)

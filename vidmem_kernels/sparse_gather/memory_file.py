@@ -12,17 +12,18 @@ import errno
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import secrets
-import warnings
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .memory_mapping import OpenFile, map_tensor
 
 FORMAT = "vidmem_kernels.MemoryBank"
 VERSION = 1
@@ -48,13 +49,38 @@ _CHUNK = 1 << 22  # bytes hashed, read and written at a time
 _ALIGNMENT = 64  # of the first tensor in the file
 _HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors package
 _NO_CHECKSUM = "0" * 64
+_SETTLED = 2.0  # seconds after which a change gives a file another time stamp, on any file system
+IMPORT = "MemoryBank.from_safetensors"
 
 
 class MemoryFileError(ValueError):
     """A file that is not a memory file, or is damaged; the message is one line that names it and says what to do."""
 
 
-class _Entry(NamedTuple):
+class MissingMemoryFileError(MemoryFileError, FileNotFoundError):
+    """The file that a pickled bank names is gone."""
+
+
+class Saved(NamedTuple):
+    """A memory file, named so that another process finds it and knows whether it is still the same."""
+
+    path: str
+    checksum: str
+    stamp: tuple[int, ...]
+    settled: bool  # whether the same stamp later means the same bytes
+
+
+class Content(NamedTuple):
+    """What a memory file holds; the last three for rows that stay in it: where they lie."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    file: OpenFile | None
+    offset: int
+    saved: Saved | None
+
+
+class Entry(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -62,7 +88,7 @@ class _Entry(NamedTuple):
     end: int
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied (unless it is a lazy negative, such as x.conj().imag)."""
     return memoryview(tensor.detach().resolve_neg().reshape(-1).view(torch.uint8).numpy())
 
@@ -138,7 +164,14 @@ def _temporary(folder: Path) -> tuple[Path, BinaryIO]:
         file.close()  # another writer came before the lock and removes it
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _stamp(path: str, checksum: str, file: BinaryIO) -> Saved:
+    """Names an open memory file."""
+    now, stat = time.time(), os.fstat(file.fileno())
+    stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return Saved(path, checksum, stamp, now - max(stat.st_mtime, stat.st_ctime) > _SETTLED)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Saved:
     """Writes a memory file under a temporary name in the same folder, then renames it to `path`.
 
     Temporary files that killed writers left in that folder are removed first, so that their room is there.
@@ -148,6 +181,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             symbolic link stays, what it points to is replaced.
         tensors: of the dtypes in `DTYPES`, on any device; copied to the host in pieces.
         metadata: the user's header entries.
+
+    Returns:
+        The name of what was written.
 
     Raises:
         OSError: the folder is missing, full or not writable. The temporary file is gone then, as after any exception.
@@ -168,7 +204,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
                 flat = tensor.detach().reshape(-1)
                 step = max(1, _CHUNK // tensor.element_size())
                 for start in range(0, flat.numel(), step):
-                    piece = _bytes_of(flat[start : start + step].cpu().contiguous())
+                    piece = bytes_of(flat[start : start + step].cpu().contiguous())
                     digest.update(piece)
                     file.write(piece)
             file.seek(header.index(_NO_CHECKSUM.encode()))
@@ -176,11 +212,92 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)  # while it is locked: no other writer may take it for a leftover
+            saved = _stamp(str(path), digest.hexdigest(), file)
     except BaseException:  # an interrupt too must not leave the temporary file behind
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+    return saved
+
+
+class Header:
+    """The header of a safetensors file: `size` bytes in all, of which the first 8 are the length of the JSON."""
+
+    def __init__(self, file: BinaryIO, refused: Callable[[str], MemoryFileError]):
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise refused(f"{size} bytes are too few")
+        self.bytes = file.read(8)
+        length = int.from_bytes(self.bytes, "little")
+        if length > min(size - 8, _HEADER_LIMIT):
+            raise refused("no safetensors header, or cut inside it")
+        self.bytes += file.read(length)
+        self.doubled: list[str] = []  # keys that come twice, of which JSON keeps the last
+        try:
+            content = json.loads(self.bytes[8:], object_pairs_hook=self._object)
+        except (ValueError, RecursionError):
+            raise refused("its header is not JSON") from None
+        self.content: dict[str, Any] = content if isinstance(content, dict) else {}
+        metadata = self.content.get("__metadata__", {})
+        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
+        self.tensors = {name: entry for name, entry in self.content.items() if name != "__metadata__"}
+        self.size = len(self.bytes)
+        self.data_size = size - self.size
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                self.doubled.append(key)
+            content[key] = value
+        return content
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether `write` formats a header so; damage may have changed what it says, but another program its form."""
+        text = json.dumps(self.content, separators=(",", ":")).encode()
+        first = [f"{RESERVED}format", f"{RESERVED}version"]  # behind the checksum
+        if list(self.metadata)[1:3] != first or self.bytes[8:] != text + b" " * (-(8 + len(text)) % _ALIGNMENT):
+            return False
+        try:
+            entries = [self.entry(name) for name in self.tensors]
+        except (KeyError, TypeError, ValueError):
+            return True
+        by_name = {entry.name: (-entry.dtype.itemsize, entry.name) for entry in entries}
+        # A name that damage changed may be out of order too, but no program renames these two.
+        return list(by_name.values()) == sorted(by_name.values()) or not {"rows", "positions"} <= by_name.keys()
+
+    @staticmethod
+    def knows(dtype: str) -> bool:
+        return dtype in _DTYPES
+
+    @property
+    def user_metadata(self) -> dict[str, Any]:
+        return {key: value for key, value in self.metadata.items() if not key.startswith(RESERVED)}
+
+    def check_version(self, op: str, path: Path) -> None:
+        version = self.metadata.get(f"{RESERVED}version")
+        if version != str(VERSION):
+            raise MemoryFileError(
+                f"{op}: {path} is of version {version!r}, this vidmem_kernels reads version {str(VERSION)!r}; "
+                "install the vidmem_kernels that wrote it"
+            )
+
+    def entry(self, name: str) -> Entry:
+        """What the header says of a tensor.
+
+        Raises:
+            KeyError, TypeError, ValueError: it says nothing that describes one.
+        """
+        entry = self.tensors[name]
+        begin, end = entry["data_offsets"]
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        fits = whole and math.prod(max(n, 1) for n in shape) < 1 << 60
+        if not fits or end != begin + math.prod(shape) * dtype.itemsize:
+            raise ValueError
+        return Entry(name, dtype, shape, begin, end)
 
 
 def foreign(path: Path, why: str) -> MemoryFileError:
@@ -190,58 +307,48 @@ def foreign(path: Path, why: str) -> MemoryFileError:
     )
 
 
-def _damaged(path: Path, why: str) -> MemoryFileError:
-    return MemoryFileError(f"MemoryBank.load: {path} is damaged ({why}); restore it from a copy or save the bank again")
+def _damaged(path: Path, header: Header, why: str) -> MemoryFileError:
+    """The error for a file that is not as it was written."""
+    if header.is_ours:
+        what, remedy = f"damaged ({why})", "restore it from a copy or save the bank again"
+    else:
+        what = f"rewritten by another program ({why}, and its header has another form than MemoryBank.save gives it)"
+        remedy = f"import it with {IMPORT}"
+    return MemoryFileError(f"MemoryBank.load: {path} is {what}; {remedy}")
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
-    if size < 8:
-        raise foreign(path, f"{size} bytes are too few")
-    head = file.read(8)
-    length = int.from_bytes(head, "little")
-    if length > min(size - 8, _HEADER_LIMIT):
-        raise foreign(path, "no safetensors header, or cut inside it")
-    head += file.read(length)
-    try:
-        content = json.loads(head[8:])
-    except (ValueError, RecursionError):
-        raise foreign(path, "its header is not JSON") from None
-    own = content.get("__metadata__") if isinstance(content, dict) else None
-    if not isinstance(own, dict) or own.get(f"{RESERVED}format") != FORMAT:
-        raise foreign(path, f"its header does not name the format {FORMAT}")
-    version = own.get(f"{RESERVED}version")
-    if version != str(VERSION):
-        raise MemoryFileError(
-            f"MemoryBank.load: {path} is of version {version!r}, this vidmem_kernels reads version {str(VERSION)!r}; "
-            "install the vidmem_kernels that wrote it"
-        )
-    return head, content
+def _read_header(path: Path, file: BinaryIO) -> Header:
+    header = Header(file, lambda why: foreign(path, why))
+    if header.metadata.get(f"{RESERVED}format") != FORMAT:
+        why = f"its header does not name the format {FORMAT}"
+        if {"rows", "positions"} <= header.tensors.keys():
+            raise MemoryFileError(
+                f"{foreign(path, why)}, or, if it is one rewritten by another program, import it with {IMPORT}"
+            )
+        raise foreign(path, why)
+    header.check_version("MemoryBank.load", path)
+    return header
 
 
-def _entries(path: Path, content: dict[str, Any], data_size: int) -> list[_Entry]:
+def _entries(path: Path, header: Header) -> list[Entry]:
     """What the header says of the tensors, if they fill the data from first byte to last."""
     entries = []
     expected = 0
     try:
-        for name, entry in content.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-            fits = whole and math.prod(max(n, 1) for n in shape) < 1 << 60
-            if not fits or begin != expected or end != begin + math.prod(shape) * dtype.itemsize:
+        for name in header.tensors:
+            entry = header.entry(name)
+            if entry.begin != expected:
                 raise ValueError
-            entries.append(_Entry(name, dtype, shape, begin, end))
-            expected = end
+            entries.append(entry)
+            expected = entry.end
     except (KeyError, TypeError, ValueError):
-        raise _damaged(path, "its header does not describe its tensors") from None
-    if expected != data_size:
-        raise _damaged(path, f"it should hold {expected} bytes of tensors, holds {data_size}")
+        raise _damaged(path, header, "its header does not describe its tensors") from None
+    if expected != header.data_size:
+        raise _damaged(path, header, f"it should hold {expected} bytes of tensors, holds {header.data_size}")
     return entries
 
 
-def _read_into(file: BinaryIO, view: memoryview, update: Callable[[memoryview], None]) -> None:
+def read_into(file: BinaryIO, view: memoryview, update: Callable[[memoryview], None]) -> None:
     """Fills `view` from the file, in pieces that `update` then sees."""
     for start in range(0, len(view), _CHUNK):
         piece = view[start : start + _CHUNK]
@@ -250,57 +357,94 @@ def _read_into(file: BinaryIO, view: memoryview, update: Callable[[memoryview], 
         update(piece)
 
 
-def map_tensor(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: torch.dtype, writable: bool) -> Tensor:
-    """A tensor that is the content of an open file from `offset` on; it keeps the mapping alive."""
-    if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=dtype)
-    length = offset + math.prod(shape) * dtype.itemsize
-    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-    mapping = mmap.mmap(file.fileno(), length, access=access)
-    with warnings.catch_warnings():
-        # torch warns of read-only memory; it is private to the bank, which never writes to it.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
-
-
-def read(path: Path, rows: str, rows_storage: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: Path, rows: str, rows_storage: str, expected: Saved | None = None) -> Content:
     """Reads a memory file after checking every byte of it.
 
     Args:
         path: the file.
         rows: name of the tensor that `rows_storage` is about; the others are read into host memory.
         rows_storage: "device" (host memory), "pinned" or "mmap" (mapped, read-only).
+        expected: the file that it must be; where its stamp says that nothing changed, its bytes are not checked again.
 
     Returns:
-        (tensors on the CPU, the user's header entries).
+        Content, with tensors on the CPU.
 
     Raises:
-        MemoryFileError: a foreign, damaged or cut file, or one of another version.
+        MemoryFileError: a foreign, damaged, rewritten or cut file, or one of another version.
         OSError: the file is missing (FileNotFoundError) or cannot be read.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head, content = _read_header(path, file, size)
-        entries = _entries(path, content, size - len(head))
-        own = content["__metadata__"]
-        checksum = own.get(f"{RESERVED}checksum")
+        header = _read_header(path, file)
+        entries = _entries(path, header)
+        checksum = header.metadata.get(f"{RESERVED}checksum")
         if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
-            raise _damaged(path, "its checksum is no checksum")
-        digest = hashlib.sha256(head.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1))
-        tensors = {}
-        scratch = memoryview(bytearray(min(_CHUNK, size)))
+            raise _damaged(path, header, "its checksum is no checksum")
+        saved = _stamp(os.path.realpath(path), checksum, file)
+        checked = True
+        if expected is not None:
+            _check_same(expected, saved)
+            checked = not expected.settled or saved.stamp != expected.stamp
+        digest = hashlib.sha256(header.bytes.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1))
+        tensors, kept, offset = {}, None, 0
+        scratch = memoryview(bytearray(min(_CHUNK, header.data_size)))
         try:
             for name, dtype, shape, begin, end in entries:
                 if name == rows and rows_storage == "mmap":
-                    for start in range(begin, end, _CHUNK):
-                        _read_into(file, scratch[: min(_CHUNK, end - start)], digest.update)
-                    tensors[name] = map_tensor(file, len(head) + begin, shape, dtype, writable=False)
+                    for start in range(begin, end, _CHUNK) if checked else ():
+                        read_into(file, scratch[: min(_CHUNK, end - start)], digest.update)
+                    kept, offset = OpenFile(os.dup(file.fileno())), header.size + begin
+                    tensors[name] = map_tensor(kept, offset, shape, dtype, writable=False)
+                    file.seek(header.size + end)
                 else:
                     pinned = name == rows and rows_storage == "pinned"
                     tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-                    _read_into(file, _bytes_of(tensors[name]), digest.update)
+                    read_into(file, bytes_of(tensors[name]), digest.update)
         except EOFError:
-            raise _damaged(path, "it became shorter while it was read") from None
-    if digest.hexdigest() != checksum:
-        raise _damaged(path, "its checksum does not match its content")
-    return tensors, {key: value for key, value in own.items() if not key.startswith(RESERVED)}
+            raise _damaged(path, header, "it became shorter while it was read") from None
+    if checked and digest.hexdigest() != checksum:
+        raise _damaged(path, header, "its checksum does not match its content")
+    return Content(tensors, header.user_metadata, kept, offset, saved)
+
+
+def changed(path: str, got: str) -> str:
+    return (
+        f"MemoryBank: {path} must still be the file that the bank's rows lie in, got {got}; "
+        "restore it, or save the bank and pickle it anew"
+    )
+
+
+def _check_same(expected: Saved, found: Saved) -> None:
+    if found.checksum != expected.checksum:
+        raise MemoryFileError(changed(expected.path, "another content"))
+
+
+def check_saved(saved: Saved) -> None:
+    """Checks, without reading all of it, that a memory file is still there.
+
+    Raises:
+        MemoryFileError: it is gone (MissingMemoryFileError) or is another.
+    """
+    try:
+        with open(saved.path, "rb") as file:
+            if _stamp(saved.path, saved.checksum, file).stamp != saved.stamp:
+                header = _read_header(Path(saved.path), file)
+                checksum = str(header.metadata.get(f"{RESERVED}checksum"))
+                _check_same(saved, _stamp(saved.path, checksum, file))
+    except FileNotFoundError:
+        raise missing(saved.path) from None
+
+
+def is_untouched(saved: Saved | None) -> bool:
+    """Whether there is such a file and nobody changed it since."""
+    if saved is None:
+        return False
+    try:
+        with open(saved.path, "rb") as file:
+            return _stamp(saved.path, saved.checksum, file).stamp == saved.stamp
+    except OSError:
+        return False
+
+
+def missing(path: str) -> MissingMemoryFileError:
+    """The error for a pickled bank's file that is gone."""
+    return MissingMemoryFileError(changed(path, "no file"))

@@ -1,0 +1,89 @@
+"""Files whose content is a tensor: how they are opened, made, mapped and known again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22  # bytes hashed at a time
+
+
+class OpenFile:
+    """A file descriptor, closed when nobody holds the object any more."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+class _Mapped:
+    """Memory that numpy takes for writable, which keeps torch from warning; it is private to a bank that never writes
+    to it. (To silence the warning instead would silence other threads' too.)
+    """
+
+    def __init__(self, mapping: mmap.mmap, offset: int, size: int):
+        self._mapping = mapping
+        address = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
+        self.__array_interface__ = {"data": (address + offset, False), "shape": (size,), "typestr": "|u1", "version": 3}
+
+
+def map_tensor(file: OpenFile, offset: int, shape: tuple[int, ...], dtype: torch.dtype, writable: bool) -> Tensor:
+    """A tensor that is the content of an open file from `offset` on; it keeps the mapping alive.
+
+    Raises:
+        EOFError: the file is shorter.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    if os.fstat(file.fileno()).st_size < offset + size:
+        raise EOFError(f"the mapped file must have at least {offset + size} bytes")
+    mapping = mmap.mmap(file.fileno(), offset + size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+    return torch.from_numpy(np.asarray(_Mapped(mapping, offset, size))).view(dtype).view(shape)
+
+
+def reserve(file: OpenFile, size: int) -> None:
+    """Makes a file `size` bytes long, or leaves it as it was.
+
+    Its blocks are taken now: a sparse file on a full disk would kill the process at a later write to memory.
+    """
+    before = os.fstat(file.fileno()).st_size
+    if size > before:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            os.truncate(file.fileno(), before)  # gives back what it got before the disk was full
+            raise
+
+
+def nameless_file(folder: Path | None) -> OpenFile:
+    """A new file in `folder` that disappears when it is closed."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        return OpenFile(os.dup(file.fileno()))
+
+
+def digest_rows(file: OpenFile, size: int) -> str:
+    """SHA-256 of the first `size` bytes of a working file.
+
+    Raises:
+        EOFError: it is shorter.
+    """
+    digest = hashlib.sha256()
+    for start in range(0, size, _CHUNK):
+        piece = os.pread(file.fileno(), min(_CHUNK, size - start), start)
+        if len(piece) != min(_CHUNK, size - start):
+            raise EOFError
+        digest.update(piece)
+    return digest.hexdigest()
