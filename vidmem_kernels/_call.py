@@ -48,6 +48,7 @@ def _keep_whole(name: str) -> None:
 def _call_differentiated(name: str, args: tuple[Any, ...], backend: str) -> Any:
     """The reference as plain torch operations, which have every derivative; indices have none and take a kernel."""
     op = OPS[name]
+    backend = _dispatch.resolve(backend)
     if backend not in ("auto", "reference"):
         raise _dispatch.BackendError(
             f"{name}: backend {backend!r} has no derivative under torch.func or in forward mode; "

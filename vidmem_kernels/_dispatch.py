@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vidmem_kernels")
 
 BACKENDS = ("cpu", "triton", "cuda", "library", "reference")
+ENVIRONMENT = "environment"  # what an op of a compiled graph is given where the user named no backend
 # On the CPU our kernels beat SDPA's, on a GPU a library that can take a call is the hardest to beat.
 LADDERS = {
     "cpu": ("cpu", "library", "reference"),
@@ -57,7 +58,15 @@ def requested(backend: str | None = None) -> str:
         return check_backend(backend, "backend")
     # threading.local, not a ContextVar: torch.compile traces and guards the former only.
     chosen = getattr(_local, "backend", None)
-    return chosen if chosen is not None else check_backend(_env.backend(), "VIDMEM_BACKEND")
+    if chosen is not None:
+        return chosen
+    # A compiled graph, which would keep what it was traced with, reads the variable whenever it runs.
+    return ENVIRONMENT if torch.compiler.is_compiling() else resolve(ENVIRONMENT)
+
+
+def resolve(backend: str) -> str:
+    """The backend that an op was given; where that is ENVIRONMENT, the one that VIDMEM_BACKEND names now."""
+    return check_backend(_env.backend(), "VIDMEM_BACKEND") if backend == ENVIRONMENT else backend
 
 
 def of_this_thread() -> str | None:
@@ -195,7 +204,7 @@ class Choice:
 
 def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> str:
     """Name of the backend that runs this call; raises BackendError when an explicit one cannot."""
-    check_backend(backend, op.name)
+    backend = check_backend(resolve(backend), op.name)
     refused: dict[str, str] = {}
     chosen = backend
     if backend != "auto":

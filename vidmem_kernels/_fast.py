@@ -9,6 +9,7 @@ to serve: autocast, dispatch and function modes, transforms, forward-mode gradie
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,15 @@ MAX_REMEMBERED = 4096  # calls of one function; beyond, the table starts anew
 Runner = Callable[[Sequence[Tensor]], Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
+# By short names, since looking up torch._C.x takes as long as calling it.
+_transform_depth = torch._C._functorch.get_dynamic_layer_stack_depth
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_autocast, _jit_trace = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
+_has_dispatch_key = torch._C._dispatch_tls_is_dispatch_key_included
+_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_deterministic = torch._C._get_deterministic_algorithms
+_cudnn_sdpa, _flash_sdpa = torch._C._get_cudnn_sdp_enabled, torch._C._get_flash_sdp_enabled
+_compiling = torch.compiler.is_compiling
 _SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype})
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
 _watch = threading.local()  # .calls: the op calls of a public function that is being remembered
@@ -35,17 +45,16 @@ _watch = threading.local()  # .calls: the op calls of a public function that is 
 
 def _is_plain() -> bool:
     """Whether nothing is under way on this thread that the dispatcher would have to serve."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.get_dynamic_layer_stack_depth() == 0
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-        and not _dispatch.is_recording()
-        and getattr(_watch, "calls", None) is None
+    return not (
+        _transform_depth()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or _function_modes()
+        or _autocast()
+        or _jit_trace()
+        or _has_dispatch_key(_VMAP_MODE)
+        or _dispatch.is_recording()
+        or getattr(_watch, "calls", None) is not None
     )
 
 
@@ -53,14 +62,14 @@ def _surroundings() -> list[Any]:
     """What decides beside the arguments: the start of a key."""
     module = _extension.module
     return [
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
+        _grad(),
+        _inference(),
+        _deterministic(),
         _env.dispatch_state(),
         _dispatch.of_this_thread(),
-        None if module is None else module.cpu_capability(),
-        torch._C._get_cudnn_sdp_enabled(),
-        torch._C._get_flash_sdp_enabled(),
+        module and module.cpu_capability(),
+        _cudnn_sdpa(),
+        _flash_sdpa(),
     ]
 
 
@@ -97,7 +106,7 @@ def fast(function: F) -> F:
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        if torch.compiler.is_compiling() or not _is_plain():
+        if _compiling() or not _is_plain():
             return function(*args, **kwargs)
         tensors: list[Tensor] = []
         key = _key((*args, *kwargs, *kwargs.values()), tensors)
@@ -126,7 +135,7 @@ _tables: list[dict] = []
 
 def call_op(op: Op, args: tuple[Any, ...], backend: str) -> Any:
     """Calls an op as torch.ops.vidmem does, where no gradient is recorded: what a backward pass calls."""
-    if torch.is_grad_enabled() or not _is_plain():
+    if _compiling() or _grad() or not _is_plain():
         return op.overload(*args, backend)
     tensors: list[Tensor] = []
     key = _key((*args, backend), tensors)
@@ -148,17 +157,29 @@ def watch(op: Op, args: Sequence[Any], backend: str, raw: Any) -> None:
 
 
 def _pick(value: Any, tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Any] | None:
-    """How to make `value` of tensors among which its own are; None if one of its tensors is not among them."""
+    """How to make `value` anew of other tensors in the places of these; None if it has a tensor that is not there."""
     if isinstance(value, Tensor):
         place = next((i for i, t in enumerate(tensors) if t is value), None)
-        return None if place is None else lambda found: found[place]
-    if isinstance(value, tuple | list):
-        parts = [_pick(v, tensors) for v in value]
-        if None in parts:
-            return None
-        make = type(value)._make if hasattr(value, "_make") else type(value)
+        return None if place is None else operator.itemgetter(place)
+    if not isinstance(value, tuple | list):
+        return lambda found: value
+    parts = [_pick(v, tensors) for v in value]
+    if None in parts:
+        return None
+    make = type(value)._make if hasattr(value, "_make") else type(value)
+    if any(isinstance(v, tuple | list) for v in value) or len(value) < 2:
         return lambda found: make([part(found) for part in parts])
-    return lambda found: value
+    # Flat, as nearly all are: one pass over tensors and constants.
+    constants = [v for v in value if not isinstance(v, Tensor)]
+    places, n = [], len(tensors)
+    for v in value:
+        is_tensor = isinstance(v, Tensor)
+        places.append(next(i for i, t in enumerate(tensors) if t is v) if is_tensor else n)
+        n += not is_tensor
+    take = operator.itemgetter(*places)
+    if make is tuple:
+        return lambda found: take((*found, *constants))
+    return lambda found: make(take((*found, *constants)))
 
 
 def _runner(
@@ -168,13 +189,11 @@ def _runner(
     devices = {t.device for t in tensors}
     if len(devices) != 1 or next(iter(devices)).type not in _dispatch.LADDERS:
         return None
-    parts = [_pick(value, tensors) for value in args]
+    arguments = _pick(tuple(args), tensors)
     shape = _pick(results, raw if isinstance(raw, tuple) else (raw,))
-    if None in parts or shape is None:
-        return None
-    kernel = op.bind(tuple(args), backend)
+    kernel = op.bind(tuple(args), backend) if arguments and shape else None
     if kernel is None:
         return None
     if results is raw:
-        return lambda tensors: kernel(*[part(tensors) for part in parts])
-    return lambda tensors: shape(kernel(*[part(tensors) for part in parts]))
+        return lambda tensors: kernel(*arguments(tensors))
+    return lambda tensors: shape(kernel(*arguments(tensors)))

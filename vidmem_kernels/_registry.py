@@ -91,12 +91,25 @@ class Op:
     def bind(self, args: tuple[Any, ...], backend: str) -> Callable[..., Any] | None:
         """The kernel of calls like this one, gradient included, past the dispatcher; None if only that can serve it."""
         device = self.device(args)
-        run = _dispatch.implementation(self, _dispatch.select(self, device, args, backend), device, args)
+        chosen = _dispatch.select(self, device, args, backend)
+        run = _dispatch.implementation(self, chosen, device, args)
         if device.type == "cuda":
             run = _on_device(run, device)
+        if chosen == "triton":
+            run = self._materialised(run, backend)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return run
         return None if self.backward is None else lambda *args: _autograd.apply(self, args, backend, run)
+
+    def _materialised(self, run: Callable[..., Any], backend: str) -> Callable[..., Any]:
+        """`run`, which reads memory, but the dispatcher where a tensor's values are not what its memory holds."""
+
+        def run_or_dispatch(*args):
+            tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+            plain = not any(t.is_neg() or t._is_zerotensor() for t in tensors)
+            return run(*args) if plain else self.overload(*args, backend)
+
+        return run_or_dispatch
 
     def device(self, args: tuple[Any, ...]) -> torch.device:
         """Where the call runs: on an accelerator if any tensor is there (a bank may stay on the host)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -164,9 +165,9 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
         raise TypeError(f"{op}: x must be {names(FLOAT_DTYPES)}, got {names([x.dtype])}")
     if dtype not in QUANTIZED_DTYPES:
         raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype}")
-    lead = x.shape[:-2]
-    flat = x.reshape(lead.numel(), *x.shape[-2:])
-    rows, scale = call("quantize_rows", flat, dtype, backend=backend)
+    if x.dim() == 3:
+        return QuantizedRows(*call("quantize_rows", x, dtype, backend=backend))
+    rows, scale = call("quantize_rows", x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), dtype, backend=backend)
     return QuantizedRows(rows.reshape(x.shape), scale.reshape(x.shape[:-1]))
 
 

@@ -1,0 +1,327 @@
+"""A call that was made before goes past the dispatcher: same results, and whatever decides how it is served is seen."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vidmem_kernels as vk
+from vidmem_kernels import _dispatch, _extension, _fast
+from vidmem_kernels._registry import OPS
+
+needs_library = pytest.mark.skipif(_extension.module is None, reason="_C is not built")
+INDEX = torch.tensor([[2, 0, -1, 5], [1, 1, 3, 4]])
+
+
+def functions():
+    """Each public function: a call of it with float tensors, and those."""
+    x, q, lse = torch.randn(2, 6, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 2, 6)
+    plan = vk.match_tokens(x, 2)
+    times = torch.arange(6.0)
+    blocks = torch.tensor([[[[0], [1], [2]]]]).expand(2, 1, 3, 1)
+    state = vk.LinearAttentionState(torch.randn(2, 2, 8, 8).abs(), torch.randn(2, 2, 8).abs())
+    return {
+        "gather_tokens": (lambda x: vk.gather_tokens(x, INDEX), [x]),
+        "scatter_add_tokens": (lambda x: vk.scatter_add_tokens(x, INDEX, 6), [x[:, :4]]),
+        "quantize_rows": (lambda x: vk.quantize_rows(x), [x]),
+        "quantize_rows, 4-D": (lambda x: vk.quantize_rows(x), [q]),
+        "select_tokens": (lambda x: vk.select_tokens(x, 3), [x]),
+        "topk_blocks": (lambda q: vk.topk_blocks(q, q, block_size=(2, 2), topk=2), [q]),
+        "match_tokens": (lambda x: vk.match_tokens(x, 2), [x]),
+        "match_neighbors": (lambda x: vk.match_neighbors(x, 2, grid=(1, 2, 3)), [x]),
+        "match_neighbors, threshold": (lambda x: vk.match_neighbors(x, 2, grid=(1, 2, 3), threshold=0.1), [x]),
+        "merge_tokens": (lambda x, size: vk.merge_tokens(x, plan, size), [x, torch.rand(2, 6) + 0.5]),
+        "unmerge_tokens": (lambda y: vk.unmerge_tokens(y, plan), [x[:, :4]]),
+        "linear_attention": (lambda q, k: vk.linear_attention(q, k, q, causal=True), [q, q + 1]),
+        "linear_attention, state": (lambda q: vk.linear_attention(q, q, q, state=state, return_state=True), [q]),
+        "cross_attention": (lambda q, k: vk.cross_attention(q, k, k), [q, q + 1]),
+        "cross_attention, window": (
+            lambda q, b: vk.cross_attention(
+                q, q, q, key_bias=b, q_time=times, k_time=times, window=(1, 1), num_sinks=1
+            ),
+            [q, torch.randn(2, 6)],
+        ),
+        "cross_attention, blocks": (
+            lambda q: vk.cross_attention(q, q, q, block_index=blocks, block_size=(2, 2), return_lse=True), [q]
+        ),
+        "merge_attention_states": (lambda q, a: vk.merge_attention_states([q, q + 1], [a, a - 1]), [q, lse]),
+    }  # fmt: skip
+
+
+NAMES = sorted(functions())
+
+
+def outcome(call, tensors):
+    """Results and gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    results = call(*leaves)
+    flat = [t for t in torch.utils._pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
+    wanted = [t for t in flat if t.requires_grad]
+    grads = torch.autograd.grad([t.float().sin().sum() for t in wanted], leaves) if wanted else ()
+    return type(results), flat, grads
+
+
+class Hits:
+    """Counts the calls that went past the dispatcher."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        runner = _fast._runner
+
+        def counted(*args):
+            run = runner(*args)
+            if run is None:
+                return None
+
+            def counting(tensors):
+                self.count += 1
+                return run(tensors)
+
+            return counting
+
+        monkeypatch.setattr(_fast, "_runner", counted)
+
+
+@pytest.fixture
+def hits(monkeypatch):
+    for table in _fast._tables:
+        table.clear()
+    return Hits(monkeypatch)
+
+
+def test_every_public_function_is_there():
+    decorated = {name for name in vk.__all__ if hasattr(getattr(vk, name), "__wrapped__") and name != "use_backend"}
+    assert decorated - {"recording"} == {name.split(",")[0] for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_results_and_gradients(name, hits):
+    call, tensors = functions()[name]
+    first = outcome(call, tensors)
+    again = outcome(call, tensors)
+    assert first[0] is again[0]
+    torch.testing.assert_close(first[1:], again[1:], rtol=0, atol=0, equal_nan=True)
+    index_only = name.split(",")[0] in ("topk_blocks", "match_tokens", "match_neighbors")
+    with torch.no_grad():
+        call(*tensors)
+        before = hits.count
+        call(*tensors)
+    threshold, flattened = "threshold" in name, "4-D" in name
+    assert hits.count - before == (0 if threshold or flattened else 1)
+    assert index_only or threshold or flattened or before >= 1, "with gradients"
+
+
+@needs_library
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("change", ["environment", "context", "library", "capability", "determinism"])
+def test_surroundings_are_seen(change, compiled, monkeypatch):
+    """Each change between two equal calls is served as a first call would be."""
+    for table in _fast._tables:
+        table.clear()
+    q = torch.randn(1, 5, 2, 8)
+    seen = []
+    implementation = _dispatch.implementation
+
+    def noted(op, backend, device, args):
+        run = implementation(op, backend, device, args)
+
+        def noting(*args):
+            seen.append((backend, torch.are_deterministic_algorithms_enabled()))
+            return run(*args)
+
+        return noting
+
+    monkeypatch.setattr(_dispatch, "implementation", noted)
+
+    def attend(q):
+        return vk.cross_attention(q, q, q)
+
+    call = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    with torch.no_grad():
+        call(q), call(q)
+        assert {backend for backend, _ in seen} == {"cpu"}
+        seen.clear()
+        if change == "environment":
+            monkeypatch.setenv("VIDMEM_BACKEND", "reference")
+            call(q)
+            expected = "reference"
+        elif change == "context":
+            with vk.use_backend("reference"):
+                call(q)
+            expected = "reference"
+        elif change == "library":
+            monkeypatch.setattr(_extension, "module", None)
+            monkeypatch.setattr(_extension, "reason", "taken away")
+            call(q)
+            expected = "library"
+        elif change == "capability":
+            before = _extension.module.cpu_capability()
+            _extension.module.set_cpu_capability("baseline")
+            try:
+                call(q)
+            finally:
+                _extension.module.set_cpu_capability(before)
+            expected = "library"
+        else:
+            torch.use_deterministic_algorithms(True)
+            try:
+                call(q)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            assert seen == [("cpu", True)]
+            expected = "cpu"
+    assert {backend for backend, _ in seen} == {expected}
+
+
+@pytest.mark.parametrize("switch", ["enable_flash_sdp", "enable_cudnn_sdp"])
+def test_switches_of_sdpa_are_in_the_key(switch):
+    before = _fast._surroundings()
+    getattr(torch.backends.cuda, switch)(False)
+    try:
+        assert _fast._surroundings() != before
+    finally:
+        getattr(torch.backends.cuda, switch)(True)
+    assert _fast._surroundings() == before
+
+
+VARIANTS = {
+    "dtype": lambda x: x.bfloat16(),
+    "float64": lambda x: x.double(),
+    "sizes": lambda x: torch.cat([x, x], 1),
+    "channels": lambda x: x[:, :, :5],
+    "strides": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:1].expand(2, -1, -1),
+    "gradient": lambda x: x.clone().requires_grad_(),
+    "parameter": lambda x: torch.nn.Parameter(x.clone()),
+    "negative": lambda x: torch.complex(torch.zeros_like(x), x).conj().imag,
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_tensors_are_told_apart(variant, compiled):
+    def call(x):
+        return vk.gather_tokens(x, INDEX)
+
+    torch._dynamo.reset()
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    x = torch.randn(2, 6, 8)
+    other = VARIANTS[variant](x)
+    for tensor in (x, other, x, other):
+        found = run(tensor)
+        expected = vk.gather_tokens(tensor, INDEX, backend="reference")
+        assert torch.equal(found, expected) and found.dtype == tensor.dtype
+        assert found.requires_grad == tensor.requires_grad
+
+
+def test_numbers_are_told_apart_by_type():
+    x = torch.randn(1, 6, 8)
+    assert vk.select_tokens(x, 1).index.shape == (1, 1)
+    with pytest.raises(TypeError, match="keep must be an int, got bool"):
+        vk.select_tokens(x, True)
+    with pytest.raises(TypeError, match="keep must be an int, got float"):
+        vk.select_tokens(x, 1.0)
+
+
+def test_errors_come_again(hits):
+    x = torch.randn(1, 6, 8)
+    for _ in range(3):
+        with pytest.raises(IndexError, match="index must be in"):
+            vk.gather_tokens(x, torch.tensor([[7]]))
+        with pytest.raises(ValueError, match="index must have shape"):
+            vk.gather_tokens(x, torch.tensor([1]))
+    vk.gather_tokens(x, torch.tensor([[2]])), vk.gather_tokens(x, torch.tensor([[2]]))
+    with pytest.raises(IndexError, match="index must be in"):
+        vk.gather_tokens(x, torch.tensor([[9]]))
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def test_steps_aside(hits):
+    """Modes, autocast, explain, subclasses, transforms and traces are served by the dispatcher, also after a hit."""
+    x = torch.randn(2, 6, 8)
+
+    def call(x=x):
+        return vk.gather_tokens(x, INDEX)
+
+    call(), call()
+    assert hits.count == 1
+    with Seen() as seen:
+        call()
+    assert "vidmem::gather_tokens" in seen.names
+    with torch.overrides.BaseTorchFunctionMode():
+        call()
+    with torch.autocast("cpu", torch.bfloat16):
+        call()
+    assert vk.explain(call)[0].op == "gather_tokens"
+    assert isinstance(call(x.as_subclass(Sub)), Sub)
+    torch.func.vmap(lambda x: vk.gather_tokens(x, INDEX))(torch.stack([x, x]))
+    torch.jit.trace(call, x, check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        call()
+    assert hits.count == 1
+    call()
+    assert hits.count == 2
+
+
+def test_autocast_after_a_hit():
+    q = torch.randn(1, 5, 2, 8)
+    vk.cross_attention(q, q, q), vk.cross_attention(q, q, q)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vk.cross_attention(q, q, q).dtype == torch.bfloat16
+    assert vk.cross_attention(q, q, q).dtype == torch.float32
+
+
+def test_second_derivatives_and_hooks(hits):
+    """A gradient of a gradient, saved-tensor hooks and retained graphs after a hit."""
+    x, index = torch.randn(1, 6, 8, requires_grad=True), torch.tensor([[1, 1, 4]])
+    for _ in range(2):
+        y = vk.gather_tokens(x, index)
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad(g.sum(), x)
+        assert torch.equal(h[0, :, 0], torch.tensor([0.0, 4, 0, 0, 2, 0]))
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        vk.gather_tokens(x, index).sum().backward()
+    assert packed and hits.count >= 1
+
+
+def test_threads():
+    """Many threads with different shapes and backends at once."""
+    errors = []
+
+    def work(n):
+        try:
+            torch.manual_seed(n)
+            x = torch.randn(1, n + 2, 4)
+            with vk.use_backend("reference" if n % 2 else "auto"):
+                for _ in range(50):
+                    assert torch.equal(vk.gather_tokens(x, torch.tensor([[n]])), x[:, n : n + 1])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not errors
+
+
+def test_remembers_a_bounded_number(monkeypatch):
+    monkeypatch.setattr(_fast, "MAX_REMEMBERED", 5)
+    for n in range(2, 20):
+        x = torch.randn(1, n, 4)
+        for _ in range(2):
+            assert torch.equal(vk.gather_tokens(x, torch.tensor([[0]])), x[:, :1])
+    assert all(len(op.remembered) <= _fast.MAX_REMEMBERED or not op.remembered for op in [OPS["gather_tokens"]])
