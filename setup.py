@@ -1,17 +1,25 @@
 """Builds vidmem_kernels._C: the CPU kernels always, the CUDA kernels where this torch has CUDA.
 
-    VIDMEM_BUILD=0                compile nothing: every op runs its reference
+    VIDMEM_BUILD=1|0              0 compiles nothing: every op runs its reference
     VIDMEM_BUILD_CUDA=auto|0|1    auto (default): build CUDA when torch was built with it and nvcc is found
     VIDMEM_CUDA_ARCHS="80 90"     architectures to compile (default: the GPUs that are visible, else all supported)
     MAX_JOBS=2                    parallel compiler processes (default: the number of cores, 8 at most)
+    CXX=clang++                   the C++ compiler (default: g++)
 
 A CPU kernel file (csrc/cpu/*_kernels.cpp) is compiled once for every instruction set below and chosen at run
 time; nothing is built with -march=native. When compiling fails the package still installs: every op then runs
-its reference, and `python -m vidmem_kernels.info` tells why.
+its reference, and `import vidmem_kernels` and `python -m vidmem_kernels.info` tell why. A missing or old package that
+the build needs ends it, with a line that names it.
 """
 
+from __future__ import annotations
+
+import ast
+import importlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,10 +27,43 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
-
 ROOT = Path(__file__).resolve().parent
+REQUIRES = re.search(r"^requires = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+MINIMUM = dict(requirement.split(">=") for requirement in ast.literal_eval(REQUIRES))
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.match(r"\d+(\.\d+)*", version).group().split(".")))
+
+
+def fault(package: str) -> str | None:
+    """What is wrong with a build requirement of pyproject.toml, or None."""
+    try:
+        version = getattr(importlib.import_module(package), "__version__", None)  # None: an empty folder of that name
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            return f"does not load: {error}"
+        version = None
+    except (ImportError, OSError) as error:  # a library is missing; the first line says which
+        return f"does not load: {str(error).splitlines()[0]}"
+    if version is None:
+        return "not installed"
+    return None if numbers(version) >= numbers(MINIMUM[package]) else f"{version} is installed"
+
+
+def require(*packages: str) -> None:
+    """Ends the build unless all are there: with --no-build-isolation pip does not look."""
+    faults = {f"{package}>={MINIMUM[package]}": why for package in packages if (why := fault(package))}
+    if faults:
+        needs = ", ".join(f"{wanted} ({why})" for wanted, why in faults.items())
+        install = " ".join(f"'{wanted}'" for wanted in faults)
+        raise SystemExit(f"vidmem_kernels: building needs {needs}; run: pip install {install}")
+
+
+require("setuptools")
+import setuptools  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
 CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # stable ABI of torch 2.11
 CUDA_ARCHS = ["80", "89", "90", "100", "120"]
@@ -35,11 +76,41 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 else:
     CPU_CAPABILITIES = {"baseline": []}
+# Lies beside the package's files in place of _C, for vidmem_kernels/_extension.py.
+NOT_BUILT = "_C_not_built.txt"
+
+
+class CannotCompile(Exception):
+    """Says why there will be no _C."""
+
+
+def setting(name: str, default: str, pattern: str, rule: str) -> str:
+    value = os.environ.get(name) or default
+    if not re.fullmatch(pattern, value):
+        raise SystemExit(f"{name}: must be {rule}, got {value!r}")
+    return value
+
+
+def cxx_compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def run(command: list[str], what: str) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        raise CannotCompile(f"{command[0]} was not found; install g++, or set CXX to a C++ compiler") from None
+    except OSError as error:
+        raise CannotCompile(f"{command[0]} does not start: {error.strerror}") from None
+    except subprocess.CalledProcessError as error:
+        failed = f"{command[0]} failed on {what} with exit status {error.returncode}"
+        raise CannotCompile(f"{failed}; pip install -v shows its output") from None
 
 
 def cuda_archs(torch) -> list[str]:
-    if os.environ.get("VIDMEM_CUDA_ARCHS"):
-        return os.environ["VIDMEM_CUDA_ARCHS"].split()
+    archs = setting("VIDMEM_CUDA_ARCHS", "", r"\s*(\d+[af]?\s*)*", "architectures as in '80 90'").split()
+    if archs:
+        return archs
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return [f"{major}{minor}" for major, minor in sorted(found)]
@@ -47,9 +118,7 @@ def cuda_archs(torch) -> list[str]:
 
 
 def wants_cuda(torch) -> bool:
-    choice = os.environ.get("VIDMEM_BUILD_CUDA", "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"VIDMEM_BUILD_CUDA: must be auto, 0 or 1, got {choice!r}")
+    choice = setting("VIDMEM_BUILD_CUDA", "auto", "auto|0|1", "auto, 0 or 1")
     if choice == "auto":
         return torch.version.cuda is not None and shutil.which("nvcc") is not None
     if choice == "1" and shutil.which("nvcc") is None:
@@ -62,13 +131,18 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
     import pybind11
     from torch.utils import cpp_extension
 
+    python_headers = sysconfig.get_path("include")
+    if not Path(python_headers, "Python.h").exists():
+        raise CannotCompile(f"{python_headers} has no Python.h; install python3-dev, python3-devel on Fedora")
+    if not (CSRC / "module.cpp").exists():
+        raise SystemExit(f"vidmem_kernels: {CSRC} has no module.cpp; this copy of the source is not complete")
     archs = cuda_archs(torch) if cuda else []
     includes = [f"-I{CSRC}", *[f"-I{d}" for d in cpp_extension.include_paths()]]
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         *[f"-DVIDMEM_HAS_{name.upper()}" for name in CPU_CAPABILITIES],
     ]
-    compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-c"]
+    compiler = [*cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-c"]
     compiler.append("-ffp-contract=off")  # results shall not depend on what a compiler fuses: kernels do so by hand
     cxx = [*compiler, *defines, *includes]
     module = [  # no header of torch: it brings an older pybind11
@@ -76,7 +150,7 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
         f'-DVIDMEM_TORCH_VERSION="{torch.__version__}"',
         f'-DVIDMEM_CUDA_ARCHS="{" ".join(archs)}"',
         f'-DVIDMEM_CPU_CAPABILITIES="{" ".join(CPU_CAPABILITIES)}"',
-        *[f"-I{d}" for d in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))],
+        *[f"-I{d}" for d in (CSRC, pybind11.get_include(), python_headers)],
     ]
 
     jobs = [(module, CSRC / "module.cpp", build_dir / "module.o")]
@@ -101,36 +175,41 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
 
 class BuildExtension(build_ext):
     def build_extension(self, ext):
-        try:
-            import torch
-        except ImportError as error:
-            raise SystemExit("vidmem_kernels: torch must be installed to build from source") from error
+        require("pybind11", "torch")
+        import torch
+
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        cuda = wants_cuda(torch)
-        if cuda and self.try_build(torch, build_dir, target, cuda=True, otherwise="CPU kernels only"):
-            return
-        if cuda and os.environ.get("VIDMEM_BUILD_CUDA") == "1":
-            raise SystemExit("VIDMEM_BUILD_CUDA=1: the CUDA kernels do not compile")
-        if not self.try_build(torch, build_dir, target, cuda=False, otherwise="every op will run its reference"):
+        not_built = target.with_name(NOT_BUILT)
+        not_built.unlink(missing_ok=True)
+        no_cuda = None
+        if wants_cuda(torch):
+            try:
+                return self.compile_and_link(torch, build_dir, target, cuda=True)
+            except CannotCompile as why:
+                if os.environ.get("VIDMEM_BUILD_CUDA") == "1":
+                    raise SystemExit(f"VIDMEM_BUILD_CUDA=1: the CUDA kernels do not compile: {why}") from None
+                no_cuda = why
+        try:
+            self.compile_and_link(torch, build_dir, target, cuda=False)
+        except CannotCompile as why:
+            print(f"vidmem_kernels: WARNING: every op will run its reference: {why}", file=sys.stderr)
             target.unlink(missing_ok=True)
+            not_built.write_text(f"{why}\n")
+        else:
+            if no_cuda:
+                print(f"vidmem_kernels: WARNING: CPU kernels only: {no_cuda}", file=sys.stderr)
 
     def copy_extensions_to_source(self):
-        for stale in (ROOT / "vidmem_kernels").glob("_C*.so"):  # a failed build must not leave an old library
-            stale.unlink()
+        package = ROOT / "vidmem_kernels"
+        for stale in [*package.glob("_C*.so"), package / NOT_BUILT]:  # of an earlier build
+            stale.unlink(missing_ok=True)
         super().copy_extensions_to_source()
-
-    def try_build(self, torch, build_dir: Path, target: Path, cuda: bool, otherwise: str) -> bool:
-        try:
-            self.compile_and_link(torch, build_dir, target, cuda)
-        except (OSError, subprocess.CalledProcessError) as error:
-            missing = isinstance(error, OSError)
-            why = f"{error.filename} was not found" if missing else "the compiler failed, its output is above"
-            print(f"vidmem_kernels: WARNING: {otherwise}: {why}", file=sys.stderr)
-            return False
-        return True
+        built = Path(self.build_lib).resolve() / "vidmem_kernels" / NOT_BUILT
+        if built.exists():
+            shutil.copy(built, package)
 
     def compile_and_link(self, torch, build_dir: Path, target: Path, cuda: bool) -> None:
         headers = [p for suffix in ("*.h", "*.cuh") for p in CSRC.rglob(suffix)]
@@ -144,29 +223,43 @@ class BuildExtension(build_ext):
             if fresh and obj.stat().st_mtime > max(source.stat().st_mtime, newest_header):
                 return
             stamp.unlink(missing_ok=True)
-            subprocess.run([*command, str(source), "-o", str(obj)], check=True)
+            run([*command, str(source), "-o", str(obj)], str(source.relative_to(ROOT)))
             stamp.write_text(line)
 
         jobs = compile_jobs(torch, build_dir, cuda)
-        workers = int(os.environ.get("MAX_JOBS", min(8, os.cpu_count() or 1)))
+        workers = int(setting("MAX_JOBS", str(min(8, os.cpu_count() or 1)), "0*[1-9][0-9]*", "a number of processes"))
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(compile_one, jobs))
+            try:
+                for done in [pool.submit(compile_one, job) for job in jobs]:
+                    done.result()
+            except BaseException:  # the other files would only fail in the same way
+                pool.shutdown(cancel_futures=True)
+                raise
 
         # nvcc knows where its runtime is, and links the static one.
-        linker = ["nvcc"] if cuda else [os.environ.get("CXX", "g++")]
+        linker = ["nvcc"] if cuda else cxx_compiler()
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if cuda else [])]
         objects = [str(obj) for _, _, obj in jobs]
         torch_lib = Path(torch.__file__).parent / "lib"
-        subprocess.run([*linker, "-shared", *objects, f"-L{torch_lib}", *libraries, "-o", str(target)], check=True)
+        run([*linker, "-shared", *objects, f"-L{torch_lib}", *libraries, "-o", str(target)], "linking")
 
 
-# Optional: without it every op runs its reference.
-EXTENSION = Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)
+builds = setting("VIDMEM_BUILD", "1", "0|1", "0 or 1") == "1"
+if builds and "dist_info" in sys.argv:  # pip's first step: before it downloads what the package depends on
+    require("pybind11", "torch")
+packs = {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv)
+if packs and numbers(setuptools.__version__) < (70, 1):
+    try:
+        importlib.import_module("wheel")
+    except ImportError:
+        needs = f"with setuptools {setuptools.__version__} building needs wheel (not installed)"
+        raise SystemExit(f"vidmem_kernels: {needs}; run: pip install wheel") from None
 
-setup(
-    packages=find_packages(include=["vidmem_kernels*"]) + find_packages("python"),
+setuptools.setup(
+    packages=setuptools.find_packages(include=["vidmem_kernels*"]) + setuptools.find_packages("python"),
     package_dir={"vidmem_model": "python/vidmem_model"},
-    package_data={"vidmem_model": ["recipes/*.yaml", "checkpoints/*"]},
-    ext_modules=[] if os.environ.get("VIDMEM_BUILD") == "0" else [EXTENSION],
+    package_data={"vidmem_kernels": ["tuned/*.json"], "vidmem_model": ["recipes/*.yaml", "checkpoints/*"]},
+    # Optional: without it every op runs its reference.
+    ext_modules=[setuptools.Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)] if builds else [],
     cmdclass={"build_ext": BuildExtension},
 )

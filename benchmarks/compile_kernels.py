@@ -1,6 +1,7 @@
 """Compiles every Triton kernel and every CUDA file ahead of time, without a GPU, and tabulates what they use.
 
     python benchmarks/compile_kernels.py [--only triton|cuda] [--archs 80 90 100] [--json FILE] [--table FILE]
+                                         [--sample N]
 
 Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers or needs more shared
 memory than the architecture has. Must not run under TRITON_INTERPRET=1.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -100,7 +102,12 @@ def compile_triton(job: Job, folder: Path) -> Usage:
     return Usage(job.kernel, variant, job.arch, registers, spills, compiled.metadata.shared)
 
 
-def all_triton(archs: list[int], folder: Path) -> list[Usage]:
+def drawn(jobs: list, sample: int | None) -> list:
+    """`sample` of the jobs, always the same ones; all of them without it."""
+    return jobs if sample is None else random.Random(0).sample(jobs, min(sample, len(jobs)))
+
+
+def all_triton(archs: list[int], folder: Path, sample: int | None) -> list[Usage]:
     jobs = []
     for module in triton_modules():
         jitted = {name: f for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
@@ -116,6 +123,7 @@ def all_triton(archs: list[int], folder: Path) -> list[Usage]:
             for target in targets
             if not isinstance(held, tuple) or target[0] in held
         ]
+    jobs = drawn(jobs, sample)
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_triton, jobs, repeat(folder), chunksize=len(jobs) // 16 + 1))
 
@@ -140,8 +148,9 @@ def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
     return list(largest.values())
 
 
-def all_cuda(archs: list[int], folder: Path) -> list[Usage]:
+def all_cuda(archs: list[int], folder: Path, sample: int | None) -> list[Usage]:
     jobs = [(source, arch) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for arch in archs]
+    jobs = drawn(jobs, sample)
     with ThreadPoolExecutor(2) as pool:
         return [u for rows in pool.map(lambda job: compile_cuda(*job, folder), jobs) for u in rows]
 
@@ -174,17 +183,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["triton", "cuda"])
     parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--sample", type=int, metavar="N", help="compile N variants of Triton kernels and N CUDA files")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--table", type=Path, help="also write the table, with what compiled it, to this file")
     args = parser.parse_args()
     usages: list[Usage] = []
     with tempfile.TemporaryDirectory() as folder:
         if args.only != "cuda":
-            usages += all_triton(args.archs, Path(folder))
+            usages += all_triton(args.archs, Path(folder), args.sample)
         if args.only != "triton":
             if shutil.which("nvcc") is None:
                 raise SystemExit("nvcc is not on PATH; --only triton compiles the rest")
-            usages += all_cuda(args.archs, Path(folder))
+            usages += all_cuda(args.archs, Path(folder), args.sample)
     print(table(usages))
     if args.table:
         args.table.write_text(heading() + table(usages) + "\n")

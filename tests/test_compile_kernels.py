@@ -1,4 +1,7 @@
-"""Every Triton kernel and every CUDA file compiles for sm_80, sm_90 and sm_100, on a machine without a GPU."""
+"""Every Triton kernel and every CUDA file compiles for sm_80, sm_90 and sm_100, on a machine without a GPU.
+
+All of them take minutes: `make test` compiles a sample, `make test-long` all.
+"""
 
 import json
 import os
@@ -12,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def compile_kernels(tmp_path, which):
+def compile_kernels(tmp_path, which, *options):
     rows, table = tmp_path / "usage.json", tmp_path / "table.md"
-    command = [sys.executable, "benchmarks/compile_kernels.py", "--only", which]
+    command = [sys.executable, "benchmarks/compile_kernels.py", "--only", which, *options]
     command += ["--json", str(rows), "--table", str(table)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
@@ -33,19 +36,46 @@ def check(rows, kernels):
     assert all(r["registers"] > 0 for r in rows)
 
 
-def test_triton_kernels(tmp_path):
-    pytest.importorskip("triton")
+def check_sample(rows, kernels):
+    assert {r["kernel"] for r in rows} <= kernels and {r["arch"] for r in rows} <= {80, 90, 100}
+    assert all(r["registers"] > 0 for r in rows)
+
+
+def triton_kernels():
     sources = [p.read_text() for p in ROOT.glob("vidmem_kernels/**/*triton_*.py")]
-    kernels = {
+    return {
         line.removeprefix("def ").split("(")[0]
         for source in sources
         for line in source.splitlines()
         if line.startswith("def _") and "_kernel(" in line
     }
-    check(compile_kernels(tmp_path, "triton"), kernels)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_sample_of_triton_kernels(tmp_path):
+    pytest.importorskip("triton")
+    rows = compile_kernels(tmp_path, "triton", "--sample", "16")
+    assert len(rows) == 16
+    check_sample(rows, triton_kernels())
+
+
+@pytest.mark.long
+def test_triton_kernels(tmp_path):
+    pytest.importorskip("triton")
+    check(compile_kernels(tmp_path, "triton"), triton_kernels())
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@needs_nvcc
+def test_one_cuda_file(tmp_path):
+    rows = compile_kernels(tmp_path, "cuda", "--sample", "1")
+    assert len({(r["variant"], r["arch"]) for r in rows}) == 1
+    check_sample(rows, {r["kernel"] for r in rows})
+
+
+@needs_nvcc
+@pytest.mark.long
 def test_cuda_files(tmp_path):
     rows = compile_kernels(tmp_path, "cuda")
     assert {r["variant"] for r in rows} == {p.name for p in ROOT.glob("csrc/cuda/*.cu")}

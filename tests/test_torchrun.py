@@ -16,6 +16,7 @@ from vidmem_model.training import read_curve
 HELPERS = Path(__file__).with_name("training_helpers.py")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("start", ["random", "linear"])
 def test_two_processes_give_the_losses_of_one(start, tmp_path):
     """The second half of the run: the two processes begin with the checkpoint of the one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch  # its shared libraries must be loaded before _C's
@@ -18,7 +19,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("vidmem_kernels._C")
     except ModuleNotFoundError:
-        return None, "vidmem_kernels._C is not built (no C++ compiler at install time?)"
+        note = Path(__file__).with_name("_C_not_built.txt")  # setup.py leaves it
+        why = note.read_text().strip() if note.exists() else "installed with VIDMEM_BUILD=0, or not installed at all"
+        return None, f"vidmem_kernels._C is not built ({why})"
     except ImportError as error:
         return None, f"vidmem_kernels._C does not load: {str(error).splitlines()[0]}"
     if _env.cpu_capability() is not None:
