@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import _dispatch, _fast, _transforms
+from . import _dispatch, _fast, _sharding, _transforms
 from ._registry import OPS
 
 
@@ -24,6 +24,7 @@ def call(name: str, *args: Any, backend: str | None) -> Any:
         BackendError: an explicit backend cannot run this call.
     """
     backend = _dispatch.requested(backend)
+    _sharding.prepare()
     if _transforms.compiler_drops_tangents():
         return _call_uncompiled(name, args, backend)
     if _transforms.differentiates(args):

@@ -44,6 +44,8 @@ class Op:
     broadcasts: tuple[str, ...] = ()
     without_batch: dict[str, int] = field(default_factory=dict)
     result_batch: int = 0
+    head_axes: dict[str, int] = field(default_factory=dict)
+    result_heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.overload: torch._ops.OpOverload = getattr(torch.ops.vidmem, self.name).default
@@ -151,6 +153,8 @@ def register_op(
     broadcasts: tuple[str, ...] = (),
     without_batch: dict[str, int] | None = None,
     result_batch: int = 0,
+    head_axes: dict[str, int] | None = None,
+    result_heads: tuple[int, ...] = (),
 ) -> Op:
     """Registers torch.ops.vidmem.<op>.
 
@@ -169,6 +173,7 @@ def register_op(
         broadcasts: names of tensors that may have a batch of 1 where the batch is larger.
         without_batch: names of tensors that may lack the batch axis, with their number of dimensions then.
         result_batch: axis of the batch in the results.
+        head_axes, result_heads: axes of the heads in tensor arguments and in the results, which DTensor may shard.
 
     Returns:
         The `Op`; its family is the package that `reference` lives in.
@@ -199,6 +204,8 @@ def register_op(
         broadcasts=broadcasts,
         without_batch=without_batch or {},
         result_batch=result_batch,
+        head_axes=head_axes or {},
+        result_heads=result_heads,
     )
     OPS[name] = op
     _register_kernel(op)

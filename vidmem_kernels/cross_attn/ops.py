@@ -16,6 +16,8 @@ _OPTIONS = (
     " SymInt[] block_size, float scale"
 )
 _TIMES = {"q_time": 1, "k_time": 1}
+_HEADS = {"q": 2, "k": 2, "v": 2, "key_bias": 1, "block_index": 1, "out": 2, "lse": 1, "grad_out": 2, "grad_lse": 1}
+_PARTS = {"outs": 2, "lses": 1, "lse": 1, "grad_out": 2, "grad_lse": 1}
 
 
 # --- cross_attention ---
@@ -82,6 +84,8 @@ register_op(
     library=library.FORWARD,
     refuse={"library": library.refuse, "cpu": refuse_attention, "triton": _refuse_triton},
     without_batch=_TIMES,
+    head_axes=_HEADS,
+    result_heads=(2, 1),
 )
 
 
@@ -104,6 +108,8 @@ register_op(
     library=library.BACKWARD,
     refuse={"library": library.refuse_backward, "cpu": refuse_attention, "triton": _refuse_triton_backward},
     without_batch=_TIMES,
+    head_axes=_HEADS,
+    result_heads=(2, 2, 2, 1),
 )
 
 # --- merge_attention_states ---
@@ -144,6 +150,8 @@ register_op(
     autocast=(),
     triton="launch_merge_attention_states_fwd",
     refuse={"cpu": _refuse_merge, "triton": _refuse_merge},
+    head_axes=_PARTS,
+    result_heads=(2, 1),
 )
 
 
@@ -163,4 +171,6 @@ register_op(
     triton="launch_merge_attention_states_bwd",
     refuse={"cpu": _refuse_merge, "triton": _refuse_merge},
     result_batch=1,  # both are stacked
+    head_axes=_PARTS,
+    result_heads=(3, 2),
 )

@@ -9,14 +9,17 @@ from .._numerics import accumulate_dtype
 from .._registry import register_op
 from . import reference
 
+_HEADS = {"q": 2, "k": 2, "v": 2, "S": 1, "z": 1, "grad_out": 2, "grad_S": 1, "grad_z": 1}
+
+
+def _state_sizes(q, v):
+    """Sizes of S and z."""
+    batch, _, heads, size = q.shape
+    return (batch, heads, size, v.shape[3]), (batch, heads, size)
+
 
 def _state_fake(q, v):
-    batch, _, heads, size = q.shape
-    wide = accumulate_dtype(q.dtype)
-    return (
-        q.new_empty(batch, heads, size, v.shape[3], dtype=wide),
-        q.new_empty(batch, heads, size, dtype=wide),
-    )
+    return tuple(q.new_empty(sizes, dtype=accumulate_dtype(q.dtype)) for sizes in _state_sizes(q, v))
 
 
 def _fake(q, k, v, S, z, feature_map, causal, block_size, normalize):
@@ -33,10 +36,20 @@ def _refuse_triton(q, v) -> str | None:
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ops, ctx, grad_out, grad_S, grad_z):
     q, k, v, S, z = ctx.saved_tensors
+    if grad_out is None and grad_S is None and grad_z is None:
+        return (None,) * 9
+    # A result that nobody used has no gradient.
+    grad_out = torch.zeros_like(v) if grad_out is None else grad_out
+    states = _state_sizes(q, v)
+    grad_S, grad_z = (
+        q.new_zeros(sizes, dtype=accumulate_dtype(q.dtype)) if g is None else g
+        for g, sizes in zip((grad_S, grad_z), states, strict=True)
+    )
     grads = ops.linear_attention_backward(grad_out, grad_S, grad_z, q, k, v, S, z, *ctx.options)
     *grads, grad_S, grad_z = grads
     if S is None:
@@ -54,6 +67,8 @@ register_op(
     autocast=("q", "k", "v"),
     triton="launch_linear_attention_fwd",
     refuse={"cpu": refuse_attention, "triton": lambda q, k, v, *_: _refuse_triton(q, v)},
+    head_axes=_HEADS,
+    result_heads=(2, 1, 1),
 )
 
 
@@ -70,4 +85,6 @@ register_op(
     autocast=(),
     triton="launch_linear_attention_bwd",
     refuse={"cpu": refuse_attention, "triton": lambda grad_out, grad_S, grad_z, q, k, v, *_: _refuse_triton(q, v)},
+    head_axes=_HEADS,
+    result_heads=(2, 2, 2, 1, 1),
 )

@@ -79,15 +79,24 @@ def _merge_fake(x, size, assignment, order, offsets):
 
 def _merge_setup(ctx, inputs, output):
     x, size, *groups = inputs
+    ctx.channels, ctx.dtype = x.shape[2], x.dtype
     wants_size = ctx.needs_input_grad[1]
     # Only the gradient of size needs x; without it, x is free after the forward pass.
     ctx.save_for_backward(x if wants_size else None, size, *groups)
+    ctx.set_materialize_grads(False)
     if not wants_size:
         ctx.mark_non_differentiable(output[1])
 
 
 def _merge_backward(ops, ctx, grad_tokens, grad_size):
     x, size, *groups = ctx.saved_tensors
+    # A result that nobody used has no gradient.
+    if grad_tokens is None and grad_size is None:
+        return None, None, None, None, None
+    if grad_tokens is None:
+        grad_tokens = grad_size.new_zeros(*grad_size.shape, ctx.channels, dtype=ctx.dtype)
+    if grad_size is None:
+        grad_size = grad_tokens.new_zeros(grad_tokens.shape[:2], dtype=accumulate_dtype(grad_tokens.dtype))
     grad_x, grad_size = ops.merge_tokens_backward(grad_tokens, grad_size, x, size, *groups)
     return grad_x, grad_size if x is not None else None, None, None, None
 
