@@ -39,8 +39,8 @@ def projectable(results):
 
 
 def yardstick(args, options):
-    """What sets the budget, results and gradients: in float32 the reference ops, whose gradients pay for the rounding of
-    out and lse as those of every backend do, in half precision the composition."""
+    """What sets the budget of results and gradients: in float32 the reference ops, whose gradients pay for the rounding
+    of out and lse as those of every backend do, in half precision the composition."""
     if args[0].dtype not in testing.HALF:
         return run(args, options, "cpu", "reference")
     inputs = testing.with_grad((*args, *options.values()))
