@@ -38,16 +38,25 @@ def projectable(results):
     return results[0], results[1].masked_fill(results[1] == -INF, 0)
 
 
+def yardstick(args, options):
+    """What sets the budget of results and gradients: in float32 the reference ops, whose gradients pay for the rounding
+    of out and lse as those of every backend do, in half precision the composition."""
+    if args[0].dtype not in testing.HALF:
+        return run(args, options, "cpu", "reference")
+    inputs = testing.with_grad((*args, *options.values()))
+    results = testing.yardstick("cross_attention", inputs)(*inputs)
+    return results, testing.gradients(inputs[:4], projectable(results))
+
+
 def check(args, options, device, what="", derived=True):
-    """Results and gradients within the budget of the reference ops' error against float64 with a dense mask: a gradient
-    pays for the rounding of out and lse wherever it is computed. Without `derived`, for shapes of too few numbers to
-    derive a budget from, gradients have a fixed tolerance in float32."""
+    """Results and gradients within the yardstick's budget, against float64 with a dense mask. Without `derived`, for
+    shapes of too few numbers to derive a budget from, gradients have a fixed tolerance in float32."""
     got, grads = run(args, options, device)
-    single, single_grads = run(args, options, "cpu", "reference")
+    single, single_grads = yardstick(args, options)
     wide = testing.with_grad(testing.to_float64((*args, options["key_bias"])))
     exact = by_sdpa(*wide[:3], options | {"key_bias": wide[3]})
     testing.assert_within_budget(on("cpu", got), single, exact, what)
-    exact_grads = testing.gradients(wide, projectable(exact))
+    exact_grads = testing.gradients(wide, projectable(exact), like=single)
     if derived or args[0].dtype != torch.float32:
         testing.assert_within_budget(on("cpu", grads), single_grads, exact_grads, f"gradients {what}")
     else:
@@ -205,9 +214,9 @@ def test_bad_blocks_are_an_error(device):
         run(args, options, device)
 
 
-def test_refusals():
+def test_refusals(device):
     def why(dtype=torch.float32, size=8, value_size=8):
-        q, v = torch.randn(1, 3, 1, size, dtype=dtype), torch.randn(1, 3, 1, value_size, dtype=dtype)
+        q, v = (torch.randn(1, 3, 1, n, dtype=dtype, device=device) for n in (size, value_size))
         with pytest.raises(_dispatch.BackendError) as error:
             explain(cross_attention, q, q, v, backend="triton")
         return str(error.value)

@@ -217,8 +217,8 @@ def test_plan_outside_its_shapes_gives_nan(bad, device):
 # --- which backend ---
 
 
-def test_explain():
-    x = torch.randn(1, 24, 5)
+def test_explain(device):
+    x = torch.randn(1, 24, 5, device=device)
     calls = [
         lambda x: vk.match_tokens(x, 5, backend="triton"),
         lambda x: vk.match_neighbors(x, None, grid=(2, 3, 4), threshold=0.5, backend="triton"),

@@ -1,11 +1,13 @@
 """For tests of backends, ours and others': sample inputs of every op, derived error budgets, poisoned memory.
 
-A family's samples.py yields, per op, labelled argument tuples that the contract tests run everything on.
+A family's samples.py yields, per op, labelled argument tuples that the contract tests run everything on. Its
+compositions.py says what an op is held to in half precision.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +20,31 @@ from . import _dispatch
 from ._registry import OPS, Op
 
 _SAMPLES: dict[str, Callable[[Make], Iterator[tuple[str, tuple]]]] = {}
+_COMPOSITIONS: dict[str, Callable[..., Any]] = {}
+
+HALF = (torch.bfloat16, torch.float16)
+# Ops whose composition holds no tensor of the half dtype between arguments and results, and so equals the reference:
+# they have no matrix product, and torch promotes a product with the float32 sizes, scales or lse of a call to float32.
+# The last four give integers only.
+COMPOSED_AS_REFERENCE = frozenset(
+    {
+        "merge_tokens",
+        "merge_tokens_backward",
+        "unmerge_tokens",
+        "sum_groups",
+        "gather_tokens",
+        "scatter_add_tokens",
+        "quantize_rows",
+        "quantize_rows_backward",
+        "select_tokens",
+        "merge_attention_states",
+        "merge_attention_states_backward",
+        "match_tokens",
+        "match_neighbors",
+        "count_neighbors",
+        "topk_blocks",
+    }
+)
 
 
 class Sample(NamedTuple):
@@ -98,12 +125,83 @@ def to_float64(args: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to(torch.float64) if is_differentiable(t) else t, args)
 
 
+class _Product(torch.autograd.Function):
+    """See `product`."""
+
+    @staticmethod
+    def forward(ctx, a, b, dtype):
+        a, b = _rounded(a, dtype), _rounded(b, dtype)
+        ctx.save_for_backward(a, b)
+        ctx.dtype = dtype
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        grad = _rounded(grad, ctx.dtype)
+        return _rounded(grad @ b.mT, ctx.dtype), _rounded(a.mT @ grad, ctx.dtype), None
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` with the precision of a half dtype, and the range that it has: as float16 is used, scaled to fit."""
+    if dtype not in HALF:
+        return x
+    scale = 2 / torch.finfo(dtype).eps
+    mantissa, exponent = torch.frexp(x.detach())
+    return torch.ldexp((mantissa * scale).round() / scale, exponent)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b of two tensors that a composition holds in `dtype`, summed in float32 (float64: in float64).
+
+    Args:
+        a, b: matrices in the dtype of the sums, of one batch shape; in half precision each is rounded once.
+        dtype: of the tensors that the op was given.
+
+    Its gradient does the same: the gradient of the sums is rounded before it is multiplied, and what a and b get has
+    their dtype, as autograd's gradients do.
+    """
+    return _Product.apply(a, b, dtype)
+
+
+def composition(op: str) -> Callable:
+    """Decorator of a function of the op's arguments: the op as users compose it of torch in half precision.
+
+    Every tensor that it multiplies has the dtype of the op's arguments, see `product`; no sum is rounded, but as a
+    result of that dtype.
+    """
+
+    def register(function):
+        _COMPOSITIONS[op] = function
+        return function
+
+    return register
+
+
+def yardstick(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """What sets the budget of a call: the reference, in half precision the op's composition.
+
+    Raises:
+        KeyError: the call is in half precision and the op has none.
+    """
+    if not any(isinstance(t, Tensor) and t.dtype in HALF for t in pytree.tree_leaves(args)):
+        return OPS[op].reference
+    if op in COMPOSED_AS_REFERENCE:
+        return OPS[op].reference
+    module = f"{OPS[op].family}.compositions"
+    if importlib.util.find_spec(module) is not None:
+        importlib.import_module(module)
+    if op not in _COMPOSITIONS:
+        raise KeyError(f"{op}: add @composition({op!r}) to {module}, or the op to testing.COMPOSED_AS_REFERENCE")
+    return _COMPOSITIONS[op]
+
+
 def assert_within_budget(actual: Any, at_dtype: Any, exact: Any, what: str = "") -> None:
-    """Asserts a kernel's results to be as good as the reference's, a bound that is derived, not tuned.
+    """Asserts a kernel's results to be as good as plain torch's, a bound that is derived, not tuned.
 
     Args:
         actual: the kernel's results, a tensor or a tree of them.
-        at_dtype: the reference's results for the same inputs, at the same dtype.
+        at_dtype: the yardstick's results for the same inputs, at the same dtype; see `yardstick`.
         exact: the reference's results for the inputs widened to float64.
         what: what is compared, for the message.
 
@@ -131,6 +229,7 @@ def assert_within_budget(actual: Any, at_dtype: Any, exact: Any, what: str = "")
         finite = ~special
         if not finite.any():
             continue
+        assert torch.isfinite(r[finite]).all(), f"{where}: the yardstick is not finite, it sets no budget"
         rounding = torch.finfo(leaves[0][i].dtype).eps * e[finite].abs().max()
         budget = 2 * (r - e)[finite].abs().max() + rounding
         error = (a - e)[finite].abs().max()
@@ -162,14 +261,20 @@ def float_leaves(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if is_differentiable(t)]
 
 
-def gradients(args: tuple[Any, ...], results: Any, seed: int = 1) -> list[Tensor]:
-    """Gradients of a random projection of the float results for every float argument, zero where none flows."""
-    outputs = [t for t in float_leaves(results) if t.requires_grad]
+def gradients(args: tuple[Any, ...], results: Any, like: Any = None, seed: int = 1) -> list[Tensor]:
+    """Gradients of a random projection of the float results for every float argument, zero where none flows.
+
+    With `like`, results of the same call at another dtype, the projection is the one that those are given.
+    """
+    results = float_leaves(results)
+    dtypes = [t.dtype for t in (results if like is None else float_leaves(like))]
+    outputs = [(t, dtype) for t, dtype in zip(results, dtypes, strict=True) if t.requires_grad]
     inputs = float_leaves(args)
     if not outputs:
         return [torch.zeros_like(t) for t in inputs]
     make = Make(seed=seed)
-    weights = [make.randn(*t.shape, dtype=t.dtype).to(t.device) for t in outputs]
+    weights = [make.randn(*t.shape, dtype=dtype).to(t.device, t.dtype) for t, dtype in outputs]
+    outputs = [t for t, _ in outputs]
     grads = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
 
@@ -187,11 +292,12 @@ def check_backend(op: Op, backend: str, dtype: torch.dtype, device: str = "cpu")
         exact_args = with_grad(to_float64(sample.args))
         with poisoned_memory():
             actual = run(op, args, backend)
-        # Autograd through the reference, not op.backward: an error in that formula must not widen its own budget.
-        at_dtype, exact = op.reference(*ref_args), op.reference(*exact_args)
+        # Autograd through the yardstick, not op.backward: an error in that formula must not widen its own budget.
+        at_dtype, exact = yardstick(op.name, ref_args)(*ref_args), op.reference(*exact_args)
         assert_within_budget(actual, at_dtype, exact, what)
         if op.backward is None:
             continue
         with poisoned_memory():
             grads = gradients(args, actual)
-        assert_within_budget(grads, gradients(ref_args, at_dtype), gradients(exact_args, exact), f"gradient of {what}")
+        exact_grads = gradients(exact_args, exact, like=actual)
+        assert_within_budget(grads, gradients(ref_args, at_dtype), exact_grads, f"gradient of {what}")
