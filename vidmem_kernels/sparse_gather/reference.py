@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._numerics import accumulate_dtype, add_rows_, check_index
+from .._numerics import accumulate_dtype, add_rows, check_index
 
 
 def gather_tokens(bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
@@ -40,7 +40,7 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
     # -1 goes to one more row, dropped at the end.
     row = torch.where(index < 0, num_rows, index).to(torch.int64) + lane * (num_rows + 1)
     out = src.new_zeros(batch * (num_rows + 1), channels, dtype=sum_dtype)
-    add_rows_(out, row.flatten(), src.flatten(0, 1).to(sum_dtype))
+    out = add_rows(out, row.flatten(), src.flatten(0, 1).to(sum_dtype))
     return out.view(batch, num_rows + 1, channels)[:, :num_rows].to(src.dtype)
 
 
