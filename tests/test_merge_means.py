@@ -38,7 +38,7 @@ def backend_called(name):
 
 @pytest.fixture(params=BACKENDS)
 def merge(request):
-    """merge(groups, sizes, dtype) -> one row a group. `groups`: tensors (count, C); `sizes`: lists, or None for ones."""
+    """merge(groups, sizes) -> one row a group. `groups`: tensors (count, C); `sizes`: lists, or None for ones."""
     if request.param == "triton" and _dispatch.unavailable(OPS["merge_tokens"], "triton", "cpu") is not None:
         pytest.skip(reason="Triton's interpreter is not on")
 
