@@ -2,21 +2,18 @@
 
 import math
 import random
-from contextlib import contextmanager
 
 import pytest
 import torch
+from backend_helpers import BACKENDS, CAPABILITIES, backend_called, skip_without
 from torch.autograd import gradcheck, gradgradcheck
 
 import vidmem_kernels as vk
-from vidmem_kernels import MergePlan, _dispatch, _extension
-from vidmem_kernels._registry import OPS
+from vidmem_kernels import MergePlan
 from vidmem_kernels.token_merge import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
-BACKENDS = ["reference", *CAPABILITIES, "triton"]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -24,23 +21,10 @@ def wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@contextmanager
-def backend_called(name):
-    """The name to call a backend by; `name` may be an instruction set of the compiled kernels."""
-    if name not in CAPABILITIES:
-        yield name
-        return
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(name)
-    yield "cpu"
-    _extension.module.set_cpu_capability(before)
-
-
 @pytest.fixture(params=BACKENDS)
 def merge(request):
     """merge(groups, sizes) -> one row a group. `groups`: tensors (count, C); `sizes`: lists, or None for ones."""
-    if request.param == "triton" and _dispatch.unavailable(OPS["merge_tokens"], "triton", "cpu") is not None:
-        pytest.skip(reason="Triton's interpreter is not on")
+    skip_without(request.param, "merge_tokens")
 
     def call(groups, sizes=None):
         dtype = groups[0].dtype
