@@ -153,7 +153,8 @@ def _block_means(x: Tensor, block: int) -> Tensor:
     count = -(-length // block)
     sums = x.new_zeros(x.shape[0], count, *x.shape[2:], dtype=accumulate_dtype(x.dtype))
     for offset in range(min(block, length)):  # one row of every block at a time: no copy of x in float32
-        rows = x[:, offset::block]
+        # Not a slice with a step, which multiplies a stride: that of one row may be any number.
+        rows = x.index_select(1, torch.arange(offset, length, block, device=x.device))
         sums[:, : rows.shape[1]] += rows
     sizes = (length - block * torch.arange(count, device=x.device)).clamp(max=block)
     return (sums / sizes.view(-1, 1, 1)).transpose(1, 2)
