@@ -70,7 +70,13 @@ def test_row_norms(channels, kernels):
     x = torch.randint(-4, 5, (37, channels)).float()  # sums of squares are exact
     norms = torch.full((37,), nan)
     call(kernels.row_norms, x, 37, channels, norms)
-    assert torch.equal(norms, torch.linalg.vector_norm(x, dim=1))
+    expected = torch.linalg.vector_norm(x, dim=1)
+    assert torch.equal(norms * 2.0**64, torch.where(expected == 0, -(2.0**64), expected))
+    # In the order of the norms, whatever their size.
+    x *= 2.0 ** torch.randint(-140, 120, (37, 1)).double()
+    x[3] = 0
+    call(kernels.row_norms, x, 37, channels, norms)
+    assert torch.equal(norms.argsort(stable=True), torch.linalg.vector_norm(x.double(), dim=1).argsort(stable=True))
 
 
 @pytest.mark.parametrize(("count", "channels"), [(1, 7), (256, 7), (257, 300), (512, 7), (1300, 7)])

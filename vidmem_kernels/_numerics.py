@@ -29,10 +29,12 @@ def check_index(op: str, name: str, index: Tensor, low: int, rows: int) -> None:
         raise IndexError(f"{op}: {name} must be in [{low}, {rows - 1}], got {wrong}")
 
 
-def add_rows_(out: Tensor, row: Tensor, values: Tensor) -> None:
-    """Adds `values` (K, C) to the rows (K,) of `out`; rows of equal index are added in order of K on every device."""
-    # index_put_ sorts on CUDA, index_add_ is in order on the CPU only.
+def add_rows(out: Tensor, row: Tensor, values: Tensor) -> Tensor:
+    """`out` with `values` (K, C) added to its rows (K,); rows of equal index are added in order of K on every device.
+
+    A new tensor: what adds in place cannot be batched by torch.func.
+    """
+    # index_put sorts on CUDA, index_add is in order on the CPU only.
     if out.device.type == "cpu":
-        out.index_add_(0, row, values)
-    else:
-        out.index_put_((row,), values, accumulate=True)
+        return out.index_add(0, row, values)
+    return out.index_put((row,), values, accumulate=True)

@@ -106,6 +106,13 @@ typedef float FloatsHalf __attribute__((vector_size(kVectorBytes / 2)));
   memcpy(p, &out, sizeof out);
 }
 
+// The same for a vector without NaN, a third cheaper.
+[[maybe_unused]] inline void store_number(Floats v, bf16* p) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Halves out = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  memcpy(p, &out, sizeof out);
+}
+
 [[maybe_unused]] inline void store(Floats v, fp16* p) {
 #if defined(__AVX512F__)
   const __m256i out = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -116,6 +123,11 @@ typedef float FloatsHalf __attribute__((vector_size(kVectorBytes / 2)));
 #else
   for (int i = 0; i < kFloats; ++i) narrow(v[i], p[i]);
 #endif
+}
+
+template <class V, class T>
+[[maybe_unused]] inline void store_number(V v, T* p) {
+  store(v, p);
 }
 
 }  // namespace

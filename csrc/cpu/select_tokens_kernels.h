@@ -14,11 +14,11 @@ struct RowNorms {
   const void* x;  // (B, N, C)
   DType dtype;
   int64_t batch_stride, row_stride, channel_stride;
-  void* out;  // (B, N) contiguous; float, or double for double
+  void* out;  // (B, N) contiguous scores; float, or double for double
   int64_t rows_per_batch, channels;
 };
 
-// Rows [begin, end) of the flattened (B, N).
+// Scores that order as the norms of the rows [begin, end) of the flattened (B, N) do, however large or small those are.
 VIDMEM_DECLARE_KERNEL(row_norms, void(const RowNorms&, int64_t begin, int64_t end))
 
 }  // namespace vidmem

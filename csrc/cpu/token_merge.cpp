@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const std::optional<Ten
   const Plan plan = read_plan(op, assignment, order, offsets);
   const Groups& g = plan.groups;
   MergeRows args = merge_args(plan, x);
-  args.weighted = true;
+  args.is_mean = true;
   if (size) args.size = weights_of(op, "size", *size, args.dtype, g.batch, g.tokens);
   Tensor out = torch::stable::empty({g.batch, g.rows, args.channels}, x.scalar_type());
   Tensor total = torch::stable::empty({g.batch, g.rows}, sum_type(args.dtype));

@@ -96,41 +96,218 @@ inline void prefetch_row(const T* in, int64_t channels) {
   prefetch(in, smaller(kAheadBytes, channels * sizeof(T)));
 }
 
-// out = start + rows[0] * weight[0] + rows[1] * weight[1] ..., from left to right; start may be null.
-template <int K, bool kWeighted, class T, class S, class Out>
-inline void add_rows(const T* const* in, const S* weights, const S* start, Out* out, int64_t channels) {
+// out = start + rows[0] + rows[1] ..., from left to right; start may be null.
+template <int K, class T, class S, class Out>
+inline void add_rows(const T* const* in, const S* start, Out* out, int64_t channels) {
+  using Vector = typename Lanes<S>::type;
+  constexpr int lanes = Lanes<S>::count;
+  const T* rows[K];
+  for (int k = 0; k < K; ++k) rows[k] = in[k];
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) {
+    Vector sum = start ? load(start + c) : Vector{};
+    for (int k = 0; k < K; ++k) sum += load(rows[k] + c);
+    store(sum, out + c);
+  }
+  for (; c < channels; ++c) {
+    S sum = start ? start[c] : S(0);
+    for (int k = 0; k < K; ++k) sum += widen(rows[k][c]);
+    narrow(sum, out[c]);
+  }
+}
+
+template <class T, class S, class Out>
+inline void add_rows(int count, const T* const* in, const S* start, Out* out, int64_t channels) {
+  switch (count) {
+    case 1: return add_rows<1>(in, start, out, channels);
+    case 2: return add_rows<2>(in, start, out, channels);
+    case 3: return add_rows<3>(in, start, out, channels);
+    default: return add_rows<kBatch>(in, start, out, channels);
+  }
+}
+
+// Calls run(std::true_type or std::false_type).
+template <class Run>
+inline auto with_flag(bool flag, const Run& run) {
+  return flag ? run(std::true_type{}) : run(std::false_type{});
+}
+
+// Division by the size of a group; by a power of two, as that of every pair is, it is exact as a product too.
+template <class S>
+struct Divisor {
+  S total, inverse;
+  bool is_power;
+
+  explicit Divisor(S by) : total(by), inverse(1 / by), is_power(false) {
+    constexpr S least = sizeof(S) == 4 ? S(0x1p-126) : S(0x1p-1022), most = sizeof(S) == 4 ? S(0x1p126) : S(0x1p1022);
+    if (!(by >= least && by <= most)) return;
+    if constexpr (sizeof(S) == 4) {
+      is_power = (float_to_bits(by) & 0x7fffff) == 0;
+    } else {
+      uint64_t bits;
+      memcpy(&bits, &by, sizeof bits);
+      is_power = (bits & 0xfffffffffffff) == 0;
+    }
+  }
+};
+
+// sums = start + (origin - rows[0]) * weight[0] + ..., from left to right, where start may be null. With kLast: out =
+// origin - sums / total instead, and returns whether all of it is surely finite: their sum is.
+template <int K, bool kSized, bool kLast, bool kPower, class T, class S, class Out>
+inline bool add_deviations(const T* origin, const T* const* in, const S* weights, const S* start, const Divisor<S>& by,
+                           Out* out, int64_t channels) {
   using Vector = typename Lanes<S>::type;
   constexpr int lanes = Lanes<S>::count;
   const T* rows[K];
   S weight[K];
   for (int k = 0; k < K; ++k) {
     rows[k] = in[k];
-    weight[k] = kWeighted ? weights[k] : S(1);
+    weight[k] = kSized ? weights[k] : S(1);
   }
+  Vector rests{};
   int64_t c = 0;
   for (; c + lanes <= channels; c += lanes) {
+    const Vector from = load(origin + c);
     Vector sum = start ? load(start + c) : Vector{};
-    for (int k = 0; k < K; ++k) sum += kWeighted ? load(rows[k] + c) * weight[k] : load(rows[k] + c);
+    for (int k = 0; k < K; ++k) {
+      const Vector by_row = from - load(rows[k] + c);
+      sum += kSized ? by_row * weight[k] : by_row;
+    }
+    if (kLast) {
+      sum = from - (kPower ? sum * by.inverse : sum / by.total);
+      rests += sum;
+      store_number(sum, out + c);  // a NaN is written anew
+      continue;
+    }
     store(sum, out + c);
   }
+  S rest = 0;
   for (; c < channels; ++c) {
+    const S from = widen(origin[c]);
     S sum = start ? start[c] : S(0);
-    for (int k = 0; k < K; ++k) sum += kWeighted ? widen(rows[k][c]) * weight[k] : widen(rows[k][c]);
+    for (int k = 0; k < K; ++k) {
+      const S by_row = from - widen(rows[k][c]);
+      sum += kSized ? by_row * weight[k] : by_row;
+    }
+    if (kLast) {
+      sum = from - (kPower ? sum * by.inverse : sum / by.total);
+      rest += sum;
+    }
     narrow(sum, out[c]);
   }
+  rest += sum_lanes(rests);
+  return rest - rest == 0;
 }
 
-template <bool kWeighted, class T, class S, class Out>
-inline void add_rows(int count, const T* const* in, const S* weights, const S* start, Out* out, int64_t channels) {
+template <bool kSized, bool kLast, bool kPower, class T, class S, class Out>
+inline bool add_deviations(int count, const T* origin, const T* const* in, const S* weights, const S* start,
+                           const Divisor<S>& by, Out* out, int64_t channels) {
   switch (count) {
-    case 1: return add_rows<1, kWeighted>(in, weights, start, out, channels);
-    case 2: return add_rows<2, kWeighted>(in, weights, start, out, channels);
-    case 3: return add_rows<3, kWeighted>(in, weights, start, out, channels);
-    default: return add_rows<kBatch, kWeighted>(in, weights, start, out, channels);
+    case 1: return add_deviations<1, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
+    case 2: return add_deviations<2, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
+    case 3: return add_deviations<3, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
+    default: return add_deviations<kBatch, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
   }
 }
 
-template <bool kWeighted, class T, class Index>
+// A power of two that brings sizes of a total below 1 to one of about 1, so that no product with them vanishes.
+inline float scale_up(float total) {
+  return total < 1 ? bits_to_float((254 - (float_to_bits(total) >> 23)) << 23) : 1;
+}
+inline double scale_up(double total) {
+  uint64_t bits;
+  memcpy(&bits, &total, sizeof bits);
+  bits = (2046 - (bits >> 52)) << 52;
+  double power;
+  memcpy(&power, &bits, sizeof power);
+  return total < 1 ? power : 1;
+}
+
+inline float largest_of(float) { return 0x1.fffffep127f; }
+inline double largest_of(double) { return 0x1.fffffffffffffp1023; }
+
+// One channel of a mean as the reference has it, where deviations may overflow.
+template <class S, class T, class Index>
+S mean_at(const T* src, int64_t row_stride, const Group<Index>& group, const Sizes<S>& size, int64_t origin, S total) {
+  const S from = widen(src[origin * row_stride]);
+  const S up = scale_up(total);
+  S sum = 0, half = 0;
+  for (int64_t k = 0; k < group.count; ++k) {
+    const S weight = size[group[k]], value = widen(src[group[k] * row_stride]);
+    if (weight == 0) continue;
+    sum += (from - value) * (weight * up);
+    const S share = size.share(group[k], total) * S(0.5);
+    half += share == 0 && value - value != 0 ? value : value * share;  // infinity, whatever the share rounds to
+  }
+  const S mean = from - sum / (total * up);
+  if (mean - mean == 0) return mean;
+  const S most = largest_of(half);
+  const S doubled = half * 2;
+  if (half - half != 0) return doubled;  // infinity or NaN
+  return doubled > most ? most : doubled < -most ? -most : doubled;
+}
+
+// Work on the tokens of a group: what all kinds of sums of rows share. Of rows with a stride of channels other than 1
+// pieces are copied to `stage`.
+template <class T>
+inline const T* piece_of(const T* row, int64_t channel_stride, int64_t first, int64_t width, T* stage) {
+  row += first * channel_stride;
+  if (channel_stride == 1) return row;
+  copy_row(row, channel_stride, stage, width);
+  return stage;
+}
+
+// The next groups' tokens, as in unmerge.
+template <class T, class Index>
+inline void prefetch_next(const MergeRows& args, const T* src, const Group<Index>& group) {
+  if (args.x.channel_stride != 1) return;
+  const int64_t ahead = smaller(smaller(group.count, kBatch), group.after);
+  for (int64_t k = 0; k < ahead; ++k) {
+    const int64_t token = group[group.count + k];
+    if (token >= 0 && token < args.groups.tokens) prefetch_row(src + token * args.x.row_stride, args.channels);
+  }
+}
+
+template <class T, class Index>
+bool sum(const MergeRows& args, int64_t begin, int64_t end) {
+  using S = typename Accumulate<T>::type;
+  const Rows& x = args.x;
+  const int64_t channels = args.channels;
+  return for_groups<Index>(args.groups, begin, end, [&](int64_t batch, int64_t row, const Group<Index>& group) {
+    const T* src = static_cast<const T*>(x.data) + batch * x.batch_stride;
+    T* out = static_cast<T*>(args.out) + (batch * args.groups.rows + row) * channels;
+    if (group.count == 0) {
+      zero_row(out, channels);
+      return;
+    }
+    if (group.count == 1) {
+      copy_row(src + group[0] * x.row_stride, x.channel_stride, out, channels);
+      return;
+    }
+    prefetch_next(args, src, group);
+    const int64_t piece = x.channel_stride != 1 || group.count > kBatch ? kPiece : channels;
+    S sums[kPiece];
+    T stage[kBatch][kPiece];
+    for (int64_t first = 0; first < channels; first += piece) {
+      const int64_t width = smaller(piece, channels - first);
+      for (int64_t k = 0; k < group.count; k += kBatch) {
+        const int count = static_cast<int>(smaller(kBatch, group.count - k));
+        const T* rows[kBatch];
+        for (int j = 0; j < count; ++j) {
+          rows[j] = piece_of(src + group[k + j] * x.row_stride, x.channel_stride, first, width, stage[j]);
+        }
+        const S* start = k ? sums : nullptr;
+        if (k + kBatch < group.count) {
+          add_rows(count, rows, start, sums, width);
+        } else {
+          add_rows(count, rows, start, out + first, width);
+        }
+      }
+    }
+  });
+}
+
+template <bool kSized, class T, class Index>
 bool merge(const MergeRows& args, int64_t begin, int64_t end) {
   using S = typename Accumulate<T>::type;
   const Rows& x = args.x;
@@ -140,48 +317,67 @@ bool merge(const MergeRows& args, int64_t begin, int64_t end) {
     const int64_t at = batch * args.groups.rows + row;
     T* out = static_cast<T*>(args.out) + at * channels;
     const Sizes<S> size(args.size, batch);
-    const S total = kWeighted ? size.total(group) : S(0);
-    if (kWeighted) static_cast<S*>(args.total)[at] = total;
-    if (group.count == 0) {
+    const S total = size.total(group);
+    static_cast<S*>(args.total)[at] = total;
+    if (group.count == 0 || total == 0) {
       zero_row(out, channels);
       return;
     }
-    if (group.count == 1 && (!kWeighted || size.share(group[0], total) == 1)) {
-      copy_row(src + group[0] * x.row_stride, x.channel_stride, out, channels);
-      return;
-    }
-    const bool staged = x.channel_stride != 1;
-    if (!staged) {  // the next groups' tokens, as in unmerge
-      const int64_t ahead = smaller(smaller(group.count, kBatch), group.after);
-      for (int64_t k = 0; k < ahead; ++k) {
-        const int64_t token = group[group.count + k];
-        if (token >= 0 && token < args.groups.tokens) prefetch_row(src + token * x.row_stride, channels);
+    // The first of the largest size, and how many others count.
+    int64_t origin = 0, others = group.count - 1;
+    S own = size[group[0]];
+    if (kSized) {
+      others -= own == 0;
+      for (int64_t k = 1; k < group.count; ++k) {
+        const S weight = size[group[k]];
+        if (weight > own) {
+          own = weight;
+          origin = k;
+        }
+        others -= weight == 0;
       }
     }
-    const int64_t piece = staged || group.count > kBatch ? kPiece : channels;
+    const int64_t origin_token = group[origin];
+    const bool is_finite = own - own == 0;
+    if (others == 0 && (is_finite || (group.count == 1 && own > 0))) {
+      copy_row(src + origin_token * x.row_stride, x.channel_stride, out, channels);
+      return;
+    }
+    prefetch_next(args, src, group);
+    const bool staged = x.channel_stride != 1;
+    const int64_t piece = staged || others > kBatch ? kPiece : channels;
+    const S up = kSized ? scale_up(total) : S(1);
+    const Divisor<S> by(total * up);
     S sums[kPiece];
-    T stage[kBatch][kPiece];
+    T stage[kBatch + 1][kPiece];
     for (int64_t first = 0; first < channels; first += piece) {
       const int64_t width = smaller(piece, channels - first);
-      for (int64_t k = 0; k < group.count; k += kBatch) {
-        const int count = static_cast<int>(smaller(kBatch, group.count - k));
-        const T* rows[kBatch];
-        S weights[kBatch];
-        for (int j = 0; j < count; ++j) {
-          const int64_t token = group[k + j];
-          rows[j] = src + token * x.row_stride + first * x.channel_stride;
-          if (kWeighted) weights[j] = size.share(token, total);
-          if (staged) {
-            copy_row(rows[j], x.channel_stride, stage[j], width);
-            rows[j] = stage[j];
-          }
+      const T* from = piece_of(src + origin_token * x.row_stride, x.channel_stride, first, width, stage[kBatch]);
+      bool all_finite = is_finite;
+      int64_t k = 0;
+      for (int64_t done = 0; done < others && all_finite;) {
+        int count = 0;
+        const T* rows[kBatch] = {};
+        S weights[kBatch] = {};
+        for (; k < group.count && count < kBatch; ++k) {
+          const S weight = size[group[k]];
+          if (k == origin || weight == 0) continue;
+          rows[count] = piece_of(src + group[k] * x.row_stride, x.channel_stride, first, width, stage[count]);
+          weights[count++] = weight * up;
         }
-        const S* start = k ? sums : nullptr;
-        if (k + kBatch < group.count) {
-          add_rows<kWeighted>(count, rows, weights, start, sums, width);
+        const S* start = done ? sums : nullptr;
+        done += count;
+        if (done < others) {
+          add_deviations<kSized, false, false>(count, from, rows, weights, start, by, sums, width);
         } else {
-          add_rows<kWeighted>(count, rows, weights, start, out + first, width);
+          all_finite = with_flag(by.is_power, [&](auto power) {
+            return add_deviations<kSized, true, decltype(power)::value>(count, from, rows, weights, start, by,
+                                                                         out + first, width);
+          });
         }
+      }
+      for (int64_t c = first; !all_finite && c < first + width; ++c) {
+        narrow(mean_at<S>(src + c * x.channel_stride, x.row_stride, group, size, origin_token, total), out[c]);
       }
     }
   });
@@ -271,7 +467,10 @@ bool backward(const MergeBackward& args, int64_t begin, int64_t end) {
     const S* grad_total = static_cast<const S*>(args.grad_total.data) + batch * args.grad_total.batch_stride;
     S of_total = 0;
     if (total != 0) {
-      for (int64_t k = 0; k < group.count; ++k) of_total += along[group[k]] * (size.share(group[k], total) / total);
+      for (int64_t k = 0; k < group.count; ++k) {
+        const S share = size.share(group[k], total);
+        if (share != 0) of_total += along[group[k]] * (share / total);  // a NaN of size 0 counts for no other token
+      }
     }
     of_total = grad_total[row * args.grad_total.stride] - of_total;
     for (int64_t k = 0; k < group.count; ++k) {
@@ -342,11 +541,16 @@ bool merge_rows(const MergeRows& args, int64_t begin, int64_t end) {
   bool valid = false;
   dispatch_float(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.groups.wide) {
-      valid = args.weighted ? merge<true, T, int64_t>(args, begin, end) : merge<false, T, int64_t>(args, begin, end);
-    } else {
-      valid = args.weighted ? merge<true, T, int32_t>(args, begin, end) : merge<false, T, int32_t>(args, begin, end);
-    }
+    with_flag(args.groups.wide, [&](auto wide) {
+      using Index = std::conditional_t<decltype(wide)::value, int64_t, int32_t>;
+      if (!args.is_mean) {
+        valid = sum<T, Index>(args, begin, end);
+      } else if (args.size.data) {
+        valid = merge<true, T, Index>(args, begin, end);
+      } else {
+        valid = merge<false, T, Index>(args, begin, end);
+      }
+    });
   });
   return valid;
 }

@@ -39,10 +39,10 @@ struct MergeRows {
   Rows x;
   DType dtype;
   int64_t channels;
-  bool weighted;  // mean by size, else plain sum
+  bool is_mean;  // by size, else plain sum
   Weights size;
   void* out;    // (B, M, C) contiguous
-  void* total;  // (B, M) contiguous, if weighted
+  void* total;  // (B, M) contiguous, if a mean
 };
 
 struct MergeBackward {

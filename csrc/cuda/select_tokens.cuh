@@ -15,32 +15,85 @@ struct RowNorms {
   using Norm = typename Accumulate<T>::type;
   const T* x;
   int64_t batch_stride, row_stride, channel_stride;
-  Norm* norms;  // (batches, rows) contiguous
+  Norm* norms;  // (batches, rows) contiguous: scores that order as the norms do
   int64_t batches, rows, channels;
 };
 
 __device__ inline float root(float x) { return __fsqrt_rn(x); }
 __device__ inline double root(double x) { return __dsqrt_rn(x); }
 
-// A warp takes one row.
+template <class Norm> struct FloatBits;
+template <> struct FloatBits<float> {
+  using Int = int32_t;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float least = 0x1p-100f;  // a smaller sum of squares may miss what vanished
+  __device__ static Int bits(float x) { return __float_as_int(x); }
+  __device__ static float from(Int bits) { return __int_as_float(bits); }
+};
+template <> struct FloatBits<double> {
+  using Int = int64_t;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double least = 0x1p-900;
+  __device__ static Int bits(double x) { return __double_as_longlong(x); }
+  __device__ static double from(Int bits) { return __longlong_as_double(bits); }
+};
+
+// A number that orders as norm * 2^power does, which may be beyond the range of Norm: that times 2^-64, and a negative
+// number where its exponent is too small for Norm even then. NaN and infinity stay what they are.
+template <class Norm>
+__device__ Norm score_of(Norm norm, int power) {
+  using L = FloatBits<Norm>;
+  if (norm == 0) return -1;
+  if (norm - norm != 0) return norm;
+  const typename L::Int key = L::bits(norm) + typename L::Int(power - 64) * (typename L::Int(1) << L::mantissa);
+  return key >= 0 ? L::from(key) : -L::from(-key);
+}
+
+// What add(value) is called with: the values of a row that a lane of a warp reads.
+template <class T, int kVector, class Add>
+__device__ void for_row(const RowNorms<T>& a, const T* row, int lane, const Add& add) {
+  for (int64_t c = int64_t(lane) * kVector; c < a.channels; c += 32 * kVector) {
+    const auto loaded = Vector<T, kVector>::load(row, c, a.channel_stride);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) add(static_cast<typename RowNorms<T>::Norm>(widen(loaded.value[v])));
+  }
+}
+
+// A warp takes one row. Rows whose squares overflow or vanish are read again, once for their largest value.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads) row_norms_kernel(RowNorms<T> a) {
   using Norm = typename Accumulate<T>::type;
+  using L = FloatBits<Norm>;
   const int lane = threadIdx.x % 32;
   const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
   for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < a.batches * a.rows; i += warps) {
     const T* row = a.x + i / a.rows * a.batch_stride + i % a.rows * a.row_stride;
     Norm total = 0;
-    for (int64_t c = int64_t(lane) * kVector; c < a.channels; c += 32 * kVector) {
-      const auto loaded = Vector<T, kVector>::load(row, c, a.channel_stride);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        const Norm value = widen(loaded.value[v]);
-        total += value * value;
+    int power = 0;
+    for_row<T, kVector>(a, row, lane, [&](Norm value) { total += value * value; });
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    if (!(total >= L::least && total - total == 0)) {  // the same in all lanes
+      typename L::Int peak = 0;  // bits of magnitudes order as they do, NaN above infinity
+      const typename L::Int sign = typename L::Int(1) << (8 * sizeof(Norm) - 1);
+      for_row<T, kVector>(a, row, lane, [&](Norm value) {
+        const typename L::Int bits = L::bits(value) & ~sign;
+        peak = bits > peak ? bits : peak;
+      });
+      for (int offset = 16; offset > 0; offset /= 2) {
+        const typename L::Int other = __shfl_xor_sync(~0u, peak, offset);
+        peak = other > peak ? other : peak;
+      }
+      const int exponent = peak >> L::mantissa > 0 ? static_cast<int>(peak >> L::mantissa) : 1;
+      total = L::from(peak);  // 0, infinity or NaN, unless
+      if (peak > 0 && exponent <= 2 * L::bias) {
+        power = exponent - (L::bias + 1);
+        const Norm factor = L::from(typename L::Int(2 * L::bias + 1 - exponent) << L::mantissa);
+        total = 0;
+        for_row<T, kVector>(a, row, lane, [&](Norm value) { total += (value * factor) * (value * factor); });
+        for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
       }
     }
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-    if (lane == 0) a.norms[i] = root(total);
+    if (lane == 0) a.norms[i] = score_of<Norm>(root(total), power);
   }
 }
 

@@ -50,8 +50,9 @@ def gather_tokens(
         bank: (B, M, C), or (1, M, C) shared by the whole batch; float32, bfloat16, float16, float64, int8 or
             float8_e4m3fn. For a CUDA `index` it may lie in pinned host memory and is then read in place.
         index: (B, K) int32 or int64 rows of the bank; -1 gives a row of zeros.
-        scale: (B|1, M) float32, the factor of each row; required for int8 and float8 banks, and only for those.
-        out_dtype: float dtype of the result; default the bank's, or float32 for int8 and float8 banks.
+        scale: (B|1, M) float32 or, as `quantize_rows` gives it for float64 tokens, float64: the factor of each row;
+            required for int8 and float8 banks, and only for those.
+        out_dtype: float dtype of the result; default the bank's, or that of `scale`.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
@@ -84,12 +85,19 @@ def gather_tokens(
     if scale is not None:
         if bank.requires_grad:
             raise ValueError(f"{op}: a {names([bank.dtype])} bank has no gradient, detach it, got requires_grad=True")
-        check_tensor(op, "scale", scale, "B, M", (torch.float32,))
+        check_tensor(op, "scale", scale, "B, M", (torch.float32, torch.float64))
         check_same(op, "scale must have the bank's first two sizes", scale.shape, bank.shape[:2])
         check_same(op, "scale must be on the bank's device", scale.device, bank.device)
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype must be {names(FLOAT_DTYPES)}, got {out_dtype}")
-    return call("gather_tokens", bank, index, scale, out_dtype, backend=backend)
+    if scale is None or scale.dtype == torch.float32:
+        return call("gather_tokens", bank, index, scale, out_dtype, backend=backend)
+    # The kernels multiply in float32; codes and their factors are read apart, which float64 alone is slower for.
+    on_host = scale.device.type == "cpu" and index.device.type != "cpu"  # and pinned, to be read in place
+    ones = torch.ones_like(scale, dtype=torch.float32, pin_memory=on_host)
+    codes = call("gather_tokens", bank, index, ones, torch.float64, backend=backend)
+    factors = call("gather_tokens", scale.unsqueeze(2), index, None, None, backend=backend)
+    return (codes * factors).to(out_dtype or torch.float64)
 
 
 @fast
@@ -178,8 +186,9 @@ def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend:
     Args:
         x: (B, N, C) float tokens.
         keep: tokens to keep in each batch, in [0, N].
-        score: (B, N) float, what is strong; default the L2 norm of each token, computed in float32. Equal scores:
-            the lower position is kept. NaN counts as -inf.
+        score: (B, N) float, what is strong; default the L2 norm of each token, computed in float32 (float64 for
+            float64) at the token's own scale, so that it neither overflows nor vanishes. Equal scores: the lower
+            position is kept. NaN counts as -inf.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
@@ -230,7 +239,8 @@ def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int,
         (queries @ keys.transpose(2, 3)).argsort(dim=3, descending=True, stable=True)[..., :topk].int()
 
     Source: block selection by mean-pooled keys as in MoBA (arXiv 2502.13189), with queries pooled too, as in the
-    coarse stage of VSA (arXiv 2505.13389).
+    coarse stage of VSA (arXiv 2505.13389). Their implementations round the means of bfloat16 blocks to bfloat16, these
+    stay float32: blocks whose scores nearly tie may be found here in another order, or others instead.
     """
     op = "topk_blocks"
     check_tensor(op, "q", q, "B, Lq, H, D")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._numerics import accumulate_dtype, add_rows_, check_index
+from .._numerics import accumulate_dtype, add_rows, check_index
 
 
 def gather_tokens(bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
@@ -40,7 +40,7 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
     # -1 goes to one more row, dropped at the end.
     row = torch.where(index < 0, num_rows, index).to(torch.int64) + lane * (num_rows + 1)
     out = src.new_zeros(batch * (num_rows + 1), channels, dtype=sum_dtype)
-    add_rows_(out, row.flatten(), src.flatten(0, 1).to(sum_dtype))
+    out = add_rows(out, row.flatten(), src.flatten(0, 1).to(sum_dtype))
     return out.view(batch, num_rows + 1, channels)[:, :num_rows].to(src.dtype)
 
 
@@ -120,11 +120,27 @@ def merge_best(values: Tensor, index: Tensor, scores: Tensor, start: int, k: int
     return values[..., :k], index.gather(-1, order[..., :k])
 
 
+def _norm_keys(x: Tensor) -> Tensor:
+    """(B, N) int64 that order as the norms of the rows do, in float32 but with an exponent that has no bounds."""
+    x = x.detach().to(accumulate_dtype(x.dtype))
+    if x.shape[2] == 0:
+        return x.new_zeros(x.shape[:2], dtype=torch.int64)
+    code, mantissa, bias = (torch.int64, 52, 1023) if x.dtype == torch.float64 else (torch.int32, 23, 127)
+    peak = torch.linalg.vector_norm(x, ord=torch.inf, dim=2)
+    exponent = (peak.view(code) >> mantissa).clamp(min=1)
+    # Times a power of two, by which a row's largest value gets the exponent of 2; rows that are no numbers stay.
+    power = ((2 * bias + 1 - exponent) << mantissa).view(x.dtype)
+    power = torch.where(peak.isfinite(), power, 1)
+    norm = torch.linalg.vector_norm(x * power.unsqueeze(2), dim=2)
+    key = norm.view(code).to(torch.int64) + ((exponent.to(torch.int64) - (bias + 65)) << mantissa)
+    limits = torch.iinfo(torch.int64)
+    key = key.masked_fill(norm == 0, limits.min + 1).masked_fill(norm == torch.inf, limits.max)
+    return key.masked_fill(norm.isnan(), limits.min)
+
+
 def select_tokens(x: Tensor, keep: int, score: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.select_tokens`."""
-    if score is None:
-        score = torch.linalg.vector_norm(x.detach(), dim=2, dtype=accumulate_dtype(x.dtype))
-    score = score.masked_fill(score.isnan(), -torch.inf)
+    score = _norm_keys(x) if score is None else score.masked_fill(score.isnan(), -torch.inf)
     best = score.argsort(dim=1, descending=True, stable=True)[:, :keep]
     index = best.sort(dim=1).values
     lane = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
@@ -137,7 +153,8 @@ def _block_means(x: Tensor, block: int) -> Tensor:
     count = -(-length // block)
     sums = x.new_zeros(x.shape[0], count, *x.shape[2:], dtype=accumulate_dtype(x.dtype))
     for offset in range(min(block, length)):  # one row of every block at a time: no copy of x in float32
-        rows = x[:, offset::block]
+        # Not a slice with a step, which multiplies a stride: that of one row may be any number.
+        rows = x.index_select(1, torch.arange(offset, length, block, device=x.device))
         sums[:, : rows.shape[1]] += rows
     sizes = (length - block * torch.arange(count, device=x.device)).clamp(max=block)
     return (sums / sizes.view(-1, 1, 1)).transpose(1, 2)

@@ -14,6 +14,26 @@ from .triton_gather import launch_gather_tokens_fwd
 
 
 @triton.jit
+def _load_row_tile(source, start, C, stride, valid, BLOCK_C: tl.constexpr, dtype: tl.constexpr):
+    c = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+    return tl.load(source + c * stride, valid[:, None] & (c < C), other=0).to(dtype)
+
+
+@triton.jit
+def _score_of(norm, power, MANTISSA: tl.constexpr):
+    """What orders as norm * 2**power does, which may be beyond the range of the dtype.
+
+    That times 2**-64, and a negative number where its exponent is too small even then; NaN and infinity stay.
+    """
+    code: tl.constexpr = tl.int64 if MANTISSA == 52 else tl.int32
+    key = norm.to(code, bitcast=True) + ((power - 64).to(code) << MANTISSA)
+    score = tl.abs(key).to(norm.dtype, bitcast=True)
+    score = tl.where(key >= 0, score, -score)
+    score = tl.where(norm == 0, -1.0, score)
+    return tl.where(norm < float("inf"), score, norm)
+
+
+@triton.jit
 def _norm_keys_kernel(
     x,
     key,
@@ -26,18 +46,40 @@ def _norm_keys_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Keys of the L2 norms of ROWS = B * N rows."""
+    """Keys of the L2 norms of ROWS = B * N rows; those whose squares overflow or vanish are read again."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = x + ((row // N) * x_stride_b + (row % N) * x_stride_n)[:, None]
     sum_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    code: tl.constexpr = tl.int64 if sum_dtype == tl.float64 else tl.int32
+    MANTISSA: tl.constexpr = 52 if sum_dtype == tl.float64 else 23
+    BIAS: tl.constexpr = 1023 if sum_dtype == tl.float64 else 127
+    # Of a smaller sum, part may have vanished.
+    LEAST: tl.constexpr = 2.0**-900 if sum_dtype == tl.float64 else 2.0**-100
     squares = tl.zeros([BLOCK_N, BLOCK_C], sum_dtype)
     for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-        value = tl.load(source + c * x_stride_c, (row < ROWS)[:, None] & (c < C), other=0).to(sum_dtype)
+        value = _load_row_tile(source, start, C, x_stride_c, row < ROWS, BLOCK_C, sum_dtype)
         squares += value * value
     total = tl.sum(squares, axis=1)
+    power = tl.zeros([BLOCK_N], tl.int32)
+    again = (row < ROWS) & ((total >= LEAST) & (total < float("inf")) == 0)
+    if tl.max(again.to(tl.int32), axis=0) > 0:
+        largest = tl.zeros([BLOCK_N, BLOCK_C], code)  # bits of magnitudes order as they do, NaN above infinity
+        for start in range(0, C, BLOCK_C):
+            value = _load_row_tile(source, start, C, x_stride_c, again, BLOCK_C, sum_dtype)
+            largest = tl.maximum(largest, tl.abs(value).to(code, bitcast=True))
+        peak = tl.max(largest, axis=1)
+        exponent = tl.maximum(peak >> MANTISSA, 1)
+        is_number = again & (exponent <= 2 * BIAS)
+        exponent = tl.where(is_number, exponent, BIAS + 1)
+        factor = ((2 * BIAS + 1 - exponent) << MANTISSA).to(sum_dtype, bitcast=True)
+        squares = tl.zeros([BLOCK_N, BLOCK_C], sum_dtype)
+        for start in range(0, C, BLOCK_C):
+            value = _load_row_tile(source, start, C, x_stride_c, is_number, BLOCK_C, sum_dtype) * factor[:, None]
+            squares += value * value
+        power = (exponent - (BIAS + 1)).to(tl.int32)
+        total = tl.where(again, tl.where(is_number, tl.sum(squares, axis=1), peak.to(sum_dtype, bitcast=True)), total)
     norm = tl.sqrt(total) if sum_dtype == tl.float64 else tl.sqrt_rn(total)
-    tl.store(key + row, order_key(norm), row < ROWS)
+    tl.store(key + row, order_key(_score_of(norm, power, MANTISSA)), row < ROWS)
 
 
 @triton.jit

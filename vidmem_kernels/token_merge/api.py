@@ -240,13 +240,15 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
         x: (B, N, C) float tokens.
         plan: of `match_tokens`, `match_neighbors` or `MergePlan.from_assignment`, for B and N.
         size: (B, N) float32 (float64 when x is float64) weights, not negative: how many tokens each one already
-            stands for. By default 1. A group of total size 0 gives a row of zeros.
+            stands for. By default 1. A token of size 0 adds nothing, even if it holds a NaN; a group of total size 0
+            gives a row of zeros.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
         `MergeResult`: tokens (B, M, C) of the dtype of x, summed in float32 in order of the tokens, and size (B, M)
-        of the dtype of `size`. A token alone in its group comes out unchanged. Tokens are differentiable in x and in
-        `size`, the new size in `size`.
+        of the dtype of `size`. Equal tokens merge to that very token, one alone in its group to its own bits, and 3, 4,
+        5 to exactly 4; the mean of finite tokens is finite, even of the largest ones. An infinity gives infinity, two
+        of opposite signs or a NaN give NaN. Tokens are differentiable in x and in `size`, the new size in `size`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
@@ -254,9 +256,11 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
             checking would cost a synchronisation, what depends on them is NaN instead; nothing outside is read.
 
     Equivalent PyTorch:
+        row = plan.assignment[..., None].expand_as(x)
         total = zeros(B, M).scatter_add_(1, plan.assignment, size)
-        share = size / total.gather(1, plan.assignment)
-        tokens = zeros(B, M, C).scatter_add_(1, plan.assignment[..., None].expand_as(x), x * share[..., None])
+        origin = a token of each group, (B, M, C)  # the first of the largest size
+        moved = (origin.gather(1, row) - x) * size[..., None]
+        tokens = origin - zeros(B, M, C).scatter_add_(1, row, moved) / total[..., None]
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461.
     """

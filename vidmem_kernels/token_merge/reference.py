@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._numerics import accumulate_dtype, add_rows_, check_index
+from .._numerics import accumulate_dtype, add_rows, check_index
 
 NO_SIMILARITY = -2.0  # stands for NaN: below every cosine and every threshold
 _CHUNK = 2**22  # elements of a temporary: 16 MiB in float32
@@ -227,24 +227,28 @@ def count_neighbors(metric: Tensor, grid: Sequence[int], threshold: float) -> Te
 # --- merging ---
 
 
-def _token_chunks(x: Tensor) -> Iterator[slice]:
-    batch, tokens, channels = x.shape
+def _chunks(tokens: int, batch: int, channels: int) -> Iterator[slice]:
+    """Tokens of which temporaries are made at a time."""
     step = max(1, _CHUNK // max(1, batch * channels))
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
 
 
-def _sum_groups(x: Tensor, weight: Tensor | None, assignment: Tensor, rows: int) -> Tensor:
-    """(B, rows, C) float32 sums, in order of the tokens, of the (B, N, C) tokens of each row."""
-    batch, _, channels = x.shape
+def _lanes(assignment: Tensor) -> Tensor:
+    """(B, 1): what indexes the batch beside an index (B, K)."""
+    return torch.arange(assignment.shape[0], device=assignment.device).unsqueeze(1)
+
+
+def _sum_groups(x: Tensor, assignment: Tensor, rows: int, term: Callable[[slice], Tensor] | None = None) -> Tensor:
+    """(B, rows, C) float32 sums, in order of the tokens, of the tokens (B, N, C) of each row, or of `term` of them."""
+    batch, tokens, channels = x.shape
     dtype = accumulate_dtype(x.dtype)
     out = x.new_zeros(batch * rows, channels, dtype=dtype)
-    row = assignment + torch.arange(batch, device=x.device).unsqueeze(1) * rows
-    for chunk in _token_chunks(x):
-        values = x[:, chunk].to(dtype)
-        if weight is not None:
-            values = values * weight[:, chunk].unsqueeze(2)
-        add_rows_(out, row[:, chunk].flatten(), values.reshape(-1, channels))
+    row = assignment + _lanes(assignment) * rows
+    for chunk in _chunks(tokens, batch, channels):
+        values = x[:, chunk].to(dtype) if term is None else term(chunk)
+        # Sizes in full: without channels there is nothing to infer them from.
+        out = add_rows(out, row[:, chunk].flatten(), values.reshape(batch * values.shape[1], channels))
     return out.view(batch, rows, channels)
 
 
@@ -255,20 +259,81 @@ def _shares(x: Tensor, size: Tensor | None, assignment: Tensor, rows: int) -> tu
     """
     if size is None:
         size = x.new_ones(assignment.shape, dtype=accumulate_dtype(x.dtype))
-    total = _sum_groups(size.unsqueeze(2), None, assignment, rows).squeeze(2)
+    total = _sum_groups(size.unsqueeze(2), assignment, rows).squeeze(2)
     own = total.gather(1, assignment.to(torch.int64))
     share = torch.where(own == 0, 0, size / own.masked_fill(own == 0, 1))
     return share, own, total
 
 
+def _origins(size: Tensor | None, assignment: Tensor, rows: int) -> Tensor:
+    """(B, rows) the token of each group that the others are measured from: the first of the largest size.
+
+    Of the largest, since its value enters the rounding errors and should not exceed the mean by orders of magnitude.
+    """
+    batch, tokens = assignment.shape
+    row = assignment.to(torch.int64)
+    position = torch.arange(tokens, device=row.device).expand(batch, tokens)
+    if size is not None:
+        size = size.detach()
+        largest = size.new_zeros(batch, rows).scatter_reduce(1, row, size, "amax", include_self=False)
+        position = position.masked_fill(size < largest.gather(1, row), tokens)
+    return row.new_full((batch, rows), tokens - 1).scatter_reduce(1, row, position, "amin")
+
+
+def _scale_up(total: Tensor) -> Tensor:
+    """A power of two that brings sizes of a total below 1 to one of about 1, so that no product with them vanishes."""
+    code, mantissa, bias = (torch.int64, 52, 1023) if total.dtype == torch.float64 else (torch.int32, 23, 127)
+    exponent = total.detach().contiguous().view(code) >> mantissa
+    power = ((2 * bias - exponent) << mantissa).view(total.dtype)
+    return torch.where(total < 1, power, 1)
+
+
 def merge_tokens(
     x: Tensor, size: Tensor | None, assignment: Tensor, order: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `vidmem_kernels.merge_tokens`."""
+    """See `vidmem_kernels.merge_tokens`.
+
+    A mean is origin - sum of size * (origin - x) / total, the origin being one of the tokens: equal tokens give
+    themselves, and what is a mean of integers is exact. Where that overflows it is the sum of the tokens' shares, which
+    tokens of any finite value keep finite, and which infinity passes through. Its derivative is that of the shares.
+    """
+    batch, tokens, channels = x.shape
     rows = offsets.shape[1] - 1
     check_index("merge_tokens", "assignment", assignment, 0, rows)
     share, _, total = _shares(x, size, assignment, rows)
-    return _sum_groups(x, share, assignment, rows).to(x.dtype), total
+    if tokens == 0:
+        return x.new_zeros(batch, rows, channels), total
+    dtype = accumulate_dtype(x.dtype)
+    origin = x.detach()[_lanes(assignment), _origins(size, assignment, rows)]
+    up = _scale_up(total)
+    weight = torch.ones_like(share) if size is None else size.detach() * up.gather(1, assignment.to(torch.int64))
+
+    def deviation(chunk: slice) -> Tensor:
+        row = assignment[:, chunk].to(torch.int64)
+        values = origin[_lanes(row), row].to(dtype) - x[:, chunk].detach().to(dtype)
+        by = weight[:, chunk].unsqueeze(2)
+        return torch.where(by == 0, 0, values * by)
+
+    def half(chunk: slice) -> Tensor:
+        values, by = x[:, chunk].to(dtype), share[:, chunk].unsqueeze(2) * 0.5
+        # Not even a NaN counts that stands for no token; where a share is 0 only by rounding, infinity does. Finite
+        # values must not be cut from the derivative in size.
+        lost = torch.where(weight[:, chunk].unsqueeze(2) == 0, 0, values.detach())
+        return torch.where((by == 0) & ~values.isfinite(), lost, values * by)
+
+    is_empty = (total == 0).unsqueeze(2)
+    divisor = (total.detach() * up).unsqueeze(2).masked_fill(is_empty, 1)
+    mean = origin.to(dtype) - _sum_groups(x, assignment, rows, deviation) / divisor
+    halves = _sum_groups(x, assignment, rows, half)
+    limit = torch.finfo(dtype).max
+    doubled = halves * 2
+    shares = torch.where(halves.isfinite(), doubled.clamp(-limit, limit), doubled)
+    # The subtracted zero, not an added one, leaves a mean of -0 as it is.
+    mean = torch.where(mean.isfinite(), mean - (halves.detach() - halves) * 2, shares)
+    merged = torch.where(is_empty, 0, mean).to(x.dtype)
+    # A token alone in its group keeps the bits of a NaN too, and its size may be infinite.
+    alone = ((offsets.diff(dim=1) == 1) & (total > 0)).unsqueeze(2)
+    return torch.where(alone & ~merged.isfinite(), origin, merged), total
 
 
 def merge_tokens_backward(
@@ -282,37 +347,37 @@ def merge_tokens_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `merge_tokens` in x and size; without x the latter is not wanted and is (B, 0)."""
     batch, tokens = assignment.shape
-    rows = offsets.shape[1] - 1
+    rows, channels = grad_tokens.shape[1:]
     check_index("merge_tokens_backward", "assignment", assignment, 0, rows)
     dtype = accumulate_dtype(grad_tokens.dtype)
     share, own, _ = _shares(grad_tokens, size, assignment, rows)
-    lane = torch.arange(batch, device=assignment.device).unsqueeze(1)
-    grad_x = grad_tokens.new_empty(batch, tokens, grad_tokens.shape[2])
-    along = grad_tokens.new_empty(batch, tokens, dtype=dtype)
-    for chunk in _token_chunks(grad_x):
-        grad = grad_tokens[lane, assignment[:, chunk].to(torch.int64)].to(dtype)
+    grad_x, along = [grad_tokens.new_empty(batch, 0, channels)], [grad_tokens.new_empty(batch, 0, dtype=dtype)]
+    for chunk in _chunks(tokens, batch, channels):
+        row = assignment[:, chunk].to(torch.int64)
+        grad = grad_tokens[_lanes(row), row].to(dtype)
         if x is not None:
-            along[:, chunk] = (grad * x[:, chunk].to(dtype)).sum(dim=2)
-        grad_x[:, chunk] = (grad * share[:, chunk].unsqueeze(2)).to(grad_tokens.dtype)
+            along.append((grad * x[:, chunk].to(dtype)).sum(dim=2))
+        grad_x.append((grad * share[:, chunk].unsqueeze(2)).to(grad_tokens.dtype))
+    grad_x, along = torch.cat(grad_x, dim=1), torch.cat(along, dim=1)
     if x is None:
-        return grad_x, grad_tokens.new_empty(batch, 0, dtype=dtype)
+        return grad_x, along
     # <grad, x> is the gradient of a share, size / total: by the size, and by the total of its group. In autograd's
     # order, since the terms cancel and any other would differ by more than the rounding of the result.
     along = torch.where(own == 0, 0, along)
     own = own.masked_fill(own == 0, 1)
-    of_total = grad_size - _sum_groups(along.unsqueeze(2), share / own, assignment, rows).squeeze(2)
+    pull = torch.where(share == 0, 0, along * (share / own))  # a NaN of size 0 counts for no other token
+    of_total = grad_size - _sum_groups(pull.unsqueeze(2), assignment, rows).squeeze(2)
     return grad_x, along / own + of_total.gather(1, assignment.to(torch.int64))
 
 
 def unmerge_tokens(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """See `vidmem_kernels.unmerge_tokens`."""
     check_index("unmerge_tokens", "assignment", assignment, 0, y.shape[1])
-    lane = torch.arange(y.shape[0], device=y.device).unsqueeze(1)
-    return y[lane, assignment.to(torch.int64)]
+    return y[_lanes(assignment), assignment.to(torch.int64)]
 
 
 def sum_groups(x: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the tokens of each row: the transpose of `unmerge_tokens`."""
     rows = offsets.shape[1] - 1
     check_index("sum_groups", "assignment", assignment, 0, rows)
-    return _sum_groups(x, None, assignment, rows).to(x.dtype)
+    return _sum_groups(x, assignment, rows).to(x.dtype)

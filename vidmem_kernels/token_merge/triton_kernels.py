@@ -153,8 +153,9 @@ def launch_merge_tokens_fwd(
     x: Tensor, size: Tensor | None, assignment: Tensor, order: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.merge_tokens`."""
-    total = group_totals(size, None, None, order, offsets)
-    return sum_groups(x, size, total, assignment, order, offsets), total
+    origin = torch.empty(offsets.shape[0], offsets.shape[1] - 1, dtype=torch.int32, device=x.device)
+    total = group_totals(size, None, None, order, offsets, origin)
+    return sum_groups(x, size, total, origin, assignment, order, offsets), total
 
 
 def launch_merge_tokens_bwd(
@@ -200,7 +201,7 @@ def launch_unmerge_tokens_fwd(y: Tensor, assignment: Tensor, order: Tensor, offs
 
 def launch_sum_groups_fwd(x: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the tokens of each row."""
-    return sum_groups(x, None, None, assignment, order, offsets)
+    return sum_groups(x, None, None, None, assignment, order, offsets)
 
 
 # See sparse_gather.triton_gather.AOT. Contiguous inputs of many channels, int32 plans.

@@ -20,6 +20,7 @@ _PAIR, _RUN = 2, 4
 # Groups of more tokens are summed by several programs: of a still clip, all tokens may be one group.
 _WINDOW = 128
 _SIGN_BIT = tl.constexpr(-(2**31))
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @triton.jit
@@ -45,6 +46,7 @@ def _group_totals_kernel(
     order,
     offsets,
     total,
+    origin,
     N,
     M,
     value_stride_b,
@@ -60,7 +62,8 @@ def _group_totals_kernel(
 ):
     """float32 sum of a value per token over each group; with `size_total`, weighted by the tokens' shares of it.
 
-    Without `value` it is 1, without `size` that is 1. Summed in float64: the order of a sum over an axis is the
+    Without `value` it is 1, without `size` that is 1. Into `origin`, if given, goes the first token of each group's
+    largest value. Summed in float64: the order of a sum over an axis is the
     compiler's choice, which differs between strides and types of index, and must not show in the result.
     """
     batch, row = tile_of(M, BLOCK_M)
@@ -69,6 +72,8 @@ def _group_totals_kernel(
         whole = tl.load(size_total + batch * M + row, row < M, other=0)[:, None]
         divisor = tl.broadcast_to(tl.where(whole == 0, 1.0, whole), [BLOCK_M, BLOCK_K])
     result = tl.zeros([BLOCK_M], dtype=tl.float64)
+    best = tl.full([BLOCK_M], -0.5, dtype=tl.float32)
+    best_place = begin
     for first in range(0, tl.max(end - begin, axis=0), BLOCK_K):
         k = begin[:, None] + first + tl.arange(0, BLOCK_K)[None, :]
         member = k < end[:, None]
@@ -82,13 +87,28 @@ def _group_totals_kernel(
             share = one
             if size is not None:
                 share = tl.load(size + batch * size_stride_b + n * size_stride_n, member & valid, other=0)
-            term = term * tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
+            share = tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
+            term = tl.where(share == 0, 0.0, term * share)  # a NaN of size 0 counts for no other token
+        if origin is not None:
+            known = tl.where(member & valid & (term == term), term, -1.0)
+            largest = tl.max(known, axis=1)
+            place = tl.min(tl.where(known == largest[:, None], k, 2147483647), axis=1)
+            best_place = tl.where(largest > best, place, best_place)
+            best = tl.maximum(largest, best)
         result += tl.sum(tl.where(member, tl.where(valid, term, float("nan")), 0.0).to(tl.float64), axis=1)
     tl.store(total + batch * M + row, tl.where(in_range, result.to(tl.float32), float("nan")), row < M)
+    if origin is not None:
+        where = order + batch * order_stride_b + best_place.to(tl.int64) * order_stride_n
+        tl.store(origin + batch * M + row, tl.load(where, begin < end, other=0).to(tl.int32), row < M)
 
 
 def group_totals(
-    value: Tensor | None, size: Tensor | None, size_total: Tensor | None, order: Tensor, offsets: Tensor
+    value: Tensor | None,
+    size: Tensor | None,
+    size_total: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    origin: Tensor | None = None,
 ) -> Tensor:
     batch, tokens = order.shape
     rows = offsets.shape[1] - 1
@@ -103,6 +123,7 @@ def group_totals(
             order,
             offsets,
             total,
+            origin,
             tokens,
             rows,
             *(value.stride() if value is not None else (0, 0)),
@@ -117,8 +138,41 @@ def group_totals(
 
 
 @triton.jit
-def _add_tokens(
+def _load_member(x, order, k, end, c, N, C, x_stride_n, x_stride_c, order_stride_n):
+    """The token at place `k` of `order`: its number, row of x, whether it is of the group, and whether it exists."""
+    member = k < end
+    n = tl.load(order + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
+    valid = member & (n >= 0) & (n < N)
+    where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
+    return n, tl.load(where, valid[:, None] & (c < C)[None, :], other=0), member, valid
+
+
+@triton.jit
+def _add_tokens(result, x, order, begin, end, c, N, C, x_stride_n, x_stride_c, order_stride_n, UNROLL: tl.constexpr):
+    """Adds the tokens of groups to the rows of `result`, in order."""
+    for first in range(0, tl.max(end - begin, axis=0), UNROLL):
+        for step in tl.static_range(UNROLL):
+            k = begin + first + step
+            _, value, member, valid = _load_member(x, order, k, end, c, N, C, x_stride_n, x_stride_c, order_stride_n)
+            # So that the sum of one token is that token to the bit.
+            nothing = tl.where(member, float("nan"), _negative_zero())
+            result += tl.where(valid[:, None], value.to(result.dtype), nothing[:, None])
+    return result
+
+
+@triton.jit
+def _scale_up(whole):
+    """A power of two that brings sizes of a total below 1 to one of about 1, so that no product with them vanishes."""
+    exponent = whole.to(tl.int32, bitcast=True) >> 23
+    power = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(whole < 1, power, 1.0)
+
+
+@triton.jit
+def _add_deviations(
     result,
+    halves,
+    from_row,
     x,
     size,
     whole,
@@ -134,28 +188,51 @@ def _add_tokens(
     order_stride_n,
     UNROLL: tl.constexpr,
 ):
-    """Adds the tokens of groups to the rows of `result`, in order; with `whole`, times their shares of it."""
-    if whole is not None:
-        divisor = tl.where(whole == 0, 1.0, whole)
+    """Adds up, in order, how far the tokens of groups lie from `from_row`, times their sizes; and half their shares.
+
+    The latter stand in where the former overflow. A token of size 0 adds nothing to either, whatever it holds.
+    """
+    divisor = tl.where(whole == 0, 1.0, whole)
+    up = _scale_up(whole)
     for first in range(0, tl.max(end - begin, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             k = begin + first + step
-            member = k < end
-            n = tl.load(order + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
-            valid = member & (n >= 0) & (n < N)
-            if whole is not None:
-                share = tl.full(whole.shape, 1.0, dtype=tl.float32)
-                if size is not None:
-                    share = tl.load(size + n * size_stride_n, valid, other=0)
-                # Rounded correctly: size / size is 1.
-                share = tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
-            where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
-            value = tl.load(where, valid[:, None] & (c < C)[None, :], other=0).to(result.dtype)
-            if whole is not None:
-                value = value * share[:, None]
-            # So that the sum of one token is that token to the bit.
-            result += tl.where(valid[:, None], value, tl.where(member, float("nan"), _negative_zero())[:, None])
-    return result
+            n, value, member, valid = _load_member(x, order, k, end, c, N, C, x_stride_n, x_stride_c, order_stride_n)
+            weight = tl.full(whole.shape, 1.0, dtype=tl.float32)
+            if size is not None:
+                weight = tl.load(size + n * size_stride_n, valid, other=0)
+            value = value.to(tl.float32)
+            share = tl.div_rn(weight, divisor) * 0.5
+            counts = (valid & (weight != 0))[:, None]
+            nothing = tl.where(member & ~valid, float("nan"), 0.0)[:, None]
+            result += tl.where(counts, (from_row - value) * (weight * up)[:, None], nothing)
+            # Infinity counts even where the share is 0 by rounding.
+            is_lost = (share == 0)[:, None] & ~(tl.abs(value) < float("inf"))
+            halves += tl.where(counts, tl.where(is_lost, value, value * share[:, None]), nothing)
+    return result, halves
+
+
+@triton.jit
+def _load_origins(x, origin, row, wanted, c, N, C, x_stride_n, x_stride_c):
+    """Rows of x that groups measure from."""
+    n = tl.load(origin + row, wanted, other=0).to(tl.int64)
+    known = wanted & (n >= 0) & (n < N)
+    return tl.load(x + n[:, None] * x_stride_n + c[None, :] * x_stride_c, known[:, None] & (c < C)[None, :], other=0)
+
+
+@triton.jit
+def _mean_of(result, halves, origin_row, whole, is_alone, LARGEST: tl.constexpr):
+    """The mean, in the dtype of the tokens; see the reference."""
+    whole = whole[:, None]
+    divisor = tl.broadcast_to(tl.where(whole == 0, 1.0, whole * _scale_up(whole)), result.shape)
+    mean = origin_row.to(tl.float32) - tl.div_rn(result, divisor)
+    doubled = halves * 2
+    bounded = tl.minimum(tl.maximum(doubled, -LARGEST), LARGEST)
+    shares = tl.where(tl.abs(halves) < float("inf"), bounded, doubled)
+    mean = tl.where(tl.abs(mean) < float("inf"), mean, shares)
+    mean = tl.where(whole == 0, 0.0, mean).to(origin_row.dtype)
+    # The bits of a NaN too.
+    return tl.where(is_alone[:, None] & (whole > 0), origin_row, mean)
 
 
 @triton.jit
@@ -174,6 +251,7 @@ def _sum_windows_kernel(
     x,
     size,
     total,
+    origin,
     assignment,
     order,
     offsets,
@@ -197,7 +275,8 @@ def _sum_windows_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Per WINDOW places of `order`, sums of the groups of more places than that: such a group holds the first
-    place of the window (slot 0) or the last one (slot 1). Smaller groups are left alone.
+    place of the window (slot 0) or the last one (slot 1). Smaller groups are left alone. With `total`, the two sums
+    that a mean is made of.
     """
     windows = tl.cdiv(N, WINDOW)
     window = (tl.program_id(0) % windows).to(tl.int64)
@@ -222,35 +301,49 @@ def _sum_windows_kernel(
         wanted = known & (end - begin > WINDOW)
         if slot == 1:
             wanted &= begin > low
-        whole = None
-        if total is not None:
-            whole = tl.load(total + batch * M + row, wanted, other=0)
         nothing = tl.where(known, _negative_zero(), float("nan"))  # the reader must not trust what contradicts itself
         result = tl.broadcast_to(nothing[:, None], [1, BLOCK_C]).to(partial.dtype.element_ty)
-        result = _add_tokens(
-            result,
-            x + batch * x_stride_b,
-            None if size is None else size + batch * size_stride_b,
-            whole,
-            order,
-            tl.maximum(begin, low),
-            tl.where(wanted, tl.minimum(end, high), 0),
-            c,
-            N,
-            C,
-            x_stride_n,
-            x_stride_c,
-            size_stride_n,
-            order_stride_n,
-            UNROLL,
-        )
+        first_place = tl.maximum(begin, low)
+        end_place = tl.where(wanted, tl.minimum(end, high), 0)
+        source = x + batch * x_stride_b
+        mask = (wanted | ~known)[:, None] & (c < C)[None, :]
         target = partial + ((batch * windows + window) * 2 + slot) * C + c[None, :]
-        tl.store(target + tl.zeros([1, BLOCK_C], dtype=tl.int64), result, (wanted | ~known)[:, None] & (c < C)[None, :])
+        target += tl.zeros([1, BLOCK_C], dtype=tl.int64)
+        if total is not None:
+            from_row = _load_origins(source, origin + batch * M, row, wanted, c, N, C, x_stride_n, x_stride_c)
+            result, halves = _add_deviations(
+                result + 0.0,
+                result + 0.0,
+                from_row.to(tl.float32),
+                source,
+                None if size is None else size + batch * size_stride_b,
+                tl.load(total + batch * M + row, wanted, other=0),
+                order,
+                first_place,
+                end_place,
+                c,
+                N,
+                C,
+                x_stride_n,
+                x_stride_c,
+                size_stride_n,
+                order_stride_n,
+                UNROLL,
+            )
+            tl.store(target + tl.num_programs(0).to(tl.int64) * 2 * C, halves, mask)
+        else:
+            result = _add_tokens(
+                result, source, order, first_place, end_place, c, N, C, x_stride_n, x_stride_c, order_stride_n, UNROLL
+            )
+        tl.store(target, result, mask)
 
 
 @triton.jit
 def _join_windows_kernel(
     partial,
+    x,
+    total,
+    origin,
     assignment,
     order,
     offsets,
@@ -258,12 +351,16 @@ def _join_windows_kernel(
     N,
     M,
     C,
+    x_stride_b,
+    x_stride_n,
+    x_stride_c,
     assignment_stride_b,
     assignment_stride_n,
     order_stride_b,
     order_stride_n,
     offsets_stride_b,
     offsets_stride_n,
+    LARGEST: tl.constexpr,
     WINDOW: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -289,11 +386,22 @@ def _join_windows_kernel(
     in_c = (c < C)[None, :]
     where = partial + (batch * windows + window) * 2 * C + c[None, :]
     # Its part of the first window is in slot 1 unless it begins where the window does.
-    result = tl.load(where + tl.where(begin % WINDOW == 0, 0, C)[:, None], wanted[:, None] & in_c, other=0)
+    start = where + tl.where(begin % WINDOW == 0, 0, C)[:, None]
+    result = tl.load(start, wanted[:, None] & in_c, other=0)
+    part = tl.num_programs(0).to(tl.int64) * 2 * C  # from the first sums to the second
+    if total is not None:
+        halves = tl.load(start + part, wanted[:, None] & in_c, other=0)
     for first in range(1, tl.max(count, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             i = first + step
-            result += tl.load(where + i * 2 * C, (i < count)[:, None] & in_c, other=0)
+            mask = (i < count)[:, None] & in_c
+            result += tl.load(where + i * 2 * C, mask, other=0)
+            if total is not None:
+                halves += tl.load(where + part + i * 2 * C, mask, other=0)
+    if total is not None:
+        source = x + batch * x_stride_b
+        from_row = _load_origins(source, origin + batch * M, row, wanted, c, N, C, x_stride_n, x_stride_c)
+        result = _mean_of(result, halves, from_row, tl.load(total + batch * M + row, wanted, other=0), ~known, LARGEST)
     target = out + (batch * M + row[:, None]) * C + c[None, :]
     tl.store(target, result.to(out.dtype.element_ty), wanted[:, None] & in_c)
 
@@ -303,6 +411,7 @@ def _sum_groups_kernel(
     x,
     size,
     total,
+    origin,
     order,
     offsets,
     out,
@@ -318,47 +427,63 @@ def _sum_groups_kernel(
     order_stride_n,
     offsets_stride_b,
     offsets_stride_n,
+    LARGEST: tl.constexpr,
     WINDOW: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of groups; with `total`, of the tokens times their shares of it."""
+    """Sums of groups; with `total`, the size of each, means, `origin` being the tokens that they are measured from."""
     batch, row = tile_of(M, BLOCK_M)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, end, in_range = _group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
     sum_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    whole = None
-    if total is not None:
-        whole = tl.load(total + batch * M + row, row < M, other=0)
     # Longer groups are left to `_join_windows_kernel`, or stay NaN where the plan contradicts itself.
     in_range = in_range & (end - begin <= WINDOW)
     nothing = tl.where(in_range, tl.where(begin < end, _negative_zero(), 0.0), float("nan"))
     result = tl.broadcast_to(nothing[:, None], [BLOCK_M, BLOCK_C]).to(sum_dtype)
-    result = _add_tokens(
-        result,
-        x + batch * x_stride_b,
-        None if size is None else size + batch * size_stride_b,
-        whole,
-        order + batch * order_stride_b,
-        begin,
-        tl.where(in_range, end, begin),
-        c,
-        N,
-        C,
-        x_stride_n,
-        x_stride_c,
-        size_stride_n,
-        order_stride_n,
-        UNROLL,
-    )
+    end = tl.where(in_range, end, begin)
+    source = x + batch * x_stride_b
+    order += batch * order_stride_b
+    if total is not None:
+        whole = tl.load(total + batch * M + row, row < M, other=0)
+        from_row = _load_origins(source, origin + batch * M, row, row < M, c, N, C, x_stride_n, x_stride_c)
+        result, halves = _add_deviations(
+            result + 0.0,
+            result + 0.0,
+            from_row.to(tl.float32),
+            source,
+            None if size is None else size + batch * size_stride_b,
+            whole,
+            order,
+            begin,
+            end,
+            c,
+            N,
+            C,
+            x_stride_n,
+            x_stride_c,
+            size_stride_n,
+            order_stride_n,
+            UNROLL,
+        )
+        result = _mean_of(result, halves, from_row, whole, in_range & (end - begin == 1), LARGEST)
+    else:
+        result = _add_tokens(result, source, order, begin, end, c, N, C, x_stride_n, x_stride_c, order_stride_n, UNROLL)
     target = out + (batch * M + row[:, None]) * C + c[None, :]
     tl.store(target, result.to(out.dtype.element_ty), (row < M)[:, None] & (c < C)[None, :])
 
 
 def sum_groups(
-    x: Tensor, size: Tensor | None, total: Tensor | None, assignment: Tensor, order: Tensor, offsets: Tensor
+    x: Tensor,
+    size: Tensor | None,
+    total: Tensor | None,
+    origin: Tensor | None,
+    assignment: Tensor,
+    order: Tensor,
+    offsets: Tensor,
 ) -> Tensor:
+    """Sums of the groups; means by `size` where their `total` and `origin` are given."""
     batch, tokens, channels = x.shape
     rows = offsets.shape[1] - 1
     out = torch.empty(batch, rows, channels, dtype=x.dtype, device=x.device)
@@ -373,6 +498,7 @@ def sum_groups(
         x,
         size,
         total,
+        origin,
         order,
         offsets,
         out,
@@ -381,6 +507,7 @@ def sum_groups(
         channels,
         *sizes,
         *places,
+        LARGEST=_LARGEST,
         WINDOW=_WINDOW,
         UNROLL=_PAIR,
         BLOCK_M=block_m,
@@ -390,13 +517,15 @@ def sum_groups(
     if tokens <= _WINDOW:  # no group is longer
         return out
     windows = triton.cdiv(tokens, _WINDOW)
-    partial = torch.empty(batch, windows, 2, channels, dtype=accumulate_dtype(x.dtype), device=x.device)
+    parts = 1 if total is None else 2
+    partial = torch.empty(parts, batch, windows, 2, channels, dtype=accumulate_dtype(x.dtype), device=x.device)
     plan = assignment, order, offsets
     options = {"WINDOW": _WINDOW, "UNROLL": _RUN, "BLOCK_C": block_c, "num_warps": 4}
     _sum_windows_kernel[(windows * batch, blocks)](
         x,
         size,
         total,
+        origin,
         *plan,
         partial,
         tokens,
@@ -408,7 +537,20 @@ def sum_groups(
         **options,
     )
     _join_windows_kernel[(windows * batch, blocks)](
-        partial, *plan, out, tokens, rows, channels, *assignment.stride(), *places, **options
+        partial,
+        x,
+        total,
+        origin,
+        *plan,
+        out,
+        tokens,
+        rows,
+        channels,
+        *x.stride(),
+        *assignment.stride(),
+        *places,
+        LARGEST=_LARGEST,
+        **options,
     )
     return out
 
@@ -424,11 +566,11 @@ _WINDOWS = {
     "UNROLL": _RUN,
     "BLOCK_C": _TILE,
 }
-_JOIN = {k: v for k, v in _WINDOWS.items() if k not in ("x_stride_c", "size_stride_n")}
-_SUMS = {**_UNIT, "x_stride_c": 1, "WINDOW": _WINDOW, "UNROLL": _PAIR, "BLOCK_M": 1, "BLOCK_C": _TILE}
-_STRIDED = {"WINDOW": _WINDOW, "UNROLL": _PAIR, "BLOCK_M": 1, "BLOCK_C": _TILE}
-_MEAN = {"size": "*fp32", "total": "*fp32"}
-_NO_MEAN = {"size": None, "total": None}
+_JOIN = {**{k: v for k, v in _WINDOWS.items() if k != "size_stride_n"}, "LARGEST": _LARGEST}
+_STRIDED = {"LARGEST": _LARGEST, "WINDOW": _WINDOW, "UNROLL": _PAIR, "BLOCK_M": 1, "BLOCK_C": _TILE}
+_SUMS = {**_UNIT, "x_stride_c": 1, **_STRIDED}
+_MEAN = {"size": "*fp32", "total": "*fp32", "origin": "*i32"}
+_NO_MEAN = {"size": None, "total": None, "origin": None}
 
 
 def _pointers(dtype: str, index: str, **more: str) -> dict[str, str]:
@@ -442,17 +584,25 @@ _VARIANTS = [
     *((_pointers(dtype, "i32"), _NO_MEAN) for dtype in ("bf16", "fp32", "fp64")),
 ]
 _PLAN = {"order": "*i32", "offsets": "*i32"}
+_NO_SIZE = {"size": None, "size_total": None}
 AOT = {
     "_group_totals_kernel": [
-        ({**_PLAN, "total": "*fp32"}, {"value": None, "size": None, "size_total": None, **_TOTALS}, 4),
-        ({"value": "*fp32", **_PLAN, "total": "*fp32"}, {"size": None, "size_total": None, **_TOTALS}, 4),
-        ({"value": "*fp32", "size": "*fp32", "size_total": "*fp32", **_PLAN, "total": "*fp32"}, _TOTALS, 4),
+        ({**_PLAN, "total": "*fp32", "origin": "*i32"}, {"value": None, **_NO_SIZE, **_TOTALS}, 4),
+        ({"value": "*fp32", **_PLAN, "total": "*fp32", "origin": "*i32"}, {**_NO_SIZE, **_TOTALS}, 4),
+        (
+            {"value": "*fp32", "size": "*fp32", "size_total": "*fp32", **_PLAN, "total": "*fp32"},
+            {"origin": None, **_TOTALS},
+            4,
+        ),
     ],
     "_sum_windows_kernel": [(pointers, {**_WINDOWS, **constants}, 4) for pointers, constants in _VARIANTS],
-    "_join_windows_kernel": [(_pointers(dtype, "i32"), _JOIN, 4) for dtype in ("bf16", "fp32", "fp64")],
+    "_join_windows_kernel": [
+        *((_pointers(dtype, "i32"), {**_JOIN, "total": None, "origin": None}, 4) for dtype in ("bf16", "fp32", "fp64")),
+        *((_pointers(dtype, "i32", total="*fp32", origin="*i32"), _JOIN, 4) for dtype in ("bf16", "fp32")),
+    ],
     "_sum_groups_kernel": [
         *((pointers, {**_SUMS, **constants}, 4) for pointers, constants in _VARIANTS),
         (_pointers("bf16", "i32"), {**_SUMS, **_NO_MEAN, "BLOCK_M": 8, "BLOCK_C": 128}, 4),
-        (_pointers("bf16", "i32", total="*fp32"), {**_STRIDED, "size": None}, 4),
+        (_pointers("bf16", "i32", total="*fp32", origin="*i32"), {**_STRIDED, "size": None}, 4),
     ],
 }

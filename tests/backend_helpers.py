@@ -1,0 +1,34 @@
+"""Backends to run a test on: the reference, the compiled kernels at each instruction set, Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from vidmem_kernels import _dispatch, _extension
+from vidmem_kernels._registry import OPS
+
+CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
+BACKENDS = ["reference", *CAPABILITIES, "triton"]
+
+
+@contextmanager
+def backend_called(name: str) -> Iterator[str]:
+    """What to call a backend by, one of `BACKENDS`; an instruction set is chosen meanwhile."""
+    if name not in CAPABILITIES:
+        yield name
+        return
+    before = _extension.module.cpu_capability()
+    _extension.module.set_cpu_capability(name)
+    try:
+        yield "cpu"
+    finally:
+        _extension.module.set_cpu_capability(before)
+
+
+def skip_without(backend: str, op: str) -> None:
+    """Skips a test where Triton cannot run on the CPU."""
+    if backend == "triton" and _dispatch.unavailable(OPS[op], "triton", "cpu") is not None:
+        pytest.skip(reason="Triton's interpreter is not on")
