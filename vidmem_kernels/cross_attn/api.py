@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
+from .._symbolic import require_same
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -64,11 +65,14 @@ def _check_blocks(op: str, q: Tensor, block_index: Tensor | None, block_size: tu
     check_tensor(op, "block_index", block_index, "B, H|1, ceil(Lq/bq), topk", INDEX_DTYPES)
     batch, heads, rows, _ = block_index.shape
     blocks = -(-q.shape[1] // block_size[0])
-    if batch != q.shape[0] or heads not in (1, q.shape[2]) or rows != blocks:
-        raise ValueError(
+    require_same(
+        (batch, heads, rows),
+        (q.shape[0], 1 if heads == 1 else q.shape[2], blocks),
+        lambda: (
             f"{op}: block_index must have shape ({q.shape[0]}, {q.shape[2]} or 1, {blocks}, topk), "
             f"got {tuple(block_index.shape)}"
-        )
+        ),
+    )
     check_same(op, "q and block_index must be on the same device", q.device, block_index.device)
 
 

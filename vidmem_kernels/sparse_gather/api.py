@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .._checks import (
     names,
 )
 from .._dispatch import requested
+from .._symbolic import call
 
 
 class QuantizedRows(NamedTuple):
@@ -160,8 +162,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
         raise TypeError(f"{op}: x must be {names(FLOAT_DTYPES)}, got {names([x.dtype])}")
     if dtype not in QUANTIZED_DTYPES:
         raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype}")
-    lead = x.shape[:-2]
-    flat = x.reshape(lead.numel(), *x.shape[-2:])
+    flat = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     rows, scale = torch.ops.vidmem.quantize_rows(flat, dtype, requested(backend))
     return QuantizedRows(rows.reshape(x.shape), scale.reshape(x.shape[:-1]))
 
@@ -195,7 +196,7 @@ def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend:
         check_tensor(op, "score", score, "B, N")
         check_same(op, "score must have the first two sizes of x", score.shape, x.shape[:2])
         check_same(op, "score must be on the device of x", score.device, x.device)
-    return SelectResult(*torch.ops.vidmem.select_tokens(x, keep, score, requested(backend)))
+    return SelectResult(*call(torch.ops.vidmem.select_tokens, x, keep, score, requested(backend)))
 
 
 def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int, backend: str | None = None) -> Tensor:
@@ -240,4 +241,4 @@ def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int,
     # Widening is exact, so queries and keys of two dtypes, as autocast leaves them, need no kernel of their own.
     wider = torch.promote_types(q.dtype, k.dtype)
     q, k = q.to(wider), k.to(wider)
-    return torch.ops.vidmem.topk_blocks(q, k, block_q, block_k, topk, requested(backend))
+    return call(torch.ops.vidmem.topk_blocks, q, k, block_q, block_k, topk, requested(backend))

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
+from .._symbolic import call, require, require_same
 from .reference import group_by_row
 
 
@@ -80,8 +81,10 @@ def _check_three(op: str, name: str, value: object, low: int) -> tuple[int, int,
 
 def _check_grid(op: str, metric: Tensor, grid: object) -> tuple[int, int, int]:
     t, h, w = _check_three(op, "grid", grid, 0)
-    if t * h * w != metric.shape[1]:
-        raise ValueError(f"{op}: grid must hold the {metric.shape[1]} tokens of metric, got {(t, h, w)}")
+    require(
+        t * h * w == metric.shape[1],
+        lambda: f"{op}: grid must hold the {metric.shape[1]} tokens of metric, got {(t, h, w)}",
+    )
     return t, h, w
 
 
@@ -134,13 +137,13 @@ def match_tokens(
         cells = [(n + s - 1) // s for n, s in zip(grid, stride, strict=True)]
         sources = tokens - cells[0] * cells[1] * cells[2]
     else:
-        sources = (tokens + 1) // 2 if tokens > 1 else 0  # one token has nothing to merge into
+        sources = (tokens + 1) // 2 * torch.sym_min(tokens // 2, 1)  # one token has nothing to merge into
     if window is not None:
         window = _check_three(op, "window", window, 0)
         if grid is None:
             raise ValueError(f"{op}: window must come with a grid, got window {window} and no grid")
     check_int(op, "num_merge", num_merge, 0, sources)
-    plan = torch.ops.vidmem.match_tokens(metric, num_merge, grid, stride, window, requested(backend))
+    plan = call(torch.ops.vidmem.match_tokens, metric, num_merge, grid, stride, window, requested(backend))
     return MergePlan(*plan)
 
 
@@ -203,7 +206,7 @@ def match_neighbors(
         num_merge = torch.cat([counts, limit]).amin().item()
         torch._check(num_merge >= 0)
         torch._check(num_merge <= sources)
-    return MergePlan(*torch.ops.vidmem.match_neighbors(metric, num_merge, grid, backend))
+    return MergePlan(*call(torch.ops.vidmem.match_neighbors, metric, num_merge, grid, backend))
 
 
 def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> None:
@@ -218,14 +221,16 @@ def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool)
     shapes = {"kept": (batch, rows), "order": (batch, tokens), "offsets": (batch, rows + 1)}
     for field, shape in shapes.items():
         found = tuple(getattr(plan, field).shape)
-        if found != shape:
-            raise ValueError(f"{op}: plan.{field} must have shape {shape}, got {found}")
-    count = rows if of_rows else tokens
-    if tensor.shape[0] != batch or tensor.shape[1] != count:
-        what = "rows" if of_rows else "tokens"
-        raise ValueError(
+        message = f"{op}: plan.{field} must have shape"
+        require_same(found, shape, lambda m=message, f=found, s=shape: f"{m} {s}, got {f}")
+    count, what = (rows, "rows") if of_rows else (tokens, "tokens")
+    require_same(
+        tensor.shape[:2],
+        (batch, count),
+        lambda: (
             f"{op}: {name} must have the batch of {batch} and the {count} {what} of plan, got {tuple(tensor.shape)}"
-        )
+        ),
+    )
 
 
 def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, backend: str | None = None) -> MergeResult:
@@ -263,7 +268,8 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
         check_tensor(op, "size", size, "B, N", (dtype,))
         check_same(op, "size must have the first two sizes of x", size.shape, x.shape[:2])
         check_same(op, "size must be on the device of x", size.device, x.device)
-    merged = torch.ops.vidmem.merge_tokens(x, size, plan.assignment, plan.order, plan.offsets, requested(backend))
+    groups = plan.assignment, plan.order, plan.offsets
+    merged = call(torch.ops.vidmem.merge_tokens, x, size, *groups, requested(backend))
     return MergeResult(*merged)
 
 
@@ -292,4 +298,5 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) ->
     op = "unmerge_tokens"
     check_tensor(op, "y", y, "B, M, C")
     _check_plan(op, plan, "y", y, of_rows=True)
-    return torch.ops.vidmem.unmerge_tokens(y, plan.assignment, plan.order, plan.offsets, requested(backend))
+    groups = plan.assignment, plan.order, plan.offsets
+    return call(torch.ops.vidmem.unmerge_tokens, y, *groups, requested(backend))
