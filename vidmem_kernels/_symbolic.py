@@ -86,14 +86,15 @@ def minus(total: int | torch.SymInt, part: int | torch.SymInt) -> int | torch.Sy
 
 
 def call(op: Callable[..., Any], x: torch.Tensor, *args: Any) -> Any:
-    """op(x, *args), for an op that makes sizes of its own.
+    """op(x, *args) without a guard on the sizes of its results.
 
-    As for every result, torch asks whether such a size is 1, and as a guard the answer would keep small sizes out.
+    Of every result torch asks whether a size is 1; for a size that was computed, such as n // 2, the answer would be a
+    guard that keeps small ones out.
     """
-    size = None
-    if not torch.compiler.is_dynamo_compiling():
-        size = next((n for n in x.shape if type(n) is torch.SymInt), None)
-    if size is None:
+    if torch.compiler.is_dynamo_compiling():
         return op(x, *args)
-    with size.node.shape_env.suppress_guards():
+    sizes = [n for n in x.shape if isinstance(n, torch.SymInt)]
+    if not sizes:
+        return op(x, *args)
+    with sizes[0].node.shape_env.suppress_guards():
         return op(x, *args)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
-from .._symbolic import require_same
+from .._symbolic import call, require_same
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -163,8 +163,8 @@ def cross_attention(
         scale = size**-0.5
     elif not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
-    out, lse = torch.ops.vidmem.cross_attention(
-        q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
+    out, lse = call(
+        torch.ops.vidmem.cross_attention, q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
         requested(backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -88,7 +88,7 @@ def gather_tokens(
         check_same(op, "scale must be on the bank's device", scale.device, bank.device)
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype must be {names(FLOAT_DTYPES)}, got {out_dtype}")
-    return torch.ops.vidmem.gather_tokens(bank, index, scale, out_dtype, requested(backend))
+    return call(torch.ops.vidmem.gather_tokens, bank, index, scale, out_dtype, requested(backend))
 
 
 def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: str | None = None) -> Tensor:
@@ -117,7 +117,7 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: st
     check_same(op, "index must have the first two sizes of src", index.shape, src.shape[:2])
     check_same(op, "index must be on the device of src", index.device, src.device)
     check_int(op, "num_rows", num_rows, 0)
-    return torch.ops.vidmem.scatter_add_tokens(src, index, num_rows, requested(backend))
+    return call(torch.ops.vidmem.scatter_add_tokens, src, index, num_rows, requested(backend))
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | None = None) -> QuantizedRows:
@@ -162,9 +162,9 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
         raise TypeError(f"{op}: x must be {names(FLOAT_DTYPES)}, got {names([x.dtype])}")
     if dtype not in QUANTIZED_DTYPES:
         raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype}")
-    flat = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    rows, scale = torch.ops.vidmem.quantize_rows(flat, dtype, requested(backend))
-    return QuantizedRows(rows.reshape(x.shape), scale.reshape(x.shape[:-1]))
+    flat = call(torch.reshape, x, (math.prod(x.shape[:-2]), *x.shape[-2:]))
+    rows, scale = call(torch.ops.vidmem.quantize_rows, flat, dtype, requested(backend))
+    return QuantizedRows(call(torch.reshape, rows, x.shape), call(torch.reshape, scale, x.shape[:-1]))
 
 
 def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend: str | None = None) -> SelectResult:
