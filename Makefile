@@ -1,10 +1,14 @@
-# make demo · test · bench · lint: each makes .venv by itself when it is missing or out of date.
+# make demo · test · test-long · fuzz · bench · lint · info: each makes .venv by itself when it is missing or out of date.
+#
+#   make test              what CI runs: every test but those marked `long`, of drawn suites a sample; under 20 minutes
+#   make test-long         all that make test leaves out, then make fuzz
+#   make fuzz SECONDS=600  drawn calls of every op for so many seconds (default: 60)
 #
 #   PYTHON=python3.12      interpreter of the environment (default: python3)
 #   TORCH="torch==2.13.0"  what pip installs as torch. Default: the plain package where there is an NVIDIA GPU, else
 #                          the version below, as a CPU build if pip's index offers one (set PIP_EXTRA_INDEX_URL to
 #                          PyTorch's CPU index where yours does not; the CUDA build works too, it is only larger).
-#   WORKERS=4              processes of make test, about 1 GB each (default: one a core, 16 at most)
+#   WORKERS=4              processes of make test and test-long, about 1 GB each (default: one a core, 16 at most)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,16 +17,25 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
 # nproc would take OMP_NUM_THREADS for the number of cores.
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 16 ? n : 16)))
+SECONDS ?= 60
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test bench lint info clean
+.PHONY: demo test test-long fuzz bench lint info clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/vidmem demo -o demo_output
 
 test: $(VENV)/built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/built
+	$(PYTEST) -m long
+	$(if $(wildcard tests/fuzz.py),$(MAKE) fuzz)
+
+fuzz: $(VENV)/built
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/run.py

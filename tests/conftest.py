@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 
 import pytest
 import torch
@@ -33,3 +34,19 @@ def device(request):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marker
+def pytest_collection_modifyitems(items):
+    """Of a test marked `sample(n)` all cases but n become `long`; the draw's seed is the test's name."""
+    drawn = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            drawn.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, cases in drawn.items():
+        runnable = [case for case in cases if torch.cuda.is_available() or not case.get_closest_marker("gpu")]
+        count = cases[0].get_closest_marker("sample").args[0]
+        sample = random.Random(name).sample(runnable, min(count, len(runnable)))
+        for case in cases:
+            if case not in sample:
+                case.add_marker("long")

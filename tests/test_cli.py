@@ -292,7 +292,6 @@ def test_short_clip_is_said_to_be_short(capfd, video, tmp_path):
     assert "(the video ends before 20 s)" in capfd.readouterr().out
 
 
-@pytest.mark.slow
 def test_demo(capfd, monkeypatch, video, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("vidmem_model.profile._SLOW_SECONDS", 0.02)
