@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
-from .._symbolic import call, require_same
+from .._symbolic import require_same
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -43,7 +42,7 @@ def _check_window(
     for side in window:
         if not _is_number(side):
             raise TypeError(f"{op}: window must hold two numbers, got {window!r}")
-        if math.isnan(side) or side < 0:
+        if not side >= 0:  # NaN too; math.isnan takes no number that torch.compile leaves open
             raise ValueError(f"{op}: window must hold two numbers of at least 0, got {window}")
     for name, time, x, length in (("q_time", q_time, q, "Lq"), ("k_time", k_time, k, "Lk")):
         if not isinstance(time, Tensor):
@@ -163,8 +162,8 @@ def cross_attention(
         scale = size**-0.5
     elif not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
-    out, lse = call(
-        torch.ops.vidmem.cross_attention, q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
+    out, lse = torch.ops.vidmem.cross_attention(
+        q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
         requested(backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out

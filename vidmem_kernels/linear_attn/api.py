@@ -10,7 +10,6 @@ from torch import Tensor
 from .._checks import check_int, check_same, check_same_dtype, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
-from .._symbolic import call
 from .reference import FEATURE_MAPS
 
 
@@ -99,7 +98,7 @@ def linear_attention(
         check_same(op, "state.z must have shape (B, H, D) of q", sizes, tuple(z.shape))
         check_same(op, "q and state.S must be on the same device", q.device, S.device)
         check_same(op, "q and state.z must be on the same device", q.device, z.device)
-    out, S, z = call(
-        torch.ops.vidmem.linear_attention, q, k, v, S, z, feature_map, causal, block_size, normalize, requested(backend)
+    out, S, z = torch.ops.vidmem.linear_attention(
+        q, k, v, S, z, feature_map, causal, block_size, normalize, requested(backend)
     )
     return (out, LinearAttentionState(S, z)) if return_state else out
