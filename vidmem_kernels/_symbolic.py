@@ -1,4 +1,4 @@
-"""Sizes that torch traces as symbols: checks that do not narrow what a traced program takes, and a difference.
+"""Exported programs: checks of symbolic sizes that do not narrow what a program takes, and results that it can save.
 
 An `if` on a symbol becomes a guard. torch.export refuses a guard that it cannot prove for the whole range of a named
 dimension, and it proves little: not `n // 2 <= n`. So such a condition is tested on the sizes of the example only, and
@@ -8,11 +8,20 @@ goes into the graph as an assertion for all others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
 # sympy comes with torch.fx.experimental and takes a second to import, so whoever needs it imports it.
+
+Result = TypeVar("Result", bound=type)
+
+
+def saveable(cls: Result) -> Result:
+    """Names a NamedTuple for torch, so that an exported program which takes or returns one can be saved."""
+    pytree._register_namedtuple(cls, serialized_type_name=f"vidmem_kernels.{cls.__name__}")
+    return cls
 
 
 def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:

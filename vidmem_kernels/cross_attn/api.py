@@ -13,6 +13,7 @@ from .._numerics import accumulate_dtype
 from .._symbolic import require_same
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
+_UNBOUNDED = torch.finfo(torch.float32).max  # beyond all times, in either dtype that they are compared in
 
 
 def _is_number(value: object) -> bool:
@@ -52,6 +53,9 @@ def _check_window(
         expected = tuple(x.shape[1:2] if time.dim() == 1 else x.shape[:2])
         check_same(op, f"{name} must have shape ({shape})", expected, tuple(time.shape))
         check_same(op, f"q and {name} must be on the same device", q.device, time.device)
+    if torch.compiler.is_exporting():
+        # AOTInductor writes constants as JSON, which has no infinity.
+        window = [_UNBOUNDED if side == float("inf") else side for side in window]
     return [float(side) for side in window]
 
 

@@ -18,9 +18,10 @@ from .._checks import (
     names,
 )
 from .._dispatch import requested
-from .._symbolic import call
+from .._symbolic import call, saveable
 
 
+@saveable
 class QuantizedRows(NamedTuple):
     """Rows and their factors: row m stands for `rows[..., m, :].float() * scale[..., m]`."""
 
@@ -28,6 +29,7 @@ class QuantizedRows(NamedTuple):
     scale: Tensor
 
 
+@saveable
 class SelectResult(NamedTuple):
     """Kept tokens, in their order, and where they were: `tokens[b, i] == x[b, index[b, i]]`."""
 

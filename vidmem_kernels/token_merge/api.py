@@ -11,10 +11,11 @@ from torch import Tensor
 from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
-from .._symbolic import call, require, require_same
+from .._symbolic import call, require, require_same, saveable
 from .reference import group_by_row
 
 
+@saveable
 class MergePlan(NamedTuple):
     """Which of N tokens merge into which of M rows; plain int32 tensors, on the device of the metric.
 
@@ -58,6 +59,7 @@ class MergePlan(NamedTuple):
         return cls(assignment.to(torch.int32), first.masked_fill(start == end, tokens), order, offsets)
 
 
+@saveable
 class MergeResult(NamedTuple):
     """Merged tokens (B, M, C) and the size (B, M), the number of tokens that each stands for."""
 
