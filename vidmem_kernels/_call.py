@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import _dispatch, _fast, _sharding, _transforms
+from . import _dispatch, _fast, _sharding, _symbolic, _transforms
 from ._registry import OPS
 
 
@@ -29,7 +29,7 @@ def call(name: str, *args: Any, backend: str | None) -> Any:
         return _call_uncompiled(name, args, backend)
     if _transforms.differentiates(args):
         return _call_differentiated(name, args, backend)
-    results = getattr(torch.ops.vidmem, name)(*args, backend)
+    results = _symbolic.unguarded(getattr(torch.ops.vidmem, name), *args, backend)
     if not torch.compiler.is_compiling():
         _fast.watch(OPS[name], args, backend, results)
     return results

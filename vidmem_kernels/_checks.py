@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ._symbolic import require, require_same
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -34,14 +36,22 @@ def check_int(op: str, name: str, value: object, low: int, high: int | None = No
     """Checks that `value` is an int (or a symbolic one) in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{op}: {name} must be {bounds}, got {value}")
+    if high is None:
+        require(value >= low, lambda: f"{op}: {name} must be at least {low}, got {value}")
+        return
+
+    def message() -> str:
+        return f"{op}: {name} must be in [{low}, {high}], got {value}"
+
+    require(value >= low, message)
+    require(value <= high, message)
 
 
 def check_same(op: str, what: str, first: object, second: object) -> None:
-    """Checks that two sizes, dtypes or devices agree; `what` names both, e.g. "q and k must have the same D"."""
-    if first != second:
+    """Checks that two sizes, shapes, dtypes or devices agree; `what` names both, e.g. "q and k must have one D"."""
+    if isinstance(first, tuple):
+        require_same(first, second, lambda: f"{op}: {what}, got {first} and {second}")
+    elif first != second:
         raise ValueError(f"{op}: {what}, got {first} and {second}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +11,10 @@ from .._call import call
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
 from .._fast import fast
 from .._numerics import accumulate_dtype
+from .._symbolic import require_same
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
+_UNBOUNDED = torch.finfo(torch.float32).max  # beyond all times, in either dtype that they are compared in
 
 
 def _is_number(value: object) -> bool:
@@ -43,7 +44,7 @@ def _check_window(
     for side in window:
         if not _is_number(side):
             raise TypeError(f"{op}: window must hold two numbers, got {window!r}")
-        if math.isnan(side) or side < 0:
+        if not side >= 0:  # NaN too; math.isnan takes no number that torch.compile leaves open
             raise ValueError(f"{op}: window must hold two numbers of at least 0, got {window}")
     for name, time, x, length in (("q_time", q_time, q, "Lq"), ("k_time", k_time, k, "Lk")):
         if not isinstance(time, Tensor):
@@ -53,6 +54,9 @@ def _check_window(
         expected = tuple(x.shape[1:2] if time.dim() == 1 else x.shape[:2])
         check_same(op, f"{name} must have shape ({shape})", expected, tuple(time.shape))
         check_same(op, f"q and {name} must be on the same device", q.device, time.device)
+    if torch.compiler.is_exporting():
+        # AOTInductor writes constants as JSON, which has no infinity.
+        window = [_UNBOUNDED if side == float("inf") else side for side in window]
     return [float(side) for side in window]
 
 
@@ -65,11 +69,14 @@ def _check_blocks(op: str, q: Tensor, block_index: Tensor | None, block_size: tu
     check_tensor(op, "block_index", block_index, "B, H|1, ceil(Lq/bq), topk", INDEX_DTYPES)
     batch, heads, rows, _ = block_index.shape
     blocks = -(-q.shape[1] // block_size[0])
-    if batch != q.shape[0] or heads not in (1, q.shape[2]) or rows != blocks:
-        raise ValueError(
+    require_same(
+        (batch, heads, rows),
+        (q.shape[0], 1 if heads == 1 else q.shape[2], blocks),
+        lambda: (
             f"{op}: block_index must have shape ({q.shape[0]}, {q.shape[2]} or 1, {blocks}, topk), "
             f"got {tuple(block_index.shape)}"
-        )
+        ),
+    )
     check_same(op, "q and block_index must be on the same device", q.device, block_index.device)
 
 

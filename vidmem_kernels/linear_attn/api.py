@@ -10,9 +10,11 @@ from .._call import call
 from .._checks import check_int, check_same, check_same_dtype, check_tensor
 from .._fast import fast
 from .._numerics import accumulate_dtype
+from .._symbolic import saveable
 from .reference import FEATURE_MAPS
 
 
+@saveable
 class LinearAttentionState(NamedTuple):
     """All tokens seen so far, in a size that does not grow with them.
 

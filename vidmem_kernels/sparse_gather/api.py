@@ -19,8 +19,10 @@ from .._checks import (
     names,
 )
 from .._fast import fast
+from .._symbolic import saveable, unguarded
 
 
+@saveable
 class QuantizedRows(NamedTuple):
     """Rows and their factors: row m stands for `rows[..., m, :].float() * scale[..., m]`."""
 
@@ -28,6 +30,7 @@ class QuantizedRows(NamedTuple):
     scale: Tensor
 
 
+@saveable
 class SelectResult(NamedTuple):
     """Kept tokens, in their order, and where they were: `tokens[b, i] == x[b, index[b, i]]`."""
 
@@ -175,8 +178,9 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
         raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype}")
     if x.dim() == 3:
         return QuantizedRows(*call("quantize_rows", x, dtype, backend=backend))
-    rows, scale = call("quantize_rows", x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), dtype, backend=backend)
-    return QuantizedRows(rows.reshape(x.shape), scale.reshape(x.shape[:-1]))
+    flat = unguarded(torch.reshape, x, (math.prod(x.shape[:-2]), *x.shape[-2:]))
+    rows, scale = call("quantize_rows", flat, dtype, backend=backend)
+    return QuantizedRows(unguarded(torch.reshape, rows, x.shape), unguarded(torch.reshape, scale, x.shape[:-1]))
 
 
 @fast

@@ -12,10 +12,12 @@ from .._call import call
 from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
 from .._fast import fast
 from .._numerics import accumulate_dtype
+from .._symbolic import require, require_same, saveable
 from .._transforms import check_values
 from .reference import group_by_row
 
 
+@saveable
 class MergePlan(NamedTuple):
     """Which of N tokens merge into which of M rows; plain int32 tensors, on the device of the metric.
 
@@ -59,6 +61,7 @@ class MergePlan(NamedTuple):
         return cls(assignment.to(torch.int32), first.masked_fill(start == end, tokens), order, offsets)
 
 
+@saveable
 class MergeResult(NamedTuple):
     """Merged tokens (B, M, C) and the size (B, M), the number of tokens that each stands for."""
 
@@ -82,8 +85,10 @@ def _check_three(op: str, name: str, value: object, low: int) -> tuple[int, int,
 
 def _check_grid(op: str, metric: Tensor, grid: object) -> tuple[int, int, int]:
     t, h, w = _check_three(op, "grid", grid, 0)
-    if t * h * w != metric.shape[1]:
-        raise ValueError(f"{op}: grid must hold the {metric.shape[1]} tokens of metric, got {(t, h, w)}")
+    require(
+        t * h * w == metric.shape[1],
+        lambda: f"{op}: grid must hold the {metric.shape[1]} tokens of metric, got {(t, h, w)}",
+    )
     return t, h, w
 
 
@@ -137,7 +142,7 @@ def match_tokens(
         cells = [(n + s - 1) // s for n, s in zip(grid, stride, strict=True)]
         sources = tokens - cells[0] * cells[1] * cells[2]
     else:
-        sources = (tokens + 1) // 2 if tokens > 1 else 0  # one token has nothing to merge into
+        sources = (tokens + 1) // 2 * torch.sym_min(tokens // 2, 1)  # one token has nothing to merge into
     if window is not None:
         window = _check_three(op, "window", window, 0)
         if grid is None:
@@ -222,14 +227,16 @@ def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool)
     shapes = {"kept": (batch, rows), "order": (batch, tokens), "offsets": (batch, rows + 1)}
     for field, shape in shapes.items():
         found = tuple(getattr(plan, field).shape)
-        if found != shape:
-            raise ValueError(f"{op}: plan.{field} must have shape {shape}, got {found}")
-    count = rows if of_rows else tokens
-    if tensor.shape[0] != batch or tensor.shape[1] != count:
-        what = "rows" if of_rows else "tokens"
-        raise ValueError(
+        message = f"{op}: plan.{field} must have shape"
+        require_same(found, shape, lambda m=message, f=found, s=shape: f"{m} {s}, got {f}")
+    count, what = (rows, "rows") if of_rows else (tokens, "tokens")
+    require_same(
+        tensor.shape[:2],
+        (batch, count),
+        lambda: (
             f"{op}: {name} must have the batch of {batch} and the {count} {what} of plan, got {tuple(tensor.shape)}"
-        )
+        ),
+    )
 
 
 @fast

@@ -10,6 +10,7 @@ import torch
 
 from .._numerics import accumulate_dtype
 from .._registry import register_op
+from .._symbolic import minus
 from . import reference
 
 # --- matching ---
@@ -17,7 +18,8 @@ from . import reference
 
 def _plan_fake(metric, num_merge):
     batch, tokens, _ = metric.shape
-    sizes = (tokens, tokens - num_merge, tokens, tokens - num_merge + 1)
+    rows = minus(tokens, num_merge)
+    sizes = (tokens, rows, tokens, rows + 1)
     return tuple(metric.new_empty(batch, size, dtype=torch.int32) for size in sizes)
 
 

@@ -1,0 +1,110 @@
+"""Exported programs: checks of symbolic sizes that do not narrow what a program takes, and results that it can save.
+
+An `if` on a symbol becomes a guard. torch.export refuses a guard that it cannot prove for the whole range of a named
+dimension, and it proves little: not `n // 2 <= n`. So such a condition is tested on the sizes of the example only, and
+goes into the graph as an assertion for all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+# sympy comes with torch.fx.experimental and takes a second to import, so whoever needs it imports it.
+
+Result = TypeVar("Result", bound=type)
+
+
+def saveable(cls: Result) -> Result:
+    """Names a NamedTuple for torch, so that an exported program which takes or returns one can be saved."""
+    pytree._register_namedtuple(cls, serialized_type_name=f"vidmem_kernels.{cls.__name__}")
+    return cls
+
+
+def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """Raises ValueError(message()) unless a condition on sizes holds."""
+    if torch.compiler.is_dynamo_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+        if torch.compiler.is_exporting():
+            # With strict=True neither the example's sizes nor the graph can be reached; the kernels check again.
+            return
+        # torch.compile guards anyway, and a guard raises exactly what eager mode does.
+        if guard_or_false(condition):
+            return
+        if not guard_or_true(condition):
+            raise ValueError(message())
+        torch._check(condition)  # it depends on data
+    elif isinstance(condition, bool):
+        if not condition:
+            raise ValueError(message())
+    else:
+        _require_symbolic(condition, message)
+
+
+def _require_symbolic(condition: torch.SymBool, message: Callable[[], str]) -> None:
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
+
+    if statically_known_true(condition):
+        return
+    with condition.node.shape_env.suppress_guards():
+        if guard_or_false(condition):
+            torch.ops.aten._assert_scalar(condition, message())
+            return
+        if not guard_or_true(condition):
+            raise ValueError(message())
+    torch._check(condition, message)  # it depends on data
+
+
+def _is_plain(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or size.node.expr.is_Symbol
+
+
+def require_same(first: Sequence[int], second: Sequence[int], message: Callable[[], str]) -> None:
+    """Raises ValueError(message()) unless two sequences of sizes agree."""
+    if torch.compiler.is_dynamo_compiling() or torch.SymInt not in map(type, (*first, *second)):
+        if tuple(first) != tuple(second):
+            raise ValueError(message())
+        return
+    if len(first) != len(second):
+        raise ValueError(message())
+    for a, b in zip(first, second, strict=True):
+        # Two dimensions that must be one are what a guard is for: torch then knows both by one name.
+        if not (_is_plain(a) and _is_plain(b)):
+            require(a == b, message)
+        elif a != b:
+            raise ValueError(message())
+
+
+def minus(total: int | torch.SymInt, part: int | torch.SymInt) -> int | torch.SymInt:
+    """total - part; where the part is a fraction of the total, in a form that torch knows not to be negative."""
+    if not isinstance(part, torch.SymInt):
+        return total - part
+    from torch.utils._sympy.functions import FloorDiv
+
+    if not isinstance(part.node.expr, FloorDiv):
+        return total - part
+    base, divisor = part.node.expr.args
+    whole = total.node.expr if isinstance(total, torch.SymInt) else total
+    # n - n // 2 is (n + 1) // 2, and likewise for all fractions.
+    base = divisor * whole - base + divisor - 1
+    return part.node.shape_env.create_symintnode(FloorDiv(base, divisor), hint=None)
+
+
+def unguarded(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) without a guard on the sizes of its results.
+
+    Of every result torch asks whether a size is 1; for a size that was computed, such as n // 2, the answer would be a
+    guard that keeps small ones out.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return function(*args)
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    sizes = [n for n in first.shape if isinstance(n, torch.SymInt)]
+    if not sizes:
+        return function(*args)
+    with sizes[0].node.shape_env.suppress_guards():
+        return function(*args)
