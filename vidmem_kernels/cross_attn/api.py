@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
 from .._dispatch import requested
 from .._numerics import accumulate_dtype
+from .symbolic import any_open, as_tensor
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -42,7 +42,7 @@ def _check_window(
     for side in window:
         if not _is_number(side):
             raise TypeError(f"{op}: window must hold two numbers, got {window!r}")
-        if math.isnan(side) or side < 0:
+        if not side >= 0:  # NaN too; math.isnan takes no number that torch.compile leaves open
             raise ValueError(f"{op}: window must hold two numbers of at least 0, got {window}")
     for name, time, x, length in (("q_time", q_time, q, "Lq"), ("k_time", k_time, k, "Lk")):
         if not isinstance(time, Tensor):
@@ -52,7 +52,7 @@ def _check_window(
         expected = tuple(x.shape[1:2] if time.dim() == 1 else x.shape[:2])
         check_same(op, f"{name} must have shape ({shape})", expected, tuple(time.shape))
         check_same(op, f"q and {name} must be on the same device", q.device, time.device)
-    return [float(side) for side in window]
+    return list(window)
 
 
 def _check_blocks(op: str, q: Tensor, block_index: Tensor | None, block_size: tuple[int, int]) -> None:
@@ -141,7 +141,7 @@ def cross_attention(
         (k.shape[0], *k.shape[2:]),
     )
     check_same(op, "k and v must have the same B, Lk and H", tuple(k.shape[:3]), tuple(v.shape[:3]))
-    check_same_dtype(op, q=q, k=k, v=v)
+    dtype = check_same_dtype(op, q=q, k=k, v=v)
     check_same(op, "q and k must be on the same device", q.device, k.device)
     check_same(op, "q and v must be on the same device", q.device, v.device)
     if key_bias is not None:
@@ -156,13 +156,22 @@ def cross_attention(
     if scale is None:
         if size == 0:
             raise ValueError(f"{op}: scale must be given where D is 0, got None")
-        scale = size**-0.5
+        scale = float(size**-0.5)
     elif not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
-    out, lse = torch.ops.vidmem.cross_attention(
-        q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size), float(scale),
-        requested(backend),
-    )  # fmt: skip
+    numbers = [*(bounds or ()), scale]
+    if torch.compiler.is_compiling() and any_open(numbers):
+        q, k, v = (x.to(dtype) for x in (q, k, v))  # as autocast does for the other op
+        out, lse = torch.ops.vidmem.cross_attention_symbolic(
+            q, k, v, key_bias, num_sinks, q_time, k_time, as_tensor(numbers), block_index, list(block_size),
+            requested(backend),
+        )  # fmt: skip
+    else:
+        window = bounds and [float(side) for side in bounds]
+        out, lse = torch.ops.vidmem.cross_attention(
+            q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, list(block_size), float(scale),
+            requested(backend),
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
