@@ -17,10 +17,11 @@ struct AttentionRows {  // the queries, keys or values of one batch element and 
   int64_t row_stride, channel_stride, channels;
 };
 
-// Which pairs see each other, blocks aside: keys below num_sinks, and low[query] <= time[key] <= high[query].
+// Which pairs see each other, blocks aside: keys below num_sinks, and low[query] <= time[key] <= high[query]. Times of
+// every type are integers in the same order here, so that no comparison rounds.
 struct AttentionWindow {
-  const double *low, *high;  // null: no window
-  const double* time;
+  const int64_t *low, *high;  // null: no window
+  const int64_t* time;
   int64_t num_sinks;
 };
 

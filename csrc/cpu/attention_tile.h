@@ -32,6 +32,8 @@ constexpr int kPanel = 6;
 constexpr int kPanel = 4;
 #endif
 constexpr int kPackVectors = 2;
+// Terms of one running sum: of 512 products it rounds worse than the reference's products do.
+constexpr int64_t kDepth = 128;
 
 template <class T> using Vector = typename Lanes<T>::type;
 template <class T> constexpr int kWidth = Lanes<T>::count;
@@ -185,9 +187,44 @@ VIDMEM_INLINE void multiply_tile(const T* a, int64_t a_row, int64_t a_column, co
 // The same for all `columns` of a, panels[column / kPanel][depth][kPanel], and one pack b[depth][lane].
 template <class T, bool kAdd>
 inline void multiply_panels(const T* panels, int64_t columns, const T* pack, int64_t depth, T* out) {
-  for (int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel, out += kPanel * kPackRows<T>) {
-    multiply_tile<T, kAdd>(panels, kPanel, 1, pack, kPackRows<T>, depth, out, kPackRows<T>);
+  constexpr int64_t kRows = kPackRows<T>;
+  for (int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel, out += kPanel * kRows) {
+    multiply_tile<T, kAdd>(panels, kPanel, 1, pack, kRows, depth < kDepth ? depth : kDepth, out, kRows);
+    for (int64_t i = kDepth; i < depth; i += kDepth) {
+      const int64_t rest = depth - i < kDepth ? depth - i : kDepth;
+      multiply_tile<T, true>(panels + i * kPanel, kPanel, 1, pack + i * kRows, kRows, rest, out, kRows);
+    }
   }
+}
+
+// --- NaN and infinities ---
+// A weight of 0 does not hide them: what some lanes of a product must not see is left out of it, and added to the
+// other lanes one by one.
+
+template <class T>
+VIDMEM_INLINE bool is_special(T x) { return !(x - x == 0); }
+
+template <class T>
+inline bool any_special(const T* x, int64_t count) {
+  using V = Vector<T>;
+  auto found = V{} != V{};
+  int64_t i = 0;
+  for (; i + kWidth<T> <= count; i += kWidth<T>) {
+    const V some = load(x + i);
+    found |= some - some != V{};
+  }
+  bool any = false;
+  for (; i < count; ++i) any |= is_special(x[i]);
+  for (int l = 0; l < kWidth<T>; ++l) any |= found[l] != 0;
+  return any;
+}
+
+// Zeros instead; says whether there were any.
+template <class T>
+inline bool drop_special(T* x, int64_t count) {
+  if (!any_special(x, count)) return false;
+  for (int64_t i = 0; i < count; ++i) x[i] = is_special(x[i]) ? 0 : x[i];
+  return true;
 }
 
 // What a window leaves of the pairs of a pack and a tile.

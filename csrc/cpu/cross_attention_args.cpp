@@ -1,5 +1,10 @@
 #include "cpu/cross_attention_args.h"
 
+#include <string.h>
+
+#include <cmath>
+#include <type_traits>
+
 namespace vidmem {
 namespace {
 
@@ -20,8 +25,26 @@ void check_input(const char* op, const char* name, const Tensor& x, const Tensor
   VIDMEM_CHECK(x.scalar_type() == q.scalar_type(), op, "q and ", name, " must have the same dtype");
 }
 
-// (L,) or (B, L), as (B or 1) * L numbers.
-std::vector<double> read_times(const char* op, const char* name, const Tensor& time, int64_t batch, int64_t length) {
+bool is_integer(const Tensor& x) { return x.scalar_type() == ScalarType::Int || x.scalar_type() == ScalarType::Long; }
+
+// Integers in the order of numbers. NaN has no place there: see kNever.
+int64_t ordered(double x) {
+  const double positive_zero = x + 0.0;
+  int64_t bits;
+  memcpy(&bits, &positive_zero, sizeof bits);
+  return bits >= 0 ? bits : bits ^ INT64_MAX;
+}
+
+// A key at no time is before every bound, and a query at no time has bounds that hold no key: those of numbers are in
+// between.
+constexpr int64_t kNever = INT64_MIN;
+int64_t ordered_key(double x) { return x != x ? kNever : ordered(x); }
+int64_t ordered_low(double x) { return x != x ? INT64_MAX : ordered(x); }
+int64_t ordered_high(double x) { return x != x ? INT64_MIN : ordered(x); }
+
+// (L,) or (B, L), as (B or 1) * L times of type T: int64_t or double.
+template <class T>
+std::vector<T> read_times(const char* op, const char* name, const Tensor& time, int64_t batch, int64_t length) {
   const int64_t dims = time.dim();
   const ScalarType type = time.scalar_type();
   VIDMEM_CHECK(time.is_cpu(), op, name, " must be on the CPU");
@@ -30,11 +53,25 @@ std::vector<double> read_times(const char* op, const char* name, const Tensor& t
   VIDMEM_CHECK((dims == 1 || (dims == 2 && time.size(0) == batch)) && time.size(dims - 1) == length, op, name,
                " must have shape (", length, ") or (", batch, ", ", length, ")");
   const int64_t rows = dims == 1 ? 1 : batch, batch_stride = dims == 1 ? 0 : time.stride(0);
-  std::vector<double> times(rows * length);
+  std::vector<T> times(rows * length);
   for (int64_t i = 0; i < rows * length; ++i) {
-    times[i] = element(time, i / length * batch_stride + i % length * time.stride(dims - 1));
+    const int64_t at = i / length * batch_stride + i % length * time.stride(dims - 1);
+    if (std::is_same_v<T, int64_t> && type == ScalarType::Long) {
+      times[i] = static_cast<T>(static_cast<const int64_t*>(time.data_ptr())[at]);
+    } else {
+      times[i] = static_cast<T>(element(time, at));
+    }
   }
   return times;
+}
+
+// The outermost integer that is at most `side` after a time, or with sign -1 before it; the limit of the type where
+// that is beyond.
+int64_t moved(int64_t time, double side, int sign) {
+  if (side != side) return sign < 0 ? INT64_MAX : INT64_MIN;
+  const __int128 distance = static_cast<__int128>(std::floor(std::clamp(side, -0x1p65, 0x1p65)));
+  const __int128 bound = static_cast<__int128>(time) + sign * distance;
+  return static_cast<int64_t>(std::clamp<__int128>(bound, INT64_MIN, INT64_MAX));
 }
 
 }  // namespace
@@ -72,21 +109,29 @@ void AttentionArgs::read_window(const char* op, const AttentionOptions& options)
   VIDMEM_CHECK(options.window->size() == 2, op, "window must be two numbers, got ", options.window->size());
   has_window_ = true;
   const Tensor &q_time = *options.q_time, &k_time = *options.k_time;
-  time_ = read_times(op, "k_time", k_time, batch, keys);
-  low_ = read_times(op, "q_time", q_time, batch, queries);
-  high_ = low_;
   query_times_ = q_time.dim() == 1 ? 0 : queries;
   key_times_ = k_time.dim() == 1 ? 0 : keys;
   const double left = (*options.window)[0], right = (*options.window)[1];
+  if (is_integer(q_time) && is_integer(k_time)) {
+    time_ = read_times<int64_t>(op, "k_time", k_time, batch, keys);
+    low_ = read_times<int64_t>(op, "q_time", q_time, batch, queries);
+    high_ = low_;
+    for (int64_t& low : low_) low = moved(low, left, -1);
+    for (int64_t& high : high_) high = moved(high, right, 1);
+    return;
+  }
+  const std::vector<double> key_times = read_times<double>(op, "k_time", k_time, batch, keys);
+  const std::vector<double> query_times = read_times<double>(op, "q_time", q_time, batch, queries);
+  for (double time : key_times) time_.push_back(ordered_key(time));
   // The bounds are rounded to the type that times are compared in, which then makes no difference.
   const bool single = q_time.scalar_type() == ScalarType::Float && k_time.scalar_type() == ScalarType::Float;
-  for (size_t i = 0; i < low_.size(); ++i) {
+  for (double time : query_times) {
     if (single) {
-      low_[i] = static_cast<float>(low_[i]) - static_cast<float>(left);
-      high_[i] = static_cast<float>(high_[i]) + static_cast<float>(right);
+      low_.push_back(ordered_low(static_cast<float>(time) - static_cast<float>(left)));
+      high_.push_back(ordered_high(static_cast<float>(time) + static_cast<float>(right)));
     } else {
-      low_[i] -= left;
-      high_[i] += right;
+      low_.push_back(ordered_low(time - left));
+      high_.push_back(ordered_high(time + right));
     }
   }
 }
@@ -190,19 +235,23 @@ void AttentionArgs::visible_blocks(int64_t pair, int64_t row, std::vector<int64_
 void AttentionArgs::visible_keys(int64_t pair, int64_t first, int64_t last, std::vector<int32_t>& out) const {
   out.clear();
   const bool all = !has_window_ && !has_blocks;
-  for (int64_t j = 0; j < (all ? keys : num_sinks); ++j) out.push_back(static_cast<int32_t>(j));
+  const void* biases = bias(pair);
+  const auto push = [&](int64_t j) {
+    const bool hidden = biases && (size == 8 ? static_cast<const double*>(biases)[j] == -HUGE_VAL
+                                             : static_cast<const float*>(biases)[j] == -HUGE_VALF);
+    if (!hidden) out.push_back(static_cast<int32_t>(j));
+  };
+  for (int64_t j = 0; j < (all ? keys : num_sinks); ++j) push(j);
   if (all) return;
   const AttentionWindow bounds = window(pair);
-  double lowest = HUGE_VAL, highest = -HUGE_VAL;
+  int64_t lowest = INT64_MAX, highest = INT64_MIN;
   for (int64_t i = first; has_window_ && i < last; ++i) {
     if (bounds.low[i] < lowest) lowest = bounds.low[i];
     if (bounds.high[i] > highest) highest = bounds.high[i];
   }
   const auto add = [&](int64_t from, int64_t to) {
     for (int64_t j = std::max(from, num_sinks); j < to; ++j) {
-      if (!has_window_ || (lowest <= bounds.time[j] && bounds.time[j] <= highest)) {
-        out.push_back(static_cast<int32_t>(j));
-      }
+      if (!has_window_ || (lowest <= bounds.time[j] && bounds.time[j] <= highest)) push(j);
     }
   };
   if (!has_blocks) return add(0, keys);

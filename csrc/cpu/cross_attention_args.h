@@ -2,6 +2,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #include <algorithm>
 #include <string>
@@ -38,7 +39,7 @@ class AttentionArgs {
   AttentionRows rows(const Tensor& x, int64_t pair) const;
   const void* bias(int64_t pair) const;  // of every key in the type of sums, or null
   AttentionWindow window(int64_t pair) const;
-  // The keys that some of the queries [first, last), all of one block, may see, ascending.
+  // The keys that some of the queries [first, last), all of one block, may see, ascending; none with a bias of -inf.
   void visible_keys(int64_t pair, int64_t first, int64_t last, std::vector<int32_t>& keys) const;
   // Blocks of keys that a block of queries sees, ascending, each once; only with `has_blocks`.
   void visible_blocks(int64_t pair, int64_t row, std::vector<int64_t>& blocks) const;
@@ -59,7 +60,7 @@ class AttentionArgs {
 
   bool has_window_ = false, has_bias_ = false;
   int64_t query_times_ = 0, key_times_ = 0, bias_batch_ = 0, bias_head_ = 0;  // strides, 0 where shared
-  std::vector<double> low_, high_, time_;
+  std::vector<int64_t> low_, high_, time_;
   std::vector<double> bias64_;
   std::vector<float> bias32_;
   std::vector<int32_t> blocks_;

@@ -51,7 +51,7 @@ class GroupQueries {
   void of(const KeyGroup& group, std::vector<int32_t>& queries) const {
     queries.clear();
     const bool windowed = window_.low && group.block >= 0;
-    double earliest = HUGE_VAL, latest = -HUGE_VAL;
+    int64_t earliest = INT64_MAX, latest = INT64_MIN;
     for (int64_t j = group.first; windowed && j < group.last; ++j) {
       earliest = std::min(earliest, window_.time[j]);
       latest = std::max(latest, window_.time[j]);

@@ -48,29 +48,37 @@ template <class T>
 struct KeyPack {
   using V = Vector<T>;
   static constexpr int kRows = kPackRows<T>;
-  const T* bias;  // -inf in lanes without a key
+  const T* bias;  // -inf in lanes whose key no query sees, or that have none
   T* grad_bias;
-  const double* time;
-  double earliest, latest;
-  bool any_nan;
+  const int64_t* time;  // null: the window hides nothing
+  int64_t earliest, latest;
 
-  void set_times(const AttentionWindow& window, int64_t first, int64_t count, double* times) {
+  void set_times(const AttentionWindow& window, int64_t first, int64_t count, int64_t* times) {
     time = times;
-    earliest = __builtin_inf();
-    latest = -__builtin_inf();
-    any_nan = false;
+    earliest = INT64_MAX;
+    latest = INT64_MIN;
     for (int64_t l = 0; l < kRows; ++l) {
-      const double t = times[l] = window.time[first + (l < count ? l : count - 1)];
+      const int64_t t = times[l] = window.time[first + (l < count ? l : count - 1)];
       earliest = t < earliest ? t : earliest;
       latest = t > latest ? t : latest;
-      any_nan |= t != t;
     }
   }
 
+  bool hides() const {
+    bool any = time;
+    for (int l = 0; l < kRows; ++l) any |= bias[l] == -kInfinity<T>;
+    return any;
+  }
+
+  bool sees(const AttentionWindow& window, int32_t query, int lane) const {
+    const bool there = bias[lane] != -kInfinity<T>;
+    return there && (!time || (window.low[query] <= time[lane] && time[lane] <= window.high[query]));
+  }
+
   Seen seen(const AttentionWindow& window, const int32_t* queries, int64_t count) const {
-    bool any = false, all = !any_nan;
+    bool any = false, all = true;
     for (int64_t j = 0; j < count; ++j) {
-      const double low = window.low[queries[j]], high = window.high[queries[j]];
+      const int64_t low = window.low[queries[j]], high = window.high[queries[j]];
       any |= low <= latest && earliest <= high;
       all &= low <= earliest && latest <= high;
     }
@@ -84,32 +92,42 @@ struct KeyPack {
                                    T* grads) {
     const T scale = static_cast<T>(args.scale);
     V sum[kPackVectors], biases[kPackVectors];
+    T keep[kRows];
     for (int v = 0; v < kPackVectors; ++v) {
-      sum[v] = load(grad_bias + v * kWidth<T>);
+      sum[v] = V{};
       biases[v] = load(bias + v * kWidth<T>);
     }
+    for (int l = 0; kMasked && l < kRows; ++l) keep[l] = bias[l] != -kInfinity<T>;
     for (int64_t j = 0; j < count; ++j) {
       const T base = static_cast<const T*>(args.base)[queries[j]];
       const T shared = static_cast<const T*>(args.shared)[queries[j]];
-      T keep[kRows];
-      if (kMasked) {
-        const double low = args.window.low[queries[j]], high = args.window.high[queries[j]];
-        for (int l = 0; l < kRows; ++l) keep[l] = (low <= time[l]) & (time[l] <= high);
+      if (kMasked && time) {
+        const int64_t low = args.window.low[queries[j]], high = args.window.high[queries[j]];
+        for (int l = 0; l < kRows; ++l) {
+          keep[l] = (low <= time[l]) & (time[l] <= high) & (bias[l] != -kInfinity<T>);
+        }
       }
 #pragma GCC unroll 2
       for (int v = 0; v < kPackVectors; ++v) {
         T* const weight_at = weights + j * kRows + v * kWidth<T>;
         T* const grad_at = grads + j * kRows + v * kWidth<T>;
-        V score = load(weight_at) * scale + biases[v];
-        if (kMasked) score = load(keep + v * kWidth<T>) > V{} ? score : V{} - kInfinity<T>;
-        const V weight = exp_of(score - base);
-        const V grad = weight * (load(grad_at) - shared);
+        const V score = load(weight_at) * scale + biases[v];
+        V weight = exp_of(score - base);
+        V grad = weight * (load(grad_at) - shared);
+        if (kMasked) {
+          const auto seen = load(keep + v * kWidth<T>) > V{};
+          weight = seen ? weight : V{};
+          grad = seen ? grad : V{};
+        }
         store(weight, weight_at);
         store(grad, grad_at);
         sum[v] += grad;
       }
     }
-    for (int v = 0; v < kPackVectors; ++v) store(sum[v], grad_bias + v * kWidth<T>);
+    for (int v = 0; v < kPackVectors; ++v) {
+      T* to = grad_bias + v * kWidth<T>;
+      store(load(to) + sum[v], to);  // added last: see multiply_tile
+    }
   }
 };
 
@@ -120,6 +138,39 @@ void add_to_queries(const T* grads, int64_t count, const T* keys, int64_t key_ro
   for (int64_t c = 0; c < key_row; c += kRows) {
     for (int64_t j = 0; j < count; j += kPanel) {
       multiply_tile<T, true>(grads + j * kRows, 1, kRows, keys + c, key_row, kRows, grad_q + j * key_row + c, key_row);
+    }
+  }
+}
+
+// Adds to the gradients of keys or values, out[channel][lane], what drop_special took out of the rows of a tile of
+// queries, where it is seen; `panels` has it still.
+template <class T>
+void add_special_queries(const T* panels, int64_t count, int64_t channels, const T* factors, const KeyPack<T>& pack,
+                         const AttentionWindow& window, const int32_t* queries, T* out) {
+  constexpr int kRows = kPackRows<T>;
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = panels + j / kPanel * kPanel * channels + j % kPanel;
+    for (int64_t c = 0; c < channels; ++c) {
+      if (!is_special(row[c * kPanel])) continue;
+      for (int l = 0; l < kRows; ++l) {
+        if (pack.sees(window, queries[j], l)) out[c * kRows + l] += factors[j * kRows + l] * row[c * kPanel];
+      }
+    }
+  }
+}
+
+// The same for the gradients of queries, out[query][channel], and the keys of a pack.
+template <class T>
+void add_special_keys(const T* keys, int64_t channels, const T* factors, const KeyPack<T>& pack,
+                      const AttentionWindow& window, const int32_t* queries, int64_t count, T* out, int64_t out_row) {
+  constexpr int kRows = kPackRows<T>;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int l = 0; l < kRows; ++l) {
+      const T key = keys[c * kRows + l];
+      if (!is_special(key)) continue;
+      for (int64_t j = 0; j < count; ++j) {
+        if (pack.sees(window, queries[j], l)) out[j * out_row + c] += factors[j * kRows + l] * key;
+      }
     }
   }
 }
@@ -150,7 +201,7 @@ void run_attend_keys(const AttendKeys& args) {
   T* grad_v = arena.take<T>(packs * kRows * value_row);
   T* bias = arena.take<T>(packs * kRows);
   T* grad_bias = arena.take<T>(packs * kRows);
-  double* times = arena.take<double>(packs * kRows);
+  int64_t* times = arena.take<int64_t>(packs * kRows);
   T* query_panels = arena.take<T>(kAttentionTile * channels);
   T* grad_panels = arena.take<T>(kAttentionTile * value_channels);
   T* query_columns = arena.take<T>(kAttentionTile * panel_row);
@@ -168,13 +219,14 @@ void run_attend_keys(const AttendKeys& args) {
     pack_transposed(args.v, rows, some, kRows, buffer, value_packs + p * kRows * value_channels);
     for (int64_t l = 0; l < kRows; ++l) {
       T* to = key_rows + (p * kRows + l) * key_row;
-      const T* row = l < some ? row_of(args.k, rows[l], buffer) : nullptr;
-      for (int64_t c = 0; c < key_row; ++c) to[c] = row && c < channels ? row[c] : 0;
       const T own = args.bias && l < some ? static_cast<const T*>(args.bias)[rows[l]] : 0;
       bias[p * kRows + l] = l < some ? own : -kInfinity<T>;
+      const T* row = bias[p * kRows + l] == -kInfinity<T> ? nullptr : row_of(args.k, rows[l], buffer);
+      for (int64_t c = 0; c < key_row; ++c) to[c] = row && c < channels ? row[c] : 0;
       grad_bias[p * kRows + l] = 0;
     }
   }
+  const bool special_keys = args.window.low && drop_special(key_rows, packs * kRows * key_row);
   for (int64_t i = 0; i < packs * kRows * panel_row; ++i) grad_k[i] = 0;
   for (int64_t i = 0; i < packs * kRows * value_row; ++i) grad_v[i] = 0;
 
@@ -186,25 +238,43 @@ void run_attend_keys(const AttendKeys& args) {
     pack_panels(args.q, queries, count, buffer, query_columns);
     pack_panels(args.grad, queries, count, buffer, grad_columns);
     for (int64_t i = 0; i < kAttentionTile * key_row; ++i) grad_q[i] = 0;
+    bool scanned = false, special_queries = false, special_grads = false;
     for (int64_t p = 0; p < packs; ++p) {
       const int64_t left = args.count - p * kRows;
-      KeyPack<T> pack{bias + p * kRows, grad_bias + p * kRows, nullptr, 0, 0, false};
+      KeyPack<T> pack{bias + p * kRows, grad_bias + p * kRows, nullptr, 0, 0};
       Seen seen = Seen::all;
       if (args.window.low) {
         pack.set_times(args.window, args.first + p * kRows, left < kRows ? left : kRows, times + p * kRows);
         seen = pack.seen(args.window, queries, count);
         if (seen == Seen::none) continue;
+        if (seen == Seen::all) pack.time = nullptr;
+        if (seen == Seen::some && !scanned) {
+          special_queries = drop_special(query_columns, count * panel_row);
+          special_grads = drop_special(grad_columns, count * value_row);
+          scanned = true;
+        }
       }
       multiply_panels<T, false>(query_panels, count, key_packs + p * kRows * channels, channels, weights);
       multiply_panels<T, false>(grad_panels, count, value_packs + p * kRows * value_channels, value_channels, grads);
-      if (seen == Seen::all) {
-        pack.template differentiate<false>(args, queries, count, weights, grads);
-      } else {
+      if (pack.hides()) {
         pack.template differentiate<true>(args, queries, count, weights, grads);
+      } else {
+        pack.template differentiate<false>(args, queries, count, weights, grads);
       }
-      multiply_panels<T, true>(grad_columns, value_channels, weights, count, grad_v + p * kRows * value_row);
-      multiply_panels<T, true>(query_columns, channels, grads, count, grad_k + p * kRows * panel_row);
+      T *pack_k = grad_k + p * kRows * panel_row, *pack_v = grad_v + p * kRows * value_row;
+      multiply_panels<T, true>(grad_columns, value_channels, weights, count, pack_v);
+      multiply_panels<T, true>(query_columns, channels, grads, count, pack_k);
       add_to_queries(grads, count, key_rows + p * kRows * key_row, key_row, grad_q);
+      if (special_grads) {
+        add_special_queries(grad_panels, count, value_channels, weights, pack, args.window, queries, pack_v);
+      }
+      if (special_queries) {
+        add_special_queries(query_panels, count, channels, grads, pack, args.window, queries, pack_k);
+      }
+      if (special_keys) {
+        add_special_keys(key_packs + p * kRows * channels, channels, grads, pack, args.window, queries, count, grad_q,
+                         key_row);
+      }
     }
     for (int64_t j = 0; j < count; ++j) {
       T* to = static_cast<T*>(args.grad_q) + queries[j] * channels;
@@ -214,6 +284,11 @@ void run_attend_keys(const AttendKeys& args) {
 
   for (int64_t p = 0; p < packs; ++p) {
     const int64_t first = args.first + p * kRows, left = args.count - p * kRows, some = left < kRows ? left : kRows;
+    for (int64_t l = 0; l < some; ++l) {  // where 0 times NaN was added for a key that nobody sees
+      if (bias[p * kRows + l] != -kInfinity<T>) continue;
+      for (int64_t c = 0; c < channels; ++c) grad_k[p * kRows * panel_row + c * kRows + l] = 0;
+      for (int64_t c = 0; c < value_channels; ++c) grad_v[p * kRows * value_row + c * kRows + l] = 0;
+    }
     write_transposed(grad_k + p * kRows * panel_row, channels, static_cast<T>(args.scale), first, some, args.k.dtype,
                      args.grad_k, args.grad_k_stride, buffer);
     write_transposed(grad_v + p * kRows * value_row, value_channels, T(1), first, some, args.k.dtype, args.grad_v,

@@ -7,35 +7,32 @@ namespace {
 
 // Bounds of the windows of the queries of a pack, lane by lane and together.
 struct PackWindow {
-  const double *low, *high;  // kPackRows each
-  double lowest, largest_low, smallest_high, highest;
-  bool any_nan;
+  const int64_t *low, *high;  // kPackRows each
+  int64_t lowest, largest_low, smallest_high, highest;
 
-  void set(const AttentionWindow& window, int64_t first, int64_t count, int64_t rows, double* lows, double* highs) {
+  void set(const AttentionWindow& window, int64_t first, int64_t count, int64_t rows, int64_t* lows, int64_t* highs) {
     low = lows;
     high = highs;
-    lowest = smallest_high = __builtin_inf();
-    highest = largest_low = -__builtin_inf();
-    any_nan = false;
+    lowest = smallest_high = INT64_MAX;
+    highest = largest_low = INT64_MIN;
     for (int64_t l = 0; l < rows; ++l) {
       const int64_t row = first + (l < count ? l : count - 1);
-      const double a = lows[l] = window.low[row], b = highs[l] = window.high[row];
+      const int64_t a = lows[l] = window.low[row], b = highs[l] = window.high[row];
       lowest = a < lowest ? a : lowest;
       largest_low = a > largest_low ? a : largest_low;
       highest = b > highest ? b : highest;
       smallest_high = b < smallest_high ? b : smallest_high;
-      any_nan |= a != a || b != b;
     }
   }
 
   Seen seen(const AttentionWindow& window, const int32_t* keys, int64_t count) const {
-    bool any = false, all = !any_nan;
+    bool any = false, all = true;
     for (int64_t j = 0; j < count; ++j) {
       if (keys[j] < window.num_sinks) {
         any = true;
         continue;
       }
-      const double t = window.time[keys[j]];
+      const int64_t t = window.time[keys[j]];
       any |= lowest <= t && t <= highest;
       all &= largest_low <= t && t <= smallest_high;
     }
@@ -60,7 +57,7 @@ struct Softmax {
       T* score = scores + j * kRows;
       T keep[kRows];
       if (kMasked) {
-        const double t = window.time[keys[j]];
+        const int64_t t = window.time[keys[j]];
         const bool sink = keys[j] < window.num_sinks;
         for (int l = 0; l < kRows; ++l) keep[l] = sink | ((bounds.low[l] <= t) & (t <= bounds.high[l]));
       }
@@ -102,6 +99,24 @@ struct Softmax {
   }
 };
 
+// Adds to the values of a pack what drop_special took out of the rows of a tile, where it is seen.
+template <class T>
+void add_special(const AttendQueries& args, const int32_t* keys, int64_t count, const T* weights,
+                 const PackWindow& bounds, Seen seen, T* values, T* buffer) {
+  constexpr int kRows = kPackRows<T>;
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = row_of(args.v, keys[j], buffer);
+    const int64_t t = args.window.time[keys[j]];
+    const bool all = seen == Seen::all || keys[j] < args.window.num_sinks;
+    for (int64_t c = 0; c < args.v.channels; ++c) {
+      if (!is_special(row[c])) continue;
+      for (int l = 0; l < kRows; ++l) {
+        if (all || (bounds.low[l] <= t && t <= bounds.high[l])) values[c * kRows + l] += weights[j * kRows + l] * row[c];
+      }
+    }
+  }
+}
+
 // Results of query number `row`, from its sums.
 template <class T>
 VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* values, int64_t step, T largest,
@@ -132,8 +147,26 @@ VIDMEM_INLINE void list_rows(const AttentionRows& rows, const int32_t* index, in
   for (int64_t j = count; j < kAttentionTile; ++j) list[j] = list[count - 1];
 }
 
+// Rows of values of a tile that hold NaN or infinities, as copies with zeros instead.
+template <class E>
+bool list_without_special(const E** list, int64_t count, int64_t channels, E* copies) {
+  bool found = false;
+  for (int64_t j = 0; j < count; ++j) {
+    bool special = false;
+    for (int64_t c = 0; c < channels; ++c) special |= is_special(widen(list[j][c]));
+    if (!special) continue;
+    E* copy = copies + j * channels;
+    for (int64_t c = 0; c < channels; ++c) copy[c] = is_special(widen(list[j][c])) ? E{} : list[j][c];
+    list[j] = copy;
+    found = true;
+  }
+  return found;
+}
+
+// False if NaN or an infinity came out where a window hides keys: it may be a hidden one's, then all is done again with
+// `careful`, which keeps them apart.
 template <class T, class E>
-void attend_few_queries(const AttendQueries& args) {
+bool attend_few_queries(const AttendQueries& args, bool careful) {
   const int64_t channels = args.q.channels, value_channels = args.v.channels, count = args.count;
   Arena arena{static_cast<char*>(args.scratch)};
   T* buffer = arena.take<T>(channels > value_channels ? channels : value_channels);
@@ -142,6 +175,7 @@ void attend_few_queries(const AttendQueries& args) {
   T* key_copies = arena.take<T>(kAttentionTile * channels);
   T* value_copies = arena.take<T>(kAttentionTile * value_channels);
   T* scores = arena.take<T>(kFewQueries * kAttentionTile);
+  E* clean_values = reinterpret_cast<E*>(arena.take<T>(kAttentionTile * value_channels));
   T largest[kFewQueries], rescale[kFewQueries];
   double total[kFewQueries];
   const E *lists[2][kAttentionTile], *rows[kAttentionTile];  // keys of a tile and of the next one; values
@@ -155,6 +189,10 @@ void attend_few_queries(const AttendQueries& args) {
   }
   for (int64_t i = 0; i < count * value_channels; ++i) values[i] = 0;
 
+  const auto sees = [&](int64_t i, int32_t key) {
+    const int64_t t = args.window.time[key];
+    return key < args.window.num_sinks || (args.window.low[args.first + i] <= t && t <= args.window.high[args.first + i]);
+  };
   const auto tile = [&](int64_t start) {
     return args.num_keys - start < kAttentionTile ? args.num_keys - start : kAttentionTile;
   };
@@ -165,21 +203,19 @@ void attend_few_queries(const AttendQueries& args) {
     const E** keys = lists[start / kAttentionTile % 2];
     const E** next = lists[1 - start / kAttentionTile % 2];
     list_rows<T, E>(args.v, index, some, value_copies, rows);
+    const bool special = careful && list_without_special<E>(rows, some, value_channels, clean_values);
     each_queries(count, [&](int64_t i, auto step) {
       score_keys<T, decltype(step)::count>(keys, i == 0 ? rows : nullptr, some, queries + i * channels, channels,
                                            scores + i * kAttentionTile);
     });
     for (int64_t i = 0; i < count; ++i) {
       T* score = scores + i * kAttentionTile;
-      const double low = args.window.low ? args.window.low[args.first + i] : 0;
-      const double high = args.window.low ? args.window.high[args.first + i] : 0;
       for (int64_t j = 0; !args.bias && j < some; ++j) score[j] *= scale;
       for (int64_t j = 0; args.bias && j < some; ++j) {  // one rounding, as in the gradient
         score[j] = score[j] * scale + static_cast<const T*>(args.bias)[index[j]];
       }
       for (int64_t j = 0; args.window.low && j < some; ++j) {
-        const double t = args.window.time[index[j]];
-        if (!(index[j] < args.window.num_sinks || (low <= t && t <= high))) score[j] = -kInfinity<T>;
+        if (!sees(i, index[j])) score[j] = -kInfinity<T>;
       }
       rescale[i] = weigh(score, some, largest + i, total + i);
     }
@@ -189,10 +225,26 @@ void attend_few_queries(const AttendQueries& args) {
       add_values<T, decltype(step)::count>(rows, fetch, some, scores + i * kAttentionTile, rescale + i, value_channels,
                                            values + i * value_channels);
     });
+    for (int64_t j = 0; special && j < some; ++j) {
+      const T* row = row_of(args.v, index[j], buffer);
+      for (int64_t c = 0; c < value_channels; ++c) {
+        if (!is_special(row[c])) continue;
+        for (int64_t i = 0; i < count; ++i) {
+          if (sees(i, index[j])) values[i * value_channels + c] += scores[i * kAttentionTile + j] * row[c];
+        }
+      }
+    }
   }
+  if (args.window.low && !careful && any_special(values, count * value_channels)) return false;
   for (int64_t i = 0; i < count; ++i) {
     finish(args, args.first + i, values + i * value_channels, 1, largest[i], total[i], buffer);
   }
+  return true;
+}
+
+template <class T, class E>
+void attend_few_queries(const AttendQueries& args) {
+  if (!attend_few_queries<T, E>(args, false)) attend_few_queries<T, E>(args, true);
 }
 
 template <class T>
@@ -211,8 +263,8 @@ void run_attend_queries(const AttendQueries& args) {
   T* value_panels = arena.take<T>(kAttentionTile * value_row);
   T* scores = arena.take<T>(kAttentionTile * kRows);
   T* bias = arena.take<T>(kAttentionTile);
-  double* lows = arena.take<double>(packs * kRows);
-  double* highs = arena.take<double>(packs * kRows);
+  int64_t* lows = arena.take<int64_t>(packs * kRows);
+  int64_t* highs = arena.take<int64_t>(packs * kRows);
 
   for (int64_t p = 0; p < packs; ++p) {
     int32_t rows[kRows];
@@ -235,6 +287,7 @@ void run_attend_queries(const AttendQueries& args) {
     if (args.bias) {
       for (int64_t j = 0; j < count; ++j) bias[j] = static_cast<const T*>(args.bias)[keys[j]];
     }
+    bool scanned = false, special = false;
     for (int64_t p = 0; p < packs; ++p) {
       PackWindow bounds{};
       Seen seen = Seen::all;
@@ -243,6 +296,10 @@ void run_attend_queries(const AttendQueries& args) {
         bounds.set(args.window, first, left < kRows ? left : kRows, kRows, lows + p * kRows, highs + p * kRows);
         seen = bounds.seen(args.window, keys, count);
         if (seen == Seen::none) continue;
+        if (seen == Seen::some && !scanned) {
+          special = drop_special(value_panels, count * value_row);
+          scanned = true;
+        }
       }
       multiply_panels<T, false>(key_panels, count, queries + p * kRows * channels, channels, scores);
       Softmax<T> softmax{largest + p * kRows, total + p * kRows, values + p * kRows * value_row};
@@ -254,6 +311,7 @@ void run_attend_queries(const AttendQueries& args) {
         softmax.template add<true>(scores, biases, scale, args.window, bounds, keys, count, value_channels);
       }
       multiply_panels<T, true>(value_panels, value_channels, scores, count, values + p * kRows * value_row);
+      if (special) add_special(args, keys, count, scores, bounds, seen, values + p * kRows * value_row, buffer);
     }
   }
 

@@ -27,7 +27,7 @@ struct AttendQueries {
 // Bytes of scratch of a group of `rows` queries, a multiple of kAttentionLanes, if sums have `size` bytes.
 constexpr int64_t attend_scratch(int64_t rows, int64_t channels, int64_t value_channels, int64_t size) {
   const int64_t value_row = value_channels + kChannelPad, longest = channels > value_row ? channels : value_row;
-  return (rows * (channels + value_row + 2) + kAttentionTile * (channels + value_row + kAttentionLanes + 1) + longest +
+  return (rows * (channels + value_row + 2) + kAttentionTile * (channels + 2 * value_row + kAttentionLanes + 1) + longest +
           2 * kAttentionLanes) * size + rows * 24 + 4096;
 }
 

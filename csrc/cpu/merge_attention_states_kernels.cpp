@@ -32,6 +32,11 @@ inline const T* at(const StateRows& rows, const Row& r) {
          r.head * rows.head_stride;
 }
 
+// Of a part with a visible key. Where there is none, some attentions give +inf, and what the part holds counts for
+// nothing.
+template <class S>
+inline bool counts(S lse) { return __builtin_fabs(lse) != __builtin_inf(); }
+
 // sum (+)= weight * row
 template <bool kAdd, class S>
 inline void add_row(const S* row, S weight, S* __restrict sum, int64_t channels) {
@@ -63,7 +68,8 @@ void run_merge(const MergeStates& args, int64_t begin, int64_t end, void* scratc
     const Row r = row_of(item, args.length, args.heads);
     S largest = -infinity, total = 0;
     for (int64_t i = 0; i < args.parts; ++i) {
-      weights[i] = at<S>(args.lses[i], r);
+      const S lse = at<S>(args.lses[i], r);
+      weights[i] = counts(lse) ? lse : -infinity;
       largest = weights[i] > largest ? weights[i] : largest;
     }
     if (largest == -infinity) largest = 0;  // nothing is visible: every weight is 0
@@ -72,14 +78,18 @@ void run_merge(const MergeStates& args, int64_t begin, int64_t end, void* scratc
     if (empty) total = 1;
     const S lse = static_cast<S>(largest + __builtin_log(static_cast<double>(total)));
     static_cast<S*>(args.lse)[(r.batch * args.heads + r.head) * args.length + r.row] = empty ? -infinity : lse;
+    bool any = false;
     for (int64_t i = 0; i < args.parts; ++i) {
+      if (!counts(at<S>(args.lses[i], r))) continue;
       const S* const row = as_floats(at<T>(args.outs[i], r), args.outs[i].channel_stride, buffer, channels);
-      if (i == 0) {
-        add_row<false>(row, weights[i] / total, sum, channels);
-      } else {
+      if (any) {
         add_row<true>(row, weights[i] / total, sum, channels);
+      } else {
+        add_row<false>(row, weights[i] / total, sum, channels);
       }
+      any = true;
     }
+    if (!any) zero_row(sum, channels);
     T* const out = static_cast<T*>(args.out) + item * channels;
     if (args.streams) {
       narrow_row(sum, narrow, channels);
@@ -107,17 +117,23 @@ void run_merge_backward(const MergeStatesBackward& args, int64_t begin, int64_t 
     const S* const grad = as_floats(at<T>(args.grad_out, r), args.grad_out.channel_stride, grad_buffer, channels);
     S shared = 0;
     for (int64_t i = 0; i < args.parts; ++i) {
+      T* const grad_row = static_cast<T*>(args.grad_outs) + (i * args.rows + item) * channels;
+      if (!counts(at<S>(args.lses[i], r))) {
+        zero_row(grad_row, channels);
+        continue;
+      }
       const S weight = weights[i] = exp_of(at<S>(args.lses[i], r) - base);
       const S* const row = as_floats(at<T>(args.outs[i], r), args.outs[i].channel_stride, buffer, channels);
       along[i] = dot(grad, row, channels);
       shared += weight * along[i];
       add_row<false>(grad, weight, scaled, channels);
-      narrow_row(scaled, static_cast<T*>(args.grad_outs) + (i * args.rows + item) * channels, channels);
+      narrow_row(scaled, grad_row, channels);
     }
     if (args.grad_lse.data) shared -= at<S>(args.grad_lse, r);
     const int64_t place = (r.batch * args.heads + r.head) * args.length + r.row;
     for (int64_t i = 0; i < args.parts; ++i) {
-      static_cast<S*>(args.grad_lses)[i * args.rows + place] = weights[i] * (along[i] - shared);
+      const bool there = counts(at<S>(args.lses[i], r));
+      static_cast<S*>(args.grad_lses)[i * args.rows + place] = there ? weights[i] * (along[i] - shared) : 0;
     }
   }
 }

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from .._call import call
 from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
+from .._dispatch import requested
 from .._fast import fast
 from .._numerics import accumulate_dtype
 from .._symbolic import require_same
+from .._transforms import depth
+from .symbolic import any_open, attend
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 _UNBOUNDED = torch.finfo(torch.float32).max  # beyond all times, in either dtype that they are compared in
@@ -57,7 +60,7 @@ def _check_window(
     if torch.compiler.is_exporting():
         # AOTInductor writes constants as JSON, which has no infinity.
         window = [_UNBOUNDED if side == float("inf") else side for side in window]
-    return [float(side) for side in window]
+    return list(window)
 
 
 def _check_blocks(op: str, q: Tensor, block_index: Tensor | None, block_size: tuple[int, int]) -> None:
@@ -150,7 +153,7 @@ def cross_attention(
         (k.shape[0], *k.shape[2:]),
     )
     check_same(op, "k and v must have the same B, Lk and H", tuple(k.shape[:3]), tuple(v.shape[:3]))
-    check_same_dtype(op, q=q, k=k, v=v)
+    dtype = check_same_dtype(op, q=q, k=k, v=v)
     check_same(op, "q and k must be on the same device", q.device, k.device)
     check_same(op, "q and v must be on the same device", q.device, v.device)
     if key_bias is not None:
@@ -165,13 +168,18 @@ def cross_attention(
     if scale is None:
         if size == 0:
             raise ValueError(f"{op}: scale must be given where D is 0, got None")
-        scale = size**-0.5
+        scale = float(size**-0.5)
     elif not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
-    out, lse = call(
-        "cross_attention", q, k, v, key_bias, num_sinks, q_time, k_time, bounds, block_index, list(block_size),
-        float(scale), backend=backend,
-    )  # fmt: skip
+    if torch.compiler.is_compiling() and depth() == 0 and any_open([*(bounds or ()), scale]):
+        options = (num_sinks, q_time, k_time, bounds, block_index, list(block_size), scale)
+        out, lse = attend(*(x.to(dtype) for x in (q, k, v)), key_bias, *options, requested(backend))
+    else:
+        window = bounds and [float(side) for side in bounds]
+        out, lse = call(
+            "cross_attention", q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, list(block_size),
+            float(scale), backend=backend,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import accumulate_dtype, check_index
+from .times import window_bounds
 
 SCORE_BYTES = 64 * 2**20  # scores of one chunk of queries
 
@@ -18,6 +19,32 @@ SCORE_BYTES = 64 * 2**20  # scores of one chunk of queries
 def _read(x: Tensor) -> Tensor:
     """(B, L, H, D) as (B, H, L, D) in the dtype of the sums; contiguous, for matmul would copy it once a chunk."""
     return x.transpose(1, 2).to(accumulate_dtype(x.dtype)).contiguous()
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.masked_fill(~x.isfinite(), 0)
+
+
+def _products(x: Tensor, y: Tensor, seen: Tensor | None) -> Tensor:
+    """x @ y.mT. With `seen`, infinities and NaN of a row are no factor of the gradient of another."""
+    if seen is None:
+        return x @ y.mT
+    finite = _finite(x) @ _finite(y).mT
+    exact = x.detach() @ y.detach().mT
+    return finite + torch.where(exact == finite, 0, exact - finite).detach()
+
+
+def _sums(weight: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
+    """weight @ x of weights that are 0 where not `seen`: there an infinity or NaN of x is no term of the sum."""
+    if seen is None:
+        return weight @ x
+    total = weight @ _finite(x)
+    # Of what is seen and not finite: the signs of its terms, and how many there are. Only equal signs make an infinity.
+    weight, x, seen = weight.detach(), x.detach(), seen.to(weight.dtype)
+    signs = weight.sign() @ x.sign().masked_fill(~x.isinf(), 0)
+    count = seen @ (~x.isfinite()).to(weight.dtype)
+    special = torch.where(signs.abs() == count, signs * torch.inf, torch.nan)
+    return total + torch.where(count > 0, special, 0)
 
 
 class _Scores:
@@ -30,15 +57,14 @@ class _Scores:
         self.length, self.keys = q.shape[1], k.shape[1]
         row_bytes = batch * heads * self.keys * accumulate_dtype(q.dtype).itemsize
         self.step = max(1, SCORE_BYTES // max(1, row_bytes))
-        self.wide_k = _read(k)
-        self.bias = None
+        self.bias = self.gone = None
         if key_bias is not None:
             bias = key_bias if key_bias.dim() == 3 else key_bias.unsqueeze(1)
             self.bias = bias.to(accumulate_dtype(q.dtype)).unsqueeze(2)
+            self.gone = self.bias == -torch.inf  # (B, H|1, 1, Lk)
+        self.wide_k = self.there(_read(k))
         if window is not None:
-            single = q_time.dtype == k_time.dtype == torch.float32
-            dtype = torch.float32 if single else torch.float64
-            self.q_time, self.k_time = (torch.atleast_2d(t.to(dtype)) for t in (q_time, k_time))
+            self.first, self.last, self.k_time = window_bounds(q_time, k_time, window)
         if block_index is not None:
             self.query_block, self.key_block = block_size
             self.key_blocks = -(-self.keys // self.key_block)
@@ -51,11 +77,15 @@ class _Scores:
     def queries(self, start: int, stop: int) -> Tensor:
         return _read(self.q[:, start:stop])
 
+    def there(self, x: Tensor) -> Tensor:
+        """Rows of keys or values, (B, H, Lk, C), with zeros where a bias of -inf hides a key from every query."""
+        return x if self.gone is None else x.masked_fill(self.gone.mT, 0)
+
     def _in_window(self, start: int, stop: int) -> Tensor:
         """(B|1, 1, n, Lk)"""
-        left, right = self.window
-        at, keys = self.q_time[:, start:stop, None], self.k_time[:, None]
-        return ((at - left <= keys) & (keys <= at + right)).unsqueeze(1)
+        first, last = (t[:, start:stop, None] for t in (self.first, self.last))
+        keys = self.k_time[:, None]
+        return ((first <= keys) & (keys <= last)).unsqueeze(1)
 
     def _in_blocks(self, start: int, stop: int) -> Tensor:
         """(B, H|1, n, Lk)"""
@@ -65,12 +95,12 @@ class _Scores:
         # -1 goes to one more block, dropped at once.
         index = torch.where(index < 0, self.key_blocks, index)
         table = index.new_zeros(*index.shape[:3], self.key_blocks + 1, dtype=torch.bool)
-        table = table.scatter_(3, index, True)[..., : self.key_blocks]
+        table = table.scatter(3, index, True)[..., : self.key_blocks]
         key = torch.arange(self.keys, device=self.q.device) // self.key_block
         return table[:, :, row - first][..., key]
 
     def visible(self, start: int, stop: int) -> Tensor | None:
-        """Which query sees which key, broadcastable to (B, H, n, Lk); None if every one sees all."""
+        """Which query sees which key, broadcastable to (B, H, n, Lk); None if all see the same ones."""
         if self.window is None and self.block_index is None:
             return None
         if self.block_index is None:
@@ -79,16 +109,18 @@ class _Scores:
             seen = self._in_blocks(start, stop)
             if self.window is not None:
                 seen = seen & self._in_window(start, stop)
-        seen[..., : self.num_sinks] = True
-        return seen
+        seen = seen | (torch.arange(self.keys, device=self.q.device) < self.num_sinks)
+        return seen if self.gone is None else seen & ~self.gone
 
-    def of(self, start: int, stop: int) -> Tensor:
-        """(B, H, n, Lk)"""
-        scores = self.queries(start, stop) @ self.wide_k.mT * self.scale
-        if self.bias is not None:
-            scores = scores + self.bias
-        seen = self.visible(start, stop)
-        return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+    def hide(self, x: Tensor, seen: Tensor | None, value: float) -> Tensor:
+        """`x` (B, H, n, Lk) with `value` for what no query, or not this one, sees."""
+        hidden = self.gone if seen is None else ~seen
+        return x if hidden is None else x.masked_fill(hidden, value)
+
+    def of(self, start: int, stop: int, seen: Tensor | None) -> Tensor:
+        """(B, H, n, Lk), of what is invisible too."""
+        scores = _products(self.queries(start, stop), self.wide_k, seen) * self.scale
+        return scores if self.bias is None else scores + self.bias
 
 
 def cross_attention(
@@ -108,21 +140,23 @@ def cross_attention(
     options = (num_sinks, q_time, k_time, window, block_index, block_size, scale)
     scores = _Scores(q, k, key_bias, *options)
     batch, length, heads, _ = q.shape
-    wide_v = _read(v)
+    wide_v = scores.there(_read(v))
     outs = [q.new_empty(batch, 0, heads, v.shape[3])]
     lses = [q.new_empty(batch, heads, 0, dtype=accumulate_dtype(q.dtype))]
     for start, stop in scores.spans():
-        score = scores.of(start, stop)
+        seen = scores.visible(start, stop)
+        score = scores.of(start, stop, seen)
         if scores.keys == 0:
             largest = score.new_zeros(*score.shape[:3], 1)
         else:
-            largest = score.detach().amax(3, keepdim=True)
+            largest = scores.hide(score.detach(), seen, -torch.inf).amax(3, keepdim=True)
             largest = largest.masked_fill(largest == -torch.inf, 0)
-        weight = (score - largest).exp()
+        # Hidden after the difference: minus infinity less a NaN would be NaN.
+        weight = scores.hide(score - largest, seen, -torch.inf).exp()
         total = weight.sum(3, keepdim=True)
         empty = total == 0
         total = total.masked_fill(empty, 1)
-        outs.append((weight @ wide_v / total).transpose(1, 2).to(q.dtype))
+        outs.append((_sums(weight, wide_v, seen) / total).transpose(1, 2).to(q.dtype))
         lses.append((largest + total.log()).masked_fill(empty, -torch.inf).squeeze(3))
     return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
 
@@ -147,25 +181,28 @@ def cross_attention_backward(
     """Gradients of q, k, v and key_bias (no elements without one); probabilities are recomputed from lse."""
     options = (num_sinks, q_time, k_time, window, block_index, block_size, scale)
     scores = _Scores(q, k, key_bias, *options)
-    wide_v = _read(v)
+    wide_v = scores.there(_read(v))
     grads_q = [q[:, :0]]
     grad_k, grad_v = torch.zeros_like(scores.wide_k), torch.zeros_like(wide_v)
     grad_bias = grad_k.new_zeros(grad_k.shape[:3])
     for start, stop in scores.spans():
         base = lse[:, :, start:stop, None]
         base = base.masked_fill(base == -torch.inf, 0)  # nothing is visible: every weight is 0
-        weight = (scores.of(start, stop) - base).exp()
+        seen = scores.visible(start, stop)
+        weight = scores.hide((scores.of(start, stop, seen) - base).exp(), seen, 0)
         grad = _read(grad_out[:, start:stop])
         # d lse / d score is the weight too, so grad_lse joins the term that all keys of a query share.
         shared = (grad * _read(out[:, start:stop])).sum(3, keepdim=True)
         if grad_lse is not None:
             shared = shared - grad_lse[:, :, start:stop, None]
-        grad_v += weight.mT @ grad
-        grad_score = weight.mul_(grad @ wide_v.mT - shared)
+        grad_score = scores.hide(weight * (_products(grad, wide_v, seen) - shared), seen, 0)
         if key_bias is not None:
-            grad_bias += grad_score.sum(2)
-        grads_q.append((grad_score @ scores.wide_k * scale).transpose(1, 2).to(q.dtype))
-        grad_k += grad_score.mT @ scores.queries(start, stop)
+            grad_bias = grad_bias + grad_score.sum(2)
+        grads_q.append((_sums(grad_score, scores.wide_k, seen) * scale).transpose(1, 2).to(q.dtype))
+        seeing = None if seen is None else seen.mT
+        grad_v = grad_v + _sums(weight.mT, grad, seeing)
+        grad_k = grad_k + _sums(grad_score.mT, scores.queries(start, stop), seeing)
+    grad_k, grad_v = scores.there(grad_k), scores.there(grad_v)
     if key_bias is None:
         grad_bias = grad_bias.new_empty(0)
     elif key_bias.dim() == 2:
@@ -181,17 +218,23 @@ def cross_attention_backward(
 def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.merge_attention_states`."""
     lse = torch.stack(lses)
-    largest = lse.detach().amax(0)
+    empty = lse.isinf()  # parts without a visible key; some attentions give +inf there
+    largest = lse.detach().masked_fill(empty, -torch.inf).amax(0)
     largest = largest.masked_fill(largest == -torch.inf, 0)
-    total = (lse - largest).exp().sum(0)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    merged = (largest + total.log()).masked_fill(empty, -torch.inf)
+    weights = (lse - largest).masked_fill(empty, -torch.inf).exp()
+    total = weights.sum(0)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1)
+    merged = (largest + total.log()).masked_fill(nothing, -torch.inf)
     out = 0
-    for part, part_lse in zip(outs, lses, strict=True):
-        weight = ((part_lse - largest).exp() / total).transpose(1, 2).unsqueeze(3)
-        out = out + weight * part
+    for part, weight, hidden in zip(outs, weights / total, empty, strict=True):
+        out = out + _by_row(weight) * part.masked_fill(_by_row(hidden), 0)
     return out.to(outs[0].dtype), merged
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """(B, H, L) as (B, L, H, 1)."""
+    return x.transpose(1, 2).unsqueeze(3)
 
 
 def merge_attention_states_backward(
@@ -199,11 +242,16 @@ def merge_attention_states_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of outs (n, B, L, H, D) and lses (n, B, H, L), stacked."""
     base = lse.masked_fill(lse == -torch.inf, 0)
-    weights = [(part - base).exp() for part in lses]
+    empty = [part.isinf() for part in lses]
+    weights = [(part - base).exp().masked_fill(e, 0) for part, e in zip(lses, empty, strict=True)]
     along = [(grad_out * part.to(lse.dtype)).sum(3).transpose(1, 2) for part in outs]
+    along = [a.masked_fill(e, 0) for a, e in zip(along, empty, strict=True)]
     shared = sum(w * a for w, a in zip(weights, along, strict=True))
     if grad_lse is not None:
         shared = shared - grad_lse
-    grad_outs = [(w.transpose(1, 2).unsqueeze(3) * grad_out).to(grad_out.dtype) for w in weights]
-    grad_lses = [w * (a - shared) for w, a in zip(weights, along, strict=True)]
+    grad_outs = [
+        (_by_row(w) * grad_out).masked_fill(_by_row(e), 0).to(grad_out.dtype)
+        for w, e in zip(weights, empty, strict=True)
+    ]
+    grad_lses = [(w * (a - shared)).masked_fill(e, 0) for w, a, e in zip(weights, along, empty, strict=True)]
     return torch.stack(grad_outs), torch.stack(grad_lses)

@@ -16,15 +16,23 @@ _ELEMENTS = 1024  # of a tile
 
 
 @triton.jit
-def _weight(lse, total, largest):
-    """Of a part; 0 where no part has a visible key, since `largest` is 0 there and `total` is 1."""
-    return tl.exp(lse - largest) / total
+def _lse_of(at, valid):
+    """-inf for a part without a visible key, where some attentions give +inf."""
+    lse = tl.load(at, valid, other=0.0)
+    return tl.where(lse == float("inf"), float("-inf"), lse)
 
 
 @triton.jit
-def _add_part(acc, part, lse, total, largest, offset, mask):
-    row = tl.load(part + offset, mask, other=0.0).to(tl.float32)
-    return acc + _weight(lse, total, largest)[:, None] * row
+def _weight(lse, base):
+    """exp(lse - base), but 0 for a part without a visible key whatever the others' base is."""
+    return tl.where(lse == float("-inf"), 0.0, tl.exp(lse - base))
+
+
+@triton.jit
+def _add_part(acc, part, at, total, largest, offset, valid, mask):
+    lse = _lse_of(at, valid)
+    row = tl.load(part + offset, mask & (lse > float("-inf"))[:, None], other=0.0).to(tl.float32)
+    return acc + (_weight(lse, largest) / total)[:, None] * row
 
 
 @triton.jit
@@ -55,14 +63,14 @@ def _merge_states_kernel(
     largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     at = lses + place
     for _ in range(PARTS):
-        value = tl.load(at, valid, other=0.0)
+        value = _lse_of(at, valid)
         largest = tl.where(value > largest, value, largest)
         at += ROWS
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([BLOCK_N], tl.float32)
     at = lses + place
     for _ in range(PARTS):
-        total += tl.exp(tl.load(at, valid, other=0.0) - largest)  # NaN stays NaN
+        total += _weight(_lse_of(at, valid), largest)  # NaN stays NaN
         at += ROWS
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
@@ -79,13 +87,13 @@ def _merge_states_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         if ADDS:
             acc = tl.load(sums + offset, mask, other=0.0)
-        acc = _add_part(acc, part0, tl.load(at0, valid, other=0.0), total, largest, offset, mask)
+        acc = _add_part(acc, part0, at0, total, largest, offset, valid, mask)
         if COUNT > 1:
-            acc = _add_part(acc, part1, tl.load(at1, valid, other=0.0), total, largest, offset, mask)
+            acc = _add_part(acc, part1, at1, total, largest, offset, valid, mask)
         if COUNT > 2:
-            acc = _add_part(acc, part2, tl.load(at2, valid, other=0.0), total, largest, offset, mask)
+            acc = _add_part(acc, part2, at2, total, largest, offset, valid, mask)
         if COUNT > 3:
-            acc = _add_part(acc, part3, tl.load(at3, valid, other=0.0), total, largest, offset, mask)
+            acc = _add_part(acc, part3, at3, total, largest, offset, valid, mask)
         tl.store(out + offset, acc.to(out.dtype.element_ty), mask)
 
 
@@ -110,7 +118,9 @@ def _merge_states_part_backward_kernel(
     place = ((row // H // L) * H + row % H) * L + row // H % L
     base = tl.load(lse + place, valid, other=0.0)
     base = tl.where(base == float("-inf"), 0.0, base)
-    weight = tl.exp(tl.load(lses + place, valid, other=0.0) - base)
+    part_lse = _lse_of(lses + place, valid)
+    seen = part_lse != float("-inf")
+    weight = _weight(part_lse, base)
     product = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -118,8 +128,9 @@ def _merge_states_part_backward_kernel(
         mask = valid[:, None] & (d < D)[None, :]
         grad = tl.load(grad_out + offset, mask, other=0.0).to(tl.float32)
         product += grad * tl.load(part + offset, mask, other=0.0).to(tl.float32)
-        tl.store(grad_part + offset, (weight[:, None] * grad).to(grad_part.dtype.element_ty), mask)
-    tl.store(along + place, tl.sum(product, axis=1), valid)
+        scaled = tl.where(seen[:, None], weight[:, None] * grad, 0.0)
+        tl.store(grad_part + offset, scaled.to(grad_part.dtype.element_ty), mask)
+    tl.store(along + place, tl.where(seen, tl.sum(product, axis=1), 0.0), valid)
 
 
 @triton.jit
@@ -143,12 +154,13 @@ def _merge_states_lse_backward_kernel(
         shared -= tl.load(grad_lse + n, valid, other=0.0)
     at = n
     for _ in range(PARTS):
-        shared += tl.exp(tl.load(lses + at, valid, other=0.0) - base) * tl.load(grad_lses + at, valid, other=0.0)
+        shared += _weight(_lse_of(lses + at, valid), base) * tl.load(grad_lses + at, valid, other=0.0)
         at += N
     at = n
     for _ in range(PARTS):
-        weight = tl.exp(tl.load(lses + at, valid, other=0.0) - base)
-        tl.store(grad_lses + at, weight * (tl.load(grad_lses + at, valid, other=0.0) - shared), valid)
+        part_lse = _lse_of(lses + at, valid)
+        grad = _weight(part_lse, base) * (tl.load(grad_lses + at, valid, other=0.0) - shared)
+        tl.store(grad_lses + at, tl.where(part_lse != float("-inf"), grad, 0.0), valid)
         at += N
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from .times import window_bounds
+
 _NEVER = 2**31 - 1  # a rank that no window holds
 _DROPPED = 2**63 - 1
 
@@ -31,13 +33,9 @@ class Tiles:
 
 def rank_times(q_time: Tensor, k_time: Tensor, window: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """rank (B|1, Lk), low and high (B|1, Lq), int32: key j is in query i's window iff low[i] <= rank[j] < high[i]."""
-    single = q_time.dtype == k_time.dtype == torch.float32
-    dtype = torch.float32 if single else torch.float64
-    at, keys = (torch.atleast_2d(t.to(dtype)) for t in (q_time, k_time))
-    left, right = window
-    first, last = at - left, at + right
-    missing = keys.isnan()
-    keys = keys.masked_fill(missing, torch.inf)
+    first, last, keys = window_bounds(q_time, k_time, window)
+    missing = keys != keys  # NaN
+    keys = keys.masked_fill(missing, torch.inf) if keys.is_floating_point() else keys
     ordered = keys.sort(dim=1).values
     if ordered.shape[0] == 1:
         low, high = (torch.searchsorted(ordered[0], t, right=r) for t, r in ((first, False), (last, True)))
@@ -45,7 +43,7 @@ def rank_times(q_time: Tensor, k_time: Tensor, window: list[float]) -> tuple[Ten
         first, last = (t.expand(ordered.shape[0], -1).contiguous() for t in (first, last))
         low, high = (torch.searchsorted(ordered, t, right=r) for t, r in ((first, False), (last, True)))
     rank = torch.searchsorted(ordered, keys.contiguous()).masked_fill(missing, _NEVER)
-    low = low.masked_fill(first.isnan() | last.isnan(), _NEVER)
+    low = low.masked_fill((first != first) | (last != last), _NEVER)
     return rank.int(), low.int(), high.int()
 
 

@@ -1,0 +1,131 @@
+"""cross_attention in a graph of torch.compile where the window or the scale differ from call to call.
+
+torch compiles a graph anew for every value of a float that an op takes. Here these floats come in a tensor instead,
+which the ops below read when they run; they then call the ops of ops.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from .._numerics import accumulate_dtype
+
+_LIBRARY = Library("vidmem", "FRAGMENT")
+_ARGUMENTS = (
+    "SymInt num_sinks, Tensor? q_time, Tensor? k_time, Tensor numbers, Tensor? block_index, SymInt[] block_size,"
+    " str backend"
+)
+
+
+def any_open(numbers: list[float]) -> bool:
+    """While torch.compile is tracing: whether it leaves the value of any of the numbers open."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, but loaded by now
+
+    limit = 2.0**1000  # that nothing else compares with, so that what is known of an open number cannot decide it
+    return not all(statically_known_true(n < limit) or statically_known_true(n >= limit) for n in numbers)
+
+
+def attend(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale, backend):
+    """torch.ops.vidmem.cross_attention with window and scale of any value; q, k and v as autocast wants them."""
+    numbers = _as_tensor([*(window or ()), scale])
+    return torch.ops.vidmem.cross_attention_symbolic(
+        q, k, v, key_bias, num_sinks, q_time, k_time, numbers, block_index, block_size, backend
+    )
+
+
+def _as_tensor(numbers: list[float]) -> Tensor:
+    """float64 on the CPU."""
+    # A sum, since torch.compile turns arithmetic with open numbers into arithmetic with tensors, but no constructor.
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.stack([zero + number for number in numbers])
+
+
+def _floats(numbers: Tensor) -> tuple[list[float] | None, float]:
+    """(window, scale) of the tensor that holds left, right and scale, or scale alone."""
+    *window, scale = numbers.tolist()
+    return window or None, scale
+
+
+def _forward(q, k, v, key_bias, num_sinks, q_time, k_time, numbers, block_index, block_size, backend):
+    window, scale = _floats(numbers)
+    with torch._C._DisableAutocast():
+        return torch.ops.vidmem.cross_attention(
+            q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale, backend
+        )
+
+
+def _backward(grad_out, grad_lse, q, k, v, bias, out, lse, sinks, q_time, k_time, numbers, index, block_size, backend):
+    window, scale = _floats(numbers)
+    with torch._C._DisableAutocast():
+        return torch.ops.vidmem.cross_attention_backward(
+            grad_out,
+            grad_lse,
+            q,
+            k,
+            v,
+            bias,
+            out,
+            lse,
+            sinks,
+            q_time,
+            k_time,
+            window,
+            index,
+            block_size,
+            scale,
+            backend,
+        )
+
+
+def _fake(q, k, v, *rest):
+    batch, length, heads, _ = q.shape
+    lse = q.new_empty(batch, heads, length, dtype=accumulate_dtype(q.dtype))
+    return q.new_empty(batch, length, heads, v.shape[3]), lse
+
+
+def _backward_fake(grad_out, grad_lse, q, k, v, key_bias, out, lse, *rest):
+    bias = lse.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape)
+    return *(t.new_empty(t.shape) for t in (q, k, v)), bias
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, key_bias, num_sinks, q_time, k_time, numbers, block_index, block_size, backend = inputs
+    ctx.save_for_backward(q, k, v, key_bias, *output, q_time, k_time, numbers, block_index)
+    ctx.options = num_sinks, block_size, backend
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_out, grad_lse):
+    q, k, v, key_bias, out, lse, q_time, k_time, numbers, block_index = ctx.saved_tensors
+    num_sinks, block_size, backend = ctx.options
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    *grads, grad_bias = torch.ops.vidmem.cross_attention_symbolic_backward(
+        grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, numbers, block_index, block_size,
+        backend,
+    )  # fmt: skip
+    return *grads, grad_bias if key_bias is not None else None, *[None] * 7
+
+
+def _register(schema: str, kernel, fake) -> str:
+    name = "vidmem::" + schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    return name
+
+
+_FORWARD = _register(
+    f"cross_attention_symbolic(Tensor q, Tensor k, Tensor v, Tensor? key_bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup, lib=_LIBRARY)
+_register(
+    "cross_attention_symbolic_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? "
+    f"key_bias, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
