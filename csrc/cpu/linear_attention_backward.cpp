@@ -91,9 +91,9 @@ class Runner {
 Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, const Tensor& grad_z, const Tensor& q,
                                   const Tensor& k, const Tensor& v, const std::optional<Tensor>& S,
                                   const std::optional<Tensor>& z, std::string feature_map, bool causal,
-                                  int64_t block_size, bool normalize) {
+                                  int64_t block_size, bool normalize, double scale) {
   constexpr const char* op = "linear_attention_backward";
-  LinearAttention args = check_arguments(op, q, k, v, S, z, feature_map, causal, block_size, normalize);
+  LinearAttention args = check_arguments(op, q, k, v, S, z, feature_map, causal, block_size, normalize, scale);
   check_tokens(op, "grad_out", grad_out, q, args.value_size);
   check_state(op, "grad_S", grad_S, {q.size(0), q.size(2), args.size, args.value_size});
   check_state(op, "grad_z", grad_z, {q.size(0), q.size(2), args.size});
@@ -102,7 +102,7 @@ Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, 
     return out;
   };
   Call call{{},
-            make_plan(q.size(1), args.block),
+            make_plan(tokens_to_walk(q, v), args.block),
             grad_out,
             grad_S,
             grad_z,

@@ -19,7 +19,7 @@ def _state_fake(q, v):
     )
 
 
-def _fake(q, k, v, S, z, feature_map, causal, block_size, normalize):
+def _fake(q, k, v, *rest):
     return v.new_empty(v.shape), *_state_fake(q, v)
 
 
@@ -27,7 +27,7 @@ def _refuse_triton(q, v) -> str | None:
     if q.dtype == torch.float64:
         return "sums in float32, the tensors are float64"
     sizes = (q.shape[3], v.shape[3])
-    return None if min(sizes) >= 1 and max(sizes) <= 256 else f"takes heads of 1 to 256 channels, got {sizes}"
+    return None if max(sizes) <= 256 else f"takes heads of 1 to 256 channels, got {sizes}"
 
 
 def _setup(ctx, inputs, output):
@@ -41,12 +41,12 @@ def _backward(ops, ctx, grad_out, grad_S, grad_z):
     *grads, grad_S, grad_z = grads
     if S is None:
         grad_S = grad_z = None
-    return *grads, grad_S, grad_z, None, None, None, None
+    return *grads, grad_S, grad_z, *(None for _ in ctx.options)
 
 
 register_op(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, str feature_map, bool causal,"
-    " SymInt block_size, bool normalize) -> (Tensor, Tensor, Tensor)",
+    " SymInt block_size, bool normalize, float scale=1.0) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_attention,
     fake=_fake,
     setup_context=_setup,
@@ -63,7 +63,7 @@ def _backward_fake(grad_out, grad_S, grad_z, q, k, v, *rest):
 
 register_op(
     "linear_attention_backward(Tensor grad_out, Tensor grad_S, Tensor grad_z, Tensor q, Tensor k, Tensor v,"
-    " Tensor? S, Tensor? z, str feature_map, bool causal, SymInt block_size, bool normalize)"
+    " Tensor? S, Tensor? z, str feature_map, bool causal, SymInt block_size, bool normalize, float scale=1.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_attention_backward,
     fake=_backward_fake,
