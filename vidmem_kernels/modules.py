@@ -99,7 +99,8 @@ class LinearAttention(nn.Module):
         self.o = nn.Linear(num_heads * value_size, dim, bias=out_bias, **factory)
 
     def extra_repr(self) -> str:
-        names = ("dim", "num_heads", "feature_map", "causal", "block_size", "normalize", "scale", "backend")
+        names = ("dim", "num_heads", "feature_map", "causal", "block_size", "normalize", "backend")
+        names = (*names, "scale") if self.scale is not None else names
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(

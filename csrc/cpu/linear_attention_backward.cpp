@@ -25,7 +25,7 @@ class Runner {
     const bool scan = call.plan.is_scan;
     const AlignedBuffer states(sequences * pieces * count * int64_t(sizeof(float)));
     const AlignedBuffer grads(sequences * pieces * count * int64_t(sizeof(float)));
-    const AlignedBuffer factors(2 * sequences * call.q.size(1) * int64_t(sizeof(float)));
+    const AlignedBuffer factors(2 * sequences * tokens * int64_t(sizeof(float)));
     const auto at = [&](const AlignedBuffer& buffer, int64_t i, int64_t p) {
       return static_cast<float*>(buffer.data()) + (i * pieces + p) * count;
     };
@@ -77,14 +77,15 @@ class Runner {
     args.grad_q = const_cast<void*>(tokens_of(std::get<0>(call.results), sequence).data);
     args.grad_k = const_cast<void*>(tokens_of(std::get<1>(call.results), sequence).data);
     args.grad_v = const_cast<void*>(tokens_of(std::get<2>(call.results), sequence).data);
-    args.total = factors + 2 * sequence * call.q.size(1);
-    args.grad_total = factors + (2 * sequence + 1) * call.q.size(1);
+    args.total = factors + 2 * sequence * tokens;
+    args.grad_total = factors + (2 * sequence + 1) * tokens;
     return args;
   }
 
   const Call& call;
   const int64_t size = call.args.forward.size, value_size = call.args.forward.value_size;
   const int64_t count = padded(state_size(size, value_size));
+  const int64_t tokens = tokens_to_walk(call.q, call.v);
   const int64_t sequences = call.q.size(0) * call.q.size(2), pieces = call.plan.pieces.size();
 };
 

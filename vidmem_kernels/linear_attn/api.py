@@ -51,9 +51,9 @@ def linear_attention(
         normalize: divide by scale·phi(q_i)·z + 1e-10. A query whose denominator is 0 gets 0.
         state: earlier tokens, which every query sees: S (B, H, D, Dv) and z (B, H, D), float32 (float64 for float64).
         return_state: also return the state with all tokens of this call in it.
-        scale: a finite number that multiplies phi(q), as in flash-linear-attention, so it leaves the state alone; default
-            None is 1. It is applied in float32 (float64 for float64), while `q * scale` rounds a bfloat16 q. What a
-            positive one makes of a normalised result is only the weight of the 1e-10.
+        scale: a finite number that multiplies phi(q), as in flash-linear-attention; default 1. It is applied to the
+            float32 sums (float64 for float64), where `q * scale` would round a bfloat16 q first. The state does not
+            depend on it. With `normalize` it cancels, but for its part beside the 1e-10; 0 gives 0.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:

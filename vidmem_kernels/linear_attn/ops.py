@@ -46,7 +46,7 @@ def _backward(ops, ctx, grad_out, grad_S, grad_z):
 
 register_op(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, str feature_map, bool causal,"
-    " SymInt block_size, bool normalize, float scale=1.0) -> (Tensor, Tensor, Tensor)",
+    " SymInt block_size, bool normalize, Scalar scale=1.0) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_attention,
     fake=_fake,
     setup_context=_setup,
@@ -63,7 +63,7 @@ def _backward_fake(grad_out, grad_S, grad_z, q, k, v, *rest):
 
 register_op(
     "linear_attention_backward(Tensor grad_out, Tensor grad_S, Tensor grad_z, Tensor q, Tensor k, Tensor v,"
-    " Tensor? S, Tensor? z, str feature_map, bool causal, SymInt block_size, bool normalize, float scale=1.0)"
+    " Tensor? S, Tensor? z, str feature_map, bool causal, SymInt block_size, bool normalize, Scalar scale=1.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_attention_backward,
     fake=_backward_fake,

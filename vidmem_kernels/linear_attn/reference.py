@@ -164,7 +164,8 @@ def linear_attention_backward(
                 along = (grad * sums[..., :-1]).sum(3, keepdim=True)
                 factors[span] = inverse, -along * inverse.square()
             else:
-                factors[span] = torch.ones_like(grad[..., :1]) * scale, torch.zeros_like(grad[..., :1])
+                zero = grad.new_zeros(*grad.shape[:3], 1)
+                factors[span] = zero + scale, zero
             grad_phi = grad_sums(span) @ seen.mT
             if seq.mask is not None:
                 grad_scores = seq.visible(grad_sums(span) @ seq.values(span).mT)

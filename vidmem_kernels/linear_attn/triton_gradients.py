@@ -1,4 +1,4 @@
-"""Triton kernel of the gradients of linear attention's queries and keys; its backward. Not yet run on a GPU.
+"""Triton kernel of linear attention's gradients of queries and keys; its backward. Not yet run on a GPU as it is now.
 
 States, scores and denominators are computed anew. Between the passes of queries and of keys two numbers of a token and
 head are kept; while heads are split over programs, those of every split.
@@ -29,6 +29,7 @@ from .triton_parts import (
     product,
     program_of,
     sees,
+    tokens_to_walk,
 )
 from .triton_states import prefix_states, sum_pieces
 
@@ -201,20 +202,21 @@ def _linear_gradients_kernel(
 
 
 def gradient_config(
-    size: int, value_size: int, plan: Plan, reverse: bool, single: bool, major: int
+    size: int, value_size: int, plan: Plan, reverse: bool, dtype: torch.dtype, major: int
 ) -> dict[str, int]:
-    """Tile of a program, see triton_outputs.output_config; `single` is float32 tokens, whose products take registers.
+    """Tile of a program, see triton_outputs.output_config; products of float32 tokens take registers.
 
-    Half tokens of heads of up to 128 channels have S in one tile, so that nothing is computed twice for FACTORS_ONLY. On
-    an H200, with 32,760 tokens of 12 heads of 128 bfloat16 channels, the backward pass took 1.23 ms rather than the 3.42
-    of tiles of 4,096 elements (8,192: 1.77), causal 5.37 rather than 12.57 (8,192: 10.1); measured before products were
-    EXACT. Beside masked scores that spills a little elsewhere than on sm_90 (there 16 bytes for elu1, none for relu).
+    Half tokens of heads of up to 128 channels have S in one tile, so that nothing is computed twice for FACTORS_ONLY.
+    With 32,760 tokens of 12 heads of 128 bfloat16 channels, the backward pass took an H200 1.23 ms so, rather than 3.42
+    with tiles of 4,096 elements (8,192: 1.77), causal 5.37 rather than 12.57 (8,192: 10.1); measured before products
+    were EXACT. Elsewhere than on sm_90 that spills beside masked scores or parts of TF32 (on sm_90 16 bytes, for elu1).
     """
     block_v = padded(value_size)
-    if single:
+    single = dtype == torch.float32
+    if single or max(size, value_size) > 128:
         tile = 2048 if reverse and plan.is_masked else 4096
     else:
-        tile = 8192 if max(size, value_size) > 128 or (plan.is_masked and major != 9) else 16384
+        tile = 8192 if major != 9 and (plan.is_masked or dtype == torch.float16) else 16384
     return {
         "BLOCK_N": plan.chunk if plan.is_masked else 32 if size <= 128 else 16,
         "BLOCK_D": max(16, min(padded(size), tile // block_v)),
@@ -244,7 +246,7 @@ def _gradients(
     """Gradient of queries, which with `normalize` fills `factors`, or of keys, which reads them where there are any."""
     batch, length, heads, size = x.shape
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    config = gradient_config(size, a.shape[3], plan, reverse, x.element_size() == 4, major_of(x.device))
+    config = gradient_config(size, a.shape[3], plan, reverse, x.dtype, major_of(x.device))
     splits = max(1, triton.cdiv(size, config["BLOCK_D"]))
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
@@ -308,15 +310,16 @@ def launch_linear_attention_bwd(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, S and z."""
-    batch, length, heads, size = q.shape
-    plan = make_plan(length, causal, block_size, chunk_of(size, wide=True))
+    batch, _, heads, size = q.shape
+    tokens = tokens_to_walk(q, v)
+    plan = make_plan(tokens, causal, block_size, chunk_of(size, wide=True))
     states = empty_states(q, v, plan)
     last_S = torch.empty(batch, heads, size, v.shape[3], dtype=torch.float32, device=q.device)
     last_z = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
     # Of a query: what its features weigh in the sums for keys, scale by denominator, and grad_out along out.
     factors = None
     if normalize or scale != 1:
-        factors = torch.empty(batch * heads, 2, length, dtype=torch.float32, device=q.device)
+        factors = torch.empty(batch * heads, 2, tokens, dtype=torch.float32, device=q.device)
     if not normalize and scale != 1:
         factors[:, 0], factors[:, 1] = scale, 0
     sum_pieces(k, v, None, states, plan, feature_map)
@@ -334,7 +337,8 @@ def launch_linear_attention_bwd(
 def _entry(dtype: str, size: int, feature_map: str, block: int, reverse: bool, factors_only: bool = False, majors=()):
     plan = make_plan(32760, True, block, chunk_of(size, wide=True))
     single = dtype == "fp32"
-    config = gradient_config(size, size, plan, reverse, single, 9 if majors == (9,) else 8)
+    tokens = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    config = gradient_config(size, size, plan, reverse, tokens, 9 if majors == (9,) else 8)
     pointers = {**{name: f"*{dtype}" for name in ("x", "a", "y", "b", "grad")}, "states": "*fp32"}
     pointers |= {"factors": "*fp32", "scale": "fp32"}
     constants = {f"{name}_stride_d": 1 for name in "xayb"}
@@ -357,7 +361,8 @@ AOT = {
         *(_entry("bf16", 128, "relu", 40_000, reverse) for reverse in (False, True)),
         _entry("bf16", 64, "relu", block=390, reverse=False),
         _entry("bf16", 256, "relu", block=1, reverse=False, factors_only=True),
-        _entry("fp16", 128, "elu1", 40_000, reverse=True),
+        _entry("fp16", 128, "elu1", 40_000, reverse=True, majors=(9,)),
+        _entry("fp16", 128, "elu1", 40_000, reverse=True, majors=(8, 10)),
         _entry("fp32", 64, "elu1", block=1, reverse=False),
         _entry("fp32", 64, "elu1", block=1, reverse=True),
     ]

@@ -1,4 +1,4 @@
-"""Triton kernel of linear attention's outputs, and of the gradient of values. Not yet run on a GPU."""
+"""Triton kernel of linear attention's outputs, and of the gradient of values. Not yet run on a GPU as it is now."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .triton_parts import (
     product,
     program_of,
     sees,
+    tokens_to_walk,
 )
 from .triton_states import prefix_states, sum_pieces
 
@@ -218,9 +219,9 @@ def launch_linear_attention_fwd(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `vidmem_kernels.linear_attention`."""
-    batch, length, heads, size = q.shape
+    batch, _, heads, size = q.shape
     chunk = chunk_of(size, q.element_size() == 4 or feature_map == "elu1")
-    plan = make_plan(length, causal, block_size, chunk)
+    plan = make_plan(tokens_to_walk(q, v), causal, block_size, chunk)
     last_S = torch.empty(batch, heads, size, v.shape[3], dtype=torch.float32, device=q.device)
     last_z = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
     states = empty_states(q, v, plan)

@@ -1,4 +1,6 @@
-"""What the Triton kernels of linear attention share: pieces of a sequence, features, products. Not yet run on a GPU.
+"""What the Triton kernels of linear attention share: pieces of a sequence, features, products.
+
+Not yet run on a GPU as it is now.
 
 A few sequences (heads) must fill a GPU, so each is cut into pieces of a length that only shapes decide. Sums of all
 pieces come first (triton_states), then the state that every piece begins with, then what its tokens find there.
@@ -54,6 +56,11 @@ def make_plan(length: int, causal: bool, block: int, chunk: int) -> Plan:
     piece = triton.cdiv(even, 64) * 64
     per_span = triton.cdiv(span, piece)
     return Plan(triton.cdiv(length, span) * per_span, span, per_span, piece, piece, False, False, chunk)
+
+
+def tokens_to_walk(q: Tensor, v: Tensor) -> int:
+    """Tokens of which anything is read or written: of none an expanded tensor may have any number."""
+    return q.shape[1] if q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) else 0
 
 
 def padded(channels: int) -> int:
@@ -159,11 +166,11 @@ def _rest(x, part):
 @triton.jit
 def _leading(x, DTYPE: tl.constexpr):
     """x to as many bits as a tensor core takes of a factor beside one of DTYPE: bfloat16, or float32 cut to TF32."""
-    if DTYPE == tl.bfloat16:
-        return x.to(tl.bfloat16)
-    else:
+    if DTYPE != tl.bfloat16:  # noqa: SIM300
         cut = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
         return tl.where(x == x, cut, x)
+    else:
+        return x.to(tl.bfloat16)
 
 
 @triton.jit
@@ -188,11 +195,11 @@ def _apart(a, b):
 def product(a, b, acc, EXACT: tl.constexpr):
     """acc + a b; EXACT where float32 results come of it, else where they are rounded to a shorter dtype.
 
-    A tensor core multiplies exactly, but cuts off, rather than rounds, each sum of some 16 products and the accumulator:
-    of 1,024 tokens of one sign float32's last six bits are lost. So with EXACT a tile's products are summed by
-    themselves and added in registers, as in DeepSeek-V3's float8 products. Triton makes `acc + tl.dot(a, b)` the sum in
-    the tensor core again, unless the dot has an accumulator of its own that is not 0, or max_num_imprecise_acc is set
-    (which otherwise matters to float8 alone).
+    A tensor core multiplies exactly, but cuts off, rather than rounds, each sum of some 16 products and the
+    accumulator: over 1,024 tokens of one sign up to float32's last six bits. So with EXACT a tile's products are summed
+    by themselves and added in registers, as in DeepSeek-V3's float8 products. Triton makes of `acc + tl.dot(a, b)` a
+    sum in the tensor core again, unless the dot has an accumulator of its own that is not 0, or max_num_imprecise_acc
+    is set (which otherwise matters to float8 alone).
 
     float32 tokens are multiplied without tensor cores: three products of TF32 parts err more than float32 may. Of a
     float32 factor beside one of the tokens' dtype three parts are taken with EXACT, all its bits, else two.
