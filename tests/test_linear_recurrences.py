@@ -10,7 +10,7 @@ the keys. What `initial_state` adds to S, older versions leave out of z; newer o
 
     theirs                              ours
     q, k after their feature map        feature_map="identity", or q, k before it and feature_map="relu" / "elu1"
-    scale                               queries times scale; it cancels in a normalised result but for the epsilon
+    scale                               scale (default 1); it cancels in a normalised result but for the epsilon
     initial_state                       state=(initial_state, 0), or (initial_state, z_state[:, 0])
     output_final_state                  return_state=True: S is theirs, z is their z_state
     normalize (default differs)         normalize (default True)
@@ -144,16 +144,14 @@ def test_flash_linear_attention(feature_map, normalize, scale, dtype):
     # Rounded features are what both get.
     args = [phi(t).detach().requires_grad_() for t in (q, k)] + [v, S, z]
     factor = args[0].shape[3] ** -0.5 if scale is None else scale
-    if dtype != F64:
-        factor = 2.0 ** round(torch.tensor(factor).log2().item())  # does not round the queries
 
     def recurrence(q, k, v, S, z):
-        out, state, z = fla(q, k, v, None if scale is None and dtype == F64 else factor, S, z.unsqueeze(1), normalize)
+        out, state, z = fla(q, k, v, scale, S, z.unsqueeze(1), normalize)
         return out, state, z[:, 0]
 
     def ours(q, k, v, S, z, backend):
         options = {"feature_map": "identity", "normalize": normalize, "causal": True, "return_state": True}
-        out, state = linear_attention(q * factor, k, v, state=(S, z), backend=backend, **options)
+        out, state = linear_attention(q, k, v, scale=factor, state=(S, z), backend=backend, **options)
         return out, *state
 
     check(recurrence, ours, args, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,15 @@ def check_int(op: str, name: str, value: object, low: int, high: int | None = No
 
     require(value >= low, message)
     require(value <= high, message)
+
+
+def check_finite(op: str, name: str, value: object) -> None:
+    """Checks that `value` is a number (or a symbolic one), neither NaN nor infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    # Comparisons alone, which a compiled graph keeps for every value; math.isfinite would fix a symbolic one.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def check_same(op: str, what: str, first: object, second: object) -> None:

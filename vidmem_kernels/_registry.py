@@ -180,7 +180,8 @@ def register_op(
     """
     name = schema.split("(", 1)[0]
     head, returns = schema.rsplit(") ->", 1)
-    _CPP_LIBRARY.define(schema)
+    # A symbolic number stays one in a Scalar, `float` makes it a constant of the graph; the stable ABI knows `float`.
+    _CPP_LIBRARY.define(schema.replace("Scalar ", "float "))
     # torch drops arguments that equal their default, and then miscounts the gradients of an op with lists of tensors.
     default = "" if "Tensor[]" in head else '="auto"'
     _LIBRARY.define(f"{head}, str backend{default}) ->{returns}", tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,7 +1,10 @@
-"""What Triton kernels of several families share: which tile a program has. Not yet run on a GPU."""
+"""What Triton kernels of several families share: which tile a program has, on what. Not yet run on a GPU."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
@@ -15,3 +18,9 @@ def tile_of(N, BLOCK: tl.constexpr):
     tiles = tl.cdiv(N, BLOCK)
     n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return (tl.program_id(0) // tiles).to(tl.int64), n
+
+
+@functools.cache
+def major_of(device: torch.device) -> int:
+    """Major number of a GPU's compute capability; of Ampere for the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8

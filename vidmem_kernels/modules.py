@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_int, check_same_dtype, check_tensor
+from ._checks import check_finite, check_int, check_same_dtype, check_tensor
 from ._dispatch import check_backend
 from .cross_attn.api import cross_attention
 from .linear_attn.api import FEATURE_MAPS, LinearAttentionState, linear_attention
@@ -47,7 +47,7 @@ class LinearAttention(nn.Module):
         dim: channels of the tokens.
         num_heads: heads.
         head_dim, value_head_dim: channels of a head's queries and keys, and of its values; default dim // num_heads.
-        feature_map, causal, block_size, normalize: see `vidmem_kernels.linear_attention`.
+        feature_map, causal, block_size, normalize, scale: see `vidmem_kernels.linear_attention`.
         qkv_bias, out_bias: whether the projections q, k and v have a bias, and whether o has one.
         backend: see `vidmem_kernels.use_backend`; None follows it.
         device, dtype: of the parameters.
@@ -74,6 +74,7 @@ class LinearAttention(nn.Module):
         causal: bool = False,
         block_size: int = 1,
         normalize: bool = True,
+        scale: float | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
         backend: str | None = None,
@@ -83,12 +84,14 @@ class LinearAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         check_int(name, "block_size", block_size, 1)
+        if scale is not None:
+            check_finite(name, "scale", scale)
         _check_choices(name, backend, "feature_map", feature_map, tuple(FEATURE_MAPS))
         size = _head_size(name, "head_dim", dim, num_heads, head_dim)
         value_size = _head_size(name, "value_head_dim", dim, num_heads, value_head_dim)
         self.dim, self.num_heads = dim, num_heads
         self.feature_map, self.causal, self.block_size = feature_map, causal, block_size
-        self.normalize, self.backend = normalize, backend
+        self.normalize, self.scale, self.backend = normalize, scale, backend
         factory = {"device": device, "dtype": dtype}
         self.q = nn.Linear(dim, num_heads * size, bias=qkv_bias, **factory)
         self.k = nn.Linear(dim, num_heads * size, bias=qkv_bias, **factory)
@@ -97,6 +100,7 @@ class LinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         names = ("dim", "num_heads", "feature_map", "causal", "block_size", "normalize", "backend")
+        names = (*names, "scale") if self.scale is not None else names
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
@@ -120,7 +124,7 @@ class LinearAttention(nn.Module):
         q, k, v = (project(x).unflatten(2, (self.num_heads, -1)) for project in (self.q, self.k, self.v))
         out, state = linear_attention(
             q, k, v, feature_map=self.feature_map, causal=self.causal, block_size=self.block_size,
-            normalize=self.normalize, state=state, return_state=True, backend=self.backend,
+            normalize=self.normalize, scale=self.scale, state=state, return_state=True, backend=self.backend,
         )  # fmt: skip
         out = self.o(out.flatten(2))
         return (out, state) if return_state else out

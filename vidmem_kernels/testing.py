@@ -253,7 +253,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def run(op: Op, args: tuple[Any, ...], backend: str = "auto") -> Any:
     """Calls torch.ops.vidmem.<op>."""
-    return op.overload(*args, backend)
+    return op.overload(*args, backend=backend)
 
 
 def float_leaves(tree: Any) -> list[Tensor]:

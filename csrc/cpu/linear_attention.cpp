@@ -59,7 +59,7 @@ class Runner {
     touch_pages(call.out);
     const int64_t cost = size * value_size * std::max<int64_t>(1, call.q.size(1));
     torch::stable::parallel_for(0, sequences, grain(cost, kTaskProducts), [&](int64_t begin, int64_t end) {
-      const int64_t most = std::clamp<int64_t>(kStateBytes / (2 * count * int64_t(sizeof(float))), 1, end - begin);
+      const int64_t most = std::clamp<int64_t>(kStateBytes / std::max<int64_t>(1, 2 * count * int64_t(sizeof(float))), 1, end - begin);
       const AlignedBuffer buffer((2 * count * most + scratch) * int64_t(sizeof(float)));
       float* const states = static_cast<float*>(buffer.data());
       for (int64_t first = begin; first < end; first += most) {
@@ -128,11 +128,11 @@ class Runner {
 std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                     const std::optional<Tensor>& S, const std::optional<Tensor>& z,
                                                     std::string feature_map, bool causal, int64_t block_size,
-                                                    bool normalize) {
+                                                    bool normalize, double scale) {
   LinearAttention args =
-      check_arguments("linear_attention", q, k, v, S, z, feature_map, causal, block_size, normalize);
+      check_arguments("linear_attention", q, k, v, S, z, feature_map, causal, block_size, normalize, scale);
   Call call{args,
-            make_plan(q.size(1), args.block),
+            make_plan(tokens_to_walk(q, v), args.block),
             q,
             k,
             v,

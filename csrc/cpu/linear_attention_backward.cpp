@@ -25,7 +25,7 @@ class Runner {
     const bool scan = call.plan.is_scan;
     const AlignedBuffer states(sequences * pieces * count * int64_t(sizeof(float)));
     const AlignedBuffer grads(sequences * pieces * count * int64_t(sizeof(float)));
-    const AlignedBuffer factors(2 * sequences * call.q.size(1) * int64_t(sizeof(float)));
+    const AlignedBuffer factors(2 * sequences * tokens * int64_t(sizeof(float)));
     const auto at = [&](const AlignedBuffer& buffer, int64_t i, int64_t p) {
       return static_cast<float*>(buffer.data()) + (i * pieces + p) * count;
     };
@@ -77,23 +77,24 @@ class Runner {
     args.grad_q = const_cast<void*>(tokens_of(std::get<0>(call.results), sequence).data);
     args.grad_k = const_cast<void*>(tokens_of(std::get<1>(call.results), sequence).data);
     args.grad_v = const_cast<void*>(tokens_of(std::get<2>(call.results), sequence).data);
-    args.total = factors + 2 * sequence * call.q.size(1);
-    args.grad_total = factors + (2 * sequence + 1) * call.q.size(1);
+    args.total = factors + 2 * sequence * tokens;
+    args.grad_total = factors + (2 * sequence + 1) * tokens;
     return args;
   }
 
   const Call& call;
   const int64_t size = call.args.forward.size, value_size = call.args.forward.value_size;
   const int64_t count = padded(state_size(size, value_size));
+  const int64_t tokens = tokens_to_walk(call.q, call.v);
   const int64_t sequences = call.q.size(0) * call.q.size(2), pieces = call.plan.pieces.size();
 };
 
 Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, const Tensor& grad_z, const Tensor& q,
                                   const Tensor& k, const Tensor& v, const std::optional<Tensor>& S,
                                   const std::optional<Tensor>& z, std::string feature_map, bool causal,
-                                  int64_t block_size, bool normalize) {
+                                  int64_t block_size, bool normalize, double scale) {
   constexpr const char* op = "linear_attention_backward";
-  LinearAttention args = check_arguments(op, q, k, v, S, z, feature_map, causal, block_size, normalize);
+  LinearAttention args = check_arguments(op, q, k, v, S, z, feature_map, causal, block_size, normalize, scale);
   check_tokens(op, "grad_out", grad_out, q, args.value_size);
   check_state(op, "grad_S", grad_S, {q.size(0), q.size(2), args.size, args.value_size});
   check_state(op, "grad_z", grad_z, {q.size(0), q.size(2), args.size});
@@ -102,7 +103,7 @@ Results linear_attention_backward(const Tensor& grad_out, const Tensor& grad_S, 
     return out;
   };
   Call call{{},
-            make_plan(q.size(1), args.block),
+            make_plan(tokens_to_walk(q, v), args.block),
             grad_out,
             grad_S,
             grad_z,

@@ -95,23 +95,24 @@ struct Backward : Chunk<T> {
     }
   }
 
-  // From the gradient t of a query without normalisation: with d its denominator and z the sum of the keys that it
-  // sees, (t - (q t) / d z) / d. The numerator is not needed, and what cancels in that difference has no error of it.
+  // From the gradient t of a query without normalisation: with s the scale, d its denominator and z the sum of the keys
+  // that it sees, s (t - s (q t) / d z) / d. The numerator is not needed, and what cancels in that difference has no error of it.
   void normalize_query_grads(int64_t first, int64_t count, const float* z, bool masked) {
     float* visible = sums;  // not in use here
     for (int64_t c = 0; c < row; c += kFloats) store(load(z + c), visible + c);
+    const double scale = a.scale;
     int64_t end = 0;
     for (int64_t t = 0; t < count; ++t) {
       for (; masked && end < this->end_of_block(t, count); ++end) add_rows(visible, keys + end * row, visible, row);
       float* grad = features + t * row;
       double total = 1, ratio = 0;  // of few channels hardly anything may be left of the difference
       if (a.normalize) {
-        total = wide_dot(queries + t * row, visible, row) + kEps;
-        ratio = wide_dot(queries + t * row, grad, a.size) / total;
+        total = wide_dot(queries + t * row, visible, row) * scale + kEps;
+        ratio = wide_dot(queries + t * row, grad, a.size) * scale / total;
       }
-      for (int64_t c = 0; c < a.size; ++c) grad[c] = static_cast<float>((grad[c] - ratio * visible[c]) / total);
+      for (int64_t c = 0; c < a.size; ++c) grad[c] = static_cast<float>((grad[c] - ratio * visible[c]) * scale / total);
       totals_of_tokens[first + t] = static_cast<float>(total);
-      grad_total[first + t] = static_cast<float>(-ratio / total);
+      grad_total[first + t] = static_cast<float>(-ratio * scale / total);
     }
   }
 
@@ -188,7 +189,7 @@ struct Backward : Chunk<T> {
   void scale_grads(int64_t first, int64_t count) {
     for (int64_t t = 0; t < count; ++t) {
       float* grad = grads + t * value_row;
-      for (int64_t c = 0; c < value_row; c += kFloats) store(load(grad + c) / totals_of_tokens[first + t], grad + c);
+      for (int64_t c = 0; c < value_row; c += kFloats) store(load(grad + c) * a.scale / totals_of_tokens[first + t], grad + c);
       grad_totals[t] = grad_total[first + t];
     }
   }

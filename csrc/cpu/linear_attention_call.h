@@ -32,6 +32,11 @@ struct Plan {
   std::vector<Piece> pieces;
 };
 
+// Tokens of which anything is read or written: of none an expanded tensor may have any number.
+inline int64_t tokens_to_walk(const Tensor& q, const Tensor& v) {
+  return q.size(0) * q.size(2) == 0 || q.size(3) + v.size(3) == 0 ? 0 : q.size(1);
+}
+
 inline Plan make_plan(int64_t tokens, int64_t block) {
   Plan plan{};
   plan.is_scan = block <= kPieceTokens / 2 && block < tokens;
@@ -70,6 +75,7 @@ void for_pieces(const Plan& plan, int64_t sequences, int64_t cost, int64_t scrat
 }
 
 inline Tokens tokens_of(const Tensor& x, int64_t sequence) {
+  if (x.size(3) == 0) return {x.data_ptr(), 0, 1};  // strides of what is empty may be anything
   const int64_t b = sequence / x.size(2), h = sequence % x.size(2);
   const char* data = static_cast<const char*>(x.data_ptr());
   return {data + (b * x.stride(0) + h * x.stride(2)) * x.element_size(), x.stride(1), x.stride(3)};
@@ -80,15 +86,16 @@ inline void read_initial(const std::optional<Tensor>& matrix, const std::optiona
                   const LinearAttention& args, float* state) {
   const int64_t size = args.size, value_size = args.value_size, row = padded(value_size);
   std::fill_n(state, state_size(size, value_size), 0.0f);
-  if (!matrix) return;
+  if (!matrix || size == 0) return;
   const int64_t b = sequence / matrix->size(1), h = sequence % matrix->size(1);
-  const float* from = static_cast<const float*>(matrix->data_ptr()) + b * matrix->stride(0) + h * matrix->stride(1);
   const float* z = static_cast<const float*>(vector->data_ptr()) + b * vector->stride(0) + h * vector->stride(1);
+  for (int64_t d = 0; d < size; ++d) state[size * row + d] = z[d * vector->stride(2)];
+  if (value_size == 0) return;
+  const float* from = static_cast<const float*>(matrix->data_ptr()) + b * matrix->stride(0) + h * matrix->stride(1);
   for (int64_t d = 0; d < size; ++d) {
     for (int64_t e = 0; e < value_size; ++e) {
       state[d * row + e] = from[d * matrix->stride(2) + e * matrix->stride(3)];
     }
-    state[size * row + d] = z[d * vector->stride(2)];
   }
 }
 
@@ -131,7 +138,7 @@ inline void check_state(const char* op, const char* name, const Tensor& x, const
 inline LinearAttention check_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                        const std::optional<Tensor>& S, const std::optional<Tensor>& z,
                                        const std::string& feature_map, bool causal, int64_t block_size,
-                                       bool normalize) {
+                                       bool normalize, double scale) {
   check_dim(q, 4, op, "q");
   check_dim(v, 4, op, "v");
   VIDMEM_CHECK(q.is_cpu(), op, "q must be on the CPU");
@@ -143,6 +150,8 @@ inline LinearAttention check_arguments(const char* op, const Tensor& q, const Te
   args.value_size = v.size(3);
   check_tokens(op, "k", k, q, args.size);
   check_tokens(op, "v", v, q, args.value_size);
+  check_extent(q, op, "q");
+  check_extent(v, op, "v");
   VIDMEM_CHECK(!causal || block_size >= 1, op, "block_size must be at least 1, got ", block_size);
   VIDMEM_CHECK(S.has_value() == z.has_value(), op, "S and z must come together");
   if (S) {
@@ -151,6 +160,7 @@ inline LinearAttention check_arguments(const char* op, const Tensor& q, const Te
   }
   args.map = feature_map_of(op, feature_map);
   args.normalize = normalize;
+  args.scale = static_cast<float>(scale);
   const int64_t tokens = std::max<int64_t>(1, q.size(1));
   args.block = causal ? std::min(block_size, tokens) : tokens;
   return args;

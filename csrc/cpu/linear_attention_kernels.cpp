@@ -49,8 +49,10 @@ struct Attention : Chunk<T> {
     for (int64_t t = 0; t < count; ++t) {
       float* sum = this->sums + t * value_row;
       if (a.normalize) {
-        const float total = this->totals[t] + kEps;
-        for (int64_t c = 0; c < value_row; c += kFloats) store(load(sum + c) / total, sum + c);
+        const float total = this->totals[t] * a.scale + kEps;
+        for (int64_t c = 0; c < value_row; c += kFloats) store(load(sum + c) * a.scale / total, sum + c);
+      } else if (a.scale != 1) {
+        for (int64_t c = 0; c < value_row; c += kFloats) store(load(sum + c) * a.scale, sum + c);
       }
       write_row(sum, a.value_size, out + t * a.out_stride);
     }

@@ -26,6 +26,7 @@ struct LinearAttention {
   DType dtype;
   FeatureMap map;
   bool normalize;
+  float scale;  // of the queries' features: multiplies what they find in a state
   int64_t size, value_size;
   int64_t block;  // tokens that see one another
   int64_t group;  // tokens of whole blocks between two updates of the state: a block, or a chunk of small blocks

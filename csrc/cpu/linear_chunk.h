@@ -57,6 +57,7 @@ struct Chunk {
   template <bool Add>
   void multiply_ahead(Left left, const float* right, int64_t depth, float* out, int64_t rows, const Tokens& tokens,
                       const Tokens* more, int64_t first) {
+    if (rows == 0) return;  // a head without channels has no state
     constexpr int64_t block = 2 * kTileRows;
     const int64_t blocks = (rows + block - 1) / block, share = (kChunkTokens + blocks - 1) / blocks;
     for (int64_t i = 0; i < rows; i += block, first += share) {

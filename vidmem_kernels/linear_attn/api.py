@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .._call import call
-from .._checks import check_int, check_same, check_same_dtype, check_tensor
+from .._checks import check_finite, check_int, check_same, check_same_dtype, check_tensor
 from .._fast import fast
 from .._numerics import accumulate_dtype
 from .._symbolic import saveable
@@ -39,20 +39,24 @@ def linear_attention(
     normalize: bool = True,
     state: LinearAttentionState | None = None,
     return_state: bool = False,
+    scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
     """Attends in time and memory linear in L: out_i = phi(q_i)·S / (phi(q_i)·z), S = Σ phi(k_j) v_jᵀ, z = Σ phi(k_j).
 
     Args:
-        q, k: (B, L, H, D) queries and keys, of one dtype; any scale is the caller's.
+        q, k: (B, L, H, D) queries and keys, of one dtype.
         v: (B, L, H, Dv) values; Dv may differ from D.
         feature_map: phi: "relu", "elu1" (elu + 1) or "identity".
         causal: each token sees the tokens of its own block of `block_size` and of all earlier blocks, rather than all.
         block_size: tokens in a block, e.g. those of a frame; 1 is token by token. Blocks are counted from the first
             token of this call; the last one may be partial. Used only when `causal`.
-        normalize: divide by phi(q_i)·z + 1e-10. A query whose denominator is 0 gets 0.
+        normalize: divide by scale·phi(q_i)·z + 1e-10. A query whose denominator is 0 gets 0.
         state: earlier tokens, which every query sees: S (B, H, D, Dv) and z (B, H, D), float32 (float64 for float64).
         return_state: also return the state with all tokens of this call in it.
+        scale: a finite number that multiplies phi(q), as in flash-linear-attention; default 1. It is applied to the
+            float32 sums (float64 for float64), where `q * scale` would round a bfloat16 q first. The state does not
+            depend on it. With `normalize` it cancels, but for its part beside the 1e-10; 0 gives 0.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
@@ -64,8 +68,8 @@ def linear_attention(
 
     Equivalent PyTorch:
         see = block[:, None] >= block if causal else ones(L, L)     # block = arange(L) // block_size
-        weight = einsum("blhd,bmhd->bhlm", phi(q), phi(k)) * see
-        out = einsum("bhlm,bmhd->blhd", weight / (weight.sum(-1, keepdim=True) + 1e-10), v)
+        weight = einsum("blhd,bmhd->bhlm", scale * phi(q), phi(k)) * see
+        out = einsum("bhlm,bmhd->blhd", weight / (weight.sum(-1, keepdim=True) + 1e-10), v)    # normalize=True
 
     Source:
         Katharopoulos et al., "Transformers are RNNs", 2020 (arXiv:2006.16236), where phi is elu + 1; relu as in
@@ -83,6 +87,8 @@ def linear_attention(
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"{op}: feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
     check_int(op, "block_size", block_size, 1)
+    scale = 1.0 if scale is None else scale
+    check_finite(op, "scale", scale)
     S = z = None
     if state is not None:
         if not isinstance(state, tuple) or len(state) != 2:
@@ -101,5 +107,7 @@ def linear_attention(
         check_same(op, "state.z must have shape (B, H, D) of q", sizes, tuple(z.shape))
         check_same(op, "q and state.S must be on the same device", q.device, S.device)
         check_same(op, "q and state.z must be on the same device", q.device, z.device)
-    out, S, z = call("linear_attention", q, k, v, S, z, feature_map, causal, block_size, normalize, backend=backend)
+    out, S, z = call(
+        "linear_attention", q, k, v, S, z, feature_map, causal, block_size, normalize, float(scale), backend=backend
+    )
     return (out, LinearAttentionState(S, z)) if return_state else out

@@ -56,6 +56,7 @@ def linear_attention(
     causal: bool,
     block_size: int,
     normalize: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     phi, _ = FEATURE_MAPS[feature_map]
     queries, keys, values = phi(_heads(q)), phi(_heads(k)), _with_ones(v)
@@ -69,7 +70,7 @@ def linear_attention(
         else:
             scores = product(some_q, some_k.mT, q.dtype) * sees
             totals.append(product(some_q, before, q.dtype) + product(scores, some_v, q.dtype))
-    total = torch.cat(totals, dim=2)
+    total = torch.cat(totals, dim=2) * scale
     out = total[..., :-1]
     if normalize:
         out = out / (total[..., -1:] + EPS)
@@ -90,6 +91,7 @@ def linear_attention_backward(
     causal: bool,
     block_size: int,
     normalize: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = q.dtype
     phi, derivative = FEATURE_MAPS[feature_map]
@@ -97,7 +99,7 @@ def linear_attention_backward(
     state = _initial_state(q, v, S, z)
     chunks = list(_chunks(q.shape[1], causal, block_size, q.device))
     grad_q, grad_k, grad_v = (torch.zeros_like(t) for t in (queries, keys, values))
-    grad_total = F.pad(grad, (0, 1))
+    grad_total = F.pad(grad, (0, 1)) * scale
     for chunk, sees in chunks:
         some_q, some_k, some_v, some_grad = (t[:, :, chunk] for t in (queries, keys, values, grad_total))
         before, state = state, state + _sums(some_k, some_v, dtype)
@@ -106,9 +108,10 @@ def linear_attention_backward(
             total = product(some_q, seen, dtype)
             if sees is not None:
                 total = total + product(product(some_q, some_k.mT, dtype) * sees, some_v, dtype)
+            total = total * scale
             inverse = 1 / (total[..., -1:] + EPS)
             along = (grad[:, :, chunk] * total[..., :-1]).sum(3, keepdim=True)
-            some_grad.copy_(torch.cat([grad[:, :, chunk] * inverse, -along * inverse.square()], dim=3))
+            some_grad.copy_(torch.cat([grad[:, :, chunk] * inverse, -along * inverse.square()], dim=3) * scale)
         grad_q[:, :, chunk] = product(some_grad, seen.mT, dtype)
         if sees is not None:
             grad_q[:, :, chunk] += product(product(some_grad, some_v.mT, dtype) * sees, some_k, dtype)

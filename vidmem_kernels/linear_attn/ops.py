@@ -22,7 +22,7 @@ def _state_fake(q, v):
     return tuple(q.new_empty(sizes, dtype=accumulate_dtype(q.dtype)) for sizes in _state_sizes(q, v))
 
 
-def _fake(q, k, v, S, z, feature_map, causal, block_size, normalize):
+def _fake(q, k, v, *rest):
     return v.new_empty(v.shape), *_state_fake(q, v)
 
 
@@ -30,7 +30,7 @@ def _refuse_triton(q, v) -> str | None:
     if q.dtype == torch.float64:
         return "sums in float32, the tensors are float64"
     sizes = (q.shape[3], v.shape[3])
-    return None if min(sizes) >= 1 and max(sizes) <= 256 else f"takes heads of 1 to 256 channels, got {sizes}"
+    return None if max(sizes) <= 256 else f"takes heads of 1 to 256 channels, got {sizes}"
 
 
 def _setup(ctx, inputs, output):
@@ -42,7 +42,7 @@ def _setup(ctx, inputs, output):
 def _backward(ops, ctx, grad_out, grad_S, grad_z):
     q, k, v, S, z = ctx.saved_tensors
     if grad_out is None and grad_S is None and grad_z is None:
-        return (None,) * 9
+        return (None,) * (5 + len(ctx.options))
     # A result that nobody used has no gradient.
     grad_out = torch.zeros_like(v) if grad_out is None else grad_out
     states = _state_sizes(q, v)
@@ -54,12 +54,12 @@ def _backward(ops, ctx, grad_out, grad_S, grad_z):
     *grads, grad_S, grad_z = grads
     if S is None:
         grad_S = grad_z = None
-    return *grads, grad_S, grad_z, None, None, None, None
+    return *grads, grad_S, grad_z, *(None for _ in ctx.options)
 
 
 register_op(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, str feature_map, bool causal,"
-    " SymInt block_size, bool normalize) -> (Tensor, Tensor, Tensor)",
+    " SymInt block_size, bool normalize, Scalar scale=1.0) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_attention,
     fake=_fake,
     setup_context=_setup,
@@ -78,7 +78,7 @@ def _backward_fake(grad_out, grad_S, grad_z, q, k, v, *rest):
 
 register_op(
     "linear_attention_backward(Tensor grad_out, Tensor grad_S, Tensor grad_z, Tensor q, Tensor k, Tensor v,"
-    " Tensor? S, Tensor? z, str feature_map, bool causal, SymInt block_size, bool normalize)"
+    " Tensor? S, Tensor? z, str feature_map, bool causal, SymInt block_size, bool normalize, Scalar scale=1.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_attention_backward,
     fake=_backward_fake,

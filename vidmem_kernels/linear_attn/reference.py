@@ -1,7 +1,7 @@
 """Linear attention in plain differentiable torch: the oracle of every other backend.
 
 The values carry a column of ones, so that S and z are one state (B, H, D, Dv + 1) and the denominator is one more
-column of the numerator; normalisation then touches results and their gradients only.
+column of the numerator; normalisation and `scale` then touch results and their gradients only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class _Sequence:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, feature_map: str, causal: bool, block_size: int):
         self.q, self.k, self.v = q, k, v
         self.phi, self.derivative = FEATURE_MAPS[feature_map]
-        length = q.shape[1]
+        # Of what nothing is read or written, an expanded tensor may have any number.
+        length = q.shape[1] if q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) else 0
         blocks = max(1, CHUNK // block_size)
         self.groups = _spans(0, length, blocks * block_size) if causal else [(0, length)]
         self.mask = None
@@ -55,7 +56,8 @@ class _Sequence:
 
     @staticmethod
     def read(x: Tensor, span: Span) -> Tensor:
-        return x[:, span[0] : span[1]].transpose(1, 2).to(accumulate_dtype(x.dtype))
+        # Transposed first: of a slice that is the whole tensor torch.compile loses the tangent.
+        return x.transpose(1, 2)[:, :, span[0] : span[1]].to(accumulate_dtype(x.dtype))
 
     def queries(self, span: Span) -> Tensor:
         return self.phi(self.read(self.q, span))
@@ -93,8 +95,9 @@ def _split_state(state: Tensor) -> tuple[Tensor, Tensor]:
 
 def _join(parts: list[Tensor], like: Tensor) -> Tensor:
     """Spans (B, H, n, D) as one (B, L, H, D), the shape and dtype of `like`."""
-    parts = [like[:, :0], *(p.transpose(1, 2).to(like.dtype) for p in parts)]
-    return torch.cat(parts, dim=1)
+    if not parts:
+        return like.clone(memory_format=torch.contiguous_format)  # empty
+    return torch.cat([p.transpose(1, 2).to(like.dtype) for p in parts], dim=1)
 
 
 def linear_attention(
@@ -107,6 +110,7 @@ def linear_attention(
     causal: bool,
     block_size: int,
     normalize: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `vidmem_kernels.linear_attention`."""
     seq = _Sequence(q, k, v, feature_map, causal, block_size)
@@ -116,7 +120,7 @@ def linear_attention(
         spans = _spans(*group, CHUNK)
         before, state = state, state + sum(seq.keys(s).mT @ seq.values(s) for s in spans)
         for span in spans:
-            sums = seq.sums(span, state if seq.mask is None else before)
+            sums = seq.sums(span, state if seq.mask is None else before) * scale
             out = sums[..., :-1]
             outs.append((out / (sums[..., -1:] + EPS) if normalize else out).to(v.dtype))
     return _join(outs, v), *_split_state(state)
@@ -135,6 +139,7 @@ def linear_attention_backward(
     causal: bool,
     block_size: int,
     normalize: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, S and z; of a token and head only two numbers are kept between the two passes."""
     seq = _Sequence(q, k, v, feature_map, causal, block_size)
@@ -156,11 +161,12 @@ def linear_attention_backward(
             grad = seq.read(grad_out, span)
             if normalize:
                 sums = seq.sums(span, seen)
-                inverse = 1 / (sums[..., -1:] + EPS)
+                inverse = scale / (sums[..., -1:] * scale + EPS)
                 along = (grad * sums[..., :-1]).sum(3, keepdim=True)
                 factors[span] = inverse, -along * inverse.square()
             else:
-                factors[span] = torch.ones_like(grad[..., :1]), torch.zeros_like(grad[..., :1])
+                zero = grad.new_zeros(*grad.shape[:3], 1)
+                factors[span] = zero + scale, zero
             grad_phi = grad_sums(span) @ seen.mT
             if seq.mask is not None:
                 grad_scores = seq.visible(grad_sums(span) @ seq.values(span).mT)

@@ -1,4 +1,4 @@
-"""Triton kernel of linear attention's outputs, and of the gradient of values. Not yet run on a GPU."""
+"""Triton kernel of linear attention's outputs, and of the gradient of values. Not yet run on a GPU as it is now."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .triton_parts import (
     product,
     program_of,
     sees,
+    tokens_to_walk,
 )
 from .triton_states import prefix_states, sum_pieces
 
@@ -35,6 +36,7 @@ def _linear_outputs_kernel(
     factors,
     states,
     out,
+    scale,
     L,
     H,
     D,
@@ -72,7 +74,7 @@ def _linear_outputs_kernel(
     """phi(q) S of a piece's tokens, and in REVERSE that of keys, with what later queries have summed up.
 
     Everything is transposed, (channels, tokens): the running state is then the left factor of its product and goes
-    there from the registers it is summed in. `factors` weigh the features of k by the inverse denominators.
+    there from the registers it is summed in. `factors` weigh the features of k: scale by denominator.
     """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
@@ -125,8 +127,9 @@ def _linear_outputs_kernel(
                 z += tl.sum(y.to(tl.float32), axis=0)
             else:
                 total = product(state, x, tl.zeros([BLOCK_V, BLOCK_N], tl.float32), exact)
+            total *= scale
             if NORMALIZE:
-                total = divide(total, (divisor + EPS)[None, :], exact)
+                total = divide(total, (divisor * scale + EPS)[None, :], exact)
             target = out + n.to(tl.int64)[None, :] * H * DV + c[:, None]
             tl.store(target, total.to(out.dtype.element_ty), (n < stop)[None, :] & (c < DV)[:, None])
 
@@ -157,6 +160,7 @@ def outputs(
     feature_map: str,
     block: int,
     normalize: bool,
+    scale: float,
     reverse: bool,
 ) -> Tensor:
     """(B, L, H, Dv): what tokens q find in the states, and in the keys and values of their piece."""
@@ -164,7 +168,7 @@ def outputs(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     wide = q.element_size() == 4 or feature_map == "elu1" or factors is not None
     config = output_config(size, v.shape[3], plan, wide)
-    splits = triton.cdiv(v.shape[3], config["BLOCK_V"])
+    splits = max(1, triton.cdiv(v.shape[3], config["BLOCK_V"]))
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
         return out
@@ -175,6 +179,7 @@ def outputs(
         factors,
         states,
         out,
+        scale,
         length,
         heads,
         size,
@@ -211,17 +216,18 @@ def launch_linear_attention_fwd(
     causal: bool,
     block_size: int,
     normalize: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `vidmem_kernels.linear_attention`."""
-    batch, length, heads, size = q.shape
+    batch, _, heads, size = q.shape
     chunk = chunk_of(size, q.element_size() == 4 or feature_map == "elu1")
-    plan = make_plan(length, causal, block_size, chunk)
+    plan = make_plan(tokens_to_walk(q, v), causal, block_size, chunk)
     last_S = torch.empty(batch, heads, size, v.shape[3], dtype=torch.float32, device=q.device)
     last_z = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
     states = empty_states(q, v, plan)
     sum_pieces(k, v, None, states, plan, feature_map)
     prefix_states(states, S, z, last_S, last_z, plan, reverse=False)
-    out = outputs(q, k, v, None, states, plan, feature_map, block_size, normalize, reverse=False)
+    out = outputs(q, k, v, None, states, plan, feature_map, block_size, normalize, scale, reverse=False)
     return out, last_S, last_z
 
 
@@ -229,7 +235,7 @@ def _entry(dtype: str, size: int, feature_map: str, causal: bool, block: int = 1
     wide = dtype == "fp32" or feature_map == "elu1" or reverse
     plan = make_plan(32760, causal, block, chunk_of(size, wide))
     config = output_config(size, size, plan, wide)
-    pointers = {**{name: f"*{dtype}" for name in ("q", "k", "v", "out")}, "states": "*fp32"}
+    pointers = {**{name: f"*{dtype}" for name in ("q", "k", "v", "out")}, "states": "*fp32", "scale": "fp32"}
     constants = {f"{name}_stride_d": 1 for name in "qkv"}
     constants |= {"MAP": feature_map, "SCAN": plan.is_scan, "MASKED": plan.is_masked}
     constants |= {"NORMALIZE": not reverse, "REVERSE": reverse}

@@ -1,4 +1,6 @@
-"""What the Triton kernels of linear attention share: pieces of a sequence, features, products. Not yet run on a GPU.
+"""What the Triton kernels of linear attention share: pieces of a sequence, features, products.
+
+Not yet run on a GPU as it is now.
 
 A few sequences (heads) must fill a GPU, so each is cut into pieces of a length that only shapes decide. Sums of all
 pieces come first (triton_states), then the state that every piece begins with, then what its tokens find there.
@@ -18,7 +20,6 @@ from .. import _env
 PIECE = 1024  # tokens that share one float32 state in memory, 64 KiB at D = Dv = 128, beside 1 MiB of bfloat16 tokens
 CHUNK = 32  # tokens of a masked tile of scores beside a state, see `chunk_of`
 EPS = tl.constexpr(1e-10)
-_TF32X3 = tl.constexpr("tf32x3")
 # The interpreter multiplies the bits of bfloat16.
 _INTERPRETED = tl.constexpr(_env.triton_interpret())
 
@@ -55,6 +56,11 @@ def make_plan(length: int, causal: bool, block: int, chunk: int) -> Plan:
     piece = triton.cdiv(even, 64) * 64
     per_span = triton.cdiv(span, piece)
     return Plan(triton.cdiv(length, span) * per_span, span, per_span, piece, piece, False, False, chunk)
+
+
+def tokens_to_walk(q: Tensor, v: Tensor) -> int:
+    """Tokens of which anything is read or written: of none an expanded tensor may have any number."""
+    return q.shape[1] if q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) else 0
 
 
 def padded(channels: int) -> int:
@@ -106,6 +112,28 @@ def load_columns(base, n, c, end, C, stride_l, stride_c):
 
 
 @triton.jit
+def exp_negative(x):
+    """exp(x) of x <= 0 or NaN, to about a rounding. tl.exp is ex2.approx of a rounded product: what that product's
+    rounding and the approximation leave is several times the error of float32 references."""
+    x = tl.where(x < -104.0, -104.0, x)  # rounds to 0
+    shifted = x * 1.44269502162933349609375 + 12582912.0  # rounds to an integer, which the low bits then hold
+    n = shifted - 12582912.0
+    r = x - n * 0.693145751953125 - n * 1.428606765330187045037746429443359375e-06  # ln 2, whose high part is short
+    total = r * (1.0 / 5040) + 1.0 / 720
+    total = total * r + 1.0 / 120
+    total = total * r + 1.0 / 24
+    total = total * r + 1.0 / 6
+    total = total * r + 0.5
+    total = total * r + 1.0
+    total = total * r + 1.0
+    power = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    first = power >> 1  # 2**power may be too small for one float
+    low = ((first + 127) << 23).to(tl.float32, bitcast=True)
+    high = ((power - first + 127) << 23).to(tl.float32, bitcast=True)
+    return total * low * high
+
+
+@triton.jit
 def features(x, mask, MAP: tl.constexpr):
     """Exact, so in the dtype of the tokens; elu1's in float32. 0 where `mask` is not set, NaN of NaN."""
     if MAP == "identity":
@@ -115,7 +143,7 @@ def features(x, mask, MAP: tl.constexpr):
         return tl.where(wide <= 0, 0.0, wide).to(x.dtype)
     else:
         wide = x.to(tl.float32)
-        return tl.where(mask, tl.where(wide > 0, wide + 1, tl.exp(tl.where(wide > 0, 0.0, wide))), 0.0)
+        return tl.where(mask, tl.where(wide > 0, wide + 1, exp_negative(tl.where(wide > 0, 0.0, wide))), 0.0)
 
 
 @triton.jit
@@ -136,45 +164,83 @@ def _rest(x, part):
 
 
 @triton.jit
-def _dot(a, b, acc):
-    if _INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+def _leading(x, DTYPE: tl.constexpr):
+    """x to as many bits as a tensor core takes of a factor beside one of DTYPE: bfloat16, or float32 cut to TF32."""
+    if DTYPE != tl.bfloat16:  # noqa: SIM300
+        cut = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, cut, x)
     else:
-        return tl.dot(a, b, acc)
+        return x.to(tl.bfloat16)
 
 
 @triton.jit
-def product(a, b, acc, EXACT: tl.constexpr, SINGLE: tl.constexpr = _TF32X3):
-    """acc + a b. A float32 factor of bfloat16 tokens is taken in two parts, 16 bits, which is plenty where the result
-    is rounded to the tokens' dtype; with EXACT in three. float16 has not the range for parts of a sum. SINGLE is the
-    precision of two float32 factors."""
-    if a.dtype == b.dtype and a.dtype != tl.float32:
-        acc = _dot(a, b, acc)
-    elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
-        high = a.to(tl.bfloat16)
-        rest = _rest(a, high)
-        low = rest.to(tl.bfloat16)
-        acc = _dot(high, b, acc)
-        acc = _dot(low, b, acc)
-        if EXACT:
-            acc = _dot(_rest(rest, low).to(tl.bfloat16), b, acc)
-    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
-        high = b.to(tl.bfloat16)
-        rest = _rest(b, high)
-        low = rest.to(tl.bfloat16)
-        acc = _dot(a, high, acc)
-        acc = _dot(a, low, acc)
-        if EXACT:
-            acc = _dot(a, _rest(rest, low).to(tl.bfloat16), acc)
+def _dot(a, b, acc):
+    """acc + a b of factors that a tensor core takes unrounded."""
+    if _INTERPRETED or a.dtype != b.dtype:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32")
     else:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=SINGLE)
+        return tl.dot(a, b, acc, input_precision="tf32")
+
+
+@triton.jit
+def _apart(a, b):
+    """a b of such factors, which stays apart from what it is added to."""
+    if _INTERPRETED or a.dtype != b.dtype:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, max_num_imprecise_acc=1)
+
+
+@triton.jit
+def product(a, b, acc, EXACT: tl.constexpr):
+    """acc + a b; EXACT where float32 results come of it, else where they are rounded to a shorter dtype.
+
+    A tensor core multiplies exactly, but cuts off, rather than rounds, each sum of some 16 products and the
+    accumulator: over 1,024 tokens of one sign up to float32's last six bits. So with EXACT a tile's products are summed
+    by themselves and added in registers, as in DeepSeek-V3's float8 products. Triton makes of `acc + tl.dot(a, b)` a
+    sum in the tensor core again, unless the dot has an accumulator of its own that is not 0, or max_num_imprecise_acc
+    is set (which otherwise matters to float8 alone).
+
+    float32 tokens are multiplied without tensor cores: three products of TF32 parts err more than float32 may. Of a
+    float32 factor beside one of the tokens' dtype three parts are taken with EXACT, all its bits, else two.
+    """
+    if a.dtype == tl.float32 and b.dtype == tl.float32:
+        if EXACT:
+            acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+        else:
+            acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    elif a.dtype == b.dtype:
+        if EXACT:
+            acc += _apart(a, b)
+        else:
+            acc = _dot(a, b, acc)
+    elif a.dtype == tl.float32:
+        high = _leading(a, b.dtype)
+        rest = _rest(a, high)
+        low = _leading(rest, b.dtype)
+        if EXACT:
+            acc += _apart(high, b)
+            acc += _dot(_leading(_rest(rest, low), b.dtype), b, _apart(low, b))
+        else:
+            acc = _dot(low, b, _dot(high, b, acc))
+    else:
+        high = _leading(b, a.dtype)
+        rest = _rest(b, high)
+        low = _leading(rest, a.dtype)
+        if EXACT:
+            acc += _apart(a, high)
+            acc += _dot(a, _leading(_rest(rest, low), a.dtype), _apart(a, low))
+        else:
+            acc = _dot(a, low, _dot(a, high, acc))
     return acc
 
 
 @triton.jit
 def divide(x, y, EXACT: tl.constexpr):
     """x / y; rounded correctly where no rounding to a shorter dtype follows."""
-    if EXACT:
+    if x.dtype == tl.float64:
+        return x / y
+    elif EXACT:
         x, y = tl.broadcast(x, y)
         return tl.div_rn(x, y)
     else:

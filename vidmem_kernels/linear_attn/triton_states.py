@@ -1,4 +1,6 @@
-"""Triton kernels of linear attention's states: the sums of pieces, the states before them. Not yet run on a GPU.
+"""Triton kernels of linear attention's states: the sums of pieces, the states before them.
+
+Not yet run on a GPU as it is now.
 
 With B * H = 12, L = 32,760 and D = Dv = 128, sums of 1,024 tokens are 25 MiB of float32: they are written, read and
 written again by the prefix, and read by what comes after. The bfloat16 keys and values are 2 * 96 MiB.
@@ -53,8 +55,8 @@ def _linear_sums_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """S and z of the pieces' tokens alone. With `factors` (inverse denominator and its gradient, of queries) the sums
-    that gradients need. The columns of S are split over programs when they do not all fit in registers."""
+    """S and z of the pieces' tokens alone. With `factors` (see launch_linear_attention_bwd) the sums that gradients
+    need. The columns of S are split over programs when they do not all fit in registers."""
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
     d = tl.arange(0, BLOCK_D)
@@ -70,11 +72,9 @@ def _linear_sums_kernel(
         w = load_rows(v, n, c, end, DV, v_stride_l, v_stride_d)
         if factors is not None:
             at = factors + lane * 2 * L + n
-            inverse = tl.load(at, n < end, other=0.0)
-            grad = tl.load(at + L, n < end, other=0.0)
-            y = y.to(tl.float32)
-            keys += y * grad[None, :]
-            y = y * inverse[None, :]
+            # The same rounded product in S and z, whose parts of a gradient all but cancel.
+            y = y.to(tl.float32) * tl.load(at, n < end, other=0.0)[None, :]
+            keys -= y * tl.load(at + L, n < end, other=0.0)[None, :]
         elif WITH_Z:
             keys += y.to(tl.float32)
         state = product(y, w, state, EXACT=True)
@@ -114,8 +114,8 @@ def _linear_prefix_kernel(
     at = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     in_S = at < D * DV
     in_z = (at >= D * DV) & (at < D * DV + D)
-    row = (at // DV).to(tl.int64)
-    column = (at % DV).to(tl.int64)
+    row = (at // tl.maximum(DV, 1)).to(tl.int64)
+    column = (at % tl.maximum(DV, 1)).to(tl.int64)
     state = tl.zeros([BLOCK], tl.float32)
     if S is not None:
         first = S + lane // H * S_stride_b + lane % H * S_stride_h
@@ -141,12 +141,12 @@ def _linear_prefix_kernel(
     tl.store(last_z + lane * D + at - D * DV, state, in_z)
 
 
-def sum_config(size: int, value_size: int, wide: bool) -> dict[str, int]:
-    """Tile of a program; `wide` is float32 tokens or features."""
+def sum_config(size: int, value_size: int, wide: bool, single: bool) -> dict[str, int]:
+    """Tile of a program; `wide` is float32 features, `single` float32 tokens, whose products take registers."""
     block_d = padded(size)
     block_v = min(padded(value_size), (8192 if wide or size > 128 else 16384) // block_d)
     return {
-        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_N": 16 if single else 32 if wide else 64,
         "BLOCK_D": block_d,
         "BLOCK_V": block_v,
         "STAGES": 3,
@@ -162,9 +162,10 @@ def sum_pieces(
 ) -> None:
     """Fills `states` with the sums of the pieces; without `with_z`, their z is 0."""
     batch, length, heads, size = k.shape
-    wide = k.element_size() == 4 or feature_map == "elu1" or factors is not None
-    config = sum_config(size, v.shape[3], wide)
-    splits = triton.cdiv(v.shape[3], config["BLOCK_V"])
+    single = k.element_size() == 4
+    wide = single or feature_map == "elu1" or factors is not None
+    config = sum_config(size, v.shape[3], wide, single)
+    splits = max(1, triton.cdiv(v.shape[3], config["BLOCK_V"]))  # z also has to be summed beside no values
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
         return
@@ -225,8 +226,8 @@ def prefix_states(
 
 
 def _entry(dtype: str, size: int, feature_map: str, weighted: bool = False):
-    wide = dtype == "fp32" or feature_map == "elu1" or weighted
-    config = sum_config(size, size, wide)
+    single = dtype == "fp32"
+    config = sum_config(size, size, single or feature_map == "elu1" or weighted, single)
     pointers = {"k": f"*{dtype}", "v": f"*{dtype}", "states": "*fp32"}
     constants = {"k_stride_d": 1, "v_stride_d": 1, "MAP": feature_map, "WITH_Z": True, **config}
     if weighted:
@@ -243,6 +244,7 @@ AOT = {
         _entry("bf16", 256, "relu"),
         _entry("fp32", 128, "elu1"),
         _entry("bf16", 128, "relu", weighted=True),
+        _entry("fp16", 128, "elu1"),
     ],
     "_linear_prefix_kernel": [
         (
