@@ -23,6 +23,10 @@ struct AttentionWindow {
   const int64_t *low, *high;  // null: no window
   const int64_t* time;
   int64_t num_sinks;
+
+  bool sees(int64_t query, int64_t key) const {
+    return key < num_sinks || (low[query] <= time[key] && time[key] <= high[query]);
+  }
 };
 
 }  // namespace vidmem

@@ -32,8 +32,9 @@ constexpr int kPanel = 6;
 constexpr int kPanel = 4;
 #endif
 constexpr int kPackVectors = 2;
-// Terms of one running sum: of 512 products it rounds worse than the reference's products do.
-constexpr int64_t kDepth = 128;
+// More terms than the first are not one running sum, which would round worse than the reference's products, but sums of
+// at most as many as the second: what halves cost is not felt beside that many.
+constexpr int64_t kDepth = 128, kDeepSum = 64;
 
 template <class T> using Vector = typename Lanes<T>::type;
 template <class T> constexpr int kWidth = Lanes<T>::count;
@@ -184,16 +185,29 @@ VIDMEM_INLINE void multiply_tile(const T* a, int64_t a_row, int64_t a_column, co
   }
 }
 
+// multiply_tile of a panel and a pack, by halves, and halves of halves, until a running sum is short.
+template <class T>
+__attribute__((noinline)) void multiply_deep(const T* panel, const T* pack, int64_t depth, T* out) {
+  constexpr int64_t kRows = kPackRows<T>;
+  if (depth <= kDeepSum) return multiply_tile<T, false>(panel, kPanel, 1, pack, kRows, depth, out, kRows);
+  const int64_t half = depth / 2;
+  alignas(64) T rest[kPanel * kRows];
+  multiply_deep(panel, pack, half, out);
+  multiply_deep(panel + half * kPanel, pack + half * kRows, depth - half, rest);
+  for (int64_t i = 0; i < kPanel * kRows; i += kWidth<T>) store(load(out + i) + load(rest + i), out + i);
+}
+
 // The same for all `columns` of a, panels[column / kPanel][depth][kPanel], and one pack b[depth][lane].
 template <class T, bool kAdd>
 inline void multiply_panels(const T* panels, int64_t columns, const T* pack, int64_t depth, T* out) {
-  constexpr int64_t kRows = kPackRows<T>;
-  for (int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel, out += kPanel * kRows) {
-    multiply_tile<T, kAdd>(panels, kPanel, 1, pack, kRows, depth < kDepth ? depth : kDepth, out, kRows);
-    for (int64_t i = kDepth; i < depth; i += kDepth) {
-      const int64_t rest = depth - i < kDepth ? depth - i : kDepth;
-      multiply_tile<T, true>(panels + i * kPanel, kPanel, 1, pack + i * kRows, kRows, rest, out, kRows);
+  if (!kAdd && depth > kDepth) {  // where sums are added to, depth is that of a tile
+    for (int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel, out += kPanel * kPackRows<T>) {
+      multiply_deep(panels, pack, depth, out);
     }
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel, out += kPanel * kPackRows<T>) {
+    multiply_tile<T, kAdd>(panels, kPanel, 1, pack, kPackRows<T>, depth, out, kPackRows<T>);
   }
 }
 

@@ -122,16 +122,20 @@ void AttentionArgs::read_window(const char* op, const AttentionOptions& options)
   }
   const std::vector<double> key_times = read_times<double>(op, "k_time", k_time, batch, keys);
   const std::vector<double> query_times = read_times<double>(op, "q_time", q_time, batch, queries);
-  for (double time : key_times) time_.push_back(ordered_key(time));
+  time_.resize(key_times.size());
+  std::transform(key_times.begin(), key_times.end(), time_.begin(), ordered_key);
   // The bounds are rounded to the type that times are compared in, which then makes no difference.
   const bool single = q_time.scalar_type() == ScalarType::Float && k_time.scalar_type() == ScalarType::Float;
-  for (double time : query_times) {
+  low_.resize(query_times.size());
+  high_.resize(query_times.size());
+  for (size_t i = 0; i < query_times.size(); ++i) {
+    const double time = query_times[i];
     if (single) {
-      low_.push_back(ordered_low(static_cast<float>(time) - static_cast<float>(left)));
-      high_.push_back(ordered_high(static_cast<float>(time) + static_cast<float>(right)));
+      low_[i] = ordered_low(static_cast<float>(time) - static_cast<float>(left));
+      high_[i] = ordered_high(static_cast<float>(time) + static_cast<float>(right));
     } else {
-      low_.push_back(ordered_low(time - left));
-      high_.push_back(ordered_high(time + right));
+      low_[i] = ordered_low(time - left);
+      high_[i] = ordered_high(time + right);
     }
   }
 }

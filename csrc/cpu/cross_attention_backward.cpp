@@ -106,9 +106,9 @@ Tensor sum_bias(const AttentionArgs& args, const Tensor& key_bias, const T* grad
     auto* to = static_cast<typename decltype(tag)::type*>(out.data_ptr());
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < args.keys; ++j) {
-        T sum = 0;
+        double sum = 0;
         for (int64_t h = 0; h < heads; ++h) sum += grads[(r * heads + h) * args.keys + j];
-        narrow(sum, to[r * args.keys + j]);
+        narrow(static_cast<T>(sum), to[r * args.keys + j]);
       }
     }
   });

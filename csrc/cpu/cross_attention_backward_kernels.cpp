@@ -14,15 +14,15 @@ void run_query_terms(const QueryTerms& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* out = row_of(args.out, i, buffer);
     const T* grad = row_of(args.grad, i, buffer + channels);
-    T sums[8] = {}, shared = 0;
+    double sums[8] = {}, shared = 0;
     int64_t c = 0;
     for (; c + 8 <= channels; c += 8) {
-      for (int j = 0; j < 8; ++j) sums[j] += grad[c + j] * out[c + j];
+      for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(grad[c + j]) * out[c + j];
     }
-    for (; c < channels; ++c) shared += grad[c] * out[c];
+    for (; c < channels; ++c) shared += static_cast<double>(grad[c]) * out[c];
     for (int j = 0; j < 8; ++j) shared += sums[j];
     if (args.grad_lse) shared -= static_cast<const T*>(args.grad_lse)[i * args.grad_lse_stride];
-    static_cast<T*>(args.shared)[i] = shared;
+    static_cast<T*>(args.shared)[i] = static_cast<T>(shared);
     const T lse = static_cast<const T*>(args.lse)[i * args.lse_stride];
     static_cast<T*>(args.base)[i] = lse == -kInfinity<T> ? 0 : lse;
   }
@@ -43,13 +43,16 @@ void run_sum_queries(const SumQueries& args, int64_t begin, int64_t end) {
   }
 }
 
+// Queries whose gradients of a bias are summed in T before they join a sum in double: there may be thousands.
+constexpr int64_t kBiasStep = 8;
+
 // The keys of one pack.
 template <class T>
 struct KeyPack {
   using V = Vector<T>;
   static constexpr int kRows = kPackRows<T>;
   const T* bias;  // -inf in lanes whose key no query sees, or that have none
-  T* grad_bias;
+  double* grad_bias;
   const int64_t* time;  // null: the window hides nothing
   int64_t earliest, latest;
 
@@ -97,6 +100,12 @@ struct KeyPack {
       sum[v] = V{};
       biases[v] = load(bias + v * kWidth<T>);
     }
+    const auto add_up = [&] {
+      for (int v = 0; v < kPackVectors; ++v) {
+        for (int l = 0; l < kWidth<T>; ++l) grad_bias[v * kWidth<T> + l] += sum[v][l];
+        sum[v] = V{};
+      }
+    };
     for (int l = 0; kMasked && l < kRows; ++l) keep[l] = bias[l] != -kInfinity<T>;
     for (int64_t j = 0; j < count; ++j) {
       const T base = static_cast<const T*>(args.base)[queries[j]];
@@ -123,11 +132,9 @@ struct KeyPack {
         store(grad, grad_at);
         sum[v] += grad;
       }
+      if (args.bias && j % kBiasStep == kBiasStep - 1) add_up();
     }
-    for (int v = 0; v < kPackVectors; ++v) {
-      T* to = grad_bias + v * kWidth<T>;
-      store(load(to) + sum[v], to);  // added last: see multiply_tile
-    }
+    if (args.bias) add_up();
   }
 };
 
@@ -200,7 +207,7 @@ void run_attend_keys(const AttendKeys& args) {
   T* grad_k = arena.take<T>(packs * kRows * panel_row);
   T* grad_v = arena.take<T>(packs * kRows * value_row);
   T* bias = arena.take<T>(packs * kRows);
-  T* grad_bias = arena.take<T>(packs * kRows);
+  double* grad_bias = arena.take<double>(packs * kRows);
   int64_t* times = arena.take<int64_t>(packs * kRows);
   T* query_panels = arena.take<T>(kAttentionTile * channels);
   T* grad_panels = arena.take<T>(kAttentionTile * value_channels);
@@ -293,7 +300,9 @@ void run_attend_keys(const AttendKeys& args) {
                      args.grad_k, args.grad_k_stride, buffer);
     write_transposed(grad_v + p * kRows * value_row, value_channels, T(1), first, some, args.k.dtype, args.grad_v,
                      args.grad_v_stride, buffer);
-    for (int64_t l = 0; l < some; ++l) static_cast<T*>(args.grad_bias)[first + l] = grad_bias[p * kRows + l];
+    for (int64_t l = 0; l < some; ++l) {
+      static_cast<T*>(args.grad_bias)[first + l] = static_cast<T>(grad_bias[p * kRows + l]);
+    }
   }
 }
 

@@ -50,7 +50,7 @@ constexpr int64_t attend_keys_scratch(int64_t rows, int64_t channels, int64_t va
   const int64_t key_row = channels + kChannelPad, value_row = value_channels + kChannelPad;
   return (rows * (3 * key_row + 2 * value_row + 2) +
           kAttentionTile * (3 * key_row + 2 * value_row + 2 * kAttentionLanes) + key_row + value_row) * size +
-         rows * 8 + 8192;
+         rows * 16 + 8192;
 }
 
 VIDMEM_DECLARE_KERNEL(query_terms, void(const QueryTerms&, int64_t begin, int64_t end))

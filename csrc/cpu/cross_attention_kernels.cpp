@@ -189,10 +189,6 @@ bool attend_few_queries(const AttendQueries& args, bool careful) {
   }
   for (int64_t i = 0; i < count * value_channels; ++i) values[i] = 0;
 
-  const auto sees = [&](int64_t i, int32_t key) {
-    const int64_t t = args.window.time[key];
-    return key < args.window.num_sinks || (args.window.low[args.first + i] <= t && t <= args.window.high[args.first + i]);
-  };
   const auto tile = [&](int64_t start) {
     return args.num_keys - start < kAttentionTile ? args.num_keys - start : kAttentionTile;
   };
@@ -214,8 +210,11 @@ bool attend_few_queries(const AttendQueries& args, bool careful) {
       for (int64_t j = 0; args.bias && j < some; ++j) {  // one rounding, as in the gradient
         score[j] = score[j] * scale + static_cast<const T*>(args.bias)[index[j]];
       }
+      const int64_t low = args.window.low ? args.window.low[args.first + i] : 0;
+      const int64_t high = args.window.low ? args.window.high[args.first + i] : 0;
       for (int64_t j = 0; args.window.low && j < some; ++j) {
-        if (!sees(i, index[j])) score[j] = -kInfinity<T>;
+        const int64_t t = args.window.time[index[j]];
+        if (!(index[j] < args.window.num_sinks || (low <= t && t <= high))) score[j] = -kInfinity<T>;
       }
       rescale[i] = weigh(score, some, largest + i, total + i);
     }
@@ -230,7 +229,7 @@ bool attend_few_queries(const AttendQueries& args, bool careful) {
       for (int64_t c = 0; c < value_channels; ++c) {
         if (!is_special(row[c])) continue;
         for (int64_t i = 0; i < count; ++i) {
-          if (sees(i, index[j])) values[i * value_channels + c] += scores[i * kAttentionTile + j] * row[c];
+          if (args.window.sees(args.first + i, index[j])) values[i * value_channels + c] += scores[i * kAttentionTile + j] * row[c];
         }
       }
     }
