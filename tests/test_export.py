@@ -445,6 +445,7 @@ def _with_gradients(call, given):
     return [leaves(results), gradients(given, results)]
 
 
+@pytest.mark.sample(45)
 @pytest.mark.parametrize("kind", ["named", Dim.DYNAMIC, Dim.AUTO], ids=["named", "dynamic", "auto"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_export(case, kind):
@@ -463,6 +464,7 @@ def test_export(case, kind):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_make_fx(case):
     """A graph of symbolic sizes runs at others; one of fakes or of the tensors themselves at those of the example."""
@@ -476,6 +478,7 @@ def test_make_fx(case):
         check_at(graph, case, sizes)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_export_strict(case):
     """The same through Dynamo, whose guards keep out sizes of 0 and 1 of results."""
@@ -507,6 +510,35 @@ def test_compile_makes_one_graph(case):
 
 def test_every_public_function_has_a_case():
     assert {c.function for c in CASES} == set(vk.__all__) - NOT_TRACED
+
+
+NUMBERS = {
+    "match_tokens": lambda x, n: vk.match_tokens(x, n),
+    "match_neighbors": lambda x, n: vk.match_neighbors(x, n, grid=(2, 3, 4)),
+    "merge_tokens": lambda x, n: vk.merge_tokens(x, vk.match_tokens(x, n)),
+    "MergePlan": lambda x, n: vk.MergePlan.from_assignment(torch.zeros(x.shape[:2], dtype=torch.int32), n),
+    "select_tokens": lambda x, n: vk.select_tokens(x, n),
+    "scatter_add_tokens": lambda x, n: vk.scatter_add_tokens(x, torch.zeros(x.shape[:2], dtype=torch.int32), n),
+    "topk_blocks": lambda x, n: vk.topk_blocks(x[:, :, None], x[:, :, None], block_size=(n, n), topk=24 // n),
+    "linear_attention": lambda x, n: vk.linear_attention(*[x[:, :, None]] * 3, causal=True, block_size=n),
+    "cross_attention": lambda x, n: vk.cross_attention(*[x[:, :, None]] * 3, num_sinks=n),
+}
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_changes_compiles_once(name):
+    """An int argument and a batch marked dynamic; an int of 0 or 1 torch makes a constant."""
+    call = NUMBERS[name]
+    counter, first = CompileCounterWithBackend("aot_eager"), 0
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for batch, number in ((2, 5), (3, 4), (7, 12)):
+        x = torch.randn(batch, 24, 3)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x, number), call(x, number), rtol=0, atol=0)
+        first = first or counter.frame_count
+    assert counter.frame_count == first
 
 
 @pytest.mark.long
@@ -616,6 +648,7 @@ def test_numbers_that_depend_on_data():
         program(given[0], torch.tensor([5, 25, 7, 4, 3]))
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_meta_tensors_give_the_shapes(case):
     if "threshold" in case.label and case.function == "match_neighbors":

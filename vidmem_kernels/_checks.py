@@ -33,19 +33,18 @@ def check_tensor(
     return tensor
 
 
+def _out_of_bounds(op: str, name: str, value: int, low: int, high: int | None) -> str:
+    bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    return f"{op}: {name} must be {bounds}, got {value}"
+
+
 def check_int(op: str, name: str, value: object, low: int, high: int | None = None) -> None:
     """Checks that `value` is an int (or a symbolic one) in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if high is None:
-        require(value >= low, lambda: f"{op}: {name} must be at least {low}, got {value}")
-        return
-
-    def message() -> str:
-        return f"{op}: {name} must be in [{low}, {high}], got {value}"
-
-    require(value >= low, message)
-    require(value <= high, message)
+    require(value >= low, _out_of_bounds, op, name, value, low, high)
+    if high is not None:
+        require(value <= high, _out_of_bounds, op, name, value, low, high)
 
 
 def check_finite(op: str, name: str, value: object) -> None:

@@ -7,10 +7,11 @@ goes into the graph as an assertion for all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.utils import _pytree as pytree
 
 # sympy comes with torch.fx.experimental and takes a second to import, so whoever needs it imports it.
@@ -24,25 +25,25 @@ def saveable(cls: Result) -> Result:
     return cls
 
 
-def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
-    """Raises ValueError(message()) unless a condition on sizes holds."""
-    if torch.compiler.is_dynamo_compiling():
+def require(condition: bool | torch.SymBool, message: Callable[..., str], *args: Any) -> None:
+    """Raises ValueError(message(*args)) unless a condition on sizes holds."""
+    if is_dynamo_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
-        if torch.compiler.is_exporting():
+        if is_exporting():
             # With strict=True neither the example's sizes nor the graph can be reached; the kernels check again.
             return
         # torch.compile guards anyway, and a guard raises exactly what eager mode does.
         if guard_or_false(condition):
             return
         if not guard_or_true(condition):
-            raise ValueError(message())
+            raise ValueError(message(*args))
         torch._check(condition)  # it depends on data
     elif isinstance(condition, bool):
         if not condition:
-            raise ValueError(message())
+            raise ValueError(message(*args))
     else:
-        _require_symbolic(condition, message)
+        _require_symbolic(condition, lambda: message(*args))
 
 
 def _require_symbolic(condition: torch.SymBool, message: Callable[[], str]) -> None:
@@ -63,10 +64,10 @@ def _is_plain(size: int | torch.SymInt) -> bool:
     return isinstance(size, int) or size.node.expr.is_Symbol
 
 
-def require_same(first: Sequence[int], second: Sequence[int], message: Callable[[], str]) -> None:
+def require_same(first: tuple[int, ...], second: tuple[int, ...], message: Callable[[], str]) -> None:
     """Raises ValueError(message()) unless two sequences of sizes agree."""
-    if torch.compiler.is_dynamo_compiling() or torch.SymInt not in map(type, (*first, *second)):
-        if tuple(first) != tuple(second):
+    if is_dynamo_compiling() or not is_exporting():
+        if first != second:
             raise ValueError(message())
         return
     if len(first) != len(second):
@@ -100,7 +101,7 @@ def unguarded(function: Callable[..., Any], *args: Any) -> Any:
     Of every result torch asks whether a size is 1; for a size that was computed, such as n // 2, the answer would be a
     guard that keeps small ones out.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling() or not is_exporting():
         return function(*args)
     first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
     sizes = [n for n in first.shape if isinstance(n, torch.SymInt)]
