@@ -282,7 +282,7 @@ class LinearAttention(Case):
         if a.get("scale") is not None:
             q, self.slope_q = q * a["scale"], self.slope_q * a["scale"]
         v = _heads(p, a["v"])
-        ones = torch.ones_like(v.x[..., :1])
+        ones = v.x.new_ones(*v.x.shape[:-1], 1)
         v = Num(p, *(torch.cat([t, one], -1) for t, one in ((v.x, ones), (v.m, ones), (v.e, 0 * ones))))
         block = torch.arange(q.x.shape[2]) // a["block_size"]
         seen = (block.unsqueeze(1) >= block) | (not a["causal"])
@@ -312,14 +312,14 @@ class LinearAttention(Case):
 
     @staticmethod
     def _denominator(total: Num) -> Num:
-        return total.map(lambda t: t[..., -1:]) + total.precision.num(torch.tensor(1e-10))
+        return total.map(lambda t: t[..., -1:]) + total.precision.num(torch.tensor(1e-10, dtype=torch.float64))
 
     def gradients(self, cotangents, results):
         a = self.args
         q, k, v, weight, total, state, before, seen = self.forward
         p = q.precision
         grad = _heads(p, zeros_if_none(cotangents, "out", results["out"]))
-        last = p.num(torch.zeros_like(grad.x[..., :1]))
+        last = p.num(grad.x.new_zeros(*grad.x.shape[:-1], 1))
         if a["normalize"]:
             one = p.num(torch.ones_like(last.x))
             inverse = one / self._denominator(total)

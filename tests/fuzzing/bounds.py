@@ -17,7 +17,8 @@ values that repeat have roundings of one sign, for which square-root laws do not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,16 +27,34 @@ EXP = 4  # roundings in exp and log: theirs, and those of the factor log2(e) whe
 OWN = 2.0**-53  # the oracle's own unit
 
 
+_truncated: set[torch.dtype] = set()  # dtypes that are cut rather than rounded to
+
+
+@contextmanager
+def truncating(*dtypes: torch.dtype) -> Iterator[None]:
+    """Bounds for an arithmetic that cuts to these dtypes: twice a rounding. Triton's interpreter does, to bfloat16."""
+    _truncated.update(dtypes)
+    try:
+        yield
+    finally:
+        _truncated.clear()
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """The largest relative error of storing a number as `dtype`, and a hundredth more for products of errors."""
+    return 1.01 * torch.finfo(dtype).eps / (1 if dtype in _truncated else 2)
+
+
 class Precision:
     """Roundings of an op on tensors of one dtype: `unit` of its sums, `factor` of what it multiplies."""
 
     def __init__(self, dtype: torch.dtype):
-        sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-        self.unit = 1.01 * (sums.eps / 2 + OWN)  # the hundredth is for products of errors
-        self.vanishing = sums.tiny  # what is smaller may be flushed to zero
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        self.unit = unit_of(sums) + OWN
+        self.vanishing = torch.finfo(sums).tiny  # what is smaller may be flushed to zero
         half = dtype in (torch.bfloat16, torch.float16)
         info = torch.finfo(dtype)
-        self.factor = info.eps / 2 * 1.01 if half else 0.0
+        self.factor = unit_of(dtype) if half else 0.0
         self.factor_vanishing = info.smallest_normal * info.eps if half else 0.0
 
     def num(self, x: Tensor) -> Num:
@@ -113,9 +132,8 @@ class Num:
     def to(self, dtype: torch.dtype) -> Num:
         """Stored as `dtype`."""
         info = torch.finfo(dtype)
-        unit = info.eps / 2 if dtype != torch.float64 else info.eps
         vanishing = info.smallest_normal * (info.eps if dtype == torch.float16 else 1)
-        e = self.e + 1.01 * unit * (self.x.abs() + self.e) + vanishing
+        e = self.e + (unit_of(dtype) + OWN) * (self.x.abs() + self.e) + vanishing
         return Num(self.precision, self.x, self.m, torch.where(self.e == 0, torch.where(self.x == 0, 0.0, e), e))
 
 

@@ -45,7 +45,8 @@ class Gather(Case):
         must(out_dtype == wanted, f"out has dtype {out_dtype}, not {wanted}")
         rows = _taken(bank, index)
         if scale is None:
-            return {"out": exact(rows.to(bank.dtype).to(out_dtype))}
+            wider = torch.promote_types(bank.dtype, out_dtype) == out_dtype
+            return {"out": exact(rows) if wider else Precision(bank.dtype).num(rows).to(out_dtype)}
         p = Precision(torch.float32)
         factor = p.num(_taken(scale.unsqueeze(2), index))
         return {"out": (p.num(rows) * factor).to(out_dtype)}

@@ -16,7 +16,7 @@ from vidmem_kernels import _env, _extension
 from vidmem_kernels.testing import poisoned_memory
 
 from . import attention, gathering, merging  # noqa: F401  (register their generators)
-from .bounds import Num, worst
+from .bounds import Num, truncating, worst
 from .case import GENERATORS, Case, Wrong, must
 from .draw import Draw, describe
 
@@ -167,6 +167,7 @@ class _Trial:
             _capability(capability) if capability else nullcontext(),
             _threads(self.threads),
             poisoned_memory() if self.poisoned else nullcontext(),
+            truncating(torch.bfloat16) if backend == "triton" else nullcontext(),
         ):
             self._on("cpu" if capability else name, device)
         for tensor, before in self.memory:
