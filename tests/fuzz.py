@@ -23,19 +23,19 @@ from pathlib import Path
 
 HANGS = 30.0  # seconds after which a case hangs
 STARTS = 120.0  # and a worker that has not begun
-MANY = 20  # kinds of faults, after which a run ends
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, help="default: the time, told at the start")
     parser.add_argument("--case", type=int, help="run this case alone")
     parser.add_argument("--op", nargs="+", default=[], help="public functions; default all")
     parser.add_argument("--backend", nargs="+", default=[], help="default all that run here")
+    parser.add_argument("--faults", type=int, default=20, help="ends after so many kinds of them")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--from-case", type=int, help=argparse.SUPPRESS)  # a worker: the first of its cases
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def set_environment() -> None:
@@ -150,7 +150,7 @@ def hunt(options: argparse.Namespace) -> int:
 
     end = time.monotonic() + options.seconds
     try:
-        while time.monotonic() < end and len(told) < MANY:
+        while time.monotonic() < end and len(told) < options.faults:
             for key, _ in selector.select(timeout=0.5):
                 worker = key.data
                 lines = worker.lines()

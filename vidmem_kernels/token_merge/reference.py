@@ -244,7 +244,7 @@ def _sum_groups(x: Tensor, weight: Tensor | None, assignment: Tensor, rows: int)
         values = x[:, chunk].to(dtype)
         if weight is not None:
             values = values * weight[:, chunk].unsqueeze(2)
-        add_rows_(out, row[:, chunk].flatten(), values.reshape(-1, channels))
+        add_rows_(out, row[:, chunk].flatten(), values.flatten(0, 1))
     return out.view(batch, rows, channels)
 
 
