@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def work(options: argparse.Namespace) -> None:
     """A worker: says which case it begins, then what is wrong with it, a line of JSON each."""
     from fuzzing import run
 
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # of NumPy, where lanes are masked
     ops = check_names(options)
     number = options.from_case
     while True:
