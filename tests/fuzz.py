@@ -11,6 +11,7 @@ takes longer than half a minute, is a fault of the case that ran, and the others
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import selectors
@@ -62,7 +63,7 @@ def work(options: argparse.Namespace) -> None:
     """A worker: says which case it begins, then what is wrong with it, a line of JSON each."""
     from fuzzing import run
 
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # of NumPy, where lanes are masked
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's in Triton's interpreter, of lanes that are masked
     ops = check_names(options)
     number = options.from_case
     while True:
@@ -81,6 +82,8 @@ class Worker:
         self.options, self.next = options, first
         self.process: subprocess.Popen | None = None
         self.case: int | None = None
+        self.backend: str | None = None
+        self.ran = 0  # cases that some backend took
         self.start()
 
     def start(self) -> None:
@@ -106,9 +109,10 @@ class Worker:
         if "fault" in line:
             return line["fault"]
         if "on" in line:
+            self.ran += self.backend is None
             self.backend = line["on"]
             return None
-        self.case, self.backend, self.since = line["begin"], "no backend yet", time.monotonic()
+        self.case, self.backend, self.since = line["begin"], None, time.monotonic()
         self.next = self.case + self.options.workers
         return None
 
@@ -131,7 +135,6 @@ def hunt(options: argparse.Namespace) -> int:
     for worker in workers:
         selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
     told: set[tuple] = set()
-    cases = 0
 
     def tell(fault: Fault) -> None:
         if fault.kind not in told:
@@ -146,7 +149,7 @@ def hunt(options: argparse.Namespace) -> int:
         if how is None:
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             how = f"ended the process with {name}"
-        tell(lost(options.seed, worker.case, worker.backend, how))
+        tell(lost(options.seed, worker.case, worker.backend or "no backend yet", how))
         worker.start()
         selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
@@ -160,7 +163,6 @@ def hunt(options: argparse.Namespace) -> int:
                     again(worker, None)
                     continue
                 for line in lines:
-                    cases += "begin" in line
                     fault = worker.take(line)
                     if fault is not None:
                         tell(Fault(**fault))
@@ -170,6 +172,7 @@ def hunt(options: argparse.Namespace) -> int:
     finally:
         for worker in workers:
             worker.stop()
+    cases = sum(worker.ran for worker in workers)
     print(f"{cases} cases, seed {options.seed}: {len(told) or 'no'} fault{'s' if len(told) != 1 else ''}")
     return len(told)
 
@@ -184,6 +187,7 @@ def main() -> int:
     if options.case is not None:
         from fuzzing import run
 
+        faulthandler.enable()
         faults = run.run_case(options.seed, options.case, check_names(options), set(options.backend))
         print(
             *[f"FAULT {f}" for f in faults],

@@ -169,15 +169,18 @@ def cross_attention(draw: Draw) -> Case:
 
 
 def _add_window(draw: Draw, a: dict, batch: int, queries: int, keys: int) -> None:
-    """Times that are multiples of a quarter, so that the comparison at the border of a window is exact."""
+    """Times that are multiples of a quarter, so that a comparison at the border of a window is exact; some are NaN."""
+    late = 2**40 if draw.chance(0.1) else 0  # what float32 cannot tell apart
     for name, length in (("q_time", queries), ("k_time", keys)):
         shape = (batch, length) if draw.chance(0.5) else (length,)
         ticks = torch.randint(0, max(2, keys // draw.pick(1, 4)), shape, generator=draw.generator)
         if draw.chance(0.5):
             ticks = ticks.sort(-1).values
-        dtype = draw.pick(torch.int32, torch.int64, torch.float32, torch.float64)
+        dtype = draw.pick(torch.int64, torch.float64, *(() if late else (torch.int32, torch.float32)))
         ticks = ticks.to(dtype) / 4 if dtype.is_floating_point else ticks
-        a[name] = draw.layout(ticks.to(dtype))
+        if dtype.is_floating_point and draw.chance(0.1):
+            ticks = ticks.masked_fill(draw.mask(*shape, share=0.1), torch.nan)
+        a[name] = draw.layout((ticks + late).to(dtype))
     a["window"] = tuple(draw.pick(0, 1, 2.25, draw.between(0, max(1, keys // 2)), math.inf) for _ in range(2))
 
 
@@ -397,5 +400,5 @@ def linear_attention(draw: Draw) -> Case:
         a["state"] = vk.LinearAttentionState(S, z)
         wanted |= {"S": S, "z": z}
     if HAS_SCALE and draw.chance(0.4):
-        a["scale"] = draw.pick(1.0, 0.125, 3.0)
+        a["scale"] = draw.pick(1.0, 0.125, 3.0, 0.0, -0.5)
     return LinearAttention(a, wanted)
