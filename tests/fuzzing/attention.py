@@ -134,7 +134,8 @@ class CrossAttention(Case):
         unseen = ~self.visible().any(2).transpose(1, 2).unsqueeze(-1)  # (B, Lk, H, 1)
         if not unseen.any():
             return None
-        return {id(a[name]): a[name].masked_fill(unseen, 500.0) for name in ("k", "v")}
+        other = (500.0, math.nan, math.inf)[a["q"].shape[1] % 3]
+        return {id(a[name]): a[name].masked_fill(unseen, other) for name in ("k", "v")}
 
 
 @generator
