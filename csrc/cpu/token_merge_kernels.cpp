@@ -2,99 +2,17 @@
 // the bit for every instruction set, but for dot products, whose order of summation goes with the width of a vector.
 #include "cpu/token_merge_kernels.h"
 
-#include "cpu/convert_rows.h"
-#include "cpu/lanes.h"
-#include "cpu/prefetch.h"
+#include "cpu/merge_mean.h"
 #include "cpu/stream_rows.h"
 
 namespace vidmem {
 namespace {
 
-constexpr int kBatch = 4;             // rows that are added in one pass, their sum in registers
 constexpr int64_t kPiece = 512;       // channels of what is staged, so that it stays in the L1 cache
 constexpr int64_t kDotPiece = 2048;   // channels summed up before they join the rest
 constexpr int kDotVectors = 2;        // of a dot product in flight
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// --- groups ---
-
-template <class Index>
-struct Group {
-  const Index* order;
-  int64_t stride, count;
-  int64_t after;  // tokens that follow the group in `order`
-
-  int64_t operator[](int64_t k) const { return order[k * stride]; }
-};
-
-// The tokens of a row, after a check that they are what the rest of the plan says. All rows passing makes `order` a
-// permutation: ascending and equally assigned, no token can occur twice, and there are as many as tokens.
-template <class Index>
-inline bool find_group(const Groups& g, int64_t batch, int64_t row, Group<Index>& group) {
-  const Index* offsets = static_cast<const Index*>(g.offsets.data) + batch * g.offsets.batch_stride;
-  const int64_t first = offsets[row * g.offsets.stride], last = offsets[(row + 1) * g.offsets.stride];
-  if (first < 0 || last < first || last > g.tokens) return false;
-  if ((row == 0 && first != 0) || (row == g.rows - 1 && last != g.tokens)) return false;
-  const Index* order = static_cast<const Index*>(g.order.data) + batch * g.order.batch_stride;
-  group = {order + first * g.order.stride, g.order.stride, last - first, g.tokens - last};
-  const Index* assignment = static_cast<const Index*>(g.assignment.data) + batch * g.assignment.batch_stride;
-  int64_t before = -1;
-  for (int64_t k = 0; k < group.count; ++k) {
-    const int64_t token = group[k];
-    if (token <= before || token >= g.tokens || assignment[token * g.assignment.stride] != row) return false;
-    before = token;
-  }
-  return true;
-}
-
-// Calls work(batch, row, group) for the rows [begin, end) of the flattened (B, M); false once a group is not one.
-template <class Index, class Work>
-inline bool for_groups(const Groups& g, int64_t begin, int64_t end, const Work& work) {
-  int64_t batch = g.rows ? begin / g.rows : 0, row = begin - batch * g.rows;
-  for (int64_t i = begin; i < end; ++i) {
-    Group<Index> group;
-    if (!find_group(g, batch, row, group)) return false;
-    work(batch, row, group);
-    if (++row == g.rows) {
-      row = 0;
-      ++batch;
-    }
-  }
-  return true;
-}
-
-// Size of a token and of groups of them; 1 per token where no sizes are given.
-template <class S>
-struct Sizes {
-  const S* data;
-  int64_t stride;
-
-  Sizes(const Weights& w, int64_t batch)
-      : data(w.data ? static_cast<const S*>(w.data) + batch * w.batch_stride : nullptr), stride(w.stride) {}
-
-  S operator[](int64_t token) const { return data ? data[token * stride] : S(1); }
-
-  template <class Index>
-  S total(const Group<Index>& group) const {
-    if (!data) return static_cast<S>(group.count);
-    S sum = 0;
-    for (int64_t k = 0; k < group.count; ++k) sum += data[group[k] * stride];
-    return sum;
-  }
-
-  S share(int64_t token, S total) const { return total == 0 ? S(0) : (*this)[token] / total; }
-};
-
 // --- rows ---
-
-// The processor foresees no jump to another row: this much of one that comes later is asked for.
-constexpr int64_t kAheadBytes = 2048;
-
-template <class T>
-inline void prefetch_row(const T* in, int64_t channels) {
-  prefetch(in, smaller(kAheadBytes, channels * sizeof(T)));
-}
 
 // out = start + rows[0] + rows[1] ..., from left to right; start may be null.
 template <int K, class T, class S, class Out>
@@ -130,121 +48,6 @@ inline void add_rows(int count, const T* const* in, const S* start, Out* out, in
 template <class Run>
 inline auto with_flag(bool flag, const Run& run) {
   return flag ? run(std::true_type{}) : run(std::false_type{});
-}
-
-// Division by the size of a group; by a power of two, as that of every pair is, it is exact as a product too.
-template <class S>
-struct Divisor {
-  S total, inverse;
-  bool is_power;
-
-  explicit Divisor(S by) : total(by), inverse(1 / by), is_power(false) {
-    constexpr S least = sizeof(S) == 4 ? S(0x1p-126) : S(0x1p-1022), most = sizeof(S) == 4 ? S(0x1p126) : S(0x1p1022);
-    if (!(by >= least && by <= most)) return;
-    if constexpr (sizeof(S) == 4) {
-      is_power = (float_to_bits(by) & 0x7fffff) == 0;
-    } else {
-      uint64_t bits;
-      memcpy(&bits, &by, sizeof bits);
-      is_power = (bits & 0xfffffffffffff) == 0;
-    }
-  }
-};
-
-// sums = start + (origin - rows[0]) * weight[0] + ..., from left to right, where start may be null. With kLast: out =
-// origin - sums / total instead, and returns whether all of it is surely finite: their sum is.
-template <int K, bool kSized, bool kLast, bool kPower, class T, class S, class Out>
-inline bool add_deviations(const T* origin, const T* const* in, const S* weights, const S* start, const Divisor<S>& by,
-                           Out* out, int64_t channels) {
-  using Vector = typename Lanes<S>::type;
-  constexpr int lanes = Lanes<S>::count;
-  const T* rows[K];
-  S weight[K];
-  for (int k = 0; k < K; ++k) {
-    rows[k] = in[k];
-    weight[k] = kSized ? weights[k] : S(1);
-  }
-  Vector rests{};
-  int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) {
-    const Vector from = load(origin + c);
-    Vector sum = start ? load(start + c) : Vector{};
-    for (int k = 0; k < K; ++k) {
-      const Vector by_row = from - load(rows[k] + c);
-      sum += kSized ? by_row * weight[k] : by_row;
-    }
-    if (kLast) {
-      sum = from - (kPower ? sum * by.inverse : sum / by.total);
-      rests += sum;
-      store_number(sum, out + c);  // a NaN is written anew
-      continue;
-    }
-    store(sum, out + c);
-  }
-  S rest = 0;
-  for (; c < channels; ++c) {
-    const S from = widen(origin[c]);
-    S sum = start ? start[c] : S(0);
-    for (int k = 0; k < K; ++k) {
-      const S by_row = from - widen(rows[k][c]);
-      sum += kSized ? by_row * weight[k] : by_row;
-    }
-    if (kLast) {
-      sum = from - (kPower ? sum * by.inverse : sum / by.total);
-      rest += sum;
-    }
-    narrow(sum, out[c]);
-  }
-  rest += sum_lanes(rests);
-  return rest - rest == 0;
-}
-
-template <bool kSized, bool kLast, bool kPower, class T, class S, class Out>
-inline bool add_deviations(int count, const T* origin, const T* const* in, const S* weights, const S* start,
-                           const Divisor<S>& by, Out* out, int64_t channels) {
-  switch (count) {
-    case 1: return add_deviations<1, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
-    case 2: return add_deviations<2, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
-    case 3: return add_deviations<3, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
-    default: return add_deviations<kBatch, kSized, kLast, kPower>(origin, in, weights, start, by, out, channels);
-  }
-}
-
-// A power of two that brings sizes of a total below 1 to one of about 1, so that no product with them vanishes.
-inline float scale_up(float total) {
-  return total < 1 ? bits_to_float((254 - (float_to_bits(total) >> 23)) << 23) : 1;
-}
-inline double scale_up(double total) {
-  uint64_t bits;
-  memcpy(&bits, &total, sizeof bits);
-  bits = (2046 - (bits >> 52)) << 52;
-  double power;
-  memcpy(&power, &bits, sizeof power);
-  return total < 1 ? power : 1;
-}
-
-inline float largest_of(float) { return 0x1.fffffep127f; }
-inline double largest_of(double) { return 0x1.fffffffffffffp1023; }
-
-// One channel of a mean as the reference has it, where deviations may overflow.
-template <class S, class T, class Index>
-S mean_at(const T* src, int64_t row_stride, const Group<Index>& group, const Sizes<S>& size, int64_t origin, S total) {
-  const S from = widen(src[origin * row_stride]);
-  const S up = scale_up(total);
-  S sum = 0, half = 0;
-  for (int64_t k = 0; k < group.count; ++k) {
-    const S weight = size[group[k]], value = widen(src[group[k] * row_stride]);
-    if (weight == 0) continue;
-    sum += (from - value) * (weight * up);
-    const S share = size.share(group[k], total) * S(0.5);
-    half += share == 0 && value - value != 0 ? value : value * share;  // infinity, whatever the share rounds to
-  }
-  const S mean = from - sum / (total * up);
-  if (mean - mean == 0) return mean;
-  const S most = largest_of(half);
-  const S doubled = half * 2;
-  if (half - half != 0) return doubled;  // infinity or NaN
-  return doubled > most ? most : doubled < -most ? -most : doubled;
 }
 
 // Work on the tokens of a group: what all kinds of sums of rows share. Of rows with a stride of channels other than 1
@@ -330,10 +133,9 @@ bool merge(const MergeRows& args, int64_t begin, int64_t end) {
       others -= own == 0;
       for (int64_t k = 1; k < group.count; ++k) {
         const S weight = size[group[k]];
-        if (weight > own) {
-          own = weight;
-          origin = k;
-        }
+        const bool is_larger = weight > own;  // no branch, which would be foreseen half of the time
+        own = is_larger ? weight : own;
+        origin = is_larger ? k : origin;
         others -= weight == 0;
       }
     }
@@ -361,9 +163,9 @@ bool merge(const MergeRows& args, int64_t begin, int64_t end) {
         S weights[kBatch] = {};
         for (; k < group.count && count < kBatch; ++k) {
           const S weight = size[group[k]];
-          if (k == origin || weight == 0) continue;
           rows[count] = piece_of(src + group[k] * x.row_stride, x.channel_stride, first, width, stage[count]);
-          weights[count++] = weight * up;
+          weights[count] = weight * up;
+          count += (k != origin) & (weight != 0);
         }
         const S* start = done ? sums : nullptr;
         done += count;

@@ -221,8 +221,9 @@ def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend:
 def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int, backend: str | None = None) -> Tensor:
     """Finds the blocks of keys that each block of queries wants most: the `block_index` of `cross_attention`.
 
-    A block of queries and a block of keys are averaged in float32 and score the dot product of their means. The
-    scores of all pairs are never held at once.
+    A block of queries and a block of keys are averaged in float32 and score the dot product of their means (float64
+    for float64). A sum or score beyond the largest number is infinite, and infinite scores tie. The scores of all pairs
+    are never held at once.
 
     Args:
         q: (B, Lq, H, D) float queries.

@@ -13,20 +13,14 @@ from torch import Tensor
 
 from .._numerics import accumulate_dtype
 from .._triton_tiles import tile_of
+from .triton_means import add_deviations, add_tokens, load_origins, mean_of, negative_zero
 
 # Elements of a tile, at 4 warps: one row of many channels. Tokens that are loaded at once: most groups are pairs.
 _TILE = 1024
 _PAIR, _RUN = 2, 4
 # Groups of more tokens are summed by several programs: of a still clip, all tokens may be one group.
 _WINDOW = 128
-_SIGN_BIT = tl.constexpr(-(2**31))
 _LARGEST = torch.finfo(torch.float32).max
-
-
-@triton.jit
-def _negative_zero():
-    """What adding changes nothing about, not even the sign of 0. Triton 3.6 makes the literal -0.0 a 0."""
-    return tl.full([], _SIGN_BIT, tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -138,104 +132,6 @@ def group_totals(
 
 
 @triton.jit
-def _load_member(x, order, k, end, c, N, C, x_stride_n, x_stride_c, order_stride_n):
-    """The token at place `k` of `order`: its number, row of x, whether it is of the group, and whether it exists."""
-    member = k < end
-    n = tl.load(order + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
-    valid = member & (n >= 0) & (n < N)
-    where = x + n[:, None] * x_stride_n + c[None, :] * x_stride_c
-    return n, tl.load(where, valid[:, None] & (c < C)[None, :], other=0), member, valid
-
-
-@triton.jit
-def _add_tokens(result, x, order, begin, end, c, N, C, x_stride_n, x_stride_c, order_stride_n, UNROLL: tl.constexpr):
-    """Adds the tokens of groups to the rows of `result`, in order."""
-    for first in range(0, tl.max(end - begin, axis=0), UNROLL):
-        for step in tl.static_range(UNROLL):
-            k = begin + first + step
-            _, value, member, valid = _load_member(x, order, k, end, c, N, C, x_stride_n, x_stride_c, order_stride_n)
-            # So that the sum of one token is that token to the bit.
-            nothing = tl.where(member, float("nan"), _negative_zero())
-            result += tl.where(valid[:, None], value.to(result.dtype), nothing[:, None])
-    return result
-
-
-@triton.jit
-def _scale_up(whole):
-    """A power of two that brings sizes of a total below 1 to one of about 1, so that no product with them vanishes."""
-    exponent = whole.to(tl.int32, bitcast=True) >> 23
-    power = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return tl.where(whole < 1, power, 1.0)
-
-
-@triton.jit
-def _add_deviations(
-    result,
-    halves,
-    from_row,
-    x,
-    size,
-    whole,
-    order,
-    begin,
-    end,
-    c,
-    N,
-    C,
-    x_stride_n,
-    x_stride_c,
-    size_stride_n,
-    order_stride_n,
-    UNROLL: tl.constexpr,
-):
-    """Adds up, in order, how far the tokens of groups lie from `from_row`, times their sizes; and half their shares.
-
-    The latter stand in where the former overflow. A token of size 0 adds nothing to either, whatever it holds.
-    """
-    divisor = tl.where(whole == 0, 1.0, whole)
-    up = _scale_up(whole)
-    for first in range(0, tl.max(end - begin, axis=0), UNROLL):
-        for step in tl.static_range(UNROLL):
-            k = begin + first + step
-            n, value, member, valid = _load_member(x, order, k, end, c, N, C, x_stride_n, x_stride_c, order_stride_n)
-            weight = tl.full(whole.shape, 1.0, dtype=tl.float32)
-            if size is not None:
-                weight = tl.load(size + n * size_stride_n, valid, other=0)
-            value = value.to(tl.float32)
-            share = tl.div_rn(weight, divisor) * 0.5
-            counts = (valid & (weight != 0))[:, None]
-            nothing = tl.where(member & ~valid, float("nan"), 0.0)[:, None]
-            result += tl.where(counts, (from_row - value) * (weight * up)[:, None], nothing)
-            # Infinity counts even where the share is 0 by rounding.
-            is_lost = (share == 0)[:, None] & ~(tl.abs(value) < float("inf"))
-            halves += tl.where(counts, tl.where(is_lost, value, value * share[:, None]), nothing)
-    return result, halves
-
-
-@triton.jit
-def _load_origins(x, origin, row, wanted, c, N, C, x_stride_n, x_stride_c):
-    """Rows of x that groups measure from."""
-    n = tl.load(origin + row, wanted, other=0).to(tl.int64)
-    known = wanted & (n >= 0) & (n < N)
-    return tl.load(x + n[:, None] * x_stride_n + c[None, :] * x_stride_c, known[:, None] & (c < C)[None, :], other=0)
-
-
-@triton.jit
-def _mean_of(result, halves, origin_row, whole, is_alone, LARGEST: tl.constexpr):
-    """The mean, in the dtype of the tokens; see the reference."""
-    whole = whole[:, None]
-    divisor = tl.broadcast_to(tl.where(whole == 0, 1.0, whole * _scale_up(whole)), result.shape)
-    mean = origin_row.to(tl.float32) - tl.div_rn(result, divisor)
-    doubled = halves * 2
-    bounded = tl.minimum(tl.maximum(doubled, -LARGEST), LARGEST)
-    shares = tl.where(tl.abs(halves) < float("inf"), bounded, doubled)
-    mean = tl.where(tl.abs(mean) < float("inf"), mean, shares)
-    mean = tl.where(whole == 0, 0.0, mean).to(origin_row.dtype)
-    # The bits of a NaN too.
-    return tl.where(is_alone[:, None] & (whole > 0), origin_row, mean)
-
-
-@triton.jit
 def _group_at(place, assignment, order, offsets, assignment_stride_n, order_stride_n, offsets_stride_n, N, M):
     """Row, begin and end of the group that holds a place of `order`, and whether the plan is consistent there."""
     n = tl.load(order + place * order_stride_n).to(tl.int64)
@@ -301,7 +197,7 @@ def _sum_windows_kernel(
         wanted = known & (end - begin > WINDOW)
         if slot == 1:
             wanted &= begin > low
-        nothing = tl.where(known, _negative_zero(), float("nan"))  # the reader must not trust what contradicts itself
+        nothing = tl.where(known, negative_zero(), float("nan"))  # the reader must not trust what contradicts itself
         result = tl.broadcast_to(nothing[:, None], [1, BLOCK_C]).to(partial.dtype.element_ty)
         first_place = tl.maximum(begin, low)
         end_place = tl.where(wanted, tl.minimum(end, high), 0)
@@ -310,8 +206,8 @@ def _sum_windows_kernel(
         target = partial + ((batch * windows + window) * 2 + slot) * C + c[None, :]
         target += tl.zeros([1, BLOCK_C], dtype=tl.int64)
         if total is not None:
-            from_row = _load_origins(source, origin + batch * M, row, wanted, c, N, C, x_stride_n, x_stride_c)
-            result, halves = _add_deviations(
+            from_row = load_origins(source, origin + batch * M, row, wanted, c, N, C, x_stride_n, x_stride_c)
+            result, halves = add_deviations(
                 result + 0.0,
                 result + 0.0,
                 from_row.to(tl.float32),
@@ -332,7 +228,7 @@ def _sum_windows_kernel(
             )
             tl.store(target + tl.num_programs(0).to(tl.int64) * 2 * C, halves, mask)
         else:
-            result = _add_tokens(
+            result = add_tokens(
                 result, source, order, first_place, end_place, c, N, C, x_stride_n, x_stride_c, order_stride_n, UNROLL
             )
         tl.store(target, result, mask)
@@ -400,8 +296,8 @@ def _join_windows_kernel(
                 halves += tl.load(where + part + i * 2 * C, mask, other=0)
     if total is not None:
         source = x + batch * x_stride_b
-        from_row = _load_origins(source, origin + batch * M, row, wanted, c, N, C, x_stride_n, x_stride_c)
-        result = _mean_of(result, halves, from_row, tl.load(total + batch * M + row, wanted, other=0), ~known, LARGEST)
+        from_row = load_origins(source, origin + batch * M, row, wanted, c, N, C, x_stride_n, x_stride_c)
+        result = mean_of(result, halves, from_row, tl.load(total + batch * M + row, wanted, other=0), ~known, LARGEST)
     target = out + (batch * M + row[:, None]) * C + c[None, :]
     tl.store(target, result.to(out.dtype.element_ty), wanted[:, None] & in_c)
 
@@ -440,15 +336,15 @@ def _sum_groups_kernel(
     sum_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     # Longer groups are left to `_join_windows_kernel`, or stay NaN where the plan contradicts itself.
     in_range = in_range & (end - begin <= WINDOW)
-    nothing = tl.where(in_range, tl.where(begin < end, _negative_zero(), 0.0), float("nan"))
+    nothing = tl.where(in_range, tl.where(begin < end, negative_zero(), 0.0), float("nan"))
     result = tl.broadcast_to(nothing[:, None], [BLOCK_M, BLOCK_C]).to(sum_dtype)
     end = tl.where(in_range, end, begin)
     source = x + batch * x_stride_b
     order += batch * order_stride_b
     if total is not None:
         whole = tl.load(total + batch * M + row, row < M, other=0)
-        from_row = _load_origins(source, origin + batch * M, row, row < M, c, N, C, x_stride_n, x_stride_c)
-        result, halves = _add_deviations(
+        from_row = load_origins(source, origin + batch * M, row, row < M, c, N, C, x_stride_n, x_stride_c)
+        result, halves = add_deviations(
             result + 0.0,
             result + 0.0,
             from_row.to(tl.float32),
@@ -467,9 +363,9 @@ def _sum_groups_kernel(
             order_stride_n,
             UNROLL,
         )
-        result = _mean_of(result, halves, from_row, whole, in_range & (end - begin == 1), LARGEST)
+        result = mean_of(result, halves, from_row, whole, in_range & (end - begin == 1), LARGEST)
     else:
-        result = _add_tokens(result, source, order, begin, end, c, N, C, x_stride_n, x_stride_c, order_stride_n, UNROLL)
+        result = add_tokens(result, source, order, begin, end, c, N, C, x_stride_n, x_stride_c, order_stride_n, UNROLL)
     target = out + (batch * M + row[:, None]) * C + c[None, :]
     tl.store(target, result.to(out.dtype.element_ty), (row < M)[:, None] & (c < C)[None, :])
 
