@@ -43,7 +43,7 @@ def _call_uncompiled(name: str, args: tuple[Any, ...], backend: str) -> Any:
 @_transforms.when_traced
 def _keep_whole(name: str) -> None:
     """Makes torch.compile take a composition as one node of its graph, whose operations AOTAutograd then traces."""
-    torch.compiler.allow_in_graph(OPS[name].composition)
+    torch.compiler.allow_in_graph(OPS[name].differentiable)
 
 
 def _call_differentiated(name: str, args: tuple[Any, ...], backend: str) -> Any:
@@ -60,7 +60,7 @@ def _call_differentiated(name: str, args: tuple[Any, ...], backend: str) -> Any:
         return op.overload(*args, backend)
     if torch.compiler.is_compiling():
         _keep_whole(name)
-        return op.composition(*args)
+        return op.differentiable(*args)
     if _dispatch.is_recording():
-        _dispatch.record_composition(op, op.device(args))
-    return _transforms.uncompiled(op.composition)(*args)
+        _dispatch.record_differentiated(op, op.device(args))
+    return _transforms.uncompiled(op.differentiable)(*args)

@@ -253,7 +253,7 @@ def is_recording() -> bool:
     return getattr(_local, "recorder", None) is not None
 
 
-def record_composition(op: Op, device: torch.device) -> None:
+def record_differentiated(op: Op, device: torch.device) -> None:
     """Tells a call of `explain` that an op runs its reference because a transform takes its derivative."""
     why = "has no derivative under torch.func or in forward mode"
     refused = {backend: why for backend in LADDERS.get(device.type, ()) if backend != "reference"}

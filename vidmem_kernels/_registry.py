@@ -49,16 +49,14 @@ class Op:
 
     def __post_init__(self) -> None:
         self.overload: torch._ops.OpOverload = getattr(torch.ops.vidmem, self.name).default
-        self.has_lists = any(
-            "Tensor[]" in str(a.type) or "List[Tensor]" in str(a.type) for a in self.overload._schema.arguments
-        )
+        self.has_lists = any("List[Tensor]" in str(a.type) for a in self.overload._schema.arguments)
         self.function = _autograd.make_function(self)
         self.registry = OPS
         self.remembered: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
-        self.composition = self._composition()
+        self.differentiable = self._differentiable()
 
-    def _composition(self) -> Callable[..., Any]:
-        def composition(*args):
+    def _differentiable(self) -> Callable[..., Any]:
+        def differentiable(*args):
             """The reference with the op's autocast: what transforms differentiate."""
             device = self.device(args)
             if self.autocast and torch.is_autocast_enabled(device.type):
@@ -66,7 +64,7 @@ class Op:
             with torch._C._DisableAutocast():
                 return self.run_reference(*args)
 
-        return composition
+        return differentiable
 
     def cast(self, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
         """The arguments as autocast to `dtype` wants them: float64 stays, as in torch's own autocast."""

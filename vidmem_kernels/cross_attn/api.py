@@ -17,7 +17,7 @@ from .._transforms import depth
 from .symbolic import any_open, attend
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
-_UNBOUNDED = torch.finfo(torch.float32).max  # beyond all times, in either dtype that they are compared in
+_UNBOUNDED = torch.finfo(torch.float32).max  # stands for infinity beside finite times
 
 
 def _is_number(value: object) -> bool:
