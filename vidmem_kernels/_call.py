@@ -42,7 +42,7 @@ def _call_uncompiled(name: str, args: tuple[Any, ...], backend: str) -> Any:
 
 @_transforms.when_traced
 def _keep_whole(name: str) -> None:
-    """Makes torch.compile take a composition as one node of its graph, whose operations AOTAutograd then traces."""
+    """Makes torch.compile take the reference as one node of its graph, whose operations AOTAutograd then traces."""
     torch.compiler.allow_in_graph(OPS[name].differentiable)
 
 
