@@ -109,7 +109,7 @@ def fast(function: F) -> F:
         if _compiling() or not _is_plain():
             return function(*args, **kwargs)
         tensors: list[Tensor] = []
-        key = _key((*args, *kwargs, *kwargs.values()), tensors)
+        key = _key((len(args), *args, *kwargs, *kwargs.values()), tensors)
         run = remembered.get(key, _UNKNOWN)
         if run is None or key is None:
             return function(*args, **kwargs)
