@@ -1,5 +1,6 @@
 """A call that was made before goes past the dispatcher: same results, and whatever decides how it is served is seen."""
 
+import itertools
 import threading
 
 import pytest
@@ -222,6 +223,33 @@ def test_numbers_are_told_apart_by_type():
         vk.select_tokens(x, True)
     with pytest.raises(TypeError, match="keep must be an int, got float"):
         vk.select_tokens(x, 1.0)
+
+
+def aliased():
+    """Calls with several tensors of the same kind: any of them may be one object."""
+
+    def states(a, b, c):
+        return vk.merge_attention_states([a, b, c], [t.mean(3).mT for t in (a, b, c)])[0]
+
+    return {
+        "cross_attention": lambda a, b, c: vk.cross_attention(a, b, c),
+        "linear_attention": lambda a, b, c: vk.linear_attention(a, b, c),
+        "topk_blocks": lambda a, b, c: vk.topk_blocks(a, b, block_size=(2, 2), topk=2),
+        "merge_attention_states": states,
+        "select_tokens": lambda a, b, c: vk.select_tokens(a[:, :, 0], 3, score=b[:, :, 0, 0]).index,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["aaa", "aab", "aba", "abb", "abc"], 3)))
+@pytest.mark.parametrize("name", sorted(aliased()))
+def test_tensors_that_are_one_object(name, order):
+    """What was remembered of a call whose tensors are one object serves no call whose tensors differ, and back."""
+    call, tensors = aliased()[name], {n: torch.randn(2, 6, 2, 8) for n in "abc"}
+    for pattern in (*order, *order):
+        args = [tensors[n] for n in pattern]
+        with Seen():  # through the dispatcher
+            expected = call(*args)
+        torch.testing.assert_close(call(*args), expected)
 
 
 def test_errors_come_again(hits):

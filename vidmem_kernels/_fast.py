@@ -94,9 +94,14 @@ def _describe(values: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> b
 def _key(values: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...] | None:
     key = _surroundings()
     try:
-        return tuple(key) if _describe(values, key, tensors) else None
+        if not _describe(values, key, tensors):
+            return None
     except RuntimeError:  # sparse and nested tensors have no strides
         return None
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    if len(places) < len(tensors):  # which of them are one: an entry tells its tensors apart by identity
+        key += [places[id(tensor)] for tensor in tensors]
+    return tuple(key)
 
 
 def fast(function: F) -> F:
