@@ -423,6 +423,63 @@ def test_vmap_keeps_the_kernel(monkeypatch):
     assert seen == ["reference"]
 
 
+def mappable():
+    """Calls with all their tensors as arguments, three of each along the first axis."""
+    r, times = torch.randn, torch.rand(3, 6) * 5
+    x, q, lse, index = r(3, 2, 6, 4), r(3, 2, 6, 2, 8), r(3, 2, 2, 6), torch.randint(-1, 6, (3, 2, 5))
+    rows = vk.quantize_rows(x)
+    plans = vk.MergePlan(*map(torch.stack, zip(*[vk.match_tokens(t, 2) for t in x], strict=True)))
+    S, z = torch.rand(3, 2, 2, 8, 8), torch.rand(3, 2, 2, 8)
+
+    def window(q, k, a, b):
+        return vk.cross_attention(q, k, k, q_time=a, k_time=b, window=(1, 1), num_sinks=1, return_lse=True)
+
+    def blocks(q, b, i):
+        return vk.cross_attention(q, q, q, key_bias=b, block_index=i, block_size=(2, 2))
+
+    def state(q, k, S, z):
+        return vk.linear_attention(q, k, q, state=vk.LinearAttentionState(S, z), return_state=True, scale=0.5)
+
+    return {
+        "gather_tokens": (vk.gather_tokens, [x, index]),
+        "gather_tokens, one bank": (vk.gather_tokens, [x[:, :1], index]),
+        "gather_tokens, int8": (lambda r, s, i: vk.gather_tokens(r, i, scale=s), [*rows, index]),
+        "scatter_add_tokens": (lambda s, i: vk.scatter_add_tokens(s, i, 7), [x[:, :, :5], index]),
+        "quantize_rows": (vk.quantize_rows, [x]),
+        "quantize_rows, 2-D": (vk.quantize_rows, [x[:, 0]]),
+        "quantize_rows, 4-D": (vk.quantize_rows, [q]),
+        "select_tokens": (lambda x, s: vk.select_tokens(x, 3, score=s), [x, r(3, 2, 6)]),
+        "topk_blocks": (lambda q, k: vk.topk_blocks(q, k, block_size=(2, 2), topk=2), [q, q + r(3, 1, 1, 1, 1)]),
+        "match_tokens": (lambda x: vk.match_tokens(x, 2), [x]),
+        "match_neighbors": (lambda x: vk.match_neighbors(x, 2, grid=(1, 2, 3)), [x]),
+        "merge_tokens": (vk.merge_tokens, [x, plans, torch.rand(3, 2, 6)]),
+        "unmerge_tokens": (vk.unmerge_tokens, [x[:, :, :4], plans]),
+        "from_assignment": (lambda a: vk.MergePlan.from_assignment(a, 4), [torch.randint(0, 4, (3, 2, 6))]),
+        "linear_attention": (state, [q, q + 1, S, z]),
+        "cross_attention, window": (window, [q, q + 1, times, times.flip(1)]),
+        "cross_attention, times of a batch": (window, [q, q + 1, times[:, None].expand(3, 2, 6), times]),
+        "cross_attention, blocks": (blocks, [q, r(3, 2, 6), torch.randint(-1, 3, (3, 2, 1, 3, 2))]),
+        "merge_attention_states": (lambda a, b, c, d: vk.merge_attention_states([a, b], [c, d]), [q, -q, lse, -lse]),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(mappable()))
+def test_vmap_of_some_arguments(name):
+    """vmap over any of the arguments is a loop over them."""
+    call, tensors = mappable()[name]
+    for which in range(1, 2 ** len(tensors)):
+        dims = tuple(0 if which >> i & 1 else None for i in range(len(tensors)))
+
+        def take(i, dims=dims):
+            places = [i if dim == 0 else 0 for dim in dims]
+            return [pytree.tree_map(lambda u, p=p: u[p], t) for t, p in zip(tensors, places, strict=True)]
+
+        args = [t if dim == 0 else shared for t, dim, shared in zip(tensors, dims, take(0), strict=True)]
+        found = pytree.tree_leaves(vmap(call, in_dims=dims)(*args))
+        for i, part in enumerate(zip(*[pytree.tree_leaves(call(*take(i))) for i in range(3)], strict=True)):
+            torch.testing.assert_close(found[i], torch.stack(part), equal_nan=True)
+
+
 def test_size_that_depends_on_values():
     x = torch.randn(2, 1, 6, 4)
     with pytest.raises(RuntimeError, match="match_neighbors: the number of rows depends on the values"):
