@@ -59,23 +59,24 @@ __device__ void for_row(const RowNorms<T>& a, const T* row, int lane, const Add&
   }
 }
 
-// A warp takes one row. Rows whose squares overflow or vanish are read again, once for their largest value.
+// A warp takes one row. Rows whose squares overflow or vanish are read again, once for their largest value; one element
+// at a time, which takes fewer registers. With 4 blocks a multiprocessor asked for, none spills.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads) row_norms_kernel(RowNorms<T> a) {
+__global__ void __launch_bounds__(kThreads, 4) row_norms_kernel(RowNorms<T> a) {
   using Norm = typename Accumulate<T>::type;
   using L = FloatBits<Norm>;
   const int lane = threadIdx.x % 32;
   const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
   for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < a.batches * a.rows; i += warps) {
-    const T* row = a.x + i / a.rows * a.batch_stride + i % a.rows * a.row_stride;
+    const int64_t batch = i / a.rows;
+    const T* row = a.x + batch * a.batch_stride + (i - batch * a.rows) * a.row_stride;
     Norm total = 0;
-    int power = 0;
     for_row<T, kVector>(a, row, lane, [&](Norm value) { total += value * value; });
     for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
     if (!(total >= L::least && total - total == 0)) {  // the same in all lanes
       typename L::Int peak = 0;  // bits of magnitudes order as they do, NaN above infinity
       const typename L::Int sign = typename L::Int(1) << (8 * sizeof(Norm) - 1);
-      for_row<T, kVector>(a, row, lane, [&](Norm value) {
+      for_row<T, 1>(a, row, lane, [&](Norm value) {
         const typename L::Int bits = L::bits(value) & ~sign;
         peak = bits > peak ? bits : peak;
       });
@@ -84,16 +85,18 @@ __global__ void __launch_bounds__(kThreads) row_norms_kernel(RowNorms<T> a) {
         peak = other > peak ? other : peak;
       }
       const int exponent = peak >> L::mantissa > 0 ? static_cast<int>(peak >> L::mantissa) : 1;
-      total = L::from(peak);  // 0, infinity or NaN, unless
+      Norm score = peak == 0 ? Norm(-1) : L::from(peak);  // of zeros; infinity or NaN
       if (peak > 0 && exponent <= 2 * L::bias) {
-        power = exponent - (L::bias + 1);
         const Norm factor = L::from(typename L::Int(2 * L::bias + 1 - exponent) << L::mantissa);
         total = 0;
-        for_row<T, kVector>(a, row, lane, [&](Norm value) { total += (value * factor) * (value * factor); });
+        for_row<T, 1>(a, row, lane, [&](Norm value) { total += (value * factor) * (value * factor); });
         for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+        score = score_of<Norm>(root(total), exponent - (L::bias + 1));
       }
+      if (lane == 0) a.norms[i] = score;
+    } else if (lane == 0) {
+      a.norms[i] = score_of<Norm>(root(total), 0);
     }
-    if (lane == 0) a.norms[i] = score_of<Norm>(root(total), power);
   }
 }
 

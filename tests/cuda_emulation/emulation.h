@@ -14,7 +14,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Dim { unsigned x; };
 inline Dim threadIdx, blockIdx, gridDim, blockDim;

@@ -72,8 +72,8 @@ def add_deviations(
 
     The latter stand in where the former overflow. A token of size 0 adds nothing to either, whatever it holds.
     """
-    divisor = tl.where(whole == 0, 1.0, whole)
     up = _scale_up(whole)
+    half = tl.div_rn(tl.full(whole.shape, 0.5, tl.float32), tl.where(whole == 0, 1.0, whole * up))
     for first in range(0, tl.max(end - begin, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             k = begin + first + step
@@ -82,10 +82,11 @@ def add_deviations(
             if size is not None:
                 weight = tl.load(size + n * size_stride_n, valid, other=0)
             value = value.to(tl.float32)
-            share = tl.div_rn(weight, divisor) * 0.5
             counts = (valid & (weight != 0))[:, None]
+            weight = weight * up
+            share = weight * half  # no division here, whose subroutine would have all registers saved
             nothing = tl.where(member & ~valid, float("nan"), 0.0)[:, None]
-            result += tl.where(counts, (from_row - value) * (weight * up)[:, None], nothing)
+            result += tl.where(counts, (from_row - value) * weight[:, None], nothing)
             # Infinity counts even where the share is 0 by rounding.
             is_lost = (share == 0)[:, None] & ~(tl.abs(value) < float("inf"))
             halves += tl.where(counts, tl.where(is_lost, value, value * share[:, None]), nothing)
