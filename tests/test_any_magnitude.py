@@ -43,6 +43,7 @@ def log_norms(x):
     return torch.linalg.vector_norm(unit, dim=2).log2() + peak.log2()
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 40, 700])
 def test_the_largest_norms_are_selected(dtype, channels, backend):
@@ -59,6 +60,7 @@ def test_the_largest_norms_are_selected(dtype, channels, backend):
         assert torch.where(left.amax(1) == -INF, True, taken.amin(1) >= left.amax(1) - slack).all()
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinity_comes_first_and_nan_last(dtype, backend):
     top = torch.finfo(dtype).max
@@ -71,6 +73,7 @@ def test_infinity_comes_first_and_nan_last(dtype, backend):
         assert vk.select_tokens(x, keep, backend=backend).index.tolist() == [sorted(by_norm[:keep])]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_similarity_is_that_of_directions(dtype, backend):
     """Scaled rows match as the rows do."""
@@ -91,6 +94,7 @@ def test_similarity_is_that_of_directions(dtype, backend):
             assert all(map(torch.equal, expected, found))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("rows", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_come_back_within_the_bound(dtype, rows, backend):

@@ -139,6 +139,7 @@ def assert_same_where(a, b, reached, what):
     assert torch.equal(a[left], b[left]), what
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_hidden_content_touches_nothing(seed, backend):
     draw = Draw(seed)
@@ -176,6 +177,7 @@ def pair_by_pair(draw):
     return out.transpose(1, 2), largest[..., 0] + total.log()
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_visible_content_has_its_effect(seed, backend):
     draw = Draw(1000 + seed, (40, 60))

@@ -75,6 +75,7 @@ def drawn_sizes(draw, count, dtype):
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 9, 13, 49, 150]  # the last: several pieces of Triton's sums
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sized", [False, True])
 def test_equal_tokens_merge_to_themselves(merge, dtype, sized):
@@ -91,6 +92,7 @@ def test_equal_tokens_merge_to_themselves(merge, dtype, sized):
         assert torch.equal(merged.view(code), tokens.view(code))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sized", [False, True])
 def test_a_mean_that_is_a_number_is_exact(merge, dtype, sized):
@@ -122,6 +124,7 @@ def test_a_mean_that_is_a_number_is_exact(merge, dtype, sized):
         assert torch.equal(merged[:, 0], expected), factor
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sized", [False, True])
 def test_finite_tokens_have_a_finite_mean(merge, dtype, sized):
@@ -150,6 +153,7 @@ def test_finite_tokens_have_a_finite_mean(merge, dtype, sized):
             assert ((row.double() / 2 - exact).abs() <= bound).all()
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinity_nan_and_size_zero(merge, dtype):
     draw = random.Random(str(dtype))

@@ -144,6 +144,7 @@ def agree(op, args, backend, what, expected=None):
     same(found, OPS[op].overload(*(expected or args), "reference"), what)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_every_dimension_may_be_zero(case, backend):
@@ -182,6 +183,7 @@ def is_read_freely(argument):
     return isinstance(argument, torch.Tensor) and argument.is_floating_point()
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_strides_of_zero(case, backend):
@@ -199,6 +201,7 @@ def test_strides_of_zero(case, backend):
                 agree(op, given, name, f"{case} {dtype} argument {i} axis {axis}", plain)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_strides_that_no_address_needs(case, backend):
