@@ -11,7 +11,9 @@ import pytest
 import torch
 from test_cross_attn_kernels import CAPABILITIES, visible
 
-from vidmem_kernels import _extension, cross_attention
+from vidmem_kernels import _dispatch, _extension, cross_attention
+from vidmem_kernels._registry import OPS
+from vidmem_kernels.cross_attn import reference
 
 INF, NAN = math.inf, math.nan
 SEEDS = range(40)
@@ -99,7 +101,7 @@ class Draw(random.Random):
             there = (torch.rand(x.shape) < self.choice([0.0, 0.0, 1 / max(1, x.numel()), 0.003, 0.03])) & (x > -INF)
             specials = torch.tensor(self.choice([[NAN], [INF], [NAN, INF, -INF]]), dtype=x.dtype)
             if x is self.inputs.get("key_bias"):
-                specials = torch.tensor([NAN, INF])
+                specials = torch.tensor([NAN, INF], dtype=x.dtype)
             x[there] = specials[torch.randint(len(specials), (int(there.sum()),))]
 
 
@@ -193,3 +195,113 @@ def test_visible_content_has_its_effect(seed, backend):
     reference = run(draw, draw.inputs, draw.grads, "reference")
     for got, expected in zip(results, reference, strict=True):
         assert torch.equal(got.isfinite(), expected.isfinite()), f"seed {seed}"
+
+
+# --- the reference under torch.func ---
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_hidden_content_under_torch_func(seed):
+    """Derivatives of the reference itself, of any kind, keep hidden content out as its own gradient formula does."""
+    draw = Draw(2000 + seed, (20, 30))
+    draw.inputs = {n: x.double() for n, x in draw.inputs.items()}
+    draw.grads = [g.double() for g in draw.grads]
+    projection = draw.grads[0].clone()
+    draw.poison()
+    draw.grads = [projection, torch.ones(draw.batch, draw.heads, draw.queries)]
+    names = list(draw.inputs)
+    bias, q, k, v = (draw.inputs.get(n) for n in ("key_bias", "q", "k", "v"))
+    rest = [draw.options.get(n) for n in ("num_sinks", "q_time", "k_time", "window", "block_index", "block_size")]
+
+    def loss(leaves):
+        return (reference_of(leaves, rest, draw)[0] * projection).sum()
+
+    def derivatives(inputs):
+        found = torch.func.grad(loss)(inputs)
+        _, tangent = torch.func.jvp(lambda i: reference_of(i, rest, draw)[0], (inputs,), (finite_of(inputs),))
+        return [found[n] for n in names], tangent
+
+    dirty = derivatives(draw.inputs)
+    clean = derivatives(finite_of(draw.inputs))
+    forward, _, keys = reach(draw)
+    assert_same_where(dirty[1], clean[1], forward, "tangent of out")
+    for name, a, b in zip(names, dirty[0], clean[0], strict=True):
+        assert_same_where(a, b, forward if name == "q" else keys, f"gradient of {name}")
+    assert bias is None or bias.dtype == q.dtype == k.dtype == v.dtype
+
+
+def finite_of(inputs):
+    return {n: torch.where(x.isfinite() | (x == -INF) & (n == "key_bias"), x, 0.7) for n, x in inputs.items()}
+
+
+def reference_of(leaves, rest, draw):
+    return reference.cross_attention(
+        leaves["q"], leaves["k"], leaves["v"], leaves.get("key_bias"), *rest[:5], list(rest[5] or (1, 1)),
+        draw.options["scale"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reference_is_twice_differentiable_and_maps(seed):
+    draw = Draw(3000 + seed, (4, 6))
+    draw.batch, draw.heads, draw.queries, draw.keys, draw.size, draw.value_size = 2, 1, 3, 5, 2, 2
+    draw.dtype = torch.float64
+    inputs = {n: torch.randn(2, n_rows, 1, 2, dtype=torch.float64) for n, n_rows in (("q", 3), ("k", 5), ("v", 5))}
+    inputs["key_bias"] = torch.randn(2, 5, dtype=torch.float64)
+    draw.options = {"scale": 0.7, "num_sinks": seed % 2, **draw.window(), **draw.blocks()}
+    draw.options["window"] = [12.0, 30.0]
+    draw.options["q_time"], draw.options["k_time"] = torch.arange(3) * 9, torch.arange(5) * 7
+    rest = [draw.options.get(n) for n in ("num_sinks", "q_time", "k_time", "window", "block_index", "block_size")]
+    rest[4] = None if seed < 2 else draw.options["block_index"]
+    leaves = [x.requires_grad_() for x in inputs.values()]
+
+    def call(*args):
+        out, lse = reference_of(dict(zip(inputs, args, strict=True)), rest, draw)
+        return out, lse.masked_fill(lse == -INF, 0)
+
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves)
+    if rest[4] is None:  # the check of a block index reads it
+        stacked = [torch.stack([x, 2 * x]) for x in leaves]
+        mapped = torch.vmap(call)(*stacked)
+        torch.testing.assert_close([m[1] for m in mapped], list(call(*(2 * x for x in leaves))))
+
+
+# --- Triton ---
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_triton_loads_nothing_that_no_query_of_the_tile_sees(seed, device):
+    """Of keys that nobody sees, and queries that see nobody, whether or not others of their tiles do."""
+    pytest.importorskip("triton")
+    reason = _dispatch.unavailable(OPS["cross_attention"], "triton", device)
+    if reason is not None:
+        pytest.skip(reason=reason)
+    draw = Draw(4000 + seed, (40, 150))
+    kind = seed % 3
+    draw.options = {"scale": 0.3, "num_sinks": draw.choice([0, min(2, draw.keys)])}
+    draw.inputs.pop("key_bias", None)
+    if kind != 1:
+        first = draw.randint(0, draw.keys // 2)
+        q_time, k_time = torch.arange(draw.queries) % 7 + first, torch.arange(draw.keys)
+        if draw.random() < 0.5:
+            k_time = k_time[torch.randperm(draw.keys)]
+        draw.options |= {"q_time": q_time, "k_time": k_time, "window": (draw.randint(1, 9), draw.randint(0, 9))}
+        draw.options["q_time"][:: draw.randint(2, 9)] = 10**6  # which see sinks alone
+    if kind != 0:
+        draw.options |= draw.blocks()
+    seen = draw.seen()
+    unseen, blind = ~seen.any(2), ~seen.any(3)
+    dirty = {n: x.clone() for n, x in draw.inputs.items()}
+    grads = [g.clone() for g in draw.grads]
+    for name, rows in (("q", blind), ("k", unseen), ("v", unseen)):
+        dirty[name].transpose(1, 2)[rows] = draw.choice([NAN, INF])
+    grads[0].transpose(1, 2)[blind], grads[1][blind] = NAN, NAN
+    move = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in draw.options.items()}
+    draw.options = move
+    got, clean = (
+        run(draw, {n: x.to(device) for n, x in i.items()}, [x.to(device) for x in g], "triton")
+        for i, g in ((dirty, grads), (draw.inputs, draw.grads))
+    )
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, clean, strict=True):
+        assert torch.equal(a, b), name

@@ -155,8 +155,10 @@ def cross_attention(
         weight = scores.hide(score - largest, seen, -torch.inf).exp()
         total = weight.sum(3, keepdim=True)
         empty = total == 0
+        # A sum of NaN is NaN without that divisor, which would make the gradient of every value NaN.
+        divisor = total.masked_fill(empty | total.isnan(), 1)
+        outs.append((_sums(weight, wide_v, seen) / divisor).transpose(1, 2).to(q.dtype))
         total = total.masked_fill(empty, 1)
-        outs.append((_sums(weight, wide_v, seen) / total).transpose(1, 2).to(q.dtype))
         lses.append((largest + total.log()).masked_fill(empty, -torch.inf).squeeze(3))
     return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
 

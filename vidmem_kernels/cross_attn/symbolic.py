@@ -60,23 +60,9 @@ def _backward(grad_out, grad_lse, q, k, v, bias, out, lse, sinks, q_time, k_time
     window, scale = _floats(numbers)
     with torch._C._DisableAutocast():
         return torch.ops.vidmem.cross_attention_backward(
-            grad_out,
-            grad_lse,
-            q,
-            k,
-            v,
-            bias,
-            out,
-            lse,
-            sinks,
-            q_time,
-            k_time,
-            window,
-            index,
-            block_size,
-            scale,
+            grad_out, grad_lse, q, k, v, bias, out, lse, sinks, q_time, k_time, window, index, block_size, scale,
             backend,
-        )
+        )  # fmt: skip
 
 
 def _fake(q, k, v, *rest):

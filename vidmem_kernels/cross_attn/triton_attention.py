@@ -38,9 +38,33 @@ def exp_minus(x, base, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def dot_alone(x, y, PRECISION: tl.constexpr):
+    """x @ y, which the compiler does not make a part of a longer sum."""
+    return tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=1)
+
+
+@triton.jit
+def dot_rows(x, y, PRECISION: tl.constexpr):
+    """x @ y.T. In float32 one running sum over more than 128 columns would err more than the reference does: even and
+    odd columns, which lie in the same thread, have one each.
+    """
+    if PRECISION == "ieee" and x.shape[1] > 128:
+        x_even, x_odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        y_even, y_odd = tl.split(tl.reshape(y, [y.shape[0], y.shape[1] // 2, 2]))
+        return dot_alone(x_even, y_even.T, PRECISION) + dot_alone(x_odd, y_odd.T, PRECISION)
+    else:
+        return tl.dot(x, y.T, input_precision=PRECISION)
+
+
+@triton.jit
 def dot_split(x, y, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + x @ y with x rounded to dtype, or in two such parts: the errors of a few terms do not average out."""
+    """acc + x @ y with x rounded to dtype, or in two such parts: the errors of a few terms do not average out.
+
+    In float32 the product is summed first: one running sum over thousands of rows would err more than the reference.
+    """
     high = as_operand(x, dtype, INTERPRET)
+    if PRECISION == "ieee":
+        return acc + dot_alone(high, y, PRECISION)
     acc = tl.dot(high, y, acc, input_precision=PRECISION)
     if SPLIT:
         low = as_operand(x - high.to(tl.float32), dtype, INTERPRET)
@@ -91,12 +115,12 @@ def entry_of(entries, i):
 
 
 @triton.jit
-def load_rows(where, offset, stop, d, D, EVEN_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a tile, 0 past its end and past D; `where` points at them."""
+def load_rows(where, there, d, D, EVEN_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a tile, 0 where they are not `there` and past D; `where` points at them."""
     if MASKED and EVEN_D:
-        return tl.load(where, (offset < stop)[:, None], other=0.0)
+        return tl.load(where, there[:, None], other=0.0)
     elif MASKED:
-        return tl.load(where, (offset < stop)[:, None] & (d < D)[None, :], other=0.0)
+        return tl.load(where, there[:, None] & (d < D)[None, :], other=0.0)
     elif EVEN_D:
         return tl.load(where)
     else:
@@ -104,9 +128,10 @@ def load_rows(where, offset, stop, d, D, EVEN_D: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
-def hide(score, key, stop, listed, rank, low, high, SINKS, HAS_BLOCKS: tl.constexpr, HAS_SINKS: tl.constexpr):
-    """Scores with what is invisible at minus infinity; keys along either axis, the rest broadcasts."""
+def visible(key, stop, listed, rank, low, high, SINKS, HAS_BLOCKS: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """Which keys are seen from windows [low, high); keys along either axis, the rest broadcasts."""
     seen = key < stop
+    listed += tl.zeros_like(key)
     if rank is not None:
         within = (rank >= low) & (rank < high)
         if HAS_BLOCKS and HAS_SINKS:
@@ -116,7 +141,14 @@ def hide(score, key, stop, listed, rank, low, high, SINKS, HAS_BLOCKS: tl.conste
         seen = seen & within
     elif HAS_SINKS:
         seen = seen & ((key < SINKS) | (listed > 0))
-    return tl.where(seen, score, float("-inf"))
+    return seen
+
+
+@triton.jit
+def span_of_windows(low, high):
+    """The ranks that windows of a tile cover. Rows beyond are not loaded, since 0 times their NaN would be NaN."""
+    some = low < high
+    return tl.min(tl.where(some, low, 2147483647)), tl.max(tl.where(some, high, -1))
 
 
 @triton.jit
@@ -131,6 +163,8 @@ def _attend(
     rank,
     low,
     high,
+    span_low,
+    span_high,
     entries,
     i,
     LK,
@@ -164,23 +198,31 @@ def _attend(
     dv = tl.arange(0, BLOCK_V)
     first = tl.cast(start, tl.int64)
     at = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
-    keys = as_operand(load_rows(at, start + n, stop, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
-    score = tl.dot(held, keys.T, input_precision=PRECISION) * SCALE
+    key = start + n
+    inside = key < stop
+    there = inside
+    key_rank = None
+    row_rank = None
+    if MASKED:
+        if rank is not None:
+            key_rank = tl.load(rank + first + n, inside, other=0)
+            row_rank = key_rank[None, :]
+        there = visible(key, stop, listed, key_rank, span_low, span_high, SINKS, HAS_BLOCKS, HAS_SINKS)
+    keys = as_operand(load_rows(at, there, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
+    score = dot_rows(held, keys, PRECISION) * SCALE
     if bias is not None:
         at_bias = bias + (first + n) * bias_stride_k
-        score += (tl.load(at_bias, start + n < stop, other=0.0) if MASKED else tl.load(at_bias))[None, :]
+        score += (tl.load(at_bias, inside, other=0.0) if MASKED else tl.load(at_bias))[None, :]
     if MASKED:
-        key_rank = None
-        if rank is not None:
-            key_rank = tl.load(rank + first + n, start + n < stop, other=0)[None, :]
-        score = hide(score, (start + n)[None, :], stop, listed, key_rank, low, high, SINKS, HAS_BLOCKS, HAS_SINKS)
+        seen = visible(key[None, :], stop, listed, row_rank, low, high, SINKS, HAS_BLOCKS, HAS_SINKS)
+        score = tl.where(seen, score, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(score, axis=1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
     weight = exp_minus(score, base[:, None], PRECISION, INTERPRET)
     decay = exp_minus(row_max, base, PRECISION, INTERPRET)
     row_sum = row_sum * decay + tl.sum(weight, axis=1)
     at = v + first * v_stride_l + (n.to(tl.int64)[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d)
-    values = as_operand(load_rows(at, start + n, stop, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
+    values = as_operand(load_rows(at, there, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
     acc = dot_split(weight, values, acc * decay[:, None], v.dtype.element_ty, SPLIT, PRECISION, INTERPRET)
     return acc, new_max, row_sum
 
@@ -250,17 +292,20 @@ def _cross_attention_fwd_kernel(
     dv = tl.arange(0, BLOCK_V)
     at = q + batch * q_stride_b + head * q_stride_h
     at = at + row64[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d
-    held = as_operand(load_rows(at, row, stop, d, D, EVEN, True), q.dtype.element_ty, INTERPRET)
+    held = as_operand(load_rows(at, row < stop, d, D, EVEN, True), q.dtype.element_ty, INTERPRET)
     k += batch * k_stride_b + head * k_stride_h
     v += batch * v_stride_b + head * v_stride_h
     if bias is not None:
         bias += batch * bias_stride_b + head * bias_stride_h
     row_low = None
     row_high = None
+    span_low = None
+    span_high = None
     if rank is not None:
         rank += batch * rank_stride_b
         row_low = tl.load(low + batch * low_stride_b + row64, row < stop, other=0)[:, None]
         row_high = tl.load(high + batch * low_stride_b + row64, row < stop, other=0)[:, None]
+        span_low, span_high = span_of_windows(row_low, row_high)
     lane = batch * tiles_stride_b + head * tiles_stride_h
     begin, middle, end = range_of(ranges, lane * count + tile, LK // BLOCK_N, tl.cdiv(LK, BLOCK_N))
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -268,14 +313,14 @@ def _cross_attention_fwd_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
-            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV, SIZE_K, SINKS,
-            SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS, HAS_SINKS,
+            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, span_low, span_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS, HAS_SINKS,
             SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
-            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV, SIZE_K, SINKS,
-            SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS, HAS_SINKS,
+            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, span_low, span_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS, HAS_SINKS,
             SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     empty = row_sum == 0
@@ -342,7 +387,7 @@ def launch_cross_attention_fwd(
         return out, lse
     call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
     split = q.dtype != torch.float32 and keys < FEW
-    block_m, block_n, warps, stages, hoist = pick("fwd", q, v, split)
+    block_m, block_n, warps, stages, hoist = pick("fwd", q, v, split, call.windowed)
     block_m, block_n = call.limits(block_m, block_n)
     grid = (batch * heads * call.query_tiles(block_m),)
     _cross_attention_fwd_kernel[grid](

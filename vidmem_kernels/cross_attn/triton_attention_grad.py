@@ -15,16 +15,18 @@ from .triton_attention import (
     as_operand,
     check_blocks,
     constants,
+    dot_rows,
     dot_split,
     entry_of,
     exp_minus,
-    hide,
     lane_of,
     load_rows,
     range_of,
     span_of,
+    span_of_windows,
     strides,
     tiles_in,
+    visible,
 )
 from .triton_attention_keys import ROWS, TENSORS, _cross_attention_grad_kv_kernel
 from .triton_plan import Call
@@ -87,6 +89,8 @@ def _tile_of_keys(
     rank,
     low,
     high,
+    span_low,
+    span_high,
     entries,
     i,
     LK,
@@ -119,21 +123,31 @@ def _tile_of_keys(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     first = tl.cast(start, tl.int64)
+    key = start + n
+    inside = key < stop
+    there = inside
+    key_rank = None
+    row_rank = None
+    if MASKED:
+        if rank is not None:
+            key_rank = tl.load(rank + first + n, inside, other=0)
+            row_rank = key_rank[None, :]
+        there = visible(key, stop, listed, key_rank, span_low, span_high, SINKS, HAS_BLOCKS, HAS_SINKS)
     at = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
-    keys = as_operand(load_rows(at, start + n, stop, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
+    keys = as_operand(load_rows(at, there, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
     at = v + first * v_stride_l + (n.to(tl.int64)[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d)
-    values = as_operand(load_rows(at, start + n, stop, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
-    score = tl.dot(held, keys.T, input_precision=PRECISION) * SCALE
+    values = as_operand(load_rows(at, there, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
+    score = dot_rows(held, keys, PRECISION) * SCALE
     if bias is not None:
         at_bias = bias + (first + n) * bias_stride_k
-        score += (tl.load(at_bias, start + n < stop, other=0.0) if MASKED else tl.load(at_bias))[None, :]
+        score += (tl.load(at_bias, inside, other=0.0) if MASKED else tl.load(at_bias))[None, :]
     if MASKED:
-        key_rank = None
-        if rank is not None:
-            key_rank = tl.load(rank + first + n, start + n < stop, other=0)[None, :]
-        score = hide(score, (start + n)[None, :], stop, listed, key_rank, low, high, SINKS, HAS_BLOCKS, HAS_SINKS)
+        seen = visible(key[None, :], stop, listed, row_rank, low, high, SINKS, HAS_BLOCKS, HAS_SINKS)
+        score = tl.where(seen, score, float("-inf"))
     weight = exp_minus(score, base[:, None], PRECISION, INTERPRET)
-    grad_score = weight * (tl.dot(held_grad, values.T, input_precision=PRECISION) - delta[:, None])
+    grad_score = weight * (dot_rows(held_grad, values, PRECISION) - delta[:, None])
+    if MASKED:  # 0 where a key is hidden, be the gradient NaN
+        grad_score = tl.where(weight != 0.0, grad_score, 0.0)
     return dot_split(grad_score, keys, grad_q, k.dtype.element_ty, SPLIT, PRECISION, INTERPRET)
 
 
@@ -208,10 +222,10 @@ def _cross_attention_grad_q_kernel(
     dv = tl.arange(0, BLOCK_V)
     at = q + batch * q_stride_b + head * q_stride_h
     at = at + row64[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d
-    held = as_operand(load_rows(at, row, stop, d, D, EVEN, True), q.dtype.element_ty, INTERPRET)
+    held = as_operand(load_rows(at, row < stop, d, D, EVEN, True), q.dtype.element_ty, INTERPRET)
     at = grad + batch * grad_stride_b + head * grad_stride_h
     at = at + row64[:, None] * grad_stride_l + dv.to(tl.int64)[None, :] * grad_stride_d
-    held_grad = as_operand(load_rows(at, row, stop, dv, DV, EVEN_V, True), q.dtype.element_ty, INTERPRET)
+    held_grad = as_operand(load_rows(at, row < stop, dv, DV, EVEN_V, True), q.dtype.element_ty, INTERPRET)
     where = (batch * H + head) * LQ + row64
     row_base = tl.load(base + where, row < stop, other=float("inf"))
     row_delta = tl.load(delta + where, row < stop, other=0.0)
@@ -221,23 +235,26 @@ def _cross_attention_grad_q_kernel(
         bias += batch * bias_stride_b + head * bias_stride_h
     row_low = None
     row_high = None
+    span_low = None
+    span_high = None
     if rank is not None:
         rank += batch * rank_stride_b
         row_low = tl.load(low + batch * low_stride_b + row64, row < stop, other=0)[:, None]
         row_high = tl.load(high + batch * low_stride_b + row64, row < stop, other=0)[:, None]
+        span_low, span_high = span_of_windows(row_low, row_high)
     lane = batch * tiles_stride_b + head * tiles_stride_h
     begin, middle, end = range_of(ranges, lane * count + tile, LK // BLOCK_N, tl.cdiv(LK, BLOCK_N))
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total = _tile_of_keys(
-            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV,
-            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS,
+            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, span_low, span_high,
+            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS,
             HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=not HOIST):
         total = _tile_of_keys(
-            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, entries, i, LK, D, DV,
-            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
+            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, span_low, span_high,
+            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
             HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     grad_q += ((batch * LQ + row64[:, None]) * H + head) * D + d[None, :]
@@ -295,7 +312,7 @@ def launch_cross_attention_bwd(
             num_warps=4,
         )
         split = half and keys < FEW
-        block_m, block_n, warps, stages, hoist = pick("grad_q", q, v, split)
+        block_m, block_n, warps, stages, hoist = pick("grad_q", q, v, split, call.windowed)
         block_m, block_n = call.limits(block_m, block_n)
         _cross_attention_grad_q_kernel[(batch * heads * call.query_tiles(block_m),)](
             q, k, v, grad_out, base, delta, grad_q=grad_q, **shared, **by_axis, **fixed,
@@ -304,7 +321,7 @@ def launch_cross_attention_bwd(
         )  # fmt: skip
     if batch * heads * keys > 0:
         split = half and queries < FEW
-        block_m, block_n, warps, stages, hoist = pick("grad_kv", q, v, split)
+        block_m, block_n, warps, stages, hoist = pick("grad_kv", q, v, split, call.windowed)
         block_m, block_n = call.limits(block_m, block_n)
         _cross_attention_grad_kv_kernel[(batch * heads * call.key_tiles(block_n),)](
             q, k, v, grad_out, base, delta, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias, **shared, **by_axis,

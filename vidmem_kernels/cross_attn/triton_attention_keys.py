@@ -10,15 +10,16 @@ import triton.language as tl
 
 from .triton_attention import (
     as_operand,
+    dot_rows,
     dot_split,
     entry_of,
     exp_minus,
-    hide,
     lane_of,
     load_rows,
     range_of,
     span_of,
     tiles_in,
+    visible,
 )
 from .triton_tiles import WANTED, variants
 
@@ -34,9 +35,12 @@ def _tile_of_queries(
     keys,
     values,
     key,
+    key_first,
     key_stop,
     key_bias,
     key_rank,
+    least,
+    most,
     q,
     grad,
     base,
@@ -75,26 +79,39 @@ def _tile_of_queries(
     dv = tl.arange(0, BLOCK_V)
     first = tl.cast(start, tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
+    there = start + m < stop
+    row_low = None
+    row_high = None
+    if MASKED:
+        if key_rank is not None:  # a query that sees no key of the tile is not loaded: see span_of_windows
+            low_of = tl.load(low + first + m, there, other=0)
+            high_of = tl.load(high + first + m, there, other=0)
+            row_low = low_of[None, :]
+            row_high = high_of[None, :]
+            within = (low_of < high_of) & (low_of <= most) & (high_of > least)
+            if HAS_BLOCKS and HAS_SINKS:
+                within = within & (listed + tl.zeros_like(m) > 0)
+            if HAS_SINKS:
+                within = within | (key_first + tl.zeros_like(m) < SINKS)
+            there = there & within
     at = q + first * q_stride_l + (m.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d)
-    queries = as_operand(load_rows(at, start + m, stop, d, D, EVEN, True), dtype, INTERPRET)
+    queries = as_operand(load_rows(at, there, d, D, EVEN, True), dtype, INTERPRET)
     at = grad + first * grad_stride_l
     at = at + (m.to(tl.int64)[:, None] * grad_stride_l + dv.to(tl.int64)[None, :] * grad_stride_d)
-    gradient = as_operand(load_rows(at, start + m, stop, dv, DV, EVEN_V, True), dtype, INTERPRET)
-    row_base = tl.load(base + first + m, start + m < stop, other=float("inf"))
-    row_delta = tl.load(delta + first + m, start + m < stop, other=0.0)
-    score = tl.dot(keys, queries.T, input_precision=PRECISION) * SCALE
+    gradient = as_operand(load_rows(at, there, dv, DV, EVEN_V, True), dtype, INTERPRET)
+    row_base = tl.load(base + first + m, there, other=float("inf"))
+    row_delta = tl.load(delta + first + m, there, other=0.0)
+    score = dot_rows(keys, queries, PRECISION) * SCALE
     if key_bias is not None:
         score += key_bias
     if MASKED:
-        row_low = None
-        row_high = None
-        if key_rank is not None:
-            row_low = tl.load(low + first + m, start + m < stop, other=0)[None, :]
-            row_high = tl.load(high + first + m, start + m < stop, other=0)[None, :]
-        score = hide(score, key, key_stop, listed, key_rank, row_low, row_high, SINKS, HAS_BLOCKS, HAS_SINKS)
+        seen = visible(key, key_stop, listed, key_rank, row_low, row_high, SINKS, HAS_BLOCKS, HAS_SINKS)
+        score = tl.where(seen, score, float("-inf"))
     weight = exp_minus(score, row_base[None, :], PRECISION, INTERPRET)
     grad_v = dot_split(weight, gradient, grad_v, dtype, SPLIT, PRECISION, INTERPRET)
-    grad_score = weight * (tl.dot(values, gradient.T, input_precision=PRECISION) - row_delta[None, :])
+    grad_score = weight * (dot_rows(values, gradient, PRECISION) - row_delta[None, :])
+    if MASKED:  # 0 where a key is hidden, be it NaN
+        grad_score = tl.where(weight != 0.0, grad_score, 0.0)
     if key_bias is not None:
         grad_bias += tl.sum(grad_score, axis=1)
     grad_k = dot_split(grad_score, queries, grad_k, dtype, SPLIT, PRECISION, INTERPRET)
@@ -174,10 +191,10 @@ def _cross_attention_grad_kv_kernel(
     dv = tl.arange(0, BLOCK_V)
     at = k + batch * k_stride_b + head * k_stride_h
     at = at + key64[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d
-    keys = as_operand(load_rows(at, key, stop, d, D, EVEN, True), k.dtype.element_ty, INTERPRET)
+    keys = as_operand(load_rows(at, key < stop, d, D, EVEN, True), k.dtype.element_ty, INTERPRET)
     at = v + batch * v_stride_b + head * v_stride_h
     at = at + key64[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d
-    values = as_operand(load_rows(at, key, stop, dv, DV, EVEN_V, True), v.dtype.element_ty, INTERPRET)
+    values = as_operand(load_rows(at, key < stop, dv, DV, EVEN_V, True), v.dtype.element_ty, INTERPRET)
     q += batch * q_stride_b + head * q_stride_h
     grad += batch * grad_stride_b + head * grad_stride_h
     base += (batch * H + head) * LQ
@@ -187,8 +204,13 @@ def _cross_attention_grad_kv_kernel(
         at_bias = bias + batch * bias_stride_b + head * bias_stride_h
         key_bias = tl.load(at_bias + key64 * bias_stride_k, key < stop, other=0.0)[:, None]
     key_rank = None
+    least = None
+    most = None
     if rank is not None:
-        key_rank = tl.load(rank + batch * rank_stride_b + key64, key < stop, other=0)[:, None]
+        ranks = tl.load(rank + batch * rank_stride_b + key64, key < stop, other=2147483647)
+        key_rank = ranks[:, None]
+        least = tl.min(ranks)
+        most = tl.max(tl.where(ranks == 2147483647, -1, ranks))  # keys of no time have that rank
         low += batch * low_stride_b
         high += batch * low_stride_b
     lane = batch * tiles_stride_b + head * tiles_stride_h
@@ -199,16 +221,16 @@ def _cross_attention_grad_kv_kernel(
     total_bias = tl.zeros([BLOCK_N], tl.float32)
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total_k, total_v, total_bias = _tile_of_queries(
-            total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base, delta,
-            low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+            total_k, total_v, total_bias, keys, values, key[:, None], start, stop, key_bias, key_rank, least, most, q,
+            grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
             grad_stride_d, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
             BLOCK_V,
         )  # fmt: skip
     if ranges is not None:
         for i in tl.range(middle, end, num_stages=STAGES, disable_licm=not HOIST):
             total_k, total_v, total_bias = _tile_of_queries(
-                total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, key_rank, q, grad, base,
-                delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+                total_k, total_v, total_bias, keys, values, key[:, None], start, stop, key_bias, key_rank, least,
+                most, q, grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
                 grad_stride_d, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
                 BLOCK_V,
             )  # fmt: skip

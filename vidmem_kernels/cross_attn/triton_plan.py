@@ -118,19 +118,24 @@ class Visibility:
     def _in_window(self, tile: Tensor, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
         """Whether all queries of a tile see all its keys, and whether any may see one."""
         rank, low, high = self.ranks
-
-        def bounds(x, size, block):
-            least, most = _tiled(x, size, block, _NEVER).amin(2), _tiled(x, size, block, -1).amax(2)
-            return least[:, None], most[:, None]
-
-        low_least, low_most = (t[..., None] for t in bounds(low, self.size_q, block_m))
-        high_least, high_most = (t[..., None] for t in bounds(high, self.size_q, block_m))
+        low_most = _tiled(low, self.size_q, block_m, -1).amax(2)[:, None, :, None]
+        high_least = _tiled(high, self.size_q, block_m, _NEVER).amin(2)[:, None, :, None]
+        least = _tiled(rank, self.size_k, block_n, _NEVER).amin(2)
+        most = _tiled(rank, self.size_k, block_n, -1).amax(2)
         least, most = (
-            t[:, :, None].expand(*tile.shape[:1], *tile.shape[1:3], -1).gather(3, tile)
-            for t in bounds(rank, self.size_k, block_n)
+            t[:, None, None].expand(*tile.shape[:1], *tile.shape[1:3], -1).gather(3, tile) for t in (least, most)
         )
         full = (least >= low_most) & (most < high_least)
-        return full, (most >= low_least) & (least < high_most)
+        # Of the windows that begin by the last of the keys, the one that ends last. Those of a tile may leave a gap.
+        begins, order = _tiled(low, self.size_q, block_m, _NEVER).sort(2)
+        ends = _tiled(high, self.size_q, block_m, -1).gather(2, order).cummax(2).values
+        ends = F.pad(ends, (1, 0), value=-1)
+        shape = (most.shape[0], *begins.shape[1:])
+        begun = torch.searchsorted(
+            begins.expand(shape)[:, None].expand(-1, most.shape[1], -1, -1).contiguous(), most, right=True
+        )
+        last = ends.expand(shape[0], -1, -1)[:, None].expand(-1, most.shape[1], -1, -1).gather(3, begun)
+        return full, last > least
 
 
 @dataclass
@@ -158,6 +163,10 @@ class Call:
             block_index = block_index.to(torch.int64)
         seen = Visibility(queries, keys, num_sinks, ranks, block_index, size_q, size_k)
         return cls(queries, keys, key_bias, seen, num_sinks)
+
+    @property
+    def windowed(self) -> bool:
+        return self.visibility is not None and self.visibility.ranks is not None
 
     def limits(self, block_m: int, block_n: int) -> tuple[int, int]:
         """Tile sizes of at most these that waste least on the blocks of queries and keys."""

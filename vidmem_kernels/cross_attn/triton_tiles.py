@@ -44,26 +44,38 @@ _HALF = {
 }
 # Where offsets kept from step to step would spill and are computed again; elsewhere it is the other way round.
 _RECOMPUTED = {("fwd", 9), ("fwd", 10), ("grad_q", 9), ("grad_kv", 9), ("grad_kv", 10)}
+# With a window, whose ranks and masks take registers, where those tiles would spill.
+_WINDOWED = {
+    ("fwd", 8, 128): (64, 32, 4, 3),
+    ("fwd", 8, 256): (64, 32, 8, 2),
+    ("grad_kv", 9, 128): (64, 64, 8, 2),
+    ("grad_kv", 9, 256): (32, 32, 8, 1),
+}
 # Single precision has no tensor cores to feed: kernel -> head size at most -> the same on every architecture.
 _SINGLE = {
-    "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-    "grad_q": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
-    "grad_kv": {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "grad_q": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    "grad_kv": {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 
 
-def tile_of(kernel: str, half: bool, major: int, size: int, split: bool) -> Tile:
+def tile_of(kernel: str, half: bool, major: int, size: int, split: bool, windowed: bool) -> Tile:
     """The entry of the smallest head size that holds `size`; of Ampere where an architecture has none.
 
-    `split`: factors in two parts, for which a tile of queries has fewer registers left.
+    `split`: factors in two parts, for which a tile of queries has fewer registers left; likewise `windowed`.
     """
-    table = _HALF[kernel].get(major, _HALF[kernel][8]) if half else _SINGLE[kernel]
-    queries, keys, warps, stages = table[min(s for s in table if s >= size)]
+    major = major if major in _HALF[kernel] else 8
+    table = _HALF[kernel][major] if half else _SINGLE[kernel]
+    held = min(s for s in table if s >= size)
+    queries, keys, warps, stages = table[held]
+    if half and windowed and not split:
+        queries, keys, warps, stages = _WINDOWED.get((kernel, major, held), table[held])
     if split and size > 128:
         queries = keys = 32
     elif split and kernel != "grad_kv":
         keys = max(32, keys // 2)
-    return Tile(queries, keys, warps, stages, hoist=not half or (kernel, major) not in _RECOMPUTED)
+    recomputed = (kernel, major) in _RECOMPUTED if half else size > 128 and kernel != "fwd"
+    return Tile(queries, keys, warps, stages, hoist=not recomputed)
 
 
 @functools.cache
@@ -71,9 +83,10 @@ def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
-def pick(kernel: str, q: Tensor, v: Tensor, split: bool) -> Tile:
+def pick(kernel: str, q: Tensor, v: Tensor, split: bool, windowed: bool) -> Tile:
     """The tile of a call."""
-    return tile_of(kernel, q.dtype != torch.float32, _major(q.device), max(q.shape[3], v.shape[3]), split)
+    size = max(q.shape[3], v.shape[3])
+    return tile_of(kernel, q.dtype != torch.float32, _major(q.device), size, split, windowed)
 
 
 def padded(size: int) -> int:
@@ -104,7 +117,7 @@ def variants(kernel: str, tensors: tuple[str, ...], others: dict[str, str], want
     entries: dict[tuple, list[int]] = {}
     for dtype, size, features, archs in wanted:
         for arch in archs:
-            tile = tile_of(kernel, dtype != "fp32", arch // 10, size, "few" in features)
+            tile = tile_of(kernel, dtype != "fp32", arch // 10, size, "few" in features, "window" in features)
             entries.setdefault((dtype, size, features, tile), []).append(arch)
     return [_entry(tensors, others, *key, tuple(archs)) for key, archs in entries.items()]
 
