@@ -92,6 +92,14 @@ def cases(dtype=torch.float64):
 NAMES = sorted(cases())
 
 
+@pytest.fixture(autouse=True)
+def no_level_is_left():
+    """A compilation that fails inside of a level of forward mode leaves it entered, for all that follow."""
+    yield
+    while forward_ad._current_level >= 0:
+        forward_ad.exit_dual_level()
+
+
 class Case:
     """A function of tensors to one vector, with directions and derivatives by finite differences."""
 

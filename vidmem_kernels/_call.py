@@ -40,6 +40,11 @@ def _call_uncompiled(name: str, args: tuple[Any, ...], backend: str) -> Any:
     return call(name, *args, backend=backend)
 
 
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    # Of a tensor whose tangent has other strides, torch.compile can make no view.
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor.is_floating_point() else tensor
+
+
 @_transforms.when_traced
 def _keep_whole(name: str) -> None:
     """Makes torch.compile take the reference as one node of its graph, whose operations AOTAutograd then traces."""
@@ -60,7 +65,7 @@ def _call_differentiated(name: str, args: tuple[Any, ...], backend: str) -> Any:
         return op.overload(*args, backend)
     if torch.compiler.is_compiling():
         _keep_whole(name)
-        return op.differentiable(*args)
+        return op.differentiable(*pytree.tree_map_only(torch.Tensor, _own, args))
     if _dispatch.is_recording():
         _dispatch.record_differentiated(op, op.device(args))
     return _transforms.uncompiled(op.differentiable)(*args)

@@ -23,7 +23,7 @@ _CPP_LIBRARY = Library("vidmem_cpp", "DEF")
 OPS: dict[str, Op] = {}
 
 
-@dataclass
+@dataclass(eq=False)
 class Op:
     """What the registry knows of one op; see `register_op` for the fields."""
 

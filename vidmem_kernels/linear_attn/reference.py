@@ -56,8 +56,7 @@ class _Sequence:
 
     @staticmethod
     def read(x: Tensor, span: Span) -> Tensor:
-        # Transposed first: of a slice that is the whole tensor torch.compile loses the tangent.
-        return x.transpose(1, 2)[:, :, span[0] : span[1]].to(accumulate_dtype(x.dtype))
+        return x[:, span[0] : span[1]].transpose(1, 2).to(accumulate_dtype(x.dtype))
 
     def queries(self, span: Span) -> Tensor:
         return self.phi(self.read(self.q, span))
