@@ -120,6 +120,48 @@ def test_not_a_number_and_infinity_as_in_the_reference(backend, device):
             torch.testing.assert_close(run(name, args, backend), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def test_a_part_without_a_visible_key_counts_for_nothing(backend, device):
+    """Its lse is -inf, or +inf as some attentions have it; what it holds, NaN too, reaches no result and no gradient."""
+    make = Make(device=device)
+    for seed, count in enumerate((1, 2, 3, 5, 9)):
+        generator = torch.Generator().manual_seed(seed)
+        outs, lses = states(count, device=device)
+        clean = [t.clone() for t in outs], [t.clone() for t in lses]
+        for out, lse, zero, minus in zip(outs, lses, *clean, strict=True):
+            hidden = (torch.rand(lse.shape, generator=generator) < 0.4).to(device) | (lse == -INF)
+            plus = (torch.rand(lse.shape, generator=generator) < 0.5).to(device)
+            lse[hidden], minus[hidden] = -INF, -INF
+            lse[hidden & plus] = INF
+            out.transpose(1, 2)[hidden], zero.transpose(1, 2)[hidden] = [math.nan, INF][seed % 2], 0
+        args = gradient_arguments(*clean)
+        nothing = torch.stack(clean[1]).amax(0) == -INF
+        assert nothing.any()
+        grads = [make.randn(*args[0].shape), make.randn(*args[1].shape)]
+        grads[0].transpose(1, 2)[nothing], grads[1][nothing] = math.nan, math.nan  # of rows that no part sees
+        got = run("merge_attention_states", (outs, lses), backend)
+        expected = run("merge_attention_states", clean, backend)
+        assert all(map(torch.equal, got, expected))
+        assert (got[0].transpose(1, 2)[nothing] == 0).all() and (got[1][nothing] == -INF).all()
+        got, expected = (run("merge_attention_states_backward", (*grads, *a, args[4]), backend)
+                         for a in ((outs, lses), clean))  # fmt: skip
+        assert all(map(torch.equal, got, expected))
+        for out, lse, minus in zip(*got, clean[1], strict=True):
+            assert (out.transpose(1, 2)[minus == -INF] == 0).all() and (lse[minus == -INF] == 0).all()
+        leaves = [t.clone().requires_grad_() for t in (*outs, *lses)]
+        merged = reference.merge_attention_states(leaves[:count], leaves[count:])
+        found = torch.autograd.grad(merged, leaves, [grads[0].nan_to_num(), grads[1].nan_to_num()])
+        for grad, minus in zip(found, (*clean[1], *clean[1]), strict=True):
+            assert ((grad.transpose(1, 2) if grad.dim() == 4 else grad)[minus == -INF] == 0).all()
+
+
+def test_an_lse_that_is_no_number_makes_its_row_none(backend, device):
+    outs, lses = states(3, device=device)
+    lses[1][0, 1, 20], lses[0][0, 1, 20], lses[2][0, 1, 20] = math.nan, 0.5, INF
+    out, lse = run("merge_attention_states", (outs, lses), backend)
+    assert out[0, 20, 1].isnan().all() and lse[0, 1, 20].isnan()
+    assert out.isnan().sum() == out.shape[3] and lse.isnan().sum() == 1
+
+
 def test_merged_attention_is_that_to_all_keys(backend, device):
     q, k, v = (torch.randn(1, n, 2, 32, device=device).requires_grad_() for n in (40, 96, 96))
     whole = cross_attention(q, k, v, return_lse=True)

@@ -34,7 +34,7 @@ constexpr int kPanel = 4;
 constexpr int kPackVectors = 2;
 // More terms than the first are not one running sum, which would round worse than the reference's products, but sums of
 // at most as many as the second: what halves cost is not felt beside that many.
-constexpr int64_t kDepth = 128, kDeepSum = 64;
+constexpr int64_t kDepth = 128, kDeepSum = 32;
 
 template <class T> using Vector = typename Lanes<T>::type;
 template <class T> constexpr int kWidth = Lanes<T>::count;

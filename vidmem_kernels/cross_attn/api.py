@@ -109,12 +109,13 @@ def cross_attention(
         k: (B, Lk, H, D) keys, of the same dtype.
         v: (B, Lk, H, Dv) values; Dv may differ from D.
         key_bias: (B, Lk) or (B, H, Lk) float of any dtype, added to the scores; e.g. the log of a merged token's size
-            (proportional attention). -inf hides a key.
+            (proportional attention). -inf hides a key from every query, sinks too.
         num_sinks: the first keys, visible to every query whatever the other conditions.
         q_time, k_time: (Lq,) or (B, Lq), and (Lk,) or (B, Lk): times in any common unit, int32, int64, float32 or
-            float64; compared in float32 if both are that, else in float64. They have no gradient.
+            float64. Integers are compared exactly, wherever in int64 they lie; two float32 in float32; anything else
+            in float64. A time that is NaN sees nothing and is seen by nothing. They have no gradient.
         window: (left, right), numbers of at least 0, `math.inf` for no bound, in the unit of the times:
-            q_time[i] - left <= k_time[j] <= q_time[i] + right.
+            q_time[i] - left <= k_time[j] <= q_time[i] + right. Taken as float64.
         block_index: (B, H or 1, ceil(Lq/bq), topk) int32 or int64: the blocks of keys that a block of queries sees, as
             from `topk_blocks`; -1 is none, duplicates count once.
         block_size: (bq, bk), queries and keys in a block; used only with `block_index`.
@@ -125,7 +126,15 @@ def cross_attention(
     Returns:
         (B, Lq, H, Dv) of the dtype of q; with `return_lse` also (B, H, Lq) float32 (float64 for float64), the natural
         logarithm. A query that sees nothing gets 0 and lse -inf, and has gradients of zero. Differentiable in q, k, v
-        and key_bias, through both results. As in SDPA, a NaN or infinity at an invisible key may reach the output.
+        and key_bias, through both results.
+
+        What is hidden touches nothing: NaN and infinities in keys, values and biases that a query does not see, and in
+        queries and gradients that a key is hidden from, change no bit of what else there is. What is visible and no
+        number has its natural effect. The CPU and reference backends keep this pair by pair. Triton's kernels work in
+        tiles: there it holds for blocks that are not listed and for times outside the span of all windows of a tile
+        of 16 to 128 queries, but NaN where the bias is -inf reaches the queries of its tile.
+
+        In a graph of torch.compile a changing window or scale becomes an input of the graph: no value compiles anew.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
@@ -191,18 +200,20 @@ def merge_attention_states(
 
     Args:
         outs: (B, L, H, D) each, of one shape and dtype: results of `cross_attention` for the same queries.
-        lses: (B, H, L) each, float32 (float64 for float64 outs): their log-sum-exps; -inf where nothing was visible.
+        lses: (B, H, L) each, float32 (float64 for float64 outs): their log-sum-exps; -inf where nothing was visible,
+            or +inf, as some attentions have it.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
         (out (B, L, H, D), lse (B, H, L)) of the dtypes given, as if one softmax had run over all keys; 0 and -inf
-        where no source had a visible key. Differentiable in outs and lses.
+        where no source had a visible key. A source without one counts for nothing, whatever its out holds, and has
+        gradients of 0. An lse that is NaN makes its row NaN. Differentiable in outs and lses.
 
     Raises:
         ValueError, TypeError: no source, or shapes, dtypes or devices that do not fit.
 
     Equivalent PyTorch:
-        lse = torch.stack(lses).logsumexp(0)
+        lse = torch.stack(lses).logsumexp(0)  # where none is +inf
         out = sum((l - lse).exp().mT.unsqueeze(-1) * o for o, l in zip(outs, lses))
 
     Source:

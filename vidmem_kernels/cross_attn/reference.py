@@ -16,6 +16,11 @@ from .times import window_bounds
 SCORE_BYTES = 64 * 2**20  # scores of one chunk of queries
 
 
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Empty tensors with strides of their sizes: torch refuses some steps with strides of 2**62, which those may have."""
+    return [x.clone(memory_format=torch.contiguous_format) if x is not None and x.numel() == 0 else x for x in tensors]
+
+
 def _read(x: Tensor) -> Tensor:
     """(B, L, H, D) as (B, H, L, D) in the dtype of the sums; contiguous, for matmul would copy it once a chunk."""
     return x.transpose(1, 2).to(accumulate_dtype(x.dtype)).contiguous()
@@ -137,6 +142,7 @@ def cross_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.cross_attention`; always returns lse."""
+    q, k, v, key_bias = _plain(q, k, v, key_bias)
     options = (num_sinks, q_time, k_time, window, block_index, block_size, scale)
     scores = _Scores(q, k, key_bias, *options)
     batch, length, heads, _ = q.shape
@@ -181,6 +187,7 @@ def cross_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias (no elements without one); probabilities are recomputed from lse."""
+    grad_out, grad_lse, q, k, v, key_bias, out, lse = _plain(grad_out, grad_lse, q, k, v, key_bias, out, lse)
     options = (num_sinks, q_time, k_time, window, block_index, block_size, scale)
     scores = _Scores(q, k, key_bias, *options)
     wide_v = scores.there(_read(v))
@@ -219,6 +226,7 @@ def cross_attention_backward(
 
 def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.merge_attention_states`."""
+    outs, lses = _plain(*outs), _plain(*lses)
     lse = torch.stack(lses)
     empty = lse.isinf()  # parts without a visible key; some attentions give +inf there
     largest = lse.detach().masked_fill(empty, -torch.inf).amax(0)
@@ -243,6 +251,8 @@ def merge_attention_states_backward(
     grad_out: Tensor, grad_lse: Tensor | None, outs: list[Tensor], lses: list[Tensor], lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of outs (n, B, L, H, D) and lses (n, B, H, L), stacked."""
+    grad_out, grad_lse, lse = _plain(grad_out, grad_lse, lse)
+    outs, lses = _plain(*outs), _plain(*lses)
     base = lse.masked_fill(lse == -torch.inf, 0)
     empty = [part.isinf() for part in lses]
     weights = [(part - base).exp().masked_fill(e, 0) for part, e in zip(lses, empty, strict=True)]

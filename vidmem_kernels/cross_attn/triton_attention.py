@@ -313,15 +313,15 @@ def _cross_attention_fwd_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
-            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, span_low, span_high, entries, i, LK, D, DV,
-            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS, HAS_SINKS,
-            SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, span_low, span_high, entries, i, LK, D,
+            DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS,
+            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
-            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, span_low, span_high, entries, i, LK, D, DV,
-            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS, HAS_SINKS,
-            SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            held, acc, row_max, row_sum, k, v, bias, rank, row_low, row_high, span_low, span_high, entries, i, LK, D,
+            DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
+            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     empty = row_sum == 0
     total = tl.where(empty, 1.0, row_sum)

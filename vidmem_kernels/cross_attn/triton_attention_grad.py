@@ -248,14 +248,14 @@ def _cross_attention_grad_q_kernel(
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total = _tile_of_keys(
             total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, span_low, span_high,
-            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS,
-            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k,
+            False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=not HOIST):
         total = _tile_of_keys(
             total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, span_low, span_high,
-            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
-            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k,
+            True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     grad_q += ((batch * LQ + row64[:, None]) * H + head) * D + d[None, :]
     tl.store(grad_q, (total * SCALE).to(grad_q.dtype.element_ty), (row < stop)[:, None] & (d < D)[None, :])

@@ -82,18 +82,17 @@ def _tile_of_queries(
     there = start + m < stop
     row_low = None
     row_high = None
-    if MASKED:
-        if key_rank is not None:  # a query that sees no key of the tile is not loaded: see span_of_windows
-            low_of = tl.load(low + first + m, there, other=0)
-            high_of = tl.load(high + first + m, there, other=0)
-            row_low = low_of[None, :]
-            row_high = high_of[None, :]
-            within = (low_of < high_of) & (low_of <= most) & (high_of > least)
-            if HAS_BLOCKS and HAS_SINKS:
-                within = within & (listed + tl.zeros_like(m) > 0)
-            if HAS_SINKS:
-                within = within | (key_first + tl.zeros_like(m) < SINKS)
-            there = there & within
+    if MASKED and key_rank is not None:  # a query that sees no key of the tile is not loaded: see span_of_windows
+        low_of = tl.load(low + first + m, there, other=0)
+        high_of = tl.load(high + first + m, there, other=0)
+        row_low = low_of[None, :]
+        row_high = high_of[None, :]
+        within = (low_of < high_of) & (low_of <= most) & (high_of > least)
+        if HAS_BLOCKS and HAS_SINKS:
+            within = within & (listed + tl.zeros_like(m) > 0)
+        if HAS_SINKS:
+            within = within | (key_first + tl.zeros_like(m) < SINKS)
+        there = there & within
     at = q + first * q_stride_l + (m.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d)
     queries = as_operand(load_rows(at, there, d, D, EVEN, True), dtype, INTERPRET)
     at = grad + first * grad_stride_l
@@ -222,17 +221,17 @@ def _cross_attention_grad_kv_kernel(
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total_k, total_v, total_bias = _tile_of_queries(
             total_k, total_v, total_bias, keys, values, key[:, None], start, stop, key_bias, key_rank, least, most, q,
-            grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
-            grad_stride_d, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
-            BLOCK_V,
+            grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d,
+            grad_stride_l, grad_stride_d, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V,
+            BLOCK_M, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     if ranges is not None:
         for i in tl.range(middle, end, num_stages=STAGES, disable_licm=not HOIST):
             total_k, total_v, total_bias = _tile_of_queries(
-                total_k, total_v, total_bias, keys, values, key[:, None], start, stop, key_bias, key_rank, least,
-                most, q, grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
-                grad_stride_d, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_D,
-                BLOCK_V,
+                total_k, total_v, total_bias, keys, values, key[:, None], start, stop, key_bias, key_rank, least, most,
+                q, grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d,
+                grad_stride_l, grad_stride_d, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V,
+                BLOCK_M, BLOCK_D, BLOCK_V,
             )  # fmt: skip
     inside = (key < stop)[:, None]
     row = (batch * LK + key64[:, None]) * H + head

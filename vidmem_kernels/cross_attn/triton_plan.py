@@ -154,9 +154,9 @@ class Call:
             key_bias = key_bias.to(torch.float32)
             key_bias = key_bias if key_bias.dim() == 3 else key_bias.unsqueeze(1)
         queries, keys = q.shape[1], k.shape[1]
-        if window is None and block_index is None:
+        if (window is None and block_index is None) or 0 in (queries, keys):
             return cls(queries, keys, key_bias, None, 0)
-        size_q, size_k = max(1, queries), max(1, keys)
+        size_q, size_k = queries, keys
         ranks = None if window is None else rank_times(q_time, k_time, window)
         if block_index is not None:
             size_q, size_k = min(size_q, block_size[0]), min(size_k, block_size[1])
