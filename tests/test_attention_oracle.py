@@ -186,16 +186,23 @@ def test_reference_in_float64(name):
 def test_the_bias_may_have_another_dtype(dtype):
     q, k, v = qkv(dtype=dtype)
     check(q, k, v, {"key_bias": torch.randn(4, 90).half()}, "bias of float16")
-    options = {"key_bias": torch.randn(4, 90, dtype=F64)}
-    (out, _), grads = results_and_gradients(by_sdpa, q, k, v, options, F64)
-    (rough, _), rough_grads = results_and_gradients(op_of("reference"), q, k, v, options)
-    for backend in backends_for(q, k, v, options):
-        (got, _), got_grads = results_and_gradients(op_of(backend), q, k, v, options)
-        testing.assert_within_budget(got, rough, out, backend)
-        assert got_grads["key_bias"].dtype == F64
-        # A sum in float32, whatever it is returned as.
-        narrow = (g["key_bias"].float() for g in (got_grads, rough_grads))
-        testing.assert_within_budget(*narrow, grads["key_bias"], f"gradient of a float64 bias on {backend}")
+    # Of one draw the reference's error is a matter of luck, of a dozen it is not.
+    found = {}
+    for _ in range(12):
+        q, k, v = qkv(dtype=dtype)
+        options = {"key_bias": torch.randn(4, 90, dtype=F64)}
+        (out, _), grads = results_and_gradients(by_sdpa, q, k, v, options, F64)
+        (rough, _), rough_grads = results_and_gradients(op_of("reference"), q, k, v, options)
+        for backend in backends_for(q, k, v, options):
+            (got, _), got_grads = results_and_gradients(op_of(backend), q, k, v, options)
+            testing.assert_within_budget(got, rough, out, backend)
+            assert got_grads["key_bias"].dtype == F64
+            # A sum in float32, whatever it is returned as.
+            narrow = (g["key_bias"].float() for g in (got_grads, rough_grads))
+            found.setdefault(backend, []).append((*narrow, grads["key_bias"]))
+    for backend, draws in found.items():
+        triple = map(torch.stack, zip(*draws, strict=True))
+        testing.assert_within_budget(*triple, f"gradient of a float64 bias on {backend}")
 
 
 @settings(deadline=None, max_examples=15)
