@@ -1,4 +1,4 @@
-"""Times of cross_attention: integers compare exactly wherever they lie, floats as their type rounds, on every backend."""
+"""Times of cross_attention: integers compare exactly wherever they lie, floats as their type rounds; any backend."""
 
 import math
 import random

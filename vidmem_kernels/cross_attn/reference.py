@@ -17,7 +17,7 @@ SCORE_BYTES = 64 * 2**20  # scores of one chunk of queries
 
 
 def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Empty tensors with strides of their sizes: torch refuses some steps with strides of 2**62, which those may have."""
+    """Empty tensors with the strides of their sizes: they may have some of 2**62, which not all of torch takes."""
     return [x.clone(memory_format=torch.contiguous_format) if x is not None and x.numel() == 0 else x for x in tensors]
 
 
