@@ -40,18 +40,23 @@ struct PackWindow {
   }
 };
 
+// Keys whose weights are summed in T before they join the total in double: a gradient is at the mercy of lse.
+constexpr int64_t kTotalStep = 16;
+
 // Running maximum, sum of weights and weighted values of the queries of a pack.
 template <class T>
 struct Softmax {
   using V = Vector<T>;
   static constexpr int kRows = kPackRows<T>;
-  T *largest, *total, *values;  // values[channel][lane]
+  T* largest;
+  double* total;
+  T* values;  // values[channel][lane]
 
   // scores[key][lane] become weights.
   template <bool kMasked>
   VIDMEM_INLINE void add(T* scores, const T* bias, T scale, const AttentionWindow& window, const PackWindow& bounds,
                          const int32_t* keys, int64_t count, int64_t channels) {
-    V most[kPackVectors], sum[kPackVectors], base[kPackVectors], rescale[kPackVectors];
+    V most[kPackVectors], base[kPackVectors], rescale[kPackVectors];
     for (int v = 0; v < kPackVectors; ++v) most[v] = load(largest + v * kWidth<T>);
     for (int64_t j = 0; j < count; ++j) {
       T* score = scores + j * kRows;
@@ -75,19 +80,22 @@ struct Softmax {
       base[v] = most[v] == V{} - kInfinity<T> ? V{} : most[v];
       rescale[v] = exp_of(load(largest + v * kWidth<T>) - base[v]);
       store(most[v], largest + v * kWidth<T>);
-      sum[v] = V{};
+      for (int l = 0; l < kWidth<T>; ++l) total[v * kWidth<T> + l] *= rescale[v][l];
     }
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t first = 0; first < count; first += kTotalStep) {
+      const int64_t end = count - first < kTotalStep ? count : first + kTotalStep;
+      V sum[kPackVectors] = {};
+      for (int64_t j = first; j < end; ++j) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kPackVectors; ++v) {
-        const V weight = exp_of(load(scores + j * kRows + v * kWidth<T>) - base[v]);
-        store(weight, scores + j * kRows + v * kWidth<T>);
-        sum[v] += weight;
+        for (int v = 0; v < kPackVectors; ++v) {
+          const V weight = exp_of(load(scores + j * kRows + v * kWidth<T>) - base[v]);
+          store(weight, scores + j * kRows + v * kWidth<T>);
+          sum[v] += weight;
+        }
       }
-    }
-    for (int v = 0; v < kPackVectors; ++v) {
-      T* to = total + v * kWidth<T>;
-      store(load(to) * rescale[v] + sum[v], to);
+      for (int v = 0; v < kPackVectors; ++v) {
+        for (int l = 0; l < kWidth<T>; ++l) total[v * kWidth<T> + l] += sum[v][l];
+      }
     }
     for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 2
@@ -257,7 +265,7 @@ void run_attend_queries(const AttendQueries& args) {
   T* queries = arena.take<T>(packs * kRows * channels);
   T* values = arena.take<T>(packs * kRows * value_row);
   T* largest = arena.take<T>(packs * kRows);
-  T* total = arena.take<T>(packs * kRows);
+  double* total = arena.take<double>(packs * kRows);
   T* key_panels = arena.take<T>(kAttentionTile * channels);
   T* value_panels = arena.take<T>(kAttentionTile * value_row);
   T* scores = arena.take<T>(kAttentionTile * kRows);

@@ -28,7 +28,7 @@ struct AttendQueries {
 constexpr int64_t attend_scratch(int64_t rows, int64_t channels, int64_t value_channels, int64_t size) {
   const int64_t value_row = value_channels + kChannelPad, longest = channels > value_row ? channels : value_row;
   return (rows * (channels + value_row + 2) + kAttentionTile * (channels + 2 * value_row + kAttentionLanes + 1) + longest +
-          2 * kAttentionLanes) * size + rows * 24 + 4096;
+          2 * kAttentionLanes) * size + rows * 32 + 4096;
 }
 
 VIDMEM_DECLARE_KERNEL(attend_queries, void(const AttendQueries&))
