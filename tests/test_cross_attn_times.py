@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Times of cross_attention, all backends: integers compare exactly wherever they lie, floats as their type rounds."""
-=======
 """Times of cross_attention: integers compare exactly wherever they lie, floats as their type rounds; any backend."""
->>>>>>> h/xattn
 
 import math
 import random

@@ -121,11 +121,7 @@ def test_not_a_number_and_infinity_as_in_the_reference(backend, device):
 
 
 def test_a_part_without_a_visible_key_counts_for_nothing(backend, device):
-<<<<<<< HEAD
-    """Its lse is -inf, or +inf as some attentions have it; what it holds, NaN too, reaches no result, no gradient."""
-=======
     """Its lse is -inf, or +inf as some attentions have it; what it holds, be it NaN, reaches nothing."""
->>>>>>> h/xattn
     make = Make(device=device)
     for seed, count in enumerate((1, 2, 3, 5, 9)):
         generator = torch.Generator().manual_seed(seed)
