@@ -223,7 +223,7 @@ class BuildExtension(build_ext):
             if fresh and obj.stat().st_mtime > max(source.stat().st_mtime, newest_header):
                 return
             stamp.unlink(missing_ok=True)
-            run([*command, str(source), "-o", str(obj)], str(source.relative_to(ROOT)))
+            run([*command, str(source), "-o", str(obj)], os.path.relpath(source, ROOT))
             stamp.write_text(line)
 
         jobs = compile_jobs(torch, build_dir, cuda)

@@ -84,12 +84,14 @@ def leaves(result):
     return [t.detach() for t in pytree.tree_leaves(result)]
 
 
-def check_at(run, case, sizes):
+def check_at(run, case, sizes, rounding=0.0):
+    """`rounding` relative to the values is allowed, which is none where the same kernels run."""
     given = tensors(case, sizes)
     found, expected = leaves(run(*given)), leaves(case.call(*given))
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{sizes}: {m}")
+        bound = {"rtol": rounding, "atol": rounding}
+        torch.testing.assert_close(a, b, **bound, equal_nan=True, msg=lambda m: f"{sizes}: {m}")
 
 
 def export(case, kind, **options):
@@ -209,8 +211,9 @@ def test_ahead_of_time(case, tmp_path):
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(export(case, "named"), package_path=str(tmp_path / "case.pt2"))
     program = torch._inductor.aoti_load_package(path)
+    rounding = 1e-6 if case.function[0].isupper() else 0.0  # of a module's own layers, which Inductor fuses
     for sizes in list(other_sizes(case, 3))[:4]:
-        check_at(program, case, sizes)
+        check_at(program, case, sizes, rounding)
 
 
 # --- arguments that do not fit ---
