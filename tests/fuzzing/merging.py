@@ -224,6 +224,8 @@ class Merge(Case):
     def outputs(self, results):
         x, plan = self.args["x"], self.args["plan"]
         self.shares = share, _, total = self._shares()
+        if "size" in self.args:  # a token of size 0 adds nothing, whatever it holds
+            x = x.masked_fill((self.args["size"] == 0).unsqueeze(2), 0)
         tokens = sum_rows(share * share.precision.num(x), plan.assignment, plan.kept.shape[1]).to(x.dtype)
         alone = plan.offsets.diff(dim=1) == 1
         counted = (alone & (total.x.squeeze(2) > 0)).unsqueeze(2)
