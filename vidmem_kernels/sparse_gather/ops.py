@@ -30,7 +30,7 @@ def _gather_backward(ops, ctx, grad):
 
     def scatter(values):
         where = index
-        if batch == 1:  # every lane read the same bank: one sum of all rather than one a lane, summed by autograd
+        if batch == 1 != values.shape[0]:  # all lanes read one bank: one sum of all, not one a lane that autograd adds
             count = values.shape[0] * values.shape[1]
             values, where = values.reshape(1, count, values.shape[2]), index.reshape(1, count)
         return ops.scatter_add_tokens(values, where, rows).to(ctx.bank_device)
