@@ -18,7 +18,7 @@ TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
 # nproc would take OMP_NUM_THREADS for the number of cores.
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 16 ? n : 16)))
 SECONDS ?= 60
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-long fuzz bench lint info clean

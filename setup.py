@@ -6,8 +6,9 @@
     MAX_JOBS=2                    parallel compiler processes (default: the number of cores, 8 at most)
     CXX=clang++                   the C++ compiler (default: g++)
 
-A CPU kernel file (csrc/cpu/*_kernels.cpp) is compiled once for every instruction set below and chosen at run
-time; nothing is built with -march=native. When compiling fails the package still installs: every op then runs
+A CPU kernel file (csrc/cpu/*/*_kernels.cpp) is compiled once for every instruction set below and chosen at run
+time; nothing is built with -march=native. A later build compiles what changed: the compiler notes the headers of each
+file. When compiling fails the package still installs: every op then runs
 its reference, and `import vidmem_kernels` and `python -m vidmem_kernels.info` tell why. A missing or old package that
 the build needs ends it, with a line that names it.
 """
@@ -76,6 +77,15 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 else:
     CPU_CAPABILITIES = {"baseline": []}
+# Here the compiler may fuse a product with the sum that it goes into. These are held to an error budget, all others to
+# equal bits from every instruction set.
+FUSED = {
+    "cross_attention_backward_kernels",
+    "cross_attention_kernels",
+    "linear_attention_backward_kernels",
+    "linear_attention_kernels",
+    "merge_attention_states_kernels",
+}
 # Lies beside the package's files in place of _C, for vidmem_kernels/_extension.py.
 NOT_BUILT = "_C_not_built.txt"
 
@@ -153,15 +163,17 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
         *[f"-I{d}" for d in (CSRC, pybind11.get_include(), python_headers)],
     ]
 
-    jobs = [(module, CSRC / "module.cpp", build_dir / "module.o")]
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+    def job(command: list[str], source: Path, variant: str = "") -> tuple[list[str], Path, Path]:
+        return command, source, build_dir / source.relative_to(CSRC).with_suffix(f"{variant}.o")
+
+    jobs = [job(module, CSRC / "module.cpp")]
+    for source in sorted((CSRC / "cpu").rglob("*.cpp")):
         if not source.stem.endswith("_kernels"):
-            jobs.append((cxx, source, build_dir / f"cpu_{source.stem}.o"))
+            jobs.append(job(cxx, source))
             continue
+        contract = ["-ffp-contract=fast"] if source.stem in FUSED else []
         for name, flags in CPU_CAPABILITIES.items():
-            fuses = "attention" in source.stem  # sums of products within a budget, not to the bit
-            command = [*cxx, *(["-ffp-contract=fast"] if fuses else []), *flags, f"-DVIDMEM_ISA={name}"]
-            jobs.append((command, source, build_dir / f"cpu_{source.stem}_{name}.o"))
+            jobs.append(job([*cxx, *contract, *flags, f"-DVIDMEM_ISA={name}"], source, f".{name}"))
     if cuda:
         nvcc = ["nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         nvcc += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -169,8 +181,19 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
         nvcc += [f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
         nvcc += ["-DUSE_CUDA", *defines, *includes, "-c"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            jobs.append((nvcc, source, build_dir / f"cuda_{source.stem}.o"))
+            jobs.append(job(nvcc, source))
     return jobs
+
+
+def is_fresh(obj: Path, line: str) -> bool:
+    """Whether an object was compiled by this command line, from files that have not changed since."""
+    stamp, depends = obj.with_suffix(".cmd"), obj.with_suffix(".d")
+    if not (obj.exists() and stamp.exists() and depends.exists()) or stamp.read_text() != line:
+        return False
+    _, _, names = depends.read_text().replace("\\\n", " ").partition(": ")
+    files = [Path(re.sub(r"\\(.)", r"\1", name)) for name in re.findall(r"(?:\\.|\S)+", names)]
+    built = obj.stat().st_mtime
+    return all(file.exists() and file.stat().st_mtime < built for file in files)
 
 
 class BuildExtension(build_ext):
@@ -212,18 +235,15 @@ class BuildExtension(build_ext):
             shutil.copy(built, package)
 
     def compile_and_link(self, torch, build_dir: Path, target: Path, cuda: bool) -> None:
-        headers = [p for suffix in ("*.h", "*.cuh") for p in CSRC.rglob(suffix)]
-        newest_header = max([p.stat().st_mtime for p in headers] + [Path(__file__).stat().st_mtime])
-
         def compile_one(job):
             command, source, obj = job
-            stamp = obj.with_suffix(".cmd")
-            line = " ".join(map(str, command))
-            fresh = obj.exists() and stamp.exists() and stamp.read_text() == line
-            if fresh and obj.stat().st_mtime > max(source.stat().st_mtime, newest_header):
+            line = " ".join([*command, str(source)])
+            if is_fresh(obj, line):
                 return
+            stamp, depends = obj.with_suffix(".cmd"), obj.with_suffix(".d")
             stamp.unlink(missing_ok=True)
-            run([*command, str(source), "-o", str(obj)], os.path.relpath(source, ROOT))
+            obj.parent.mkdir(parents=True, exist_ok=True)
+            run([*command, "-MMD", "-MF", str(depends), str(source), "-o", str(obj)], os.path.relpath(source, ROOT))
             stamp.write_text(line)
 
         jobs = compile_jobs(torch, build_dir, cuda)

@@ -263,7 +263,7 @@ MUTANTS = {
 def test_finds_planted_fault_in_cpp(name, tmp_path, monkeypatch):
     """One source with a fault is compiled anew, the library linked with it is found to be wrong within a minute."""
     functions, file, right, wrong = MUTANTS[name]
-    source = (ROOT / "csrc" / "cpu" / file).read_text()
+    (source,) = [found.read_text() for found in (ROOT / "csrc" / "cpu").rglob(file)]
     assert source.count(right) == 1
     mutant = tmp_path / file
     mutant.write_text(source.replace(right, wrong))
@@ -292,7 +292,7 @@ def build(mutant: Path, target: Path, objects: Path, monkeypatch) -> None:
         shutil.copytree(built, objects)
     objects.mkdir(exist_ok=True)
     jobs = [
-        (command, mutant if source.name == mutant.name else source, objects / obj.name)
+        (command, mutant if source.name == mutant.name else source, obj)
         for command, source, obj in setup.compile_jobs(torch, objects, cuda=False)
     ]
     monkeypatch.setattr(setup, "compile_jobs", lambda *_: jobs)

@@ -26,7 +26,7 @@ def test_table_names_the_kernels_there_are():
         op = OPS[name]
         assert ("Triton" in gpu) == (op.triton is not None), name
         assert ("SDPA" in cpu) == (op.library is not None), name
-        for cell, files in ((cpu, "cpu/*.cpp"), (gpu, "cuda/*.cu")):
+        for cell, files in ((cpu, "cpu/*/*.cpp"), (gpu, "cuda/*.cu")):
             sources = "".join(p.read_text() for p in (ROOT / "csrc").glob(files))
             assert ("C++" in cell) == (f'm.impl("{name}"' in sources), name
 
