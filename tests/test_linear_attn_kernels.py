@@ -211,14 +211,14 @@ def test_direct_calls_are_checked():
     options = ("relu", True, 1, True)
     wrong = [
         ((q[0], k, v, S, z, *options), "q must have 4 dimensions"),
-        ((q, k[:, :4], v, S, z, *options), "k must have the first three sizes of q"),
-        ((q, k[..., :3], v, S, z, *options), "k must have 17 channels, got 3"),
-        ((q, k, v.half(), S, z, *options), "v must have the dtype of q"),
+        ((q, k[:, :4], v, S, z, *options), "k must have shape (1, 5, 2, 17), got (1, 4, 2, 17)"),
+        ((q, k[..., :3], v, S, z, *options), "k must have shape (1, 5, 2, 17), got (1, 5, 2, 3)"),
+        ((q, k, v.half(), S, z, *options), "v must be float32, got float16"),
         ((q.double(), k.double(), v.double(), S, z, *options), "q must be float32, bfloat16 or float16"),
         ((q, k, v, S, None, *options), "S and z must come together"),
         ((q, k, v, S.double(), z, *options), "S must be float32"),
-        ((q, k, v, S[..., :3], z, *options), "S must have the sizes of q and v, got 3 for 9"),
-        ((q, k, v, S, z[:, :1], *options), "z must have the sizes of q and v, got 1 for 2"),
+        ((q, k, v, S[..., :3], z, *options), "S must have shape (1, 2, 17, 9), got (1, 2, 17, 3)"),
+        ((q, k, v, S, z[:, :1], *options), "z must have shape (1, 2, 17), got (1, 1, 17)"),
         ((q, k, v, S, z, "elu", True, 1, True), "feature_map must be one of relu, elu1, identity, got 'elu'"),
         ((q, k, v, S, z, "relu", True, 0, True), "block_size must be at least 1, got 0"),
     ]

@@ -240,20 +240,20 @@ PLAN = plan_of(GROUPS)
 ROWS = torch.zeros(1, 3)
 WRONG = [
     (lambda: cpp.merge_tokens(X[0], None, *PLAN), "merge_tokens: x must have 3 dimensions, got 2"),
-    (lambda: cpp.merge_tokens(X[:, 1:], None, *PLAN), r"x must be \(1, 6, C\), got \(1, 5, 4\)"),
-    (lambda: cpp.merge_tokens(X.int(), None, *PLAN), "x has a dtype that no kernel handles"),
+    (lambda: cpp.merge_tokens(X[:, 1:], None, *PLAN), r"x must have shape \(1, 6, 4\), got \(1, 5, 4\)"),
+    (lambda: cpp.merge_tokens(X.int(), None, *PLAN), "x must have a dtype that kernels handle, got int32"),
     (lambda: cpp.merge_tokens(X.to(torch.int8), None, *PLAN), "x must have a float dtype"),
-    (lambda: cpp.merge_tokens(X, ROWS, *PLAN), r"size must be \(1, 6\), got \(1, 3\)"),
+    (lambda: cpp.merge_tokens(X, ROWS, *PLAN), r"size must have shape \(1, 6\), got \(1, 3\)"),
     (lambda: cpp.merge_tokens(X, X[..., 0].double(), *PLAN), "size must be float32"),
-    (lambda: cpp.sum_groups(X, PLAN[0], PLAN[1][:, 1:], PLAN[2]), r"order must be \(1, 6\), got \(1, 5\)"),
-    (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2].repeat(2, 1)), r"offsets must be \(1, rows \+ 1\), got \(2, 4\)"),
-    (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2][:, :0]), r"offsets must be \(1, rows \+ 1\), got \(1, 0\)"),
+    (lambda: cpp.sum_groups(X, PLAN[0], PLAN[1][:, 1:], PLAN[2]), r"order must have shape \(1, 6\), got \(1, 5\)"),
+    (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2].repeat(2, 1)), r"offsets must have shape \(1, rows \+ 1\), got \(2, 4\)"),
+    (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2][:, :0]), r"offsets must have shape \(1, rows \+ 1\), got \(1, 0\)"),
     (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2].short()), "offsets must be int32 or int64"),
-    (lambda: cpp.unmerge_tokens(X, *PLAN), r"y must be \(1, 3, C\), got \(1, 6, 4\)"),
-    (lambda: cpp.merge_tokens_backward(X, ROWS, None, None, *PLAN), r"grad_tokens must be \(1, 3, C\)"),
-    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS[:, 1:], None, None, *PLAN), r"grad_size must be \(1, 3\)"),
-    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS, X[..., 1:], None, *PLAN), "x must have the dtype and channels"),
-    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS, X.half(), None, *PLAN), "x must have the dtype and channels"),
+    (lambda: cpp.unmerge_tokens(X, *PLAN), r"y must have shape \(1, 3, 4\), got \(1, 6, 4\)"),
+    (lambda: cpp.merge_tokens_backward(X, ROWS, None, None, *PLAN), r"grad_tokens must have shape \(1, 3, 4\)"),
+    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS[:, 1:], None, None, *PLAN), r"grad_size must have shape \(1, 3\)"),
+    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS, X[..., 1:], None, *PLAN), r"x must have shape \(1, 6, 4\), got \(1, 6, 3\)"),
+    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS, X.half(), None, *PLAN), "x must be float32, got float16"),
 ]
 
 

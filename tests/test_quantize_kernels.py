@@ -151,9 +151,9 @@ def test_compiled_kernels_check_for_themselves():
         quantize(x.to(torch.int8), torch.int8)
     with pytest.raises(ValueError, match="quantize_rows: dtype must be int8 or float8_e4m3fn"):
         quantize(x, torch.float16)
-    with pytest.raises(ValueError, match="quantize_rows_backward: grad_scale must have the dtype of the scale"):
+    with pytest.raises(ValueError, match="quantize_rows_backward: grad_scale must"):
         backward(grad[:1], x, torch.int8)
-    with pytest.raises(ValueError, match="quantize_rows_backward: grad_scale must have the dtype of the scale"):
+    with pytest.raises(ValueError, match="quantize_rows_backward: grad_scale must"):
         backward(grad, x.double(), torch.int8)
     with pytest.raises(ValueError, match="quantize_rows_backward: dtype must be int8 or float8_e4m3fn"):
         backward(grad, x, torch.float32)

@@ -135,9 +135,9 @@ def test_compiled_kernel_checks_for_itself():
         op(x[0], 1, None)
     with pytest.raises(ValueError, match="select_tokens: x must have a float dtype"):
         op(x.to(torch.int8), 1, None)
-    with pytest.raises(ValueError, match="select_tokens: score must have the first two sizes of x"):
+    with pytest.raises(ValueError, match=r"select_tokens: score must have shape \("):
         op(x, 1, torch.zeros(2, 4))
     with pytest.raises(ValueError, match="select_tokens: score must have a float dtype"):
         op(x, 1, torch.zeros(2, 5, dtype=torch.int8))
-    with pytest.raises(ValueError, match="select_tokens: score has a dtype that no kernel handles"):
+    with pytest.raises(ValueError, match="select_tokens: score must have a dtype that kernels handle"):
         op(x, 1, torch.zeros(2, 5, dtype=torch.int64))

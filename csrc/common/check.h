@@ -7,12 +7,12 @@
 
 namespace vidmem {
 
-template <class... Args>
+template <class Error = std::invalid_argument, class... Args>
 [[noreturn]] void fail(const char* op, const Args&... args) {
   std::ostringstream message;
   message << op << ": ";
   (message << ... << args);
-  throw std::invalid_argument(message.str());
+  throw Error(message.str());
 }
 
 }  // namespace vidmem

@@ -18,6 +18,13 @@ inline void check_torch(AOTITorchError error, const char* what) {
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("vidmem: torch failed in ") + what);
 }
 
+inline void check_same_gpu(const Tensor& tensor, const char* argument, const Tensor& other, const char* other_argument,
+                           const char* op) {
+  VIDMEM_CHECK(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), op, argument,
+               " must be on the GPU of ", other_argument, ", got tensors on ", place_name(tensor), " and ",
+               place_name(other));
+}
+
 // Makes the tensor's device current while it lives, and knows that device's current stream.
 class Launch {
  public:

@@ -14,8 +14,7 @@ namespace {
 constexpr const char* op = "select_tokens";
 
 Tensor row_norms(const Tensor& x, DType dtype, const Launch& launch) {
-  const ScalarType result = dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor norms = torch::stable::new_empty(x, {x.size(0), x.size(1)}, result);
+  Tensor norms = torch::stable::new_empty(x, {x.size(0), x.size(1)}, sum_type(x.scalar_type()));
   dispatch_float(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     RowNorms<T> a{};
@@ -78,18 +77,14 @@ Tensor select_columns(const Tensor& score, int64_t keep, const Launch& launch) {
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& x, int64_t keep, const std::optional<Tensor>& score) {
   check_dim(x, 3, op, "x");
-  VIDMEM_CHECK(x.is_cuda(), op, "x must be on the GPU");
+  VIDMEM_CHECK(x.is_cuda(), op, "x must be on the GPU, got a tensor on ", place_name(x));
   const int64_t batch = x.size(0), rows = x.size(1);
   VIDMEM_CHECK(keep >= 0 && keep <= rows, op, "keep must be in [0, ", rows, "], got ", keep);
-  const DType dtype = dtype_of(x.scalar_type(), op, "x");
-  VIDMEM_CHECK(!is_quantized(dtype), op, "x must have a float dtype");
+  const DType dtype = float_dtype_of(x.scalar_type(), op, "x");
   if (score) {
-    check_dim(*score, 2, op, "score");
-    VIDMEM_CHECK(score->is_cuda() && score->get_device_index() == x.get_device_index(), op,
-                 "score must be on the GPU of x");
-    VIDMEM_CHECK(score->size(0) == batch && score->size(1) == rows, op, "score must be (", batch, ", ", rows,
-                 "), got (", score->size(0), ", ", score->size(1), ")");
-    VIDMEM_CHECK(!is_quantized(dtype_of(score->scalar_type(), op, "score")), op, "score must have a float dtype");
+    check_same_gpu(*score, "score", x, "x", op);
+    check_shape(*score, {batch, rows}, op, "score");
+    float_dtype_of(score->scalar_type(), op, "score");
   }
   const Launch launch(x);
   if (batch * keep == 0) {

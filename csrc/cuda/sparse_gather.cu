@@ -23,7 +23,7 @@ template <class F>
 void dispatch_index(const Tensor& index, const char* op, const F& f) {
   if (index.scalar_type() == ScalarType::Int) return f(TypeTag<int32_t>{});
   if (index.scalar_type() == ScalarType::Long) return f(TypeTag<int64_t>{});
-  fail(op, "index must be int32 or int64");
+  check_index_dtype(index, op, "index");
 }
 
 // Where kernels find the data of a bank or scale: what is on the host must be pinned.
@@ -54,25 +54,23 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   constexpr const char* op = "gather_tokens";
   check_dim(bank, 3, op, "bank");
   check_dim(index, 2, op, "index");
-  VIDMEM_CHECK(index.is_cuda(), op, "index must be on the GPU");
-  VIDMEM_CHECK(bank.is_cpu() || bank.get_device_index() == index.get_device_index(), op,
-               "bank must be on the GPU of index or in pinned host memory");
+  VIDMEM_CHECK(index.is_cuda(), op, "index must be on the GPU, got a tensor on ", place_name(index));
+  if (!bank.is_cpu()) check_same_gpu(bank, "bank", index, "index", op);
   const int64_t batch = index.size(0), columns = index.size(1), channels = bank.size(2);
   const bool shared = bank.size(0) == 1;
   VIDMEM_CHECK(shared || bank.size(0) == batch, op, "bank must have batch 1 or ", batch, ", got ", bank.size(0));
   const DType bank_dtype = dtype_of(bank.scalar_type(), op, "bank");
   VIDMEM_CHECK(is_quantized(bank_dtype) == scale.has_value(), op,
-               "scale must be given exactly for int8 and float8_e4m3fn banks");
+               "scale must be given exactly for int8 and float8_e4m3fn banks, got a ", name_of(bank.scalar_type()),
+               " bank with", scale ? "" : "out", " scale");
   if (scale) {
-    check_dim(*scale, 2, op, "scale");
-    VIDMEM_CHECK(scale->scalar_type() == ScalarType::Float && scale->size(0) == bank.size(0) &&
-                     scale->size(1) == bank.size(1) && scale->is_cpu() == bank.is_cpu() &&
-                     (bank.is_cpu() || scale->get_device_index() == bank.get_device_index()),
-                 op, "scale must be float32 of the bank's first two sizes, where the bank is");
+    check_dtype(*scale, ScalarType::Float, op, "scale");
+    check_shape(*scale, {bank.size(0), bank.size(1)}, op, "scale");
+    VIDMEM_CHECK(place_name(*scale) == place_name(bank), op, "scale must be where the bank is, got tensors on ",
+                 place_name(*scale), " and ", place_name(bank));
   }
   const ScalarType result = out_dtype.value_or(scale ? ScalarType::Float : bank.scalar_type());
-  const DType result_dtype = dtype_of(result, op, "out_dtype");
-  VIDMEM_CHECK(!is_quantized(result_dtype), op, "out_dtype must be a float dtype");
+  const DType result_dtype = float_dtype_of(result, op, "out_dtype");
 
   const Launch launch(index);
   Tensor out = torch::stable::new_empty(index, {batch, columns, channels}, result);
@@ -134,15 +132,11 @@ std::array<Tensor, 2> stable_sort(const Tensor& keys) {
 Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_rows) {
   constexpr const char* op = "scatter_add_tokens";
   check_dim(src, 3, op, "src");
-  check_dim(index, 2, op, "index");
-  VIDMEM_CHECK(src.is_cuda() && index.is_cuda() && index.get_device_index() == src.get_device_index(), op,
-               "src and index must be on the same GPU");
+  check_same_gpu(src, "src", index, "index", op);
   VIDMEM_CHECK(num_rows >= 0, op, "num_rows must not be negative, got ", num_rows);
   const int64_t batch = src.size(0), columns = src.size(1), channels = src.size(2);
-  VIDMEM_CHECK(index.size(0) == batch && index.size(1) == columns, op, "index must be (", batch, ", ", columns,
-               "), got (", index.size(0), ", ", index.size(1), ")");
-  const DType dtype = dtype_of(src.scalar_type(), op, "src");
-  VIDMEM_CHECK(!is_quantized(dtype), op, "src must have a float dtype");
+  check_shape(index, {batch, columns}, op, "index");
+  const DType dtype = float_dtype_of(src.scalar_type(), op, "src");
 
   const Launch launch(src);
   Tensor out = torch::stable::new_empty(src, {batch, num_rows, channels});
@@ -176,7 +170,7 @@ Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_ro
     if (columns > kPiece) {
       const int64_t slots = piece_slot(columns - 1, true) + 1;
       pieces = torch::stable::new_empty(src, {batch, slots, channels},
-                                        dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
+                                        sum_type(src.scalar_type()));
       a.pieces = static_cast<typename Accumulate<T>::type*>(pieces->data_ptr());
       sum_pieces_kernel<T><<<grid_size(batch * slots), kThreads, 0, launch.stream()>>>(a);
     }

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <atomic>
-#include <string>
 
 #include "common/tensor.h"
 #include "cpu/common/index_view.h"
@@ -52,17 +51,16 @@ void check(const IndexView& index, int64_t batch, int64_t count, int64_t lowest,
   if (good) return;
   const Range<Index> range = range_of<Index>(index, count, 0, batch * count);
   const int64_t wrong = range.smallest < lowest ? range.smallest : range.largest;
-  throw std::out_of_range(std::string(op) + ": index must be in [" + std::to_string(lowest) + ", " +
-                          std::to_string(rows - 1) + "], got " + std::to_string(wrong));
+  fail<std::out_of_range>(op, "index must be in [", lowest, ", ", rows - 1, "], got ", wrong);
 }
 
 }  // namespace
 
 IndexView view_index(const Tensor& index, int64_t lowest, int64_t rows, const char* op) {
   check_dim(index, 2, op, "index");
-  VIDMEM_CHECK(index.is_cpu(), op, "index must be on the CPU");
+  check_cpu(index, op, "index");
+  check_index_dtype(index, op, "index");
   const bool wide = index.scalar_type() == ScalarType::Long;
-  VIDMEM_CHECK(wide || index.scalar_type() == ScalarType::Int, op, "index must be int32 or int64");
   const IndexView view{index.data_ptr(), wide, index.stride(0), index.stride(1)};
   (wide ? check<int64_t> : check<int32_t>)(view, index.size(0), index.size(1), lowest, rows, op);
   return view;

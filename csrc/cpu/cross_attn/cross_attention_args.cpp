@@ -21,8 +21,8 @@ double element(const Tensor& x, int64_t offset) {
 
 void check_input(const char* op, const char* name, const Tensor& x, const Tensor& q) {
   check_dim(x, 4, op, name);
-  VIDMEM_CHECK(x.is_cpu(), op, name, " must be on the CPU");
-  VIDMEM_CHECK(x.scalar_type() == q.scalar_type(), op, "q and ", name, " must have the same dtype");
+  check_cpu(x, op, name);
+  check_dtype(x, q.scalar_type(), op, name);
 }
 
 bool is_integer(const Tensor& x) { return x.scalar_type() == ScalarType::Int || x.scalar_type() == ScalarType::Long; }
@@ -47,11 +47,11 @@ template <class T>
 std::vector<T> read_times(const char* op, const char* name, const Tensor& time, int64_t batch, int64_t length) {
   const int64_t dims = time.dim();
   const ScalarType type = time.scalar_type();
-  VIDMEM_CHECK(time.is_cpu(), op, name, " must be on the CPU");
-  VIDMEM_CHECK(type == ScalarType::Int || type == ScalarType::Long || type == ScalarType::Float ||
-                   type == ScalarType::Double, op, name, " must be int32, int64, float32 or float64");
+  check_cpu(time, op, name);
+  VIDMEM_CHECK(is_integer(time) || type == ScalarType::Float || type == ScalarType::Double, op, name,
+               " must be int32, int64, float32 or float64, got ", name_of(type));
   VIDMEM_CHECK((dims == 1 || (dims == 2 && time.size(0) == batch)) && time.size(dims - 1) == length, op, name,
-               " must have shape (", length, ") or (", batch, ", ", length, ")");
+               " must have shape (", length, ") or (", batch, ", ", length, "), got ", shape_name(time.sizes()));
   const int64_t rows = dims == 1 ? 1 : batch, batch_stride = dims == 1 ? 0 : time.stride(0);
   std::vector<T> times(rows * length);
   for (int64_t i = 0; i < rows * length; ++i) {
@@ -82,18 +82,16 @@ AttentionArgs::AttentionArgs(const char* op, const Tensor& q, const Tensor& k, c
   check_input(op, "q", q, q);
   check_input(op, "k", k, q);
   check_input(op, "v", v, q);
-  dtype = dtype_of(q.scalar_type(), op, "q");
-  VIDMEM_CHECK(!is_quantized(dtype), op, "q must have a float dtype");
+  dtype = float_dtype_of(q.scalar_type(), op, "q");
   size = dtype == DType::float64 ? 8 : 4;
   batch = q.size(0), queries = q.size(1), heads = q.size(2), channels = q.size(3);
   keys = k.size(1), value_channels = v.size(3);
-  VIDMEM_CHECK(k.size(0) == batch && k.size(2) == heads && k.size(3) == channels, op,
-               "q and k must have the same B, H and D");
-  VIDMEM_CHECK(v.size(0) == batch && v.size(1) == keys && v.size(2) == heads, op,
-               "k and v must have the same B, Lk and H");
+  check_shape(k, {batch, keys, heads, channels}, op, "k");
+  check_shape(v, {batch, keys, heads, value_channels}, op, "v");
   constexpr int64_t kMost = 1 << 30;
   VIDMEM_CHECK(queries < kMost && keys < kMost && channels < kMost && value_channels < kMost, op,
-               "axes of q, k and v must be shorter than 2**30");
+               "axes of q, k and v must be shorter than 2**30, got ",
+               std::max({queries, keys, channels, value_channels}));
   VIDMEM_CHECK(num_sinks >= 0 && num_sinks <= keys, op, "num_sinks must be in [0, ", keys, "], got ", num_sinks);
   read_window(op, options);
   read_blocks(op, options);
@@ -104,7 +102,8 @@ AttentionArgs::AttentionArgs(const char* op, const Tensor& q, const Tensor& k, c
 void AttentionArgs::read_window(const char* op, const AttentionOptions& options) {
   const bool given = options.window.has_value();
   VIDMEM_CHECK(options.q_time.has_value() == given && options.k_time.has_value() == given, op,
-               "q_time, k_time and window must be given together");
+               "q_time, k_time and window must be given together, got ",
+               options.q_time.has_value() + options.k_time.has_value() + given, " of them");
   if (!given) return;
   VIDMEM_CHECK(options.window->size() == 2, op, "window must be two numbers, got ", options.window->size());
   has_window_ = true;
@@ -149,14 +148,15 @@ void AttentionArgs::read_blocks(const char* op, const AttentionOptions& options)
   if (!has_blocks) return;
   const Tensor& index = *options.block_index;
   check_dim(index, 4, op, "block_index");
-  VIDMEM_CHECK(index.is_cpu(), op, "block_index must be on the CPU");
-  const ScalarType type = index.scalar_type();
-  VIDMEM_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, "block_index must be int32 or int64");
+  check_cpu(index, op, "block_index");
+  check_index_dtype(index, op, "block_index");
+  const bool wide = index.scalar_type() == ScalarType::Long;
   block_heads_ = index.size(1);
   block_rows_ = attention_blocks(queries, block_q);
   topk_ = index.size(3);
   VIDMEM_CHECK(index.size(0) == batch && (block_heads_ == 1 || block_heads_ == heads) && index.size(2) == block_rows_,
-               op, "block_index must have shape (", batch, ", ", heads, " or 1, ", block_rows_, ", topk)");
+               op, "block_index must have shape (", batch, ", ", heads, " or 1, ", block_rows_, ", topk), got ",
+               shape_name(index.sizes()));
   const int64_t count = attention_blocks(keys, block_k);
   blocks_.resize(index.numel());
   for (int64_t i = 0; i < index.numel(); ++i) {
@@ -165,11 +165,10 @@ void AttentionArgs::read_blocks(const char* op, const AttentionOptions& options)
       offset += rest % index.size(axis) * index.stride(axis);
       rest /= index.size(axis);
     }
-    const int64_t block = type == ScalarType::Long ? static_cast<const int64_t*>(index.data_ptr())[offset]
-                                                   : static_cast<const int32_t*>(index.data_ptr())[offset];
+    const int64_t block = wide ? static_cast<const int64_t*>(index.data_ptr())[offset]
+                               : static_cast<const int32_t*>(index.data_ptr())[offset];
     if (block < -1 || block >= count) {
-      throw std::out_of_range(std::string(op) + ": block_index must be in [-1, " + std::to_string(count - 1) +
-                              "], got " + std::to_string(block));
+      fail<std::out_of_range>(op, "block_index must be in [-1, ", count - 1, "], got ", block);
     }
     blocks_[i] = static_cast<int32_t>(block);
   }
@@ -177,12 +176,12 @@ void AttentionArgs::read_blocks(const char* op, const AttentionOptions& options)
 
 void AttentionArgs::read_bias(const char* op, const Tensor& key_bias) {
   const int64_t dims = key_bias.dim();
-  VIDMEM_CHECK(key_bias.is_cpu(), op, "key_bias must be on the CPU");
-  VIDMEM_CHECK(!is_quantized(dtype_of(key_bias.scalar_type(), op, "key_bias")), op, "key_bias must have a float dtype");
+  check_cpu(key_bias, op, "key_bias");
+  float_dtype_of(key_bias.scalar_type(), op, "key_bias");
   const bool fits = (dims == 2 || (dims == 3 && key_bias.size(1) == heads)) && key_bias.size(0) == batch &&
                     key_bias.size(dims - 1) == keys;
   VIDMEM_CHECK(fits, op, "key_bias must have shape (", batch, ", ", keys, ") or (", batch, ", ", heads, ", ", keys,
-               ")");
+               "), got ", shape_name(key_bias.sizes()));
   has_bias_ = true;
   const int64_t rows = dims == 2 ? 1 : heads, row_stride = dims == 2 ? 0 : key_bias.stride(1);
   bias_head_ = dims == 2 ? 0 : keys;
@@ -208,9 +207,7 @@ void AttentionArgs::read_bias(const char* op, const Tensor& key_bias) {
 }
 
 AttentionRows AttentionArgs::rows(const Tensor& x, int64_t pair) const {
-  const int64_t offset = pair / heads * x.stride(0) + pair % heads * x.stride(2);
-  const char* data = static_cast<const char*>(x.data_ptr()) + offset * x.element_size();
-  return {data, dtype, x.stride(1), x.stride(3), x.size(3)};
+  return {pair_data(x, pair), dtype, x.stride(1), x.stride(3), x.size(3)};
 }
 
 const void* AttentionArgs::bias(int64_t pair) const {

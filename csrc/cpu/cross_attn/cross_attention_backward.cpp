@@ -77,18 +77,14 @@ class GroupQueries {
 void check_grads(const char* op, const AttentionArgs& args, const Tensor& grad_out, const OptionalTensor& grad_lse,
                  const Tensor& out, const Tensor& lse) {
   const auto check_rows = [&](const char* name, const Tensor& x) {
-    check_dim(x, 4, op, name);
-    VIDMEM_CHECK(x.is_cpu(), op, name, " must be on the CPU");
-    VIDMEM_CHECK(x.scalar_type() == args.q.scalar_type(), op, "q and ", name, " must have the same dtype");
-    VIDMEM_CHECK(x.size(0) == args.batch && x.size(1) == args.queries && x.size(2) == args.heads &&
-                     x.size(3) == args.value_channels, op, name, " must have shape (B, Lq, H, Dv)");
+    check_cpu(x, op, name);
+    check_dtype(x, args.q.scalar_type(), op, name);
+    check_shape(x, {args.batch, args.queries, args.heads, args.value_channels}, op, name);
   };
   const auto check_lse = [&](const char* name, const Tensor& x) {
-    check_dim(x, 3, op, name);
-    VIDMEM_CHECK(x.is_cpu(), op, name, " must be on the CPU");
-    VIDMEM_CHECK(x.scalar_type() == args.sum_type(), op, name, " must be float32, or float64 for a float64 q");
-    VIDMEM_CHECK(x.size(0) == args.batch && x.size(1) == args.heads && x.size(2) == args.queries, op, name,
-                 " must have shape (B, H, Lq)");
+    check_cpu(x, op, name);
+    check_dtype(x, args.sum_type(), op, name);
+    check_shape(x, {args.batch, args.heads, args.queries}, op, name);
   };
   check_rows("grad_out", grad_out);
   check_rows("out", out);

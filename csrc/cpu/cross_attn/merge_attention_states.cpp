@@ -11,13 +11,11 @@
 namespace vidmem {
 namespace {
 
-StateRows view_rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
-
 LogSums view_sums(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 // The states that are merged, checked.
 struct States {
-  std::vector<StateRows> outs;
+  std::vector<HeadRows> outs;
   std::vector<LogSums> lses;
   DType dtype;
   int64_t size, batch, length, heads, channels;  // size: bytes of a sum
@@ -28,32 +26,28 @@ struct States {
                  lse_tensors.size());
     const Tensor& first = out_tensors[0];
     check_dim(first, 4, op, "outs[0]");
-    dtype = dtype_of(first.scalar_type(), op, "outs[0]");
-    VIDMEM_CHECK(!is_quantized(dtype), op, "outs must have a float dtype");
+    dtype = float_dtype_of(first.scalar_type(), op, "outs[0]");
     size = dtype == DType::float64 ? 8 : 4;
     batch = first.size(0), length = first.size(1), heads = first.size(2), channels = first.size(3);
     check_extent(first, op, "outs[0]");
     for (size_t i = 0; i < out_tensors.size(); ++i) {
       check_rows(op, "every one of outs", out_tensors[i], first.scalar_type());
       check_sums(op, "every one of lses", lse_tensors[i]);
-      outs.push_back(view_rows(out_tensors[i]));
+      outs.push_back(head_rows_of(out_tensors[i]));
       lses.push_back(view_sums(lse_tensors[i]));
     }
   }
 
   void check_rows(const char* op, const char* name, const Tensor& x, ScalarType type) const {
-    check_dim(x, 4, op, name);
-    VIDMEM_CHECK(x.is_cpu() && x.scalar_type() == type && x.size(0) == batch && x.size(1) == length &&
-                     x.size(2) == heads && x.size(3) == channels,
-                 op, name, " must have the shape and dtype of outs[0], on the CPU");
+    check_cpu(x, op, name);
+    check_dtype(x, type, op, name);
+    check_shape(x, {batch, length, heads, channels}, op, name);
   }
 
   void check_sums(const char* op, const char* name, const Tensor& x) const {
-    check_dim(x, 3, op, name);
-    VIDMEM_CHECK(x.is_cpu() && x.scalar_type() == sum_type() && x.size(0) == batch && x.size(1) == heads &&
-                     x.size(2) == length,
-                 op, name, " must be of the type of sums and have shape (", batch, ", ", heads, ", ", length,
-                 "), on the CPU");
+    check_cpu(x, op, name);
+    check_dtype(x, sum_type(), op, name);
+    check_shape(x, {batch, heads, length}, op, name);
   }
 
   ScalarType sum_type() const { return size == 8 ? ScalarType::Double : ScalarType::Float; }
@@ -91,7 +85,7 @@ std::tuple<Tensor, Tensor> merge_attention_states_backward(const Tensor& grad_ou
       {states.parts(), states.batch, states.length, states.heads, states.channels}, grad_out.scalar_type());
   Tensor grad_lses = torch::stable::empty({states.parts(), states.batch, states.heads, states.length},
                                           states.sum_type());
-  const MergeStatesBackward args{view_rows(grad_out),
+  const MergeStatesBackward args{head_rows_of(grad_out),
                                  grad_lse ? view_sums(*grad_lse) : LogSums{},
                                  states.outs.data(),
                                  states.lses.data(),

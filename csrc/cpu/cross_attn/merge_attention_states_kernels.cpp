@@ -27,7 +27,7 @@ inline S at(const LogSums& sums, const Row& r) {
 }
 
 template <class T>
-inline const T* at(const StateRows& rows, const Row& r) {
+inline const T* at(const HeadRows& rows, const Row& r) {
   return static_cast<const T*>(rows.data) + r.batch * rows.batch_stride + r.row * rows.row_stride +
          r.head * rows.head_stride;
 }

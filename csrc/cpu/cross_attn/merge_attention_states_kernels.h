@@ -7,13 +7,9 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/layout.h"
 
 namespace vidmem {
-
-struct StateRows {  // (B, L, H, D)
-  const void* data;
-  int64_t batch_stride, row_stride, head_stride, channel_stride;
-};
 
 struct LogSums {  // (B, H, L) in the type of sums
   const void* data;
@@ -22,7 +18,7 @@ struct LogSums {  // (B, H, L) in the type of sums
 
 // Items are the rows of (B, L, H), in this order; results are contiguous.
 struct MergeStates {
-  const StateRows* outs;
+  const HeadRows* outs;
   const LogSums* lses;
   int64_t parts;
   DType dtype;
@@ -32,9 +28,9 @@ struct MergeStates {
 };
 
 struct MergeStatesBackward {
-  StateRows grad_out;
+  HeadRows grad_out;
   LogSums grad_lse;  // of null: zeros
-  const StateRows* outs;
+  const HeadRows* outs;
   const LogSums* lses;
   int64_t parts;
   LogSums lse;

@@ -76,9 +76,7 @@ void for_pieces(const Plan& plan, int64_t sequences, int64_t cost, int64_t scrat
 
 inline Tokens tokens_of(const Tensor& x, int64_t sequence) {
   if (x.size(3) == 0) return {x.data_ptr(), 0, 1};  // strides of what is empty may be anything
-  const int64_t b = sequence / x.size(2), h = sequence % x.size(2);
-  const char* data = static_cast<const char*>(x.data_ptr());
-  return {data + (b * x.stride(0) + h * x.stride(2)) * x.element_size(), x.stride(1), x.stride(3)};
+  return {pair_data(x, sequence), x.stride(1), x.stride(3)};
 }
 
 // The state of one batch element and head before the call, as kernels take it.
@@ -118,20 +116,15 @@ inline void accumulate(float* state, float* sum, int64_t count, bool before) {
 }
 
 inline void check_tokens(const char* op, const char* name, const Tensor& x, const Tensor& q, int64_t channels) {
-  check_dim(x, 4, op, name);
-  VIDMEM_CHECK(x.is_cpu() && x.scalar_type() == q.scalar_type(), op, name, " must have the dtype of q, on the CPU");
-  VIDMEM_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == q.size(2), op, name,
-               " must have the first three sizes of q");
-  VIDMEM_CHECK(x.size(3) == channels, op, name, " must have ", channels, " channels, got ", x.size(3));
+  check_cpu(x, op, name);
+  check_dtype(x, q.scalar_type(), op, name);
+  check_shape(x, {q.size(0), q.size(1), q.size(2), channels}, op, name);
 }
 
-inline void check_state(const char* op, const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
-  check_dim(x, shape.size(), op, name);
-  VIDMEM_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, op, name, " must be float32, on the CPU");
-  for (size_t i = 0; i < shape.size(); ++i) {
-    VIDMEM_CHECK(x.size(i) == shape[i], op, name, " must have the sizes of q and v, got ", x.size(i), " for ",
-                 shape[i]);
-  }
+inline void check_state(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
+  check_cpu(x, op, name);
+  check_dtype(x, ScalarType::Float, op, name);
+  check_shape(x, shape, op, name);
 }
 
 // Checks the arguments that forward and backward have in common.
@@ -141,11 +134,10 @@ inline LinearAttention check_arguments(const char* op, const Tensor& q, const Te
                                        bool normalize, double scale) {
   check_dim(q, 4, op, "q");
   check_dim(v, 4, op, "v");
-  VIDMEM_CHECK(q.is_cpu(), op, "q must be on the CPU");
+  check_cpu(q, op, "q");
   LinearAttention args{};
-  args.dtype = dtype_of(q.scalar_type(), op, "q");
-  VIDMEM_CHECK(args.dtype != DType::float64 && !is_quantized(args.dtype), op,
-               "q must be float32, bfloat16 or float16");
+  args.dtype = float_dtype_of(q.scalar_type(), op, "q");
+  VIDMEM_CHECK(args.dtype != DType::float64, op, "q must be float32, bfloat16 or float16, got float64");
   args.size = q.size(3);
   args.value_size = v.size(3);
   check_tokens(op, "k", k, q, args.size);
@@ -153,7 +145,7 @@ inline LinearAttention check_arguments(const char* op, const Tensor& q, const Te
   check_extent(q, op, "q");
   check_extent(v, op, "v");
   VIDMEM_CHECK(!causal || block_size >= 1, op, "block_size must be at least 1, got ", block_size);
-  VIDMEM_CHECK(S.has_value() == z.has_value(), op, "S and z must come together");
+  VIDMEM_CHECK(S.has_value() == z.has_value(), op, "S and z must come together, got ", S ? "S" : "z", " alone");
   if (S) {
     check_state(op, "S", *S, {q.size(0), q.size(2), args.size, args.value_size});
     check_state(op, "z", *z, {q.size(0), q.size(2), args.size});

@@ -11,28 +11,20 @@ namespace {
 
 DType check_rows(const Tensor& x, ScalarType dtype, const char* op) {
   check_dim(x, 3, op, "x");
-  VIDMEM_CHECK(x.is_cpu(), op, "x must be on the CPU");
-  VIDMEM_CHECK(!is_quantized(dtype_of(x.scalar_type(), op, "x")), op, "x must have a float dtype");
+  check_cpu(x, op, "x");
   const DType rows = dtype_of(dtype, op, "dtype");
-  VIDMEM_CHECK(is_quantized(rows), op, "dtype must be int8 or float8_e4m3fn");
+  VIDMEM_CHECK(is_quantized(rows), op, "dtype must be int8 or float8_e4m3fn, got ", name_of(dtype));
   return rows;
-}
-
-ScalarType scale_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype) {
   constexpr const char* op = "quantize_rows";
   QuantizeRows args{};
+  args.dtype = float_dtype_of(x.scalar_type(), op, "x");
   args.rows_dtype = check_rows(x, dtype, op);
   Tensor rows = torch::stable::empty({x.size(0), x.size(1), x.size(2)}, dtype);
-  Tensor scale = torch::stable::empty({x.size(0), x.size(1)}, scale_type(x));
-  args.x = x.data_ptr();
-  args.dtype = dtype_of(x.scalar_type(), op, "x");
-  args.batch_stride = x.stride(0);
-  args.row_stride = x.stride(1);
-  args.channel_stride = x.stride(2);
+  Tensor scale = torch::stable::empty({x.size(0), x.size(1)}, sum_type(x.scalar_type()));
+  args.x = rows_of(x);
   args.rows = rows.data_ptr();
   args.scale = scale.data_ptr();
   args.rows_per_batch = x.size(1);
@@ -46,21 +38,15 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype) {
 Tensor quantize_rows_backward(const Tensor& grad_scale, const Tensor& x, ScalarType dtype) {
   constexpr const char* op = "quantize_rows_backward";
   QuantizeRowsBackward args{};
+  args.dtype = float_dtype_of(x.scalar_type(), op, "x");
   args.rows_dtype = check_rows(x, dtype, op);
-  check_dim(grad_scale, 2, op, "grad_scale");
-  VIDMEM_CHECK(grad_scale.is_cpu() && grad_scale.scalar_type() == scale_type(x) &&
-                   grad_scale.size(0) == x.size(0) && grad_scale.size(1) == x.size(1),
-               op, "grad_scale must have the dtype of the scale and the first two sizes of x, on the CPU");
+  check_cpu(grad_scale, op, "grad_scale");
+  check_dtype(grad_scale, sum_type(x.scalar_type()), op, "grad_scale");
+  check_shape(grad_scale, {x.size(0), x.size(1)}, op, "grad_scale");
   Tensor grad = torch::stable::empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   if (grad.numel() == 0) return grad;
-  args.grad_scale = grad_scale.data_ptr();
-  args.grad_batch_stride = grad_scale.stride(0);
-  args.grad_row_stride = grad_scale.stride(1);
-  args.x = x.data_ptr();
-  args.dtype = dtype_of(x.scalar_type(), op, "x");
-  args.batch_stride = x.stride(0);
-  args.row_stride = x.stride(1);
-  args.channel_stride = x.stride(2);
+  args.grad_scale = matrix_of(grad_scale);
+  args.x = rows_of(x);
   args.grad = grad.data_ptr();
   args.rows_per_batch = x.size(1);
   args.channels = x.size(2);

@@ -97,10 +97,10 @@ void quantize(const QuantizeRows& args, int64_t begin, int64_t end) {
   using Float = typename Accumulate<T>::type;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / args.rows_per_batch, row = i % args.rows_per_batch;
-    const T* in = static_cast<const T*>(args.x) + batch * args.batch_stride + row * args.row_stride;
+    const T* in = static_cast<const T*>(args.x.data) + batch * args.x.batch_stride + row * args.x.row_stride;
     Q* out = static_cast<Q*>(args.rows) + i * args.channels;
     Float& scale = static_cast<Float*>(args.scale)[i];
-    const auto bits = largest(in, args.channel_stride, args.channels);
+    const auto bits = largest(in, args.x.channel_stride, args.channels);
     if (bits == 0 || bits >= Infinity<T>::bits) {
       scale = bits == 0 ? Float(0) : Float(__builtin_nanf(""));
       zero_row(out, args.channels);
@@ -111,7 +111,7 @@ void quantize(const QuantizeRows& args, int64_t begin, int64_t end) {
     scale = widen(maximum) / Float(Largest<Q>::value);
     if (scale < Limits<Q, Float>::smallest) scale = Limits<Q, Float>::smallest;
     if (scale > Limits<Q, Float>::largest) scale = Limits<Q, Float>::largest;
-    divide_row(in, args.channel_stride, scale, out, args.channels);
+    divide_row(in, args.x.channel_stride, scale, out, args.channels);
   }
 }
 
@@ -130,13 +130,13 @@ void quantize_backward(const QuantizeRowsBackward& args, int64_t begin, int64_t 
   using Float = typename Accumulate<T>::type;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / args.rows_per_batch, row = i % args.rows_per_batch;
-    const T* in = static_cast<const T*>(args.x) + batch * args.batch_stride + row * args.row_stride;
+    const T* in = static_cast<const T*>(args.x.data) + batch * args.x.batch_stride + row * args.x.row_stride;
     T* out = static_cast<T*>(args.grad) + i * args.channels;
     zero_row(out, args.channels);
-    const int64_t first = first_largest(in, args.channel_stride, args.channels);
-    const T at = in[first * args.channel_stride];
+    const int64_t first = first_largest(in, args.x.channel_stride, args.channels);
+    const T at = in[first * args.x.channel_stride];
     const Float grad = static_cast<const Float*>(
-        args.grad_scale)[batch * args.grad_batch_stride + row * args.grad_row_stride];
+        args.grad_scale.data)[batch * args.grad_scale.batch_stride + row * args.grad_scale.stride];
     const Float value = widen(at);
     const Float scale = (value < 0 ? -value : value) / Float(Largest<Q>::value);
     Float step = grad * Float((value > 0) - (value < 0)) / Float(Largest<Q>::value);

@@ -7,13 +7,13 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/layout.h"
 
 namespace vidmem {
 
 struct QuantizeRows {
-  const void* x;  // (B, M, C)
+  Rows x;  // (B, M, C)
   DType dtype;
-  int64_t batch_stride, row_stride, channel_stride;
   void* rows;  // (B, M, C) contiguous
   DType rows_dtype;
   void* scale;  // (B, M) contiguous; float, or double for double
@@ -21,11 +21,9 @@ struct QuantizeRows {
 };
 
 struct QuantizeRowsBackward {
-  const void* grad_scale;  // (B, M) of the type of the scale
-  int64_t grad_batch_stride, grad_row_stride;
-  const void* x;
+  Matrix grad_scale;  // (B, M) of the type of the scale
+  Rows x;
   DType dtype;
-  int64_t batch_stride, row_stride, channel_stride;
   DType rows_dtype;
   void* grad;  // (B, M, C) contiguous, of the type of x
   int64_t rows_per_batch, channels;

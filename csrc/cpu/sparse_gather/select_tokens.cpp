@@ -14,24 +14,19 @@ namespace {
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& x, int64_t keep, const std::optional<Tensor>& score) {
   constexpr const char* op = "select_tokens";
   check_dim(x, 3, op, "x");
-  VIDMEM_CHECK(x.is_cpu(), op, "x must be on the CPU");
-  const DType dtype = dtype_of(x.scalar_type(), op, "x");
-  VIDMEM_CHECK(!is_quantized(dtype), op, "x must have a float dtype");
+  check_cpu(x, op, "x");
+  const DType dtype = float_dtype_of(x.scalar_type(), op, "x");
   const int64_t batch = x.size(0), count = x.size(1), channels = x.size(2);
   VIDMEM_CHECK(count <= std::numeric_limits<int32_t>::max(), op, "x must have less than 2^31 tokens, got ", count);
   VIDMEM_CHECK(keep >= 0 && keep <= count, op, "keep must be in [0, ", count, "], got ", keep);
   if (score) {
-    check_dim(*score, 2, op, "score");
-    VIDMEM_CHECK(score->is_cpu() && score->size(0) == batch && score->size(1) == count, op,
-                 "score must have the first two sizes of x, on the CPU");
+    check_cpu(*score, op, "score");
+    check_shape(*score, {batch, count}, op, "score");
   }
-  const ScalarType norm_type = dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  const Tensor scores = score ? *score : torch::stable::empty({batch, count}, norm_type);
-  const DType score_dtype = dtype_of(scores.scalar_type(), op, "score");
-  VIDMEM_CHECK(!is_quantized(score_dtype), op, "score must have a float dtype");
+  const Tensor scores = score ? *score : torch::stable::empty({batch, count}, sum_type(x.scalar_type()));
+  const DType score_dtype = float_dtype_of(scores.scalar_type(), op, "score");
   if (!score) {
-    const RowNorms norms{x.data_ptr(), dtype, x.stride(0), x.stride(1), x.stride(2), scores.data_ptr(), count,
-                         channels};
+    const RowNorms norms{rows_of(x), dtype, scores.data_ptr(), count, channels};
     const auto kernel = row_norms();
     torch::stable::parallel_for(0, batch * count, grain(channels * x.element_size()),
                                 [&](int64_t begin, int64_t end) { kernel(norms, begin, end); });
@@ -51,11 +46,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& x, int64_t keep, const st
 
   Tensor tokens = torch::stable::empty({batch, keep, channels}, x.scalar_type());
   GatherRows args{};
-  args.bank = x.data_ptr();
+  args.bank = rows_of(x);
   args.bank_dtype = args.out_dtype = dtype;
-  args.batch_stride = x.stride(0);
-  args.row_stride = x.stride(1);
-  args.channel_stride = x.stride(2);
   args.index = {chosen, false, keep, 1};
   args.out = tokens.data_ptr();
   args.rows_per_batch = keep;

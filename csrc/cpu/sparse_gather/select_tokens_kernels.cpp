@@ -81,7 +81,7 @@ inline double score_of_row(double, double sum, const T* in, const Row& args) {
   if (sum >= 0x1p-900 && sum - sum == 0) return score_of(__builtin_sqrt(sum), 0);
   int64_t peak = 0;  // bits of magnitudes order as they do, NaN above infinity
   for (int64_t c = 0; c < args.channels; ++c) {
-    const int64_t bits = bits_of<int64_t>(double(in[c * args.channel_stride])) & 0x7fffffffffffffff;
+    const int64_t bits = bits_of<int64_t>(double(in[c * args.x.channel_stride])) & 0x7fffffffffffffff;
     peak = bits > peak ? bits : peak;
   }
   if (peak == 0 || peak >= 0x7ff0000000000000) return score_of(from_bits<double>(peak), 0);
@@ -91,7 +91,7 @@ inline double score_of_row(double, double sum, const T* in, const Row& args) {
   Lanes sums[kChains] = {};
   for (int64_t first = 0; first < args.channels; first += kBlock) {
     const int64_t count = args.channels - first < kBlock ? args.channels - first : kBlock;
-    for (int64_t c = 0; c < count; ++c) scaled[c] = double(in[(first + c) * args.channel_stride]) * power;
+    for (int64_t c = 0; c < count; ++c) scaled[c] = double(in[(first + c) * args.x.channel_stride]) * power;
     add_squares(scaled, sums, count);
   }
   return score_of(__builtin_sqrt(total_of(sums)), exponent - 1024);
@@ -102,14 +102,14 @@ void norms(const RowNorms& args, int64_t begin, int64_t end) {
   using Float = typename Accumulate<T>::type;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / args.rows_per_batch, row = i % args.rows_per_batch;
-    const T* in = static_cast<const T*>(args.x) + batch * args.batch_stride + row * args.row_stride;
+    const T* in = static_cast<const T*>(args.x.data) + batch * args.x.batch_stride + row * args.x.row_stride;
     Lanes sums[kChains] = {};
     Float buffer[kBlock];
     for (int64_t first = 0; first < args.channels; first += kBlock) {
       const int64_t count = args.channels - first < kBlock ? args.channels - first : kBlock;
-      const T* block = in + first * args.channel_stride;
-      if (args.channel_stride == 1) prefetch(block + args.row_stride, count * sizeof(T));
-      add_squares(as_floats(block, args.channel_stride, buffer, count), sums, count);
+      const T* block = in + first * args.x.channel_stride;
+      if (args.x.channel_stride == 1) prefetch(block + args.x.row_stride, count * sizeof(T));
+      add_squares(as_floats(block, args.x.channel_stride, buffer, count), sums, count);
     }
     static_cast<Float*>(args.out)[i] = score_of_row(Float(), total_of(sums), in, args);
   }

@@ -7,13 +7,13 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/layout.h"
 
 namespace vidmem {
 
 struct RowNorms {
-  const void* x;  // (B, N, C)
+  Rows x;  // (B, N, C)
   DType dtype;
-  int64_t batch_stride, row_stride, channel_stride;
   void* out;  // (B, N) contiguous scores; float, or double for double
   int64_t rows_per_batch, channels;
 };

@@ -15,7 +15,7 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
                      std::optional<ScalarType> out_dtype) {
   constexpr const char* op = "gather_tokens";
   check_dim(bank, 3, op, "bank");
-  VIDMEM_CHECK(bank.is_cpu(), op, "bank must be on the CPU");
+  check_cpu(bank, op, "bank");
   check_dim(index, 2, op, "index");
   const int64_t batch = index.size(0);
   const bool shared = bank.size(0) == 1;
@@ -24,26 +24,21 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   args.index = view_index(index, -1, bank.size(1), op);
   args.bank_dtype = dtype_of(bank.scalar_type(), op, "bank");
   VIDMEM_CHECK(is_quantized(args.bank_dtype) == scale.has_value(), op,
-               "scale must be given exactly for int8 and float8_e4m3fn banks");
+               "scale must be given exactly for int8 and float8_e4m3fn banks, got a ", name_of(bank.scalar_type()),
+               " bank with", scale ? "" : "out", " scale");
+  args.bank = rows_of(bank);
   if (scale) {
-    check_dim(*scale, 2, op, "scale");
-    VIDMEM_CHECK(scale->scalar_type() == ScalarType::Float && scale->is_cpu() &&
-                     scale->size(0) == bank.size(0) && scale->size(1) == bank.size(1),
-                 op, "scale must be float32 of the bank's first two sizes, on the CPU");
-    args.scale = static_cast<const float*>(scale->data_ptr());
-    args.scale_batch_stride = shared ? 0 : scale->stride(0);
-    args.scale_row_stride = scale->stride(1);
+    check_cpu(*scale, op, "scale");
+    check_dtype(*scale, ScalarType::Float, op, "scale");
+    check_shape(*scale, {bank.size(0), bank.size(1)}, op, "scale");
+    args.scale = matrix_of(*scale);
   }
+  if (shared) args.bank.batch_stride = args.scale.batch_stride = 0;
   const ScalarType result = out_dtype.value_or(scale ? ScalarType::Float : bank.scalar_type());
-  args.out_dtype = dtype_of(result, op, "out_dtype");
-  VIDMEM_CHECK(!is_quantized(args.out_dtype), op, "out_dtype must be a float dtype");
+  args.out_dtype = float_dtype_of(result, op, "out_dtype");
 
   const int64_t count = index.size(1), channels = bank.size(2);
   Tensor out = torch::stable::empty({batch, count, channels}, result);
-  args.bank = bank.data_ptr();
-  args.batch_stride = shared ? 0 : bank.stride(0);
-  args.row_stride = bank.stride(1);
-  args.channel_stride = bank.stride(2);
   args.out = out.data_ptr();
   args.rows_per_batch = count;
   args.channels = channels;
@@ -105,25 +100,19 @@ Groups group_rows(const IndexView& index, int64_t batch, int64_t count, int64_t 
 Tensor scatter_add_tokens(const Tensor& src, const Tensor& index, int64_t num_rows) {
   constexpr const char* op = "scatter_add_tokens";
   check_dim(src, 3, op, "src");
-  check_dim(index, 2, op, "index");
-  VIDMEM_CHECK(src.is_cpu(), op, "src must be on the CPU");
+  check_cpu(src, op, "src");
   check_extent(src, op, "src");
   VIDMEM_CHECK(num_rows >= 0, op, "num_rows must not be negative, got ", num_rows);
   const int64_t batch = src.size(0), count = src.size(1), channels = src.size(2);
-  VIDMEM_CHECK(index.size(0) == batch && index.size(1) == count, op, "index must be (", batch, ", ", count,
-               "), got (", index.size(0), ", ", index.size(1), ")");
+  check_shape(index, {batch, count}, op, "index");
   const IndexView rows = view_index(index, -1, num_rows, op);
   SumRows args{};
-  args.dtype = dtype_of(src.scalar_type(), op, "src");
-  VIDMEM_CHECK(!is_quantized(args.dtype), op, "src must have a float dtype");
+  args.dtype = float_dtype_of(src.scalar_type(), op, "src");
   Tensor out = torch::stable::empty({batch, num_rows, channels}, src.scalar_type());
   if (out.numel() == 0) return out;
   const int64_t threads = torch::stable::get_num_threads();
   const Groups groups = group_rows(rows, batch, count, num_rows, threads);
-  args.src = src.data_ptr();
-  args.batch_stride = src.stride(0);
-  args.row_stride = src.stride(1);
-  args.channel_stride = src.stride(2);
+  args.src = rows_of(src);
   args.order = groups.order.get();
   args.offsets = groups.offsets.get();
   args.out = out.data_ptr();

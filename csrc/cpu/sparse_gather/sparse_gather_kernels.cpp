@@ -61,14 +61,16 @@ inline void copy_row(const In* in, int64_t stride, Out* out, int64_t channels) {
 
 template <class In, class Out>
 void gather(const GatherRows& args, int64_t begin, int64_t end) {
+  const Rows& bank = args.bank;
+  const float* scales = static_cast<const float*>(args.scale.data);
   const auto source = [&](int64_t batch, int64_t row) {
-    return static_cast<const In*>(args.bank) + batch * args.batch_stride + row * args.row_stride;
+    return static_cast<const In*>(bank.data) + batch * bank.batch_stride + row * bank.row_stride;
   };
   const int64_t row_bytes = args.channels * sizeof(In), ahead = rows_ahead(row_bytes);
   int64_t batch = begin / args.rows_per_batch, k = begin % args.rows_per_batch;
   for (int64_t i = begin; i < end; ++i, ++k) {
     if (k == args.rows_per_batch) ++batch, k = 0;
-    if (args.channel_stride == 1 && k + ahead < args.rows_per_batch) {
+    if (bank.channel_stride == 1 && k + ahead < args.rows_per_batch) {
       const int64_t next = row_at(args.index, batch, k + ahead);
       if (next >= 0) prefetch(source(batch, next), row_bytes < kAhead ? row_bytes : kAhead);
     }
@@ -76,11 +78,11 @@ void gather(const GatherRows& args, int64_t begin, int64_t end) {
     const int64_t row = row_at(args.index, batch, k);
     if (row < 0) {
       zero_row(out, args.channels);
-    } else if (args.scale) {
-      const float scale = args.scale[batch * args.scale_batch_stride + row * args.scale_row_stride];
-      convert_row(source(batch, row), args.channel_stride, scale, out, args.channels);
+    } else if (scales) {
+      const float scale = scales[batch * args.scale.batch_stride + row * args.scale.stride];
+      convert_row(source(batch, row), bank.channel_stride, scale, out, args.channels);
     } else {
-      copy_row(source(batch, row), args.channel_stride, out, args.channels);
+      copy_row(source(batch, row), bank.channel_stride, out, args.channels);
     }
   }
 }
@@ -108,14 +110,14 @@ void sum(const SumRows& args, int64_t begin, int64_t end, int64_t first, int64_t
     const int64_t batch = i / args.output_rows, row = i % args.output_rows;
     const int64_t* offsets = args.offsets + batch * (args.output_rows + 2);
     const int64_t* order = args.order + batch * args.source_rows;
-    const T* src = static_cast<const T*>(args.src) + batch * args.batch_stride;
+    const T* src = static_cast<const T*>(args.src.data) + batch * args.src.batch_stride;
     T* out = static_cast<T*>(args.out) + i * args.channels;
-    const int64_t stride = args.channel_stride;
+    const int64_t stride = args.src.channel_stride;
     const int64_t stop = offsets[row + end - i < args.output_rows ? row + end - i : args.output_rows];
     for (int64_t piece = first; piece < last; piece += kPiece) {
       const int64_t width = last - piece < kPiece ? last - piece : kPiece;
       const int64_t piece_bytes = width * sizeof(T), ahead = rows_ahead(piece_bytes);
-      const auto source = [&](int64_t k) { return src + order[k] * args.row_stride + piece * stride; };
+      const auto source = [&](int64_t k) { return src + order[k] * args.src.row_stride + piece * stride; };
       const auto prefetch_after = [&](int64_t k) {
         if (stride == 1 && k + ahead < stop) prefetch(source(k + ahead), piece_bytes);
       };
@@ -134,7 +136,7 @@ void sum(const SumRows& args, int64_t begin, int64_t end, int64_t first, int64_t
         const int64_t sources = offsets[row + 1] - k < kSources ? offsets[row + 1] - k : kSources;
         int64_t added = 0;
         if (stride == 1) {
-          added = add_tiles(src + piece, args.row_stride, order + k, sources, sums, width,
+          added = add_tiles(src + piece, args.src.row_stride, order + k, sources, sums, width,
                             [&](int64_t s) { prefetch_after(k + s); });
         }
         for (int64_t s = 0; added < width && s < sources; ++s) {

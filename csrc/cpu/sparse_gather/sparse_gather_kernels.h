@@ -7,16 +7,15 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/layout.h"
 #include "cpu/common/index_view.h"
 
 namespace vidmem {
 
 struct GatherRows {
-  const void* bank;
+  Rows bank;  // batch_stride 0: one bank for all
   DType bank_dtype;
-  int64_t batch_stride, row_stride, channel_stride;  // batch_stride 0: one bank for all
-  const float* scale;                                // null for float banks
-  int64_t scale_batch_stride, scale_row_stride;
+  Matrix scale;     // float; of null for float banks
   IndexView index;  // (B, K), -1: zero row
   void* out;        // (B, K, C) contiguous
   DType out_dtype;
@@ -24,9 +23,8 @@ struct GatherRows {
 };
 
 struct SumRows {
-  const void* src;  // rows of any stride
+  Rows src;
   DType dtype;
-  int64_t batch_stride, row_stride, channel_stride;
   const int64_t* order;    // (B, K) source rows, grouped by output row
   const int64_t* offsets;  // (B, M + 2), the last one is no offset
   void* out;               // (B, M, C) contiguous

@@ -28,8 +28,7 @@ class Pooled {
         is_pooled_(block > 1),
         means_(is_pooled_ ? x.size(0) * x.size(2) * count * x.size(3) * size_ : 0) {
     if (!is_pooled_) return;
-    MeanBlocks common{x.data_ptr(), dtype, x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.size(1), x.size(2),
-                      x.size(3), block, count, nullptr, means_.data()};
+    MeanBlocks common{head_rows_of(x), dtype, x.size(1), x.size(2), x.size(3), block, count, nullptr, means_.data()};
     const auto kernel = mean_blocks();
     const int64_t work = std::min(block, x.size(1)) * x.size(2) * x.size(3) * 16;
     torch::stable::parallel_for(0, x.size(0) * count, grain(work, kTaskProducts), [&](int64_t begin, int64_t end) {
@@ -42,14 +41,12 @@ class Pooled {
 
   // Those of the batch element and head that are number `pair`.
   ScoreRows rows(int64_t pair) const {
-    const int64_t heads = x_.size(2), channels = x_.size(3);
+    const int64_t channels = x_.size(3);
     if (is_pooled_) {
       const DType wide = dtype_ == DType::float64 ? DType::float64 : DType::float32;
       return {means_.at(pair * count * channels * size_), wide, channels, 1, channels, count};
     }
-    const int64_t offset = pair / heads * x_.stride(0) + pair % heads * x_.stride(2);
-    const char* data = static_cast<const char*>(x_.data_ptr()) + offset * x_.element_size();
-    return {data, dtype_, x_.stride(1), x_.stride(3), channels, count};
+    return {pair_data(x_, pair), dtype_, x_.stride(1), x_.stride(3), channels, count};
   }
 
   const int64_t count;
@@ -66,10 +63,10 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
   constexpr const char* op = "topk_blocks";
   check_dim(q, 4, op, "q");
   check_dim(k, 4, op, "k");
-  VIDMEM_CHECK(q.is_cpu() && k.is_cpu(), op, "q and k must be on the CPU");
-  VIDMEM_CHECK(q.scalar_type() == k.scalar_type(), op, "q and k must have the same dtype");
-  const DType dtype = dtype_of(q.scalar_type(), op, "q");
-  VIDMEM_CHECK(!is_quantized(dtype), op, "q must have a float dtype");
+  check_cpu(q, op, "q");
+  check_cpu(k, op, "k");
+  check_dtype(k, q.scalar_type(), op, "k");
+  const DType dtype = float_dtype_of(q.scalar_type(), op, "q");
   for (int64_t axis : {0, 2, 3}) {
     VIDMEM_CHECK(q.size(axis) == k.size(axis), op, "q and k must have the same size along axis ", axis, ", got ",
                  q.size(axis), " and ", k.size(axis));

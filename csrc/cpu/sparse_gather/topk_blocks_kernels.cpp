@@ -22,8 +22,9 @@ VIDMEM_INLINE void add_rows(const T* rows, int64_t stride, int64_t count, int64_
 // Whole rows of all heads in turn, as they lie in memory.
 template <class T>
 void run_mean_blocks(const MeanBlocks& args, int64_t begin, int64_t end) {
+  const HeadRows& x = args.x;
   T* extra = static_cast<T*>(args.scratch);
-  const bool direct = args.channel_stride == 1 && (args.dtype == DType::float32 || args.dtype == DType::float64);
+  const bool direct = x.channel_stride == 1 && (args.dtype == DType::float32 || args.dtype == DType::float64);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / args.num_blocks, block = i % args.num_blocks, first = block * args.block;
     const int64_t last = args.length - first < args.block ? args.length : first + args.block;
@@ -32,14 +33,14 @@ void run_mean_blocks(const MeanBlocks& args, int64_t begin, int64_t end) {
     for (int64_t row = first, some; row < last; row += some) {
       some = row == first ? 1 : direct ? (last - row < 4 ? last - row : 4) : 1;
       for (int64_t h = 0; h < args.heads; ++h) {
-        const int64_t offset = b * args.batch_stride + row * args.row_stride + h * args.head_stride;
+        const int64_t offset = b * x.batch_stride + row * x.row_stride + h * x.head_stride;
         T* sum = means + h * head_size;
         if (row == first) {
-          read_row(args.data, args.dtype, offset, args.channel_stride, args.channels, sum);
+          read_row(x.data, args.dtype, offset, x.channel_stride, args.channels, sum);
         } else if (direct) {
-          add_rows(static_cast<const T*>(args.data) + offset, args.row_stride, some, args.channels, sum);
+          add_rows(static_cast<const T*>(x.data) + offset, x.row_stride, some, args.channels, sum);
         } else {
-          read_row(args.data, args.dtype, offset, args.channel_stride, args.channels, extra);
+          read_row(x.data, args.dtype, offset, x.channel_stride, args.channels, extra);
           add_rows(extra, 0, 1, args.channels, sum);
         }
       }

@@ -7,14 +7,14 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/layout.h"
 #include "cpu/common/score_layout.h"
 
 namespace vidmem {
 
 struct MeanBlocks {
-  const void* data;  // (B, L, H, D) of any stride
+  HeadRows x;  // (B, L, H, D)
   DType dtype;
-  int64_t batch_stride, row_stride, head_stride, channel_stride;
   int64_t length, heads, channels, block, num_blocks;
   void* scratch;  // one padded row
   void* means;    // (B, H, blocks, D)

@@ -62,7 +62,7 @@ struct Sizes {
   const S* data;
   int64_t stride;
 
-  Sizes(const Weights& w, int64_t batch)
+  Sizes(const Matrix& w, int64_t batch)
       : data(w.data ? static_cast<const S*>(w.data) + batch * w.batch_stride : nullptr), stride(w.stride) {}
 
   S operator[](int64_t token) const { return data ? data[token * stride] : S(1); }

@@ -23,13 +23,11 @@ int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
 DType check_metric(const char* op, const Tensor& metric) {
   check_dim(metric, 3, op, "metric");
-  VIDMEM_CHECK(metric.is_cpu(), op, "metric must be on the CPU");
-  VIDMEM_CHECK(metric.size(2) >= 1, op, "metric must have at least one channel");
+  check_cpu(metric, op, "metric");
+  VIDMEM_CHECK(metric.size(2) >= 1, op, "metric must have at least one channel, got ", metric.size(2));
   check_extent(metric, op, "metric");
   VIDMEM_CHECK(metric.size(1) < 1 << 28, op, "metric must have less than 2**28 tokens, got ", metric.size(1));
-  const DType dtype = dtype_of(metric.scalar_type(), op, "metric");
-  VIDMEM_CHECK(!is_quantized(dtype), op, "metric must have a float dtype");
-  return dtype;
+  return float_dtype_of(metric.scalar_type(), op, "metric");
 }
 
 Three check_three(const char* op, const char* name, const std::vector<int64_t>& value, int64_t low) {
@@ -65,7 +63,7 @@ void check_num_merge(const char* op, int64_t num_merge, int64_t sources) {
                num_merge);
 }
 
-TokenRows rows_of(const Tensor& metric, DType dtype, int64_t b) {
+TokenRows tokens_of(const Tensor& metric, DType dtype, int64_t b) {
   const char* data = static_cast<const char*>(metric.data_ptr()) + b * metric.stride(0) * metric.element_size();
   return {data, dtype, metric.stride(1), metric.stride(2), metric.size(2)};
 }
@@ -108,7 +106,7 @@ void for_packed(const Tensor& metric, DType dtype, const std::vector<int32_t>& c
       const AlignedBuffer scratch(kPanelColumns * padded_row(channels) * size);
       while (i < end) {
         const int64_t b = i / num_panels, stop = std::min(end, (b + 1) * num_panels);
-        pack({rows_of(metric, dtype, first + b), columns.data(), panels.at(b * bytes), scratch.data()},
+        pack({tokens_of(metric, dtype, first + b), columns.data(), panels.at(b * bytes), scratch.data()},
              i - b * num_panels, stop - b * num_panels);
         i = stop;
       }
@@ -138,7 +136,7 @@ void match_all_tokens(const Tensor& metric, DType dtype, const std::vector<int32
       args.scratch = scratch.data();
       while (i < end) {
         const int64_t b = i / units, stop = std::min(end, (b + 1) * units);
-        args.rows = rows_of(metric, dtype, first + b);
+        args.rows = tokens_of(metric, dtype, first + b);
         args.panels = panels.at(b * bytes);
         args.score = out.score_of(first + b);
         args.destination = out.destination_of(first + b);
@@ -178,7 +176,7 @@ void match_windows(const Tensor& metric, DType dtype, const Three& grid, const T
       args.scratch = scratch.data();
       while (i < end) {
         const int64_t b = i / units, stop = std::min(end, (b + 1) * units);
-        args.rows = rows_of(metric, dtype, first + b);
+        args.rows = tokens_of(metric, dtype, first + b);
         args.panels = panels.at(b * bytes);
         args.score = out.score_of(first + b);
         args.destination = out.destination_of(first + b);
@@ -195,7 +193,7 @@ MergePlan match_tokens(const Tensor& metric, int64_t num_merge, std::optional<st
   const DType dtype = check_metric(op, metric);
   const int64_t batch = metric.size(0), tokens = metric.size(1);
   const Three stride = check_three(op, "stride", stride_list, 1);
-  VIDMEM_CHECK(grid_or_none || !window_or_none, op, "window must come with a grid");
+  VIDMEM_CHECK(grid_or_none || !window_or_none, op, "window must come with a grid, got none");
   const Three window = window_or_none ? check_three(op, "window", *window_or_none, 0) : Three{};
   Three grid{}, cells{};
   std::vector<int32_t> sources, destinations;
@@ -229,7 +227,7 @@ Matches find_neighbors(const Tensor& metric, DType dtype, const Three& grid) {
       const AlignedBuffer scratch(2 * padded_row(channels) * out.size);
       while (i < end) {
         const int64_t b = i / tokens, stop = std::min(end, (b + 1) * tokens);
-        const MatchNeighbors args{rows_of(metric, dtype, b),
+        const MatchNeighbors args{tokens_of(metric, dtype, b),
                                   {grid[0], grid[1], grid[2]},
                                   divisors.at(b * tokens * 2 * out.size),
                                   scratch.data(),

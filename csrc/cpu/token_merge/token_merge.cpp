@@ -21,7 +21,7 @@ struct Plan {
 };
 
 template <class Index>
-std::vector<int64_t> copy_field(const PlanField& field, int64_t batch, int64_t columns) {
+std::vector<int64_t> copy_field(const Matrix& field, int64_t batch, int64_t columns) {
   std::vector<int64_t> out(batch * columns);
   for (int64_t b = 0; b < batch; ++b) {
     const Index* data = static_cast<const Index*>(field.data) + b * field.batch_stride;
@@ -34,24 +34,22 @@ Plan read_plan(const char* op, const Tensor& assignment, const Tensor& order, co
   Plan plan{op, {}, {}};
   const Tensor* tensors[] = {&assignment, &order, &offsets};
   const char* names[] = {"assignment", "order", "offsets"};
-  PlanField* fields[] = {&plan.groups.assignment, &plan.groups.order, &plan.groups.offsets};
+  Matrix* fields[] = {&plan.groups.assignment, &plan.groups.order, &plan.groups.offsets};
   int wide = 0;
   for (int i = 0; i < 3; ++i) {
     check_dim(*tensors[i], 2, op, names[i]);
-    VIDMEM_CHECK(tensors[i]->is_cpu(), op, names[i], " must be on the CPU");
-    const ScalarType type = tensors[i]->scalar_type();
-    VIDMEM_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, names[i], " must be int32 or int64");
-    wide += type == ScalarType::Long;
-    *fields[i] = {tensors[i]->data_ptr(), tensors[i]->stride(0), tensors[i]->stride(1)};
+    check_cpu(*tensors[i], op, names[i]);
+    check_index_dtype(*tensors[i], op, names[i]);
+    wide += tensors[i]->scalar_type() == ScalarType::Long;
+    *fields[i] = matrix_of(*tensors[i]);
   }
   Groups& groups = plan.groups;
   groups.batch = assignment.size(0);
   groups.tokens = assignment.size(1);
   groups.rows = offsets.size(1) - 1;
-  VIDMEM_CHECK(order.size(0) == groups.batch && order.size(1) == groups.tokens, op, "order must be (", groups.batch,
-               ", ", groups.tokens, "), got (", order.size(0), ", ", order.size(1), ")");
-  VIDMEM_CHECK(offsets.size(0) == groups.batch && groups.rows >= 0, op, "offsets must be (", groups.batch,
-               ", rows + 1), got (", offsets.size(0), ", ", offsets.size(1), ")");
+  check_shape(order, {groups.batch, groups.tokens}, op, "order");
+  VIDMEM_CHECK(offsets.size(0) == groups.batch && groups.rows >= 0, op, "offsets must have shape (", groups.batch,
+               ", rows + 1), got ", shape_name(offsets.sizes()));
   groups.wide = wide > 0;
   for (int i = 0; i < 3 && wide > 0 && wide < 3; ++i) {
     const int64_t columns = tensors[i]->size(1);
@@ -63,21 +61,12 @@ Plan read_plan(const char* op, const Tensor& assignment, const Tensor& order, co
   return plan;
 }
 
-int64_t at(const Groups& groups, const PlanField& field, int64_t batch, int64_t column) {
+int64_t at(const Groups& groups, const Matrix& field, int64_t batch, int64_t column) {
   const int64_t place = batch * field.batch_stride + column * field.stride;
   return groups.wide ? static_cast<const int64_t*>(field.data)[place] : static_cast<const int32_t*>(field.data)[place];
 }
 
-template <class... Args>
-[[noreturn]] void fail_index(const char* op, const Args&... args) {
-  try {
-    fail(op, args...);
-  } catch (const std::invalid_argument& error) {
-    throw std::out_of_range(error.what());
-  }
-}
-
-void check_range(const Plan& plan, const PlanField& field, const char* name, int64_t columns, int64_t highest) {
+void check_range(const Plan& plan, const Matrix& field, const char* name, int64_t columns, int64_t highest) {
   int64_t smallest = 0, largest = -1;
   for (int64_t b = 0; b < plan.groups.batch; ++b) {
     for (int64_t c = 0; c < columns; ++c) {
@@ -87,7 +76,7 @@ void check_range(const Plan& plan, const PlanField& field, const char* name, int
     }
   }
   if (smallest < 0 || largest > highest) {
-    fail_index(plan.op, name, " must be in [0, ", highest, "], got ", smallest < 0 ? smallest : largest);
+    fail<std::out_of_range>(plan.op, name, " must be in [0, ", highest, "], got ", smallest < 0 ? smallest : largest);
   }
 }
 
@@ -100,14 +89,14 @@ void check_range(const Plan& plan, const PlanField& field, const char* name, int
   for (int64_t b = 0; b < g.batch; ++b) {
     const int64_t first = at(g, g.offsets, b, 0), last = at(g, g.offsets, b, g.rows);
     if (first != 0 || last != g.tokens) {
-      fail_index(plan.op, "offsets must go from 0 to ", g.tokens, ", got ", first, " to ", last);
+      fail<std::out_of_range>(plan.op, "offsets must go from 0 to ", g.tokens, ", got ", first, " to ", last);
     }
     for (int64_t row = 0; row < g.rows; ++row) {
       const int64_t start = at(g, g.offsets, b, row), stop = at(g, g.offsets, b, row + 1);
-      if (stop < start) fail_index(plan.op, "offsets must not fall, got ", stop, " after ", start);
+      if (stop < start) fail<std::out_of_range>(plan.op, "offsets must not fall, got ", stop, " after ", start);
     }
   }
-  fail_index(plan.op, "order must hold the tokens of every row of assignment, ascending, got other tokens");
+  fail<std::out_of_range>(plan.op, "order must hold the tokens of every row of assignment, ascending, got other tokens");
 }
 
 // The first row whose work starts at or after `unit`, where a batch element's work is its tokens and its rows.
@@ -146,30 +135,20 @@ void run_rows(const Plan& plan, Kernel kernel, const Args& args, int64_t bytes_p
 
 // --- tensors ---
 
-Rows rows_of(const char* op, const char* name, const Tensor& tensor, int64_t batch, int64_t columns) {
+Rows rows_of(const char* op, const char* name, const Tensor& tensor, int64_t batch, int64_t rows) {
   check_dim(tensor, 3, op, name);
-  VIDMEM_CHECK(tensor.is_cpu(), op, name, " must be on the CPU");
-  VIDMEM_CHECK(tensor.size(0) == batch && tensor.size(1) == columns, op, name, " must be (", batch, ", ", columns,
-               ", C), got (", tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), ")");
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  check_cpu(tensor, op, name);
+  check_shape(tensor, {batch, rows, tensor.size(2)}, op, name);
+  return vidmem::rows_of(tensor);
 }
 
-DType float_dtype(const char* op, const char* name, const Tensor& tensor) {
-  const DType dtype = dtype_of(tensor.scalar_type(), op, name);
-  VIDMEM_CHECK(!is_quantized(dtype), op, name, " must have a float dtype");
-  return dtype;
-}
-
-ScalarType sum_type(DType dtype) { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
-
-Weights weights_of(const char* op, const char* name, const Tensor& tensor, DType dtype, int64_t batch,
-                   int64_t columns) {
-  check_dim(tensor, 2, op, name);
-  VIDMEM_CHECK(tensor.is_cpu() && tensor.scalar_type() == sum_type(dtype), op, name,
-               " must be float32 (float64 for float64 tokens), on the CPU");
-  VIDMEM_CHECK(tensor.size(0) == batch && tensor.size(1) == columns, op, name, " must be (", batch, ", ", columns,
-               "), got (", tensor.size(0), ", ", tensor.size(1), ")");
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
+// One number a token or row, in the type of sums.
+Matrix weights_of(const char* op, const char* name, const Tensor& tensor, ScalarType tokens, int64_t batch,
+                  int64_t columns) {
+  check_cpu(tensor, op, name);
+  check_dtype(tensor, sum_type(tokens), op, name);
+  check_shape(tensor, {batch, columns}, op, name);
+  return matrix_of(tensor);
 }
 
 // --- ops ---
@@ -178,7 +157,7 @@ MergeRows merge_args(const Plan& plan, const Tensor& x) {
   MergeRows args{};
   args.groups = plan.groups;
   args.x = rows_of(plan.op, "x", x, plan.groups.batch, plan.groups.tokens);
-  args.dtype = float_dtype(plan.op, "x", x);
+  args.dtype = float_dtype_of(x.scalar_type(), plan.op, "x");
   args.channels = x.size(2);
   return args;
 }
@@ -190,9 +169,9 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const std::optional<Ten
   const Groups& g = plan.groups;
   MergeRows args = merge_args(plan, x);
   args.is_mean = true;
-  if (size) args.size = weights_of(op, "size", *size, args.dtype, g.batch, g.tokens);
+  if (size) args.size = weights_of(op, "size", *size, x.scalar_type(), g.batch, g.tokens);
   Tensor out = torch::stable::empty({g.batch, g.rows, args.channels}, x.scalar_type());
-  Tensor total = torch::stable::empty({g.batch, g.rows}, sum_type(args.dtype));
+  Tensor total = torch::stable::empty({g.batch, g.rows}, sum_type(x.scalar_type()));
   args.out = out.data_ptr();
   args.total = total.data_ptr();
   run_rows(plan, merge_rows(), args, args.channels * x.element_size());
@@ -243,17 +222,17 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const Tensor& grad_tokens, cons
   MergeBackward args{};
   args.groups = g;
   args.grad = rows_of(op, "grad_tokens", grad_tokens, g.batch, g.rows);
-  args.dtype = float_dtype(op, "grad_tokens", grad_tokens);
+  args.dtype = float_dtype_of(grad_tokens.scalar_type(), op, "grad_tokens");
   args.channels = grad_tokens.size(2);
-  args.grad_total = weights_of(op, "grad_size", grad_size, args.dtype, g.batch, g.rows);
-  if (size) args.size = weights_of(op, "size", *size, args.dtype, g.batch, g.tokens);
+  args.grad_total = weights_of(op, "grad_size", grad_size, grad_tokens.scalar_type(), g.batch, g.rows);
+  if (size) args.size = weights_of(op, "size", *size, grad_tokens.scalar_type(), g.batch, g.tokens);
   if (x) {
     args.x = rows_of(op, "x", *x, g.batch, g.tokens);
-    VIDMEM_CHECK(x->scalar_type() == grad_tokens.scalar_type() && x->size(2) == args.channels, op,
-                 "x must have the dtype and channels of grad_tokens");
+    check_dtype(*x, grad_tokens.scalar_type(), op, "x");
+    check_shape(*x, {g.batch, g.tokens, args.channels}, op, "x");
   }
   Tensor grad_x = torch::stable::empty({g.batch, g.tokens, args.channels}, grad_tokens.scalar_type());
-  Tensor slope = torch::stable::empty({g.batch, x ? g.tokens : 0}, sum_type(args.dtype));
+  Tensor slope = torch::stable::empty({g.batch, x ? g.tokens : 0}, sum_type(grad_tokens.scalar_type()));
   args.wants_size = x.has_value();
   args.grad_x = grad_x.data_ptr();
   args.grad_size = slope.data_ptr();
@@ -272,7 +251,7 @@ Tensor unmerge_tokens(const Tensor& y, const Tensor& assignment, const Tensor& o
   UnmergeRows args{};
   args.groups = g;
   args.y = rows_of(op, "y", y, g.batch, g.rows);
-  float_dtype(op, "y", y);
+  float_dtype_of(y.scalar_type(), op, "y");
   args.element_size = y.element_size();
   args.channels = y.size(2);
   Tensor out = torch::stable::empty({g.batch, g.tokens, args.channels}, y.scalar_type());

@@ -7,31 +7,14 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/layout.h"
 
 namespace vidmem {
 
-// A (B, columns) tensor of a plan, read in place.
-struct PlanField {
-  const void* data;
-  int64_t batch_stride, stride;
-};
-
 struct Groups {
-  PlanField assignment, order, offsets;
+  Matrix assignment, order, offsets;
   bool wide;  // all int64, else all int32
   int64_t batch, tokens, rows;
-};
-
-// (B, columns, C) of one dtype.
-struct Rows {
-  const void* data;
-  int64_t batch_stride, row_stride, channel_stride;
-};
-
-// (B, columns) float32, or float64 for float64 tokens; null where it is not given.
-struct Weights {
-  const void* data;
-  int64_t batch_stride, stride;
 };
 
 struct MergeRows {
@@ -40,7 +23,7 @@ struct MergeRows {
   DType dtype;
   int64_t channels;
   bool is_mean;  // by size, else plain sum
-  Weights size;
+  Matrix size;  // (B, N) float32, or float64 for float64 tokens; of null where it is not given
   void* out;    // (B, M, C) contiguous
   void* total;  // (B, M) contiguous, if a mean
 };
@@ -52,7 +35,7 @@ struct MergeBackward {
   bool has_dots;    // grad_size already holds <grad, x> of every token
   DType dtype;
   int64_t channels;
-  Weights size, grad_total;
+  Matrix size, grad_total;
   void* grad_x;     // (B, N, C) contiguous
   void* grad_size;  // (B, N) contiguous, if wanted
 };
