@@ -20,6 +20,7 @@ import importlib
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -141,6 +142,8 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
     import pybind11
     from torch.utils import cpp_extension
 
+    cuda_fingerprints = runpy.run_path(str(ROOT / "vidmem_kernels" / "_verified.py"))["cuda_fingerprints"]
+
     python_headers = sysconfig.get_path("include")
     if not Path(python_headers, "Python.h").exists():
         raise CannotCompile(f"{python_headers} has no Python.h; install python3-dev, python3-devel on Fedora")
@@ -160,6 +163,7 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
         f'-DVIDMEM_TORCH_VERSION="{torch.__version__}"',
         f'-DVIDMEM_CUDA_ARCHS="{" ".join(archs)}"',
         f'-DVIDMEM_CPU_CAPABILITIES="{" ".join(CPU_CAPABILITIES)}"',
+        f'-DVIDMEM_CUDA_FINGERPRINTS="{" ".join(f"{op}={each}" for op, each in cuda_fingerprints(CSRC).items())}"',
         *[f"-I{d}" for d in (CSRC, pybind11.get_include(), python_headers)],
     ]
 
@@ -278,7 +282,10 @@ if packs and numbers(setuptools.__version__) < (70, 1):
 setuptools.setup(
     packages=setuptools.find_packages(include=["vidmem_kernels*"]) + setuptools.find_packages("python"),
     package_dir={"vidmem_model": "python/vidmem_model"},
-    package_data={"vidmem_kernels": ["tuned/*.json"], "vidmem_model": ["recipes/*.yaml", "checkpoints/*"]},
+    package_data={
+        "vidmem_kernels": ["tuned/*.json", "verified/*.json"],
+        "vidmem_model": ["recipes/*.yaml", "checkpoints/*"],
+    },
     # Optional: without it every op runs its reference.
     ext_modules=[setuptools.Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)] if builds else [],
     cmdclass={"build_ext": BuildExtension},

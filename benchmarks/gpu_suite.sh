@@ -5,8 +5,8 @@
 #
 # Builds in place for the architecture of this machine's GPU. Needs Python with torch, triton, pytest, pybind11 and
 # setuptools, and nvcc, and pytest-xdist to run all tests in their time; installs and downloads nothing, needs no git.
-# Leaves in OUT a log of every part (build, tests, bench, profile), info.json, bench.json, profile.json and
-# summary.json. A part that fails or runs out of its time loses nothing of the others. Exit code: 0 all parts passed,
+# Leaves in OUT a log of every part (build, tests, bench), info.json, verified.json (which kernels passed; to go into
+# vidmem_kernels/verified), bench.json, profile.json and summary.json. A part that fails or runs out of its time loses nothing of the others. Exit code: 0 all parts passed,
 # 1 some failed, 2 there is no CUDA GPU or no torch.
 #
 #   PYTHON=python3           interpreter
@@ -88,7 +88,13 @@ tests() {
   fi
   # A test file that needs a package missing here must not keep the others from running. INT: pytest still reports.
   OMP_NUM_THREADS=1 limited -s INT "${BUDGET[tests]}" "$PYTHON" -m pytest -m "$select" -q -p no:cacheprovider \
-    --tb=short --continue-on-collection-errors --durations=10 ${workers[@]+"${workers[@]}"} ${files[@]+"${files[@]}"}
+    --tb=short --continue-on-collection-errors --durations=10 --junitxml="$SCRATCH/tests.xml" \
+    ${workers[@]+"${workers[@]}"} ${files[@]+"${files[@]}"}
+  local status=$?
+  if [ "$DEVICE" = cuda ]; then
+    limited 20 "$PYTHON" benchmarks/verified.py "$SCRATCH/tests.xml" -o "$OUT/verified.json" || status=1
+  fi
+  return $status
 }
 
 bench() {
@@ -164,7 +170,7 @@ for part in $PARTS; do
     build) run_part build info.json ;;
     bench) run_part bench bench.json ;;
     profile) run_part profile profile.json ;;
-    tests) run_part tests "" ;;
+    tests) run_part tests verified.json ;;
   esac
 done
 

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = VIDMEM_TORCH_VERSION;
   m.attr("cuda_archs") = VIDMEM_CUDA_ARCHS;
   m.attr("cpu_capabilities") = VIDMEM_CPU_CAPABILITIES;
+  m.attr("cuda_fingerprints") = VIDMEM_CUDA_FINGERPRINTS;
   m.attr("compiler") = __VERSION__;
   m.def("cpu_capability", [] { return vidmem::isa_name(vidmem::isa()); });
   m.def("available_cpu_capabilities", &vidmem::available_isas);

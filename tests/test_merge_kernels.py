@@ -246,13 +246,22 @@ WRONG = [
     (lambda: cpp.merge_tokens(X, ROWS, *PLAN), r"size must have shape \(1, 6\), got \(1, 3\)"),
     (lambda: cpp.merge_tokens(X, X[..., 0].double(), *PLAN), "size must be float32"),
     (lambda: cpp.sum_groups(X, PLAN[0], PLAN[1][:, 1:], PLAN[2]), r"order must have shape \(1, 6\), got \(1, 5\)"),
-    (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2].repeat(2, 1)), r"offsets must have shape \(1, rows \+ 1\), got \(2, 4\)"),
+    (
+        lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2].repeat(2, 1)),
+        r"offsets .* \(1, rows \+ 1\), got \(2, 4\)",
+    ),
     (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2][:, :0]), r"offsets must have shape \(1, rows \+ 1\), got \(1, 0\)"),
     (lambda: cpp.sum_groups(X, *PLAN[:2], PLAN[2].short()), "offsets must be int32 or int64"),
     (lambda: cpp.unmerge_tokens(X, *PLAN), r"y must have shape \(1, 3, 4\), got \(1, 6, 4\)"),
     (lambda: cpp.merge_tokens_backward(X, ROWS, None, None, *PLAN), r"grad_tokens must have shape \(1, 3, 4\)"),
-    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS[:, 1:], None, None, *PLAN), r"grad_size must have shape \(1, 3\)"),
-    (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS, X[..., 1:], None, *PLAN), r"x must have shape \(1, 6, 4\), got \(1, 6, 3\)"),
+    (
+        lambda: cpp.merge_tokens_backward(X[:, :3], ROWS[:, 1:], None, None, *PLAN),
+        r"grad_size must have shape",
+    ),
+    (
+        lambda: cpp.merge_tokens_backward(X[:, :3], ROWS, X[..., 1:], None, *PLAN),
+        r"x must have shape \(1, 6, 4\), got \(1, 6, 3\)",
+    ),
     (lambda: cpp.merge_tokens_backward(X[:, :3], ROWS, X.half(), None, *PLAN), "x must be float32, got float16"),
 ]
 

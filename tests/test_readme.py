@@ -31,6 +31,19 @@ def test_table_names_the_kernels_there_are():
             assert ("C++" in cell) == (f'm.impl("{name}"' in sources), name
 
 
+def test_table_names_the_runs_that_gpu_kernels_passed():
+    from vidmem_kernels._registry import OPS
+
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|[^|]*\|[^|]*\| ([^|]*) \|$", TEXT, re.MULTILINE)
+    assert len(rows) > 10
+    for name, gpu, told in rows:
+        if name == "MemoryBank":
+            continue
+        backends = ["triton", "cuda"] if "CUDA C++" in gpu else ["triton"]
+        runs = {str(OPS[name].verified_on(backend) or "not yet") for backend in backends}
+        assert told == "; ".join(sorted(runs)), name
+
+
 def test_code_runs():
     block, memory = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     scope = {"x": torch.randn(1, 5, 1536), "memory": torch.randn(1, 7, 1536), "size": torch.full((1, 7), 4.0)}

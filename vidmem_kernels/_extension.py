@@ -44,6 +44,13 @@ def has_kernel(op: str, device_type: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"vidmem_cpp::{op}", key)
 
 
+@cache
+def cuda_fingerprint(op: str) -> str | None:
+    """Fingerprint (see `_verified`) of the CUDA sources of `op` that _C was built beside, or None."""
+    noted = getattr(module, "cuda_fingerprints", "")
+    return dict(entry.split("=") for entry in noted.split()).get(op)
+
+
 def refuse_attention(x: torch.Tensor, *rest: object) -> str | None:
     """Why the C++ kernels of attention do not take a call whose first tensor is `x`, or None."""
     if x.dtype == torch.float64:

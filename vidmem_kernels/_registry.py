@@ -16,7 +16,7 @@ import torch
 from torch.library import Library
 from torch.utils import _pytree as pytree
 
-from . import _autograd, _dispatch, _transforms
+from . import _autograd, _dispatch, _extension, _transforms, _verified
 
 _LIBRARY = Library("vidmem", "DEF")
 _CPP_LIBRARY = Library("vidmem_cpp", "DEF")
@@ -110,6 +110,14 @@ class Op:
             return run(*args) if plain else self.overload(*args, backend)
 
         return run_or_dispatch
+
+    def verified_on(self, backend: str) -> _verified.Verified | None:
+        """The run on a GPU that a kernel passed, or None where it never did or there is no such kernel."""
+        if backend == "triton" and self.triton:
+            now = _verified.triton_fingerprint(self.family.rpartition(".")[2], self.triton)
+        else:
+            now = _extension.cuda_fingerprint(self.name) if backend == "cuda" else None
+        return _verified.verified_on(self.name, backend, now)
 
     def device(self, args: tuple[Any, ...]) -> torch.device:
         """Where the call runs: on an accelerator if any tensor is there (a bank may stay on the host)."""

@@ -1,4 +1,4 @@
-"""Radix select in Triton: which keys of a row are its largest. Not yet run on a GPU.
+"""Radix select in Triton: which keys of a row are its largest.
 
 A pass for each digit, the highest first, counts the keys that share the digits already known, and so finds the last
 key chosen; one more counts what each tile holds of the chosen ones, so that tiles can go on independently. All counts

@@ -1,4 +1,4 @@
-"""What Triton kernels of several families share: which tile a program has, on what. Not yet run on a GPU."""
+"""What Triton kernels of several families share: which tile a program has, on what."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ takes is told by `vidmem_kernels.explain`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 from importlib import metadata
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from . import _dispatch, _env, _extension
-from ._registry import OPS
+from ._registry import OPS, Op
 
 
 def _version(package: str) -> str | None:
@@ -60,8 +61,9 @@ def collect() -> dict[str, Any]:
     """Everything that `render` shows, as plain values.
 
     Returns:
-        "versions", "build", "devices", "environment" and "ops": op -> device -> {"auto": the first backend that can,
-        "backends": backend -> None if it can, else why not}.
+        "versions", "build", "devices", "environment", "ops": op -> device -> {"auto": the first backend that can,
+        "backends": backend -> None if it can, else why not}, and "verified_on": op -> each backend of GPUs that it has
+        a kernel for -> the run of the tests that the kernel passed last, None if it never did.
     """
     devices = _devices()
     device_types = list(dict.fromkeys(d["type"] for d in devices))
@@ -88,7 +90,14 @@ def collect() -> dict[str, Any]:
             "TRITON_INTERPRET": _env.triton_interpret(),
         },
         "ops": ops,
+        "verified_on": {name: _verified_on(op) for name, op in sorted(OPS.items())},
     }
+
+
+def _verified_on(op: Op) -> dict[str, Any]:
+    has = {"triton": op.triton, "cuda": _extension.cuda_fingerprint(op.name)}
+    runs = {backend: op.verified_on(backend) for backend, kernel in has.items() if kernel}
+    return {backend: run and {**dataclasses.asdict(run), "what": str(run)} for backend, run in runs.items()}
 
 
 def render(info: dict[str, Any]) -> str:
@@ -115,7 +124,17 @@ def render(info: dict[str, Any]) -> str:
     for device in info["ops"][next(iter(info["ops"]))]:
         lines += ["", f"Ops on {device}: yes = runs here, * = what auto tries first, a letter = why not"]
         lines += _table(info["ops"], device)
+    lines += ["", "Kernels for GPUs: the run of their tests that they passed last"]
+    lines += _runs(info["verified_on"])
     return "\n".join(lines)
+
+
+def _runs(verified_on: dict[str, Any]) -> list[str]:
+    kernels: dict[str, list[str]] = {}
+    for name, backends in verified_on.items():
+        for backend, run in backends.items():
+            kernels.setdefault(run["what"] if run else "none", []).append(f"{name} ({backend})")
+    return [f"  {run}: {', '.join(names)}" for run, names in sorted(kernels.items())]
 
 
 def _table(ops: dict[str, Any], device: str) -> list[str]:

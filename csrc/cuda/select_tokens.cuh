@@ -1,4 +1,4 @@
-// CUDA kernels of select_tokens on raw pointers; strides count elements. Not yet run on a GPU.
+// CUDA kernels of select_tokens on raw pointers; strides count elements.
 //
 // Radix select: passes over the scores count the digits of their ranks, highest digit first, and so find the rank of
 // the last token kept; two more passes count and write what is kept, in order. Counts are integers, so that atomics

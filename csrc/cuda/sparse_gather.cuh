@@ -1,4 +1,4 @@
-// CUDA kernels of sparse gathering on raw pointers; strides count elements. Not yet run on a GPU.
+// CUDA kernels of sparse gathering on raw pointers; strides count elements.
 //
 // Why beside Triton: the bank may lie in pinned host memory, where each row is fetched over PCIe. 16-byte loads of
 // whole warps make full-size requests there, and no staging copy is needed.

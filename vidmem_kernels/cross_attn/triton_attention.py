@@ -1,4 +1,4 @@
-"""Triton kernel of cross_attention, and what its gradient shares with it. Not yet run on a GPU.
+"""Triton kernel of cross_attention, and what its gradient shares with it.
 
 An online softmax over the tiles of keys that a tile of queries needs: first those without any mask, then those with.
 Masks, biases and lists of tiles that a call does not have are not compiled.

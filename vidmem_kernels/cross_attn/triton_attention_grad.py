@@ -1,4 +1,4 @@
-"""Triton kernels of the gradient of cross_attention. Not yet run on a GPU.
+"""Triton kernels of the gradient of cross_attention.
 
 Weights are recomputed from lse. One kernel sums over keys and one over queries, each in its own order: no atomics.
 """

@@ -1,4 +1,4 @@
-"""Triton kernel of the gradients of keys, values and bias of cross_attention. Not yet run on a GPU.
+"""Triton kernel of the gradients of keys, values and bias of cross_attention.
 
 Its sums run over queries, so it has lists of the tiles of queries that see a tile of keys.
 """

@@ -1,4 +1,4 @@
-"""Triton kernels of merge_attention_states. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+"""Triton kernels of merge_attention_states.
 
 Log-sum-exps are few: they are stacked. Outputs are read where they are, _GROUP parts at a time since a kernel takes no
 lists; more parts add to a sum in float32 that the last group rounds. The gradient takes a part at a time.

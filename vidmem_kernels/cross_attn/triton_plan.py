@@ -1,7 +1,7 @@
 """Which tiles of keys a tile of queries needs, listed in torch before a kernel of cross-attention runs.
 
 A window is compared as ranks of the key times, in the type that the reference compares them in. No step here waits for
-a GPU. Not yet run on a GPU.
+a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tile sizes of cross_attention's Triton kernels, by architecture, dtype and head size. Not yet run on a GPU."""
+"""Tile sizes of cross_attention's Triton kernels, by architecture, dtype and head size."""
 
 from __future__ import annotations
 

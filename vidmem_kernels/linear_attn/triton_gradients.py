@@ -1,4 +1,4 @@
-"""Triton kernel of linear attention's gradients of queries and keys; its backward. Not yet run on a GPU as it is now.
+"""Triton kernel of linear attention's gradients of queries and keys; its backward.
 
 States, scores and denominators are computed anew. Between the passes of queries and of keys two numbers of a token and
 head are kept; while heads are split over programs, those of every split.

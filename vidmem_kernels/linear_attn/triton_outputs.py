@@ -1,4 +1,4 @@
-"""Triton kernel of linear attention's outputs, and of the gradient of values. Not yet run on a GPU as it is now."""
+"""Triton kernel of linear attention's outputs, and of the gradient of values."""
 
 from __future__ import annotations
 

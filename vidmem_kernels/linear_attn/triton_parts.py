@@ -1,7 +1,5 @@
 """What the Triton kernels of linear attention share: pieces of a sequence, features, products.
 
-Not yet run on a GPU as it is now.
-
 A few sequences (heads) must fill a GPU, so each is cut into pieces of a length that only shapes decide. Sums of all
 pieces come first (triton_states), then the state that every piece begins with, then what its tokens find there.
 """

@@ -1,7 +1,5 @@
 """Triton kernels of linear attention's states: the sums of pieces, the states before them.
 
-Not yet run on a GPU as it is now.
-
 With B * H = 12, L = 32,760 and D = Dv = 128, sums of 1,024 tokens are 25 MiB of float32: they are written, read and
 written again by the prefix, and read by what comes after. The bfloat16 keys and values are 2 * 96 MiB.
 """

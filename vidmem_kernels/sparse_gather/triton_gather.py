@@ -1,4 +1,4 @@
-"""Triton kernels of gather and scatter-add. Not yet run on a GPU: interpreter and ahead-of-time compilation only."""
+"""Triton kernels of gather and scatter-add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernels of row quantisation. Not yet run on a GPU: interpreter and ahead-of-time compilation only."""
+"""Triton kernels of row quantisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernels of select_tokens. Not yet run on a GPU: interpreter and ahead-of-time compilation only."""
+"""Triton kernels of select_tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernels of topk_blocks. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+"""Triton kernels of topk_blocks.
 
 Three steps: means of blocks; scores of some query blocks with all key blocks; the best of every row of scores, found
 by bisection of their keys and not by a sort, in chunks of columns whose winners meet again. Only these are sorted.

@@ -1,4 +1,4 @@
-"""Triton kernels of merging and unmerging. Not yet run on a GPU: interpreter and ahead-of-time compilation only.
+"""Triton kernels of merging and unmerging.
 
 A plan's index that is out of range is never followed; what depends on it is NaN.
 """

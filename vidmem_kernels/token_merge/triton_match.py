@@ -1,4 +1,4 @@
-"""Triton kernels that find each source's most similar destination. Not yet run on a GPU.
+"""Triton kernels that find each source's most similar destination.
 
 Scores are compared tile by tile, in registers, and never stored; see triton_rows for what is multiplied.
 """

@@ -1,4 +1,4 @@
-"""What Triton kernels add up of the tokens of a group, and the mean that it makes. Not yet run on a GPU.
+"""What Triton kernels add up of the tokens of a group, and the mean that it makes.
 
 A mean is measured from one of the tokens, as in the reference.
 """

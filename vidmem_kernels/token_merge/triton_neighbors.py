@@ -1,4 +1,4 @@
-"""Triton kernels that match tokens with their neighbours on a grid. Not yet run on a GPU."""
+"""Triton kernels that match tokens with their neighbours on a grid."""
 
 from __future__ import annotations
 

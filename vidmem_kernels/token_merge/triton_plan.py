@@ -1,4 +1,4 @@
-"""Triton kernels that make a merge plan of scores: select, rank, group. Not yet run on a GPU.
+"""Triton kernels that make a merge plan of scores: select, rank, group.
 
 Everything is in the order of the tokens: a score becomes an int32 key of the same order, and a destination gets the
 lowest key, that of -inf, so that it never merges. No step waits for the GPU.

@@ -1,4 +1,4 @@
-"""Triton kernel that scales the rows of a metric for matching, and how tokens split. Not yet run on a GPU.
+"""Triton kernel that scales the rows of a metric for matching, and how tokens split.
 
 A row is multiplied by a power of two, exactly, so that no square overflows or vanishes, and keeps its dtype: products
 run on tensor cores, and are divided by both lengths where they are compared.

@@ -1,4 +1,4 @@
-"""Triton kernels that sum the groups of a plan. Not yet run on a GPU.
+"""Triton kernels that sum the groups of a plan.
 
 Sums follow a plan's `order` and `offsets`, in order, without atomics. A plan's index that is out of range is never
 followed; what depends on it is NaN.

@@ -1,0 +1,141 @@
+"""On which GPU a kernel passed its tests, and whether its sources are still those that did.
+
+Each file verified/*.json is the record of one run of the test suite on one GPU: for every op and backend that passed,
+the fingerprint of the kernel's sources. A kernel that has another fingerprint now counts as changed since.
+
+`setup.py` loads this file by itself, to note the fingerprints of the CUDA kernels that it compiles: only the standard
+library may be imported here.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import re
+import tokenize
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+_INDENT = {tokenize.INDENT: "\1", tokenize.DEDENT: "\2", tokenize.NEWLINE: "\n"}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A run of the tests that a kernel passed.
+
+    Attributes:
+        device: name of the GPU.
+        commit: short hash of the commit that ran.
+        date: of the run, YYYY-MM-DD.
+        suite: what ran, with its outcome.
+        current: whether the kernel's sources are still the same, comments aside.
+    """
+
+    device: str
+    commit: str
+    date: str
+    suite: str
+    current: bool
+
+    def __str__(self) -> str:
+        return f"{'' if self.current else 'changed since '}{self.device}, {self.date} ({self.commit})"
+
+
+def verified_on(op: str, backend: str, fingerprint: str | None) -> Verified | None:
+    """The last run that a kernel passed as it is now, else the last one that it passed at all, or None.
+
+    Args:
+        op: its name.
+        backend: "triton" or "cuda".
+        fingerprint: of the kernel's sources now; None where they are unknown.
+    """
+    found = None
+    for record in _records():
+        passed = record["kernels"].get(op, {}).get(backend)
+        if passed and (passed == fingerprint or found is None or not found.current):
+            found = Verified(*(record[key] for key in ("device", "commit", "date", "suite")), passed == fingerprint)
+    return found
+
+
+@cache
+def _records() -> list[dict]:
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (PACKAGE / "verified").glob("*.json")]
+    return sorted(records, key=lambda record: record["date"])
+
+
+def triton_fingerprint(family: str, launch: str, package: Path = PACKAGE) -> str:
+    """Fingerprint of a launch function: of the module that defines it and the Triton modules that it imports.
+
+    Args:
+        family: folder of the package, e.g. "sparse_gather".
+        launch: name in the family's triton_kernels.py.
+        package: folder of vidmem_kernels.
+    """
+    start = package / family / "triton_kernels.py"
+    for module, names in _imports(start):
+        if launch in names:
+            start = module
+    return _fingerprint(_closure([start], lambda path: [module for module, _ in _imports(path)]), _python_code)
+
+
+def cuda_fingerprints(csrc: Path) -> dict[str, str]:
+    """Fingerprint of every op that a file of csrc/cuda registers: of the file and all that it includes."""
+
+    def includes(path: Path) -> Iterable[Path]:
+        found = re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        return [csrc / name for name in found]
+
+    return {
+        op: _fingerprint(_closure([source], includes), _cpp_code)
+        for source in sorted((csrc / "cuda").glob("*.cu"))
+        for op in re.findall(r'm\.impl\("(\w+)"', source.read_text(encoding="utf-8"))
+    }
+
+
+def _imports(path: Path) -> list[tuple[Path, set[str]]]:
+    """The Triton modules of this package that a module imports from, with the names that it takes."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            module = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+            if module.stem.lstrip("_").startswith("triton_") and module.is_file():
+                found.append((module, {alias.name for alias in node.names}))
+    return found
+
+
+def _closure(paths: list[Path], neighbours: Callable[[Path], Iterable[Path]]) -> list[Path]:
+    found: list[Path] = []
+    while paths:
+        path = paths.pop()
+        if path not in found:
+            found.append(path)
+            paths.extend(neighbours(path))
+    return sorted(found, key=lambda path: path.name)
+
+
+def _fingerprint(paths: list[Path], code: Callable[[str], str]) -> str:
+    text = "\n".join(code(path.read_text(encoding="utf-8")) for path in paths)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _python_code(text: str) -> str:
+    """A module's code without comments, docstrings and the spaces between tokens; the same for every Python."""
+    pieces: list[str] = []
+    at_start = True  # of a statement: a string there says nothing to the program
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL) or (at_start and token.type == tokenize.STRING):
+            continue
+        at_start = token.type in _INDENT
+        pieces.append(_INDENT.get(token.type) or re.sub(r"\s", "", token.string))
+    # Python 3.12 reads an f-string in pieces, and its doubled braces as one.
+    return " ".join(pieces).replace(" ", "").replace("{{", "{").replace("}}", "}")
+
+
+def _cpp_code(text: str) -> str:
+    """A source without comments and spaces."""
+    return re.sub(r"\s", "", re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL))
