@@ -176,7 +176,7 @@ def implementation(op: Op, backend: str, device: torch.device, args: Sequence[An
     if backend == "reference":
         return op.run_reference
     if backend == "triton":
-        return getattr(importlib.import_module(f"{op.family}.triton_kernels"), op.triton)
+        return getattr(importlib.import_module(f"{op.family}.{op.triton}"), op.launch)
     if backend == "library":
         return first_library(op, device, args)[0].call
     return getattr(torch.ops.vidmem_cpp, op.name)

@@ -111,6 +111,12 @@ class Op:
 
         return run_or_dispatch
 
+    @property
+    def launch(self) -> str:
+        """Name of the function that launches the op's Triton kernels."""
+        forward = self.name.removesuffix("_backward")
+        return f"launch_{forward}_{'fwd' if forward == self.name else 'bwd'}"
+
     def verified_on(self, backend: str) -> _verified.Verified | None:
         """The run on a GPU that a kernel passed, or None where it never did or there is no such kernel."""
         if backend == "triton" and self.triton:
@@ -172,7 +178,7 @@ def register_op(
         backward: `(ops, ctx, *grads) -> a gradient or None for each argument`; calls other vidmem ops through `ops`.
             Without it a result that has a float dtype refuses to be differentiated rather than cut the gradient.
         autocast: names of the tensor arguments that torch.autocast casts to its dtype; () for none.
-        triton: name of the launch function in the family's triton_kernels.py.
+        triton: the family's module with the launch function: launch_<op>_fwd, or launch_<op>_bwd for <op>_backward.
         library: libraries that compute it, the best one first.
         refuse: per backend, a function of the arguments that returns why it cannot run them, or None.
         batch: name of the tensor whose first axis is the batch, which vmap folds its axis into; default the first one.

@@ -68,19 +68,15 @@ def _records() -> list[dict]:
     return sorted(records, key=lambda record: record["date"])
 
 
-def triton_fingerprint(family: str, launch: str, package: Path = PACKAGE) -> str:
-    """Fingerprint of a launch function: of the module that defines it and the Triton modules that it imports.
+def triton_fingerprint(family: str, module: str, package: Path = PACKAGE) -> str:
+    """Fingerprint of a module of Triton kernels: of itself and the Triton modules that it imports.
 
     Args:
         family: folder of the package, e.g. "sparse_gather".
-        launch: name in the family's triton_kernels.py.
+        module: e.g. "triton_gather".
         package: folder of vidmem_kernels.
     """
-    start = package / family / "triton_kernels.py"
-    for module, names in _imports(start):
-        if launch in names:
-            start = module
-    return _fingerprint(_closure([start], lambda path: [module for module, _ in _imports(path)]), _python_code)
+    return _fingerprint(_closure([package / family / f"{module}.py"], _imports), _python_code)
 
 
 def cuda_fingerprints(csrc: Path) -> dict[str, str]:
@@ -97,14 +93,14 @@ def cuda_fingerprints(csrc: Path) -> dict[str, str]:
     }
 
 
-def _imports(path: Path) -> list[tuple[Path, set[str]]]:
-    """The Triton modules of this package that a module imports from, with the names that it takes."""
+def _imports(path: Path) -> list[Path]:
+    """The Triton modules of this package that a module imports from."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level and node.module:
             module = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
             if module.stem.lstrip("_").startswith("triton_") and module.is_file():
-                found.append((module, {alias.name for alias in node.names}))
+                found.append(module)
     return found
 
 

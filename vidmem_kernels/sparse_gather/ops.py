@@ -66,7 +66,7 @@ register_op(
     setup_context=_gather_setup,
     backward=_gather_backward,
     autocast=(),
-    triton="launch_gather_tokens_fwd",
+    triton="triton_gather",
     refuse={"triton": _gather_refuse_triton, "cuda": _gather_refuse_cuda},
     batch="index",
     broadcasts=("bank", "scale"),
@@ -94,7 +94,7 @@ register_op(
     setup_context=_scatter_setup,
     backward=_scatter_backward,
     autocast=(),
-    triton="launch_scatter_add_tokens_fwd",
+    triton="triton_gather",
 )
 
 # --- quantize_rows ---
@@ -122,7 +122,7 @@ register_op(
     setup_context=_quantize_setup,
     backward=_quantize_backward,
     autocast=(),
-    triton="launch_quantize_rows_fwd",
+    triton="triton_quantize",
 )
 
 
@@ -135,7 +135,7 @@ register_op(
     reference=reference.quantize_rows_backward,
     fake=_quantize_backward_fake,
     autocast=(),
-    triton="launch_quantize_rows_bwd",
+    triton="triton_quantize",
 )
 
 # --- select_tokens ---
@@ -162,7 +162,7 @@ register_op(
     setup_context=_select_setup,
     backward=_select_backward,
     autocast=(),
-    triton="launch_select_tokens_fwd",
+    triton="triton_select",
 )
 
 # --- topk_blocks ---
@@ -181,6 +181,6 @@ register_op(
     reference=reference.topk_blocks,
     fake=_topk_blocks_fake,
     autocast=(),
-    triton="launch_topk_blocks_fwd",
+    triton="triton_topk",
     refuse={"triton": _topk_blocks_refuse_triton},
 )

@@ -45,7 +45,7 @@ register_op(
     reference=reference.match_tokens,
     fake=_match_tokens_fake,
     autocast=(),
-    triton="launch_match_tokens_fwd",
+    triton="triton_match",
     refuse={"triton": _match_refuse_triton},
 )
 
@@ -54,7 +54,7 @@ register_op(
     reference=reference.match_neighbors,
     fake=_match_neighbors_fake,
     autocast=(),
-    triton="launch_match_neighbors_fwd",
+    triton="triton_neighbors",
     refuse={"triton": _match_refuse_triton},
 )
 
@@ -65,7 +65,7 @@ register_op(
     reference=reference.count_neighbors,
     fake=_count_neighbors_fake,
     autocast=(),
-    triton="launch_count_neighbors_fwd",
+    triton="triton_neighbors",
     refuse={"triton": _match_refuse_triton},
 )
 
@@ -114,7 +114,7 @@ register_op(
     setup_context=_merge_setup,
     backward=_merge_backward,
     autocast=(),
-    triton="launch_merge_tokens_fwd",
+    triton="triton_merge",
     refuse={"triton": _merge_refuse_triton},
 )
 
@@ -135,7 +135,7 @@ register_op(
     reference=reference.merge_tokens_backward,
     fake=_merge_backward_fake,
     autocast=(),
-    triton="launch_merge_tokens_bwd",
+    triton="triton_merge",
     refuse={"triton": _merge_refuse_triton},
 )
 
@@ -161,7 +161,7 @@ register_op(
     setup_context=_groups_setup,
     backward=_unmerge_backward,
     autocast=(),
-    triton="launch_unmerge_tokens_fwd",
+    triton="triton_merge",
 )
 
 
@@ -180,5 +180,5 @@ register_op(
     setup_context=_groups_setup,
     backward=_sum_groups_backward,
     autocast=(),
-    triton="launch_sum_groups_fwd",
+    triton="triton_merge",
 )

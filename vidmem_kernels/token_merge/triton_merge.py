@@ -11,19 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton_tiles import tile_of
-from .triton_match import launch_match_tokens_fwd
-from .triton_neighbors import launch_count_neighbors_fwd, launch_match_neighbors_fwd
 from .triton_sums import group_totals, sum_groups
-
-__all__ = [
-    "launch_count_neighbors_fwd",
-    "launch_match_neighbors_fwd",
-    "launch_match_tokens_fwd",
-    "launch_merge_tokens_bwd",
-    "launch_merge_tokens_fwd",
-    "launch_sum_groups_fwd",
-    "launch_unmerge_tokens_fwd",
-]
 
 # Elements of a tile, at 4 warps: several loads of 16 bytes a thread.
 _TILE = 4096
