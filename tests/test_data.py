@@ -19,6 +19,7 @@ from vidmem_model import data
 from vidmem_model.config import ClipSpec
 from vidmem_model.data import iter_frames, probe, read_clip
 from vidmem_model.errors import MediaError
+from vidmem_model.video import sample
 
 WHOLE = ClipSpec(height=None, width=None, fps=None, seconds=None)
 
@@ -342,10 +343,10 @@ class FakePip:
             return
         inner = io.BytesIO()
         with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(data.SAMPLE_MEMBER, self.film)
-        data.Path(release).mkdir()
+            archive.writestr(sample.SAMPLE_MEMBER, self.film)
+        sample.Path(release).mkdir()
         with tarfile.open(f"{release}/moviepy-2.2.1.tar.gz", "w:gz") as outer:
-            entry = tarfile.TarInfo(f"moviepy-2.2.1/{data.SAMPLE_ARCHIVE}")
+            entry = tarfile.TarInfo(f"moviepy-2.2.1/{sample.SAMPLE_ARCHIVE}")
             entry.size = len(inner.getvalue())
             outer.addfile(entry, io.BytesIO(inner.getvalue()))
 
@@ -369,8 +370,8 @@ class FakePip:
 def fake_pip(monkeypatch, tmp_path):
     film = FakePip.film
     monkeypatch.setenv("VIDMEM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "SAMPLE_BYTES", len(film))
-    monkeypatch.setattr(data, "SAMPLE_SHA256", data.hashlib.sha256(film).hexdigest())
+    monkeypatch.setattr(sample, "SAMPLE_BYTES", len(film))
+    monkeypatch.setattr(sample, "SAMPLE_SHA256", sample.hashlib.sha256(film).hexdigest())
     pip = type("Pip", (FakePip,), {"live": 0})
     monkeypatch.setattr(subprocess, "Popen", pip)
     return pip
@@ -418,7 +419,7 @@ def test_interrupt_while_unpacking_leaves_nothing(fake_pip, tmp_path, monkeypatc
         part.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_extract_sample", interrupted)
+    monkeypatch.setattr(sample, "_extract_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.fetch_sample_clip(progress=False)
     assert left_in_cache(tmp_path) == [] and fake_pip.live == 0
