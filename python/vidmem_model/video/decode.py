@@ -22,7 +22,7 @@ from av.format import Flags
 
 from ..errors import MediaError
 from .damage import DamageWatch
-from .stamps import REORDER, is_jump, shown_times
+from .stamps import REORDER, is_jump, shown_times, steadied
 
 # Up to this size a file is read through where its container's word would do: that takes no second, and is true.
 READ_THROUGH = 64 << 20
@@ -30,6 +30,8 @@ READ_THROUGH = 64 << 20
 _CODING_ORDER = ("avi", "asf")
 # Their key frames do not stand alone (a GIF's pictures are patches of the one before), or are as good as all.
 _WHOLE = ("gif", "apng", "image2")
+# Program streams stamp packs of pictures.
+_PACKED = "mpeg"
 _INDEXED = ("mov", "matroska")
 # Decoders that give the transparency which WebM keeps beside the picture.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -75,9 +77,11 @@ class Film:
 
     def _mean_rate(self) -> float:
         stream = self._stream
-        # The average of a bare stream is a default; its headers say the rate.
-        known = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        rate = next((r for r in ((known[1], known[0], known[2]) if self._bare else known) if r), None)
+        coded = stream.codec_context.framerate
+        known = [stream.average_rate, coded, stream.guessed_rate, stream.base_rate]
+        if self._bare:
+            known = [coded, stream.guessed_rate, *known]  # the average of a bare stream is a default
+        rate = next((r for r in known if r), None)
         return float(rate) if rate else 25.0
 
     def _choose_decoder(self) -> av.VideoCodecContext:
@@ -115,17 +119,23 @@ class Film:
         """Convert a stamp of the stream, None where it is not to be believed."""
         return None if stamp is None or self.stepped else float(stamp * self._stream.time_base)
 
-    def length(self, frame: av.VideoFrame) -> float:
-        """Seconds for which a frame is to be shown."""
-        return float(frame.duration * self._stream.time_base) if frame.duration and not self.stepped else self.step
+    def length(self, picture: Picture) -> float:
+        """Seconds for which a picture is to be shown."""
+        duration = picture.frame.duration if picture.frame and not self.stepped else 0
+        if not duration:
+            return self.step
+        seconds = float(duration * self._stream.time_base)
+        # Fields are whole; the stamps' unit may not divide them.
+        return round(2 * seconds / self.step) * self.step / 2 if self.name == _PACKED else seconds
 
     def stated_seconds(self) -> float | None:
         """Length of the picture as the container states it; None where it does not, or guesses."""
         if self._bare or self.joinable:
             return None  # found by a look at the end of the file, which may be another film's
-        late = max(0.0, self._first or 0.0)
+        # NUT and FLV count from the file's beginning, MP4 and AVI from the stream's.
+        late = 0.0 if self.name in ("mov", "avi") else max(0.0, self._first or 0.0)
         if self._stream.duration is not None:
-            return float(self._stream.duration * self._stream.time_base)
+            return float(self._stream.duration * self._stream.time_base) - late
         # Matroska keeps the end of a stream in this tag, counted from the file's beginning.
         if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):
             hours, minutes, seconds = match.groups()
@@ -193,7 +203,8 @@ class Film:
             stamp, coded = self.seconds(packet.pts), self.seconds(packet.dts)
             if stamp is None or stamp in seen or packet.is_discard or packet.is_corrupt:
                 return nothing
-            if decoded is not None and coded is not None and coded <= decoded:
+            gap = None if decoded is None or coded is None else (coded - decoded) / self.step
+            if gap is not None and (gap <= 0 or (self.name == _PACKED and not 0.5 < gap < 1.8)):
                 return nothing
             if highest is not None and is_jump(stamp, highest, self.step, self.joinable):
                 return nothing
@@ -256,7 +267,10 @@ class Film:
         """
         self._first = first
         reorder = REORDER if self._reorders else 0
-        for now, picture in shown_times(self._pictures(skip), self.step, self.joinable, reorder):
+        pictures = self._pictures(skip)
+        if self.name == _PACKED:
+            pictures = steadied(pictures, self.length, self.step)
+        for now, picture in shown_times(pictures, self.step, self.joinable, reorder):
             self._first = now if self._first is None else self._first
             yield now - self._first, picture
 
@@ -347,27 +361,30 @@ def playing(path: Path, start: float = 0.0) -> Iterator[tuple[Film, Iterator[tup
     Raises:
         MediaError: as `open_film`.
     """
-    for skip in (_by_index, _by_reading) if start > 0 else ():
+    if start > 0 and path.stat().st_size > READ_THROUGH:
         with open_film(path) as film:
-            pictures = skip(film, start)
-            head = next(pictures, None)
-            if head is not None and head[0] <= start and head[1].broken is None:
-                yield film, itertools.chain([head], pictures)
+            first = film.seek(start)
+            pictures = None if first is None else _in_time(film.shown(0, first), start)
+            if pictures:
+                yield film, pictures
+                return
+    skip, first = 0, None
+    if start > 0:
+        with open_film(path) as film:
+            skip, first = film.packets_before(start)
+    if skip:
+        with open_film(path) as film:
+            pictures = _in_time(film.shown(skip, first), start)
+            if pictures:
+                yield film, pictures
                 return
     with open_film(path) as film:
         yield film, film.shown()
 
 
-def _by_index(film: Film, start: float) -> Iterator[tuple[float, Picture]]:
-    """Pictures from where the container's index leads to; none in a file that is sooner read through."""
-    first = film.seek(start) if film.path.stat().st_size > READ_THROUGH else None
-    return iter(()) if first is None else film.shown(0, first)
-
-
-def _by_reading(film: Film, start: float) -> Iterator[tuple[float, Picture]]:
-    """Pictures from the last key frame up to which the stamps are sound."""
-    skip, first = film.packets_before(start)
-    if not skip:
-        return iter(())
-    with open_film(film.path) as again:
-        yield from again.shown(skip, first)
+def _in_time(pictures: Iterator[tuple[float, Picture]], start: float) -> Iterator[tuple[float, Picture]] | None:
+    """The same pictures, if the first is sound and comes no later than `start`."""
+    head = next(pictures, None)
+    if head is None or head[0] > start or head[1].broken:
+        return None
+    return itertools.chain([head], pictures)

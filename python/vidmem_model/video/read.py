@@ -97,7 +97,7 @@ def _frames_at_rate(path: Path, spec: ClipSpec) -> Iterator[np.ndarray]:
                 return
             if picture is None:
                 break
-            end = now + (film.length(picture.frame) if picture.frame else film.step)
+            end = now + film.length(picture)
             if picture.broken and now >= spec.start:
                 raise _breaks(path, now, picture.broken)
             shown, image, begun = picture, None, now

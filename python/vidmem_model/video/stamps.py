@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,6 +15,8 @@ T = TypeVar("T")
 REORDER = 16
 # Where a format may be joined (a transport stream, say), a jump ahead by more seconds is a join, as for ffmpeg.
 JOIN_SECONDS = 10.0
+# Pictures that a pack of a program stream may hold and still be stamped once.
+PACKED = 5.5
 
 
 def shown_times(
@@ -58,6 +60,26 @@ def shown_times(
             yield next_shown()
     while waiting:
         yield next_shown()
+
+
+def steadied(
+    pictures: Iterable[tuple[float | None, T]], length: Callable[[T], float], step: float
+) -> Iterator[tuple[float | None, T]]:
+    """Take stamps that are off by a few pictures for what they should be.
+
+    A program stream stamps packs, which may hold several pictures: FFmpeg may give a stamp to a neighbour.
+
+    Args:
+        pictures: (stamp in seconds or None, picture), in the order in which they are shown.
+        length: seconds for which a picture is to be shown.
+        step: seconds from picture to picture, on average.
+    """
+    expected: float | None = None
+    for stamp, picture in pictures:
+        if expected is not None and (stamp is None or abs(stamp - expected) < PACKED * step):
+            stamp = expected
+        yield stamp, picture
+        expected = None if stamp is None else stamp + length(picture)
 
 
 def is_jump(stamp: float, highest: float, step: float, joinable: bool) -> bool:
