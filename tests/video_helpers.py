@@ -15,6 +15,7 @@ from vidmem_model.data import read_clip
 WHOLE = ClipSpec(height=None, width=None, fps=None, seconds=None)
 HEIGHT, WIDTH = 64, 96
 _DARK, _BRIGHT = 40, 215
+_FORMATS = {".m4v": "m4v", ".m1v": "mpeg1video", ".m2v": "mpeg2video"}
 _PIXELS = {"mjpeg": "yuvj420p", "gif": "rgb8", "prores_ks": "yuv422p10le", "qtrle": "rgb24", "png": "rgb24"}
 
 
@@ -67,6 +68,7 @@ def write_film(
     offset: float = 0.0,
     stamps: Callable[[int], float] | None = None,
     container: dict[str, str] | None = None,
+    format: str | None = None,
     size: tuple[int, int] = (HEIGHT, WIDTH),
     first: int = 0,
     pixels: str | None = None,
@@ -81,12 +83,12 @@ def write_film(
         path: its suffix chooses the container.
         offset: seconds added to every stamp.
         stamps: gives the stamp of frame k in frames, not falling; by default k itself.
-        container: options of the muxer.
+        container, format: options of the muxer, and its name where it is not that of the suffix.
         first: number of the first frame.
         pixels, options: of the encoder, where its own are not meant.
         gop, bframes, open_gop: as for `encoder_options`.
     """
-    with av.open(str(path), "w", options=container or {}) as out:
+    with av.open(str(path), "w", format or _FORMATS.get(path.suffix), options=container or {}) as out:
         stream = out.add_stream(codec, rate=rate)
         stream.height, stream.width = size
         stream.pix_fmt = pixels or _PIXELS.get(codec, "yuv420p")

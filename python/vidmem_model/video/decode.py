@@ -22,7 +22,7 @@ from av.format import Flags
 
 from ..errors import MediaError
 from .damage import DamageWatch
-from .stamps import REORDER, is_jump, shown_times, steadied
+from .stamps import REORDER, PacketStamps, shown_times, steadied
 
 # Up to this size a file is read through where its container's word would do: that takes no second, and is true.
 READ_THROUGH = 64 << 20
@@ -155,30 +155,25 @@ class Film:
     def count(self) -> tuple[int, float]:
         """Read all packets, decoding none: number of pictures and length in seconds."""
         count, keyless = 0, 0
-        lowest = highest = end = None
-        plain, seen = not self.stepped, set()
-        for packet in self._packets():
+        stamps = self._packet_stamps()
+        length = self.step
+        for packet in self._container.demux(self._stream):
+            if not packet.size or packet.is_discard:
+                continue
             keyless += 1
             if not count and not packet.is_keyframe:
                 continue  # what leans on pictures before the beginning is not shown
             count += 1
             stamp = self.seconds(packet.pts)
-            plain = plain and stamp is not None and stamp not in seen
-            plain = plain and (highest is None or not is_jump(stamp, highest, self.step, self.joinable))
-            if plain:
-                seen.add(stamp)
-                lowest = stamp if lowest is None else min(lowest, stamp)
-                highest = stamp if highest is None else max(highest, stamp)
-                if highest == stamp:
-                    end = stamp + (float(packet.duration * self._stream.time_base) if packet.duration else self.step)
-        count = count or keyless
-        return count, end - lowest if plain and count and end is not None else count * self.step
+            stamps.add(stamp, self.seconds(packet.dts))
+            if stamps.sound and stamp == stamps.highest:
+                length = float(packet.duration * self._stream.time_base) if packet.duration else self.step
+        if count and stamps.sound:
+            return count, stamps.highest - stamps.lowest + length
+        return count or keyless, (count or keyless) * self.step
 
-    def _packets(self) -> Iterator[av.Packet]:
-        """The stream's packets, those that an edit list cuts away left out."""
-        for packet in self._container.demux(self._stream):
-            if packet.size and not packet.is_discard:
-                yield packet
+    def _packet_stamps(self) -> PacketStamps:
+        return PacketStamps(self.step, self.joinable, even=self.name == _PACKED)
 
     def packets_before(self, start: float) -> tuple[int, float]:
         """Find where decoding may begin so that it shows at `start` what it would if begun at the first packet.
@@ -195,27 +190,22 @@ class Film:
         nothing = 0, 0.0
         if self.stepped or self.name in _CODING_ORDER + _WHOLE:
             return nothing
-        found, first, highest, decoded, seen = 0, None, None, None, set()
-        reordered = not (self._reorders and self._stream.codec_context.has_b_frames)
+        found, first = 0, None
+        stamps = self._packet_stamps()
         for number, packet in enumerate(self._container.demux(self._stream)):
             if first is None:
                 first = self._first_stamp(packet)
-            stamp, coded = self.seconds(packet.pts), self.seconds(packet.dts)
-            if stamp is None or stamp in seen or packet.is_discard or packet.is_corrupt:
-                return nothing
-            gap = None if decoded is None or coded is None else (coded - decoded) / self.step
-            if gap is not None and (gap <= 0 or (self.name == _PACKED and not 0.5 < gap < 1.8)):
-                return nothing
-            if highest is not None and is_jump(stamp, highest, self.step, self.joinable):
-                return nothing
-            if first is not None and (stamp if coded is None else coded) - first > start:
-                return (found, first) if reordered else nothing
-            if packet.is_keyframe and first is not None and stamp - first <= start:
+            shown, decoded = self.seconds(packet.pts), self.seconds(packet.dts)
+            stamps.add(shown, decoded)
+            if not stamps.sound or packet.is_discard or packet.is_corrupt:
+                break
+            if first is None:
+                continue
+            if (shown if decoded is None else decoded) - first > start:
+                proven = stamps.reordered or not (self._reorders and self._stream.codec_context.has_b_frames)
+                return (found, first) if proven else nothing
+            if packet.is_keyframe and shown - first <= start:
                 found = number
-            reordered = reordered or (highest is not None and stamp < highest)
-            highest = stamp if highest is None else max(highest, stamp)
-            decoded = decoded if coded is None else coded
-            seen.add(stamp)
         return nothing
 
     def _first_stamp(self, packet: av.Packet) -> float | None:

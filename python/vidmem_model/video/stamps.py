@@ -31,8 +31,9 @@ def shown_times(
     - Stamps that fall by up to `reorder` steps are those of the coding order, which AVI and ASF keep: they are
       sorted.
     - Stamps that fall by more are those of another film that was joined to the first: it follows by `step`, and
-      what comes keeps its distance from there. In a `joinable` format so do stamps that jump ahead by more
-      than 10 s; elsewhere a picture stays on screen until the next one's stamp.
+      what comes keeps its distance from there. In a `joinable` format so are stamps that fall to where there is
+      a picture already, and those that jump ahead by more than 10 s; otherwise a picture stays on screen until
+      the next one's stamp.
 
     Args:
         pictures: (stamp in seconds or None, picture), in the order in which they are shown.
@@ -82,7 +83,50 @@ def steadied(
         expected = None if stamp is None else stamp + length(picture)
 
 
-def is_jump(stamp: float, highest: float, step: float, joinable: bool) -> bool:
+class PacketStamps:
+    """Whether the stamps of packets can be believed without decoding, as they come in coding order.
+
+    They can while each has a time of showing, no two of these are equal and none jumps, and times of decoding rise.
+
+    Args:
+        step: seconds from picture to picture, on average.
+        joinable: as for `shown_times`.
+        even: the steps of decoding must be about equal, too.
+
+    Attributes:
+        sound: whether they can, so far.
+        reordered: whether one came that is before another: these are times of showing, not of decoding.
+        lowest, highest: times of showing; None at first.
+    """
+
+    def __init__(self, step: float, joinable: bool, even: bool) -> None:
+        self._step, self._joinable, self._even = step, joinable, even
+        self._seen: set[float] = set()
+        self._decoded: float | None = None
+        self.sound, self.reordered = True, False
+        self.lowest: float | None = None
+        self.highest: float | None = None
+
+    def add(self, shown: float | None, decoded: float | None) -> None:
+        """Take the times in seconds of the next packet, None where there is none."""
+        self.sound = self.sound and shown is not None and shown not in self._seen and self._follows(shown, decoded)
+        if self.sound:
+            self._seen.add(shown)
+            self.reordered = self.reordered or (self.highest is not None and shown < self.highest)
+            self.lowest = shown if self.lowest is None else min(self.lowest, shown)
+            self.highest = shown if self.highest is None else max(self.highest, shown)
+            self._decoded = self._decoded if decoded is None else decoded
+
+    def _follows(self, shown: float, decoded: float | None) -> bool:
+        if self.highest is not None and _jumps(shown, self.highest, self._step, self._joinable):
+            return False
+        if decoded is None or self._decoded is None:
+            return True
+        gap = (decoded - self._decoded) / self._step
+        return 0.5 < gap < 1.8 if self._even else gap > 0
+
+
+def _jumps(stamp: float, highest: float, step: float, joinable: bool) -> bool:
     """Whether a stamp cannot belong to the film whose highest stamp so far is given."""
     return stamp < highest - REORDER * step or (joinable and stamp > highest + JOIN_SECONDS)
 
@@ -90,6 +134,7 @@ def is_jump(stamp: float, highest: float, step: float, joinable: bool) -> bool:
 def _on_one_clock(pictures: Iterable[tuple[float | None, T]], step: float, joinable: bool) -> Iterator[tuple[float, T]]:
     """Fill in missing stamps, drop single ones that are far off, and let joined films follow each other."""
     highest: float | None = None
+    recent: deque[float] = deque(maxlen=REORDER)
     offset = 0.0
     ahead = itertools.chain(pictures, [None])
     current = next(ahead)
@@ -103,12 +148,15 @@ def _on_one_clock(pictures: Iterable[tuple[float | None, T]], step: float, joina
         else:
             stamp += offset
             after = None if following is None or following[0] is None else following[0] + offset
+            # What falls to where another picture is belongs to a film whose beginning overlaps the end before it.
+            taken = joinable and stamp < highest and any(abs(stamp - other) < step / 2 for other in recent)
             if _stray(stamp, after, highest, step):
                 stamp = highest + step
-            elif is_jump(stamp, highest, step, joinable):
+            elif taken or _jumps(stamp, highest, step, joinable):
                 offset += highest + step - stamp
                 stamp = highest + step
         highest = stamp if highest is None else max(highest, stamp)
+        recent.append(stamp)
         yield stamp, picture
         current = following
 
