@@ -59,6 +59,7 @@ class Film:
         joinable: whether the format allows stamps to jump, as where films were joined.
         rate: mean pictures a second.
         aspect: width of a pixel divided by its height, or None.
+        first: stamp in seconds of the first picture; None until it was decoded.
         failure: why the file could not be read to its end; None while it could.
     """
 
@@ -72,7 +73,7 @@ class Film:
         self.rate = self._mean_rate()
         self.aspect: Fraction | None = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
         self.failure: str | None = None
-        self._first: float | None = None
+        self.first: float | None = None
         self._decoder = self._choose_decoder()
 
     def _mean_rate(self) -> float:
@@ -110,6 +111,13 @@ class Film:
         """Number of pictures as the container states it; 0 where it does not."""
         return self._stream.frames
 
+    def _unfinished(self) -> bool:
+        """Whether this is an AVI that was written to a pipe, whose header is made up."""
+        if self.name != "avi":
+            return False
+        with self.path.open("rb") as file:
+            return file.read(8)[4:] in (b"\0\0\0\0", b"\xff\xff\xff\xff")
+
     @property
     def name(self) -> str:
         """FFmpeg's name of the container."""
@@ -130,10 +138,10 @@ class Film:
 
     def stated_seconds(self) -> float | None:
         """Length of the picture as the container states it; None where it does not, or guesses."""
-        if self._bare or self.joinable:
-            return None  # found by a look at the end of the file, which may be another film's
+        if self._bare or self.joinable or self._unfinished():
+            return None  # FFmpeg has looked at the end of the file, which may be another film's
         # NUT and FLV count from the file's beginning, MP4 and AVI from the stream's.
-        late = 0.0 if self.name in ("mov", "avi") else max(0.0, self._first or 0.0)
+        late = 0.0 if self.name in ("mov", "avi") else max(0.0, self.first or 0.0)
         if self._stream.duration is not None:
             return float(self._stream.duration * self._stream.time_base) - late
         # Matroska keeps the end of a stream in this tag, counted from the file's beginning.
@@ -152,25 +160,32 @@ class Film:
             stated = self._container.duration / av.time_base
         return stated
 
-    def count(self) -> tuple[int, float]:
-        """Read all packets, decoding none: number of pictures and length in seconds."""
-        count, keyless = 0, 0
+    def count(self, first: float) -> tuple[int, float]:
+        """Read all packets, decoding none.
+
+        Args:
+            first: stamp in seconds of the first picture; those that came before it were cut off from what they lean on.
+
+        Returns:
+            Number of pictures and length in seconds.
+        """
+        count, keys = 0, 0
         stamps = self._packet_stamps()
         length = self.step
         for packet in self._container.demux(self._stream):
             if not packet.size or packet.is_discard:
                 continue
-            keyless += 1
-            if not count and not packet.is_keyframe:
-                continue  # what leans on pictures before the beginning is not shown
-            count += 1
+            keys += packet.is_keyframe
             stamp = self.seconds(packet.pts)
+            if not keys or (keys == 1 and stamp is not None and stamp < first):
+                continue
+            count += 1
             stamps.add(stamp, self.seconds(packet.dts))
             if stamps.sound and stamp == stamps.highest:
                 length = float(packet.duration * self._stream.time_base) if packet.duration else self.step
         if count and stamps.sound:
             return count, stamps.highest - stamps.lowest + length
-        return count or keyless, (count or keyless) * self.step
+        return max(1, count), max(1, count) * self.step
 
     def _packet_stamps(self) -> PacketStamps:
         return PacketStamps(self.step, self.joinable, even=self.name == _PACKED)
@@ -255,17 +270,18 @@ class Film:
             Iterator over (seconds since the first picture, picture). It ends where the file can be read no
             further, and `failure` says so.
         """
-        self._first = first
+        self.first = first
         reorder = REORDER if self._reorders else 0
         pictures = self._pictures(skip)
         if self.name == _PACKED:
             pictures = steadied(pictures, self.length, self.step)
         for now, picture in shown_times(pictures, self.step, self.joinable, reorder):
-            self._first = now if self._first is None else self._first
-            yield now - self._first, picture
+            self.first = now if self.first is None else self.first
+            yield now - self.first, picture
 
-    def _pictures(self, skip: int) -> Iterator[tuple[float | None, Picture]]:
-        """Decode, with the stamp in seconds of each picture if that is to be believed."""
+    def _pictures(self, skip: int) -> Iterator[tuple[float | None, bool, Picture]]:
+        """Decode: stamp in seconds if that is to be believed, whether times of decoding fell, and the picture."""
+        fell, decoded = False, None
         watch = DamageWatch(self.step / self._stream.time_base)
         packets = itertools.islice(self._container.demux(self._stream), skip, None)
         while True:
@@ -276,6 +292,8 @@ class Film:
                 break
             if packet is None:
                 break
+            fell = fell or (None not in (decoded, packet.dts) and packet.dts < decoded)
+            decoded = packet.dts
             watch.enter(packet)
             try:
                 frames = self._decoder.decode(packet)
@@ -285,10 +303,11 @@ class Film:
             for frame in frames:
                 keep, broken = watch.judge(frame)
                 if keep:
-                    yield self.seconds(frame.pts), Picture(frame, broken)
+                    yield self.seconds(frame.pts), fell, Picture(frame, broken)
+                    fell = False
         watch.end()
         for stamp, reason in watch.lost():
-            yield self.seconds(stamp), Picture(None, reason)
+            yield self.seconds(stamp), False, Picture(None, reason)
 
 
 @contextlib.contextmanager
@@ -323,7 +342,8 @@ def _check_file(path: Path) -> None:
     except (OSError, ValueError) as error:
         # A Path has made one slash of the two.
         if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", str(path)):
-            address = f"{url[1]}://{str(path)[url.end() :]}"
+            slashes = "///" if url[1].lower() == "file" else "//"
+            address = f"{url[1]}:{slashes}{str(path)[url.end() :]}"
             raise MediaError(f"{address}: URLs are not read; download the film and give its path") from error
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise MediaError(f"{path}: no such file; give the path of a video") from error

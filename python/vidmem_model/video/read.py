@@ -41,12 +41,12 @@ def probe(path: str | Path) -> VideoInfo:
             raise MediaError(f"{path}: holds no frame that can be decoded; give another video")
         height, width = shown_size(frame, film.aspect)
         frames, seconds = film.counted, film.stated_seconds()
-        rate, estimated = film.rate, film.estimated_seconds()
+        first, rate, estimated = film.first, film.rate, film.estimated_seconds()
     agree = frames and seconds and abs(frames - seconds * rate) <= 1 + 0.01 * frames
     if not agree:
         if estimated is None or path.stat().st_size <= READ_THROUGH:
             with open_film(path) as film:
-                frames, seconds = film.count()
+                frames, seconds = film.count(first)
         else:
             frames, seconds = max(1, round(estimated * rate)), estimated
     return VideoInfo(width, height, rate, frames, seconds, frame.interlaced_frame)

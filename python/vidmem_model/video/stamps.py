@@ -20,7 +20,7 @@ PACKED = 5.5
 
 
 def shown_times(
-    pictures: Iterable[tuple[float | None, T]], step: float, joinable: bool, reorder: int = REORDER
+    pictures: Iterable[tuple[float | None, bool, T]], step: float, joinable: bool, reorder: int = REORDER
 ) -> Iterator[tuple[float, T]]:
     """Give every picture the time at which it is shown, on a clock that rises.
 
@@ -31,12 +31,13 @@ def shown_times(
     - Stamps that fall by up to `reorder` steps are those of the coding order, which AVI and ASF keep: they are
       sorted.
     - Stamps that fall by more are those of another film that was joined to the first: it follows by `step`, and
-      what comes keeps its distance from there. In a `joinable` format so are stamps that fall to where there is
-      a picture already, and those that jump ahead by more than 10 s; otherwise a picture stays on screen until
+      what comes keeps its distance from there. So are stamps that fall at all after times of decoding fell, and
+      in a `joinable` format those that jump ahead by more than 10 s; otherwise a picture stays on screen until
       the next one's stamp.
 
     Args:
-        pictures: (stamp in seconds or None, picture), in the order in which they are shown.
+        pictures: (stamp in seconds or None, whether times of decoding fell since the last one, picture), in the
+            order in which they are shown.
         step: seconds from picture to picture where no stamp tells.
         joinable: whether the format allows stamps to jump.
         reorder: pictures to look ahead, 0 for a codec that codes them in the order in which they are shown.
@@ -64,22 +65,22 @@ def shown_times(
 
 
 def steadied(
-    pictures: Iterable[tuple[float | None, T]], length: Callable[[T], float], step: float
-) -> Iterator[tuple[float | None, T]]:
+    pictures: Iterable[tuple[float | None, bool, T]], length: Callable[[T], float], step: float
+) -> Iterator[tuple[float | None, bool, T]]:
     """Take stamps that are off by a few pictures for what they should be.
 
     A program stream stamps packs, which may hold several pictures: FFmpeg may give a stamp to a neighbour.
 
     Args:
-        pictures: (stamp in seconds or None, picture), in the order in which they are shown.
+        pictures: as for `shown_times`.
         length: seconds for which a picture is to be shown.
         step: seconds from picture to picture, on average.
     """
     expected: float | None = None
-    for stamp, picture in pictures:
+    for stamp, fell, picture in pictures:
         if expected is not None and (stamp is None or abs(stamp - expected) < PACKED * step):
             stamp = expected
-        yield stamp, picture
+        yield stamp, fell, picture
         expected = None if stamp is None else stamp + length(picture)
 
 
@@ -131,16 +132,18 @@ def _jumps(stamp: float, highest: float, step: float, joinable: bool) -> bool:
     return stamp < highest - REORDER * step or (joinable and stamp > highest + JOIN_SECONDS)
 
 
-def _on_one_clock(pictures: Iterable[tuple[float | None, T]], step: float, joinable: bool) -> Iterator[tuple[float, T]]:
+def _on_one_clock(
+    pictures: Iterable[tuple[float | None, bool, T]], step: float, joinable: bool
+) -> Iterator[tuple[float, T]]:
     """Fill in missing stamps, drop single ones that are far off, and let joined films follow each other."""
     highest: float | None = None
-    recent: deque[float] = deque(maxlen=REORDER)
-    offset = 0.0
+    offset, joined = 0.0, False
     ahead = itertools.chain(pictures, [None])
     current = next(ahead)
     while current is not None:
         following = next(ahead)
-        stamp, picture = current
+        stamp, fell, picture = current
+        joined = joined or fell
         if highest is None:
             stamp = 0.0 if stamp is None else stamp
         elif stamp is None:
@@ -148,15 +151,12 @@ def _on_one_clock(pictures: Iterable[tuple[float | None, T]], step: float, joina
         else:
             stamp += offset
             after = None if following is None or following[0] is None else following[0] + offset
-            # What falls to where another picture is belongs to a film whose beginning overlaps the end before it.
-            taken = joinable and stamp < highest and any(abs(stamp - other) < step / 2 for other in recent)
             if _stray(stamp, after, highest, step):
                 stamp = highest + step
-            elif taken or _jumps(stamp, highest, step, joinable):
+            elif (joined and stamp < highest) or _jumps(stamp, highest, step, joinable):
                 offset += highest + step - stamp
-                stamp = highest + step
+                stamp, joined = highest + step, False
         highest = stamp if highest is None else max(highest, stamp)
-        recent.append(stamp)
         yield stamp, picture
         current = following
 
