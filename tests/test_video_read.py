@@ -14,6 +14,7 @@ import pytest
 import torch
 from video_helpers import WHOLE, draw, encoder_options, join, number_of, numbers, read, write_film
 
+from vidmem_model import cli
 from vidmem_model.config import ClipSpec
 from vidmem_model.data import probe, read_clip
 from vidmem_model.errors import MediaError
@@ -40,6 +41,7 @@ def length(path) -> tuple[int, float]:
 # Where decoding begins
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("gop", [50, 500])
 @pytest.mark.parametrize("bframes", [0, 3])
 @pytest.mark.parametrize(
@@ -86,6 +88,7 @@ JOINABLE = [("ts", "libx264"), ("ts", "libx265"), ("ts", "mpeg2video"), ("m2ts",
 BARE = [("h264", "libx264"), ("hevc", "libx265"), ("m2v", "mpeg2video"), ("m1v", "mpeg1video"), ("mjpeg", "mjpeg")]
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("open_gop", [False, True])
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 1.2), (0, 100), (100, 0), (0, 0.9), (0, 0.613), (30, 29.9)])
 @pytest.mark.parametrize(("suffix", "codec"), JOINABLE)
@@ -120,6 +123,7 @@ def test_a_gap_of_a_broadcast_keeps_the_picture(tmp_path):
     assert read(path, fps=25.0) == [*range(12), *[11] * 50, *range(12, 30)]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("suffix", "codec"),
     [("h264", "libx264"), ("hevc", "libx265"), ("ts", "libx264"), ("mkv", "libvpx"), ("mjpeg", "mjpeg")],
@@ -161,6 +165,7 @@ def remux(path: Path, parts: list[Path], change=lambda packet: None) -> Path:
     return path
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("open_gop", [False, True])
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.45])
 @pytest.mark.parametrize(("suffix", "codec"), JOINABLE + BARE[:3])
@@ -201,6 +206,7 @@ def test_formats_that_keep_the_coding_order_only(tmp_path, suffix, codec, bframe
     assert read(path, start=1.16, seconds=0.4) == list(range(29, 39))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "nut", "ts"])
 @pytest.mark.parametrize("repeat", [1, 2, 5])
 def test_stamps_of_the_coding_order_repeated(tmp_path, suffix, repeat):
@@ -246,6 +252,7 @@ def test_one_stamp_far_off(tmp_path, stray):
     assert [t for t, _ in shown_times(zip(stamps, [False] * 30, ALL, strict=True), 1, False)] == ALL
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("offset", [0, 2, 7.5])
 @pytest.mark.parametrize(
     ("suffix", "codec"), [("mkv", "libx264"), ("mp4", "libx264"), ("webm", "libvpx"), ("flv", "libx264")]
@@ -292,6 +299,7 @@ def test_bare_streams_have_the_rate_of_their_headers(tmp_path, suffix, codec, ra
     assert length(path) == (30, 30 / float(rate))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
 @pytest.mark.parametrize(("rate", "fps"), [(25, 1), (25, 2), (25, 5), (25, 8), (100, 24), (60, 24), (50, 24), (30, 12)])
 def test_a_lower_rate_shows_the_picture_of_the_moment(tmp_path, suffix, rate, fps):
@@ -502,6 +510,18 @@ def test_a_crop_of_much_of_the_picture_is_told(tmp_path, size, raster, told):
     assert [line for line in remarks if told and told in line and "cut off" in line] == list(remarks)
     assert bool(remarks) == bool(told)
     assert read_clip(path, WHOLE).remarks == ()
+
+
+def test_the_commands_tell_of_a_crop_once(tmp_path, capfd):
+    path = write_film(tmp_path / "portrait.mp4", size=(160, 90))
+    arguments = ["compress", str(path), "-o", str(tmp_path / "m.safetensors"), "--size", "48x84", "--fps", "source"]
+    assert cli.main(arguments) == 0
+    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vidmem: note: ")]
+    assert len(notes) == 1 and f"{path}: 68% of the picture is cut off" in notes[0]
+    assert cli.main([*arguments[:-3], "160x90", *arguments[-2:]]) == 0
+    assert "note" not in capfd.readouterr().err
+    assert cli.main(["compress", "--help"]) == 0
+    assert "scaled to cover the size and centre-cropped" in " ".join(capfd.readouterr().out.split())
 
 
 # Names

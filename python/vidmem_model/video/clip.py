@@ -80,6 +80,6 @@ def remarks(path: str | Path, info: VideoInfo, spec: ClipSpec) -> tuple[str, ...
         if lost > _MUCH_CROPPED:
             lines.append(
                 f"{path}: {lost:.0%} of the picture is cut off: its {info.width} x {info.height} pixels are scaled to "
-                f"cover {spec.width} x {spec.height} and centre-cropped; give another --size to keep them"
+                f"cover {spec.width} x {spec.height} and centre-cropped; a size of its own shape keeps all"
             )
     return tuple(lines)
