@@ -172,7 +172,7 @@ class Film:
         count, keys = 0, 0
         stamps = self._packet_stamps()
         length = self.step
-        for packet in self._container.demux(self._stream):
+        for packet in self._packets():
             if not packet.size or packet.is_discard:
                 continue
             keys += packet.is_keyframe
@@ -186,6 +186,13 @@ class Film:
         if count and stamps.sound:
             return count, stamps.highest - stamps.lowest + length
         return max(1, count), max(1, count) * self.step
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """The stream's packets and an empty one at the end, or as many as can be read."""
+        try:
+            yield from self._container.demux(self._stream)
+        except av.error.FFmpegError as error:
+            self.failure = error.strerror
 
     def _packet_stamps(self) -> PacketStamps:
         return PacketStamps(self.step, self.joinable, even=self.name == _PACKED)
@@ -207,21 +214,23 @@ class Film:
             return nothing
         found, first = 0, None
         stamps = self._packet_stamps()
-        for number, packet in enumerate(self._container.demux(self._stream)):
+        for number, packet in enumerate(self._packets()):
             if first is None:
                 first = self._first_stamp(packet)
+            if not packet.size:  # the end
+                break
             shown, decoded = self.seconds(packet.pts), self.seconds(packet.dts)
             stamps.add(shown, decoded)
             if not stamps.sound or packet.is_discard or packet.is_corrupt:
-                break
+                return nothing
             if first is None:
                 continue
             if (shown if decoded is None else decoded) - first > start:
-                proven = stamps.reordered or not (self._reorders and self._stream.codec_context.has_b_frames)
-                return (found, first) if proven else nothing
+                break
             if packet.is_keyframe and shown - first <= start:
                 found = number
-        return nothing
+        proven = stamps.reordered or not (self._reorders and self._stream.codec_context.has_b_frames)
+        return (found, first) if found and proven else nothing
 
     def _first_stamp(self, packet: av.Packet) -> float | None:
         """Decode a packet; the stamp of the first picture that comes out, if one does."""
@@ -247,9 +256,7 @@ class Film:
         """
         if self.name not in _INDEXED:
             return None
-        first = next(
-            (s for packet in self._container.demux(self._stream) if (s := self._first_stamp(packet)) is not None), None
-        )
+        first = next((s for packet in self._packets() if (s := self._first_stamp(packet)) is not None), None)
         if first is None:
             return None
         try:
@@ -283,15 +290,7 @@ class Film:
         """Decode: stamp in seconds if that is to be believed, whether times of decoding fell, and the picture."""
         fell, decoded = False, None
         watch = DamageWatch(self.step / self._stream.time_base)
-        packets = itertools.islice(self._container.demux(self._stream), skip, None)
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.error.FFmpegError as error:
-                self.failure = error.strerror
-                break
-            if packet is None:
-                break
+        for packet in itertools.islice(self._packets(), skip, None):
             fell = fell or (None not in (decoded, packet.dts) and packet.dts < decoded)
             decoded = packet.dts
             watch.enter(packet)

@@ -47,12 +47,17 @@ def shown_times(
     """
     waiting: deque[T] = deque()
     sorted_stamps: list[float] = []
-    before = -math.inf
+    before, least = -math.inf, -math.inf
 
     def next_shown() -> tuple[float, T]:
-        nonlocal before
+        nonlocal before, least
         stamp = heapq.heappop(sorted_stamps)
-        before = stamp if stamp > before else before + step
+        if stamp > least:
+            before = least = stamp
+        else:
+            # Where a picture was put by a step, the rounding of the next one's stamp must not hide it.
+            before += step
+            least = before + min(0.002, step / 4)
         return before, waiting.popleft()
 
     for stamp, picture in _on_one_clock(pictures, step, joinable):
