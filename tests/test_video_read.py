@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -193,6 +194,31 @@ def test_lost_packets_of_a_transport_stream(tmp_path, share, lost):
     seconds = float(refused(path).split("breaks at ")[1].split(" s")[0])
     assert seconds == pytest.approx(3.6 * share, abs=0.3)
     assert read(path, seconds=0.5) == list(range(12))
+
+
+@pytest.mark.sample(14)
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4"), ("mpg", "mpeg2video")]
+    + [("webm", "libvpx"), ("flv", "libx264"), ("wmv", "wmv2"), ("gif", "gif"), ("mov", "prores_ks")]
+    + [("h264", "libx264"), ("nut", "mpeg4"), ("ogv", "libvpx"), ("mxf", "mpeg2video")],
+)
+@pytest.mark.parametrize("part", range(3))
+def test_a_file_with_wrong_bytes_is_read_or_refused_in_a_line(tmp_path, suffix, codec, part):
+    path = tmp_path / f"a.{suffix}"
+    content = write_film(path, codec).read_bytes()
+    rng = random.Random(f"{suffix} {part}")
+    for _ in range(20):
+        wrong = bytearray(content)
+        for _ in range(rng.choice([1, 3, 20])):
+            wrong[rng.randrange(rng.choice([len(wrong), min(1500, len(wrong))]))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del wrong[rng.randrange(len(wrong)) :]
+        path.write_bytes(wrong)
+        try:
+            read_clip(path, ClipSpec(48, 64, fps=None, start=rng.choice([0, 0.5]), seconds=1))
+        except MediaError as error:
+            assert "\n" not in str(error)
 
 
 # Stamps

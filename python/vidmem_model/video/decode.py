@@ -193,6 +193,8 @@ class Film:
             yield from self._container.demux(self._stream)
         except av.error.FFmpegError as error:
             self.failure = error.strerror
+        except IndexError:
+            pass  # PyAV's end of a file in which a stream appeared on the way; ours has been read
 
     def _packet_stamps(self) -> PacketStamps:
         return PacketStamps(self.step, self.joinable, even=self.name == _PACKED)
@@ -331,6 +333,9 @@ def open_film(path: Path) -> Iterator[Film]:
         streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams:
             raise MediaError(f"{path}: holds no video stream; give a file with pictures")
+        streams = [s for s in streams if s.codec_context is not None]
+        if not streams:
+            raise MediaError(f"{path}: its pictures are coded in a way that FFmpeg does not know; convert it first")
         yield Film(path, container, streams[0])
 
 
