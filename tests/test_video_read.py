@@ -269,13 +269,24 @@ def test_a_transport_stream_whose_clock_jumps_goes_on(tmp_path, suffix):
     assert read(path, start=0.6, seconds=0.2) == ALL[15:20]
 
 
-@pytest.mark.parametrize("stray", [-400, 400])
-def test_one_stamp_far_off(tmp_path, stray):
-    """Written as text, for muxers refuse it: a NUT whose frame 10 is stamped elsewhere."""
-    from vidmem_model.video.stamps import shown_times
-
-    stamps = [k + stray * (k == 10) for k in range(30)]
-    assert [t for t, _ in shown_times(zip(stamps, [False] * 30, ALL, strict=True), 1, False)] == ALL
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("missing", [range(60), range(1, 60), range(2, 60, 3), range(30, 60), range(20, 40)])
+@pytest.mark.parametrize("bframes", [0, 2])
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video", "mpeg4"])
+def test_stamps_that_are_missing(tmp_path, codec, bframes, missing):
+    path = write_film(tmp_path / "a.ts", codec, 60, bframes=bframes)
+    content, number = bytearray(path.read_bytes()), -1
+    for at in range(0, len(content), 188):
+        if content[at + 1] & 0x5F == 0x41 and content[at + 2] == 0:  # a picture begins in this packet
+            number += 1
+            head = content.index(b"\0\0\1\xe0", at)
+            if number in missing:
+                content[head + 7] &= 0x3F
+                content[head + 9 : head + 9 + content[head + 8]] = b"\xff" * content[head + 8]
+    assert number == 59
+    path.write_bytes(content)
+    assert read(path, fps=25.0) == list(range(60))
+    assert read(path, fps=25.0, start=1.6, seconds=0.2) == list(range(40, 45))
 
 
 @pytest.mark.sample(6)
