@@ -146,13 +146,13 @@ def run(seed: int, folder: Path) -> None:
     check(case, path)
 
 
-@pytest.mark.sample(60)
+@pytest.mark.sample(45)
 @pytest.mark.parametrize("seed", range(400))
 def test_any_part_of_any_film(tmp_path, seed):
     run(seed, tmp_path)
 
 
-@pytest.mark.sample(20)
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("seed", range(1000, 1100))
 def test_a_large_file_is_sought_by_its_index(tmp_path, monkeypatch, seed):
     monkeypatch.setattr(decode, "READ_THROUGH", 0)

@@ -196,7 +196,7 @@ def test_lost_packets_of_a_transport_stream(tmp_path, share, lost):
     assert read(path, seconds=0.5) == list(range(12))
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("suffix", "codec"),
     [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4"), ("mpg", "mpeg2video")]
@@ -334,6 +334,20 @@ def test_bare_streams_have_the_rate_of_their_headers(tmp_path, suffix, codec, ra
     assert read(path) == ALL
     assert probe(path).fps == pytest.approx(float(rate))
     assert length(path) == (30, 30 / float(rate))
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("webm", "libvpx"), ("mkv", "libx264"), ("mkv", "ffv1")])
+def test_a_film_that_does_not_say_its_rate(tmp_path, suffix, codec):
+    """As browsers record it: stamps of about 30 pictures a second, and nothing else."""
+    stamps = [Fraction(k) + Fraction(k * 7 % 5, 10) for k in range(90)]
+    path = write_film(tmp_path / f"a.{suffix}", codec, 90, 30, stamps=lambda k: stamps[k] if k >= 0 else k)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\x23\xe3\x83\x84")  # DefaultDuration becomes Void
+    content[at : at + 8] = b"\xec\x86" + bytes(6)
+    path.write_bytes(content)
+    assert probe(path).fps == pytest.approx(30, rel=0.02)
+    assert read(path, fps=30.0, start=1, seconds=1) == pytest.approx(list(range(30, 60)), abs=1)
+    assert len(read(path)) == pytest.approx(90, abs=1)
 
 
 @pytest.mark.sample(12)

@@ -57,7 +57,7 @@ class Film:
         path: the file.
         stepped: whether no stamp is to be believed and pictures are counted, as in a bare stream.
         joinable: whether the format allows stamps to jump, as where films were joined.
-        rate: mean pictures a second.
+        rate: mean pictures a second; 0 until it was measured where nothing states it.
         aspect: width of a pixel divided by its height, or None.
         first: stamp in seconds of the first picture; None until it was decoded.
         failure: why the file could not be read to its end; None while it could.
@@ -70,20 +70,24 @@ class Film:
         # AVI numbers its chunks as they are coded; those of films with B-frames have holes that mean nothing.
         self.stepped = self._bare or (self.name == "avi" and bool(stream.codec_context.has_b_frames))
         self.joinable = bool(flags & Flags.ts_discont)
-        self.rate = self._mean_rate()
+        self.rate = self._stated_rate() or 0.0
         self.aspect: Fraction | None = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
         self.failure: str | None = None
         self.first: float | None = None
         self._decoder = self._choose_decoder()
 
-    def _mean_rate(self) -> float:
+    def _stated_rate(self) -> float | None:
         stream = self._stream
-        coded = stream.codec_context.framerate
-        known = [stream.average_rate, coded, stream.guessed_rate, stream.base_rate]
-        if self._bare:
-            known = [coded, stream.guessed_rate, *known]  # the average of a bare stream is a default
-        rate = next((r for r in known if r), None)
-        return float(rate) if rate else 25.0
+        average, coded = stream.average_rate, stream.codec_context.framerate
+        # The average of a bare stream is a default; its headers say the rate.
+        known = (coded, stream.guessed_rate, average) if self._bare else (average, coded)
+        return next((float(rate) for rate in known if rate), None)
+
+    def measure_rate(self) -> float:
+        """Pictures a second by the stamps of the first thousand packets, for a film that does not say."""
+        stamps = [self.seconds(packet.pts) for packet in itertools.islice(self._packets(), 1000)]
+        stamps = sorted({stamp for stamp in stamps if stamp is not None})
+        return (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 25.0
 
     def _choose_decoder(self) -> av.VideoCodecContext:
         context = self._stream.codec_context
@@ -313,6 +317,20 @@ class Film:
 
 @contextlib.contextmanager
 def open_film(path: Path) -> Iterator[Film]:
+    """Open a film and know its rate.
+
+    Raises:
+        MediaError: as `_opened`.
+    """
+    with _opened(path) as film:
+        if not film.rate:
+            with _opened(path) as other:
+                film.rate = other.measure_rate()
+        yield film
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Film]:
     """Open a file and its first real video stream (cover art of a song is none).
 
     Raises:
