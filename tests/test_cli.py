@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from vidmem_kernels import _extension
-from vidmem_model import cli, data, demo
+from vidmem_model import cli, demo
 from vidmem_model.measure import available_bytes
 from vidmem_model.memory import read_memory
 from vidmem_model.metrics import psnr
+from vidmem_model.video import sample
 
 FPS = 24
 # What every process says first where the compiled kernels are missing.
@@ -238,7 +239,7 @@ def test_memory_that_is_missing_foreign_or_damaged(capfd, memory, video, tmp_pat
 
 def test_sample_film_that_cannot_be_fetched(capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("VIDMEM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "SAMPLE_RELEASE", "/nowhere/moviepy.tar.gz")
+    monkeypatch.setattr(sample, "SAMPLE_RELEASE", "/nowhere/moviepy.tar.gz")
     refused(capfd, ["demo", "-o", tmp_path / "out"], "cannot fetch the sample clip", "give a VIDEO")
     assert not (tmp_path / "out").exists()
     assert os.listdir(tmp_path / "cache") == []

@@ -337,6 +337,8 @@ def cut_films(
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
     """Decode films and cut them into blocks of whole scenes.
 
+    What somebody may want to know of a film (it is interlaced, most of it is cropped) is said on stderr.
+
     Args:
         config: how they are cut.
         films: paths of videos.
@@ -349,9 +351,11 @@ def cut_films(
         Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
     """
     from . import data
+    from .cli.options import note
 
     number = -1
     for f, film in enumerate(films):
+        note(data.remarks(film, data.probe(film), ClipSpec(model.height, model.width)))
         for first, seconds, split in config.parts():
             if only and split and split != only:
                 continue

@@ -281,6 +281,7 @@ def _describe(clip: Clip, start: float) -> dict[str, Any]:
         "width": width,
         "fps": clip.fps,
         "shorter_than_asked": clip.short,
+        "remarks": list(clip.remarks),
     }
 
 

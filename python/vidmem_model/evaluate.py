@@ -16,7 +16,7 @@ import torch
 
 from .baselines import ReadBack, mean_frame, training_free
 from .config import METHODS, ClipSpec, _check, _is_count
-from .data import probe, read_clip
+from .data import probe, read_clip, remarks
 from .dataset import DataConfig, cut_films, film_paths
 from .errors import UserError
 from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
@@ -130,6 +130,8 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
     Raises:
         UserError: there is none of that length.
     """
+    from .cli.options import note
+
     memory = LearnedMemory.load(models[0])
     model = memory.model.config
     if video is None:
@@ -138,7 +140,9 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
         cut = cut_films(data, film_paths(data), model, memory.vae, "test")
         stretches = [(Path(row["film"]), row["start"], row["frames"]) for row, _ in cut]
     else:
-        stretches = [(video, 0.0, int(probe(video).duration * model.fps))]
+        info = probe(video)
+        note(remarks(video, info, ClipSpec(model.height, model.width)))
+        stretches = [(video, 0.0, int(info.duration * model.fps))]
     pieces = [
         (film, start + n * config.history / model.fps)
         for film, start, frames in stretches

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError
 from . import app
-from .options import Device, configured, parse_device
+from .options import Device, configured, note, parse_device
 
 if TYPE_CHECKING:
     from ..generate import Progress
@@ -53,6 +53,8 @@ def generate(
 
     board = read_storyboard(storyboard)
     device = parse_device(device)
+    from ..config import ClipSpec
+    from ..data import probe, remarks
     from ..generate import GenerateConfig
     from ..generate import generate as generate_
     from ..learned import CONTINUING_MODEL, shipped
@@ -82,6 +84,8 @@ def generate(
     codec = load_vae(net.config.vae, vae or net.vae_weights)
     if device != "cpu" and hasattr(codec, "to"):
         codec = codec.to(device)
+    if start is not None:
+        note(remarks(start, probe(start), ClipSpec(net.config.height, net.config.width)))
     try:
         with _progress() as tell:
             made = generate_(board, net, codec, output, config, restart, tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from .options import (
     Seconds,
     Video,
     configured,
+    note,
     parse_fps,
     parse_lengths,
     parse_rate,
@@ -37,6 +39,8 @@ def demo(
     """Compress 20 s of video, read random frames back, compare, plot memory.
 
     dct and merge run at --size; the trained model beside them at its own, unless --size, --fps or --rate is given.
+
+    Frames are scaled to cover the size and centre-cropped: a portrait clip is best given a portrait --size.
     """
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
     lengths_ = parse_lengths(lengths)
@@ -60,6 +64,8 @@ def demo(
     )
     with progress_bar() as tell:
         result = demo_.run_demo(config, output, tell)
+    taken = [part["video"]["remarks"] for part in (result, result["learned"]) if part]
+    note(dict.fromkeys(itertools.chain(*taken)))
     from ..tables import print_demo
 
     print_demo(result, output)
@@ -81,7 +87,10 @@ def compress(
     channels: Annotated[int | None, typer.Option(help="Width of a dct token, 3072.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, float32, float8 or int8.")] = "float16",
 ) -> None:
-    """Compress a video to a memory file."""
+    """Compress a video to a memory file.
+
+    Frames are scaled to cover the size and centre-cropped: a portrait clip is best given a portrait --size.
+    """
     options = {"--size": size, "--fps": fps, "--rate": rate, "--budget": budget, "--channels": channels}
     given = [name for name, value in options.items() if value is not None]
     if method == "learned" and given:
@@ -113,6 +122,7 @@ def compress(
     with progress_bar() as tell:
         step = (lambda name: lambda *n: tell(name, *n)) if tell else lambda _: None
         clip = load_clip(video, clip_spec, method, step("decode"))
+        note(clip.remarks)
         shape_ = tuple(clip.frames.shape[:3])
         if method == "learned":
             memory = compress_learned(clip.frames, dtype=dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -86,6 +87,12 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None] | None]:
             bars.update(task, completed=done, total=total)
 
         yield tell
+
+
+def note(lines: Iterable[str]) -> None:
+    """Say on stderr what the user may have done unawares."""
+    for line in lines:
+        print("vidmem: note:", " ".join(line.split()), file=sys.stderr)
 
 
 def parse_device(name: str) -> str:

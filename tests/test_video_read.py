@@ -1,0 +1,639 @@
+"""Films as cameras, recorders and careless hands leave them: what is shown when, and what is refused in one line."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from video_helpers import WHOLE, draw, encoder_options, join, number_of, numbers, read, write_film
+
+from vidmem_model import cli
+from vidmem_model.config import ClipSpec
+from vidmem_model.data import probe, read_clip
+from vidmem_model.errors import MediaError
+from vidmem_model.video import decode
+
+ALL = list(range(30))
+SECOND = list(range(100, 130))
+
+
+def refused(path, **spec) -> str:
+    """The one line with which a film is refused."""
+    with pytest.raises(MediaError) as error:
+        read(path, **spec)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def length(path) -> tuple[int, float]:
+    info = probe(path)
+    return info.frames, pytest.approx(info.duration, abs=0.03)
+
+
+# Where decoding begins
+
+
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("gop", [50, 500])
+@pytest.mark.parametrize("bframes", [0, 3])
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("ts", "libx264"), ("ts", "libx265"), ("ts", "mpeg2video"), ("m2ts", "libx264"), ("mpg", "mpeg2video")]
+    + [("mkv", "libx265"), ("mp4", "libx264"), ("avi", "libx264"), ("wmv", "libx264"), ("h264", "libx264")],
+)
+def test_a_start_between_key_frames(tmp_path, suffix, codec, gop, bframes):
+    path = write_film(tmp_path / f"a.{suffix}", codec, 120, gop=gop, bframes=bframes, open_gop=True)
+    for first in (1, 47, 51, 99, 119):
+        assert read(path, start=first / 25, seconds=0.08) == [first, first + 1][: 120 - first]
+
+
+def test_a_part_is_not_decoded_from_the_beginning(tmp_path, monkeypatch):
+    path = write_film(tmp_path / "a.ts", count=120, gop=10)
+    seen = []
+    shown = decode.Film.shown
+    monkeypatch.setattr(decode.Film, "shown", lambda film, *skip: seen.append(skip) or shown(film, *skip))
+    assert read(path, start=4, seconds=0.2) == list(range(100, 105))
+    assert [skip[0] for skip in seen if skip] == [100]
+
+
+def test_a_recovery_point_that_needs_more_frames_is_no_place_to_begin(tmp_path):
+    options = {"x264-params": "intra-refresh=1:keyint=20:bframes=0:qp=20"}
+    path = write_film(tmp_path / "a.ts", count=90, options=options)
+    for first in (19, 21, 25, 45, 80):
+        assert read(path, start=first / 25, seconds=0.2) == list(range(first, first + 5))
+
+
+def test_large_files_are_sought_and_read_through_where_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "READ_THROUGH", 0)
+    path = write_film(tmp_path / "a.mp4", count=120, gop=20, open_gop=True)
+    monkeypatch.setattr(decode.Film, "packets_before", lambda *_: pytest.fail("is read through"))
+    assert read(path, start=3, seconds=0.2) == list(range(75, 80))
+    monkeypatch.undo()
+    monkeypatch.setattr(decode.Film, "seek", lambda *_: 0.0)  # as if every index led to the end
+    monkeypatch.setattr(decode, "READ_THROUGH", 0)
+    assert read(path, start=3, seconds=0.2) == list(range(75, 80))
+
+
+# Joined, cut and damaged streams
+
+JOINABLE = [("ts", "libx264"), ("ts", "libx265"), ("ts", "mpeg2video"), ("m2ts", "libx264"), ("mpg", "mpeg2video")]
+BARE = [("h264", "libx264"), ("hevc", "libx265"), ("m2v", "mpeg2video"), ("m1v", "mpeg1video"), ("mjpeg", "mjpeg")]
+
+
+@pytest.mark.sample(20)
+@pytest.mark.parametrize("open_gop", [False, True])
+@pytest.mark.parametrize("offsets", [(0, 0), (0, 1.2), (0, 100), (100, 0), (0, 0.9), (0, 0.613), (30, 29.9)])
+@pytest.mark.parametrize(("suffix", "codec"), JOINABLE)
+def test_joined_streams_follow_each_other(tmp_path, suffix, codec, offsets, open_gop):
+    if suffix == "mpg" and offsets == (0, 0.9):
+        pytest.skip("the muxer leaves a gap of less than a pack's pictures, which counts as none")
+    one = write_film(tmp_path / f"1.{suffix}", codec, offset=offsets[0], open_gop=open_gop)
+    two = write_film(tmp_path / f"2.{suffix}", codec, offset=offsets[1], open_gop=open_gop, first=100)
+    path = join(tmp_path / f"both.{suffix}", one, two)
+    assert read(path) == ALL + SECOND
+    assert read(path, start=1.6, seconds=0.2) == SECOND[10:15]
+    assert length(path) == (60, 2.4)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), BARE)
+def test_joined_bare_streams(tmp_path, suffix, codec):
+    parts = [write_film(tmp_path / f"{k}.{suffix}", codec, first=k) for k in (0, 100, 200)]
+    path = join(tmp_path / f"all.{suffix}", *parts)
+    assert read(path) == ALL + SECOND + list(range(200, 230))
+    assert read(path, start=1.6, seconds=0.2) == SECOND[10:15]
+    assert length(path) == (90, 3.6)
+
+
+def test_many_short_joined_films(tmp_path):
+    part = write_film(tmp_path / "part.ts", count=9)
+    path = join(tmp_path / "all.ts", *[part] * 6)
+    assert read(path) == list(range(9)) * 6
+
+
+def test_a_gap_of_a_broadcast_keeps_the_picture(tmp_path):
+    path = write_film(tmp_path / "a.ts", stamps=lambda k: k + 50 * (k >= 12))
+    assert read(path, fps=25.0) == [*range(12), *[11] * 50, *range(12, 30)]
+
+
+@pytest.mark.sample(8)
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("h264", "libx264"), ("hevc", "libx265"), ("ts", "libx264"), ("mkv", "libvpx"), ("mjpeg", "mjpeg")],
+)
+@pytest.mark.parametrize("sizes", [((64, 96), (96, 160)), ((96, 160), (64, 96)), ((64, 96), (96, 64))])
+def test_a_film_that_changes_size_keeps_that_of_its_first_picture(tmp_path, suffix, codec, sizes):
+    parts = [
+        write_film(tmp_path / f"{k}.{suffix}", codec, size=size, first=k)
+        for k, size in zip((0, 100), sizes, strict=True)
+    ]
+    path = tmp_path / f"both.{suffix}"
+    if suffix == "mkv":
+        remux(path, parts)
+    else:
+        join(path, *parts)
+    frames = read_clip(path, WHOLE).frames
+    assert frames.shape == (60, *sizes[0], 3)
+    assert numbers(frames)[:30] == ALL
+    if sizes[1] != (96, 64):  # of a picture that is turned the centre is left
+        assert numbers(frames)[30:] == SECOND
+    assert len(read(path, height=32, width=48)) == 60
+
+
+def remux(path: Path, parts: list[Path], change=lambda packet: None) -> Path:
+    """Write the packets of films one after another."""
+    with av.open(str(path), "w") as out:
+        films = [av.open(str(part)) for part in parts]
+        stream = out.add_stream_from_template(films[0].streams.video[0])
+        end = 0
+        for film in films:
+            unit = film.streams.video[0].time_base
+            for packet in film.demux(video=0):
+                if packet.size:
+                    packet.pts, packet.dts = packet.pts + end, packet.dts + end if packet.dts is not None else None
+                    packet.stream = stream
+                    change(packet)
+                    out.mux(packet)
+            end += round(Fraction(30, 25) / unit)
+    return path
+
+
+@pytest.mark.sample(14)
+@pytest.mark.parametrize("open_gop", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.45])
+@pytest.mark.parametrize(("suffix", "codec"), JOINABLE + BARE[:3])
+def test_a_stream_that_begins_anywhere(tmp_path, suffix, codec, share, open_gop):
+    path = write_film(tmp_path / f"a.{suffix}", codec, 60, bframes=3, gop=20, open_gop=open_gop)
+    content = path.read_bytes()
+    path.write_bytes(content[round(share * len(content) / 188) * 188 :])
+    found = read(path)
+    assert found == list(range(found[0], 60)) and found[0] <= 40 + 19 * (suffix == "mpg")
+    if suffix not in ("h264", "hevc", "m2v", "mpg"):
+        assert length(path) == (len(found), len(found) / 25)
+
+
+@pytest.mark.parametrize("lost", [1, 3, 10])
+@pytest.mark.parametrize("share", [0.3, 0.55, 0.8])
+def test_lost_packets_of_a_transport_stream(tmp_path, share, lost):
+    path = write_film(tmp_path / "a.ts", count=90, gop=90, bframes=0)
+    content = path.read_bytes()
+    packets = [content[at : at + 188] for at in range(0, len(content), 188)]
+    pictures = [k for k, packet in enumerate(packets) if packet[1] & 31 == 1 and packet[2] == 0]
+    first = round(share * len(pictures))
+    for k in pictures[first : first + lost]:
+        packets[k] = b""
+    path.write_bytes(b"".join(packets))
+    seconds = float(refused(path).split("breaks at ")[1].split(" s")[0])
+    assert seconds == pytest.approx(3.6 * share, abs=0.3)
+    assert read(path, seconds=0.5) == list(range(12))
+
+
+@pytest.mark.sample(8)
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4"), ("mpg", "mpeg2video")]
+    + [("webm", "libvpx"), ("flv", "libx264"), ("wmv", "wmv2"), ("gif", "gif"), ("mov", "prores_ks")]
+    + [("h264", "libx264"), ("nut", "mpeg4"), ("ogv", "libvpx"), ("mxf", "mpeg2video")],
+)
+@pytest.mark.parametrize("part", range(3))
+def test_a_file_with_wrong_bytes_is_read_or_refused_in_a_line(tmp_path, suffix, codec, part):
+    path = tmp_path / f"a.{suffix}"
+    content = write_film(path, codec).read_bytes()
+    rng = random.Random(f"{suffix} {part}")
+    for _ in range(20):
+        wrong = bytearray(content)
+        for _ in range(rng.choice([1, 3, 20])):
+            wrong[rng.randrange(rng.choice([len(wrong), min(1500, len(wrong))]))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del wrong[rng.randrange(len(wrong)) :]
+        path.write_bytes(wrong)
+        try:
+            read_clip(path, ClipSpec(48, 64, fps=None, start=rng.choice([0, 0.5]), seconds=1))
+        except MediaError as error:
+            assert "\n" not in str(error)
+
+
+# Stamps
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("avi", "libx264"), ("avi", "mpeg4"), ("wmv", "libx264")])
+@pytest.mark.parametrize("bframes", [0, 1, 3, 8])
+def test_formats_that_keep_the_coding_order_only(tmp_path, suffix, codec, bframes):
+    path = write_film(tmp_path / f"a.{suffix}", codec, 60, bframes=bframes, gop=25, open_gop=True)
+    assert read(path) == list(range(60))
+    assert read(path, start=1.16, seconds=0.4) == list(range(29, 39))
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "nut", "ts"])
+@pytest.mark.parametrize("repeat", [1, 2, 5])
+def test_stamps_of_the_coding_order_repeated(tmp_path, suffix, repeat):
+    """As `setts=pts=floor(N/2)*2` leaves them."""
+    count = 0
+
+    def change(packet):
+        nonlocal count
+        unit = packet.time_base
+        packet.pts = round(Fraction(count // repeat * repeat + 1, 25) / unit)
+        packet.dts = round(Fraction(count + 1 - repeat, 25) / unit)
+        count += 1
+
+    part = write_film(tmp_path / f"part.{suffix}", count=60, bframes=3)
+    path = remux(tmp_path / f"a.{suffix}", [part], change)
+    assert read(path, fps=25.0) == list(range(60))
+    assert read(path, start=1.2, seconds=0.2, fps=25.0) == list(range(30, 35))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov", "nut"])
+@pytest.mark.parametrize("jump", [3, 100, 1000])
+def test_a_stamp_that_jumps_keeps_the_picture_before_it(tmp_path, suffix, jump):
+    path = write_film(tmp_path / f"a.{suffix}", stamps=lambda k: k + jump * (k >= 20))
+    held = [*range(20), *[19] * jump, *range(20, 30)]
+    assert read(path, fps=25.0) == held
+    assert read(path, start=0.4, seconds=1, fps=25.0) == held[10:35]
+    assert read(path, start=(20 + jump) / 25, fps=25.0) == list(range(20, 30))
+
+
+@pytest.mark.parametrize("suffix", ["ts", "m2ts"])
+def test_a_transport_stream_whose_clock_jumps_goes_on(tmp_path, suffix):
+    path = write_film(tmp_path / f"a.{suffix}", stamps=lambda k: k + 1000 * (k >= 12), bframes=0)
+    assert read(path) == ALL
+    assert read(path, start=0.6, seconds=0.2) == ALL[15:20]
+
+
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("missing", [range(60), range(1, 60), range(2, 60, 3), range(30, 60), range(20, 40)])
+@pytest.mark.parametrize("bframes", [0, 2])
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video", "mpeg4"])
+def test_stamps_that_are_missing(tmp_path, codec, bframes, missing):
+    path = write_film(tmp_path / "a.ts", codec, 60, bframes=bframes)
+    content, number = bytearray(path.read_bytes()), -1
+    for at in range(0, len(content), 188):
+        if content[at + 1] & 0x5F == 0x41 and content[at + 2] == 0:  # a picture begins in this packet
+            number += 1
+            head = content.index(b"\0\0\1\xe0", at)
+            if number in missing:
+                content[head + 7] &= 0x3F
+                content[head + 9 : head + 9 + content[head + 8]] = b"\xff" * content[head + 8]
+    assert number == 59
+    path.write_bytes(content)
+    assert read(path, fps=25.0) == list(range(60))
+    assert read(path, fps=25.0, start=1.6, seconds=0.2) == list(range(40, 45))
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("offset", [0, 2, 7.5])
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("mkv", "libx264"), ("mp4", "libx264"), ("webm", "libvpx"), ("flv", "libx264")]
+)
+def test_a_picture_that_starts_late_or_early(tmp_path, suffix, codec, offset):
+    path = write_film(tmp_path / f"a.{suffix}", codec, 75, offset=offset)
+    assert read(path) == list(range(75))
+    assert read(path, start=1, seconds=0.2) == list(range(25, 30))
+    assert length(path) == (75, 3.0)
+
+
+def test_a_picture_that_starts_after_the_sound(tmp_path):
+    part, path = write_film(tmp_path / "part.mkv", count=75), tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out, av.open(str(part)) as film:
+        picture = out.add_stream_from_template(film.streams.video[0])
+        sound = out.add_stream("aac", rate=8000, layout="mono")
+        for k in range(40):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), format="fltp", layout="mono")
+            frame.rate, frame.pts = 8000, 1000 * k
+            out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+        for packet in film.demux(video=0):
+            if packet.size:
+                packet.pts += 2000
+                packet.dts = None if packet.dts is None else packet.dts + 2000
+                packet.stream = picture
+                out.mux(packet)
+    assert read(path) == list(range(75))
+    assert length(path) == (75, 3.0)
+
+
+# Rates
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "rate"),
+    [("h264", "libx264", 10), ("hevc", "libx265", 10), ("h264", "libx264", 60), ("m2v", "mpeg2video", 50)]
+    + [("h264", "libx264", Fraction(24000, 1001)), ("m1v", "mpeg1video", 30), ("h264", "libx264", 1)],
+)
+def test_bare_streams_have_the_rate_of_their_headers(tmp_path, suffix, codec, rate):
+    path = write_film(tmp_path / f"a.{suffix}", codec, rate=rate)
+    assert read(path) == ALL
+    assert probe(path).fps == pytest.approx(float(rate))
+    assert length(path) == (30, 30 / float(rate))
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("webm", "libvpx"), ("mkv", "libx264"), ("mkv", "ffv1")])
+def test_a_film_that_does_not_say_its_rate(tmp_path, suffix, codec):
+    """As browsers record it: stamps of about 30 pictures a second, and nothing else."""
+    stamps = [Fraction(k) + Fraction(k * 7 % 5, 10) for k in range(90)]
+    path = write_film(tmp_path / f"a.{suffix}", codec, 90, 30, stamps=lambda k: stamps[k] if k >= 0 else k)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\x23\xe3\x83\x84")  # DefaultDuration becomes Void
+    content[at : at + 8] = b"\xec\x86" + bytes(6)
+    path.write_bytes(content)
+    assert probe(path).fps == pytest.approx(30, rel=0.02)
+    assert read(path, fps=30.0, start=1, seconds=1) == pytest.approx(list(range(30, 60)), abs=1)
+    assert len(read(path)) == pytest.approx(90, abs=1)
+
+
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+@pytest.mark.parametrize(("rate", "fps"), [(25, 1), (25, 2), (25, 5), (25, 8), (100, 24), (60, 24), (50, 24), (30, 12)])
+def test_a_lower_rate_shows_the_picture_of_the_moment(tmp_path, suffix, rate, fps):
+    path = write_film(tmp_path / f"a.{suffix}", "mpeg4", 120, rate, bframes=0)
+    found = read(path, fps=float(fps))
+    assert found == [rate * k // fps for k in range(len(found))]
+    assert len(found) == math.ceil(120 * fps / rate)
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001)])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts", "flv"])
+def test_rates_that_nearly_agree_show_every_picture_once(tmp_path, suffix, rate):
+    path = write_film(tmp_path / f"a.{suffix}", "libx264", 120, rate)
+    assert read(path) == list(range(120))
+    assert read(path, fps=float(round(rate)), seconds=2) == list(range(2 * round(rate)))
+
+
+class Pipe:
+    """A file that cannot be sought in."""
+
+    def __init__(self):
+        self.content = bytearray()
+
+    def write(self, block):
+        self.content += block
+        return len(block)
+
+
+@pytest.mark.parametrize(
+    ("format", "codec"),
+    [("webm", "libvpx"), ("webm", "libvpx-vp9"), ("matroska", "libx264"), ("flv", "libx264"), ("mp4", "libx264")]
+    + [("avi", "mpeg4"), ("mpegts", "libx264"), ("nut", "mpeg4"), ("ogg", "libvpx")],
+)
+def test_a_film_that_was_written_to_a_pipe(tmp_path, format, codec):
+    pipe = Pipe()
+    fragments = {"movflags": "frag_keyframe+empty_moov"} if format == "mp4" else {}
+    with av.open(pipe, "w", format=format, options=fragments) as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.options = encoder_options(codec, 12, 2, False)
+        for k in range(75):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(draw(k), format="rgb24")))
+        out.mux(stream.encode(None))
+    path = tmp_path / "a.film"
+    path.write_bytes(pipe.content)
+    assert length(path) == (75, 3.0)
+    assert read(path) == list(range(75))
+    assert read(path, start=2, seconds=0.2) == list(range(50, 55))
+
+
+# Pictures
+
+
+def with_matrix(path: Path, *matrix: float) -> Path:
+    """Patch the display matrix (a, b, c, d) of an MP4."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (round(v * 65536) for v in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+def corners() -> np.ndarray:
+    """A picture whose corners differ."""
+    image = np.full((64, 96, 3), 128, np.uint8)
+    image[:32, :48], image[:32, 48:], image[32:, :48] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    return image
+
+
+def written(path: Path, image: np.ndarray, codec: str, pixels: str, format="rgb24", count=2, **options) -> Path:
+    """Write one picture as a film."""
+    metadata = options.pop("metadata", {})
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.height, stream.width = image.shape[:2]
+        stream.pix_fmt, stream.options = pixels, options
+        stream.metadata.update(metadata)
+        for _ in range(count):
+            frame = av.VideoFrame.from_ndarray(image, format=format).reformat(format=pixels)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+TURNS = {
+    "as it is": ((1, 0, 0, 1), lambda x: x),
+    "by 90": ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+    "by 180": ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+    "by 270": ((0, -1, 1, 0), lambda x: np.rot90(x)),
+    "mirrored": ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+    "upside down": ((1, 0, 0, -1), lambda x: x[::-1]),
+    "transposed": ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+    "transversed": ((0, -1, -1, 0), lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+    "zero": ((0, 0, 0, 0), lambda x: x),
+    "by 20": ((0.94, 0.34, -0.34, 0.94), lambda x: x),
+    "by 80": ((0.17, 0.98, -0.98, 0.17), lambda x: np.rot90(x, -1)),
+    "by 45": ((0.71, 0.71, -0.71, 0.71), lambda x: x),
+    "twice as large": ((2, 0, 0, 2), lambda x: x),
+    "mirrored and by 100": ((0.17, -0.98, -0.98, -0.17), lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_display_matrix(tmp_path, turn):
+    matrix, apply = TURNS[turn]
+    path = with_matrix(written(tmp_path / "a.mp4", corners(), "libx264rgb", "rgb24", qp="0"), *matrix)
+    frame = read_clip(path, WHOLE).frames[0].numpy()
+    assert np.array_equal(frame, apply(corners()))
+    assert (probe(path).height, probe(path).width) == frame.shape[:2]
+    shape = (96, 192) if frame.shape[0] == 64 else (192, 96)
+    scaled = read_clip(path, ClipSpec(*shape, seconds=None)).frames[0].numpy()
+    assert np.abs(scaled[shape[0] // 3, shape[1] // 3].astype(int) - frame[8, 8]).max() < 8
+
+
+TRANSPARENT = [
+    ("webm", "libvpx", "yuva420p", {"auto-alt-ref": "0", "b": "2M", "metadata": {"alpha_mode": "1"}}),
+    ("webm", "libvpx-vp9", "yuva420p", {"b": "2M", "metadata": {"alpha_mode": "1"}}),
+    ("mkv", "libvpx-vp9", "yuva420p", {"b": "2M", "metadata": {"alpha_mode": "1"}}),
+    ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
+    ("mov", "qtrle", "argb", {}),
+    ("mov", "png", "rgba", {}),
+    ("mov", "png", "rgba64be", {}),
+    ("mov", "png", "ya8", {}),
+    ("mkv", "ffv1", "yuva420p", {}),
+    ("mkv", "ffv1", "bgra", {}),
+    ("mkv", "ffv1", "gbrap16le", {}),
+    ("avi", "rawvideo", "bgra", {}),
+    ("avi", "png", "rgba", {}),
+    ("apng", "apng", "rgba", {}),
+]
+
+
+@pytest.mark.parametrize(("suffix", "codec", "pixels", "options"), TRANSPARENT)
+def test_what_is_transparent_shows_black(tmp_path, suffix, codec, pixels, options):
+    image = np.full((48, 96, 4), 240, np.uint8)
+    image[..., 3] = np.repeat((0, 128, 255), 32)
+    path = written(tmp_path / f"a.{suffix}", image, codec, pixels, "rgba", 4, **options)
+    frames = read_clip(path, WHOLE).frames.float()
+    assert len(frames) == 4
+    for column, value in ((16, 0), (48, 120), (80, 240)):
+        assert frames[:, 24, column].mean() == pytest.approx(value, abs=3)
+    assert len(read(path, start=0.08)) == 2
+
+
+def test_transparent_gif(tmp_path):
+    """Two colours, white and a transparent one, in an image of 2 x 1, and one patch over it."""
+    head = b"GIF89a" + struct.pack("<HHBBB", 2, 1, 0x80, 0, 0) + bytes((255, 255, 255, 10, 200, 30))
+    picture = b"\x21\xf9\x04\x05\x0a\x00\x01\x00" + b"\x2c" + struct.pack("<HHHHB", 0, 0, 2, 1, 0)
+    picture += b"\x02\x02\x44\x0a\x00"  # clear, 0, 1, end
+    path = tmp_path / "a.gif"
+    path.write_bytes(head + picture * 2 + b"\x3b")
+    frames = read_clip(path, WHOLE).frames
+    assert frames.shape == (2, 1, 2, 3)
+    assert frames[:, 0].tolist() == [[[255] * 3, [0] * 3]] * 2
+
+
+def flat(path: Path, height: int, width: int) -> list[int]:
+    """Colour of a film of one untagged YUV value."""
+    frame = av.VideoFrame(width, height, "yuv420p")
+    for plane, value in zip(frame.planes, (120, 90, 200), strict=True):
+        plane.update(bytes([value]) * plane.buffer_size)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt, stream.options = height, width, "yuv420p", {"qp": "0"}
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return read_clip(path, WHOLE).frames[0, height // 2, width // 2].tolist()
+
+
+@pytest.mark.parametrize(("height", "width", "high"), [(480, 640, 0), (534, 1280, 1), (720, 960, 1), (534, 1278, 0)])
+def test_untagged_colours_are_those_of_players(tmp_path, height, width, high):
+    bt601, bt709 = (235, 76, 44), (250, 90, 40)
+    assert np.abs(np.subtract(flat(tmp_path / "a.mp4", height, width), bt709 if high else bt601)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [("ts", "mpeg2video", {"flags": "+ildct+ilme"}), ("mp4", "libx264", {"x264-params": "tff=1"})],
+)
+def test_interlaced_material_is_told(tmp_path, suffix, codec, options):
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt, stream.options = 64, 96, "yuv420p", options
+        for k in range(12):
+            frame = av.VideoFrame.from_ndarray(draw(k), format="rgb24").reformat(format="yuv420p")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    assert probe(path).interlaced
+    (line,) = read_clip(path, WHOLE).remarks
+    assert line.startswith(f"{path}: is interlaced")
+    assert not probe(write_film(tmp_path / "progressive.mp4")).interlaced
+
+
+@pytest.mark.parametrize(
+    ("size", "raster", "told"),
+    [
+        ((160, 90), (48, 84), "68%"),
+        ((96, 128), (48, 84), None),
+        ((64, 96), (48, 84), None),
+        ((64, 96), (32, 96), "50%"),
+    ],
+)
+def test_a_crop_of_much_of_the_picture_is_told(tmp_path, size, raster, told):
+    path = write_film(tmp_path / "a.mp4", size=size)
+    remarks = read_clip(path, ClipSpec(*raster)).remarks
+    assert [line for line in remarks if told and told in line and "cut off" in line] == list(remarks)
+    assert bool(remarks) == bool(told)
+    assert read_clip(path, WHOLE).remarks == ()
+
+
+def test_the_commands_tell_of_a_crop_once(tmp_path, capfd):
+    path = write_film(tmp_path / "portrait.mp4", size=(160, 90))
+    arguments = ["compress", str(path), "-o", str(tmp_path / "m.safetensors"), "--size", "48x84", "--fps", "source"]
+    assert cli.main(arguments) == 0
+    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vidmem: note: ")]
+    assert len(notes) == 1 and f"{path}: 68% of the picture is cut off" in notes[0]
+    assert cli.main([*arguments[:-3], "160x90", *arguments[-2:]]) == 0
+    assert "note" not in capfd.readouterr().err
+    assert cli.main(["compress", "--help"]) == 0
+    assert "scaled to cover the size and centre-cropped" in " ".join(capfd.readouterr().out.split())
+
+
+# Names
+
+NAMES = (
+    ["12:30:05.mp4", "concat:other.mp4", "file:x", "file:other.mp4", "-lead.mp4", "%03d.mp4", "a b.mp4", "a#b?c.mp4"]
+    + ["ünï→.mp4", "subfile,,start,0,end,9,,:other.mp4", "pipe:0", "http:x.mp4", "data:,x", "a\nb.mp4", "a|b.mp4"]
+    + [
+        "*.mp4",
+        "cache:other.mp4",
+        "fd:",
+        "film",
+        ".mp4",
+        "film.png",
+        "film.ts",
+        "film.m3u8",
+        os.fsdecode(b"\xff\xfe.mp4"),
+    ]
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_any_name(tmp_path, monkeypatch, name, relative):
+    monkeypatch.chdir(tmp_path)
+    write_film(tmp_path / "other.mp4", count=5, first=100)
+    try:
+        write_film(tmp_path / "plain.mp4", count=5).rename(name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert read(Path(name) if relative else tmp_path / name) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("http://example.com/a.mp4", "http://example.com/a.mp4: URLs are not read"),
+        (Path("https://example.com/a b.mp4"), "https://example.com/a b.mp4: URLs are not read"),
+        (Path("rtsp://camera/1"), "rtsp://camera/1: URLs are not read"),
+        ("file:///tmp/a.mp4", "file:///tmp/a.mp4: URLs are not read"),
+        ("a\0b", "null byte"),
+        ("x" * 5000, "too long"),
+        ("/dev/null", "is a pipe or a device"),
+    ],
+)
+def test_what_is_no_file(path, words):
+    message = refused(path)
+    assert words in message and len(message) < 400
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    assert "is a pipe or a device" in refused(tmp_path / "fifo")
+
+
+def test_a_playlist_does_not_reach_the_network(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
+    assert "cannot be opened" in refused(path)
+
+
+def test_helpers_read_what_they_draw():
+    assert [number_of(draw(k, 37, 53)) for k in range(256)] == list(range(256))
+    assert numbers(torch.from_numpy(np.stack([draw(7), draw(9)]))) == [7, 9]
