@@ -9,17 +9,31 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .config import ClipSpec, _check, _is_count
+from . import yaml_file
+from .checks import (
+    MOST_SECONDS,
+    Checked,
+    Entries,
+    FileName,
+    Text,
+    at_least,
+    build,
+    more_than,
+    not_negative,
+    positive,
+    require,
+    within,
+)
+from .config import ClipSpec
 from .encoder import low_resolution
 from .errors import UserError
-from .model_config import ModelConfig, build
+from .model_config import ModelConfig
 from .scenes import stretches
 from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
 
@@ -30,7 +44,7 @@ _FORMAT = 3
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Which films are trained on and how they are cut.
 
     Args:
@@ -53,35 +67,28 @@ class DataConfig:
         ValueError: a value is out of range.
     """
 
-    videos: tuple[str, ...] = (SAMPLE,)
-    start: float = 0.0
-    seconds: float | None = None
-    block_seconds: float = 24.0
-    test_every: int = 6
-    test: tuple[tuple[float, float], ...] = ()
-    cut_threshold: float = 20.0
-    shortest: int = 16
+    videos: Annotated[tuple[str, ...], Entries(1, 100_000), Text(4096, least=1)] = (SAMPLE,)
+    start: Annotated[float, not_negative(MOST_SECONDS)] = 0.0
+    seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
+    block_seconds: Annotated[float, within(0.01, 36_000)] = 24.0
+    test_every: Annotated[int, at_least(2, 1_000_000)] = 6
+    test: Annotated[tuple[tuple[float, float], ...], Entries(0, 10_000), not_negative(MOST_SECONDS)] = ()
+    cut_threshold: Annotated[float, positive(1e6)] = 20.0
+    shortest: Annotated[int, positive(1_000_000)] = 16
     mirror: bool = False
-    zooms: tuple[float, ...] = ()
-    captions: str | None = None
-    cache: str | None = None
+    zooms: Annotated[tuple[float, ...], Entries(0, 64), more_than(1, 16)] = ()
+    captions: FileName | None = None
+    cache: FileName | None = None
 
     def __post_init__(self) -> None:
-        _check(len(self.videos) > 0, "DataConfig: videos must not be empty", self.videos)
-        _check(self.start >= 0, "DataConfig: start must not be negative", self.start)
-        for name in ("seconds", "block_seconds", "cut_threshold"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, f"DataConfig: {name} must be positive", value)
-        _check(_is_count(self.shortest), "DataConfig: shortest must be positive", self.shortest)
-        _check(_is_count(self.test_every, 2), "DataConfig: test_every must be at least 2", self.test_every)
-        _check(all(z > 1 for z in self.zooms), "DataConfig: zooms must be greater than 1", self.zooms)
+        super().__post_init__()
         ends = [self.start, *(moment for part in self.test for moment in part)]
-        _check(
+        require(
             all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
             "DataConfig: test must be ascending stretches [from, to] after start",
             self.test,
         )
-        _check(
+        require(
             self.captions is None or len(self.videos) == 1,
             "DataConfig: captions belong to one video",
             self.videos,
@@ -105,12 +112,12 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(Checked):
     """What is to be seen from `start` to `end`, in seconds of the film."""
 
-    start: float
-    end: float
-    prompt: str
+    start: Annotated[float, not_negative(MOST_SECONDS)]
+    end: Annotated[float, not_negative(MOST_SECONDS)]
+    prompt: Annotated[str, Text(10_000)]
 
 
 @dataclass(frozen=True)
@@ -241,15 +248,18 @@ def read_captions(path: Path) -> tuple[Caption, ...]:
         UserError: the file is missing, is no such list, or an entry is wrong; the message numbers it.
     """
     try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as captions ({' '.join(str(error).split())})") from error
+        rows, lines = yaml_file.load(yaml_file.read_text(path), str(path), "cannot be read as captions")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as captions ({error.strerror or error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: must be a list of {{start, end, prompt}}")
-    try:
-        return tuple(build(Caption, row, f"caption {i + 1}") for i, row in enumerate(rows))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    captions = []
+    for i, row in enumerate(rows):
+        try:
+            captions.append(build(Caption, row, f"caption {i + 1}"))
+        except ValueError as error:
+            raise UserError(f"{path}:{lines[f'[{i}]']}: {error}") from error
+    return tuple(captions)
 
 
 def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec) -> str:

@@ -10,12 +10,13 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from .baselines import ReadBack, mean_frame, training_free
-from .config import METHODS, ClipSpec, _check, _is_count
+from .checks import MOST_SEED, Checked, SamplerSteps, build, not_negative, positive
+from .config import METHODS, ClipSpec
 from .data import probe, read_clip
 from .dataset import DataConfig, cut_films, film_paths
 from .errors import UserError
@@ -23,7 +24,7 @@ from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
 from .metrics import psnr, ssim, stlpips
 from .model import MODEL_FILE, model_path
-from .model_config import ModelConfig, build
+from .model_config import ModelConfig
 from .profile import versions
 from .report import write_json
 from .weights import stored_dtype
@@ -51,7 +52,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class RetrievalConfig:
+class RetrievalConfig(Checked):
     """What is measured.
 
     Args:
@@ -64,15 +65,10 @@ class RetrievalConfig:
         ValueError: a value is out of range.
     """
 
-    clips: int = 8
-    history: int = 240
-    steps: int = DEFAULT_STEPS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("clips", "history", "steps"):
-            _check(_is_count(getattr(self, name)), f"RetrievalConfig: {name} must be positive", getattr(self, name))
-        _check(_is_count(self.seed, 0), "RetrievalConfig: seed must not be negative", self.seed)
+    clips: Annotated[int, positive(1_000_000)] = 8
+    history: Annotated[int, positive(10_000_000)] = 240
+    steps: SamplerSteps = DEFAULT_STEPS
+    seed: Annotated[int, not_negative(MOST_SEED)] = 0
 
 
 def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> dict[str, list[float]]:

@@ -11,18 +11,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .config import ClipSpec, _check, _is_count
+from .checks import MOST_SECONDS, MOST_SEED, Checked, SamplerSteps, Text, not_negative, positive
+from .config import ClipSpec
 from .data import read_clip
 from .dit import KVCache
 from .encoder import MemoryTokens
@@ -44,7 +44,7 @@ _FINGERPRINT_VALUES = 1024
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     """How a video is made.
 
     Args:
@@ -64,35 +64,16 @@ class GenerateConfig:
         ValueError: a value is out of range.
     """
 
-    seconds: float | None = None
-    steps: int = 16
-    seed: int = 0
-    segment: int = 6
-    window: int | None = None
-    guidance: float = 1.0
-    shift: float | None = None
+    seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
+    steps: SamplerSteps = 16
+    seed: Annotated[int, not_negative(MOST_SEED)] = 0
+    segment: Annotated[int, positive(100_000)] = 6
+    window: Annotated[int | None, not_negative(100_000)] = None
+    guidance: Annotated[float, not_negative(1e6)] = 1.0
+    shift: Annotated[float | None, positive(1000)] = None
     cross_attention: bool | None = None
     kv_cache: bool | None = None
-    start: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "segment"):
-            _check(_is_count(getattr(self, name)), f"GenerateConfig: {name} must be positive", getattr(self, name))
-        _check(_is_count(self.seed, 0), "GenerateConfig: seed must not be negative", self.seed)
-        _check(
-            self.window is None or _is_count(self.window, 0),
-            "GenerateConfig: window must not be negative",
-            self.window,
-        )
-        for name in ("seconds", "shift"):
-            value = getattr(self, name)
-            holds = value is None or (math.isfinite(value) and value > 0)
-            _check(holds, f"GenerateConfig: {name} must be positive", value)
-        _check(
-            math.isfinite(self.guidance) and self.guidance >= 0,
-            "GenerateConfig: guidance must not be negative",
-            self.guidance,
-        )
+    start: Annotated[Path | None, Text(4096, least=1)] = None
 
 
 class Progress(NamedTuple):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FORMAT = "vidmem.lora"
 VERSION = 1
 LORA_FILE = "lora.safetensors"
+MOST_RANK = 16_384
 _MARKS = (".lora_A.", ".lora_B.")
 
 

@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from .config import _check, _is_count
+from .checks import Checked, FileName, not_negative, positive, require, within
 from .dataset import Block, DataConfig, Latents, Rate, Spans, seeded
 from .distributed import processes
 from .flow import logit_normal, shift_timesteps
@@ -30,7 +31,7 @@ LOW_BRANCHES = ("both", "lr")
 
 
 @dataclass(frozen=True)
-class QueryConfig:
+class QueryConfig(Checked):
     """What a sample of Stage I is.
 
     Args:
@@ -48,26 +49,24 @@ class QueryConfig:
         ValueError: a value is out of range.
     """
 
-    history: int = 24
-    queries: int = 2
-    mask_probability: float = 1.0
-    mix_probability: float = 0.0
+    history: Annotated[int, positive(1_000_000)] = 24
+    queries: Annotated[int, positive(1_000_000)] = 2
+    mask_probability: Annotated[float, within(0, 1)] = 1.0
+    mix_probability: Annotated[float, within(0, 1)] = 0.0
     roll: bool = False
-    drop_prompt: float = 0.1
+    drop_prompt: Annotated[float, within(0, 1)] = 0.1
 
     def __post_init__(self) -> None:
-        _check(_is_count(self.history), "QueryConfig: history must be positive", self.history)
-        _check(
-            _is_count(self.queries) and self.queries <= self.history,
+        super().__post_init__()
+        require(
+            self.queries <= self.history,
             f"QueryConfig: queries must be in [1, {self.history}]",
             self.queries,
         )
-        for name in ("mask_probability", "mix_probability", "drop_prompt"):
-            _check(0 <= getattr(self, name) <= 1, f"QueryConfig: {name} must be in [0, 1]", getattr(self, name))
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Checked):
     """A run of Stage I.
 
     Args:
@@ -81,16 +80,13 @@ class PretrainConfig:
     """
 
     model: ModelConfig
-    output: str
+    output: FileName
     data: DataConfig = DataConfig()
     sampling: QueryConfig = QueryConfig()
     optimisation: TrainConfig = TrainConfig()
-    vae: str | None = None
-    text: str | None = None
-    linear_start: int = 0
-
-    def __post_init__(self) -> None:
-        _check(_is_count(self.linear_start, 0), "PretrainConfig: linear_start must not be negative", self.linear_start)
+    vae: FileName | None = None
+    text: FileName | None = None
+    linear_start: Annotated[int, not_negative(1_000_000)] = 0
 
 
 def low_rate(encoder: EncoderConfig) -> Rate | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from .config import _check, _is_count
+from .checks import Checked, FileName, positive, require
 from .dataset import DataConfig, cut_films, film_paths
 from .distributed import first_then_others, processes, rank
 from .model import VAE_FILE
@@ -20,7 +21,7 @@ from .weights import write_tensors
 
 
 @dataclass(frozen=True)
-class PretrainVAEConfig:
+class PretrainVAEConfig(Checked):
     """A run that trains the VAE of `model`.
 
     Args:
@@ -34,15 +35,18 @@ class PretrainVAEConfig:
     """
 
     model: ModelConfig
-    output: str
+    output: FileName
     data: DataConfig = DataConfig()
     optimisation: TrainConfig = TrainConfig()
-    frames: int = 16
+    frames: Annotated[int, positive(1_000_000)] = 16
 
     def __post_init__(self) -> None:
-        _check(self.model.vae.kind == "causal", "PretrainVAEConfig: model.vae.kind must be causal", self.model.vae.kind)
-        _check(
-            _is_count(self.frames) and self.frames % self.model.vae.stride[0] == 0,
+        super().__post_init__()
+        require(
+            self.model.vae.kind == "causal", "PretrainVAEConfig: model.vae.kind must be causal", self.model.vae.kind
+        )
+        require(
+            self.frames % self.model.vae.stride[0] == 0,
             f"PretrainVAEConfig: frames must be a multiple of {self.model.vae.stride[0]}",
             self.frames,
         )

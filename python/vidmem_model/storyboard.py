@@ -18,6 +18,8 @@ from pathlib import Path
 
 import yaml
 
+from . import yaml_file
+from .checks import show
 from .errors import UserError
 
 _KEYS = ("title", "seconds", "style", "shots")
@@ -82,12 +84,9 @@ def read_storyboard(path: str | Path) -> Storyboard:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = yaml_file.read_text(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a storyboard") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: is not UTF-8 text; save the storyboard as UTF-8") from error
     return parse_storyboard(text, str(path))
 
 
@@ -104,15 +103,7 @@ def parse_storyboard(text: str, name: str = "storyboard") -> Storyboard:
     Raises:
         UserError: it is no storyboard; the message is "name:line:column: …".
     """
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        raise _syntax_error(error, text, name) from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{name}:{line}: holds a character that YAML does not allow") from error
-    except RecursionError as error:
-        raise UserError(f"{name}: is nested too deeply to be a storyboard") from error
+    root = yaml_file.compose(text, name)
     if root is None:
         raise UserError(f"{name}:1: is empty; it needs a list of shots")
     return _Reader(name).storyboard(root)
@@ -126,17 +117,6 @@ def format_storyboard(storyboard: Storyboard) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str) -> UserError:
-    mark = error.problem_mark or error.context_mark
-    lines = text.splitlines()
-    line = lines[mark.line] if mark.line < len(lines) else ""
-    if "\t" in line[: len(line) - len(line.lstrip())] or line[mark.column : mark.column + 1] == "\t":
-        what = "a tab; YAML is indented with spaces"
-    else:
-        what = f"not YAML: {error.problem or error.context}"
-    return UserError(f"{name}:{mark.line + 1}:{mark.column + 1}: {what}")
-
-
 class _Reader:
     """Turns YAML nodes, which know their place, into a storyboard."""
 
@@ -144,8 +124,7 @@ class _Reader:
         self.name = name
 
     def error(self, node: yaml.Node, what: str) -> UserError:
-        mark = node.start_mark
-        return UserError(f"{self.name}:{mark.line + 1}:{mark.column + 1}: {what}")
+        return yaml_file.error_at(self.name, node, what)
 
     def storyboard(self, root: yaml.Node) -> Storyboard:
         entries = self.mapping(root, _KEYS, "a storyboard")
@@ -190,7 +169,7 @@ class _Reader:
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name not in keys:
-                shown = repr(name) if name is not None else "a list or mapping"
+                shown = show(name) if name is not None else "a list or mapping"
                 raise self.error(key, f"the key {shown} is unknown; {what} has {', '.join(keys)}")
             if name in entries:
                 raise self.error(key, f"the key {name!r} is there twice")
