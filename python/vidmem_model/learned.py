@@ -12,13 +12,15 @@ import torch
 
 from vidmem_kernels import MemoryBank
 
+from .checks import show
 from .compressor import CompressedMemory, packed
 from .dataset import encode_block
-from .encoder import MemoryTokens
+from .encoder import MemoryTokens, memory_grid
 from .errors import MemoryFormatError, UserError
 from .lora import LORA_FILE, attach_lora, base_of
+from .memory_header import MemoryHeader, check_rows
 from .model import VAE_FILE, MemoryModel, load_model, model_path, save_model
-from .vae import VideoCodec, frames_to_uint8, load_vae
+from .vae import PATCH, VideoCodec, frames_to_uint8, load_vae
 from .weights import pack, write_tensors
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -86,12 +88,16 @@ class LearnedMemory:
             or None where it reads none.
         """
         encoders = self.model.config.encoders
-        whole = math.lcm(*(each.rate[2] for each in encoders))
-        count = self.vae.video_frames(whole * -(-self.vae.latent_frames(len(frames)) // whole))
+        count = self.vae.video_frames(self.padded_latents(len(frames)))
         frames = torch.cat([frames, frames[-1:].expand(count - len(frames), -1, -1, -1)])
         history = encode_block(frames, self.vae, None)
         lows = [encode_block(frames, self.vae, e.rate) if e.branches in ("both", "lr") else None for e in encoders]
         return history.float()[None], [None if low is None else low.float()[None] for low in lows]
+
+    def padded_latents(self, frames: int) -> int:
+        """Latent frames of so many video frames, with those that fill a token of every encoder."""
+        whole = math.lcm(*(each.rate[2] for each in self.model.config.encoders))
+        return whole * -(-self.vae.latent_frames(frames) // whole)
 
     @torch.no_grad()
     def remember(self, history: torch.Tensor, lows: list[torch.Tensor | None]) -> MemoryTokens:
@@ -240,24 +246,31 @@ def compress_learned(frames: torch.Tensor, name: str = DEFAULT_MODEL, dtype: str
     return packed(tokens[0], positions[0], {}, meta)
 
 
-def check_learned(bank: MemoryBank) -> None:
-    """Check that the model that wrote a bank is the one at hand.
+def check_learned(bank: MemoryBank, header: MemoryHeader) -> None:
+    """Check that the model that wrote a bank is the one at hand, and that the rows are those of its frames.
 
     Raises:
         KeyError, ValueError: an entry is missing or does not fit.
         MemoryFormatError: the model is missing or another one.
     """
-    header = bank.metadata
-    name = header["model"]
+    name = header.model
     if not name.isidentifier() or shipped(name) is None:
-        raise MemoryFormatError(f"was made with the trained model {name!r}, which is not in this installation")
+        raise MemoryFormatError(f"was made with the trained model {show(name)}, which is not in this installation")
     memory = open_shipped(name)
-    if (header["model_sha256"], header["vae_sha256"]) != (memory.digest, memory.vae_digest):
+    if (header.model_sha256, header.vae_sha256) != (memory.digest, memory.vae_digest):
         raise MemoryFormatError(
             f"was made with another version of the trained model {name!r}; make it anew with `vidmem compress`"
         )
-    if bank.channels != memory.model.config.dit.dim:
-        raise ValueError(f"rows of {bank.channels} numbers")
+    model = memory.model
+    if bank.channels != model.config.dit.dim:
+        raise ValueError(f"rows of {bank.channels} numbers, {model.config.dit.dim} of the model")
+    if header.size[1:] != (model.config.height, model.config.width):
+        raise ValueError(f"size {header.size}, the model's is {(model.config.height, model.config.width)}")
+    frames, cells = memory.padded_latents(header.size[0]), model.latent_size()
+    rows = sum(math.prod(memory_grid(each.rate, frames, *cells)) for each in model.config.encoders)
+    if rows != len(bank):
+        raise ValueError(f"{len(bank)} rows, {rows} for size {header.size}")
+    check_rows(bank, header, (frames, *(n // PATCH for n in cells)))
 
 
 def read_learned(bank: MemoryBank, frame_index: int, steps: int = DEFAULT_STEPS) -> torch.Tensor:

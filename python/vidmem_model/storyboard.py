@@ -19,11 +19,12 @@ from pathlib import Path
 import yaml
 
 from . import yaml_file
-from .checks import show
+from .checks import MOST_SECONDS, shorten, show
 from .errors import UserError
 
 _KEYS = ("title", "seconds", "style", "shots")
 _SHOT_KEYS = ("at", "prompt")
+_LONGEST_TEXT = 10_000
 _TIME = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)")
 
 
@@ -90,6 +91,7 @@ def read_storyboard(path: str | Path) -> Storyboard:
     return parse_storyboard(text, str(path))
 
 
+@yaml_file.collector_off()
 def parse_storyboard(text: str, name: str = "storyboard") -> Storyboard:
     """Read a storyboard from YAML text.
 
@@ -182,18 +184,23 @@ class _Reader:
         text = " ".join(node.value.split())
         if not text or node.tag == "tag:yaml.org,2002:null":
             raise self.error(node, f"{key} must not be empty")
+        if len(text) > _LONGEST_TEXT:
+            raise self.error(node, f"{key} must have at most {_LONGEST_TEXT:,} characters, got {len(text):,}")
         return text
 
     def time(self, node: yaml.Node, key: str) -> float:
         match = _TIME.fullmatch(node.value) if isinstance(node, yaml.ScalarNode) else None
         if match is None:
-            got = f", got {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
+            got = f", got {show(node.value)}" if isinstance(node, yaml.ScalarNode) else ""
             raise self.error(node, f"{key} must be seconds or minutes:seconds{got}")
         first, second, seconds = match.groups()
         hours, minutes = (first, second) if second is not None else (None, first)
-        if (minutes is not None and float(seconds) >= 60) or (hours is not None and int(minutes) >= 60):
-            raise self.error(node, f"{key} must have minutes and seconds below 60, got {node.value!r}")
-        return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds)
+        if (minutes is not None and float(seconds) >= 60) or (hours is not None and float(minutes) >= 60):
+            raise self.error(node, f"{key} must have minutes and seconds below 60, got {show(node.value)}")
+        time = float(hours or 0) * 3600 + float(minutes or 0) * 60 + float(seconds)
+        if time > MOST_SECONDS:
+            raise self.error(node, f"{key} must be at most {MOST_SECONDS:,.0f} seconds, got {show(node.value)}")
+        return time
 
 
 def write_storyboard(
@@ -233,9 +240,9 @@ def write_storyboard(
             reason = f"answer: a shot at {made.shots[-1].at:g} s, beyond {seconds:g} s"
             continue
         return Storyboard(made.shots, made.title, seconds, made.style)
-    said = " ".join(answer.split())
-    said = said if len(said) <= 160 else said[:160] + " …"
-    raise UserError(f"the language model wrote no storyboard in {tries} tries ({reason}); it said: {said!r}")
+    raise UserError(
+        f"the language model wrote no storyboard in {tries} tries ({reason}); it said: {shorten(answer, 160)!r}"
+    )
 
 
 _REQUEST = """\
@@ -288,8 +295,7 @@ def language_model(path: str | Path, max_tokens: int = 1024, device: str = "cpu"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto").to(device).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: holds no causal language model with its tokenizer ({reason})") from error
+        raise UserError(f"{path}: holds no causal language model with its tokenizer ({shorten(error)})") from error
     if not tokenizer("a").input_ids:  # without its files transformers makes an empty tokenizer
         raise UserError(f"{path}: holds no causal language model with its tokenizer (the tokenizer is empty)")
 

@@ -6,7 +6,9 @@ Aliases count as often as they are written, depth and size are bounded, tags are
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ _PREFIX = "tag:yaml.org,2002:"
 # YAML 1.1 takes 3e-4 for text; here it is a number, as in YAML 1.2.
 _EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 _CONSTRUCT = yaml.constructor.SafeConstructor()
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """Read without the garbage collector: nodes have no cycles, and it walks over all of them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_text(path: Path) -> str:
@@ -79,6 +93,7 @@ def error_at(name: str, node: yaml.Node, what: str) -> UserError:
     return UserError(f"{name}:{mark.line + 1}:{mark.column + 1}: {what}")
 
 
+@collector_off()
 def load(text: str, name: str, otherwise: str = "is not YAML") -> tuple[Any, dict[str, int]]:
     """Parse YAML to plain values.
 
@@ -130,7 +145,7 @@ class _Composer:
             elif isinstance(event, yaml.CollectionStartEvent):
                 mapping = isinstance(event, yaml.MappingStartEvent)
                 kind, tag = (yaml.MappingNode, "map") if mapping else (yaml.SequenceNode, "seq")
-                node = kind(_PREFIX + tag, [], event.start_mark, event.end_mark)
+                node = kind(_PREFIX + tag, [], event.start_mark)
                 self.add(event, node)
                 self.open.append(node)
                 node.anchor = event.anchor
@@ -190,7 +205,7 @@ def _scalar(event: yaml.ScalarEvent) -> yaml.ScalarNode:
                 break
         if tag == "str" and _EXPONENT.fullmatch(value):
             tag = "float"
-    return yaml.ScalarNode(_PREFIX + tag, value, event.start_mark, event.end_mark, style=event.style)
+    return yaml.ScalarNode(_PREFIX + tag, value, event.start_mark)
 
 
 class _Values:
