@@ -17,7 +17,7 @@ from .compressor import CompressedMemory, packed
 from .dataset import encode_block
 from .encoder import MemoryTokens, memory_grid
 from .errors import MemoryFormatError, UserError
-from .lora import LORA_FILE, attach_lora, base_of
+from .lora import LORA_FILE, attach_lora, with_bases
 from .memory_header import MemoryHeader, check_rows
 from .model import VAE_FILE, MemoryModel, load_model, model_path, save_model
 from .vae import PATCH, VideoCodec, frames_to_uint8, load_vae
@@ -72,7 +72,7 @@ class LearnedMemory:
         model = load_model(path)
         vae = load_vae(model.config.vae, model.vae_weights)
         file = model_path(path)
-        return cls(model, vae, _digest(file, base_of(file)), _digest(model.vae_weights))
+        return cls(model, vae, _digest(*with_bases(file)), _digest(model.vae_weights))
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

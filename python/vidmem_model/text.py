@@ -32,7 +32,8 @@ class TextEncoder(nn.Module):
         if config.kind == "words":
             # Row 0 is the null token; words with the same hash share a row.
             self.words = nn.Embedding(config.vocabulary + 1, config.dim)
-            self.places = nn.Parameter(torch.randn(config.max_tokens, config.dim) * 0.1)
+            self.places = nn.Parameter(torch.empty(config.max_tokens, config.dim))
+            nn.init.normal_(self.places, std=0.1)
         elif path is not None:
             self.tokenizer, self.pretrained = _load_pretrained(Path(path), config)
 
