@@ -24,8 +24,9 @@ from av.video.reformatter import VideoReformatter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .checks import show
 from .config import ClipSpec
-from .errors import MediaError
+from .errors import MediaError, UserError
 
 # Big Buck Bunny (c) Blender Foundation, CC-BY 3.0: the whole film lies in moviepy's source release.
 SAMPLE_RELEASE = "moviepy==2.2.1"
@@ -78,10 +79,13 @@ class Clip:
 
 def cache_dir() -> Path:
     """Return the folder for fetched files: $VIDMEM_CACHE, else $XDG_CACHE_HOME/vidmem, else ~/.cache."""
-    if own := os.environ.get("VIDMEM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "vidmem"
+    named = next((name for name in ("VIDMEM_CACHE", "XDG_CACHE_HOME") if os.environ.get(name)), None)
+    try:
+        base = Path(os.environ[named]).expanduser() if named else Path.home() / ".cache"
+    except RuntimeError as error:  # ~ of nobody
+        what = f"{named}={show(os.environ[named])}" if named else "HOME"
+        raise UserError(f"{what}: there is no such home folder; set VIDMEM_CACHE to a folder's full path") from error
+    return base if named == "VIDMEM_CACHE" else base / "vidmem"
 
 
 def fetch_sample_clip(progress: bool = True) -> Path:

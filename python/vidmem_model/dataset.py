@@ -21,21 +21,24 @@ from .checks import (
     Checked,
     Entries,
     FileName,
+    OneOf,
     Text,
     at_least,
     build,
     more_than,
     not_negative,
+    parse_json,
     positive,
     require,
     within,
 )
 from .config import ClipSpec
 from .encoder import low_resolution
-from .errors import UserError
+from .errors import MemoryFormatError, UserError
 from .model_config import ModelConfig
 from .scenes import stretches
 from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
+from .weights import WeightsFile
 
 Rate = tuple[int, int, int]
 SAMPLE = "sample"
@@ -228,7 +231,7 @@ def prepare(
         if rows is None or not all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)):
             rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
             _replace(folder / _INDEX, lambda part: part.write_text(json.dumps(rows, indent=1)))
-        blocks = tuple(_load(folder, row, rates) for row in rows)
+        blocks = tuple(_load(folder, row, rates, model, vae) for row in rows)
     except OSError as error:
         raise UserError(f"{folder}: the latents cannot be kept there ({error.strerror or error})") from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
@@ -279,10 +282,30 @@ def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class _Row(Checked):
+    """A row of the index: what the name of a block's files is, and how a Block came about."""
+
+    name: FileName
+    film: FileName
+    start: Annotated[float, not_negative(MOST_SECONDS)]
+    frames: Annotated[int, positive(1 << 31)]
+    scenes: Annotated[int, positive(1 << 31)]
+    split: Annotated[str, OneOf("train", "test")]
+    mirrored: bool
+    zoom: Annotated[float, at_least(1, 16)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(Path(self.name).name == self.name, "_Row: name must be that of a file", self.name)
+
+
 def _read_index(folder: Path) -> list[dict[str, Any]] | None:
+    """Rows of the index, or None where there is none that can be used: it is then made anew."""
     try:
-        return json.loads((folder / _INDEX).read_text())
-    except (FileNotFoundError, ValueError):
+        rows = parse_json((folder / _INDEX).read_text(), "the index")
+        return [dataclasses.asdict(build(_Row, row)) for row in rows]
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
@@ -461,13 +484,23 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _load(folder: Path, row: dict[str, Any], rates: list[Rate]) -> Block:
+def _load(folder: Path, row: dict[str, Any], rates: list[Rate], model: ModelConfig, vae: VideoCodec) -> Block:
     def read(rate: Rate | None) -> torch.Tensor:
         file = _file(folder, row, rate)
+        height, width, time = rate or (1, 1, 1)
+        cells = [s * PATCH for s in vae.stride[1:]]
+        sizes = (model.height // height, model.width // width)
+        space = [-(-n // cell) * PATCH for n, cell in zip(sizes, cells, strict=True)]
+        shape = (vae.channels, _latent_frames(row["frames"], vae) // time, *space)
         try:
-            return load_file(file)["latents"]
-        except (SafetensorError, KeyError) as error:
+            if WeightsFile(file).shapes != {"latents": shape}:
+                raise KeyError("latents")
+            latents = load_file(file)["latents"]
+        except (SafetensorError, KeyError, MemoryFormatError) as error:
             raise UserError(f"{file}: is damaged; delete it and run again") from error
+        if latents.dtype != torch.float16 or not latents.isfinite().all():
+            raise UserError(f"{file}: is damaged; delete it and run again")
+        return latents
 
     return Block(
         film=Path(row["film"]),

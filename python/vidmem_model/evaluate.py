@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import torch
 
 from .baselines import ReadBack, mean_frame, training_free
-from .checks import MOST_SEED, Checked, SamplerSteps, build, not_negative, positive
+from .checks import MOST_SEED, Checked, SamplerSteps, not_negative, positive
 from .config import METHODS, ClipSpec
 from .data import probe, read_clip
-from .dataset import DataConfig, cut_films, film_paths
+from .dataset import cut_films, film_paths
 from .errors import UserError
 from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
@@ -108,7 +108,7 @@ def find_models(folder: Path) -> list[Path]:
 def trained_history(model: Path) -> int:
     """Video frames of the histories that a model was trained on, or the default where it does not say."""
     memory = LearnedMemory.load(model)
-    latent_frames = memory.model.extra.get("training", {}).get("sampling", {}).get("history")
+    latent_frames = memory.trained.history
     return memory.vae.video_frames(latent_frames) if latent_frames else RetrievalConfig.history
 
 
@@ -129,8 +129,7 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
     memory = LearnedMemory.load(models[0])
     model = memory.model.config
     if video is None:
-        trained_on = memory.model.extra.get("training", {}).get("data", {})
-        data = build(DataConfig, {**trained_on, "captions": None})
+        data = memory.trained.data
         cut = cut_films(data, film_paths(data), model, memory.vae, "test")
         stretches = [(Path(row["film"]), row["start"], row["frames"]) for row, _ in cut]
     else:

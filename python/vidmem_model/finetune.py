@@ -21,6 +21,7 @@ from .lora import LORA_FILE, MOST_RANK, add_lora, merge_lora, save_lora
 from .model import MemoryModel, load_model
 from .model_config import EncoderConfig
 from .pretrain import TIME, alignment, low_rate
+from .text import require_encoder
 from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_extra, run_settings
 from .vae import load_vae
 
@@ -181,6 +182,7 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
     """
     with processes(config.optimisation) as device:
         start = load_model(config.start, config.text)
+        require_encoder(start.config.text, config.text, "by the key text:")
         weights = Path(config.vae) if config.vae else start.vae_weights
         vae = load_vae(start.config.vae, weights)
         encoders = start.config.encoders

@@ -6,15 +6,17 @@ import functools
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
 from vidmem_kernels import MemoryBank
 
-from .checks import show
+from .checks import Checked, build, positive, require, show
 from .compressor import CompressedMemory, packed
-from .dataset import encode_block
+from .dataset import DataConfig, encode_block
 from .encoder import MemoryTokens, memory_grid
 from .errors import MemoryFormatError, UserError
 from .lora import LORA_FILE, attach_lora, with_bases
@@ -33,6 +35,42 @@ _QUERIES = 4
 _BATCH = 8
 
 
+@dataclass(frozen=True)
+class Trained(Checked):
+    """What a model's file says of its training.
+
+    Args:
+        queries: latent frames that were made together.
+        history: latent frames of a history, or None if the file does not say.
+        data: the films.
+    """
+
+    queries: Annotated[int, positive(1_000_000)] = _QUERIES
+    history: Annotated[int | None, positive(1_000_000)] = None
+    data: DataConfig = DataConfig()
+
+    @classmethod
+    def read(cls, extra: dict[str, Any]) -> Trained:
+        """Read it from what save_model kept beside the model.
+
+        Raises:
+            MemoryFormatError: a value in it is none of a training's.
+        """
+        try:
+            training = _mapping(extra, "training")
+            sampling, data = _mapping(training, "sampling"), _mapping(training, "data")
+            given = {name: sampling[name] for name in ("queries", "history") if name in sampling}
+            return build(cls, {**given, "data": {**data, "captions": None}})
+        except ValueError as error:
+            raise MemoryFormatError(f"what the model's file says of its training is damaged ({error})") from error
+
+
+def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
+    inside = values.get(name, {})
+    require(isinstance(inside, dict), f"{name} must be a mapping of keys to values", inside)
+    return inside
+
+
 class LearnedMemory:
     """A model with its VAE.
 
@@ -43,6 +81,7 @@ class LearnedMemory:
 
     Attributes:
         queries: frames that are made together, as in training.
+        trained: what the model's file says of its training.
         seconds: length of the histories it was trained on, or None if its file does not say.
         held_out: stretches [from, to] of its film, in seconds, that it was not trained on.
     """
@@ -50,11 +89,10 @@ class LearnedMemory:
     def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "", vae_digest: str = "") -> None:
         self.model, self.vae = model, vae
         self.digest, self.vae_digest = digest, vae_digest
-        training = model.extra.get("training", {})
-        self.queries = int(training.get("sampling", {}).get("queries", _QUERIES))
-        history = training.get("sampling", {}).get("history")
+        self.trained = Trained.read(model.extra)
+        self.queries, history = self.trained.queries, self.trained.history
         self.seconds = vae.video_frames(history) / model.config.fps if history else None
-        self.held_out = [tuple(part) for part in training.get("data", {}).get("test", [])]
+        self.held_out = list(self.trained.data.test)
 
     @classmethod
     def load(cls, path: str | Path) -> LearnedMemory:
@@ -72,7 +110,10 @@ class LearnedMemory:
         model = load_model(path)
         vae = load_vae(model.config.vae, model.vae_weights)
         file = model_path(path)
-        return cls(model, vae, _digest(*with_bases(file)), _digest(model.vae_weights))
+        try:
+            return cls(model, vae, _digest(*with_bases(file)), _digest(model.vae_weights))
+        except MemoryFormatError as error:
+            raise MemoryFormatError(f"{file}: {error}") from error
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -198,6 +198,10 @@ class ModelConfig(Checked):
             self.encoders[0].branches,
         )
 
+    def with_depth(self, depth: int) -> ModelConfig:
+        """The same with so many blocks, all with softmax attention; for counting weights."""
+        return dataclasses.replace(self, dit=dataclasses.replace(self.dit, depth=depth, linear_blocks=()))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, numbers and strings, as JSON and YAML hold them."""
         return dataclasses.asdict(self)

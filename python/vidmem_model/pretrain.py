@@ -21,6 +21,8 @@ from .flow import logit_normal, shift_timesteps
 from .linear_start import start_linearly
 from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
+from .skeleton import require_trainable
+from .text import require_encoder
 from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_settings
 from .vae import load_vae
 
@@ -230,6 +232,8 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         UserError: something in the configuration cannot be used.
     """
     with processes(config.optimisation) as device:
+        require_encoder(config.model.text, config.text, "by the key text:")
+        require_trainable(lambda depth: MemoryModel(config.model.with_depth(depth)), config.model.dit.depth, device)
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
         encoders = config.model.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]

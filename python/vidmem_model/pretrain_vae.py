@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from .dataset import DataConfig, cut_films, film_paths
 from .distributed import first_then_others, processes, rank
 from .model import VAE_FILE
 from .model_config import ModelConfig
+from .skeleton import require_trainable
 from .training import TrainConfig, fit, run_settings
 from .vae.base import frames_to_float
 from .vae.causal import CausalVAE
@@ -67,6 +69,8 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
         UserError: something in the configuration cannot be used.
     """
     with processes(config.optimisation) as device:
+        vae = config.model.vae
+        require_trainable(lambda depth: CausalVAE(dataclasses.replace(vae, depth=depth)), vae.depth, device)
         films = first_then_others(lambda: film_paths(config.data))
         cut = cut_films(config.data, films, config.model, CausalVAE(config.model.vae), "train")
         blocks = [frames for _, frames in cut]

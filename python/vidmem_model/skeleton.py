@@ -6,11 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .checks import shorten
 from .errors import UserError
 from .measure import available_bytes
+
+# Weights, gradients, their moving average, and the two moments of AdamW.
+_TRAINED_COPIES = 5
 
 
 class _NoValues(TorchFunctionMode):
@@ -38,6 +43,27 @@ def count_numbers(make: Callable[[int], nn.Module], depth: int) -> int:
     """
     one, two = (sum(t.numel() for t in skeleton(lambda d=d: make(d)).state_dict().values()) for d in (1, 2))
     return one + (depth - 1) * (two - one)
+
+
+def require_trainable(make: Callable[[int], nn.Module], depth: int, device: torch.device) -> None:
+    """Refuse a model whose training cannot fit into memory, before it is made.
+
+    Args:
+        make: the model with so many equal blocks.
+        depth: how many it has.
+        device: of the training. A GPU holds gradients, moments and averages, several processes share them; the
+            weights are made on the CPU in any case.
+
+    Raises:
+        UserError: there is too little memory, or the sizes do not go together.
+    """
+    try:
+        numbers = count_numbers(make, depth)
+    except ValueError as error:
+        raise UserError(f"the model cannot be made ({shorten(error)})") from error
+    copies = 1 if device.type != "cpu" or dist.is_initialized() else _TRAINED_COPIES
+    what = f"training a model of {numbers:,} weights"
+    require_room(4.0 * numbers * copies, what, "choose a smaller model, or train it on several GPUs")
 
 
 def require_room(need: float, what: str, instead: str) -> None:
