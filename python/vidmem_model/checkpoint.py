@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from .checks import parse_json, require
 from .errors import UserError
 
 _SETTINGS = "settings.json"
@@ -116,13 +118,16 @@ def step_of(path: Path) -> int:
 def settings_of(path: Path) -> dict[str, Any]:
     """Settings that a checkpoint was written with."""
     try:
-        return json.loads((path / _SETTINGS).read_text())
+        settings = parse_json((path / _SETTINGS).read_text(), "settings")
+        require(isinstance(settings, dict), "settings must be a mapping of keys to values", settings)
+        return settings
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged; --restart begins anew") from error
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    found = folder.glob("step-*") if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-[0-9]{8,12}", path.name)), key=step_of)
 
 
 def _wait() -> None:

@@ -20,7 +20,7 @@ from .flow import logit_normal, shift_timesteps
 from .lora import LORA_FILE, MOST_RANK, add_lora, merge_lora, save_lora
 from .model import MemoryModel, load_model
 from .model_config import EncoderConfig
-from .pretrain import TIME, alignment, low_rate
+from .pretrain import TIME, alignment, low_rate, require_batch
 from .text import require_encoder
 from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_extra, run_settings
 from .vae import load_vae
@@ -188,6 +188,7 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
         encoders = start.config.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]
         latents = prepare_latents(config.data, start.config, vae, rates)
+        require_batch(latents, config.optimisation.batch, config.sampling.history + config.sampling.targets)
         seed, shift = config.optimisation.seed, start.config.shift
         batches = Continuations(latents.split("train"), encoders, config.sampling, seed, shift)
         output = Path(config.output)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 
 from .checks import Checked, FileName, not_negative, positive, require, within
 from .dataset import Block, DataConfig, Latents, Rate, Spans, seeded
@@ -21,7 +22,7 @@ from .flow import logit_normal, shift_timesteps
 from .linear_start import start_linearly
 from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
-from .skeleton import require_trainable
+from .skeleton import require_room, require_trainable
 from .text import require_encoder
 from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_settings
 from .vae import load_vae
@@ -29,6 +30,8 @@ from .vae import load_vae
 # Noise of the masked frames, and times of the flow: logit-normal with this mean and deviation.
 MASK_LEVEL = (0.2, 1.0)
 TIME = (0.0, 1.0)
+# Of the latents of a sample: history, noise, and what the layers make of them at the least.
+_COPIES = 4
 LOW_BRANCHES = ("both", "lr")
 
 
@@ -238,6 +241,7 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         encoders = config.model.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]
         latents = prepare_latents(config.data, config.model, vae, rates)
+        require_batch(latents, config.optimisation.batch, config.sampling.history)
         seed, shift = config.optimisation.seed, config.model.shift
         batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)
         output = Path(config.output)
@@ -251,6 +255,18 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
             restart,
         )
         return finish(output, model, config, config.vae)
+
+
+def require_batch(latents: Latents, batch: int, frames: int) -> None:
+    """Refuse a batch whose samples of so many latent frames do not fit into memory, let alone the work on them.
+
+    Raises:
+        UserError: there is too little memory.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    cells = max((block.latents[:, 0].numel() for block in latents.blocks), default=0)
+    need = 4.0 * _COPIES * batch * frames * cells / world
+    require_room(need, f"a batch of {batch:,} samples", "choose a smaller optimisation.batch or sampling.history")
 
 
 def _fresh(config: PretrainConfig, batches: FrameQueries) -> MemoryModel:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import checkpoint
-from .checks import MOST_SEED, Checked, OneOf, not_negative, positive, within
+from .checks import MOST_SEED, Checked, OneOf, not_negative, positive, show, within
 from .curve import Curve, progress, read_curve, write_curve_plot
 from .dataset import DataConfig, Latents, Rate, prepare
 from .distributed import Interrupted, agree, first_then_others, full, local, rank, shard, signals
@@ -68,7 +68,7 @@ class TrainConfig(Checked):
     """
 
     steps: Annotated[int, positive(1_000_000_000)] = 10_000
-    batch: Annotated[int, positive(1_000_000)] = 8
+    batch: Annotated[int, positive(65_536)] = 8
     lr: Annotated[float, positive(1e6)] = 3e-4
     muon_lr: Annotated[float, not_negative(1e6)] = 0.0
     fitted_lr: Annotated[float, not_negative(1e6)] = 1.0
@@ -306,7 +306,8 @@ def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, An
         old, new = before.get(key), settings.get(key)
         if old != new:
             raise UserError(
-                f"{folder}: holds a run with {key} {old!r}, now it is {new!r}; choose another output or --restart"
+                f"{folder}: holds a run with {key} {show(old)}, now it is {show(new)}; "
+                "choose another output or --restart"
             )
     return checkpoint.load(last, state)
 
