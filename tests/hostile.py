@@ -1,7 +1,6 @@
-"""Hostile files: valid ones of every format, changed field by field, and the worker that the command is run in.
+"""Hostile files: valid ones of every format, changed field by field.
 
-`draw(format, seed)` gives a case: a folder's files and the command line that reads them. A worker process imports the
-program once and runs each case in a fork of its own, under a limit of memory and of time.
+`draw(format, seed)` gives a case: files for a folder, and the command line that reads them.
 """
 
 from __future__ import annotations
@@ -10,31 +9,25 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
-import resource
 import shutil
-import signal
 import struct
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(__file__).with_name("golden")
-MEMORY = 1 << 30  # bytes that a case may take beyond what the worker has
-SECONDS = 10.0
-sys.set_int_max_str_digits(0)  # hostile numbers are written here
+from hostile_worker import GOLDEN, Case, Worker, link_golden
 
-SCALARS: list[Any] = [
-    *(None, True, False, -1, 0, -32, 1, 2, 3, 7, 100, 1000, 2**15, 2**31 - 1, 2**31, 2**63, 2**64, 10**9, 10**18, 10**400),
-    *(10**5000, -(10**5000), 0.5, -0.0, 1e-300, 1e-9, 1e9, 1e308, math.nan, math.inf, -math.inf),
-    *("", "x", "x" * 10_000, "a\0b", "../../x", "/etc/passwd", "~nosuchuser/x", ".", "\x1b[31m", "片", "\u202e", "nan"),
-    *("1", "1e5", "0x10", "2024-01-01", "[" * 2000, "dct", "causal", "wan", "transformers", "merge", "sample"),
-]
+sys.set_int_max_str_digits(0)  # hostile numbers are written here,
+sys.setrecursionlimit(50_000)  # and deep lists
+
+_NUMBERS = [-1, 0, -32, 1, 2, 3, 7, 100, 1000, 2**15, 2**31 - 1, 2**31, 2**63, 2**64, 10**9, 10**18, 10**400, 10**5000]
+_FLOATS = [0.5, -0.0, 1e-300, 1e-9, 1e9, 1e308, math.nan, math.inf, -math.inf]
+_WORDS = "x ../../x /etc/passwd ~nosuchuser/x . nan 1 1e5 0x10 2024-01-01 dct causal wan transformers merge sample 片"
+_TEXTS = ["", "x" * 10_000, "a\0b", "\x1b[31m", "\u202e", "[" * 2000, *_WORDS.split()]
+SCALARS: list[Any] = [None, True, False, *_NUMBERS, -(10**5000), *_FLOATS, *_TEXTS]
 
 
 def nested(depth: int) -> Any:
@@ -59,7 +52,9 @@ def near(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
-        return rng.choice([-value, value + 1, value - 1, value * 2, value * 10**6, value / 3, -(2**15), float(value), str(value)])
+        return rng.choice(
+            [-value, value + 1, value - 1, value * 2, value * 10**6, value / 3, -(2**15), float(value), str(value)]
+        )
     if isinstance(value, str):
         return rng.choice([value + "t", value[:-1], value.upper(), value * 1000, [value]])
     if isinstance(value, list):
@@ -130,11 +125,32 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 # --- YAML ---
 
-SNIPPETS = [
-    "&a [*a]", "*nothing", "!!int abc", "!!python/object/apply:os.system [ls]", "!!binary aGk=", "\t", "\x00", "\x07", "\ufeff",
-    "---", "...", "%YAML 9.9", "? [a, b]\n: c", "<<: *x", "<<: {output: y}", "'", '"', "{", "[" * 2000, "- " * 500, "|", ">", "@", "`",
-    "9" * 5000, "0x_", "1:1:1:1:1.5", "1" * 300 + ".5", "2024-01-01T00:00:00Z", ".nan", ".inf", "!", "&a", "null", "~", "\u2028", "# x",
-]  # fmt: skip
+SNIPPETS = """&a [*a]
+*nothing
+!!int abc
+!!python/object/apply:os.system [ls]
+!!binary aGk=
+---
+...
+%YAML 9.9
+? [a, b]
+<<: *x
+<<: {output: y}
+2024-01-01T00:00:00Z
+1:1:1:1:1.5""".splitlines()
+_SIGNS = "' \" { | > @ ` 0x_ .nan .inf ! &a null ~"
+SNIPPETS += [
+    *_SIGNS.split(),
+    "\t",
+    "\x00",
+    "\x07",
+    "\ufeff",
+    "\u2028",
+    "[" * 2000,
+    "- " * 500,
+    "9" * 5000,
+    "1" * 300 + ".5",
+]
 BOMB = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}' if i else 'x'] * 9)}]\n" for i in range(11))
 
 
@@ -161,15 +177,35 @@ def hostile_yaml(tree: Any, rng: random.Random, keep: tuple[str, ...] = ()) -> b
     if kind == 8:
         return damaged(text.encode(), rng)
     if kind == 9:
-        return rng.choice(
-            [b"", b"# nothing\n", b"\xff\xfe" + text.encode("utf-16-le"), text.encode().replace(b"e", b"\xe9", 1), b"\xef\xbb\xbf" + text.encode(), text.encode() + b"---\n" + text.encode(), b"- " + text.encode(), b"#" * (17 << 20), b"x", b"[" * 100_000, b"\n".join(b" " * i + b"a:" for i in range(1000))]
-        )  # fmt: skip
+        plain = text.encode()
+        whole = [
+            b"",
+            b"# nothing\n",
+            b"x",
+            b"[" * 100_000,
+            b"#" * (17 << 20),
+            b"\n".join(b" " * i + b"a:" for i in range(1000)),
+        ]
+        whole += [b"- " + plain, b"\xef\xbb\xbf" + plain, plain + b"---\n" + plain, plain.replace(b"e", b"\xe9", 1)]
+        return rng.choice([*whole, b"\xff\xfe" + text.encode("utf-16-le")])
     return text.encode("utf-8", "surrogatepass")
 
 
 # --- safetensors ---
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 @dataclasses.dataclass
@@ -271,7 +307,9 @@ def hostile_tensors(content: bytes, rng: random.Random, inside: tuple[str, ...])
         twice = f"{{{json.dumps(key)}: {json.dumps(rng.choice([file.header()[key], hostile_value(rng)]))}, {text[1:]}"
         return file.write(text=twice)
     if kind == 13:
-        return file.write(text=rng.choice(["[" * 50_000, '{"a":' * 50_000, "", "{}", "[]", "null", '{"__metadata__":3}']))
+        return file.write(
+            text=rng.choice(["[" * 50_000, '{"a":' * 50_000, "", "{}", "[]", "null", '{"__metadata__":3}'])
+        )
     if kind == 14:
         length = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(content), len(content) - 8, 100_000_001])
         return length.to_bytes(8, "little") + content[8:]
@@ -281,16 +319,13 @@ def hostile_tensors(content: bytes, rng: random.Random, inside: tuple[str, ...])
 # --- formats ---
 
 
-@dataclasses.dataclass
-class Case:
-    """What is run: files to write into a copy of the golden training folder, and the command line."""
-
-    files: dict[str, bytes]
-    command: list[str]
-
-
 TINY = ["--seconds", "0.4", "--steps", "1", "--segment", "2", "--device", "cpu"]
-BOARD = {"title": "a", "seconds": 2, "style": "ink", "shots": [{"at": 0, "prompt": "a fox"}, {"at": "0:01", "prompt": "x"}]}
+BOARD = {
+    "title": "a",
+    "seconds": 2,
+    "style": "ink",
+    "shots": [{"at": 0, "prompt": "a fox"}, {"at": "0:01", "prompt": "x"}],
+}
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -334,7 +369,10 @@ def adapter_case(rng: random.Random) -> Case:
     files = {"tiny_continue.safetensors": hostile, "tiny.safetensors": (models / "tiny.safetensors").read_bytes()}
     if rng.random() < 0.1:  # a loop, through a second file
         file = Tensors.read((models / "tiny_continue.safetensors").read_bytes())
-        for name, base in (("tiny.safetensors", "tiny_continue.safetensors"), ("tiny_continue.safetensors", "tiny.safetensors")):
+        for name, base in (
+            ("tiny.safetensors", "tiny_continue.safetensors"),
+            ("tiny_continue.safetensors", "tiny.safetensors"),
+        ):
             file.texts["lora"] = json.dumps(json.loads(file.texts["lora"]) | {"base": base})
             files[name] = file.write()
     return Case(files, ["export", "tiny_continue.safetensors", "-o", "out.safetensors"])
@@ -367,7 +405,6 @@ def film_case(rng: random.Random) -> Case:
 
 def run_case(rng: random.Random) -> Case:
     """What a stopped run left: settings, curve, checkpoint; and the cache of its latents."""
-    folder = GOLDEN / "training"
     files = dict(prepared_run())
     name = rng.choice(sorted(files))
     content = files[name]
@@ -382,37 +419,36 @@ def run_case(rng: random.Random) -> Case:
         )
     else:
         files[name] = damaged(content, rng)
-    assert folder.is_dir()
     return Case(files, ["pretrain", "one.yaml"])
 
 
-NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1e308", "1e-308", "9" * 20, "9" * 5000, "10**9", "1.5", "", "x" * 2000, "0x10", "1_0", "٣", "-0", "1e3"]
-SHAPES = ["1x1000000000", "0x0x0", "-1x-1", "axb", "x", "1x", "9" * 50 + "x1", "nanx1", "4x4x2x1", "source", "1,2", ",", "1,,2", "1e9", "nan"]
+_NUMBER_WORDS = "nan inf -inf -1 0 1e308 1e-308 10**9 1.5 0x10 ٣ -0"
+NUMBERS = [*_NUMBER_WORDS.split(), "", "9" * 20, "9" * 5000, "x" * 2000]
+_SHAPE_WORDS = "1x1000000000 0x0x0 -1x-1 axb 1x nanx1 4x4x2x1 source 1,2 , 1,,2 1e9"
+SHAPES = [*_SHAPE_WORDS.split(), "9" * 50 + "x1"]
+NAMES = ["learnt", "int4", "DCT", "cuda:99", "cuda:٣", "cuda:" + "9" * 5000, "../x", "/etc/passwd"]
+MODEL = "finished/one.safetensors"
+# Commands, and the options of each that are given hostile values.
 OPTIONS = {
-    "compress": (["compress", "film.mkv", "-o", "out"], {"--seconds": NUMBERS, "--start": NUMBERS, "--fps": NUMBERS + SHAPES,
-        "--size": SHAPES + NUMBERS, "--rate": SHAPES + NUMBERS, "--budget": NUMBERS, "--channels": NUMBERS, "--dtype": ["int4", ""],
-        "--method": ["learnt", "", "DCT"]}),
-    "retrieve": (["retrieve", "m", "-o", "out.png", "--frame", "0"], {"--frame": NUMBERS, "--steps": NUMBERS}),
-    "generate": (["generate", "b", "-o", "out.mp4", "--model", "finished/one.safetensors", *TINY], {"--seconds": NUMBERS[:14],
-        "--seed": NUMBERS, "--segment": NUMBERS[:11], "--window": NUMBERS, "--guidance": NUMBERS, "--shift": NUMBERS,
-        "--steps": NUMBERS[:10], "--device": ["cuda:99", "cuda:" + "9" * 5000, "cuda:٣", "tpu", ""]}),
-    "profile": (["profile", "-o", "out", "--lengths", "0"], {"--lengths": SHAPES + NUMBERS[:5], "--heads": NUMBERS, "--head-dim": NUMBERS,
-        "--dtype": ["int8"]}),
-    "model": (["profile", "-o", "out", "--model", "finished/one.safetensors", "--lengths", "0"], {"--depth": NUMBERS, "--segment": NUMBERS,
-        "--most-seconds": NUMBERS, "--lengths": SHAPES[:4]}),
-    "demo": (["demo", "none.mkv", "-o", "out"], {"--frames": NUMBERS, "--seed": NUMBERS, "--lengths": SHAPES + NUMBERS, "--rate": SHAPES}),
-    "retrieval": (["evaluate", "retrieval", "--model", "finished/one.safetensors", "--video", "none.mkv"], {"--clips": NUMBERS,
-        "--history": NUMBERS, "--steps": NUMBERS, "--seed": NUMBERS}),
-    "storyboard": (["storyboard", "idea", "--lm", "none", "-o", "out"], {"--seconds": NUMBERS, "--shots": NUMBERS, "--seed": NUMBERS}),
-    "export": (["export", "finished/one.safetensors", "-o", "out/x"], {"--dtype": ["int4", ""], "--base": ["../x", "/etc/passwd", ""]}),
-}  # fmt: skip
+    "compress film.mkv -o out": "seconds start fps size rate budget channels dtype method",
+    "retrieve m -o out.png --frame 0": "frame steps",
+    f"generate b -o x.mp4 --model {MODEL} {' '.join(TINY)}": "seconds seed segment window guidance shift steps device",
+    "profile -o out --lengths 0": "lengths heads head-dim dtype device",
+    f"profile -o out --model {MODEL} --lengths 0": "depth segment most-seconds lengths dtype",
+    "demo none.mkv -o out": "frames seed lengths rate size fps seconds start",
+    f"evaluate retrieval --model {MODEL} --video none.mkv": "clips history steps seed",
+    "storyboard idea --lm none -o out": "seconds shots seed device",
+    f"export {MODEL} -o out/x": "dtype base",
+}
 
 
 def option_case(rng: random.Random) -> Case:
-    command, options = OPTIONS[rng.choice(sorted(OPTIONS))]
-    option = rng.choice(sorted(options))
+    """A command with an option of a hostile value."""
+    command = rng.choice(sorted(OPTIONS))
+    option = rng.choice(OPTIONS[command].split())
+    values = NAMES + SHAPES[-5:] if option in ("dtype", "method", "device", "base") else NUMBERS + SHAPES
     memory = (GOLDEN / "memories" / "dct-int8.safetensors").read_bytes()
-    return Case({"m": memory, "b": json.dumps(BOARD).encode()}, [*command, f"{option}={rng.choice(options[option])}"])
+    return Case({"m": memory, "b": json.dumps(BOARD).encode()}, [*command.split(), f"--{option}={rng.choice(values)}"])
 
 
 FORMATS: dict[str, Callable[[random.Random], Case]] = {
@@ -442,142 +478,12 @@ def prepared_run() -> dict[str, bytes]:
     if not _RUN:
         with tempfile.TemporaryDirectory() as scratch, Worker() as worker:
             base = Path(scratch) / "base"
-            shutil.copytree(GOLDEN / "training", base)
-            shutil.unpack_archive(base / "one.zip", base)
-            shutil.copytree(base / "one", Path(scratch) / "kept")
+            base.mkdir()
+            link_golden(base)
+            shutil.unpack_archive(GOLDEN / "training" / "one.zip", base)
+            kept = {path: path.read_bytes() for path in (base / "one").rglob("*") if path.is_file()}
             result = worker.run(base, ["pretrain", "one.yaml"])
             assert result.code == 0, result
-            shutil.rmtree(base / "one")
-            shutil.copytree(Path(scratch) / "kept", base / "one")
-            kept = [path for part in ("one", "latents") for path in (base / part).rglob("*") if path.is_file()]
-            _RUN.update({str(path.relative_to(base)): path.read_bytes() for path in kept})
-            for name in ("film.mkv",):  # whose time is part of the cache's name
-                os.utime(base / name)
+            kept |= {path: path.read_bytes() for path in (base / "latents").rglob("*") if path.is_file()}
+            _RUN.update({str(path.relative_to(base)): content for path, content in kept.items()})
     return _RUN
-
-
-# --- the worker ---
-
-
-@dataclasses.dataclass
-class Result:
-    """How a case ended: exit code (negative for a signal), what it said, seconds, bytes beyond the worker's own."""
-
-    code: int
-    stderr: str
-    seconds: float
-    grown: int
-
-    def fault(self) -> str | None:
-        """What is wrong with it, or None."""
-        if self.code == -signal.SIGKILL and self.seconds >= SECONDS:
-            return f"still running after {self.seconds:.0f} s"
-        if self.code not in (0, 2):
-            return f"exit code {self.code}"
-        if "this is a bug" in self.stderr or "Traceback" in self.stderr:
-            return "this is a bug"
-        lines = self.stderr.splitlines()
-        if len(lines) > 6 or any(len(line) > 700 or not line.isprintable() for line in lines):
-            return "more than a few short lines"
-        if self.code == 2 and not any(line.startswith("vidmem: error: ") for line in lines):
-            return "exit code 2 without a word"
-        return f"{self.grown >> 20} MiB" if self.grown > MEMORY else None
-
-
-class Worker:
-    """A process that has imported the program and runs each command in a fork."""
-
-    def __enter__(self) -> Worker:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).resolve())]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-    def run(self, folder: Path, command: list[str]) -> Result:
-        """Run a command in a folder."""
-        if self.process.poll() is not None:
-            self.__enter__()
-        self.process.stdin.write(json.dumps([str(folder), command]) + "\n")
-        self.process.stdin.flush()
-        return Result(**json.loads(self.process.stdout.readline()))
-
-    def case(self, case: Case, folder: Path) -> Result:
-        """Write a case's files into a folder, run its command there, and empty the folder again."""
-        base = GOLDEN / "training"
-        folder.mkdir()
-        for name in ("film.mkv", "captions.yaml", "one.yaml", "finished"):
-            os.symlink(base / name, folder / name)
-        for name, content in case.files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_symlink():
-                path.unlink()
-            path.write_bytes(content)
-        try:
-            return self.run(folder, case.command)
-        finally:
-            shutil.rmtree(folder)
-
-
-def _resident() -> tuple[int, int]:
-    status = Path("/proc/self/status").read_text()
-    return tuple(int(status.partition(f"{field}:")[2].split()[0]) << 10 for field in ("VmRSS", "VmSize"))
-
-
-def _child(folder: str, command: list[str], said: int) -> None:
-    from vidmem_model.cli import main
-
-    os.chdir(folder)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for own, other in ((0, nothing), (1, nothing), (2, said)):
-        os.dup2(other, own)
-    limit = _resident()[1] + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    code = main(command)
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def serve() -> None:
-    """Run what comes on stdin, a line a command; a line on stdout for each."""
-    import vidmem_model.evaluate
-    import vidmem_model.finetune
-    import vidmem_model.generate
-    import vidmem_model.pretrain_vae
-    import vidmem_model.train_config  # noqa: F401
-    from vidmem_model import learned
-
-    sys.set_int_max_str_digits(4300)  # as anywhere else
-    learned.CHECKPOINTS = GOLDEN / "training" / "finished"
-    for line in sys.stdin:
-        folder, command = json.loads(line)
-        with tempfile.TemporaryFile() as said:
-            began, before = time.monotonic(), _resident()[0]
-            child = os.fork()
-            if child == 0:
-                try:
-                    _child(folder, command, said.fileno())
-                finally:
-                    os._exit(70)
-            pid = 0
-            while not pid:
-                pid, status, usage = os.wait4(child, os.WNOHANG)
-                if not pid and time.monotonic() - began > SECONDS:
-                    os.kill(child, signal.SIGKILL)
-                    pid, status, usage = os.wait4(child, 0)
-                time.sleep(0.002 if not pid else 0)
-            said.seek(0)
-            text = said.read(100_000).decode("utf-8", "replace")
-        result = Result(
-            os.waitstatus_to_exitcode(status), text, time.monotonic() - began, max(0, (usage.ru_maxrss << 10) - before)
-        )
-        print(json.dumps(dataclasses.asdict(result)), flush=True)
-
-
-if __name__ == "__main__":
-    serve()

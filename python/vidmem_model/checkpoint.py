@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -96,12 +97,16 @@ def load(path: Path, state: dict[str, torch.Tensor]) -> int:
     Raises:
         UserError: it is damaged or of another model.
     """
+    level = logging.root.manager.disable
+    logging.disable()  # torch tells of damaged files by tracebacks, too
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # the latter is a BaseException of its own
         raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+    finally:
+        logging.disable(level)
     return step_of(path)
 
 

@@ -198,6 +198,14 @@ class ModelConfig(Checked):
             self.encoders[0].branches,
         )
 
+        # The tokens of these are patch tokens of 2 x 2 cells; latents are padded to whole ones.
+        patch_tokens = any(each.branches not in ("hr", "patchifier") for each in self.encoders)
+        require(
+            self.dit.patch == 2 or (self.dit.patch == 1 and not patch_tokens),
+            "ModelConfig: dit.patch must be 2, or 1 where all encoders have the branches hr or patchifier",
+            self.dit.patch,
+        )
+
     def with_depth(self, depth: int) -> ModelConfig:
         """The same with so many blocks, all with softmax attention; for counting weights."""
         return dataclasses.replace(self, dit=dataclasses.replace(self.dit, depth=depth, linear_blocks=()))

@@ -93,7 +93,7 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _say(line: str) -> None:
-    print(" ".join(line.split()), file=sys.stderr)
+    print(shorten(line, 1000), file=sys.stderr)
 
 
 def _explain(error: Exception, command: str) -> tuple[str, int]:
