@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 # Lengths, sizes and rates beyond these are mistakes, whatever they are of.
-MOST_SECONDS = 1e7
+MOST_SECONDS = 10_000_000
 MOST_PIXELS = 16_384
-MOST_FPS = 1e5
+MOST_FPS = 100_000
 MOST_SEED = (1 << 63) - 1
 _MOST_SHOWN = 80
 _MOST_JSON_NESTING = 32
@@ -104,7 +104,7 @@ class Range:
         if not (value > self.least if self.above else value >= self.least) or value == math.inf:
             return self.words
         if not (value < self.most if self.below else value <= self.most):
-            return self.words if self.words.startswith("must be in") else f"must be at most {self.most:,}"
+            return self.words if self.words.startswith("must be in") else f"must be at most {self.most:,}".removesuffix(".0")
         return None
 
 
