@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from .checks import parse_json, require
 from .errors import UserError
 
 _SETTINGS = "settings.json"
@@ -94,12 +97,16 @@ def load(path: Path, state: dict[str, torch.Tensor]) -> int:
     Raises:
         UserError: it is damaged or of another model.
     """
+    level = logging.root.manager.disable
+    logging.disable()  # torch tells of damaged files by tracebacks, too
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # the latter is a BaseException of its own
         raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+    finally:
+        logging.disable(level)
     return step_of(path)
 
 
@@ -116,13 +123,16 @@ def step_of(path: Path) -> int:
 def settings_of(path: Path) -> dict[str, Any]:
     """Settings that a checkpoint was written with."""
     try:
-        return json.loads((path / _SETTINGS).read_text())
+        settings = parse_json((path / _SETTINGS).read_text(), "settings")
+        require(isinstance(settings, dict), "settings must be a mapping of keys to values", settings)
+        return settings
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged; --restart begins anew") from error
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    found = folder.glob("step-*") if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-[0-9]{8,12}", path.name)), key=step_of)
 
 
 def _wait() -> None:

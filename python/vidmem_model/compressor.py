@@ -22,9 +22,10 @@ import torch
 from vidmem_kernels import MemoryBank
 
 from . import merging
-from .config import METHODS, CompressorConfig
+from .config import CompressorConfig
 from .errors import UserError
-from .vae import PATCH, VideoCodec, dct_matrix, frames_to_uint8, pad_frames, rechunk
+from .memory_header import MemoryHeader, check_range, check_rows, extra
+from .vae import PATCH, DCTCodec, VideoCodec, dct_matrix, frames_to_uint8, pad_frames, rechunk
 
 # Coefficients looked at for each one kept. Measured on four stretches of 20 s of film at 480x832,
 # choosing the strongest 3,072 of 4 x 3,072 loses under 0.03 dB against choosing among all 98,304.
@@ -120,30 +121,27 @@ def reconstruct(bank: MemoryBank, frame_index: int) -> torch.Tensor:
     return frames_to_uint8(method(bank, frame_index))[0]
 
 
-def check_bank(bank: MemoryBank) -> None:
-    """Check that a loaded bank has all that reconstruct reads.
+def check_bank(bank: MemoryBank, header: MemoryHeader) -> None:
+    """Check that a loaded bank has all that reconstruct reads, before anything is allocated for it.
 
     Args:
         bank: loaded bank.
+        header: what its entries say.
 
     Raises:
-        KeyError, TypeError, ValueError: an entry is missing or does not fit the rows.
+        KeyError, ValueError: an entry is missing or does not fit the rows.
         MemoryFormatError: the rows belong to a codec that is not built in.
     """
-    header, extras = bank.metadata, bank.extras
-    if header["method"] not in METHODS:
-        raise ValueError(f"unknown method {header['method']!r}")
-    size, grid = json.loads(header["size"]), json.loads(header["grid"])
-    if len(size) != 3 or len(grid) != 3 or min(size) < 1:
-        raise ValueError(f"size {size} or grid {grid}")
-    if extras["scale"].shape != (bank.channels,):
-        raise ValueError(f"scale of shape {tuple(extras['scale'].shape)}")
-    if header["method"] == "merge":
-        merging.check_merge(bank, grid)
+    if header.method == "merge":
+        merging.check_merge(bank, header)
         return
-    table, whole = extras["table"], 3 * math.prod(json.loads(header["box"]))
-    if math.prod(grid) != len(bank) or table.shape != (bank.channels,) or int(table.max()) >= whole:
-        raise ValueError(f"grid {grid} or table of shape {tuple(table.shape)}")
+    (frames, *pixels), box = header.size, header.box
+    grid = (-(-frames // box[0]), *(max(1, n // side) for n, side in zip(pixels, box[1:], strict=True)))
+    if header.grid != grid or math.prod(grid) != len(bank):
+        raise ValueError(f"{len(bank)} rows and grid {header.grid} for size {header.size} in boxes {box}")
+    check_range("table", extra(bank, "table", (torch.int32,), (bank.channels,)), 3 * math.prod(box))
+    t, h, w = DCTCodec.stride
+    check_rows(bank, header, (grid[0] * box[0] / t, -(-pixels[0] // (h * PATCH)), -(-pixels[1] // (w * PATCH))))
 
 
 def box_grid(

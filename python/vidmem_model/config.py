@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from .checks import MOST_FPS, MOST_PIXELS, MOST_SECONDS, Checked, OneOf, not_negative, positive, require, within
 
 METHODS = ("dct", "merge")
+# How many patch tokens one token of memory covers along height, width and time.
+Rate = Annotated[tuple[int, int, int], positive(128)]
 ROW_DTYPES = ("float16", "float32", "float8", "int8")
 
 
-def _check(holds: bool, what: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{what}, got {got!r}")
-
-
-def _is_count(value: object, minimum: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
 @dataclass(frozen=True)
-class ClipSpec:
+class ClipSpec(Checked):
     """The part of a video to take, and the raster that it is brought to.
 
     Args:
@@ -33,37 +28,23 @@ class ClipSpec:
         ValueError: a size, rate or length is not positive, or only one of height and width is given.
     """
 
-    height: int | None = 480
-    width: int | None = 832
-    fps: float | None = 24.0
-    start: float = 0.0
-    seconds: float | None = 20.0
+    height: Annotated[int | None, positive(MOST_PIXELS)] = 480
+    width: Annotated[int | None, positive(MOST_PIXELS)] = 832
+    fps: Annotated[float | None, positive(MOST_FPS)] = 24.0
+    start: Annotated[float, not_negative(MOST_SECONDS)] = 0.0
+    seconds: Annotated[float | None, positive(MOST_SECONDS)] = 20.0
 
     def __post_init__(self) -> None:
-        _check(
+        super().__post_init__()
+        require(
             (self.height is None) == (self.width is None),
             "ClipSpec: height and width must be given together",
             (self.height, self.width),
         )
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            _check(value is None or _is_count(value), f"ClipSpec: {name} must be positive", value)
-        for name in ("fps", "seconds"):
-            value = getattr(self, name)
-            _check(
-                value is None or (math.isfinite(value) and value > 0),
-                f"ClipSpec: {name} must be positive",
-                value,
-            )
-        _check(
-            math.isfinite(self.start) and self.start >= 0,
-            "ClipSpec: start must not be negative",
-            self.start,
-        )
 
 
 @dataclass(frozen=True)
-class CodecConfig:
+class CodecConfig(Checked):
     """The embedded codec: an orthonormal DCT over blocks of 4 frames x 8 x 8 pixels x 3 colours.
 
     Args:
@@ -73,18 +54,11 @@ class CodecConfig:
         ValueError: channels is outside [1, 768].
     """
 
-    channels: int = 768
-
-    def __post_init__(self) -> None:
-        _check(
-            _is_count(self.channels) and self.channels <= 768,
-            "CodecConfig: channels must be in [1, 768]",
-            self.channels,
-        )
+    channels: Annotated[int, within(1, 768)] = 768
 
 
 @dataclass(frozen=True)
-class CompressorConfig:
+class CompressorConfig(Checked):
     """How a clip's patch tokens become a short context.
 
     Args:
@@ -100,36 +74,16 @@ class CompressorConfig:
         ValueError: a value is out of range, or `budget` is given with method "dct".
     """
 
-    method: str = "dct"
-    rate: tuple[int, int, int] = (4, 4, 2)
-    channels: int = 3072
-    budget: int | None = None
-    dtype: str = "float16"
+    method: Annotated[str, OneOf(*METHODS)] = "dct"
+    rate: Rate = (4, 4, 2)
+    channels: Annotated[int, positive(1 << 20)] = 3072
+    budget: Annotated[int | None, positive(1 << 31)] = None
+    dtype: Annotated[str, OneOf(*ROW_DTYPES)] = "float16"
 
     def __post_init__(self) -> None:
-        _check(
-            self.method in METHODS,
-            f"CompressorConfig: method must be one of {METHODS}",
-            self.method,
-        )
-        _check(
-            len(self.rate) == 3 and all(_is_count(r) for r in self.rate),
-            "CompressorConfig: rate must be three positive integers (height, width, time)",
-            self.rate,
-        )
-        _check(_is_count(self.channels), "CompressorConfig: channels must be positive", self.channels)
-        _check(
-            self.budget is None or _is_count(self.budget),
-            "CompressorConfig: budget must be positive",
-            self.budget,
-        )
-        _check(
+        super().__post_init__()
+        require(
             self.budget is None or self.method == "merge",
             "CompressorConfig: budget belongs to method merge; the rate fixes the rows of dct",
             self.budget,
-        )
-        _check(
-            self.dtype in ROW_DTYPES,
-            f"CompressorConfig: dtype must be one of {ROW_DTYPES}",
-            self.dtype,
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from .checks import MOST_SECONDS, Checked, Lengths, OneOf, positive, require
 from .dit import DiT, KVCache
 from .encoder import MemoryEncoder, MemoryTokens, memory_grid
 from .model_config import ModelConfig
@@ -23,7 +24,7 @@ LENGTHS = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 @dataclass(frozen=True)
-class CostConfig:
+class CostConfig(Checked):
     """What to measure.
 
     Args:
@@ -41,23 +42,17 @@ class CostConfig:
     """
 
     model: ModelConfig
-    lengths: tuple[float, ...] = LENGTHS
-    segment: int = 4
-    window_frames: int = 8
-    depth: int | None = None
-    dtype: str = "auto"
-    most_seconds: float = 60.0
+    lengths: Lengths = LENGTHS
+    segment: Annotated[int, positive(100_000)] = 4
+    window_frames: Annotated[int, positive(1_000_000)] = 8
+    depth: Annotated[int | None, positive(10_000)] = None
+    dtype: Annotated[str, OneOf(*DTYPES)] = "auto"
+    most_seconds: Annotated[float, positive(MOST_SECONDS)] = 60.0
 
     def __post_init__(self) -> None:
-        if not self.lengths or not all(math.isfinite(s) and s > 0 for s in self.lengths):
-            raise ValueError(f"CostConfig: lengths must be positive seconds, got {list(self.lengths)}")
-        for name in ("segment", "window_frames", "most_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"CostConfig: {name} must be positive, got {getattr(self, name)}")
-        if self.depth is not None and not 1 <= self.depth <= self.model.dit.depth:
-            raise ValueError(f"CostConfig: depth must be in [1, {self.model.dit.depth}], got {self.depth}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"CostConfig: dtype must be one of {DTYPES}, got {self.dtype!r}")
+        super().__post_init__()
+        most = self.model.dit.depth
+        require(self.depth is None or 1 <= self.depth <= most, f"CostConfig: depth must be in [1, {most}]", self.depth)
 
     def latent_frames(self, seconds: float) -> int:
         """Whole latent frames in so many seconds of video, at least one."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checks import shorten
 from .errors import UserError
 from .report import replacing
 
@@ -74,9 +75,10 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     try:
         with path.open(newline="") as file:
             rows = [{name: float(row[name]) for name in _COLUMNS} for row in csv.DictReader(file) if row["seconds"]]
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a training curve ({error}); --restart begins anew") from error
-    return [{**row, "step": int(row["step"])} for row in rows]
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (OSError, KeyError, ValueError, TypeError, OverflowError, csv.Error) as error:
+        reason = shorten(error)
+        raise UserError(f"{path}: cannot be read as a training curve ({reason}); --restart begins anew") from error
 
 
 @contextmanager

@@ -9,19 +9,36 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .config import ClipSpec, _check, _is_count
+from . import yaml_file
+from .checks import (
+    MOST_SECONDS,
+    Checked,
+    Entries,
+    FileName,
+    OneOf,
+    Text,
+    at_least,
+    build,
+    more_than,
+    not_negative,
+    parse_json,
+    positive,
+    require,
+    within,
+)
+from .config import ClipSpec
 from .encoder import low_resolution
-from .errors import UserError
-from .model_config import ModelConfig, build
+from .errors import MemoryFormatError, UserError
+from .model_config import ModelConfig
 from .scenes import stretches
 from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
+from .weights import WeightsFile
 
 Rate = tuple[int, int, int]
 SAMPLE = "sample"
@@ -30,7 +47,7 @@ _FORMAT = 3
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Which films are trained on and how they are cut.
 
     Args:
@@ -53,35 +70,28 @@ class DataConfig:
         ValueError: a value is out of range.
     """
 
-    videos: tuple[str, ...] = (SAMPLE,)
-    start: float = 0.0
-    seconds: float | None = None
-    block_seconds: float = 24.0
-    test_every: int = 6
-    test: tuple[tuple[float, float], ...] = ()
-    cut_threshold: float = 20.0
-    shortest: int = 16
+    videos: Annotated[tuple[str, ...], Entries(1, 100_000), Text(4096, least=1)] = (SAMPLE,)
+    start: Annotated[float, not_negative(MOST_SECONDS)] = 0.0
+    seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
+    block_seconds: Annotated[float, within(0.01, 36_000)] = 24.0
+    test_every: Annotated[int, at_least(2, 1_000_000)] = 6
+    test: Annotated[tuple[tuple[float, float], ...], Entries(0, 10_000), not_negative(MOST_SECONDS)] = ()
+    cut_threshold: Annotated[float, positive(1e6)] = 20.0
+    shortest: Annotated[int, positive(1_000_000)] = 16
     mirror: bool = False
-    zooms: tuple[float, ...] = ()
-    captions: str | None = None
-    cache: str | None = None
+    zooms: Annotated[tuple[float, ...], Entries(0, 64), more_than(1, 16)] = ()
+    captions: FileName | None = None
+    cache: FileName | None = None
 
     def __post_init__(self) -> None:
-        _check(len(self.videos) > 0, "DataConfig: videos must not be empty", self.videos)
-        _check(self.start >= 0, "DataConfig: start must not be negative", self.start)
-        for name in ("seconds", "block_seconds", "cut_threshold"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, f"DataConfig: {name} must be positive", value)
-        _check(_is_count(self.shortest), "DataConfig: shortest must be positive", self.shortest)
-        _check(_is_count(self.test_every, 2), "DataConfig: test_every must be at least 2", self.test_every)
-        _check(all(z > 1 for z in self.zooms), "DataConfig: zooms must be greater than 1", self.zooms)
+        super().__post_init__()
         ends = [self.start, *(moment for part in self.test for moment in part)]
-        _check(
+        require(
             all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
             "DataConfig: test must be ascending stretches [from, to] after start",
             self.test,
         )
-        _check(
+        require(
             self.captions is None or len(self.videos) == 1,
             "DataConfig: captions belong to one video",
             self.videos,
@@ -105,12 +115,12 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(Checked):
     """What is to be seen from `start` to `end`, in seconds of the film."""
 
-    start: float
-    end: float
-    prompt: str
+    start: Annotated[float, not_negative(MOST_SECONDS)]
+    end: Annotated[float, not_negative(MOST_SECONDS)]
+    prompt: Annotated[str, Text(10_000)]
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,7 @@ def prepare(
         if rows is None or not all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)):
             rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
             _replace(folder / _INDEX, lambda part: part.write_text(json.dumps(rows, indent=1)))
-        blocks = tuple(_load(folder, row, rates) for row in rows)
+        blocks = tuple(_load(folder, row, rates, model, vae) for row in rows)
     except OSError as error:
         raise UserError(f"{folder}: the latents cannot be kept there ({error.strerror or error})") from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
@@ -241,15 +251,18 @@ def read_captions(path: Path) -> tuple[Caption, ...]:
         UserError: the file is missing, is no such list, or an entry is wrong; the message numbers it.
     """
     try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as captions ({' '.join(str(error).split())})") from error
+        rows, lines = yaml_file.load(yaml_file.read_text(path), str(path), "cannot be read as captions")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as captions ({error.strerror or error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: must be a list of {{start, end, prompt}}")
-    try:
-        return tuple(build(Caption, row, f"caption {i + 1}") for i, row in enumerate(rows))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    captions = []
+    for i, row in enumerate(rows):
+        try:
+            captions.append(build(Caption, row, f"caption {i + 1}"))
+        except ValueError as error:
+            raise UserError(f"{path}:{lines[f'[{i}]']}: {error}") from error
+    return tuple(captions)
 
 
 def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec) -> str:
@@ -269,10 +282,30 @@ def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class _Row(Checked):
+    """A row of the index: what the name of a block's files is, and how a Block came about."""
+
+    name: FileName
+    film: FileName
+    start: Annotated[float, not_negative(MOST_SECONDS)]
+    frames: Annotated[int, positive(1 << 31)]
+    scenes: Annotated[int, positive(1 << 31)]
+    split: Annotated[str, OneOf("train", "test")]
+    mirrored: bool
+    zoom: Annotated[float, at_least(1, 16)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(Path(self.name).name == self.name, "_Row: name must be that of a file", self.name)
+
+
 def _read_index(folder: Path) -> list[dict[str, Any]] | None:
+    """Rows of the index, or None where there is none that can be used: it is then made anew."""
     try:
-        return json.loads((folder / _INDEX).read_text())
-    except (FileNotFoundError, ValueError):
+        rows = parse_json((folder / _INDEX).read_text(), "the index")
+        return [dataclasses.asdict(build(_Row, row)) for row in rows]
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
@@ -455,13 +488,23 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _load(folder: Path, row: dict[str, Any], rates: list[Rate]) -> Block:
+def _load(folder: Path, row: dict[str, Any], rates: list[Rate], model: ModelConfig, vae: VideoCodec) -> Block:
     def read(rate: Rate | None) -> torch.Tensor:
         file = _file(folder, row, rate)
+        height, width, time = rate or (1, 1, 1)
+        cells = [s * PATCH for s in vae.stride[1:]]
+        sizes = (model.height // height, model.width // width)
+        space = [-(-n // cell) * PATCH for n, cell in zip(sizes, cells, strict=True)]
+        shape = (vae.channels, _latent_frames(row["frames"], vae) // time, *space)
         try:
-            return load_file(file)["latents"]
-        except (SafetensorError, KeyError) as error:
+            if WeightsFile(file).shapes != {"latents": shape}:
+                raise KeyError("latents")
+            latents = load_file(file)["latents"]
+        except (SafetensorError, KeyError, MemoryFormatError) as error:
             raise UserError(f"{file}: is damaged; delete it and run again") from error
+        if latents.dtype != torch.float16 or not latents.isfinite().all():
+            raise UserError(f"{file}: is damaged; delete it and run again")
+        return latents
 
     return Block(
         film=Path(row["film"]),

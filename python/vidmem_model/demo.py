@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from vidmem_kernels import Choice, recording
 
 from . import report
+from .checks import MOST_SEED, Checked, Text, not_negative, positive
 from .compressor import CompressedMemory, compress
-from .config import METHODS, ClipSpec, CompressorConfig
+from .config import METHODS, ClipSpec, CompressorConfig, Rate
 from .data import Clip, fetch_sample_clip, probe, read_clip
 from .errors import UserError
 from .measure import PeakMemory, available_bytes, describe_device, process_peak, timed
@@ -41,7 +42,7 @@ _ROOM = {"dct": 4, "merge": 6, "learned": 12}
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Checked):
     """What the demo does.
 
     Args:
@@ -55,17 +56,13 @@ class DemoConfig:
         profile: what the memory profile measures.
     """
 
-    video: Path | None = None
+    video: Annotated[Path | None, Text(4096, least=1)] = None
     clip: ClipSpec = ClipSpec()
-    frames: int = 8
-    seed: int = 0
-    rate: tuple[int, int, int] = (4, 4, 2)
+    frames: Annotated[int, positive(10_000)] = 8
+    seed: Annotated[int, not_negative(MOST_SEED)] = 0
+    rate: Rate = (4, 4, 2)
     learned: bool = False
     profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
-
-    def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"DemoConfig: frames must be positive, got {self.frames}")
 
 
 class Stages:

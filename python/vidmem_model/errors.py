@@ -7,6 +7,10 @@ class UserError(Exception):
     """Something the user can put right; its message is one line that says how."""
 
 
+class OptionError(UserError):
+    """An option of the command line; the help of the command says what it takes."""
+
+
 class MediaError(UserError):
     """A video that is missing, unreadable or holds nothing to take."""
 

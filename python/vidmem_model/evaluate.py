@@ -10,20 +10,21 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from .baselines import ReadBack, mean_frame, training_free
-from .config import METHODS, ClipSpec, _check, _is_count
+from .checks import MOST_SEED, Checked, SamplerSteps, not_negative, positive
+from .config import METHODS, ClipSpec
 from .data import probe, read_clip, remarks
-from .dataset import DataConfig, cut_films, film_paths
+from .dataset import cut_films, film_paths
 from .errors import UserError
 from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
 from .metrics import psnr, ssim, stlpips
 from .model import MODEL_FILE, model_path
-from .model_config import ModelConfig, build
+from .model_config import ModelConfig
 from .profile import versions
 from .report import write_json
 from .weights import stored_dtype
@@ -51,7 +52,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class RetrievalConfig:
+class RetrievalConfig(Checked):
     """What is measured.
 
     Args:
@@ -64,15 +65,10 @@ class RetrievalConfig:
         ValueError: a value is out of range.
     """
 
-    clips: int = 8
-    history: int = 240
-    steps: int = DEFAULT_STEPS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("clips", "history", "steps"):
-            _check(_is_count(getattr(self, name)), f"RetrievalConfig: {name} must be positive", getattr(self, name))
-        _check(_is_count(self.seed, 0), "RetrievalConfig: seed must not be negative", self.seed)
+    clips: Annotated[int, positive(1_000_000)] = 8
+    history: Annotated[int, positive(10_000_000)] = 240
+    steps: SamplerSteps = DEFAULT_STEPS
+    seed: Annotated[int, not_negative(MOST_SEED)] = 0
 
 
 def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> dict[str, list[float]]:
@@ -112,7 +108,7 @@ def find_models(folder: Path) -> list[Path]:
 def trained_history(model: Path) -> int:
     """Video frames of the histories that a model was trained on, or the default where it does not say."""
     memory = LearnedMemory.load(model)
-    latent_frames = memory.model.extra.get("training", {}).get("sampling", {}).get("history")
+    latent_frames = memory.trained.history
     return memory.vae.video_frames(latent_frames) if latent_frames else RetrievalConfig.history
 
 
@@ -135,8 +131,7 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
     memory = LearnedMemory.load(models[0])
     model = memory.model.config
     if video is None:
-        trained_on = memory.model.extra.get("training", {}).get("data", {})
-        data = build(DataConfig, {**trained_on, "captions": None})
+        data = memory.trained.data
         cut = cut_films(data, film_paths(data), model, memory.vae, "test")
         stretches = [(Path(row["film"]), row["start"], row["frames"]) for row, _ in cut]
     else:

@@ -9,23 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from .config import _check, _is_count
+from .checks import Checked, FileName, not_negative, positive, require, within
 from .dataset import Block, DataConfig, Latents, Spans, seeded
 from .distributed import processes, rank
 from .flow import logit_normal, shift_timesteps
-from .lora import LORA_FILE, add_lora, merge_lora, save_lora
+from .lora import LORA_FILE, MOST_RANK, add_lora, merge_lora, save_lora
 from .model import MemoryModel, load_model
 from .model_config import EncoderConfig
-from .pretrain import TIME, alignment, low_rate
+from .pretrain import TIME, alignment, low_rate, require_batch
+from .text import require_encoder
 from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_extra, run_settings
 from .vae import load_vae
 
 
 @dataclass(frozen=True)
-class ContinuationConfig:
+class ContinuationConfig(Checked):
     """What a sample of Stage II is.
 
     Args:
@@ -43,34 +45,25 @@ class ContinuationConfig:
         ValueError: a value is out of range.
     """
 
-    history: int = 24
-    targets: int = 6
-    window: int = 3
-    window_probability: float = 0.5
-    empty_probability: float = 0.1
-    drop_prompt: float = 0.1
-    most_change: float | None = None
+    history: Annotated[int, positive(1_000_000)] = 24
+    targets: Annotated[int, positive(1_000_000)] = 6
+    window: Annotated[int, positive(1_000_000)] = 3
+    window_probability: Annotated[float, within(0, 1)] = 0.5
+    empty_probability: Annotated[float, within(0, 1)] = 0.1
+    drop_prompt: Annotated[float, within(0, 1)] = 0.1
+    most_change: Annotated[float | None, positive(1e9)] = None
 
     def __post_init__(self) -> None:
-        for name in ("history", "targets", "window"):
-            _check(_is_count(getattr(self, name)), f"ContinuationConfig: {name} must be positive", getattr(self, name))
-        _check(
+        super().__post_init__()
+        require(
             self.window <= self.history,
             f"ContinuationConfig: window must be in [1, {self.history}]",
             self.window,
         )
-        for name in ("window_probability", "empty_probability", "drop_prompt"):
-            value = getattr(self, name)
-            _check(0 <= value <= 1, f"ContinuationConfig: {name} must be in [0, 1]", value)
-        _check(
-            self.most_change is None or self.most_change > 0,
-            "ContinuationConfig: most_change must be positive",
-            self.most_change,
-        )
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Checked):
     """A run of Stage II.
 
     Args:
@@ -84,18 +77,15 @@ class FinetuneConfig:
             that Stage II adds, and are written to lora.safetensors too.
     """
 
-    start: str
-    output: str
+    start: FileName
+    output: FileName
     data: DataConfig = DataConfig()
     sampling: ContinuationConfig = ContinuationConfig()
     optimisation: TrainConfig = TrainConfig()
-    vae: str | None = None
-    text: str | None = None
-    lora_rank: int = 32
+    vae: FileName | None = None
+    text: FileName | None = None
+    lora_rank: Annotated[int, not_negative(MOST_RANK)] = 32
     freeze_encoder: bool = False
-
-    def __post_init__(self) -> None:
-        _check(_is_count(self.lora_rank, 0), "FinetuneConfig: lora_rank must not be negative", self.lora_rank)
 
 
 class Continuations:
@@ -192,11 +182,13 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
     """
     with processes(config.optimisation) as device:
         start = load_model(config.start, config.text)
+        require_encoder(start.config.text, config.text, "by the key text:")
         weights = Path(config.vae) if config.vae else start.vae_weights
         vae = load_vae(start.config.vae, weights)
         encoders = start.config.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]
         latents = prepare_latents(config.data, start.config, vae, rates)
+        require_batch(latents, config.optimisation.batch, config.sampling.history + config.sampling.targets)
         seed, shift = config.optimisation.seed, start.config.shift
         batches = Continuations(latents.split("train"), encoders, config.sampling, seed, shift)
         output = Path(config.output)

@@ -11,18 +11,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .config import ClipSpec, _check, _is_count
+from .checks import MOST_SECONDS, MOST_SEED, Checked, SamplerSteps, Text, not_negative, parse_json, positive, require
+from .config import ClipSpec
 from .data import read_clip
 from .dit import KVCache
 from .encoder import MemoryTokens
@@ -34,7 +34,7 @@ from .report import check_file, replacing
 from .storyboard import Storyboard
 from .vae import PATCH, VideoCodec, frames_to_float, frames_to_uint8, pad_frames
 from .video_out import video_writer
-from .weights import read_tensors, write_tensors
+from .weights import WeightsFile, write_tensors
 
 _FORMAT = "vidmem.segment"
 _VERSION = 1
@@ -44,7 +44,7 @@ _FINGERPRINT_VALUES = 1024
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     """How a video is made.
 
     Args:
@@ -64,35 +64,16 @@ class GenerateConfig:
         ValueError: a value is out of range.
     """
 
-    seconds: float | None = None
-    steps: int = 16
-    seed: int = 0
-    segment: int = 6
-    window: int | None = None
-    guidance: float = 1.0
-    shift: float | None = None
+    seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
+    steps: SamplerSteps = 16
+    seed: Annotated[int, not_negative(MOST_SEED)] = 0
+    segment: Annotated[int, positive(100_000)] = 6
+    window: Annotated[int | None, not_negative(100_000)] = None
+    guidance: Annotated[float, not_negative(1e6)] = 1.0
+    shift: Annotated[float | None, positive(1000)] = None
     cross_attention: bool | None = None
     kv_cache: bool | None = None
-    start: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "segment"):
-            _check(_is_count(getattr(self, name)), f"GenerateConfig: {name} must be positive", getattr(self, name))
-        _check(_is_count(self.seed, 0), "GenerateConfig: seed must not be negative", self.seed)
-        _check(
-            self.window is None or _is_count(self.window, 0),
-            "GenerateConfig: window must not be negative",
-            self.window,
-        )
-        for name in ("seconds", "shift"):
-            value = getattr(self, name)
-            holds = value is None or (math.isfinite(value) and value > 0)
-            _check(holds, f"GenerateConfig: {name} must be positive", value)
-        _check(
-            math.isfinite(self.guidance) and self.guidance >= 0,
-            "GenerateConfig: guidance must not be negative",
-            self.guidance,
-        )
+    start: Annotated[Path | None, Text(4096, least=1)] = None
 
 
 class Progress(NamedTuple):
@@ -298,9 +279,8 @@ def generate(
         spec = ClipSpec(model.config.height, model.config.width, fps, seconds=None)
         generator.start_from(read_clip(config.start, spec).frames)
     before = generator.frames
-    segments = 1
-    while _frames_after(vae, before, segments * config.segment) < asked:
-        segments += 1
+    most = asked - _frames_after(vae, before, 1)  # frames of the latent frames after the next one
+    segments = max(1, -(-(1 + -(-most // vae.stride[0])) // config.segment))
 
     memory, clean, found = [], [], 0
     started, steps_done = 0.0, 0
@@ -321,7 +301,7 @@ def generate(
             made = _frames_after(vae, before, number * config.segment)
             file = parts / f"segment-{number:05d}.safetensors"
             if file.exists():
-                latents = read_tensors(file, _FORMAT, _VERSION)[0]["latents"].to(generator.device)
+                latents = _read_segment(file, generator)
                 found += 1
             else:
                 started = started or time.perf_counter()
@@ -353,6 +333,16 @@ def generate(
         "wall_seconds": time.perf_counter() - began,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
     }
+
+
+def _read_segment(file: Path, generator: Generator) -> torch.Tensor:
+    """Latents that an earlier call made."""
+    config = generator.model.config
+    shape = (1, config.vae.channels, generator.config.segment, *generator.model.latent_size())
+    weights = WeightsFile(file, _FORMAT, _VERSION)
+    if weights.shapes != {"latents": shape}:
+        raise MemoryFormatError(f"{file}: is damaged; --restart makes the video anew")
+    return weights.read()["latents"].to(generator.device)
 
 
 def _frames_after(vae: VideoCodec, before: int, count: int) -> int:
@@ -398,7 +388,8 @@ def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
     file = parts / _SETTINGS
     if file.is_file():
         try:
-            found = json.loads(file.read_text())
+            found = parse_json(file.read_text(), "settings")
+            require(isinstance(found, dict), "settings must be a mapping of keys to values", found)
         except ValueError as error:
             raise MemoryFormatError(f"{file}: is damaged; --restart makes the video anew") from error
         other = [name for name in settings if settings[name] != found.get(name)]

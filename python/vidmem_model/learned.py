@@ -6,19 +6,23 @@ import functools
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
 from vidmem_kernels import MemoryBank
 
+from .checks import Checked, build, positive, require, show
 from .compressor import CompressedMemory, packed
-from .dataset import encode_block
-from .encoder import MemoryTokens
+from .dataset import DataConfig, encode_block
+from .encoder import MemoryTokens, memory_grid
 from .errors import MemoryFormatError, UserError
-from .lora import LORA_FILE, attach_lora, base_of
+from .lora import LORA_FILE, attach_lora, with_bases
+from .memory_header import MemoryHeader, check_rows
 from .model import VAE_FILE, MemoryModel, load_model, model_path, save_model
-from .vae import VideoCodec, frames_to_uint8, load_vae
+from .vae import PATCH, VideoCodec, frames_to_uint8, load_vae
 from .weights import pack, write_tensors
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -31,6 +35,42 @@ _QUERIES = 4
 _BATCH = 8
 
 
+@dataclass(frozen=True)
+class Trained(Checked):
+    """What a model's file says of its training.
+
+    Args:
+        queries: latent frames that were made together.
+        history: latent frames of a history, or None if the file does not say.
+        data: the films.
+    """
+
+    queries: Annotated[int, positive(1_000_000)] = _QUERIES
+    history: Annotated[int | None, positive(1_000_000)] = None
+    data: DataConfig = DataConfig()
+
+    @classmethod
+    def read(cls, extra: dict[str, Any]) -> Trained:
+        """Read it from what save_model kept beside the model.
+
+        Raises:
+            MemoryFormatError: a value in it is none of a training's.
+        """
+        try:
+            training = _mapping(extra, "training")
+            sampling, data = _mapping(training, "sampling"), _mapping(training, "data")
+            given = {name: sampling[name] for name in ("queries", "history") if name in sampling}
+            return build(cls, {**given, "data": {**data, "captions": None}})
+        except ValueError as error:
+            raise MemoryFormatError(f"what the model's file says of its training is damaged ({error})") from error
+
+
+def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
+    inside = values.get(name, {})
+    require(isinstance(inside, dict), f"{name} must be a mapping of keys to values", inside)
+    return inside
+
+
 class LearnedMemory:
     """A model with its VAE.
 
@@ -41,6 +81,7 @@ class LearnedMemory:
 
     Attributes:
         queries: frames that are made together, as in training.
+        trained: what the model's file says of its training.
         seconds: length of the histories it was trained on, or None if its file does not say.
         held_out: stretches [from, to] of its film, in seconds, that it was not trained on.
     """
@@ -48,11 +89,10 @@ class LearnedMemory:
     def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "", vae_digest: str = "") -> None:
         self.model, self.vae = model, vae
         self.digest, self.vae_digest = digest, vae_digest
-        training = model.extra.get("training", {})
-        self.queries = int(training.get("sampling", {}).get("queries", _QUERIES))
-        history = training.get("sampling", {}).get("history")
+        self.trained = Trained.read(model.extra)
+        self.queries, history = self.trained.queries, self.trained.history
         self.seconds = vae.video_frames(history) / model.config.fps if history else None
-        self.held_out = [tuple(part) for part in training.get("data", {}).get("test", [])]
+        self.held_out = list(self.trained.data.test)
 
     @classmethod
     def load(cls, path: str | Path) -> LearnedMemory:
@@ -70,7 +110,10 @@ class LearnedMemory:
         model = load_model(path)
         vae = load_vae(model.config.vae, model.vae_weights)
         file = model_path(path)
-        return cls(model, vae, _digest(file, base_of(file)), _digest(model.vae_weights))
+        try:
+            return cls(model, vae, _digest(*with_bases(file)), _digest(model.vae_weights))
+        except MemoryFormatError as error:
+            raise MemoryFormatError(f"{file}: {error}") from error
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -86,12 +129,16 @@ class LearnedMemory:
             or None where it reads none.
         """
         encoders = self.model.config.encoders
-        whole = math.lcm(*(each.rate[2] for each in encoders))
-        count = self.vae.video_frames(whole * -(-self.vae.latent_frames(len(frames)) // whole))
+        count = self.vae.video_frames(self.padded_latents(len(frames)))
         frames = torch.cat([frames, frames[-1:].expand(count - len(frames), -1, -1, -1)])
         history = encode_block(frames, self.vae, None)
         lows = [encode_block(frames, self.vae, e.rate) if e.branches in ("both", "lr") else None for e in encoders]
         return history.float()[None], [None if low is None else low.float()[None] for low in lows]
+
+    def padded_latents(self, frames: int) -> int:
+        """Latent frames of so many video frames, with those that fill a token of every encoder."""
+        whole = math.lcm(*(each.rate[2] for each in self.model.config.encoders))
+        return whole * -(-self.vae.latent_frames(frames) // whole)
 
     @torch.no_grad()
     def remember(self, history: torch.Tensor, lows: list[torch.Tensor | None]) -> MemoryTokens:
@@ -240,24 +287,31 @@ def compress_learned(frames: torch.Tensor, name: str = DEFAULT_MODEL, dtype: str
     return packed(tokens[0], positions[0], {}, meta)
 
 
-def check_learned(bank: MemoryBank) -> None:
-    """Check that the model that wrote a bank is the one at hand.
+def check_learned(bank: MemoryBank, header: MemoryHeader) -> None:
+    """Check that the model that wrote a bank is the one at hand, and that the rows are those of its frames.
 
     Raises:
         KeyError, ValueError: an entry is missing or does not fit.
         MemoryFormatError: the model is missing or another one.
     """
-    header = bank.metadata
-    name = header["model"]
+    name = header.model
     if not name.isidentifier() or shipped(name) is None:
-        raise MemoryFormatError(f"was made with the trained model {name!r}, which is not in this installation")
+        raise MemoryFormatError(f"was made with the trained model {show(name)}, which is not in this installation")
     memory = open_shipped(name)
-    if (header["model_sha256"], header["vae_sha256"]) != (memory.digest, memory.vae_digest):
+    if (header.model_sha256, header.vae_sha256) != (memory.digest, memory.vae_digest):
         raise MemoryFormatError(
             f"was made with another version of the trained model {name!r}; make it anew with `vidmem compress`"
         )
-    if bank.channels != memory.model.config.dit.dim:
-        raise ValueError(f"rows of {bank.channels} numbers")
+    model = memory.model
+    if bank.channels != model.config.dit.dim:
+        raise ValueError(f"rows of {bank.channels} numbers, {model.config.dit.dim} of the model")
+    if header.size[1:] != (model.config.height, model.config.width):
+        raise ValueError(f"size {header.size}, the model's is {(model.config.height, model.config.width)}")
+    frames, cells = memory.padded_latents(header.size[0]), model.latent_size()
+    rows = sum(math.prod(memory_grid(each.rate, frames, *cells)) for each in model.config.encoders)
+    if rows != len(bank):
+        raise ValueError(f"{len(bank)} rows, {rows} for size {header.size}")
+    check_rows(bank, header, (frames, *(n // PATCH for n in cells)))
 
 
 def read_learned(bank: MemoryBank, frame_index: int, steps: int = DEFAULT_STEPS) -> torch.Tensor:

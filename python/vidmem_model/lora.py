@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .checks import Checked, FileName, build, positive, require, shorten, show
 from .errors import MemoryFormatError, UserError
-from .weights import pack, read_tensors, write_tensors
+from .weights import WeightsFile, pack, write_tensors
 
 if TYPE_CHECKING:
     from .dit import DiT
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 FORMAT = "vidmem.lora"
 VERSION = 1
 LORA_FILE = "lora.safetensors"
+MOST_RANK = 16_384
 _MARKS = (".lora_A.", ".lora_B.")
 
 
@@ -120,18 +123,39 @@ def attach_lora(path: str | Path, output: Path, base: str, dtype: str) -> None:
         MemoryFormatError: the file is damaged or foreign.
     """
     state, form, extra = _read(Path(path))
-    _write(output, pack(state, dtype), {**form, "base": base}, extra)
-
-
-def base_of(path: str | Path) -> Path | None:
-    """The model that a file of adapters is to be added to, or None if the file names none or is no such file."""
     try:
-        with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-        name = json.loads(header["lora"]).get("base") if header.get("format") == FORMAT else None
-    except (OSError, SafetensorError, KeyError, ValueError, AttributeError):
+        form = dataclasses.replace(form, base=base)
+    except ValueError as error:
+        raise UserError(f"--base must be the name of a model's file beside {output}, got {show(base)}") from error
+    _write(output, pack(state, dtype), dataclasses.asdict(form), extra)
+
+
+def with_bases(path: Path) -> list[Path]:
+    """A model's file, and the ones that it is to be added to: of adapters first the adapters, the whole model last.
+
+    Raises:
+        UserError: a file is missing.
+        MemoryFormatError: a file is damaged, or names a model outside of its folder, or itself.
+    """
+    files = [path]
+    while (base := base_of(files[-1])) is not None:
+        if base in files:
+            raise MemoryFormatError(f"{path}: its adapters are to be added to themselves; export them anew with --base")
+        files.append(base)
+    return files
+
+
+def base_of(path: Path) -> Path | None:
+    """The model that a file of adapters is to be added to, or None if the file names none or is no such file.
+
+    Raises:
+        UserError, MemoryFormatError: as with_bases.
+    """
+    weights = WeightsFile(path)
+    if weights.header.get("format") != FORMAT:
         return None
-    return Path(path).parent / name if name else None
+    name = _form(weights).base
+    return None if name is None else path.parent / name
 
 
 @torch.no_grad()
@@ -154,15 +178,14 @@ def apply_lora(path: str | Path, model: MemoryModel | DiT) -> dict[str, Any]:
     first, second = (f"{mark}default.weight" for mark in _MARKS)
     weights = dict(dit.named_parameters())
     names = [name.removesuffix(first) for name in state if name.endswith(first)]
-    try:
-        changes = {n: form["alpha"] / form["rank"] * state[n + second] @ state[n + first] for n in names}
-        fits = all(weights[f"{n}.weight"].shape == change.shape for n, change in changes.items())
-    except (KeyError, RuntimeError):
-        fits = False
-    if not fits or 2 * len(names) != len(state):
+    expected = {}
+    for name in names:
+        out, inside = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else (0, 0)
+        expected |= {name + first: (form.rank, inside), name + second: (out, form.rank)}
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
         raise MemoryFormatError(f"{file}: its adapters are for a model of other sizes")
-    for name, change in changes.items():
-        weights[f"{name}.weight"] += change
+    for name in names:
+        weights[f"{name}.weight"] += form.alpha / form.rank * state[name + second] @ state[name + first]
     return extra
 
 
@@ -171,14 +194,44 @@ def _write(file: Path, state: dict[str, torch.Tensor], form: dict[str, Any], ext
     write_tensors(file, state, {"format": FORMAT, "version": str(VERSION), **header})
 
 
-def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """Adapters, their rank and alpha, and what else was kept."""
-    state, header = read_tensors(file, FORMAT, VERSION)
+@dataclass(frozen=True)
+class AdapterForm(Checked):
+    """What the header of a file of adapters says of them.
+
+    Args:
+        rank, alpha: see add_lora.
+        base: name of the model in the same folder that they are to be added to, or None.
+    """
+
+    rank: Annotated[int, positive(MOST_RANK)]
+    alpha: Annotated[float, positive(1e6)]
+    base: FileName | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.base
+        require(
+            name is None or (Path(name).name == name and not name.startswith(".")),
+            "AdapterForm: base must be the name of a file in the same folder",
+            name,
+        )
+
+
+def _form(weights: WeightsFile) -> AdapterForm:
     try:
-        form, extra = json.loads(header["lora"]), json.loads(header["extra"])
-        return state, {"rank": int(form["rank"]), "alpha": float(form["alpha"])}, extra
-    except (KeyError, TypeError, ValueError) as error:
-        raise MemoryFormatError(f"{file}: its header is damaged ({error})") from error
+        return build(AdapterForm, weights.json("lora"))
+    except (KeyError, ValueError) as error:
+        raise MemoryFormatError(f"{weights.path}: its header is damaged ({shorten(error)})") from error
+
+
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], AdapterForm, dict[str, Any]]:
+    """Adapters, their form, and what else was kept."""
+    weights = WeightsFile(file, FORMAT, VERSION)
+    form = _form(weights)
+    try:
+        return weights.read(), form, weights.json("extra")
+    except (KeyError, ValueError) as error:
+        raise MemoryFormatError(f"{file}: its header is damaged ({shorten(error)})") from error
 
 
 def _peft():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -27,10 +29,12 @@ def _status_bytes(field: str) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping, as the system estimates it."""
+    """Memory that can be had without swapping, as the system estimates it, and within this process's own limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    own = math.inf if limit == resource.RLIM_INFINITY else max(0, limit - _status_bytes("VmSize"))
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
+            return min(int(line.split()[1]) * 1024, own)
     raise OSError("/proc/meminfo has no MemAvailable")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +9,13 @@ import torch
 
 from vidmem_kernels import MemoryBank, MemoryFileError
 
+from .checks import shorten, show
 from .compressor import CompressedMemory, check_bank, reconstruct
 from .errors import MemoryFormatError, UserError
+from .memory_header import ROW_TORCH_DTYPES, MemoryHeader
 
 FORMAT = "vidmem.memory"
 VERSION = 1
-_DTYPES = {
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Memory:
             UserError: no such frame, or the memory is not a learned one and has no steps.
         """
         if not 0 <= frame < self.frames:
-            raise UserError(f"there is no frame {frame}: this memory holds frames 0 to {self.frames - 1}")
+            raise UserError(f"there is no frame {show(frame)}: this memory holds frames 0 to {self.frames - 1}")
         if self.method == "learned":
             from .learned import DEFAULT_STEPS, read_learned  # the trained model's modules: only where it is used
 
@@ -80,7 +75,7 @@ def write_memory(path: str | Path, compressed: CompressedMemory, *, fps: float, 
         UserError: the folder is missing or cannot be written.
     """
     rows = len(compressed.tokens)
-    dtype = _DTYPES[compressed.meta["dtype"]]
+    dtype = ROW_TORCH_DTYPES[compressed.meta["dtype"]]
     bank = MemoryBank(compressed.tokens.shape[1], dtype=dtype, capacity=rows)
     bank.append(compressed.tokens, compressed.positions)
     header = {
@@ -123,21 +118,21 @@ def read_memory(path: str | Path) -> Memory:
         raise MemoryFormatError(f"{path}: not a vidmem memory; make one with `vidmem compress`")
     if header.get("version") != str(VERSION):
         raise MemoryFormatError(
-            f"{path}: is of version {header.get('version')}, this vidmem reads version {VERSION}; "
+            f"{path}: is of version {shorten(header.get('version'), 40)}, this vidmem reads version {VERSION}; "
             "make it anew with `vidmem compress`"
         )
     try:
-        if header["method"] == "learned":
+        about = MemoryHeader.read(header)
+        if about.method == "learned":
             from .learned import check_learned
 
-            check_learned(bank)
+            check_learned(bank, about)
         else:
-            check_bank(bank)
-        frames, height, width = json.loads(header["size"])
-        return Memory(bank, header["method"], frames, height, width, float(header["fps"]), header["source"])
+            check_bank(bank, about)
     except KeyError as error:
         raise MemoryFormatError(f"{path}: its header is damaged (no {error})") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise MemoryFormatError(f"{path}: its header is damaged ({error})") from error
     except MemoryFormatError as error:
         raise MemoryFormatError(f"{path}: {error}") from error
+    return Memory(bank, about.method, *about.size, about.fps, about.source)

@@ -34,6 +34,7 @@ from vidmem_kernels import (
 
 from .config import CodecConfig, CompressorConfig
 from .errors import MemoryFormatError, UserError
+from .memory_header import MemoryHeader, check_range, check_rows, extra
 from .vae import PATCH, DCTCodec, VideoCodec, patchify, unpatchify
 
 # Latent channels of a cell that the matching looks at: 64 numbers a token.
@@ -153,17 +154,21 @@ def _nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     return best[0, 0, :, 0]
 
 
-def check_merge(bank: MemoryBank, grid: list[int]) -> None:
+def check_merge(bank: MemoryBank, header: MemoryHeader) -> None:
     """Check what read_merge reads; raises as `compressor.check_bank`."""
-    if bank.metadata["codec"] != DCTCodec.name:
+    if header.codec != DCTCodec.name:
         raise MemoryFormatError(
-            f"a memory of the codec {bank.metadata['codec']!r}, which is not built in; "
-            "make it anew with `vidmem compress`"
+            f"a memory of the codec {header.codec!r}, which is not built in; make it anew with `vidmem compress`"
         )
-    width = CodecConfig(int(bank.metadata["codec_channels"])).channels * PATCH * PATCH
-    row_of = bank.extras["row_of"]
-    if row_of.shape != (math.prod(grid),) or int(row_of.max()) >= len(bank) or width != bank.channels:
-        raise ValueError(f"row_of of shape {tuple(row_of.shape)} for grid {grid}")
+    cells = (n * p for n, p in zip(DCTCodec.stride, (1, PATCH, PATCH), strict=True))
+    grid = tuple(-(-n // cell) for n, cell in zip(header.size, cells, strict=True))
+    if header.grid != grid:
+        raise ValueError(f"grid {header.grid} for size {header.size}")
+    width = CodecConfig(header.codec_channels).channels * PATCH * PATCH
+    if width != bank.channels:
+        raise ValueError(f"rows of {bank.channels} numbers, {width} for {header.codec_channels} channels")
+    check_range("row_of", extra(bank, "row_of", (torch.int16, torch.int32), (math.prod(grid),)), len(bank))
+    check_rows(bank, header, grid)
 
 
 def read_merge(bank: MemoryBank, frame_index: int) -> torch.Tensor:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import shorten
 from .dit import DiT, KVCache
 from .encoder import MemoryEncoder, MemoryTokens
 from .errors import MemoryFormatError
 from .flow import sample
-from .lora import apply_lora, base_of
+from .lora import apply_lora, with_bases
 from .model_config import ModelConfig
 from .text import TextEncoder
-from .weights import pack, read_tensors, write_tensors
+from .weights import WeightsFile, pack, write_tensors
 
 FORMAT = "vidmem.model"
 VERSION = 1
@@ -205,27 +206,20 @@ def load_model(path: str | Path, text_path: str | Path | None = None) -> MemoryM
         UserError: the file, or the text encoder, is missing.
         MemoryFormatError: the file is damaged, not a model, or of another version.
     """
-    file = model_path(path)
-    base = base_of(file)
-    if base is not None:
-        model = load_model(base, text_path)
+    file, *bases = with_bases(model_path(path))
+    if bases:
+        model = load_model(bases[0], text_path)
         model.extra = apply_lora(file, model)
         return model
-    tensors, header = read_tensors(file, FORMAT, VERSION)
+    weights = WeightsFile(file, FORMAT, VERSION)
     try:
-        config = ModelConfig.from_dict(json.loads(header["config"]))
-        extra = json.loads(header["extra"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise MemoryFormatError(f"{file}: its header is damaged ({error})") from error
+        config, extra = ModelConfig.from_dict(weights.json("config")), weights.json("extra")
+        weights.check(lambda: MemoryModel(config), config.dit.depth)
+    except (KeyError, ValueError) as error:
+        raise MemoryFormatError(f"{file}: its header is damaged ({shorten(error)})") from error
+    tensors = weights.read()
     model = MemoryModel(config, text_path)
-    try:
-        missing, unknown = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise MemoryFormatError(f"{file}: its weights do not fit its configuration ({error})") from error
-    missing = [name for name in missing if not name.startswith(_PRETRAINED)]
-    if missing or unknown:
-        names = ", ".join([*(f"no {n}" for n in missing[:3]), *(f"unknown {n}" for n in unknown[:3])])
-        raise MemoryFormatError(f"{file}: its weights do not fit its configuration ({names})")
+    model.load_state_dict(tensors, strict=False)  # without those of a pretrained text encoder
     vae = file.parent / VAE_FILE
     model.extra, model.vae_weights = extra, vae if vae.is_file() else None
     return model.eval()

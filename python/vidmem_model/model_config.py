@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from .config import _check, _is_count
+from .checks import (
+    MOST_PIXELS,
+    Checked,
+    Entries,
+    OneOf,
+    PowerOfTwo,
+    build,
+    not_negative,
+    positive,
+    require,
+)
 
 VAES = ("causal", "dct", "wan", "hunyuan")
 BRANCHES = ("both", "lr", "hr", "patchifier", "merge", "sparse")
 ATTENTION = ("causal", "window", "none")
+_WIDEST = 1 << 17
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Checked):
     """Which VAE makes the latents.
 
     Args:
@@ -30,25 +40,15 @@ class VAEConfig:
         ValueError: a value is out of range.
     """
 
-    kind: str = "causal"
-    channels: int = 16
-    stride: tuple[int, int, int] = (4, 8, 8)
-    width: int = 128
-    depth: int = 3
-
-    def __post_init__(self) -> None:
-        _check(self.kind in VAES, f"VAEConfig: kind must be one of {VAES}", self.kind)
-        for name in ("channels", "width", "depth"):
-            _check(_is_count(getattr(self, name)), f"VAEConfig: {name} must be positive", getattr(self, name))
-        _check(
-            len(self.stride) == 3 and all(_is_count(s) for s in self.stride),
-            "VAEConfig: stride must be three positive integers (time, height, width)",
-            self.stride,
-        )
+    kind: Annotated[str, OneOf(*VAES)] = "causal"
+    channels: Annotated[int, positive(4096)] = 16
+    stride: Annotated[tuple[int, int, int], positive(64)] = (4, 8, 8)
+    width: Annotated[int, positive(_WIDEST)] = 128
+    depth: Annotated[int, positive(1000)] = 3
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """How a prompt becomes tokens.
 
     Args:
@@ -62,19 +62,14 @@ class TextConfig:
         ValueError: a value is out of range.
     """
 
-    kind: str = "words"
-    dim: int = 64
-    max_tokens: int = 24
-    vocabulary: int = 4096
-
-    def __post_init__(self) -> None:
-        _check(self.kind in ("words", "transformers"), "TextConfig: kind must be words or transformers", self.kind)
-        for name in ("dim", "max_tokens", "vocabulary"):
-            _check(_is_count(getattr(self, name)), f"TextConfig: {name} must be positive", getattr(self, name))
+    kind: Annotated[str, OneOf("words", "transformers")] = "words"
+    dim: Annotated[int, positive(_WIDEST)] = 64
+    max_tokens: Annotated[int, positive(_WIDEST)] = 24
+    vocabulary: Annotated[int, positive(1 << 24)] = 4096
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Checked):
     """A memory encoder.
 
     Args:
@@ -95,32 +90,17 @@ class EncoderConfig:
         ValueError: a value is out of range.
     """
 
-    rate: tuple[int, int, int] = (4, 4, 2)
-    branches: str = "both"
-    channels: tuple[int, ...] = (64, 128, 256, 512)
-    attention: str = "window"
-    window: int = 4
-    heads: int = 8
-    shortcut: int = 0
+    rate: Annotated[tuple[int, int, int], PowerOfTwo(128)] = (4, 4, 2)
+    branches: Annotated[str, OneOf(*BRANCHES)] = "both"
+    channels: Annotated[tuple[int, ...], Entries(1, 32), positive(_WIDEST)] = (64, 128, 256, 512)
+    attention: Annotated[str, OneOf(*ATTENTION)] = "window"
+    window: Annotated[int, not_negative(1 << 20)] = 4
+    heads: Annotated[int, positive(1024)] = 8
+    shortcut: Annotated[int, not_negative(_WIDEST)] = 0
 
     def __post_init__(self) -> None:
-        _check(
-            len(self.rate) == 3 and all(_is_count(r) and r & (r - 1) == 0 for r in self.rate),
-            "EncoderConfig: rate must be three powers of two (height, width, time)",
-            self.rate,
-        )
-        _check(self.branches in BRANCHES, f"EncoderConfig: branches must be one of {BRANCHES}", self.branches)
-        _check(self.attention in ATTENTION, f"EncoderConfig: attention must be one of {ATTENTION}", self.attention)
-        _check(
-            len(self.channels) >= 1 and all(_is_count(c) for c in self.channels),
-            "EncoderConfig: channels must be positive integers",
-            self.channels,
-        )
-        _check(_is_count(self.heads), "EncoderConfig: heads must be positive", self.heads)
-        for name in ("window", "shortcut"):
-            value = getattr(self, name)
-            _check(_is_count(value, 0), f"EncoderConfig: {name} must not be negative", value)
-        _check(
+        super().__post_init__()
+        require(
             self.channels[-1] % self.heads == 0,
             f"EncoderConfig: the last of channels must be a multiple of heads ({self.heads})",
             self.channels,
@@ -128,7 +108,7 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Checked):
     """The diffusion transformer.
 
     Args:
@@ -158,45 +138,36 @@ class DiTConfig:
         ValueError: a value is out of range.
     """
 
-    dim: int = 384
-    depth: int = 4
-    heads: int = 6
-    mlp: int = 1024
-    patch: int = 2
-    prediction: str = "velocity"
+    dim: Annotated[int, positive(_WIDEST)] = 384
+    depth: Annotated[int, positive(10_000)] = 4
+    heads: Annotated[int, positive(4096)] = 6
+    mlp: Annotated[int, positive(4 * _WIDEST)] = 1024
+    patch: Annotated[int, positive(64)] = 2
+    prediction: Annotated[str, OneOf("velocity", "sample")] = "velocity"
     position_features: bool = False
-    unfold: int = 0
+    unfold: Annotated[int, not_negative(_WIDEST)] = 0
     history_sees_video: bool = True
     memory_cross_attention: bool = False
-    linear_blocks: tuple[int, ...] = ()
-    window: int = 3
+    linear_blocks: Annotated[tuple[int, ...], Entries(0, 10_000), not_negative(10_000)] = ()
+    window: Annotated[int, not_negative(1 << 20)] = 3
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "heads", "mlp", "patch"):
-            _check(_is_count(getattr(self, name)), f"DiTConfig: {name} must be positive", getattr(self, name))
+        super().__post_init__()
         head = self.dim // self.heads
-        _check(
+        require(
             self.dim % self.heads == 0 and head % 2 == 0 and head >= 6,
             "DiTConfig: dim must be heads times an even number of at least 6",
             (self.dim, self.heads),
         )
-        _check(
-            self.prediction in ("velocity", "sample"),
-            "DiTConfig: prediction must be velocity or sample",
-            self.prediction,
-        )
-        _check(
-            all(_is_count(b, 0) and b < self.depth for b in self.linear_blocks),
+        require(
+            all(block < self.depth for block in self.linear_blocks),
             f"DiTConfig: linear_blocks must be in [0, {self.depth})",
             self.linear_blocks,
         )
-        for name in ("unfold", "window"):
-            value = getattr(self, name)
-            _check(_is_count(value, 0), f"DiTConfig: {name} must not be negative", value)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A whole model.
 
     Args:
@@ -212,20 +183,32 @@ class ModelConfig:
 
     vae: VAEConfig = VAEConfig()
     text: TextConfig = TextConfig()
-    encoders: tuple[EncoderConfig, ...] = (EncoderConfig(),)
+    encoders: Annotated[tuple[EncoderConfig, ...], Entries(1, 16)] = (EncoderConfig(),)
     dit: DiTConfig = DiTConfig()
-    height: int = 480
-    width: int = 832
-    fps: float = 16.0
-    shift: float = 1.0
+    height: Annotated[int, positive(MOST_PIXELS)] = 480
+    width: Annotated[int, positive(MOST_PIXELS)] = 832
+    fps: Annotated[float, positive(1000)] = 16.0
+    shift: Annotated[float, positive(1000)] = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.shift > 0, "ModelConfig: shift must be positive", self.shift)
-        _check(
+        super().__post_init__()
+        require(
             not self.dit.unfold or self.encoders[0].branches not in ("merge", "sparse"),
             "ModelConfig: dit.unfold reads tokens of boxes, which the first encoder must make",
             self.encoders[0].branches,
         )
+
+        # The tokens of these are patch tokens of 2 x 2 cells; latents are padded to whole ones.
+        patch_tokens = any(each.branches not in ("hr", "patchifier") for each in self.encoders)
+        require(
+            self.dit.patch == 2 or (self.dit.patch == 1 and not patch_tokens),
+            "ModelConfig: dit.patch must be 2, or 1 where all encoders have the branches hr or patchifier",
+            self.dit.patch,
+        )
+
+    def with_depth(self, depth: int) -> ModelConfig:
+        """The same with so many blocks, all with softmax attention; for counting weights."""
+        return dataclasses.replace(self, dit=dataclasses.replace(self.dit, depth=depth, linear_blocks=()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, numbers and strings, as JSON and YAML hold them."""
@@ -239,54 +222,6 @@ class ModelConfig:
             ValueError: a key is unknown or a value is out of range; the message names the key.
         """
         return build(cls, values)
-
-
-def build(kind: type, values: Any, where: str = "") -> Any:
-    """Build a dataclass from plain dicts and lists, nested ones too.
-
-    Args:
-        kind: the dataclass.
-        values: a dict of its fields.
-        where: name of the place, for messages.
-
-    Returns:
-        An instance of `kind`.
-
-    Raises:
-        ValueError: a key is unknown, a value has another type than the field, or is out of range.
-    """
-    _check(isinstance(values, dict), f"{where or kind.__name__}: must be a mapping of keys to values", values)
-    hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    for key in values:
-        _check(key in names, f"{where or kind.__name__}: keys must be among {sorted(names)}", key)
-    given = {k: _convert(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in values.items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.name not in given and f.default is f.default_factory is dataclasses.MISSING
-    ]
-    _check(not missing, f"{where or kind.__name__}: needs {missing}", sorted(values))
-    return kind(**given)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        _check(isinstance(value, (list, tuple)), f"{where}: must be a list", value)
-        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        _check(len(kinds) == len(value), f"{where}: must have {len(kinds)} entries", value)
-        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if type(None) in inner:  # X | None
-        return None if value is None else _convert(next(k for k in inner if k is not type(None)), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type):
-        right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-        _check(right, f"{where}: must be of type {hint.__name__}", value)
-    return value
 
 
 def _wan(dim: int, depth: int, heads: int, mlp: int) -> ModelConfig:

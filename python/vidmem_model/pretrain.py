@@ -10,27 +10,33 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import torch.distributed as dist
 
-from .config import _check, _is_count
+from .checks import Checked, FileName, not_negative, positive, require, within
 from .dataset import Block, DataConfig, Latents, Rate, Spans, seeded
 from .distributed import processes
 from .flow import logit_normal, shift_timesteps
 from .linear_start import start_linearly
 from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
+from .skeleton import require_room, require_trainable
+from .text import require_encoder
 from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_settings
 from .vae import load_vae
 
 # Noise of the masked frames, and times of the flow: logit-normal with this mean and deviation.
 MASK_LEVEL = (0.2, 1.0)
 TIME = (0.0, 1.0)
+# Of the latents of a sample: history, noise, and what the layers make of them at the least.
+_COPIES = 4
 LOW_BRANCHES = ("both", "lr")
 
 
 @dataclass(frozen=True)
-class QueryConfig:
+class QueryConfig(Checked):
     """What a sample of Stage I is.
 
     Args:
@@ -48,26 +54,24 @@ class QueryConfig:
         ValueError: a value is out of range.
     """
 
-    history: int = 24
-    queries: int = 2
-    mask_probability: float = 1.0
-    mix_probability: float = 0.0
+    history: Annotated[int, positive(1_000_000)] = 24
+    queries: Annotated[int, positive(1_000_000)] = 2
+    mask_probability: Annotated[float, within(0, 1)] = 1.0
+    mix_probability: Annotated[float, within(0, 1)] = 0.0
     roll: bool = False
-    drop_prompt: float = 0.1
+    drop_prompt: Annotated[float, within(0, 1)] = 0.1
 
     def __post_init__(self) -> None:
-        _check(_is_count(self.history), "QueryConfig: history must be positive", self.history)
-        _check(
-            _is_count(self.queries) and self.queries <= self.history,
+        super().__post_init__()
+        require(
+            self.queries <= self.history,
             f"QueryConfig: queries must be in [1, {self.history}]",
             self.queries,
         )
-        for name in ("mask_probability", "mix_probability", "drop_prompt"):
-            _check(0 <= getattr(self, name) <= 1, f"QueryConfig: {name} must be in [0, 1]", getattr(self, name))
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Checked):
     """A run of Stage I.
 
     Args:
@@ -81,16 +85,13 @@ class PretrainConfig:
     """
 
     model: ModelConfig
-    output: str
+    output: FileName
     data: DataConfig = DataConfig()
     sampling: QueryConfig = QueryConfig()
     optimisation: TrainConfig = TrainConfig()
-    vae: str | None = None
-    text: str | None = None
-    linear_start: int = 0
-
-    def __post_init__(self) -> None:
-        _check(_is_count(self.linear_start, 0), "PretrainConfig: linear_start must not be negative", self.linear_start)
+    vae: FileName | None = None
+    text: FileName | None = None
+    linear_start: Annotated[int, not_negative(1_000_000)] = 0
 
 
 def low_rate(encoder: EncoderConfig) -> Rate | None:
@@ -234,10 +235,13 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         UserError: something in the configuration cannot be used.
     """
     with processes(config.optimisation) as device:
+        require_encoder(config.model.text, config.text, "by the key text:")
+        require_trainable(lambda depth: MemoryModel(config.model.with_depth(depth)), config.model.dit.depth, device)
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
         encoders = config.model.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]
         latents = prepare_latents(config.data, config.model, vae, rates)
+        require_batch(latents, config.optimisation.batch, config.sampling.history)
         seed, shift = config.optimisation.seed, config.model.shift
         batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)
         output = Path(config.output)
@@ -251,6 +255,18 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
             restart,
         )
         return finish(output, model, config, config.vae)
+
+
+def require_batch(latents: Latents, batch: int, frames: int) -> None:
+    """Refuse a batch whose samples of so many latent frames do not fit into memory, let alone the work on them.
+
+    Raises:
+        UserError: there is too little memory.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    cells = max((block.latents[:, 0].numel() for block in latents.blocks), default=0)
+    need = 4.0 * _COPIES * batch * frames * cells / world
+    require_room(need, f"a batch of {batch:,} samples", "choose a smaller optimisation.batch or sampling.history")
 
 
 def _fresh(config: PretrainConfig, batches: FrameQueries) -> MemoryModel:

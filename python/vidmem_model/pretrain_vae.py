@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from .config import _check, _is_count
+from .checks import Checked, FileName, positive, require
 from .dataset import DataConfig, cut_films, film_paths
 from .distributed import first_then_others, processes, rank
 from .model import VAE_FILE
 from .model_config import ModelConfig
+from .skeleton import require_trainable
 from .training import TrainConfig, fit, run_settings
 from .vae.base import frames_to_float
 from .vae.causal import CausalVAE
@@ -20,7 +23,7 @@ from .weights import write_tensors
 
 
 @dataclass(frozen=True)
-class PretrainVAEConfig:
+class PretrainVAEConfig(Checked):
     """A run that trains the VAE of `model`.
 
     Args:
@@ -34,15 +37,18 @@ class PretrainVAEConfig:
     """
 
     model: ModelConfig
-    output: str
+    output: FileName
     data: DataConfig = DataConfig()
     optimisation: TrainConfig = TrainConfig()
-    frames: int = 16
+    frames: Annotated[int, positive(1_000_000)] = 16
 
     def __post_init__(self) -> None:
-        _check(self.model.vae.kind == "causal", "PretrainVAEConfig: model.vae.kind must be causal", self.model.vae.kind)
-        _check(
-            _is_count(self.frames) and self.frames % self.model.vae.stride[0] == 0,
+        super().__post_init__()
+        require(
+            self.model.vae.kind == "causal", "PretrainVAEConfig: model.vae.kind must be causal", self.model.vae.kind
+        )
+        require(
+            self.frames % self.model.vae.stride[0] == 0,
             f"PretrainVAEConfig: frames must be a multiple of {self.model.vae.stride[0]}",
             self.frames,
         )
@@ -63,6 +69,8 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
         UserError: something in the configuration cannot be used.
     """
     with processes(config.optimisation) as device:
+        vae = config.model.vae
+        require_trainable(lambda depth: CausalVAE(dataclasses.replace(vae, depth=depth)), vae.depth, device)
         films = first_then_others(lambda: film_paths(config.data))
         cut = cut_films(config.data, films, config.model, CausalVAE(config.model.vae), "train")
         blocks = [frames for _, frames in cut]

@@ -23,18 +23,19 @@ the median of several, or of one call where it is slow. Building keys, values or
 
 from __future__ import annotations
 
-import math
 import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 import vidmem_kernels
 from vidmem_kernels import cross_attention, explain, linear_attention
 
+from .checks import Checked, Lengths, OneOf, positive
+from .config import Rate
 from .errors import UserError
 from .measure import PeakMemory, available_bytes, describe_device, timed
 
@@ -52,7 +53,7 @@ _HEADROOM, _HEADROOM_COPIED = 1.5, 3.5
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(Checked):
     """One attention layer and the video that it looks back on; the defaults are Wan 1.3B's.
 
     Args:
@@ -70,28 +71,15 @@ class ProfileConfig:
         ValueError: a number is not positive, or the dtype unknown.
     """
 
-    lengths: tuple[float, ...] = LENGTHS
-    heads: int = 12
-    head_dim: int = 128
-    grid: tuple[int, int] = (30, 52)
-    fps: float = 24.0
-    frames_per_latent: int = 4
-    rate: tuple[int, int, int] = (4, 4, 2)
-    window_frames: int = 8
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.lengths or not all(math.isfinite(s) and s > 0 for s in self.lengths):
-            raise ValueError(f"ProfileConfig: lengths must be positive seconds, got {list(self.lengths)}")
-        for name in ("heads", "head_dim", "fps", "frames_per_latent", "window_frames"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"ProfileConfig: {name} must be positive, got {value}")
-        for name in ("grid", "rate"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"ProfileConfig: {name} must be positive, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"ProfileConfig: dtype must be one of {DTYPES}, got {self.dtype!r}")
+    lengths: Lengths = LENGTHS
+    heads: Annotated[int, positive(4096)] = 12
+    head_dim: Annotated[int, positive(65_536)] = 128
+    grid: Annotated[tuple[int, int], positive(16_384)] = (30, 52)
+    fps: Annotated[float, positive(1000)] = 24.0
+    frames_per_latent: Annotated[int, positive(64)] = 4
+    rate: Rate = (4, 4, 2)
+    window_frames: Annotated[int, positive(1_000_000)] = 8
+    dtype: Annotated[str, OneOf(*DTYPES)] = "auto"
 
     def on(self, device: torch.device | str) -> ProfileConfig:
         """The same with the dtype that "auto" stands for on a device."""

@@ -18,10 +18,13 @@ from pathlib import Path
 
 import yaml
 
+from . import yaml_file
+from .checks import MOST_SECONDS, shorten, show
 from .errors import UserError
 
 _KEYS = ("title", "seconds", "style", "shots")
 _SHOT_KEYS = ("at", "prompt")
+_LONGEST_TEXT = 10_000
 _TIME = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)")
 
 
@@ -82,15 +85,13 @@ def read_storyboard(path: str | Path) -> Storyboard:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = yaml_file.read_text(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a storyboard") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: is not UTF-8 text; save the storyboard as UTF-8") from error
     return parse_storyboard(text, str(path))
 
 
+@yaml_file.collector_off()
 def parse_storyboard(text: str, name: str = "storyboard") -> Storyboard:
     """Read a storyboard from YAML text.
 
@@ -104,15 +105,7 @@ def parse_storyboard(text: str, name: str = "storyboard") -> Storyboard:
     Raises:
         UserError: it is no storyboard; the message is "name:line:column: …".
     """
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        raise _syntax_error(error, text, name) from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{name}:{line}: holds a character that YAML does not allow") from error
-    except RecursionError as error:
-        raise UserError(f"{name}: is nested too deeply to be a storyboard") from error
+    root = yaml_file.compose(text, name)
     if root is None:
         raise UserError(f"{name}:1: is empty; it needs a list of shots")
     return _Reader(name).storyboard(root)
@@ -126,17 +119,6 @@ def format_storyboard(storyboard: Storyboard) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str) -> UserError:
-    mark = error.problem_mark or error.context_mark
-    lines = text.splitlines()
-    line = lines[mark.line] if mark.line < len(lines) else ""
-    if "\t" in line[: len(line) - len(line.lstrip())] or line[mark.column : mark.column + 1] == "\t":
-        what = "a tab; YAML is indented with spaces"
-    else:
-        what = f"not YAML: {error.problem or error.context}"
-    return UserError(f"{name}:{mark.line + 1}:{mark.column + 1}: {what}")
-
-
 class _Reader:
     """Turns YAML nodes, which know their place, into a storyboard."""
 
@@ -144,8 +126,7 @@ class _Reader:
         self.name = name
 
     def error(self, node: yaml.Node, what: str) -> UserError:
-        mark = node.start_mark
-        return UserError(f"{self.name}:{mark.line + 1}:{mark.column + 1}: {what}")
+        return yaml_file.error_at(self.name, node, what)
 
     def storyboard(self, root: yaml.Node) -> Storyboard:
         entries = self.mapping(root, _KEYS, "a storyboard")
@@ -190,7 +171,7 @@ class _Reader:
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name not in keys:
-                shown = repr(name) if name is not None else "a list or mapping"
+                shown = show(name) if name is not None else "a list or mapping"
                 raise self.error(key, f"the key {shown} is unknown; {what} has {', '.join(keys)}")
             if name in entries:
                 raise self.error(key, f"the key {name!r} is there twice")
@@ -203,18 +184,23 @@ class _Reader:
         text = " ".join(node.value.split())
         if not text or node.tag == "tag:yaml.org,2002:null":
             raise self.error(node, f"{key} must not be empty")
+        if len(text) > _LONGEST_TEXT:
+            raise self.error(node, f"{key} must have at most {_LONGEST_TEXT:,} characters, got {len(text):,}")
         return text
 
     def time(self, node: yaml.Node, key: str) -> float:
         match = _TIME.fullmatch(node.value) if isinstance(node, yaml.ScalarNode) else None
         if match is None:
-            got = f", got {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
+            got = f", got {show(node.value)}" if isinstance(node, yaml.ScalarNode) else ""
             raise self.error(node, f"{key} must be seconds or minutes:seconds{got}")
         first, second, seconds = match.groups()
         hours, minutes = (first, second) if second is not None else (None, first)
-        if (minutes is not None and float(seconds) >= 60) or (hours is not None and int(minutes) >= 60):
-            raise self.error(node, f"{key} must have minutes and seconds below 60, got {node.value!r}")
-        return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds)
+        if (minutes is not None and float(seconds) >= 60) or (hours is not None and float(minutes) >= 60):
+            raise self.error(node, f"{key} must have minutes and seconds below 60, got {show(node.value)}")
+        time = float(hours or 0) * 3600 + float(minutes or 0) * 60 + float(seconds)
+        if time > MOST_SECONDS:
+            raise self.error(node, f"{key} must be at most {MOST_SECONDS:,.0f} seconds, got {show(node.value)}")
+        return time
 
 
 def write_storyboard(
@@ -254,9 +240,9 @@ def write_storyboard(
             reason = f"answer: a shot at {made.shots[-1].at:g} s, beyond {seconds:g} s"
             continue
         return Storyboard(made.shots, made.title, seconds, made.style)
-    said = " ".join(answer.split())
-    said = said if len(said) <= 160 else said[:160] + " …"
-    raise UserError(f"the language model wrote no storyboard in {tries} tries ({reason}); it said: {said!r}")
+    raise UserError(
+        f"the language model wrote no storyboard in {tries} tries ({reason}); it said: {shorten(answer, 160)!r}"
+    )
 
 
 _REQUEST = """\
@@ -309,8 +295,7 @@ def language_model(path: str | Path, max_tokens: int = 1024, device: str = "cpu"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto").to(device).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: holds no causal language model with its tokenizer ({reason})") from error
+        raise UserError(f"{path}: holds no causal language model with its tokenizer ({shorten(error)})") from error
     if not tokenizer("a").input_ids:  # without its files transformers makes an empty tokenizer
         raise UserError(f"{path}: holds no causal language model with its tokenizer (the tokenizer is empty)")
 

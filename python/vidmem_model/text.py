@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .checks import shorten
 from .errors import UserError
 from .model_config import TextConfig
 
@@ -32,7 +33,8 @@ class TextEncoder(nn.Module):
         if config.kind == "words":
             # Row 0 is the null token; words with the same hash share a row.
             self.words = nn.Embedding(config.vocabulary + 1, config.dim)
-            self.places = nn.Parameter(torch.randn(config.max_tokens, config.dim) * 0.1)
+            self.places = nn.Parameter(torch.empty(config.max_tokens, config.dim))
+            nn.init.normal_(self.places, std=0.1)
         elif path is not None:
             self.tokenizer, self.pretrained = _load_pretrained(Path(path), config)
 
@@ -76,6 +78,25 @@ class TextEncoder(nn.Module):
         return self.words(padded.to(device)) + self.places[:longest], mask.to(device)
 
 
+def require_encoder(config: TextConfig, path: str | Path | None, how: str) -> None:
+    """Refuse, before any work, a model whose prompts could not be encoded.
+
+    Args:
+        config: of the model's text encoder.
+        path: folder of a pretrained one, if it was given.
+        how: it is given, for the message.
+
+    Raises:
+        UserError: it is needed and was not given, or there is no such folder.
+    """
+    if config.kind != "transformers":
+        return
+    if path is None:
+        raise UserError(f"this model reads prompts with a pretrained text encoder; give the folder that holds it {how}")
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; give the one that holds the text encoder's config.json {how}")
+
+
 def word_rows(prompt: str, vocabulary: int) -> list[int]:
     """Rows of the table, in [1, vocabulary], of the words of a prompt; [0] if it has none."""
     # crc32 and not hash(), which differs from process to process.
@@ -95,9 +116,8 @@ def _load_pretrained(path: Path, config: TextConfig) -> tuple[object, nn.Module]
         # The encoder alone of T5 and UMT5, whose AutoModel has a decoder too.
         kind = transformers.AutoModelForTextEncoding if known.is_encoder_decoder else transformers.AutoModel
         model = kind.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a text encoder with its tokenizer ({reason})") from error
+    except Exception as error:  # a damaged folder may fail anywhere inside the package
+        raise UserError(f"{path}: cannot be read as a text encoder with its tokenizer ({shorten(error)})") from error
     width = model.config.hidden_size
     if width != config.dim:
         raise UserError(f"{path}: its tokens have {width} channels, the model needs {config.dim}; give another encoder")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from . import yaml_file
+from .checks import FieldError, build, show
 from .errors import UserError
 from .finetune import FinetuneConfig
-from .model_config import PRESETS, build
+from .model_config import PRESETS
 from .pretrain import PretrainConfig
 from .pretrain_vae import PretrainVAEConfig
 
@@ -25,88 +24,94 @@ def read_pretrain(path: Path) -> PretrainConfig:
     `preset` and give fields that differ. Encoders that differ are given by their places in the list.
 
     Raises:
-        UserError: the file cannot be read, or a key or value in it is wrong; the message names it.
+        UserError: the file cannot be read, or a key or value in it is wrong; the message is "file:line: key …".
     """
-    return _build(path, PretrainConfig, _read_with_model(path))
+    return _Recipe(path).build(PretrainConfig)
 
 
 def read_pretrain_vae(path: Path) -> PretrainVAEConfig:
     """Read the configuration of a run that trains the VAE; `model` as for read_pretrain.
 
     Raises:
-        UserError: the file cannot be read, or a key or value in it is wrong; the message names it.
+        UserError: the file cannot be read, or a key or value in it is wrong; the message is "file:line: key …".
     """
-    return _build(path, PretrainVAEConfig, _read_with_model(path))
+    return _Recipe(path).build(PretrainVAEConfig)
 
 
 def read_finetune(path: Path) -> FinetuneConfig:
     """Read the configuration of a run of Stage II; its key `from` is the model of Stage I.
 
     Raises:
-        UserError: the file cannot be read, or a key or value in it is wrong; the message names it.
+        UserError: the file cannot be read, or a key or value in it is wrong; the message is "file:line: key …".
     """
-    values = _read(path)
-    if "start" in values:
-        raise UserError(f"{path}: the key of the model to start from is `from`, got start")
-    if "from" not in values:
-        raise UserError(f"{path}: needs the key from, the model of Stage I")
-    return _build(path, FinetuneConfig, {("start" if k == "from" else k): v for k, v in values.items()})
+    recipe = _Recipe(path)
+    if "start" in recipe.values:
+        raise recipe.error("start", "the key of the model to start from is `from`, got start")
+    if "from" not in recipe.values:
+        raise recipe.error("", "needs the key from, the model of Stage I")
+    return recipe.build(FinetuneConfig, {"start": "from"})
 
 
-def _read_with_model(path: Path) -> dict[str, Any]:
-    values = _read(path)
-    if "model" in values:
-        values["model"] = _model(path, values["model"])
-    return values
+class _Recipe:
+    """A YAML file of settings and where in it each of them stands."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists() and (shipped := RECIPES / f"{path}.yaml").is_file():
+            path = shipped
+        self.path = path
+        try:
+            values, self.lines = yaml_file.load(yaml_file.read_text(path), str(path))
+        except OSError as error:
+            names = sorted(file.name.removesuffix(".yaml") for file in RECIPES.glob("*.yaml") if "." not in file.stem)
+            raise UserError(
+                f"{path}: {error.strerror or error}; give the path of a YAML file or one of {', '.join(names)}"
+            ) from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: must be a mapping of keys to values, got {type(values).__name__}")
+        self.values: dict[str, Any] = values
+        given = values.get("data")
+        # Captions may lie beside the file that names them.
+        if isinstance(given, dict) and isinstance(given.get("captions"), str):
+            beside = path.parent / given["captions"]
+            values["data"] = {**given, "captions": str(beside if _is_file(beside) else given["captions"])}
+
+    def error(self, place: str, what: str) -> UserError:
+        """The error for what stands at a place, or at the innermost place around it that is in the file."""
+        while place and place not in self.lines:
+            place = place[: max(place.rfind("."), place.rfind("["), 0)]
+        return UserError(f"{self.path}:{self.lines.get(place, 1)}: {what}")
+
+    def build(self, kind: type, called: dict[str, str] | None = None) -> Any:
+        """Build the configuration; `called` has the fields whose keys are named otherwise."""
+        called = called or {}
+        values = dict(self.values)
+        for field, key in called.items():
+            values[field] = values.pop(key)
+        if "model" in values:
+            values["model"] = self.model(values["model"])
+        try:
+            return build(kind, values)
+        except FieldError as error:
+            place = called.get(error.place, error.place)
+            raise self.error(place, str(error).replace(error.place, place, 1)) from error
+
+    def model(self, values: Any) -> Any:
+        """The fields of a model, those of its preset included."""
+        given = {"preset": values} if isinstance(values, str) else values
+        if not isinstance(given, dict) or "preset" not in given:
+            return given
+        given = dict(given)
+        preset = given.pop("preset")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise self.error("model.preset", f"model.preset must be one of {sorted(PRESETS)}, got {show(preset)}")
+        return _merge(PRESETS[preset].to_dict(), given)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists() and (shipped := RECIPES / f"{path}.yaml").is_file():
-        path = shipped
+def _is_file(path: Path) -> bool:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        names = sorted(file.name.removesuffix(".yaml") for file in RECIPES.glob("*.yaml") if "." not in file.stem)
-        raise UserError(
-            f"{path}: {error.strerror or error}; give the path of a YAML file or one of {', '.join(names)}"
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping of keys to values, got {type(values).__name__}")
-    given = values.get("data")
-    # Captions may lie beside the file that names them.
-    if isinstance(given, dict) and isinstance(given.get("captions"), str):
-        beside = path.parent / given["captions"]
-        values["data"] = {**given, "captions": str(beside if beside.is_file() else given["captions"])}
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 3e-4 for text; here it is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _build(path: Path, kind: type, values: dict[str, Any]) -> Any:
-    try:
-        return build(kind, values)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _model(path: Path, values: Any) -> Any:
-    given = {"preset": values} if isinstance(values, str) else values
-    if not isinstance(given, dict) or "preset" not in given:
-        return given
-    given = dict(given)
-    preset = given.pop("preset")
-    if preset not in PRESETS:
-        raise UserError(f"{path}: model.preset must be one of {sorted(PRESETS)}, got {preset!r}")
-    return _merge(PRESETS[preset].to_dict(), given)
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _merge(base: Any, given: Any) -> Any:

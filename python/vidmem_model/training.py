@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from . import checkpoint
-from .config import _check, _is_count
+from .checks import MOST_SEED, Checked, OneOf, not_negative, positive, show, within
 from .curve import Curve, progress, read_curve, write_curve_plot
 from .dataset import DataConfig, Latents, Rate, prepare
 from .distributed import Interrupted, agree, first_then_others, full, local, rank, shard, signals
@@ -40,7 +40,7 @@ _FREE = ("checkpoint_every", "log_every", "threads", "device", "output", "cache"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How a model is optimised.
 
     Args:
@@ -67,47 +67,22 @@ class TrainConfig:
         ValueError: a value is out of range.
     """
 
-    steps: int = 10_000
-    batch: int = 8
-    lr: float = 3e-4
-    muon_lr: float = 0.0
-    fitted_lr: float = 1.0
-    warmup: int = 200
-    schedule: str = "cosine"
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    seed: int = 0
-    precision: str = "float32"
-    checkpoint_every: int = 500
-    log_every: int = 50
-    threads: int | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "checkpoint_every", "log_every"):
-            _check(_is_count(getattr(self, name)), f"TrainConfig: {name} must be positive", getattr(self, name))
-        for name in ("lr", "clip_norm"):
-            _check(getattr(self, name) > 0, f"TrainConfig: {name} must be positive", getattr(self, name))
-        for name in ("muon_lr", "fitted_lr", "warmup", "weight_decay", "seed"):
-            _check(getattr(self, name) >= 0, f"TrainConfig: {name} must not be negative", getattr(self, name))
-        _check(0 <= self.ema_decay < 1, "TrainConfig: ema_decay must be in [0, 1)", self.ema_decay)
-        _check(
-            self.schedule in ("cosine", "constant"),
-            "TrainConfig: schedule must be cosine or constant",
-            self.schedule,
-        )
-        _check(
-            self.precision in ("float32", "bfloat16", "auto"),
-            "TrainConfig: precision must be float32, bfloat16 or auto",
-            self.precision,
-        )
-        _check(self.threads is None or self.threads > 0, "TrainConfig: threads must be positive", self.threads)
-        _check(
-            self.device in ("auto", "cpu", "cuda"),
-            "TrainConfig: device must be auto, cpu or cuda",
-            self.device,
-        )
+    steps: Annotated[int, positive(1_000_000_000)] = 10_000
+    batch: Annotated[int, positive(65_536)] = 8
+    lr: Annotated[float, positive(1e6)] = 3e-4
+    muon_lr: Annotated[float, not_negative(1e6)] = 0.0
+    fitted_lr: Annotated[float, not_negative(1e6)] = 1.0
+    warmup: Annotated[int, not_negative(1_000_000_000)] = 200
+    schedule: Annotated[str, OneOf("cosine", "constant")] = "cosine"
+    weight_decay: Annotated[float, not_negative(1e6)] = 0.01
+    clip_norm: Annotated[float, positive(1e9)] = 1.0
+    ema_decay: Annotated[float, within(0, 1, below=True)] = 0.999
+    seed: Annotated[int, not_negative(MOST_SEED)] = 0
+    precision: Annotated[str, OneOf("float32", "bfloat16", "auto")] = "float32"
+    checkpoint_every: Annotated[int, positive(1_000_000_000)] = 500
+    log_every: Annotated[int, positive(1_000_000_000)] = 50
+    threads: Annotated[int | None, positive(4096)] = None
+    device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"
 
 
 class Batch(NamedTuple):
@@ -331,7 +306,8 @@ def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, An
         old, new = before.get(key), settings.get(key)
         if old != new:
             raise UserError(
-                f"{folder}: holds a run with {key} {old!r}, now it is {new!r}; choose another output or --restart"
+                f"{folder}: holds a run with {key} {show(old)}, now it is {show(new)}; "
+                "choose another output or --restart"
             )
     return checkpoint.load(last, state)
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from vidmem_kernels import quantize_rows
 
+from .checks import parse_json, shorten, show
 from .errors import MemoryFormatError, UserError
+from .skeleton import skeleton
 
 DTYPES = ("float32", "float16", "int8")
 _SCALE = ".row_scale"
+# What weights are stored as; int8 with its scales.
+_STORED = ("F64", "F32", "F16", "BF16", "I8")
+_MOST_HEADER = 32 << 20  # bytes
 # Vectors and small matrices are norms, biases and tables: their bytes do not count, their errors do.
 _LEAST = 4096
 
@@ -55,13 +63,10 @@ def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Undo pack, up to its rounding: all weights float32."""
     weights = {}
     for name, tensor in tensors.items():
-        if name.endswith(_SCALE):
-            continue
+        if not name.endswith(_SCALE):
+            weights[name] = tensor.float()
         if tensor.dtype == torch.int8:
-            scale = tensors[name + _SCALE]
-            weights[name] = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
-        else:
-            weights[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
+            weights[name] *= tensors[name + _SCALE].view(-1, *[1] * (tensor.ndim - 1))
     return weights
 
 
@@ -96,6 +101,142 @@ def stored_dtype(file: Path) -> str:
     return "int8" if "I8" in found else "float16" if "F16" in found else "float32"
 
 
+class WeightsFile:
+    """A safetensors file of weights, of which nothing but the header is read until that is found right.
+
+    Args:
+        path: the file.
+        kind, version: what its header must say; None for files without format, as those of VAEs.
+        advice: what the message says where the file is missing.
+
+    Attributes:
+        header: its texts by name.
+        shapes: of the weights by name, unpacked.
+
+    Raises:
+        UserError: it is missing.
+        MemoryFormatError: it is damaged, of another format or another version, or its tensors are no weights.
+    """
+
+    def __init__(self, path: Path, kind: str | None = None, version: int = 1, advice: str = "") -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file{advice}")
+        try:
+            content = self._content()
+            self.header = content.pop("__metadata__", {})
+            if not isinstance(self.header, dict) or not all(isinstance(v, str) for v in self.header.values()):
+                raise ValueError("its header's texts are none")
+        except (OSError, ValueError) as error:
+            reason = shorten(getattr(error, "strerror", None) or error)
+            raise MemoryFormatError(f"{path}: is damaged or not a safetensors file ({reason})") from error
+        if kind is not None:
+            self._check_format(kind, version)
+        try:
+            stored = {name: _entry(name, entry) for name, entry in content.items()}
+            self.shapes = _unpacked_shapes(stored)
+        except ValueError as error:
+            raise MemoryFormatError(f"{path}: its rows and their scales do not fit ({error})") from error
+
+    def _content(self) -> dict[str, Any]:
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MOST_HEADER):
+                raise ValueError("cut short, or without a header")
+            text = file.read(length).decode()
+        content = parse_json(text, "its header")
+        if not isinstance(content, dict):
+            raise ValueError("its header is none")
+        return content
+
+    def _check_format(self, kind: str, version: int) -> None:
+        if self.header.get("format") != kind:
+            raise MemoryFormatError(f"{self.path}: not a file of format {kind}")
+        found = self.header.get("version")
+        if found != str(version):
+            raise MemoryFormatError(
+                f"{self.path}: is of version {shorten(found, 40)}, this vidmem reads version {version}"
+            )
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A text of the header that holds a JSON object.
+
+        Raises:
+            KeyError, ValueError: it is missing, or none.
+        """
+        value = parse_json(self.header[name], name)
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be a mapping of keys to values, got {show(value)}")
+        return value
+
+    def check(self, make: Callable[[], nn.Module], depth: int) -> None:
+        """Check that these are the weights of a model, before either is made.
+
+        Args:
+            make: the model.
+            depth: its blocks, of each of which the file must have weights: else it is not made at all.
+
+        Raises:
+            ValueError: the model cannot be made.
+            MemoryFormatError: a weight is missing, unknown, or of another shape.
+        """
+        if depth > len(self.shapes):
+            raise self._misfit(f"{depth:,} blocks, {len(self.shapes):,} weights")
+        expected = {name: tuple(tensor.shape) for name, tensor in skeleton(make).state_dict().items()}
+        missing = [f"no {name}" for name in expected if name not in self.shapes]
+        unknown = [f"unknown {name}" for name in self.shapes if name not in expected]
+        other = [
+            f"{name} of shape {self.shapes[name]}, not {shape}"
+            for name, shape in expected.items()
+            if self.shapes.get(name, shape) != shape
+        ]
+        if wrong := [*missing[:3], *unknown[:3], *other[:1]]:
+            raise MemoryFormatError(
+                f"{self.path}: its weights do not fit its configuration ({shorten(', '.join(wrong))})"
+            )
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """The weights, float32.
+
+        Raises:
+            MemoryFormatError: the file is damaged, or a number is not finite.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as opened:
+                weights = unpack({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise MemoryFormatError(f"{self.path}: is damaged or not a safetensors file ({shorten(error)})") from error
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise MemoryFormatError(f"{self.path}: {shorten(name, 80)} holds numbers that are not finite")
+        return weights
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a tensor, as a header gives them."""
+    dtype, shape = (entry.get(key) for key in ("dtype", "shape")) if isinstance(entry, dict) else (None, None)
+    if dtype not in _STORED:
+        raise ValueError(f"{shorten(name, 80)} is of dtype {show(dtype)}, weights are of {', '.join(_STORED)}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
+        raise ValueError(f"{shorten(name, 80)} is of shape {show(shape)}")
+    return dtype, tuple(shape)
+
+
+def _unpacked_shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights without the scales of those in int8."""
+    shapes = {}
+    for name, (dtype, shape) in stored.items():
+        of = name.removesuffix(_SCALE)
+        if of == name:
+            shapes[name] = shape
+        elif stored.get(of, ("", ()))[0] != "I8":
+            raise ValueError(f"{shorten(name, 80)} is the scale of nothing in int8")
+        if dtype == "I8" and stored.get(name + _SCALE) != ("F32", shape[:1]):
+            raise ValueError(f"{shorten(name, 80)} has no float32 scale a row")
+    return shapes
+
+
 def read_tensors(file: Path, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file of a given format: its tensors, unpacked, and its header.
 
@@ -103,21 +244,5 @@ def read_tensors(file: Path, kind: str, version: int) -> tuple[dict[str, torch.T
         UserError: it is missing.
         MemoryFormatError: it is damaged, of another format or another version.
     """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != kind:
-                raise MemoryFormatError(f"{file}: not a file of format {kind}")
-            if header.get("version") != str(version):
-                raise MemoryFormatError(
-                    f"{file}: is of version {header.get('version')}, this vidmem reads version {version}"
-                )
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise MemoryFormatError(f"{file}: is damaged or not a safetensors file ({error})") from error
-    try:
-        return unpack(tensors), header
-    except (KeyError, RuntimeError) as error:
-        raise MemoryFormatError(f"{file}: its rows and their scales do not fit ({error})") from error
+    weights = WeightsFile(file, kind, version)
+    return weights.read(), weights.header

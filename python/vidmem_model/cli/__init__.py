@@ -18,7 +18,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..errors import UserError
+from ..checks import shorten
+from ..errors import OptionError, UserError
 
 # Typer brought click along as a dependency once and carries a copy now: the base class of usage
 # errors is found from either.
@@ -63,6 +64,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _run(arguments: list[str]) -> int:
+    context = None
     try:
         with typer.main.get_command(app).make_context("vidmem", arguments) as context:
             context.command.invoke(context)
@@ -80,7 +82,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get("VIDMEM_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        message, code = _explain(error)
+        command = " ".join(filter(None, ["vidmem", getattr(context, "invoked_subcommand", None)]))
+        message, code = _explain(error, command)
         _say(f"vidmem: error: {message}")
         return code
 
@@ -90,16 +93,18 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _say(line: str) -> None:
-    print(" ".join(line.split()), file=sys.stderr)
+    print(shorten(line, 1000), file=sys.stderr)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """One line for an error, and the exit code."""
+def _explain(error: Exception, command: str) -> tuple[str, int]:
+    """One line for an error of a command, and the exit code."""
+    if isinstance(error, OptionError):
+        return f"{error}; see `{command} --help`", 2
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, _UsageProblem):
         where = getattr(getattr(error, "ctx", None), "command_path", "vidmem")
-        return f"{error.format_message().rstrip('.')}; see `{where} --help`", 2
+        return f"{shorten(error.format_message(), 400).rstrip('.')}; see `{where} --help`", 2
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "out of memory; take fewer --seconds or a smaller --size", 2
     if type(error).__name__ == "OutOfMemoryError":

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..checks import MOST_SECONDS, MOST_SEED, not_negative, positive
 from ..errors import UserError
 from . import app
-from .options import Device, configured, note, parse_device
+from .options import Device, checked, configured, note, parse_device
 
 if TYPE_CHECKING:
     from ..generate import Progress
@@ -60,6 +61,7 @@ def generate(
     from ..learned import CONTINUING_MODEL, shipped
     from ..model import load_model
     from ..report import check_file, write_json
+    from ..text import require_encoder
     from ..vae import load_vae
 
     config = configured(
@@ -80,7 +82,9 @@ def generate(
     model = model or shipped(CONTINUING_MODEL)
     if model is None:
         raise UserError("no model is shipped with this vidmem; give --model")
-    net = load_model(model, text).to(device)
+    net = load_model(model, text)
+    require_encoder(net.config.text, text, "by --text")
+    net = net.to(device)
     codec = load_vae(net.config.vae, vae or net.vae_weights)
     if device != "cpu" and hasattr(codec, "to"):
         codec = codec.to(device)
@@ -114,8 +118,9 @@ def storyboard(
     device: Device = "auto",
 ) -> None:
     """Have a local language model write a storyboard."""
-    if not seconds > 0:
-        raise UserError(f"--seconds must be positive, got {seconds:g}")
+    checked(Annotated[float, positive(MOST_SECONDS)], "--seconds", seconds)
+    checked(Annotated[int, positive(100_000)], "--shots", shots)
+    checked(Annotated[int, not_negative(MOST_SEED)], "--seed", seed)
     if not idea.strip():
         raise UserError("the idea must not be empty; say what the video is about")
     from ..report import check_file, replacing

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from ..checks import OneOf, SamplerSteps
 from ..errors import UserError
 from . import app
 from .options import (
     Seconds,
     Video,
+    checked,
     configured,
     note,
     parse_fps,
@@ -96,7 +98,9 @@ def compress(
     if method == "learned" and given:
         raise UserError(f"{given[0]} is for dct and merge; the trained model has its own")
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
-    from ..config import ClipSpec, CompressorConfig
+    from ..config import METHODS, ClipSpec, CompressorConfig
+
+    checked(Annotated[str, OneOf(*METHODS, "learned")], "--method", method)
     from ..report import check_file
 
     training_free = "dct" if method == "learned" else method
@@ -152,6 +156,7 @@ def retrieve(
 
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: frames are written as PNG; give a name that ends in .png")
+    checked(SamplerSteps | None, "--steps", steps)
     opened = read_memory(memory)
     image = opened.retrieve(frame, steps)
     write_png(output, image)

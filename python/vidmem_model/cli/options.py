@@ -10,7 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..errors import UserError
+from ..checks import conform, shorten, show
+from ..errors import OptionError, UserError
 
 T = TypeVar("T")
 
@@ -20,7 +21,15 @@ def configured(kind: Callable[..., T], **values: Any) -> T:
     try:
         return kind(**values)
     except ValueError as error:
-        raise UserError(f"{str(error).partition(': ')[2]}; see `vidmem --help`") from error
+        raise OptionError(str(error).partition(": ")[2]) from error
+
+
+def checked(declared: Any, option: str, value: T) -> T:
+    """Hold an option's value to a declaration of checks.py."""
+    try:
+        return conform(declared, value, option)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
 
 
 def parse_numbers(option: str, text: str, form: str, parse: Callable[[str], T]) -> tuple[T, ...]:
@@ -31,7 +40,7 @@ def parse_numbers(option: str, text: str, form: str, parse: Callable[[str], T]) 
     except ValueError:
         values = ()
     if not values or (count is not None and len(values) != count):
-        raise UserError(f"{option} must look like {form}, got {text!r}")
+        raise UserError(f"{option} must look like {form}, got {show(text)}")
     return values
 
 
@@ -49,7 +58,7 @@ def parse_fps(text: str) -> float | None:
     try:
         return float(text)
     except ValueError as error:
-        raise UserError(f"--fps must be a number or source, got {text!r}") from error
+        raise UserError(f"--fps must be a number or source, got {show(text)}") from error
 
 
 def parse_lengths(text: str) -> tuple[float, ...]:
@@ -101,9 +110,9 @@ def parse_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind not in ("cpu", "cuda") or (number and not (number.isascii() and number.isdigit())):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {show(name)}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(number or 0) >= count:
-        raise UserError(f"--device {name}: this machine has {count} CUDA devices; try --device cpu")
+    if kind == "cuda" and (len(number) > 4 or int(number or 0) >= count):
+        raise UserError(f"--device {shorten(name, 40)}: this machine has {count} CUDA devices; try --device cpu")
     return name

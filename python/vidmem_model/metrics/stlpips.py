@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..checks import shorten
 from ..errors import UserError
 
 RELEASE = "stlpips-pytorch==0.0.2"
@@ -78,8 +79,12 @@ def _is_expected(content: bytes) -> bool:
 
 
 def _fetch_error(reason: str) -> UserError:
-    reason = " ".join(reason.split())
-    return UserError(f"cannot fetch the weights of ST-LPIPS ({reason}); leave ST-LPIPS out or mend the connection")
+    from ..data import cache_dir
+
+    return UserError(
+        f"cannot fetch the weights of ST-LPIPS ({shorten(reason)}); mend the connection, or put {WEIGHTS} "
+        f"(SHA-256 {SHA256[:8]}…) of the package {RELEASE} into {cache_dir()}"
+    )
 
 
 def _download_wheel(scratch: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config import CodecConfig
 from ..errors import MemoryFormatError, UserError
 from ..model_config import VAEConfig
+from ..weights import WeightsFile
 from .base import VideoCodec, frames_to_float, frames_to_uint8, pad_frames, rechunk
 from .dct import DCTCodec, dct_matrix
 from .patchify import PATCH, patchify, unpatchify
@@ -54,27 +55,16 @@ def load_vae(config: VAEConfig, weights: str | Path | None = None) -> VideoCodec
         return load_diffusers_vae(config, path)
     from .causal import CausalVAE
 
-    vae = CausalVAE(config)
+    state = None
     if path is not None:
-        _load_state(vae, path)
+        weights = WeightsFile(path, advice="; give the VAE's safetensors file")
+        try:
+            weights.check(lambda: CausalVAE(config), config.depth)
+        except MemoryFormatError as error:
+            reason = str(error).removeprefix(f"{path}: its weights do not fit its configuration ")
+            raise UserError(f"{path}: not the weights of the VAE that the model asks for {reason}") from error
+        state = weights.read()
+    vae = CausalVAE(config)
+    if state is not None:
+        vae.load_state_dict(state)
     return vae.eval().requires_grad_(False)
-
-
-def _load_state(vae, path: Path) -> None:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from ..weights import unpack
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the VAE's safetensors file")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise MemoryFormatError(f"{path}: is damaged or not a safetensors file ({error})") from error
-    try:
-        vae.load_state_dict({k: v.to(torch.float32) for k, v in unpack(state).items()})
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not the weights of the VAE that the model asks for ({reason})") from error

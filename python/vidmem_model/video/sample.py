@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import MediaError
+from ..errors import MediaError, UserError
 
 # Big Buck Bunny (c) Blender Foundation, CC-BY 3.0: the whole film lies in moviepy's source release.
 SAMPLE_RELEASE = "moviepy==2.2.1"
@@ -29,11 +29,17 @@ SAMPLE_SHA256 = "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d
 
 
 def cache_dir() -> Path:
-    """Return the folder for fetched files: $VIDMEM_CACHE, else $XDG_CACHE_HOME/vidmem, else ~/.cache."""
-    if own := os.environ.get("VIDMEM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "vidmem"
+    """Return the folder for fetched files: $VIDMEM_CACHE, else $XDG_CACHE_HOME/vidmem, else ~/.cache/vidmem.
+
+    Raises:
+        UserError: its ~ names no user.
+    """
+    own, base = os.environ.get("VIDMEM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    named = Path(own) if own else Path(base) / "vidmem"
+    try:
+        return named.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{named}: there is no such home folder; set VIDMEM_CACHE to a folder's full path") from error
 
 
 def fetch_sample_clip(progress: bool = True) -> Path:

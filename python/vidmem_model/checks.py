@@ -1,0 +1,377 @@
+"""What the fields of configurations and file headers must hold: declared beside each field, checked in one place.
+
+A field is declared with its bounds in one line:
+
+    depth: Annotated[int, positive(10_000)] = 4
+
+`Checked`, the base of all such dataclasses, holds every field to its declaration when an object is made; `build` makes
+one from what a YAML or JSON file gave. Rules between fields stand in a class's own `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import reprlib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+# Lengths, sizes and rates beyond these are mistakes, whatever they are of.
+MOST_SECONDS = 10_000_000
+MOST_PIXELS = 16_384
+MOST_FPS = 100_000
+MOST_SEED = (1 << 63) - 1
+_MOST_SHOWN = 80
+_MOST_JSON_NESTING = 32
+
+
+class FieldError(ValueError):
+    """A field that does not hold what it must.
+
+    Attributes:
+        place: of the field in the file, as "model.encoders[0].rate".
+    """
+
+    def __init__(self, message: str, place: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+class _Shown(reprlib.Repr):
+    """repr of a value, cut where it is long, wide or deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxset = 2, 6, 6, 4, 4
+        self.maxstring = self.maxother = _MOST_SHOWN
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write a number of more than 4,300 digits.
+        return repr(value) if abs(value) < 10**20 else f"{'-' if value < 0 else ''}{_digits(value)} digits"
+
+
+def _digits(value: int) -> str:
+    return f"about {round(value.bit_length() * math.log10(2)):,}"
+
+
+_SHOWN = _Shown()
+
+
+def show(value: object) -> str:
+    """A value as messages name it: its repr, on one line and at most 80 characters long."""
+    return shorten(_SHOWN.repr(value), _MOST_SHOWN)
+
+
+def shorten(text: object, most: int = 200) -> str:
+    """The text of a message of others, on one line and cut at `most` characters."""
+    # Of a long text only the beginning is looked at.
+    line = " ".join(str(text)[: 4 * most].split())
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    return line if len(line) <= most else line[: most - 2] + " …"
+
+
+def require(holds: bool, what: str, got: object) -> None:
+    """Raise ValueError("<what>, got <got>") unless it holds."""
+    if not holds:
+        raise ValueError(f"{what}, got {show(got)}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, or of every number in a list.
+
+    Args:
+        least, most: the ends, both allowed.
+        above: `least` itself is not allowed.
+        below: `most` itself is not allowed.
+        words: what a number must be that is too small or not finite.
+    """
+
+    least: float
+    most: float
+    above: bool = False
+    below: bool = False
+    words: str = ""
+
+    def problem(self, value: Any) -> str | None:
+        """What `value` must be and is not, or None."""
+        # Not by `<`, which NaN would pass.
+        if not (value > self.least if self.above else value >= self.least) or value == math.inf:
+            return self.words
+        if not (value < self.most if self.below else value <= self.most):
+            return self.words if self.words.startswith("must be in") else f"must be at most {self.most:,}".removesuffix(".0")
+        return None
+
+
+def positive(most: float, unit: str = "") -> Range:
+    """Above 0 and at most `most`; `unit` says of what it is, as "seconds"."""
+    return Range(0, most, above=True, words=f"must be positive {unit}".rstrip())
+
+
+def not_negative(most: float) -> Range:
+    """0 to `most`."""
+    return Range(0, most, words="must not be negative")
+
+
+def at_least(least: float, most: float) -> Range:
+    """`least` to `most`."""
+    return Range(least, most, words=f"must be at least {least}")
+
+
+def more_than(least: float, most: float) -> Range:
+    """Above `least` and at most `most`."""
+    return Range(least, most, above=True, words=f"must be greater than {least}")
+
+
+def within(least: float, most: float, below: bool = False) -> Range:
+    """`least` to `most`, two ends that belong to the meaning of the field; `below` leaves the upper one out."""
+    return Range(least, most, below=below, words=f"must be in [{least}, {most}{')' if below else ']'}")
+
+
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """1, 2, 4, … up to `most`."""
+
+    most: int
+
+    def problem(self, value: Any) -> str | None:
+        """What `value` must be and is not, or None."""
+        if value >= 1 and value <= self.most and value & (value - 1) == 0:
+            return None
+        return f"must be powers of two of at most {self.most}"
+
+
+class OneOf:
+    """One of a few names."""
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def problem(self, value: Any) -> str | None:
+        """What `value` must be and is not, or None."""
+        return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of `least` to `most` characters, all of which can be shown."""
+
+    most: int
+    least: int = 0
+
+    def problem(self, value: Any) -> str | None:
+        """What `value` must be and is not, or None."""
+        text = str(value)
+        if len(text) < self.least:
+            return "must not be empty"
+        if len(text) > self.most:
+            return f"must have at most {self.most:,} characters"
+        return None if "\0" not in text else "must hold no NUL character"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A list of `least` to `most` entries."""
+
+    least: int
+    most: int
+
+    def problem(self, value: Sequence[Any]) -> str | None:
+        """What `value` must be and is not, or None."""
+        if len(value) < self.least:
+            return "must not be empty" if not value else f"must have at least {self.least} entries"
+        return None if len(value) <= self.most else f"must have at most {self.most:,} entries"
+
+
+FileName = Annotated[str, Text(4096, least=1)]
+SamplerSteps = Annotated[int, positive(10_000)]
+Lengths = Annotated[tuple[float, ...], Entries(1, 100), positive(MOST_SECONDS, "seconds")]
+
+
+class Checked:
+    """Base of dataclasses whose fields are held to their declarations.
+
+    Numbers and lists are brought to the declared types: 1 is 1.0 in a float's field, a list becomes a tuple.
+
+    Raises:
+        FieldError: "<class>: <field> must …, got …".
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in declarations(type(self)).items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, conform(hint, value, f"{type(self).__name__}: {name}", name))
+
+
+@functools.cache
+def declarations(kind: type) -> dict[str, Any]:
+    """The declared type of every field of a dataclass, bounds included."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _types(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def conform(hint: Any, value: Any, what: str, place: str = "", bounds: tuple = ()) -> Any:
+    """Hold a value to a declaration.
+
+    Args:
+        hint: a type, or Annotated with bounds: Range, PowerOfTwo, OneOf and Text are of the value, or of each entry
+            of a list, Entries of the list.
+        value: what a file or a caller gave.
+        what: how the message calls it.
+        place: of the value in its file.
+        bounds: those of the hint that this one is part of.
+
+    Returns:
+        The value in the declared type.
+
+    Raises:
+        FieldError: it is of another type, or out of bounds.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return conform(inner[0], value, what, place, (*bounds, *inner[1:]))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, (hint, dict)):
+            raise FieldError(f"{what}: must be a mapping of keys to values, got {show(value)}", place)
+        return build(hint, value, place) if isinstance(value, dict) else value
+    if type(None) in inner:  # X | None
+        others = next(each for each in inner if each is not type(None))
+        return None if value is None else conform(others, value, what, place, bounds)
+    if origin is tuple:
+        return _conform_list(inner, value, what, place, bounds)
+    if hint is float and type(value) is int and abs(value) < 1 << 1000:
+        value = float(value)
+    if hint is Path and isinstance(value, str):
+        value = Path(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise FieldError(f"{what}: must be of type {hint.__name__}, got {show(value)}", place)
+    _hold(bounds, value, what, place, value)
+    return value
+
+
+def _conform_list(inner: tuple, value: Any, what: str, place: str, bounds: tuple) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        raise FieldError(f"{what}: must be a list, got {show(value)}", place)
+    whole = [bound for bound in bounds if isinstance(bound, Entries)]
+    each = tuple(bound for bound in bounds if not isinstance(bound, Entries))
+    free = inner[-1] is Ellipsis
+    if not free and len(value) != len(inner):
+        raise FieldError(f"{what}: must have {len(inner)} entries, got {show(value)}", place)
+    shown = list(value) if free else tuple(value)
+    if not value:  # of which the words for its entries say more
+        whole = [dataclasses.replace(bound, least=0) if _words(each) else bound for bound in whole]
+        if whole != [bound for bound in bounds if isinstance(bound, Entries)]:
+            raise FieldError(f"{what} {_words(each)}, got {show(shown)}", place)
+    _hold(whole, value, what, place, shown)
+    kinds = [inner[0]] * len(value) if free else inner
+    plain = not any(typing.get_args(kind) or dataclasses.is_dataclass(kind) for kind in inner if kind is not Ellipsis)
+    made = []
+    for i, (kind, entry) in enumerate(zip(kinds, value, strict=True)):
+        made.append(conform(kind, entry, f"{what}[{i}]", f"{place}[{i}]", () if plain else each))
+        if plain:  # a short list is told whole
+            _hold(each, made[-1], what, place, shown if len(value) <= 6 else entry)
+    return tuple(made)
+
+
+def _words(bounds: tuple) -> str:
+    return next((bound.words for bound in bounds if isinstance(bound, Range)), "")
+
+
+def _hold(bounds: Sequence[Any], value: Any, what: str, place: str, shown: Any) -> None:
+    for bound in bounds:
+        problem = bound.problem(value)
+        if problem:
+            raise FieldError(f"{what} {problem}, got {show(shown)}", place)
+
+
+def build(kind: type, values: Any, where: str = "") -> Any:
+    """Build a dataclass from plain dicts and lists, nested ones too.
+
+    Args:
+        kind: the dataclass.
+        values: a dict of its fields.
+        where: name of the place, for messages.
+
+    Returns:
+        An instance of `kind`.
+
+    Raises:
+        FieldError: a key is unknown, a value has another type than the field, or is out of range.
+    """
+    name = where or kind.__name__
+    if not isinstance(values, dict):
+        raise FieldError(f"{name}: must be a mapping of keys to values, got {show(values)}", where)
+    types = _types(kind)
+    for key in values:
+        if key not in types:
+            place = f"{where}.{key}".lstrip(".") if isinstance(key, str) else where
+            raise FieldError(f"{name}: keys must be among {sorted(types)}, got {show(key)}", place)
+    places = {key: f"{where}.{key}".lstrip(".") for key in values}
+    given = {key: conform(types[key], value, places[key], places[key]) for key, value in values.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in given and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise FieldError(f"{name}: needs {missing}, got {show(sorted(values))}", where)
+    try:
+        return kind(**given)
+    except FieldError as error:  # out of bounds: the class knows its field, this place the way to it
+        place = f"{where}.{error.place}".lstrip(".")
+        raise FieldError(f"{place}: {error}", place) from error
+    except ValueError as error:  # a rule between fields
+        raise FieldError(f"{where}: {error}" if where else str(error), where) from error
+
+
+def parse_json(text: str, what: str) -> Any:
+    """Parse JSON from a file.
+
+    Args:
+        text: the JSON.
+        what: how messages call it.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or an object has a key twice; the message is short.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"{what} has the key {show(twice)} twice")
+        return made
+
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be JSON, got {show(text)}")
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not JSON ({error.msg} at character {error.pos})") from error
+    except ValueError as error:  # among them Python's refusal of a number of 5,000 digits
+        raise ValueError(error.args[0] if str(error).startswith(what) else f"{what} holds {shorten(error)}") from error
+    if _nesting(parsed) > _MOST_JSON_NESTING:
+        raise ValueError(f"{what} is nested too deeply")
+    return parsed
+
+
+def _nesting(value: Any) -> int:
+    level, depth = [value], 0
+    while level and depth <= _MOST_JSON_NESTING:
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))]
+        level, depth = [inner for values in inside for inner in values], depth + 1
+    return depth
