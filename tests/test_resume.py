@@ -91,7 +91,7 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path, monkeypatch):
 
 def test_another_setting_is_refused_until_restart(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "copy")
-    with pytest.raises(UserError, match=r"holds a run with lr 0.003, now it is 0.001; .*--restart"):
+    with pytest.raises(UserError, match=r"holds a run with lr=0.003, this run has lr=0.001; .*--restart"):
         train(folder, lr=1e-3)
     train(folder, steps=2, lr=1e-3, restart=True)
     assert len(curve(folder)) == 1 + 2

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from .cost_parts import EVERY, PARTS
-from .report import replacing
+from .files import replacing
 from .tables import _mebi, _print_files, _print_table, _table
 
 # Okabe and Ito's colours, told apart in all common kinds of colour vision; so are the markers.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from .config import ClipSpec, _check, _is_count
 from .encoder import low_resolution
 from .errors import UserError
+from .files import locked, reason, written
 from .model_config import ModelConfig, build
 from .scenes import stretches
 from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
@@ -217,13 +217,17 @@ def prepare(
     folder = root / _fingerprint(config, films, model, vae)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = _read_index(folder)
-        if rows is None or not all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)):
-            rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
-            _replace(folder / _INDEX, lambda part: part.write_text(json.dumps(rows, indent=1)))
+        rows = _read_index(folder, rates)
+        if rows is None:
+            with locked(folder / ".lock", folder, waiting=True):
+                rows = _read_index(folder, rates)  # another process may have encoded meanwhile
+                if rows is None:
+                    rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
+                    with written(folder / _INDEX) as part:
+                        part.write_text(json.dumps(rows, indent=1))
         blocks = tuple(_load(folder, row, rates) for row in rows)
     except OSError as error:
-        raise UserError(f"{folder}: the latents cannot be kept there ({error.strerror or error})") from error
+        raise UserError(f"{folder}: the latents cannot be kept there ({reason(error, folder)})") from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
 
 
@@ -269,11 +273,13 @@ def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae:
     return digest.hexdigest()[:16]
 
 
-def _read_index(folder: Path) -> list[dict[str, Any]] | None:
+def _read_index(folder: Path, rates: list[Rate]) -> list[dict[str, Any]] | None:
+    """Rows of all blocks, or None where not all of them are encoded."""
     try:
-        return json.loads((folder / _INDEX).read_text())
+        rows = json.loads((folder / _INDEX).read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return rows if all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)) else None
 
 
 def _file(folder: Path, row: dict[str, Any], rate: Rate | None) -> Path:
@@ -382,9 +388,9 @@ def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: Vi
     for rate in (None, *rates):
         file = _file(folder, row, rate)
         if not file.exists():
-            tensors = {"latents": encode_block(frames, vae, rate)}
-            header = {"block": json.dumps(row)}
-            _replace(file, lambda part, t=tensors, h=header: save_file(t, part, metadata=h))
+            latents = encode_block(frames, vae, rate)
+            with written(file) as part:
+                save_file({"latents": latents}, part, metadata={"block": json.dumps(row)})
 
 
 @torch.no_grad()
@@ -439,16 +445,6 @@ def _whole(frames: int, vae: VideoCodec) -> int:
     """Video frames that whole latent frames cover, of `frames`."""
     latent = _latent_frames(frames, vae)
     return vae.first_frames + (latent - 1) * vae.stride[0] if latent else 0
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _load(folder: Path, row: dict[str, Any], rates: list[Rate]) -> Block:

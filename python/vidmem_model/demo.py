@@ -25,6 +25,7 @@ from .compressor import CompressedMemory, compress
 from .config import METHODS, ClipSpec, CompressorConfig
 from .data import Clip, fetch_sample_clip, probe, read_clip
 from .errors import UserError
+from .files import output_folder, write_json
 from .measure import PeakMemory, available_bytes, describe_device, process_peak, timed
 from .memory import read_memory, write_memory
 from .metrics import psnr, ssim
@@ -36,6 +37,8 @@ Progress = Callable[[str, int, int | None], None]
 # 20 s from here show close-ups, foliage, motion and a change of scene.
 SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
+# Names of what the demo writes.
+FILES = ("report.json", "memory-*.safetensors", "memory_vs_context.*", "contact_sheet*.png")
 # Bytes that decoding and compressing need for each byte of decoded video.
 _ROOM = {"dct": 4, "merge": 6, "learned": 12}
 
@@ -145,7 +148,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
     tell = progress or (lambda *_: None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_room(config.profile, device)
-    with report.output_folder(out) as folder:
+    with output_folder(out) as folder:
         sample = config.video is None
         video = fetch_sample_clip(progress=progress is not None) if sample else config.video
         with recording() as choices:
@@ -153,7 +156,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
         result["video"]["credit"] = SAMPLE_CREDIT if sample else None
         result["kernels"] = _kernels(choices)
         result["peak_rss_bytes"] = process_peak()
-        report.write_json(folder / "report.json", result)
+        write_json(folder / "report.json", result)
     return result
 
 
@@ -209,7 +212,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     result["learned"] = small and small[0]
     with stages.measure("memory profile"):
         curve = profile(config.profile, device, progress=lambda what, *n: tell(what, *n))
-    report.write_json(folder / "memory_vs_context.json", curve)
+    write_json(folder / "memory_vs_context.json", curve)
     result["skipped"] = report.plots_missing()
     if result["skipped"] is None:
         tell("pictures", 0, None)

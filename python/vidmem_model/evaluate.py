@@ -19,13 +19,13 @@ from .config import METHODS, ClipSpec, _check, _is_count
 from .data import probe, read_clip
 from .dataset import DataConfig, cut_films, film_paths
 from .errors import UserError
+from .files import write_json
 from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
 from .metrics import psnr, ssim, stlpips
 from .model import MODEL_FILE, model_path
 from .model_config import ModelConfig, build
 from .profile import versions
-from .report import write_json
 from .weights import stored_dtype
 
 Progress = Callable[[str, int, int | None], None]

@@ -12,9 +12,9 @@ import functools
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +22,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vidmem_kernels.files import remove_leftovers
+
 from .config import ClipSpec, _check, _is_count
 from .data import read_clip
 from .dit import KVCache
 from .encoder import MemoryTokens
 from .errors import MemoryFormatError, UserError
+from .files import beside, cannot_write, check_file, locked, write_json
 from .flow import sample
 from .history import HistoryMemory
 from .model import MemoryModel
-from .report import check_file, replacing
 from .storyboard import Storyboard
 from .vae import PATCH, VideoCodec, frames_to_float, frames_to_uint8, pad_frames
 from .video_out import video_writer
@@ -39,6 +41,8 @@ from .weights import read_tensors, write_tensors
 _FORMAT = "vidmem.segment"
 _VERSION = 1
 _SETTINGS = "settings.json"
+# Names of what is kept until the video is whole.
+PARTS = ("segment-*.safetensors", _SETTINGS)
 # Values of every weight that tell one model from another: training changes them all.
 _FINGERPRINT_VALUES = 1024
 
@@ -292,7 +296,26 @@ def generate(
     asked = max(1, round(seconds * fps))
     generator = Generator(model, vae, config)
     check_file(output)
-    parts = output.with_name(f"{output.name}.parts")
+    with locked(beside(output), output):
+        return _generate(storyboard, generator, output, asked, restart, progress, began)
+
+
+def parts_of(output: Path) -> Path:
+    """Folder that keeps the segments of a video until it is whole."""
+    return output.with_name(f"{output.name}.parts")
+
+
+def _generate(
+    storyboard: Storyboard,
+    generator: Generator,
+    output: Path,
+    asked: int,
+    restart: bool,
+    progress: Callable[[Progress], None] | None,
+    began: float,
+) -> dict[str, Any]:
+    model, vae, config, fps = generator.model, generator.vae, generator.config, generator.model.config.fps
+    parts = parts_of(output)
     _open_parts(parts, _settings(storyboard, model, vae, config, asked), restart)
     if config.start is not None:
         spec = ClipSpec(model.config.height, model.config.width, fps, seconds=None)
@@ -333,7 +356,7 @@ def generate(
                 if made < asked:  # the last segment may be longer than what is left
                     write(pictures[: asked - made])
                 made += len(pictures)
-    shutil.rmtree(parts)
+    _remove_parts(parts)
     memory.append(generator.context[0])
     clean.append(generator.context[1])
     per_latent = vae.stride[0] / fps
@@ -393,8 +416,8 @@ def _fingerprint(part: Any) -> str:
 
 def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
     """Make the folder of segments, or check that the one there was made with the same settings."""
-    if restart and parts.is_dir():
-        shutil.rmtree(parts)
+    if restart:
+        _remove_parts(parts)
     file = parts / _SETTINGS
     if file.is_file():
         try:
@@ -413,7 +436,15 @@ def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
         return
     try:
         parts.mkdir(exist_ok=True)
-        with replacing(file) as part:
-            part.write_text(json.dumps(settings, indent=2))
     except OSError as error:
-        raise UserError(f"{parts}: cannot be written ({error.strerror}); choose another path") from error
+        raise cannot_write(parts, error) from error
+    write_json(file, settings)
+
+
+def _remove_parts(parts: Path) -> None:
+    """Remove what `generate` has put into a folder, and the folder, unless it holds anything else."""
+    for file in [file for pattern in PARTS for file in parts.glob(pattern)]:
+        file.unlink()
+    remove_leftovers(parts)
+    with suppress(OSError):
+        parts.rmdir()

@@ -12,6 +12,7 @@ from vidmem_kernels import MemoryBank, MemoryFileError
 
 from .compressor import CompressedMemory, check_bank, reconstruct
 from .errors import MemoryFormatError, UserError
+from .files import cannot_write
 
 FORMAT = "vidmem.memory"
 VERSION = 1
@@ -93,8 +94,7 @@ def write_memory(path: str | Path, compressed: CompressedMemory, *, fps: float, 
     try:
         bank.save(path, metadata=header, extras=compressed.extras)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); choose another path") from error
+        raise cannot_write(Path(path), error, rows * bank.channels * dtype.itemsize) from error
 
 
 def read_memory(path: str | Path) -> Memory:

@@ -20,7 +20,7 @@ from .flow import logit_normal, shift_timesteps
 from .linear_start import start_linearly
 from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
-from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_settings
+from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_folder, run_settings
 from .vae import load_vae
 
 # Noise of the masked frames, and times of the flow: logit-normal with this mean and deviation.
@@ -233,14 +233,13 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         Interrupted: it was stopped; the same call goes on from there.
         UserError: something in the configuration cannot be used.
     """
-    with processes(config.optimisation) as device:
+    with processes(config.optimisation) as device, run_folder(config, config.vae, config.text) as output:
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
         encoders = config.model.encoders
         rates = [rate for rate in map(low_rate, encoders) if rate]
         latents = prepare_latents(config.data, config.model, vae, rates)
         seed, shift = config.optimisation.seed, config.model.shift
         batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)
-        output = Path(config.output)
         model = fit(
             lambda: _fresh(config, batches),
             batches,

@@ -12,7 +12,7 @@ from .dataset import DataConfig, cut_films, film_paths
 from .distributed import first_then_others, processes, rank
 from .model import VAE_FILE
 from .model_config import ModelConfig
-from .training import TrainConfig, fit, run_settings
+from .training import TrainConfig, fit, run_folder, run_settings
 from .vae.base import frames_to_float
 from .vae.causal import CausalVAE
 from .vae.training import ClipSampler, Reconstruction, measure_latents
@@ -62,7 +62,7 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
         Interrupted: it was stopped; the same call goes on from there.
         UserError: something in the configuration cannot be used.
     """
-    with processes(config.optimisation) as device:
+    with processes(config.optimisation) as device, run_folder(config) as output:
         films = first_then_others(lambda: film_paths(config.data))
         cut = cut_films(config.data, films, config.model, CausalVAE(config.model.vae), "train")
         blocks = [frames for _, frames in cut]
@@ -77,7 +77,6 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
             return vae
 
         batches = ClipSampler(blocks, CausalVAE(config.model.vae), config.frames, config.optimisation.seed)
-        output = Path(config.output)
         settings = run_settings(config)
         vae = fit(build, batches, config.optimisation, output, settings, device, restart, Reconstruction)
         if rank() != 0:

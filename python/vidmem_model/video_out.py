@@ -13,7 +13,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from .errors import UserError
-from .report import replacing
+from .files import replacing
 
 # In the order of preference, with options of about the same quality.
 _ENCODERS = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from vidmem_kernels import quantize_rows
 
 from .errors import MemoryFormatError, UserError
+from .files import cannot_write, replacing
 
 DTYPES = ("float32", "float16", "int8")
 _SCALE = ".row_scale"
+_METADATA = "__metadata__"
 # Vectors and small matrices are norms, biases and tables: their bytes do not count, their errors do.
 _LEAST = 4096
 
@@ -66,27 +68,42 @@ def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all; equal content gives equal bytes.
 
     Raises:
         UserError: it cannot be written.
     """
-    temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        os.close(handle)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=header)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{file}: cannot be written ({reason}); choose another path") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+    except OSError as error:
+        raise cannot_write(file, error) from error
+    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with replacing(file, need) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=header)
+        _sort_header(part)
+
+
+def _sort_header(file: Path) -> None:
+    """Put the entries of a safetensors file's header in order: that of the package differs from run to run."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        content = json.loads(opened.read(size))
+        content = {key: dict(sorted(content[key].items())) if key == _METADATA else content[key] for key in content}
+        ordered = {key: content[key] for key in sorted(content, key=lambda key: key != _METADATA)}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        opened.seek(8)
+        opened.write(text.ljust(size))
+
+
+def content_digest(file: Path) -> str:
+    """SHA-256 of what a safetensors file says, whatever the order of its header."""
+    with safe_open(file, framework="pt") as opened:
+        digest = hashlib.sha256(json.dumps(opened.metadata() or {}, sort_keys=True).encode())
+        for name in sorted(opened.keys()):
+            tensor = opened.get_tensor(name).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def stored_dtype(file: Path) -> str:

@@ -35,12 +35,12 @@ def retrieval(
     """Read every frame back from trained memories, dct, merge and a mean frame, and compare."""
     from .. import evaluate as evaluate_
     from .. import report
+    from ..files import outputs, replacing, write_json
     from ..learned import shipped
+    from ..model import files_of
     from ..tables import print_retrieval, retrieval_markdown
 
-    for path in (json_, plot, markdown):
-        if path:
-            report.check_file(path)
+    outputs([video], [json_, plot, markdown])
     if plot and (missing := report.plots_missing()):
         raise UserError(f"--plot: {missing}")
     models = [*(model or []), *(evaluate_.find_models(table) if table else [])]
@@ -48,6 +48,7 @@ def retrieval(
         models = [path for path in (shipped(),) if path]
     if not models:
         raise UserError("no model is shipped with this vidmem; give --model or --table")
+    outputs([video, *(file for path in models for file in files_of(path))], [json_, plot, markdown])
     if history is None:
         history = evaluate_.trained_history(models[0])
     config = configured(evaluate_.RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
@@ -58,9 +59,9 @@ def retrieval(
         histories = evaluate_.choose_histories(models, config, video)
         result = evaluate_.evaluate_retrieval(models, histories, config, store, tell)
     if json_:
-        report.write_json(json_, result)
+        write_json(json_, result)
     if markdown:
-        with report.replacing(markdown) as part:
+        with replacing(markdown) as part:
             part.write_text(retrieval_markdown(result), encoding="utf-8")
     if plot:
         report.write_retrieval_plot(plot, result)

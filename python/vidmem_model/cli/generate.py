@@ -53,11 +53,11 @@ def generate(
 
     board = read_storyboard(storyboard)
     device = parse_device(device)
-    from ..generate import GenerateConfig
+    from ..files import outputs, write_json
+    from ..generate import PARTS, GenerateConfig, parts_of
     from ..generate import generate as generate_
     from ..learned import CONTINUING_MODEL, shipped
-    from ..model import load_model
-    from ..report import check_file, write_json
+    from ..model import files_of, load_model
     from ..vae import load_vae
 
     config = configured(
@@ -73,11 +73,11 @@ def generate(
         kv_cache=kv_cache,
         start=start,
     )
-    if report is not None:
-        check_file(report)
     model = model or shipped(CONTINUING_MODEL)
     if model is None:
         raise UserError("no model is shipped with this vidmem; give --model")
+    read = [storyboard, start, vae, text, *files_of(model)]
+    outputs(read, [output, report], {parts_of(output): PARTS})
     net = load_model(model, text).to(device)
     codec = load_vae(net.config.vae, vae or net.vae_weights)
     if device != "cpu" and hasattr(codec, "to"):
@@ -93,7 +93,7 @@ def generate(
     first, last = made["memory_tokens"][0], made["memory_tokens"][-1]
     print(
         f"{output}: {made['seconds']:g} s of {net.config.height}x{net.config.width} at {net.config.fps:g} fps "
-        f"in {made['segments']} segments, {made['wall_seconds']:.0f} s of work; "
+        f"(height x width) in {made['segments']} segments, {made['wall_seconds']:.0f} s of work; "
         f"memory {first:,} -> {last:,} tokens, {made['context_per_second']:g} tokens/s, "
         f"and {max(made['window_tokens']):,} of clean frames"
     )
@@ -114,10 +114,10 @@ def storyboard(
         raise UserError(f"--seconds must be positive, got {seconds:g}")
     if not idea.strip():
         raise UserError("the idea must not be empty; say what the video is about")
-    from ..report import check_file, replacing
+    from ..files import outputs, replacing
     from ..storyboard import format_storyboard, language_model, write_storyboard
 
-    check_file(output)
+    outputs([lm], [output])
     made = write_storyboard(idea, language_model(lm, device=parse_device(device)), seconds, shots, seed)
     with replacing(output) as part:
         part.write_text(format_storyboard(made), encoding="utf-8")

@@ -56,13 +56,15 @@ def profile(
 def _profile_layer(output: Path, values: dict, device: str) -> None:
     from .. import profile as profile_
     from .. import report
+    from ..files import output_folder, outputs, write_json
     from ..tables import print_profile
 
     config = configured(profile_.ProfileConfig, **values)
     device_ = parse_device(device)
-    with report.output_folder(output) as folder, progress_bar() as tell:
+    outputs(folders={output: ("memory_vs_context.*",)})
+    with output_folder(output) as folder, progress_bar() as tell:
         result = profile_.profile(config, device_, progress=tell)
-        report.write_json(folder / "memory_vs_context.json", result)
+        write_json(folder / "memory_vs_context.json", result)
         skipped = report.plots_missing()
         if skipped is None:
             report.write_memory_plot(folder / "memory_vs_context.png", result)
@@ -74,6 +76,7 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
     from ..cost import profile_model
     from ..cost_parts import CostConfig
     from ..cost_report import print_cost, write_cost_plot
+    from ..files import output_folder, outputs, write_json
     from ..model_config import PRESETS
 
     sizes = PRESETS.get(model)
@@ -85,9 +88,10 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
         sizes = load_model(model).config
     config = configured(CostConfig, model=sizes, **values)
     device_ = parse_device(device)
-    with report.output_folder(output) as folder, progress_bar() as tell:
+    outputs([Path(model)], folders={output: ("model_cost.*",)})
+    with output_folder(output) as folder, progress_bar() as tell:
         result = profile_model(config, Path(model).name, device_, progress=tell)
-        report.write_json(folder / "model_cost.json", result)
+        write_json(folder / "model_cost.json", result)
         skipped = report.plots_missing()
         if skipped is None and result["points"]:
             write_cost_plot(folder / "model_cost.png", result)
