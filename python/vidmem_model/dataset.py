@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .config import ClipSpec, _check, _is_count
 from .encoder import low_resolution
@@ -22,6 +22,7 @@ from .files import locked, reason, written
 from .model_config import ModelConfig, build
 from .scenes import stretches
 from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
+from .weights import save_file
 
 Rate = tuple[int, int, int]
 SAMPLE = "sample"

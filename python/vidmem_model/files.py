@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import socket
 import sys
@@ -19,13 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from vidmem_kernels.files import (
     found,
     is_at,
     lock,
     put,
+    remove_leftovers,
     sync,
     target_of,
     temporary_file,
@@ -76,7 +74,8 @@ def outputs(
 def _check_apart(path: Path, real: Path, read: Sequence[Path]) -> None:
     """Raise UserError if what is to be written is among what is read."""
     for given in read:
-        if _same(real, given) or (real.exists() and Path(os.path.realpath(given)) in real.parents):
+        every = given.rglob("*") if given.is_dir() and real.exists() else ()
+        if any(_same(real, each) for each in (given, *every)):
             raise UserError(f"{path}: is the input {given}, which would be lost; choose another output")
 
 
@@ -194,11 +193,7 @@ def written(target: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     with temporary_file(target) as (part, _):
-        try:
-            yield part
-        except SafetensorError as error:  # holds the system's error as text
-            number = int((re.findall(r"os error (\d+)", str(error)) or [errno.EIO])[0])
-            raise OSError(number, os.strerror(number), str(target)) from error
+        yield part
         sync(part)
         put(part, target)
 
@@ -224,6 +219,15 @@ def output_folder(path: Path) -> Iterator[Path]:
                 staging.rename(real)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def remove_parts(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove files of these names from a folder that kept parts of a work, and the folder if nothing else is in it."""
+    for file in [file for pattern in patterns for file in folder.glob(pattern)]:
+        file.unlink()
+    remove_leftovers(folder)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def beside(output: Path) -> Path:

@@ -14,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vidmem_kernels.files import remove_leftovers
-
 from .config import ClipSpec, _check, _is_count
 from .data import read_clip
 from .dit import KVCache
 from .encoder import MemoryTokens
 from .errors import MemoryFormatError, UserError
-from .files import beside, cannot_write, check_file, locked, write_json
+from .files import beside, cannot_write, check_file, locked, remove_parts, write_json
 from .flow import sample
 from .history import HistoryMemory
 from .model import MemoryModel
@@ -356,7 +353,7 @@ def _generate(
                 if made < asked:  # the last segment may be longer than what is left
                     write(pictures[: asked - made])
                 made += len(pictures)
-    _remove_parts(parts)
+    remove_parts(parts, PARTS)
     memory.append(generator.context[0])
     clean.append(generator.context[1])
     per_latent = vae.stride[0] / fps
@@ -417,7 +414,7 @@ def _fingerprint(part: Any) -> str:
 def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
     """Make the folder of segments, or check that the one there was made with the same settings."""
     if restart:
-        _remove_parts(parts)
+        remove_parts(parts, PARTS)
     file = parts / _SETTINGS
     if file.is_file():
         try:
@@ -439,12 +436,3 @@ def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
     except OSError as error:
         raise cannot_write(parts, error) from error
     write_json(file, settings)
-
-
-def _remove_parts(parts: Path) -> None:
-    """Remove what `generate` has put into a folder, and the folder, unless it holds anything else."""
-    for file in [file for pattern in PARTS for file in parts.glob(pattern)]:
-        file.unlink()
-    remove_leftovers(parts)
-    with suppress(OSError):
-        parts.rmdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from vidmem_kernels import quantize_rows
 
@@ -17,7 +17,6 @@ from .files import cannot_write, replacing
 
 DTYPES = ("float32", "float16", "int8")
 _SCALE = ".row_scale"
-_METADATA = "__metadata__"
 # Vectors and small matrices are norms, biases and tables: their bytes do not count, their errors do.
 _LEAST = 4096
 
@@ -80,19 +79,20 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str
     need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with replacing(file, need) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=header)
-        _sort_header(part)
 
 
-def _sort_header(file: Path) -> None:
-    """Put the entries of a safetensors file's header in order: that of the package differs from run to run."""
-    with file.open("r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        content = json.loads(opened.read(size))
-        content = {key: dict(sorted(content[key].items())) if key == _METADATA else content[key] for key in content}
-        ordered = {key: content[key] for key in sorted(content, key=lambda key: key != _METADATA)}
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        opened.seek(8)
-        opened.write(text.ljust(size))
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file as the package of that name does, but in place and with a header in one order."""
+    content = memoryview(save(tensors))
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:size]))
+    if metadata:
+        header = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(content[size:])
 
 
 def content_digest(file: Path) -> str:
