@@ -228,7 +228,8 @@ def prepare(
                         part.write_text(json.dumps(rows, indent=1))
         blocks = tuple(_load(folder, row, rates) for row in rows)
     except OSError as error:
-        raise UserError(f"{folder}: the latents cannot be kept there ({reason(error, folder)})") from error
+        why = reason(error, folder)
+        raise UserError(f"{folder}: the latents cannot be kept there ({why}); make room or set data.cache") from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
 
 
