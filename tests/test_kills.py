@@ -7,34 +7,10 @@ import signal
 import time
 
 import pytest
-from process_helpers import COMMANDS, Nursery, results, stage
+from process_helpers import COMMANDS, results, stage
 
 KILLS = 10
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    made = Nursery(tmp_path_factory.mktemp("logs"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def whole(nursery, tmp_path_factory):
-    """The results of a command that nothing disturbs, and its seconds."""
-    known = {}
-
-    def run(name):
-        if name not in known:
-            folder = stage(tmp_path_factory.mktemp(name) / "whole")
-            began = time.monotonic()
-            done = nursery.run(folder, *COMMANDS[name])
-            assert done.code == 0, done.err
-            known[name] = results(folder), time.monotonic() - began
-        return known[name]
-
-    return run
 
 
 @pytest.mark.parametrize("name", COMMANDS)

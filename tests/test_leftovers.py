@@ -14,33 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_helpers import COMMANDS, Nursery, results, stage
+from process_helpers import COMMANDS, results, stage
 from training_helpers import curve, train
 
 from vidmem_model import checkpoint, cli, files, training
 from vidmem_model.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    made = Nursery(tmp_path_factory.mktemp("logs"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def whole(nursery, tmp_path_factory):
-    """The results of a command that nothing disturbs."""
-    known = {}
-
-    def run(name):
-        if name not in known:
-            folder = stage(tmp_path_factory.mktemp(name) / "whole")
-            assert nursery.run(folder, *COMMANDS[name]).code == 0
-            known[name] = results(folder)
-        return known[name]
-
-    return run
 
 
 def one_line(err):
@@ -51,12 +29,12 @@ def one_line(err):
     return lines[0]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("share", range(4))
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_disk_that_is_full(nursery, whole, tmp_path, name, share):
     """A limit of the size of files has the same effect, at any place; then there is room again."""
-    expected = whole(name)
+    expected, _ = whole(name)
     folder = stage(tmp_path / "full")
     before = results(folder).keys()
     made = {name: content for name, content in expected.items() if name not in before}
@@ -130,7 +108,7 @@ def test_what_dead_processes_left_goes_and_what_living_ones_hold_stays(nursery, 
         os.close(handle)
     found = results(folder)
     kept = {str(Path(place) / each) for each in (".vidmem-alive.tmp", ".vidmem-living.tmp")}
-    assert found.keys() - whole(name).keys() - {place} == kept
+    assert found.keys() - whole(name)[0].keys() - {place} == kept
     shutil.rmtree(folder / place / ".vidmem-living.tmp")
 
 
@@ -148,11 +126,12 @@ def test_names_of_two_containers_never_meet(tmp_path, monkeypatch):
         assert len(os.listdir(tmp_path)) == 1 + 2 + 2
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(
+    ("number", "ignored"),
+    [(signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGTERM, False), (signal.SIGINT, False)],
+)
 def test_a_signal_ends_a_training_unless_nohup(nursery, tmp_path, monkeypatch, number, ignored):
-    if ignored and number != signal.SIGHUP:
-        pytest.skip(reason="nohup ignores SIGHUP alone")
     forward, calls = training.FlowMatching.forward, []
 
     def interrupting(self, batch):
@@ -174,6 +153,7 @@ def test_a_signal_ends_a_training_unless_nohup(nursery, tmp_path, monkeypatch, n
     assert not list(Path().rglob(".lock")) and not list(Path().rglob("*.part"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_leaves_nothing_of_a_command(nursery, tmp_path, number):
     folder = stage(tmp_path / "folder")
@@ -186,6 +166,7 @@ def test_a_signal_leaves_nothing_of_a_command(nursery, tmp_path, number):
     assert results(folder) == before
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["compress", "generate"])
 @pytest.mark.parametrize("stream", [1, 2])
 def test_streams_that_are_full(nursery, whole, tmp_path, name, stream):
@@ -195,15 +176,16 @@ def test_streams_that_are_full(nursery, whole, tmp_path, name, stream):
         assert done.code == 2 and "results cannot be printed to stdout (No space left" in one_line(done.err)
     else:
         assert done.code == 0
-    assert results(folder) == whole(name)
+    assert results(folder) == whole(name)[0]
 
 
 def test_a_training_goes_on_without_stderr(nursery, whole, tmp_path):
     folder = stage(tmp_path / "folder")
     assert nursery.run(folder, *COMMANDS["pretrain"], streams={2: "/dev/full"}).code == 0
-    assert results(folder) == whole("pretrain")
+    assert results(folder) == whole("pretrain")[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full"])
 def test_streams_of_a_shell(tmp_path, redirection):
     command = f"'{sys.executable}' -m vidmem_model --help {redirection}"

@@ -10,7 +10,7 @@ import socket
 import time
 
 import pytest
-from process_helpers import COMMANDS, Nursery, results, stage
+from process_helpers import COMMANDS, results, stage
 
 from vidmem_model import files
 from vidmem_model.errors import UserError
@@ -19,13 +19,6 @@ WRITES = {"pretrain-vae": "vae", "pretrain": "one", "finetune": "two", "generate
 LOCKS = {
     name: f".{output}.lock" if name in ("generate", "demo") else f"{output}/.lock" for name, output in WRITES.items()
 }
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    made = Nursery(tmp_path_factory.mktemp("logs"))
-    yield made
-    made.close()
 
 
 def wait_for(condition, seconds=60):
@@ -37,9 +30,8 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", WRITES)
-def test_a_second_process_is_refused(nursery, tmp_path, name):
-    alone = stage(tmp_path / "alone")
-    assert nursery.run(alone, *COMMANDS[name]).code == 0
+def test_a_second_process_is_refused(nursery, whole, tmp_path, name):
+    expected, _ = whole(name)
     both = stage(tmp_path / "both")
     (tmp_path / "linked").symlink_to(both)
     running = nursery.start(both, *COMMANDS[name])
@@ -53,7 +45,7 @@ def test_a_second_process_is_refused(nursery, tmp_path, name):
     running.kill(signal.SIGCONT)
     running.end()
     assert running.code == 0, running.err
-    assert results(both) == results(alone)
+    assert results(both) == expected
 
 
 def test_two_runs_share_a_cache(nursery, tmp_path):

@@ -136,7 +136,8 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
 
     Args:
         config: what to do.
-        out: folder for the results; made if missing, filled only when all has succeeded.
+        out: folder for the results; made if missing, filled only when all has succeeded. An interrupt leaves the
+            memory files that are whole in a folder that holds no earlier demo.
         progress: called with (description, done, total or None).
 
     Returns:
@@ -151,13 +152,30 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
     with output_folder(out) as folder:
         sample = config.video is None
         video = fetch_sample_clip(progress=progress is not None) if sample else config.video
-        with recording() as choices:
-            result = _run(config, video, folder, device, tell)
+        try:
+            with recording() as choices:
+                result = _run(config, video, folder, device, tell)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            kept = _keep(folder, out)
+            if kept and isinstance(stop, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"{' and '.join(kept)} kept in {out}") from stop
+            raise
         result["video"]["credit"] = SAMPLE_CREDIT if sample else None
         result["kernels"] = _kernels(choices)
         result["peak_rss_bytes"] = process_peak()
         write_json(folder / "report.json", result)
     return result
+
+
+def _keep(staging: Path, out: Path) -> list[str]:
+    """Move the memory files of an interrupted demo to its folder, unless they would stand beside another's report."""
+    memories = sorted(staging.glob("memory-*.safetensors"))
+    if not memories or (out / "report.json").exists():
+        return []
+    out.mkdir(exist_ok=True)
+    for file in memories:
+        file.replace(out / file.name)
+    return [file.name for file in memories]
 
 
 def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progress) -> dict[str, Any]:

@@ -136,8 +136,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     except typer.Exit as stop:
         return stop.exit_code
-    except KeyboardInterrupt:
-        _say("vidmem: interrupted; nothing was written")
+    except KeyboardInterrupt as stop:  # says what was kept, if anything was
+        _say(f"vidmem: interrupted; {str(stop) or 'nothing was written'}")
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of stdout has gone (`vidmem info | head`)
         _give_up_stdout()

@@ -68,8 +68,7 @@ def retrieval(
     except KeyboardInterrupt as stop:
         if not store:
             raise
-        typer.echo(f"vidmem: interrupted; what was measured is kept in {store}, the same command goes on", err=True)
-        raise typer.Exit(130) from stop
+        raise KeyboardInterrupt(f"what was measured is kept in {store}, the same command goes on") from stop
     if json_:
         write_json(json_, result)
     if markdown:

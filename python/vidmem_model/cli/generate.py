@@ -85,9 +85,8 @@ def generate(
     try:
         with _progress() as tell:
             made = generate_(board, net, codec, output, config, restart, tell)
-    except KeyboardInterrupt as error:
-        typer.echo("vidmem: interrupted; the same command goes on after the last whole segment", err=True)
-        raise typer.Exit(130) from error
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("the same command goes on after the last whole segment") from stop
     if report is not None:
         write_json(report, made)
     first, last = made["memory_tokens"][0], made["memory_tokens"][-1]

@@ -95,13 +95,14 @@ def compress(
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
     from ..config import ClipSpec, CompressorConfig
     from ..files import outputs
+    from ..learned import DEFAULT_MODEL, shipped
 
     training_free = "dct" if method == "learned" else method
     channels_ = 3072 if channels is None else channels
     config = configured(
         CompressorConfig, method=training_free, rate=rate_, channels=channels_, budget=budget, dtype=dtype
     )
-    outputs([video], [output])
+    outputs([video, shipped(DEFAULT_MODEL)], [output])
     import torch
 
     from ..compressor import compress as compress_
@@ -111,7 +112,7 @@ def compress(
 
     codec = DCTCodec()
     if method == "learned":
-        from ..learned import DEFAULT_MODEL, compress_learned, open_shipped
+        from ..learned import compress_learned, open_shipped
 
         model = open_shipped(DEFAULT_MODEL).model.config
         shape, fps_ = (model.height, model.width), model.fps

@@ -104,7 +104,8 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
 
 def _end(result: dict, stops: list[BaseException]) -> None:
     """End an interrupted command, of which all that was measured is written."""
-    if stops:
-        missing = len(result["missing"])
-        typer.echo(f"vidmem: interrupted; what was measured is kept, {missing} measurements are missing", err=True)
-        raise typer.Exit(stops[0].code if isinstance(stops[0], SystemExit) else 130)
+    for stop in stops:
+        if isinstance(stop, KeyboardInterrupt):
+            kept = f"what was measured is kept, {len(result['missing'])} measurements are missing"
+            raise KeyboardInterrupt(kept) from stop
+        raise stop

@@ -86,7 +86,6 @@ def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) 
         raise typer.Exit(128 + stop.signal) from stop
     except KeyboardInterrupt as stop:
         # While films are encoded; each block is kept when it is done.
-        print("vidmem: interrupted; the same command goes on from there", file=sys.stderr)
-        raise typer.Exit(130) from stop
+        raise KeyboardInterrupt("the same command goes on from there") from stop
     if file:
         print(file)
