@@ -198,6 +198,17 @@ def test_streams_of_a_shell(tmp_path, redirection):
         assert done.returncode == 0 and "Usage: vidmem" in done.stdout
 
 
+@pytest.mark.parametrize("variable", ["VIDMEM_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_of_a_user_who_is_not(tmp_path, monkeypatch, capfd, variable):
+    monkeypatch.delenv("VIDMEM_CACHE", raising=False)
+    monkeypatch.setenv(variable, "~nosuchuser/x")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo"]) == 2
+    said = one_line(capfd.readouterr().err)
+    assert "~nosuchuser/x" in said and "has no such user" in said
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_profile_keeps_what_it_has_measured(tmp_path, monkeypatch, capfd):
     from vidmem_model import profile
 

@@ -414,6 +414,7 @@ def test_no_writer_takes_the_place_of_what_is_no_file(tmp_path, monkeypatch, kin
         assert state(folder) == before
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", range(4))
 def test_reruns_replace_what_they_wrote(given, tmp_path, seed):
     """A refusal too many would be as bad: the same call twice, into files and folders that exist."""

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,8 +23,10 @@ from av.video.reformatter import VideoReformatter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vidmem_kernels.files import temporary_folder
+
 from .config import ClipSpec
-from .errors import MediaError
+from .errors import MediaError, UserError
 
 # Big Buck Bunny (c) Blender Foundation, CC-BY 3.0: the whole film lies in moviepy's source release.
 SAMPLE_RELEASE = "moviepy==2.2.1"
@@ -77,11 +78,19 @@ class Clip:
 
 
 def cache_dir() -> Path:
-    """Return the folder for fetched files: $VIDMEM_CACHE, else $XDG_CACHE_HOME/vidmem, else ~/.cache."""
-    if own := os.environ.get("VIDMEM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "vidmem"
+    """Return the folder for fetched files: $VIDMEM_CACHE, else $XDG_CACHE_HOME/vidmem, else ~/.cache/vidmem.
+
+    Raises:
+        UserError: its ~ names no user.
+    """
+    own, base = os.environ.get("VIDMEM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    named = Path(own) if own else Path(base) / "vidmem"
+    try:
+        return named.expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{named}: the folder for fetched files has no such user; set VIDMEM_CACHE to a path"
+        ) from error
 
 
 def fetch_sample_clip(progress: bool = True) -> Path:
@@ -102,11 +111,11 @@ def fetch_sample_clip(progress: bool = True) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
-            tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch,
+            temporary_folder(target.parent) as scratch,
             _progress_bar(progress) as bar,
         ):
-            release = _download_release(Path(scratch), bar)
-            part = Path(scratch) / "bbb.mp4"
+            release = _download_release(scratch, bar)
+            part = scratch / "bbb.mp4"
             _extract_sample(release, part, bar)
             if part.stat().st_size != SAMPLE_BYTES or _sha256(part) != SAMPLE_SHA256:
                 raise _sample_error("the downloaded film is not the expected file")
