@@ -64,6 +64,10 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
             traceback.clear_frames(stop.__traceback__)
             _part()
             raise
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise UserError("another process of this run has ended; its own message says why") from error
         _part()
     finally:
         dist.destroy_process_group()

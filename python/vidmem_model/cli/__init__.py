@@ -26,8 +26,8 @@ from ..errors import UserError
 # errors is found from either.
 _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 _INTERRUPTED = 130
-# End a command as an interrupt does, SIGHUP unless it is ignored (nohup); its exit code is 128 and the signal's number.
-_STOPS = (signal.SIGTERM, signal.SIGHUP)
+# They end a command unless they are ignored, as SIGHUP is under nohup; its exit code is 128 and the signal's number.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 app = typer.Typer(
     name="vidmem",
@@ -49,22 +49,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit with 143 and 129.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with _streams(), _terminable():
-        return _run(arguments)
+    with _streams(), _stoppable() as stops:
+        try:
+            return _run(arguments, stops)
+        except KeyboardInterrupt as stop:  # says what was kept, if anything was
+            _say(f"vidmem: interrupted; {str(stop) or 'nothing was written'}")
+            return _INTERRUPTED
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack, so that temporary files go."""
+def _stoppable() -> Iterator[list[int]]:
+    """Let signals unwind the stack, so that temporary files go; gives those that came."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
+
+    def stop(number: int, _: object) -> NoReturn:
+        came.append(number)
+        _stop(number)
+
     previous = {number: signal.getsignal(number) for number in _STOPS}
     for number, handler in previous.items():
         if handler != signal.SIG_IGN:
-            signal.signal(number, _terminate)
+            signal.signal(number, stop)
     try:
-        yield
+        yield came
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -128,7 +138,11 @@ def _streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _run(arguments: list[str]) -> int:
+def _stop(number: int) -> NoReturn:
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _run(arguments: list[str], stops: list[int]) -> int:
     try:
         with typer.main.get_command(app).make_context("vidmem", arguments) as context:
             context.command.invoke(context)
@@ -136,9 +150,6 @@ def _run(arguments: list[str]) -> int:
         return 0
     except typer.Exit as stop:
         return stop.exit_code
-    except KeyboardInterrupt as stop:  # says what was kept, if anything was
-        _say(f"vidmem: interrupted; {str(stop) or 'nothing was written'}")
-        return _INTERRUPTED
     except BrokenPipeError:  # the reader of stdout has gone (`vidmem info | head`)
         _give_up_stdout()
         return 0
@@ -147,6 +158,8 @@ def _run(arguments: list[str]) -> int:
         _say(f"vidmem: error: the results cannot be printed to stdout ({error}); files that were written stay")
         return 2
     except Exception as error:
+        if stops:  # libraries in C++ turn what a signal raises into an error of their own
+            _stop(stops[0])
         if os.environ.get("VIDMEM_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         message, code = _explain(error)
@@ -157,10 +170,6 @@ def _run(arguments: list[str]) -> int:
 def _give_up_stdout() -> None:
     """Keep Python from flushing what is left in its buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _terminate(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _say(line: str) -> None:
