@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import time
 
 import pytest
 import torch
@@ -47,6 +48,35 @@ def device(request):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """Starts commands as processes of their own, without the time of their imports."""
+    from process_helpers import Nursery
+
+    made = Nursery(tmp_path_factory.mktemp("logs"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def whole(nursery, tmp_path_factory):
+    """Results and seconds of one of process_helpers.COMMANDS that nothing disturbs."""
+    from process_helpers import COMMANDS, results, stage
+
+    known = {}
+
+    def run(name):
+        if name not in known:
+            folder = stage(tmp_path_factory.mktemp(name) / "whole")
+            began = time.monotonic()
+            done = nursery.run(folder, *COMMANDS[name])
+            assert done.code == 0, done.err
+            known[name] = results(folder), time.monotonic() - began
+        return known[name]
+
+    return run
 
 
 @pytest.hookimpl(wrapper=True)

@@ -354,6 +354,15 @@ def test_info(capfd):
     assert "gather_tokens" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [60, 72, 80, 100])
+def test_info_fits_the_terminal(capfd, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["info"]) == 0
+    shown = capfd.readouterr().out
+    assert max(map(len, shown.splitlines())) <= columns
+    assert "merge_attention_states_backward" in shown and "this op has no such kernel" in shown
+
+
 def test_help_and_version(capfd):
     for arguments in ([], ["--help"], ["demo", "--help"], ["retrieve", "-h"]):
         assert cli.main(arguments) == 0

@@ -153,6 +153,52 @@ def test_what_would_not_fit_is_left_out_with_the_reason(monkeypatch):
     assert of(result, "first step", "whole history", SHORT)["context_tokens"] == 64
 
 
+def test_a_model_of_which_all_is_left_out(monkeypatch, tmp_path, capfd):
+    """The line says by which rule: what is free may be more than what it takes, but not with the margin."""
+    from vidmem_model import cli
+
+    need = 2 * MIB
+    monkeypatch.setattr(cost, "_check_weights", lambda *_: None)
+    monkeypatch.setattr(cost, "_too_much", lambda *_: "takes too much")
+    out = tmp_path / "out"
+    assert cli.main(["profile", "--model", "tiny", "-o", str(out), "--lengths", "1,2"]) == 0
+    shown, err = capfd.readouterr()
+    assert "nothing was measured: every part at every length was left out" in shown and err == ""
+    assert "Time of one call" not in shown and "model_cost.png" not in shown
+    assert [path.name for path in out.iterdir()] == ["model_cost.json"]
+    monkeypatch.undo()
+    monkeypatch.setattr(cost, "free_bytes", lambda device: int(1.2 * need))
+    point = CostPoint("first step", "sliding window", SHORT, 4, 64, 64, 0, need, 0.1, 0.1, 0.1, 1)
+    said = cost._too_much(CostConfig(TINY, (SHORT,)), "first step", "sliding window", point, SHORT, torch.device("cpu"))
+    assert said.endswith("GiB of that estimate with a margin of 30%")
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("at", [1, 3, 9, 12, 17])
+def test_an_interrupt_keeps_what_was_measured(monkeypatch, stop, at):
+    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    told = []
+
+    def tell(what, done, total):
+        told.append(what)
+        if len(told) == at + 1:
+            raise stop
+
+    config, strategies = CostConfig(TINY, (SHORT, LONG)), ["sliding window", "compressed memory"]
+    with pytest.raises(stop):
+        profile_model(config, strategies=strategies, progress=tell)
+    told.clear()
+    stops = []
+    result = profile_model(config, strategies=strategies, progress=tell, interrupts=stops)
+    assert [type(each) for each in stops] == [stop]
+    missing = {(each["what"], each["part"], each["strategy"], each["seconds"]) for each in result["missing"]}
+    total = 2 * 2 * (1 + 2 + 4)  # memory and time of two lengths
+    assert len(missing) == len(result["missing"]) == total - at
+    for point in result["points"]:
+        assert ("memory", point["part"], point["strategy"], point["seconds"]) not in missing
+
+
 def test_slow_calls_are_left_out_and_out_of_memory_is_told(monkeypatch):
     monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
     config = CostConfig(TINY, (SHORT, LONG), most_seconds=1e-6)

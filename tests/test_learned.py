@@ -1,6 +1,7 @@
 """Memory files of the trained model: written, read back by the same model only, always to the same frame."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -98,6 +99,28 @@ def test_another_model_does_not_read_it(package, tmp_path):
     learned.open_shipped.cache_clear()
     with pytest.raises(MemoryFormatError, match="trained model 'demo', which is not in this installation"):
         read_memory(path)
+
+
+def test_a_model_is_known_by_what_its_file_says(package, tmp_path):
+    """Not by the order of its header, which programs choose; memories that name the file's bytes are read still."""
+    model, path = package / "demo.safetensors", tmp_path / "memory.safetensors"
+    made = compress_learned(film(8))
+    former = {"model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(), "vae_sha256": made.meta["vae_sha256"]}
+    write_memory(tmp_path / "former", dataclasses.replace(made, meta={**made.meta, **former}), fps=8.0, source="film")
+    write_memory(path, made, fps=8.0, source="film")
+    for memory in (path, tmp_path / "former"):
+        assert read_memory(memory).method == "learned"
+    content = model.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    header["__metadata__"] = dict(reversed(header["__metadata__"].items()))
+    text = json.dumps(dict(reversed(header.items()))).encode()
+    text += b" " * (-len(text) % 8)
+    model.write_bytes(len(text).to_bytes(8, "little") + text + content[size:])
+    learned.open_shipped.cache_clear()
+    assert read_memory(path).method == "learned"
+    with pytest.raises(MemoryFormatError, match="another version"):
+        read_memory(tmp_path / "former")
 
 
 @pytest.mark.parametrize("name", ["../demo", "demo.x", ""])

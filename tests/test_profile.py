@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vidmem_kernels import cross_attention, linear_attention
-from vidmem_model import measure, profile, report
+from vidmem_model import files, measure, profile, report
 from vidmem_model.errors import UserError
 from vidmem_model.measure import PeakMemory
 from vidmem_model.profile import STRATEGIES, ProfileConfig, measure_point
@@ -143,7 +143,7 @@ def test_profile_result_and_plot(tmp_path):
     whole = [p for p in result["points"] if p["strategy"] == "whole history"]
     assert [p["context_tokens"] for p in whole] == [6 * 96, 24 * 96]
     assert whole[1]["held_bytes_computed"] == 4 * whole[0]["held_bytes_computed"]
-    report.write_json(tmp_path / "curve.json", result)
+    files.write_json(tmp_path / "curve.json", result)
     assert json.loads((tmp_path / "curve.json").read_text()) == json.loads(json.dumps(result))
     report.write_memory_plot(tmp_path / "curve.png", result)
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidmem_model import report
+from vidmem_model import files, report
 from vidmem_model.errors import UserError
 
 
@@ -39,10 +39,10 @@ def test_png_refuses_other_images(tmp_path, image):
 
 def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.json"
-    report.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        report.write_json(path, {"a": float("nan")})
-    with pytest.raises(KeyboardInterrupt), report.replacing(path) as part:
+        files.write_json(path, {"a": float("nan")})
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as part:
         part.write_text("half")
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == {"a": 1}
@@ -61,32 +61,32 @@ def test_paths_that_cannot_be_written(tmp_path, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=message):
-        report.write_json(tmp_path / name, {})
+        files.write_json(tmp_path / name, {})
 
 
 def test_unwritable_folder():
     with pytest.raises(UserError, match="/proc/x.json: cannot be written"):
-        report.write_json(report.Path("/proc/x.json"), {})
+        files.write_json(files.Path("/proc/x.json"), {})
 
 
 def test_full_disk_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="No space left on device"), report.replacing(tmp_path / "x"):
+    with pytest.raises(UserError, match="No space left on device"), files.replacing(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert os.listdir(tmp_path) == []
 
 
 def test_output_folder_appears_only_when_all_is_done(tmp_path):
     target = tmp_path / "out"
-    with report.output_folder(target) as folder:
+    with files.output_folder(target) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert (target / "a").read_text() == "1"
-    with pytest.raises(KeyboardInterrupt), report.output_folder(target) as folder:
+    with pytest.raises(KeyboardInterrupt), files.output_folder(target) as folder:
         (folder / "a").write_text("2")
         raise KeyboardInterrupt
     assert (target / "a").read_text() == "1"
     (target / "own").touch()
-    with report.output_folder(target) as folder:
+    with files.output_folder(target) as folder:
         (folder / "a").write_text("3")
     assert (target / "a").read_text() == "3"
     assert sorted(os.listdir(target)) == ["a", "own"]
@@ -96,7 +96,7 @@ def test_output_folder_appears_only_when_all_is_done(tmp_path):
 def test_output_folder_refuses_a_file(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="is a file; give the path of a folder"):
-        report.output_folder(tmp_path / "out").__enter__()
+        files.output_folder(tmp_path / "out").__enter__()
 
 
 def sheet_rows(count, height=120, width=208, noise=False):
@@ -139,7 +139,7 @@ def test_without_matplotlib_the_reason_is_told(monkeypatch):
 
 
 def test_json_is_readable(tmp_path):
-    report.write_json(tmp_path / "x.json", {"name": "Größe", "values": [1, 2.5, None]})
+    files.write_json(tmp_path / "x.json", {"name": "Größe", "values": [1, 2.5, None]})
     with open(tmp_path / "x.json", encoding="utf-8") as file:
         text = file.read()
     assert "Größe" in text and text.endswith("}\n")

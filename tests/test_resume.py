@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import random
 import shutil
@@ -13,10 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import curve, train
+from training_helpers import TRAIN, curve, train
 
 from vidmem_model import checkpoint, distributed, training
+from vidmem_model.curve import Curve
 from vidmem_model.errors import UserError
+from vidmem_model.model_config import PRESETS, EncoderConfig, ModelConfig
+from vidmem_model.training import TrainConfig, run_settings
 
 HELPERS = Path(__file__).with_name("training_helpers.py")
 
@@ -91,12 +96,69 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path, monkeypatch):
 
 def test_another_setting_is_refused_until_restart(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "copy")
-    with pytest.raises(UserError, match=r"holds a run with lr 0.003, now it is 0.001; .*--restart"):
+    with pytest.raises(UserError, match=r"holds a run with lr=0.003, this run has lr=0.001; .*--restart"):
         train(folder, lr=1e-3)
     train(folder, steps=2, lr=1e-3, restart=True)
     assert len(curve(folder)) == 1 + 2
     assert curve(folder)[1] != curve(whole[0])[1]
     assert os.listdir(folder / "checkpoints") == ["step-00000002"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_setting_that_is_not_named_has_its_default(whole, tmp_path, seed, monkeypatch):
+    """Runs of older versions lack keys of newer ones, at any depth."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        model: ModelConfig
+        optimisation: TrainConfig
+        output: str = "here"
+
+    draw = random.Random(seed)
+    encoders = (*PRESETS["tiny"].encoders, EncoderConfig(branches="lr"))
+    config = Config(dataclasses.replace(PRESETS["tiny"], encoders=encoders), TRAIN)
+    settings = run_settings(config)
+    assert "model.encoders.1.branches" in settings and "output" not in settings
+    named = {key: value for key, value in settings.items() if settings.defaults.get(key, ...) != value}
+    droppable = sorted(settings.keys() - named.keys())
+    dropped = draw.sample(droppable, draw.randrange(1, len(droppable)))
+    before = {key: value for key, value in settings.items() if key not in dropped}
+    monkeypatch.setattr(checkpoint, "newest", lambda folder: tmp_path)
+    monkeypatch.setattr(checkpoint, "load", lambda path, state: 7)
+    monkeypatch.setattr(checkpoint, "settings_of", lambda path: before)
+    assert training._resume(tmp_path, {}, settings, False) == 7
+    # As a list of mappings, which is how checkpoints of before hold the encoders.
+    monkeypatch.setattr(
+        checkpoint, "settings_of", lambda path: {"model.encoders": json.loads(json.dumps([{}, {"branches": "lr"}]))}
+    )
+    with pytest.raises(UserError, match="holds a run with "):
+        training._resume(tmp_path, {}, settings, False)
+    key = draw.choice(dropped)
+    for changed in ({key: "other"}, {"model.new.key": 1}, {"model.encoders.2.rate": [1, 1, 1]}):
+        monkeypatch.setattr(checkpoint, "settings_of", lambda path, changed=changed: {**before, **changed})
+        (name, value) = next(iter(changed.items()))
+        with pytest.raises(UserError) as error:
+            training._resume(tmp_path, {}, settings, False)
+        now = settings.get(name, "not set")
+        assert str(error.value) == (
+            f"{tmp_path}: holds a run with {name}={value}, this run has {name}={now}; choose another output, "
+            "or --restart to discard it"
+        )
+
+
+def test_seconds_a_step_are_those_of_all_rows(tmp_path):
+    """Also where one row waits, and after a run went on."""
+    draw = random.Random(0)
+    curve, total, step = Curve(tmp_path / "curve.csv", 0), 0.0, 0
+    for count in (1, 1, 3, 1, 7, 1):
+        times = [draw.uniform(0.1, 9) for _ in range(count)]
+        for seconds in times:
+            step, total = step + 1, total + seconds
+            curve.add(step, torch.tensor(1.0 * step), torch.tensor(1.0), 1e-3, seconds)
+        assert curve.flush() == pytest.approx((step - (count - 1) / 2, sum(times) / count))
+        assert curve.flush() == pytest.approx((step - (count - 1) / 2, sum(times) / count)), "nothing new"
+        curve = Curve(tmp_path / "curve.csv", step) if count == 3 else curve
+    assert curve.seconds == pytest.approx(total, abs=1e-2)
 
 
 def test_damaged_checkpoint_is_one_line(whole, tmp_path):

@@ -10,6 +10,9 @@ import argparse
 import dataclasses
 import json
 import platform
+import shutil
+import textwrap
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -101,7 +104,8 @@ def _verified_on(op: Op) -> dict[str, Any]:
 
 
 def render(info: dict[str, Any]) -> str:
-    """The text of `python -m vidmem_kernels.info`."""
+    """The text of `python -m vidmem_kernels.info`, as wide as the terminal, or 80 columns where there is none."""
+    columns = max(40, shutil.get_terminal_size().columns)
     lines = ["Versions"]
     lines += [f"  {name:16} {version or 'not installed'}" for name, version in info["versions"].items()]
     build = info["build"]
@@ -123,10 +127,18 @@ def render(info: dict[str, Any]) -> str:
     lines += [f"  {name}={'unset' if value is None else value}" for name, value in info["environment"].items()]
     for device in info["ops"][next(iter(info["ops"]))]:
         lines += ["", f"Ops on {device}: yes = runs here, * = what auto tries first, a letter = why not"]
-        lines += _table(info["ops"], device)
+        lines += _table(info["ops"], device, columns)
     lines += ["", "Kernels for GPUs: the run of their tests that they passed last"]
     lines += _runs(info["verified_on"])
-    return "\n".join(lines)
+    return "\n".join(part for line in lines for part in _wrapped(line, columns))
+
+
+def _wrapped(line: str, columns: int) -> list[str]:
+    """A line in pieces that fit, the later ones indented."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    ) or [line]
 
 
 def _runs(verified_on: dict[str, Any]) -> list[str]:
@@ -137,10 +149,18 @@ def _runs(verified_on: dict[str, Any]) -> list[str]:
     return [f"  {run}: {', '.join(names)}" for run, names in sorted(kernels.items())]
 
 
-def _table(ops: dict[str, Any], device: str) -> list[str]:
-    width = max(map(len, ops)) + 2
+def _table(ops: dict[str, Any], device: str, columns: int) -> list[str]:
+    widths = [max(len(backend), len("yes *")) + 1 for backend in _dispatch.BACKENDS]
+    width = min(max(map(len, ops)) + 2, columns - 2 - sum(widths))
     letters: dict[str, str] = {}
-    rows = ["  " + "op".ljust(width) + "".join(b.ljust(11) for b in _dispatch.BACKENDS)]
+
+    def row(name: str, cells: Iterable[str]) -> list[str]:
+        found = "".join(cell.ljust(size) for cell, size in zip(cells, widths, strict=True)).rstrip()
+        if len(name) < width:
+            return [f"  {name:{width}}{found}"]
+        return [f"  {name}", f"  {'':{width}}{found}"]
+
+    rows = row("op", _dispatch.BACKENDS)
     for name, by_device in ops.items():
         cells = []
         for backend, reason in by_device[device]["backends"].items():
@@ -148,7 +168,7 @@ def _table(ops: dict[str, Any], device: str) -> list[str]:
                 cells.append("yes *" if backend == by_device[device]["auto"] else "yes")
             else:
                 cells.append(letters.setdefault(reason, chr(ord("a") + len(letters))))
-        rows.append("  " + name.ljust(width) + "".join(c.ljust(11) for c in cells))
+        rows += row(name, cells)
     return rows + [f"  {letter}: {reason}" for reason, letter in letters.items()]
 
 

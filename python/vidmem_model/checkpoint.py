@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .checks import parse_json, require
+from .distributed import local
 from .errors import UserError
+from .files import reason
 
 _SETTINGS = "settings.json"
 
@@ -66,11 +69,12 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], settings: dict
         UserError: it cannot be written.
     """
     alone = not dist.is_initialized()
+    need = sum(local(tensor).nbytes for tensor in state.values())
     part, target = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
     first = alone or dist.get_rank() == 0
     try:
         if first:
-            shutil.rmtree(part, ignore_errors=True)
+            clean(folder)
             part.mkdir(parents=True)
             (part / _SETTINGS).write_text(json.dumps(settings))
         _wait()
@@ -82,10 +86,34 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], settings: dict
             os.rename(part, target)
             for old in _complete(folder)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
-    except (OSError, CheckpointException) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise UserError(f"{folder}: the checkpoint cannot be written ({reason})") from error
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _cause(error, folder, need)
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(
+            f"{folder}: the checkpoint of step {step} cannot be written ({reason(cause, folder, need)}); "
+            "make room and run again, it goes on from the one before"
+        ) from error
     _wait()
+
+
+def _cause(error: BaseException, folder: Path, need: int) -> OSError:
+    """The system's error behind one of PyTorch, which holds some as text and loses others."""
+    each = [error, *(failure[0] for failure in getattr(error, "failures", {}).values())]
+    for one in [link for link in each for link in (link, link.__cause__, link.__context__)]:
+        if isinstance(one, OSError):
+            return one
+    if shutil.disk_usage(folder).free < need:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError(errno.EIO, " ".join(str(error).split())[-200:])
+
+
+def clean(folder: Path, everything: bool = False) -> None:
+    """Remove what killed processes left of checkpoints that were not complete, or all of them."""
+    for path in folder.glob(".step-*.part"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in _complete(folder) if everything else ():
+        shutil.rmtree(path)
 
 
 def load(path: Path, state: dict[str, torch.Tensor]) -> int:

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from .cost_parts import ENCODED, EVERY, STRATEGIES, CostConfig, StrategyBench, VAEBench, tensor_bytes
+from .cost_parts import EVERY, STRATEGIES, CostConfig, StrategyBench, VAEBench, parts_of, tensor_bytes
 from .errors import UserError
 from .measure import PeakMemory, describe_device, timed
 from .profile import free_bytes, repeated, versions
@@ -90,6 +90,7 @@ def profile_model(
     device: torch.device | str = "cpu",
     strategies: Sequence[str] = STRATEGIES,
     progress: Callable[[str, int, int], None] | None = None,
+    interrupts: list[BaseException] | None = None,
 ) -> dict[str, Any]:
     """Measure every part of a model at every length; see the module docstring.
 
@@ -100,10 +101,13 @@ def profile_model(
         strategies: which of STRATEGIES.
         progress: called with (description, points done, points in all); a point counts for its memory
             and for its time.
+        interrupts: where an interrupt goes that ends the measurement early, if there is a point; by default it
+            is raised.
 
     Returns:
         What goes into the JSON file: format, what is measured, device, versions, config, bytes of the
-        weights, points, those skipped with the reason, and `noisy`: whether times should not be trusted.
+        weights, points, those skipped with the reason, `noisy`: whether times should not be trusted, and
+        `missing`: what an interrupt has left out, the memory or the time (of one call then) of a part.
 
     Raises:
         UserError: the weights do not fit the device's memory.
@@ -117,11 +121,16 @@ def profile_model(
         config = replace(config, dtype="float32" if device.type == "cpu" else "bfloat16")
     _check_weights(config, device)
     runs = _Runs(config, device, strategies, progress)
-    with torch.inference_mode():
-        with _no_holes():
-            runs.measure_memory()
-        runs.measure_time()
-    if progress:
+    try:
+        with torch.inference_mode():
+            with _no_holes():
+                runs.measure_memory()
+            runs.measure_time()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if interrupts is None or not runs.points:
+            raise
+        interrupts.append(stop)
+    if progress and not interrupts:
         progress("profile", runs.told, runs.told)
     points = list(runs.points.values())
     with PeakMemory(device) as probe:
@@ -142,6 +151,7 @@ def profile_model(
         "noisy": any(p.call_seconds > _NOISE * p.call_seconds_fastest for p in points),
         "points": [asdict(point) for point in points],
         "skipped": runs.skipped,
+        "missing": runs.missing(),
     }
 
 
@@ -153,8 +163,9 @@ def _check_weights(config: CostConfig, device: torch.device) -> None:
     need *= 4 // getattr(torch, config.dtype).itemsize
     if need * _MARGIN > free:
         raise UserError(
-            f"the weights of {config.depth or config.model.dit.depth} blocks take {need / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free on {device}; give a smaller --depth"
+            f"the weights of {config.depth or config.model.dit.depth} blocks take {need / 2**30:.1f} GiB, with a "
+            f"margin {need * _MARGIN / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}; "
+            "give a smaller --depth"
         )
 
 
@@ -202,6 +213,7 @@ class _Runs:
         self.points: dict[tuple[str, str, float], CostPoint] = {}
         self.skipped: list[dict[str, Any]] = []
         self.weights: dict[str, int] = {}
+        self.timed: set[tuple[str, str, float]] = set()
         self.told = 0
 
     def measure_memory(self) -> None:
@@ -250,6 +262,19 @@ class _Runs:
                     point = self.points.get((strategy, part, seconds))
                     if point is not None:
                         self.points[strategy, part, seconds] = self._time(point, inputs, call)
+                        self.timed.add((strategy, part, seconds))
+
+    def missing(self) -> list[dict[str, Any]]:
+        """What has been neither measured nor skipped."""
+        skipped = {(each["strategy"], each["part"], each["seconds"]) for each in self.skipped}
+        return [
+            {"what": what, "part": part, "strategy": strategy, "seconds": seconds}
+            for what, done in (("memory", self.points.keys()), ("time", self.timed))
+            for strategy in self.strategies
+            for part in parts_of(strategy)
+            for seconds in self.lengths
+            if (strategy, part, seconds) not in done and (strategy, part, seconds) not in skipped
+        ]
 
     def _bench(self, strategy: str) -> StrategyBench | VAEBench:
         if strategy == EVERY:
@@ -315,7 +340,7 @@ class _Runs:
 
     def _tell(self, what: str, part: str, strategy: str, seconds: float) -> None:
         if self.progress:
-            rows = sum(4 if s in ENCODED else 1 if s == EVERY else 2 for s in self.strategies)
+            rows = sum(len(parts_of(s)) for s in self.strategies)
             self.progress(f"{what}: {part}, {strategy}, {seconds:g} s", self.told, 2 * rows * len(self.lengths))
             self.told += 1
 
@@ -356,7 +381,10 @@ def _too_much(
         expected = last.call_seconds * (growth**2 if squared else growth)
     free = free_bytes(device)
     if need * _MARGIN > free:
-        return f"takes about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        return (
+            f"takes about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free, fewer than the "
+            f"{need * _MARGIN / 2**30:.1f} GiB of that estimate with a margin of {_MARGIN - 1:.0%}"
+        )
     if expected > config.most_seconds:
         return f"takes about {expected:,.0f} s a call, more than {config.most_seconds:g} s"
     return None

@@ -87,6 +87,11 @@ class CostConfig(Checked):
         return memory + self.context_frames(strategy, frames) * self.frame_tokens
 
 
+def parts_of(strategy: str) -> tuple[str, ...]:
+    """Names of the parts that a strategy has."""
+    return PARTS[:1] if strategy == EVERY else PARTS[1:] if strategy in ENCODED else PARTS[3:]
+
+
 def tensor_bytes(kept: Any) -> int:
     """Bytes of all tensors in nested tuples, lists and dicts; those of a KVCache too."""
     if isinstance(kept, torch.Tensor):

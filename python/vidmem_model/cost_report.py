@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from .cost_parts import EVERY, PARTS
-from .report import replacing
+from .files import replacing
 from .tables import _mebi, _print_files, _print_table, _table
 
 # Okabe and Ito's colours, told apart in all common kinds of colour vision; so are the markers.
@@ -116,6 +116,8 @@ def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> Non
     known = result["points"] + result["skipped"]
     lengths = sorted({p["seconds"] for p in known})
     lines = sorted(dict.fromkeys((p["part"], p["strategy"]) for p in known), key=lambda line: PARTS.index(line[0]))
+    if not points:
+        console.print("nothing was measured: every part at every length was left out", soft_wrap=True)
     for title, cell in (
         ("Time of one call, ms", lambda p: f"{p['call_seconds'] * 1e3:,.1f}"),
         ("Peak memory above the weights, MiB", lambda p: _mebi(p["peak_bytes"])),
@@ -125,7 +127,8 @@ def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> Non
         for part, strategy in lines:
             mine = [points.get((part, strategy, seconds)) for seconds in lengths]
             table.add_row(f"{part}, {strategy}", *("-" if p is None else cell(p) for p in mine))
-        _print_table(console, table)
+        if points:
+            _print_table(console, table)
     for left_out in result["skipped"]:
         console.print(
             f"left out: {left_out['part']}, {left_out['strategy']}, {left_out['seconds']:g} s: {left_out['reason']}",
@@ -134,5 +137,5 @@ def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> Non
         )
     if result["noisy"]:
         console.print("times differ much between repeats: is the machine busy with other work?", soft_wrap=True)
-    names = ["model_cost.json"] + ([] if skipped else ["model_cost.png"])
+    names = ["model_cost.json"] + ([] if skipped or not points else ["model_cost.png"])
     _print_files(console, folder, names, skipped)

@@ -16,7 +16,7 @@ import torch
 
 from .checks import shorten
 from .errors import UserError
-from .report import replacing
+from .files import cannot_write, replacing
 
 _COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
 
@@ -34,6 +34,7 @@ class Curve:
         self.path = path
         self.seconds = rows[-1]["seconds"] if rows else 0.0
         self._last = (math.nan, math.nan)
+        self._told = self.seconds  # at the last flush
         self._rows: list[tuple[Any, ...]] = []
         with replacing(path) as part, part.open("w", newline="") as file:
             writer = csv.writer(file)
@@ -49,15 +50,14 @@ class Curve:
         """Write what was noted; the mean loss of the last rows, and the seconds of a step."""
         rows = [(step, float(loss), float(norm), lr, seconds) for step, loss, norm, lr, seconds in self._rows]
         if rows:
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerows(_written(*row) for row in rows)
+            try:
+                with self.path.open("a", newline="") as file:
+                    csv.writer(file).writerows(_written(*row) for row in rows)
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
             count = len(rows)
-            first = rows[0][4]
-            self._last = (
-                sum(row[1] for row in rows) / count,
-                (rows[-1][4] - first) / (count - 1) if count > 1 else first,
-            )
-            self._rows = []
+            self._last = (sum(row[1] for row in rows) / count, (self.seconds - self._told) / count)
+            self._told, self._rows = self.seconds, []
         return self._last
 
 

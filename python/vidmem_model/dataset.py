@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from . import yaml_file
 from .checks import (
@@ -35,10 +34,11 @@ from .checks import (
 from .config import ClipSpec
 from .encoder import low_resolution
 from .errors import MemoryFormatError, UserError
+from .files import locked, reason, written
 from .model_config import ModelConfig
 from .scenes import stretches
 from .vae import PATCH, VideoCodec, frames_to_float, pad_frames
-from .weights import WeightsFile
+from .weights import WeightsFile, save_file
 
 Rate = tuple[int, int, int]
 SAMPLE = "sample"
@@ -227,13 +227,18 @@ def prepare(
     folder = root / _fingerprint(config, films, model, vae)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = _read_index(folder)
-        if rows is None or not all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)):
-            rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
-            _replace(folder / _INDEX, lambda part: part.write_text(json.dumps(rows, indent=1)))
+        rows = _read_index(folder, rates)
+        if rows is None:
+            with locked(folder / ".lock", folder, waiting=True):
+                rows = _read_index(folder, rates)  # another process may have encoded meanwhile
+                if rows is None:
+                    rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
+                    with written(folder / _INDEX) as part:
+                        part.write_text(json.dumps(rows, indent=1))
         blocks = tuple(_load(folder, row, rates, model, vae) for row in rows)
     except OSError as error:
-        raise UserError(f"{folder}: the latents cannot be kept there ({error.strerror or error})") from error
+        why = reason(error, folder)
+        raise UserError(f"{folder}: the latents cannot be kept there ({why}); make room or set data.cache") from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
 
 
@@ -300,13 +305,14 @@ class _Row(Checked):
         require(Path(self.name).name == self.name, "_Row: name must be that of a file", self.name)
 
 
-def _read_index(folder: Path) -> list[dict[str, Any]] | None:
-    """Rows of the index, or None where there is none that can be used: it is then made anew."""
+def _read_index(folder: Path, rates: list[Rate]) -> list[dict[str, Any]] | None:
+    """Rows of all blocks, or None where not all of them are encoded or the index cannot be used."""
     try:
         rows = parse_json((folder / _INDEX).read_text(), "the index")
-        return [dataclasses.asdict(build(_Row, row)) for row in rows]
+        rows = [dataclasses.asdict(build(_Row, row)) for row in rows]
     except (FileNotFoundError, ValueError, TypeError):
         return None
+    return rows if all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)) else None
 
 
 def _file(folder: Path, row: dict[str, Any], rate: Rate | None) -> Path:
@@ -419,9 +425,9 @@ def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: Vi
     for rate in (None, *rates):
         file = _file(folder, row, rate)
         if not file.exists():
-            tensors = {"latents": encode_block(frames, vae, rate)}
-            header = {"block": json.dumps(row)}
-            _replace(file, lambda part, t=tensors, h=header: save_file(t, part, metadata=h))
+            latents = encode_block(frames, vae, rate)
+            with written(file) as part:
+                save_file({"latents": latents}, part, metadata={"block": json.dumps(row)})
 
 
 @torch.no_grad()
@@ -476,16 +482,6 @@ def _whole(frames: int, vae: VideoCodec) -> int:
     """Video frames that whole latent frames cover, of `frames`."""
     latent = _latent_frames(frames, vae)
     return vae.first_frames + (latent - 1) * vae.stride[0] if latent else 0
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _load(folder: Path, row: dict[str, Any], rates: list[Rate], model: ModelConfig, vae: VideoCodec) -> Block:

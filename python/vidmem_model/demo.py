@@ -26,6 +26,7 @@ from .compressor import CompressedMemory, compress
 from .config import METHODS, ClipSpec, CompressorConfig, Rate
 from .data import Clip, fetch_sample_clip, probe, read_clip
 from .errors import UserError
+from .files import output_folder, write_json
 from .measure import PeakMemory, available_bytes, describe_device, process_peak, timed
 from .memory import read_memory, write_memory
 from .metrics import psnr, ssim
@@ -37,6 +38,8 @@ Progress = Callable[[str, int, int | None], None]
 # 20 s from here show close-ups, foliage, motion and a change of scene.
 SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
+# Names of what the demo writes.
+FILES = ("report.json", "memory-*.safetensors", "memory_vs_context.*", "contact_sheet*.png")
 # Bytes that decoding and compressing need for each byte of decoded video.
 _ROOM = {"dct": 4, "merge": 6, "learned": 12}
 
@@ -130,7 +133,8 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
 
     Args:
         config: what to do.
-        out: folder for the results; made if missing, filled only when all has succeeded.
+        out: folder for the results; made if missing, filled only when all has succeeded. An interrupt leaves the
+            memory files that are whole in a folder that holds no earlier demo.
         progress: called with (description, done, total or None).
 
     Returns:
@@ -142,16 +146,33 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
     tell = progress or (lambda *_: None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_room(config.profile, device)
-    with report.output_folder(out) as folder:
+    with output_folder(out) as folder:
         sample = config.video is None
         video = fetch_sample_clip(progress=progress is not None) if sample else config.video
-        with recording() as choices:
-            result = _run(config, video, folder, device, tell)
+        try:
+            with recording() as choices:
+                result = _run(config, video, folder, device, tell)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            kept = _keep(folder, out)
+            if kept and isinstance(stop, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"{' and '.join(kept)} kept in {out}") from stop
+            raise
         result["video"]["credit"] = SAMPLE_CREDIT if sample else None
         result["kernels"] = _kernels(choices)
         result["peak_rss_bytes"] = process_peak()
-        report.write_json(folder / "report.json", result)
+        write_json(folder / "report.json", result)
     return result
+
+
+def _keep(staging: Path, out: Path) -> list[str]:
+    """Move the memory files of an interrupted demo to its folder, unless they would stand beside another's report."""
+    memories = sorted(staging.glob("memory-*.safetensors"))
+    if not memories or (out / "report.json").exists():
+        return []
+    out.mkdir(exist_ok=True)
+    for file in memories:
+        file.replace(out / file.name)
+    return [file.name for file in memories]
 
 
 def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progress) -> dict[str, Any]:
@@ -206,7 +227,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     result["learned"] = small and small[0]
     with stages.measure("memory profile"):
         curve = profile(config.profile, device, progress=lambda what, *n: tell(what, *n))
-    report.write_json(folder / "memory_vs_context.json", curve)
+    write_json(folder / "memory_vs_context.json", curve)
     result["skipped"] = report.plots_missing()
     if result["skipped"] is None:
         tell("pictures", 0, None)

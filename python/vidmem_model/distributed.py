@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .training import TrainConfig
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Interrupted(Exception):
     """The user stopped the run; a checkpoint holds all that was done.
 
@@ -61,6 +64,10 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
             traceback.clear_frames(stop.__traceback__)
             _part()
             raise
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise UserError("another process of this run has ended; its own message says why") from error
         _part()
     finally:
         dist.destroy_process_group()
@@ -117,14 +124,18 @@ def agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tensor
     """Mean loss of all processes, and a signal that came to any of them: all must stop at one step."""
     if world == 1:
         return loss, stop[-1] if stop else 0
-    both = torch.stack([loss / world, torch.tensor(float(stop[-1] if stop else 0), device=loss.device)])
+    came = torch.tensor([float(number in stop) for number in STOPS], device=loss.device)
+    both = torch.cat([(loss / world).view(1), came])
     dist.all_reduce(both)
-    return both[0], signal.SIGINT if both[1] else 0
+    return both[0], next((number for number, count in zip(STOPS, both[1:].tolist(), strict=True) if count), 0)
 
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one, later, kills."""
+    """Collect signals that end a run instead of dying in the middle of a step; a second one, later, kills.
+
+    SIGHUP is left alone where it is ignored, as nohup does.
+    """
     caught: list[int] = []
     before: dict[int, Any] = {}
     first = 0.0
@@ -140,7 +151,9 @@ def signals() -> Iterator[list[int]]:
             signal.raise_signal(number)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             before[number] = signal.signal(number, note) or signal.SIG_DFL
         yield caught
     finally:

@@ -18,19 +18,21 @@ from .baselines import ReadBack, mean_frame, training_free
 from .checks import MOST_SEED, Checked, SamplerSteps, not_negative, positive
 from .config import METHODS, ClipSpec
 from .data import probe, read_clip, remarks
-from .dataset import cut_films, film_paths
+from .dataset import SAMPLE, cut_films, film_paths
 from .errors import UserError
+from .files import write_json
 from .learned import DEFAULT_STEPS, LearnedMemory, latent_positions
 from .measure import describe_device
 from .metrics import psnr, ssim, stlpips
 from .model import MODEL_FILE, model_path
 from .model_config import ModelConfig
 from .profile import versions
-from .report import write_json
 from .weights import stored_dtype
 
 Progress = Callable[[str, int, int | None], None]
 
+# Names of the files that keep what was measured.
+RUNS = "[0-9a-f]" * 16 + ".json"
 MEASURES = ("psnr", "ssim", "stlpips")
 # A frame that comes back equal, as black ones do, would have infinite PSNR.
 _BEST_PSNR = 60.0
@@ -110,6 +112,12 @@ def trained_history(model: Path) -> int:
     memory = LearnedMemory.load(model)
     latent_frames = memory.trained.history
     return memory.vae.video_frames(latent_frames) if latent_frames else RetrievalConfig.history
+
+
+def trained_films(model: Path) -> list[Path]:
+    """Films that a model's file says it was trained on, the sample film left out."""
+    trained_on = LearnedMemory.load(model).model.extra.get("training", {}).get("data", {})
+    return [Path(name) for name in trained_on.get("videos", ()) if name != SAMPLE]
 
 
 def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | None = None) -> list[History]:

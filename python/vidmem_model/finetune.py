@@ -18,11 +18,11 @@ from .dataset import Block, DataConfig, Latents, Spans, seeded
 from .distributed import processes, rank
 from .flow import logit_normal, shift_timesteps
 from .lora import LORA_FILE, MOST_RANK, add_lora, merge_lora, save_lora
-from .model import MemoryModel, load_model
+from .model import MemoryModel, files_of, load_model
 from .model_config import EncoderConfig
 from .pretrain import TIME, alignment, low_rate, require_batch
 from .text import require_encoder
-from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_extra, run_settings
+from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_extra, run_folder, run_settings
 from .vae import load_vae
 
 
@@ -180,7 +180,8 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
         Interrupted: it was stopped; the same call goes on from there.
         UserError: something in the configuration cannot be used.
     """
-    with processes(config.optimisation) as device:
+    read = (*files_of(config.start), config.vae, config.text)
+    with processes(config.optimisation) as device, run_folder(config, *read) as output:
         start = load_model(config.start, config.text)
         require_encoder(start.config.text, config.text, "by the key text:")
         weights = Path(config.vae) if config.vae else start.vae_weights
@@ -191,7 +192,6 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
         require_batch(latents, config.optimisation.batch, config.sampling.history + config.sampling.targets)
         seed, shift = config.optimisation.seed, start.config.shift
         batches = Continuations(latents.split("train"), encoders, config.sampling, seed, shift)
-        output = Path(config.output)
         model = fit(
             lambda: adapted(config),
             batches,

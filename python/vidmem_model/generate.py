@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,10 +26,10 @@ from .data import read_clip
 from .dit import KVCache
 from .encoder import MemoryTokens
 from .errors import MemoryFormatError, UserError
+from .files import beside, cannot_write, check_file, locked, remove_parts, write_json
 from .flow import sample
 from .history import HistoryMemory
 from .model import MemoryModel
-from .report import check_file, replacing
 from .storyboard import Storyboard
 from .vae import PATCH, VideoCodec, frames_to_float, frames_to_uint8, pad_frames
 from .video_out import video_writer
@@ -39,6 +38,8 @@ from .weights import WeightsFile, write_tensors
 _FORMAT = "vidmem.segment"
 _VERSION = 1
 _SETTINGS = "settings.json"
+# Names of what is kept until the video is whole.
+PARTS = ("segment-*.safetensors", _SETTINGS)
 # Values of every weight that tell one model from another: training changes them all.
 _FINGERPRINT_VALUES = 1024
 
@@ -273,7 +274,26 @@ def generate(
     asked = max(1, round(seconds * fps))
     generator = Generator(model, vae, config)
     check_file(output)
-    parts = output.with_name(f"{output.name}.parts")
+    with locked(beside(output), output):
+        return _generate(storyboard, generator, output, asked, restart, progress, began)
+
+
+def parts_of(output: Path) -> Path:
+    """Folder that keeps the segments of a video until it is whole."""
+    return output.with_name(f"{output.name}.parts")
+
+
+def _generate(
+    storyboard: Storyboard,
+    generator: Generator,
+    output: Path,
+    asked: int,
+    restart: bool,
+    progress: Callable[[Progress], None] | None,
+    began: float,
+) -> dict[str, Any]:
+    model, vae, config, fps = generator.model, generator.vae, generator.config, generator.model.config.fps
+    parts = parts_of(output)
     _open_parts(parts, _settings(storyboard, model, vae, config, asked), restart)
     if config.start is not None:
         spec = ClipSpec(model.config.height, model.config.width, fps, seconds=None)
@@ -313,7 +333,7 @@ def generate(
                 if made < asked:  # the last segment may be longer than what is left
                     write(pictures[: asked - made])
                 made += len(pictures)
-    shutil.rmtree(parts)
+    remove_parts(parts, PARTS)
     memory.append(generator.context[0])
     clean.append(generator.context[1])
     per_latent = vae.stride[0] / fps
@@ -383,8 +403,8 @@ def _fingerprint(part: Any) -> str:
 
 def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
     """Make the folder of segments, or check that the one there was made with the same settings."""
-    if restart and parts.is_dir():
-        shutil.rmtree(parts)
+    if restart:
+        remove_parts(parts, PARTS)
     file = parts / _SETTINGS
     if file.is_file():
         try:
@@ -404,7 +424,6 @@ def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
         return
     try:
         parts.mkdir(exist_ok=True)
-        with replacing(file) as part:
-            part.write_text(json.dumps(settings, indent=2))
     except OSError as error:
-        raise UserError(f"{parts}: cannot be written ({error.strerror}); choose another path") from error
+        raise cannot_write(parts, error) from error
+    write_json(file, settings)

@@ -23,7 +23,7 @@ from .lora import LORA_FILE, attach_lora, with_bases
 from .memory_header import MemoryHeader, check_rows
 from .model import VAE_FILE, MemoryModel, load_model, model_path, save_model
 from .vae import PATCH, VideoCodec, frames_to_uint8, load_vae
-from .weights import pack, write_tensors
+from .weights import content_digest, pack, write_tensors
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 # Stage I, which reads frames back, and Stage II, which continues video.
@@ -77,7 +77,7 @@ class LearnedMemory:
     Args:
         model: the trained model.
         vae: makes its latents.
-        digest, vae_digest: SHA-256 of their files; empty where there is none.
+        digest, vae_digest: SHA-256 of what their files say; empty where there is none.
 
     Attributes:
         queries: frames that are made together, as in training.
@@ -221,6 +221,12 @@ def store(run: str | Path, output: Path, dtype: str, base: str | None = None) ->
 
 
 def _digest(*paths: Path | None) -> str:
+    digests = [content_digest(path) for path in paths if path and path.is_file()]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
+
+
+def _former_digest(*paths: Path | None) -> str:
+    """SHA-256 of the files' bytes, which memories of earlier versions name their model by."""
     content = b"".join(path.read_bytes() for path in paths if path)
     return hashlib.sha256(content).hexdigest() if content else ""
 
@@ -298,7 +304,11 @@ def check_learned(bank: MemoryBank, header: MemoryHeader) -> None:
     if not name.isidentifier() or shipped(name) is None:
         raise MemoryFormatError(f"was made with the trained model {show(name)}, which is not in this installation")
     memory = open_shipped(name)
-    if (header.model_sha256, header.vae_sha256) != (memory.digest, memory.vae_digest):
+    file, named = shipped(name), (header.model_sha256, header.vae_sha256)
+    if named != (memory.digest, memory.vae_digest) and named != (
+        _former_digest(*with_bases(file)),
+        _former_digest(memory.model.vae_weights),
+    ):
         raise MemoryFormatError(
             f"was made with another version of the trained model {name!r}; make it anew with `vidmem compress`"
         )

@@ -12,6 +12,7 @@ from vidmem_kernels import MemoryBank, MemoryFileError
 from .checks import shorten, show
 from .compressor import CompressedMemory, check_bank, reconstruct
 from .errors import MemoryFormatError, UserError
+from .files import cannot_write
 from .memory_header import ROW_TORCH_DTYPES, MemoryHeader
 
 FORMAT = "vidmem.memory"
@@ -88,8 +89,7 @@ def write_memory(path: str | Path, compressed: CompressedMemory, *, fps: float, 
     try:
         bank.save(path, metadata=header, extras=compressed.extras)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); choose another path") from error
+        raise cannot_write(Path(path), error, rows * bank.channels * dtype.itemsize) from error
 
 
 def read_memory(path: str | Path) -> Memory:

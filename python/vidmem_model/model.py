@@ -157,6 +157,12 @@ def model_path(path: str | Path) -> Path:
     return path if path.suffix == ".safetensors" else path / MODEL_FILE
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """Files that a model is read from: its own, the one that its adapters are added to, and the VAE beside them."""
+    files = with_bases(model_path(path))
+    return [*files, files[-1].with_name(VAE_FILE)]
+
+
 def save_model(
     path: str | Path, model: MemoryModel, extra: dict[str, Any] | None = None, *, dtype: str = "float32"
 ) -> Path:

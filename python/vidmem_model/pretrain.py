@@ -24,7 +24,7 @@ from .model import MemoryModel
 from .model_config import EncoderConfig, ModelConfig
 from .skeleton import require_room, require_trainable
 from .text import require_encoder
-from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_settings
+from .training import Batch, TrainConfig, finish, fit, prepare_latents, run_folder, run_settings
 from .vae import load_vae
 
 # Noise of the masked frames, and times of the flow: logit-normal with this mean and deviation.
@@ -234,7 +234,7 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         Interrupted: it was stopped; the same call goes on from there.
         UserError: something in the configuration cannot be used.
     """
-    with processes(config.optimisation) as device:
+    with processes(config.optimisation) as device, run_folder(config, config.vae, config.text) as output:
         require_encoder(config.model.text, config.text, "by the key text:")
         require_trainable(lambda depth: MemoryModel(config.model.with_depth(depth)), config.model.dit.depth, device)
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
@@ -244,7 +244,6 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         require_batch(latents, config.optimisation.batch, config.sampling.history)
         seed, shift = config.optimisation.seed, config.model.shift
         batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)
-        output = Path(config.output)
         model = fit(
             lambda: _fresh(config, batches),
             batches,

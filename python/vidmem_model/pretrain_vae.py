@@ -15,7 +15,7 @@ from .distributed import first_then_others, processes, rank
 from .model import VAE_FILE
 from .model_config import ModelConfig
 from .skeleton import require_trainable
-from .training import TrainConfig, fit, run_settings
+from .training import TrainConfig, fit, run_folder, run_settings
 from .vae.base import frames_to_float
 from .vae.causal import CausalVAE
 from .vae.training import ClipSampler, Reconstruction, measure_latents
@@ -68,7 +68,7 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
         Interrupted: it was stopped; the same call goes on from there.
         UserError: something in the configuration cannot be used.
     """
-    with processes(config.optimisation) as device:
+    with processes(config.optimisation) as device, run_folder(config) as output:
         vae = config.model.vae
         require_trainable(lambda depth: CausalVAE(dataclasses.replace(vae, depth=depth)), vae.depth, device)
         films = first_then_others(lambda: film_paths(config.data))
@@ -85,7 +85,6 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
             return vae
 
         batches = ClipSampler(blocks, CausalVAE(config.model.vae), config.frames, config.optimisation.seed)
-        output = Path(config.output)
         settings = run_settings(config)
         vae = fit(build, batches, config.optimisation, output, settings, device, restart, Reconstruction)
         if rank() != 0:

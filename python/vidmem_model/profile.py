@@ -279,6 +279,7 @@ def profile(
     device: torch.device | str = "cpu",
     strategies: Sequence[str] = STRATEGIES,
     progress: Callable[[str, int, int], None] | None = None,
+    interrupts: list[BaseException] | None = None,
 ) -> dict[str, Any]:
     """Measure memory and time against context length.
 
@@ -287,10 +288,13 @@ def profile(
         device: where to measure.
         strategies: which of STRATEGIES.
         progress: called with (description, points done, points in all).
+        interrupts: where an interrupt goes that ends the measurement early, if there is a point; by default it
+            is raised.
 
     Returns:
-        What goes into the JSON file: format, what is measured, device, versions, config, points, and
-        `noisy`: whether repeats of a call differed so much that times should not be trusted.
+        What goes into the JSON file: format, what is measured, device, versions, config, points, `noisy`:
+        whether repeats of a call differed so much that times should not be trusted, and `missing`: the points
+        that an interrupt has left out.
 
     Raises:
         UserError: the longest history does not fit the device's memory.
@@ -300,14 +304,18 @@ def profile(
     check_room(config, device)
     lengths = sorted(set(config.lengths))
     points: list[Point] = []
-    total = len(lengths) * len(strategies)
-    for strategy in strategies:
-        for seconds in lengths:
+    asked = [(strategy, seconds) for strategy in strategies for seconds in lengths]
+    try:
+        for strategy, seconds in asked:
             if progress:
-                progress(f"{strategy}, {seconds:g} s", len(points), total)
+                progress(f"{strategy}, {seconds:g} s", len(points), len(asked))
             points.append(measure_point(strategy, config, seconds, device))
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if interrupts is None or not points:
+            raise
+        interrupts.append(stop)
     if progress:
-        progress("profile", total, total)
+        progress("profile", len(points), len(asked))
     with PeakMemory(device) as probe:
         pass
     return {
@@ -326,4 +334,5 @@ def profile(
         "config": asdict(config),
         "noisy": any(p.call_seconds_slowest > _NOISE * p.call_seconds_fastest for p in points),
         "points": [asdict(point) for point in points],
+        "missing": [{"strategy": strategy, "seconds": seconds} for strategy, seconds in asked[len(points) :]],
     }

@@ -1,4 +1,4 @@
-"""What the user looks at: PNG files, the contact sheet, the plot of memory against context, JSON.
+"""What the user looks at: PNG files, the contact sheet, the plots.
 
 Pictures of frames are written with zlib alone; the contact sheet and the plot need matplotlib.
 """
@@ -6,15 +6,10 @@ Pictures of frames are written with zlib alone; the contact sheet and the plot n
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
-import shutil
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .errors import UserError
+from .files import replacing
 
 SHEET_BYTES = 1_450_000
 _WIDEST, _NARROWEST = 264, 96
@@ -44,82 +39,6 @@ def plots_missing() -> str | None:
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed: pip install 'vidmem-kernels[bench]'"
     return None
-
-
-def check_file(path: Path) -> None:
-    """Raise UserError unless a file can be written at `path`; long work asks before it starts."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; give the path of a file")
-    _check_parent(path)
-
-
-def _check_parent(path: Path) -> None:
-    folder = path.parent
-    if not folder.is_dir():
-        what = "is not a directory" if folder.exists() else "does not exist"
-        raise UserError(f"{path}: the folder {folder} {what}; create it or choose another path")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); choose another path")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; rename it only when the work has succeeded.
-
-    Raises:
-        UserError: the folder is missing, cannot be written, or `path` is a directory.
-    """
-    check_file(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill beside `path`; its files move into `path` when all is done.
-
-    Files of the same name from an earlier run are replaced, others stay.
-
-    Raises:
-        UserError: `path` is a file, or its parent is missing or cannot be written.
-    """
-    _check_parent(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file; give the path of a folder")
-    if path.is_dir():
-        _check_parent(path / "report.json")
-    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        staging.mkdir()
-        yield staging
-        if path.is_dir():
-            for file in sorted(staging.iterdir()):
-                os.replace(file, path / file.name)
-        else:
-            staging.rename(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_png(path: Path, image: torch.Tensor | np.ndarray) -> None:

@@ -65,7 +65,7 @@ def _print_memories(console: Console, result: dict[str, Any]) -> None:
     before = result["context_tokens_before"]
     console.print(
         f"{video['source']}, {video['seconds']:.2f} s from {video['start_seconds']:g} s: "
-        f"{video['frames']} frames of {video['height']}x{video['width']} at {video['fps']:g} fps",
+        f"{video['frames']} frames of {video['height']}x{video['width']} at {video['fps']:g} fps (height x width)",
         soft_wrap=True,
     )
     if video["shorter_than_asked"]:
@@ -111,8 +111,10 @@ def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> 
     ):
         table = _table("history", "tokens", *(s.replace(" ", "\n") for s in strategies), title=title)
         for seconds in sorted({p["seconds"] for p in result["points"]}):
-            row = [p for p in result["points"] if p["seconds"] == seconds]
-            table.add_row(f"{seconds:g} s", f"{row[0]['context_tokens']:,}", *map(cell, row))
+            row = {p["strategy"]: p for p in result["points"] if p["seconds"] == seconds}
+            tokens = next(iter(row.values()))["context_tokens"]
+            cells = [cell(row[s]) if s in row else "-" for s in strategies]
+            table.add_row(f"{seconds:g} s", f"{tokens:,}", *cells)
         _print_table(console, table)
     if result["noisy"]:
         console.print("times differ much between repeats: is the machine busy with other work?", soft_wrap=True)

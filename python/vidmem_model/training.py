@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -23,18 +24,23 @@ from torch import nn
 from . import checkpoint
 from .checks import MOST_SEED, Checked, OneOf, not_negative, positive, show, within
 from .curve import Curve, progress, read_curve, write_curve_plot
-from .dataset import DataConfig, Latents, Rate, prepare
+from .dataset import SAMPLE, DataConfig, Latents, Rate, prepare
 from .distributed import Interrupted, agree, first_then_others, full, local, rank, shard, signals
 from .errors import UserError
+from .files import cannot_write, locked, outputs, replacing
 from .flow import interpolate, velocity_loss
 from .linear_start import is_fitted
-from .model import VAE_FILE, MemoryModel, save_model
+from .lora import LORA_FILE
+from .model import MODEL_FILE, VAE_FILE, MemoryModel, save_model
 from .model_config import ModelConfig
 from .muon import Muon
-from .report import plots_missing, replacing
+from .report import plots_missing
 from .vae import VideoCodec
 
 CURVE = "curve.csv"
+_PLOT = "curve.png"
+# Names of what a run writes beside its checkpoints.
+_WRITTEN = (MODEL_FILE, VAE_FILE, LORA_FILE, CURVE, _PLOT)
 # A run may go on with other values of these.
 _FREE = ("checkpoint_every", "log_every", "threads", "device", "output", "cache")
 
@@ -233,7 +239,7 @@ def fit(
                 raise Interrupted(at, stopped)
 
     if curve and plots_missing() is None:
-        write_curve_plot(folder / "curve.png", read_curve(folder / CURVE))
+        write_curve_plot(folder / _PLOT, read_curve(folder / CURVE))
     torch.manual_seed(config.seed)
     final = build()
     final.load_state_dict({name: full(value).cpu() for name, value in ema.items()}, strict=False)
@@ -289,40 +295,70 @@ def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     if rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(checkpoints, everything=restart)
             if restart:
-                shutil.rmtree(checkpoints, ignore_errors=True)
                 (folder / CURVE).unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be written ({error.strerror or error}); choose another output"
-            ) from error
+            raise cannot_write(folder, error) from error
     if dist.is_initialized():
         dist.barrier()
     last = checkpoint.newest(checkpoints)
     if last is None:
         return 0
-    before = checkpoint.settings_of(last)
-    for key in sorted(settings.keys() | before.keys()):
-        old, new = before.get(key), settings.get(key)
+    defaults = getattr(settings, "defaults", {})
+    before, now = ({**defaults, **dict(_flat(each))} for each in (checkpoint.settings_of(last), settings))
+    for key in sorted(before.keys() | now.keys()):
+        old, new = (each.get(key, "not set") for each in (before, now))
         if old != new:
             raise UserError(
-                f"{folder}: holds a run with {key} {show(old)}, now it is {show(new)}; "
-                "choose another output or --restart"
+                f"{folder}: holds a run with {key}={show(old)}, this run has {key}={show(new)}; choose another output, "
+                "or --restart to discard it"
             )
     return checkpoint.load(last, state)
 
 
-def run_settings(config: Any) -> dict[str, Any]:
+class RunSettings(dict[str, Any]):
+    """What must be the same for a run to go on, by dotted keys, as JSON holds it.
+
+    Attributes:
+        defaults: of the keys that have one: a key that a run of another version does not name means it.
+    """
+
+    def __init__(self, values: dict[str, Any], defaults: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.defaults = defaults
+
+
+def run_settings(config: Any) -> RunSettings:
     """Flatten a configuration to dotted keys, without those that may change from run to run."""
+    return RunSettings(dict(_flat(_plain(dataclasses.asdict(config)))), dict(_flat(_plain(_defaults(config)))))
 
-    def flat(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from flat(inner, f"{where}.{key}".lstrip("."))
-        elif where.rpartition(".")[2] not in _FREE:
-            yield where, [_plain(v) for v in value] if isinstance(value, tuple) else value
 
-    return dict(flat(dataclasses.asdict(config), ""))
+def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of nested mappings, and of mappings in lists by their places."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {str(place): inner for place, inner in enumerate(value)}
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{where}.{key}".lstrip("."))
+    elif where.rpartition(".")[2] not in _FREE:
+        yield where, value
+
+
+def _defaults(config: Any) -> Any:
+    """The defaults of a configuration's fields, in parts that are configurations those of theirs."""
+    if isinstance(config, tuple) and config and dataclasses.is_dataclass(config[0]):
+        return [_defaults(part) for part in config]
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) or (
+            isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0])
+        ):
+            found[field.name] = _defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -349,10 +385,50 @@ def prepare_latents(config: DataConfig, model: ModelConfig, vae: VideoCodec, rat
     return latents
 
 
+@contextmanager
+def run_folder(config: Any, *read: str | Path | None) -> Iterator[Path]:
+    """Hold the folder of a run: no other process writes there, and nothing that the run reads is lost.
+
+    Args:
+        config: of the run; its films, captions and VAE are read.
+        read: other files that it reads.
+
+    Raises:
+        UserError: another process holds it, it cannot be written, or it holds a film, or another file that is read
+            under a name that the run writes.
+    """
+    folder = Path(config.output)
+    if rank() != 0:
+        yield folder
+        return
+    films = [Path(name) for name in config.data.videos if name != SAMPLE]
+    given = [Path(each) for each in (*read, config.data.captions) if each]
+    for film in films:
+        if folder.resolve() in film.resolve().parents:
+            raise UserError(f"{folder}: holds the film {film}; choose another output")
+    if not folder.exists():
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+    outputs([*films, *given], folders={folder: _WRITTEN})
+    try:
+        with locked(folder / ".lock", folder):
+            yield folder
+    finally:
+        with suppress(OSError):  # unless it is empty, because the run did not begin
+            folder.rmdir()
+
+
 def run_extra(output: Path, config: Any) -> dict[str, Any]:
-    """What a trained model's file says of its training: configuration, steps and last loss."""
+    """What a trained model's file says of its training: configuration, steps and last loss.
+
+    Where the run lay is left out: equal runs give equal files.
+    """
     last = read_curve(output / CURVE)[-1]
-    return {"training": _plain(dataclasses.asdict(config)), "steps": last["step"], "loss": last["loss"]}
+    training = _plain(dataclasses.asdict(config))
+    del training["output"], training["data"]["cache"]
+    return {"training": training, "steps": last["step"], "loss": last["loss"]}
 
 
 def finish(output: Path, model: MemoryModel, config: Any, vae: str | Path | None) -> Path | None:

@@ -13,7 +13,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from .errors import UserError
-from .report import replacing
+from .files import cannot_write, replacing
 
 # In the order of preference, with options of about the same quality.
 _ENCODERS = {
@@ -73,7 +73,7 @@ def video_writer(path: str | Path, fps: float) -> Iterator[Callable[[torch.Tenso
                 yield stream.write
                 stream.close()
         except (av.error.FFmpegError, OSError) as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another path") from error
+            raise cannot_write(path, error) from error
 
 
 class _Stream:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from vidmem_kernels import quantize_rows
 
 from .checks import parse_json, shorten, show
 from .errors import MemoryFormatError, UserError
+from .files import cannot_write, replacing
 from .skeleton import skeleton
 
 DTYPES = ("float32", "float16", "int8")
@@ -71,27 +72,43 @@ def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all; equal content gives equal bytes.
 
     Raises:
         UserError: it cannot be written.
     """
-    temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        os.close(handle)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=header)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{file}: cannot be written ({reason}); choose another path") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+    except OSError as error:
+        raise cannot_write(file, error) from error
+    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with replacing(file, need) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=header)
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file as the package of that name does, but in place and with a header in one order."""
+    content = memoryview(save(tensors))
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:size]))
+    if metadata:
+        header = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(content[size:])
+
+
+def content_digest(file: Path) -> str:
+    """SHA-256 of what a safetensors file says, whatever the order of its header."""
+    with safe_open(file, framework="pt") as opened:
+        digest = hashlib.sha256(json.dumps(opened.metadata() or {}, sort_keys=True).encode())
+        for name in sorted(opened.keys()):
+            tensor = opened.get_tensor(name).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def stored_dtype(file: Path) -> str:

@@ -7,14 +7,11 @@ tensors for copying rather than for mapping.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import files
 from .memory_mapping import OpenFile, map_tensor
 
 FORMAT = "vidmem_kernels.MemoryBank"
@@ -116,54 +114,6 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Locks a temporary file until it is closed; False if someone else has it or removed it.
-
-    A lock ends with its process, whatever that dies of: what can be locked has no writer.
-
-    Raises:
-        OSError, ImportError: a file system, or an operating system, without such locks.
-    """
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return os.fstat(file.fileno()).st_nlink > 0
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of writers that were killed."""
-    for left in folder.glob(".vidmem-*.tmp"):
-        # OSError: renamed or removed meanwhile, another user's, or without locks.
-        with contextlib.suppress(OSError, ImportError), open(left, "r+b") as file:
-            if _lock(file):
-                os.unlink(left)
-
-
-def _temporary(folder: Path) -> tuple[Path, BinaryIO]:
-    """A new file under a name of its own, locked so that other writers leave it alone."""
-    while True:
-        path = folder / f".vidmem-{secrets.token_hex(8)}.tmp"
-        file = open(path, "xb")  # noqa: SIM115 (the caller closes it)
-        try:
-            if _lock(file):
-                return path, file
-        except (OSError, ImportError):  # no locks, so that nobody takes it for a leftover
-            return path, file
-        file.close()  # another writer came before the lock and removes it
-
-
 def _stamp(path: str, checksum: str, file: BinaryIO) -> Saved:
     """Names an open memory file."""
     now, stat = time.time(), os.fstat(file.fileno())
@@ -178,7 +128,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     Args:
         path: file to create or replace; a reader sees the old content or the new, whatever happens on the way. A
-            symbolic link stays, what it points to is replaced.
+            symbolic link stays, what it points to is replaced. The new file has the old one's mode and, as far as that
+            is allowed, its owner.
         tensors: of the dtypes in `DTYPES`, on any device; copied to the host in pieces.
         metadata: the user's header entries.
 
@@ -186,38 +137,30 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         The name of what was written.
 
     Raises:
-        OSError: the folder is missing, full or not writable. The temporary file is gone then, as after any exception.
+        OSError: the folder is missing, full or not writable, or at the path is a directory, device, pipe or socket, or
+            a read-only file. The temporary file is gone then, as after any exception.
     """
-    path = Path(os.path.realpath(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
+    path = files.target_of(path)
     # Wide elements first: every tensor is then aligned to its element size.
     ordered = {name: tensors[name] for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))}
     header = _header(ordered, metadata)
     digest = hashlib.sha256(header)
-    _remove_leftovers(path.parent)
-    temporary, file = _temporary(path.parent)
-    try:
-        with file:
-            file.write(header)
-            for tensor in ordered.values():
-                flat = tensor.detach().reshape(-1)
-                step = max(1, _CHUNK // tensor.element_size())
-                for start in range(0, flat.numel(), step):
-                    piece = bytes_of(flat[start : start + step].cpu().contiguous())
-                    digest.update(piece)
-                    file.write(piece)
-            file.seek(header.index(_NO_CHECKSUM.encode()))
-            file.write(digest.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)  # while it is locked: no other writer may take it for a leftover
-            saved = _stamp(str(path), digest.hexdigest(), file)
-    except BaseException:  # an interrupt too must not leave the temporary file behind
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
+    with files.temporary_file(path) as (temporary, file):
+        file.write(header)
+        for tensor in ordered.values():
+            flat = tensor.detach().reshape(-1)
+            step = max(1, _CHUNK // tensor.element_size())
+            for start in range(0, flat.numel(), step):
+                piece = bytes_of(flat[start : start + step].cpu().contiguous())
+                digest.update(piece)
+                file.write(piece)
+        file.seek(header.index(_NO_CHECKSUM.encode()))
+        file.write(digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+        files.put(temporary, path)  # while it is locked: no other writer may take it for a leftover
+        saved = _stamp(str(path), digest.hexdigest(), file)
+    files.sync(path.parent)
     return saved
 
 

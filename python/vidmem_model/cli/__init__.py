@@ -2,19 +2,21 @@
 
 A mistake of the user ends in one line on stderr and exit code 2, an interrupt in one line and 130.
 Results go to stdout, progress to stderr where that is a terminal. VIDMEM_DEBUG=1 shows tracebacks.
+Results that stdout does not take end in one line and 2 too: the files that were written stay.
 Modules that import torch are imported inside the commands, so that help and usage errors are quick.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -25,7 +27,8 @@ from ..errors import OptionError, UserError
 # errors is found from either.
 _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 _INTERRUPTED = 130
-_TERMINATED = 143
+# They end a command unless they are ignored, as SIGHUP is under nohup; its exit code is 128 and the signal's number.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 app = typer.Typer(
     name="vidmem",
@@ -43,27 +46,104 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        Exit code: 0, 2 for a mistake of the user, 1 for one of this program, 130 if interrupted.
+        Exit code: 0, 2 for a mistake of the user, 1 for one of this program, 130 if interrupted. SIGTERM and SIGHUP
+        raise SystemExit with 143 and 129.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with _terminable():
-        return _run(arguments)
+    with _streams(), _stoppable() as stops:
+        try:
+            return _run(arguments, stops)
+        except KeyboardInterrupt as stop:  # says what was kept, if anything was
+            _say(f"vidmem: interrupted; {str(stop) or 'nothing was written'}")
+            return _INTERRUPTED
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that temporary files go."""
+def _stoppable() -> Iterator[list[int]]:
+    """Let signals unwind the stack, so that temporary files go; gives those that came."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
-    previous = signal.signal(signal.SIGTERM, _terminate)
+
+    def stop(number: int, _: object) -> NoReturn:
+        came.append(number)
+        _stop(number)
+
+    previous = {number: signal.getsignal(number) for number in _STOPS}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _ResultsLost(Exception):
+    """What a command printed did not get to stdout."""
+
+
+class _Stream:
+    """A standard stream, also where that is closed, full, or its reader has gone.
+
+    Args:
+        stream: what Python has made of it, None where it is closed.
+        lost: called with the error of what could not be written.
+    """
+
+    def __init__(self, stream: TextIO | None, lost: Callable[[OSError], None]) -> None:
+        self._closed = stream is None
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (as long as the process)
+        self._lost = lost
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            if self._closed:
+                raise OSError(errno.EBADF, "it is closed")
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Stand between the commands and the standard streams: messages that are lost do not stop the work."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets this number, which else the next file would
+
+    def fail(error: OSError) -> NoReturn:
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise _ResultsLost(error.strerror or str(error)) from error
+
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Stream(before[0], fail), _Stream(before[1], lambda _: None)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        sys.stdout, sys.stderr = before
 
 
-def _run(arguments: list[str]) -> int:
+def _stop(number: int) -> NoReturn:
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _run(arguments: list[str], stops: list[int]) -> int:
     context = None
     try:
         with typer.main.get_command(app).make_context("vidmem", arguments) as context:
@@ -72,14 +152,16 @@ def _run(arguments: list[str]) -> int:
         return 0
     except typer.Exit as stop:
         return stop.exit_code
-    except KeyboardInterrupt:
-        _say("vidmem: interrupted; nothing was written")
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout has gone (`vidmem info | head`); keep Python from flushing into it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout has gone (`vidmem info | head`)
+        _give_up_stdout()
         return 0
+    except _ResultsLost as error:
+        _give_up_stdout()
+        _say(f"vidmem: error: the results cannot be printed to stdout ({error}); files that were written stay")
+        return 2
     except Exception as error:
+        if stops:  # libraries in C++ turn what a signal raises into an error of their own
+            _stop(stops[0])
         if os.environ.get("VIDMEM_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         command = " ".join(filter(None, ["vidmem", getattr(context, "invoked_subcommand", None)]))
@@ -88,8 +170,9 @@ def _run(arguments: list[str]) -> int:
         return code
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(_TERMINATED)
+def _give_up_stdout() -> None:
+    """Keep Python from flushing what is left in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:
@@ -115,6 +198,8 @@ def _explain(error: Exception, command: str) -> tuple[str, int]:
         return f"the package {error.name} is not installed; add it with pip", 2
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return f"a file cannot be written ({error.strerror}); make room", 2
     what = f"{type(error).__name__}: {error}"
     return f"this is a bug: {what}; VIDMEM_DEBUG=1 shows where, please report it", 1
 

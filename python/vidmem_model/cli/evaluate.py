@@ -32,15 +32,18 @@ def retrieval(
     plot: Annotated[Path | None, typer.Option(help="PNG file to write: values against position.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Markdown file to write: the table.")] = None,
 ) -> None:
-    """Read every frame back from trained memories, dct, merge and a mean frame, and compare."""
+    """Read every frame back from trained memories, dct, merge and a mean frame, and compare.
+
+    What was measured is kept beside the first file until all is done: the same command goes on after an interrupt.
+    """
     from .. import evaluate as evaluate_
     from .. import report
+    from ..files import outputs, remove_parts, replacing, write_json
     from ..learned import shipped
+    from ..model import files_of
     from ..tables import print_retrieval, retrieval_markdown
 
-    for path in (json_, plot, markdown):
-        if path:
-            report.check_file(path)
+    outputs([video], [json_, plot, markdown])
     if plot and (missing := report.plots_missing()):
         raise UserError(f"--plot: {missing}")
     models = [*(model or []), *(evaluate_.find_models(table) if table else [])]
@@ -48,20 +51,31 @@ def retrieval(
         models = [path for path in (shipped(),) if path]
     if not models:
         raise UserError("no model is shipped with this vidmem; give --model or --table")
+    films = [video] if video else evaluate_.trained_films(models[0])
+    first = next((path for path in (json_, markdown, plot) if path), None)
+    store = table / "retrieval-runs" if table else first and first.with_name(f"{first.name}.parts")
+    folders = {store: (evaluate_.RUNS,)} if store else None
+    outputs([*films, *(file for path in models for file in files_of(path))], [json_, plot, markdown], folders)
     if history is None:
         history = evaluate_.trained_history(models[0])
     config = configured(evaluate_.RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
-    store = table / "retrieval-runs" if table else None
     if store:
         store.mkdir(exist_ok=True)
-    with progress_bar() as tell:
-        histories = evaluate_.choose_histories(models, config, video)
-        result = evaluate_.evaluate_retrieval(models, histories, config, store, tell)
+    try:
+        with progress_bar() as tell:
+            histories = evaluate_.choose_histories(models, config, video)
+            result = evaluate_.evaluate_retrieval(models, histories, config, store, tell)
+    except KeyboardInterrupt as stop:
+        if not store:
+            raise
+        raise KeyboardInterrupt(f"what was measured is kept in {store}, the same command goes on") from stop
     if json_:
-        report.write_json(json_, result)
+        write_json(json_, result)
     if markdown:
-        with report.replacing(markdown) as part:
+        with replacing(markdown) as part:
             part.write_text(retrieval_markdown(result), encoding="utf-8")
     if plot:
         report.write_retrieval_plot(plot, result)
+    if store and not table:
+        remove_parts(store, (evaluate_.RUNS,))
     print_retrieval(result)

@@ -56,11 +56,11 @@ def generate(
     device = parse_device(device)
     from ..config import ClipSpec
     from ..data import probe, remarks
-    from ..generate import GenerateConfig
+    from ..files import outputs, write_json
+    from ..generate import PARTS, GenerateConfig, parts_of
     from ..generate import generate as generate_
     from ..learned import CONTINUING_MODEL, shipped
-    from ..model import load_model
-    from ..report import check_file, write_json
+    from ..model import files_of, load_model
     from ..text import require_encoder
     from ..vae import load_vae
 
@@ -77,11 +77,11 @@ def generate(
         kv_cache=kv_cache,
         start=start,
     )
-    if report is not None:
-        check_file(report)
     model = model or shipped(CONTINUING_MODEL)
     if model is None:
         raise UserError("no model is shipped with this vidmem; give --model")
+    read = [storyboard, start, vae, text, *files_of(model)]
+    outputs(read, [output, report], {parts_of(output): PARTS})
     net = load_model(model, text)
     require_encoder(net.config.text, text, "by --text")
     net = net.to(device)
@@ -93,15 +93,14 @@ def generate(
     try:
         with _progress() as tell:
             made = generate_(board, net, codec, output, config, restart, tell)
-    except KeyboardInterrupt as error:
-        typer.echo("vidmem: interrupted; the same command goes on after the last whole segment", err=True)
-        raise typer.Exit(130) from error
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("the same command goes on after the last whole segment") from stop
     if report is not None:
         write_json(report, made)
     first, last = made["memory_tokens"][0], made["memory_tokens"][-1]
     print(
         f"{output}: {made['seconds']:g} s of {net.config.height}x{net.config.width} at {net.config.fps:g} fps "
-        f"in {made['segments']} segments, {made['wall_seconds']:.0f} s of work; "
+        f"(height x width) in {made['segments']} segments, {made['wall_seconds']:.0f} s of work; "
         f"memory {first:,} -> {last:,} tokens, {made['context_per_second']:g} tokens/s, "
         f"and {max(made['window_tokens']):,} of clean frames"
     )
@@ -123,10 +122,10 @@ def storyboard(
     checked(Annotated[int, not_negative(MOST_SEED)], "--seed", seed)
     if not idea.strip():
         raise UserError("the idea must not be empty; say what the video is about")
-    from ..report import check_file, replacing
+    from ..files import outputs, replacing
     from ..storyboard import format_storyboard, language_model, write_storyboard
 
-    check_file(output)
+    outputs([lm], [output])
     made = write_storyboard(idea, language_model(lm, device=parse_device(device)), seconds, shots, seed)
     with replacing(output) as part:
         part.write_text(format_storyboard(made), encoding="utf-8")

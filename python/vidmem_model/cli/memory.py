@@ -31,9 +31,11 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
     seconds: Seconds = 20.0,
     start: Annotated[float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")] = None,
-    size: Annotated[str | None, typer.Option(help="Rows x columns, or source, for dct and merge; 480x832.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height x width, or source, for dct and merge; 480x832.")] = None,
     fps: Annotated[str | None, typer.Option(help="Frames per second, or source, for dct and merge; 24.")] = None,
-    rate: Annotated[str | None, typer.Option(help="Patch tokens per token of dct and merge; 4x4x2.")] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Patch tokens per token of dct and merge, height x width x time; 4x4x2.")
+    ] = None,
     frames: Annotated[int, typer.Option(help="How many frames to read back.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the positions of those frames.")] = 0,
     lengths: Annotated[str, typer.Option(help="Seconds of history that the memory profile measures at.")] = "1,5,20",
@@ -48,6 +50,7 @@ def demo(
     lengths_ = parse_lengths(lengths)
     from .. import demo as demo_
     from ..config import ClipSpec
+    from ..files import outputs
     from ..learned import DEFAULT_MODEL, shipped
     from ..profile import ProfileConfig
 
@@ -64,6 +67,7 @@ def demo(
         learned=(size, fps, rate) == (None, None, None) and shipped(DEFAULT_MODEL) is not None,
         profile=configured(ProfileConfig, lengths=lengths_),
     )
+    outputs([video], folders={output: demo_.FILES})
     with progress_bar() as tell:
         result = demo_.run_demo(config, output, tell)
     taken = [part["video"]["remarks"] for part in (result, result["learned"]) if part]
@@ -78,11 +82,13 @@ def compress(
     video: Video,
     output: Annotated[Path, typer.Option("--output", "-o", help="Memory file to write.")],
     method: Annotated[str, typer.Option("--method", "-m", help="dct, merge or learned (the trained model).")] = "dct",
-    size: Annotated[str | None, typer.Option(help="Rows x columns, or source; 480x832, learned: its own.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height x width, or source; 480x832, learned: its own.")] = None,
     fps: Annotated[str | None, typer.Option(help="Frames per second, or source; 24, learned: its own.")] = None,
     seconds: Seconds = 20.0,
     start: Annotated[float, typer.Option(help="First second to take.")] = 0.0,
-    rate: Annotated[str | None, typer.Option(help="Patch tokens per token, 4x4x2; learned: its own.")] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Patch tokens per token, height x width x time; 4x4x2, learned: its own.")
+    ] = None,
     budget: Annotated[
         int | None, typer.Option(min=1, help="Tokens to keep, for merge; by default what rate gives.")
     ] = None,
@@ -99,16 +105,17 @@ def compress(
         raise UserError(f"{given[0]} is for dct and merge; the trained model has its own")
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
     from ..config import METHODS, ClipSpec, CompressorConfig
+    from ..files import outputs
+    from ..learned import DEFAULT_MODEL, shipped
 
     checked(Annotated[str, OneOf(*METHODS, "learned")], "--method", method)
-    from ..report import check_file
 
     training_free = "dct" if method == "learned" else method
     channels_ = 3072 if channels is None else channels
     config = configured(
         CompressorConfig, method=training_free, rate=rate_, channels=channels_, budget=budget, dtype=dtype
     )
-    check_file(output)
+    outputs([video, shipped(DEFAULT_MODEL)], [output])
     import torch
 
     from ..compressor import compress as compress_
@@ -118,7 +125,7 @@ def compress(
 
     codec = DCTCodec()
     if method == "learned":
-        from ..learned import DEFAULT_MODEL, compress_learned, open_shipped
+        from ..learned import compress_learned, open_shipped
 
         model = open_shipped(DEFAULT_MODEL).model.config
         shape, fps_ = (model.height, model.width), model.fps
@@ -139,7 +146,7 @@ def compress(
     print(
         f"{output}: {shape_[0]} frames of {shape_[1]}x{shape_[2]} at {clip.fps:g} fps{short}, "
         f"{before:,} -> {after:,} tokens ({before / after:.1f}x), "
-        f"{output.stat().st_size / 1e6:.1f} MB"
+        f"{output.stat().st_size / 1e6:.1f} MB (sizes are height x width)"
     )
 
 
@@ -151,16 +158,18 @@ def retrieve(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler, for a learned memory.")] = None,
 ) -> None:
     """Read one frame from a memory file."""
+    from ..files import outputs
     from ..memory import read_memory
     from ..report import write_png
 
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: frames are written as PNG; give a name that ends in .png")
     checked(SamplerSteps | None, "--steps", steps)
+    outputs([memory], [output])
     opened = read_memory(memory)
     image = opened.retrieve(frame, steps)
     write_png(output, image)
     print(
         f"{output}: frame {frame} of {opened.frames} ({frame / opened.fps:.2f} s), "
-        f"{opened.width}x{opened.height} pixels, from {len(opened.bank):,} {opened.method} tokens"
+        f"{opened.height}x{opened.width} (height x width), from {len(opened.bank):,} {opened.method} tokens"
     )

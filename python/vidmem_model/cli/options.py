@@ -66,7 +66,7 @@ def parse_lengths(text: str) -> tuple[float, ...]:
 
 
 Video = Annotated[Path, typer.Argument(help="A video file.")]
-Size = Annotated[str, typer.Option(help="Rows x columns, or source; scaled to cover, centre cropped.")]
+Size = Annotated[str, typer.Option(help="Height x width, or source; scaled to cover, centre cropped.")]
 Fps = Annotated[str, typer.Option(help="Frames per second, or source.")]
 Seconds = Annotated[float, typer.Option(help="Length to take.")]
 Rate = Annotated[str, typer.Option(help="Patch tokens per memory token: height x width x time.")]

