@@ -26,6 +26,8 @@ from .stamps import REORDER, PacketStamps, shown_times, steadied
 
 # Up to this size a file is read through where its container's word would do: that takes no second, and is true.
 READ_THROUGH = 64 << 20
+# Pixels of the pictures that are held while their stamps are sorted, twice what level 4 of H.264 allows.
+_HELD_PIXELS = 16 * 1920 * 1088 * 2
 # They keep the time of decoding alone. What FFmpeg makes of it for B-frames is a guess.
 _CODING_ORDER = ("avi", "asf")
 # Their key frames do not stand alone (a GIF's pictures are patches of the one before), or are as good as all.
@@ -284,7 +286,9 @@ class Film:
             further, and `failure` says so.
         """
         self.first = first
-        reorder = REORDER if self._reorders else 0
+        # The levels of the codecs bound a decoder's memory: of larger pictures it holds back fewer.
+        pixels = self._stream.codec_context.width * self._stream.codec_context.height
+        reorder = min(REORDER, max(4, _HELD_PIXELS // max(1, pixels))) if self._reorders else 0
         pictures = self._pictures(skip)
         if self.name == _PACKED:
             pictures = steadied(pictures, self.length, self.step)

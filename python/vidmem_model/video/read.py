@@ -49,7 +49,7 @@ def probe(path: str | Path) -> VideoInfo:
                 frames, seconds = film.count(first)
         else:
             frames, seconds = max(1, round(estimated * rate)), estimated
-    return VideoInfo(width, height, rate, frames, seconds, frame.interlaced_frame)
+    return VideoInfo(width, height, rate, frames, round(seconds, 6), frame.interlaced_frame)
 
 
 def _breaks(path: Path, seconds: float, reason: str) -> MediaError:
