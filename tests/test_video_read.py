@@ -94,8 +94,6 @@ BARE = [("h264", "libx264"), ("hevc", "libx265"), ("m2v", "mpeg2video"), ("m1v",
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 1.2), (0, 100), (100, 0), (0, 0.9), (0, 0.613), (30, 29.9)])
 @pytest.mark.parametrize(("suffix", "codec"), JOINABLE)
 def test_joined_streams_follow_each_other(tmp_path, suffix, codec, offsets, open_gop):
-    if suffix == "mpg" and offsets == (0, 0.9):
-        pytest.skip("the muxer leaves a gap of less than a pack's pictures, which counts as none")
     one = write_film(tmp_path / f"1.{suffix}", codec, offset=offsets[0], open_gop=open_gop)
     two = write_film(tmp_path / f"2.{suffix}", codec, offset=offsets[1], open_gop=open_gop, first=100)
     path = join(tmp_path / f"both.{suffix}", one, two)
@@ -299,6 +297,29 @@ def test_a_picture_that_starts_late_or_early(tmp_path, suffix, codec, offset):
     assert read(path) == list(range(75))
     assert read(path, start=1, seconds=0.2) == list(range(25, 30))
     assert length(path) == (75, 3.0)
+
+
+@pytest.mark.parametrize("cut", [3, 10, 12, 25])
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+def test_pictures_that_an_edit_list_cuts_off(tmp_path, suffix, cut):
+    """What the muxer makes of negative stamps."""
+    path = write_film(tmp_path / f"a.{suffix}", count=75, offset=-cut / 25)
+    assert read(path) == list(range(cut, 75))
+    assert read(path, start=1, seconds=0.2) == list(range(25 + cut, 30 + cut))
+    assert length(path) == (75 - cut, 3 - cut / 25)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("ts", "libx264"), ("flv", "libx264")])
+def test_stamps_below_zero(tmp_path, suffix, codec):
+    path = write_film(tmp_path / f"a.{suffix}", codec, offset=-0.4)
+    assert read(path) == ALL and length(path) == (30, 1.2)
+
+
+@pytest.mark.parametrize("suffix", ["h264", "ts"])
+def test_a_film_that_changes_its_pixel_format(tmp_path, suffix):
+    formats = ("yuv420p", "yuv444p", "yuv420p10le")
+    parts = [write_film(tmp_path / f"{k}.{suffix}", pixels=p, first=100 * k) for k, p in enumerate(formats)]
+    assert read(join(tmp_path / f"a.{suffix}", *parts)) == [(k + 100 * part) % 256 for part in range(3) for k in ALL]
 
 
 def test_a_picture_that_starts_after_the_sound(tmp_path):

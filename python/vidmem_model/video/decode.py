@@ -170,7 +170,7 @@ class Film:
         """Read all packets, decoding none.
 
         Args:
-            first: stamp in seconds of the first picture; those that came before it were cut off from what they lean on.
+            first: stamp in seconds of the first picture; what is stamped before it was cut off from what it leans on.
 
         Returns:
             Number of pictures and length in seconds.
@@ -179,11 +179,10 @@ class Film:
         stamps = self._packet_stamps()
         length = self.step
         for packet in self._packets():
-            if not packet.size or packet.is_discard:
-                continue
-            keys += packet.is_keyframe
             stamp = self.seconds(packet.pts)
-            if not keys or (keys == 1 and stamp is not None and stamp < first):
+            keys += packet.is_keyframe
+            leans = not keys or (keys == 1 and stamp is not None and stamp < first)
+            if not packet.size or packet.is_discard or leans:
                 continue
             count += 1
             stamps.add(stamp, self.seconds(packet.dts))
