@@ -222,6 +222,27 @@ def test_a_file_with_wrong_bytes_is_read_or_refused_in_a_line(tmp_path, suffix, 
 # Stamps
 
 
+@pytest.mark.parametrize("bframes", [0, 2])
+def test_an_avi_with_chunks_that_hold_no_picture(tmp_path, bframes):
+    """As many as there are where films are copied into it: it then has 600 chunks a second."""
+    count = 0
+
+    def change(packet):
+        nonlocal count
+        gap = round(Fraction(20 * (count >= 30), 25) / packet.time_base)
+        packet.pts, packet.dts = packet.pts + gap, packet.dts + gap
+        count += 1
+
+    part = write_film(tmp_path / "part.mp4", "mpeg4", 60, bframes=bframes)
+    path = remux(tmp_path / "a.avi", [part], change)
+    info = probe(path)
+    assert (info.frames, info.fps) == (60, pytest.approx(60 / 3.2, rel=0.05))
+    if bframes:  # what holes mean there is not known: every picture is shown, evenly
+        assert read(path) == list(range(60))
+    else:
+        assert read(path, fps=25.0) == [*range(30), *[29] * 20, *range(30, 60)]
+
+
 @pytest.mark.parametrize(("suffix", "codec"), [("avi", "libx264"), ("avi", "mpeg4"), ("wmv", "libx264")])
 @pytest.mark.parametrize("bframes", [0, 1, 3, 8])
 def test_formats_that_keep_the_coding_order_only(tmp_path, suffix, codec, bframes):

@@ -62,6 +62,7 @@ class Film:
         rate: mean pictures a second; 0 until it was measured where nothing states it.
         aspect: width of a pixel divided by its height, or None.
         first: stamp in seconds of the first picture; None until it was decoded.
+        reached: seconds of the file up to which packets were read, as it numbers them.
         failure: why the file could not be read to its end; None while it could.
     """
 
@@ -76,6 +77,7 @@ class Film:
         self.aspect: Fraction | None = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
         self.failure: str | None = None
         self.first: float | None = None
+        self.reached = 0.0
         self._decoder = self._choose_decoder()
 
     def _stated_rate(self) -> float | None:
@@ -83,12 +85,15 @@ class Film:
         average, coded = stream.average_rate, stream.codec_context.framerate
         # The average of a bare stream is a default; its headers say the rate.
         known = (coded, stream.guessed_rate, average) if self._bare else (average, coded)
-        return next((float(rate) for rate in known if rate), None)
+        rate = next((float(rate) for rate in known if rate), None)
+        likely = coded or stream.guessed_rate
+        # An AVI that was made from another container is mostly chunks without a picture.
+        return None if rate and likely and self.name == "avi" and rate > 1.5 * likely else rate
 
     def measure_rate(self) -> float:
         """Pictures a second by the stamps of the first thousand packets, for a film that does not say."""
-        stamps = [self.seconds(packet.pts) for packet in itertools.islice(self._packets(), 1000)]
-        stamps = sorted({stamp for stamp in stamps if stamp is not None})
+        stamps = {packet.pts for packet in itertools.islice(self._packets(), 1000)} - {None}
+        stamps = [float(stamp * self._stream.time_base) for stamp in sorted(stamps)]
         return (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 25.0
 
     def _choose_decoder(self) -> av.VideoCodecContext:
@@ -302,6 +307,8 @@ class Film:
         for packet in itertools.islice(self._packets(), skip, None):
             fell = fell or (None not in (decoded, packet.dts) and packet.dts < decoded)
             decoded = packet.dts
+            if decoded is not None:
+                self.reached = float(decoded * self._stream.time_base)
             watch.enter(packet)
             try:
                 frames = self._decoder.decode(packet)
