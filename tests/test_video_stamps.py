@@ -71,8 +71,8 @@ def test_any_stamps_give_a_clock_that_rises(stamps, joinable, fell):
 
 @given(st.data(), st.integers(1, 16), st.integers(1, 3))
 def test_coding_order_is_undone(data, depth, repeated):
-    """Groups whose last picture is coded first, stamped in coding order, each stamp `repeated` times."""
-    sizes = data.draw(st.lists(st.integers(1, depth + 1), min_size=1, max_size=8))
+    """A first picture, then groups whose last is coded first, stamped in coding order, each stamp so many times."""
+    sizes = [1] + data.draw(st.lists(st.integers(1, depth + 1), min_size=1, max_size=8))
     coded = []
     for size in sizes:
         begin = len(coded)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 
 from vidmem_model.config import ClipSpec
-from vidmem_model.data import read_clip
+from vidmem_model.data import probe, read_clip
+from vidmem_model.errors import MediaError
 
 WHOLE = ClipSpec(height=None, width=None, fps=None, seconds=None)
 HEIGHT, WIDTH = 64, 96
@@ -116,3 +118,17 @@ def join(path: Path, *parts: Path) -> Path:
     """Write files one after another, as `cat` does."""
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     return path
+
+
+def refused(path, **spec) -> str:
+    """The one line with which a film is refused."""
+    with pytest.raises(MediaError) as error:
+        read(path, **spec)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def length(path) -> tuple[int, float]:
+    info = probe(path)
+    return info.frames, pytest.approx(info.duration, abs=0.03)

@@ -26,6 +26,8 @@ from .stamps import REORDER, PacketStamps, shown_times, steadied
 
 # Up to this size a file is read through where its container's word would do: that takes no second, and is true.
 READ_THROUGH = 64 << 20
+# Pixels of the pictures that are held while their stamps are sorted, twice what level 4 of H.264 allows.
+_HELD_PIXELS = 16 * 1920 * 1088 * 2
 # They keep the time of decoding alone. What FFmpeg makes of it for B-frames is a guess.
 _CODING_ORDER = ("avi", "asf")
 # Their key frames do not stand alone (a GIF's pictures are patches of the one before), or are as good as all.
@@ -60,6 +62,7 @@ class Film:
         rate: mean pictures a second; 0 until it was measured where nothing states it.
         aspect: width of a pixel divided by its height, or None.
         first: stamp in seconds of the first picture; None until it was decoded.
+        reached: seconds of the file up to which packets were read, as it numbers them.
         failure: why the file could not be read to its end; None while it could.
     """
 
@@ -74,6 +77,7 @@ class Film:
         self.aspect: Fraction | None = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
         self.failure: str | None = None
         self.first: float | None = None
+        self.reached = 0.0
         self._decoder = self._choose_decoder()
 
     def _stated_rate(self) -> float | None:
@@ -81,12 +85,15 @@ class Film:
         average, coded = stream.average_rate, stream.codec_context.framerate
         # The average of a bare stream is a default; its headers say the rate.
         known = (coded, stream.guessed_rate, average) if self._bare else (average, coded)
-        return next((float(rate) for rate in known if rate), None)
+        rate = next((float(rate) for rate in known if rate), None)
+        likely = coded or stream.guessed_rate
+        # An AVI that was made from another container is mostly chunks without a picture.
+        return None if rate and likely and self.name == "avi" and rate > 1.5 * likely else rate
 
     def measure_rate(self) -> float:
         """Pictures a second by the stamps of the first thousand packets, for a film that does not say."""
-        stamps = [self.seconds(packet.pts) for packet in itertools.islice(self._packets(), 1000)]
-        stamps = sorted({stamp for stamp in stamps if stamp is not None})
+        stamps = {packet.pts for packet in itertools.islice(self._packets(), 1000)} - {None}
+        stamps = [float(stamp * self._stream.time_base) for stamp in sorted(stamps)]
         return (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 25.0
 
     def _choose_decoder(self) -> av.VideoCodecContext:
@@ -168,7 +175,7 @@ class Film:
         """Read all packets, decoding none.
 
         Args:
-            first: stamp in seconds of the first picture; those that came before it were cut off from what they lean on.
+            first: stamp in seconds of the first picture; what is stamped before it was cut off from what it leans on.
 
         Returns:
             Number of pictures and length in seconds.
@@ -177,11 +184,10 @@ class Film:
         stamps = self._packet_stamps()
         length = self.step
         for packet in self._packets():
-            if not packet.size or packet.is_discard:
-                continue
-            keys += packet.is_keyframe
             stamp = self.seconds(packet.pts)
-            if not keys or (keys == 1 and stamp is not None and stamp < first):
+            keys += packet.is_keyframe
+            leans = not keys or (keys == 1 and stamp is not None and stamp < first)
+            if not packet.size or packet.is_discard or leans:
                 continue
             count += 1
             stamps.add(stamp, self.seconds(packet.dts))
@@ -284,7 +290,9 @@ class Film:
             further, and `failure` says so.
         """
         self.first = first
-        reorder = REORDER if self._reorders else 0
+        # The levels of the codecs bound a decoder's memory: of larger pictures it holds back fewer.
+        pixels = self._stream.codec_context.width * self._stream.codec_context.height
+        reorder = min(REORDER, max(4, _HELD_PIXELS // max(1, pixels))) if self._reorders else 0
         pictures = self._pictures(skip)
         if self.name == _PACKED:
             pictures = steadied(pictures, self.length, self.step)
@@ -299,6 +307,8 @@ class Film:
         for packet in itertools.islice(self._packets(), skip, None):
             fell = fell or (None not in (decoded, packet.dts) and packet.dts < decoded)
             decoded = packet.dts
+            if decoded is not None:
+                self.reached = float(decoded * self._stream.time_base)
             watch.enter(packet)
             try:
                 frames = self._decoder.decode(packet)

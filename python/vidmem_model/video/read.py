@@ -49,7 +49,7 @@ def probe(path: str | Path) -> VideoInfo:
                 frames, seconds = film.count(first)
         else:
             frames, seconds = max(1, round(estimated * rate)), estimated
-    return VideoInfo(width, height, rate, frames, seconds, frame.interlaced_frame)
+    return VideoInfo(width, height, rate, frames, round(seconds, 6), frame.interlaced_frame)
 
 
 def _breaks(path: Path, seconds: float, reason: str) -> MediaError:
@@ -105,7 +105,8 @@ def _frames_at_rate(path: Path, spec: ClipSpec) -> Iterator[np.ndarray]:
             raise _breaks(path, end, film.failure)
         # A demuxer takes a missing tail for the end: only the stated length gives it away.
         stated = film.stated_seconds()
-        if stated is not None and end < stated - max(0.5, 5 * film.step):
+        read = max(end, film.reached) if film.stepped else end  # an AVI may hold chunks without a picture
+        if stated is not None and read < stated - max(0.5, 5 * film.step):
             raise _breaks(path, end, f"{stated:.2f} s expected")
         if emitted == 0:
             raise MediaError(
@@ -131,8 +132,9 @@ def _asked(spec: ClipSpec, fps: float) -> int | None:
 def iter_frames(path: str | Path, spec: ClipSpec, chunk: int = 16) -> Iterator[np.ndarray]:
     """Decode a video in chunks, resampled to a constant rate and brought to one size.
 
-    Each output frame is the picture on screen at its time; it is scaled to cover the raster (aspect
-    kept, rotation and pixel aspect applied) and its centre is cropped.
+    Each output frame is the picture on screen at its time, 0 being that of the first picture; it is scaled to
+    cover the raster (aspect kept, orientation and pixel aspect applied) and its centre is cropped. Where a
+    picture is transparent, black shows. Without a raster all are brought to the size of the first.
 
     Args:
         path: a video file.

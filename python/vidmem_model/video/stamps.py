@@ -40,7 +40,8 @@ def shown_times(
             order in which they are shown.
         step: seconds from picture to picture where no stamp tells.
         joinable: whether the format allows stamps to jump.
-        reorder: pictures to look ahead, 0 for a codec that codes them in the order in which they are shown.
+        reorder: pictures to look ahead where a stamp leaves a gap, 0 for a codec whose coding order is that of
+            showing.
 
     Returns:
         Iterator over (seconds, picture), strictly rising, on the clock of the first stamp.
@@ -63,7 +64,8 @@ def shown_times(
     for stamp, picture in _on_one_clock(pictures, step, joinable):
         heapq.heappush(sorted_stamps, stamp)
         waiting.append(picture)
-        if len(waiting) > reorder:
+        # Nothing comes before the picture that is coded first, nor before a stamp right after the last one.
+        while waiting and (len(waiting) > reorder or before == -math.inf or sorted_stamps[0] < before + 1.25 * step):
             yield next_shown()
     while waiting:
         yield next_shown()
