@@ -341,6 +341,8 @@ def test_a_run_holds_none_of_its_inputs(given, tmp_path, capfd):
     for start in (given["run"], given["model"]):
         refused(capfd, ["finetune", str(recipe(tmp_path, given["run"], film, **{"from": start}))], "is the input")
     assert given["model"].read_bytes() == before and os.listdir(given["run"]) == ["model.safetensors"]
+    for output, says in (('"a\\0b"', "null byte"), (f"{film}/x", "Not a directory"), ("x" * 300, "name too long")):
+        refused(capfd, ["pretrain", str(recipe(tmp_path, output, film, model="tiny"))], says)
     os.mkfifo(tmp_path / "pipe")
     refused(capfd, ["pretrain", str(recipe(tmp_path, tmp_path / "pipe", film, model="tiny"))], "is a device, pipe")
     (tmp_path / "out").mkdir()

@@ -27,7 +27,7 @@ from .curve import Curve, progress, read_curve, write_curve_plot
 from .dataset import SAMPLE, DataConfig, Latents, Rate, prepare
 from .distributed import Interrupted, agree, first_then_others, full, local, rank, shard, signals
 from .errors import UserError
-from .files import cannot_write, locked, outputs, replacing
+from .files import cannot_write, locked, make_folder, outputs, replacing
 from .flow import interpolate, velocity_loss
 from .linear_start import is_fitted
 from .lora import LORA_FILE
@@ -431,11 +431,7 @@ def run_folder(config: Any, *read: str | Path | None) -> Iterator[Path]:
     for film in films:
         if folder.resolve() in film.resolve().parents:
             raise UserError(f"{folder}: holds the film {film}; choose another output")
-    if not folder.exists():
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
+    make_folder(folder)
     outputs([*films, *given], folders={folder: _WRITTEN})
     try:
         with locked(folder / ".lock", folder):
