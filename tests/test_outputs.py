@@ -343,6 +343,11 @@ def test_a_run_holds_none_of_its_inputs(given, tmp_path, capfd):
     assert given["model"].read_bytes() == before and os.listdir(given["run"]) == ["model.safetensors"]
     for output, says in (('"a\\0b"', "null byte"), (f"{film}/x", "Not a directory"), ("x" * 300, "name too long")):
         refused(capfd, ["pretrain", str(recipe(tmp_path, output, film, model="tiny"))], says)
+    (tmp_path / "mine").mkdir()
+    for output in ("mine", "new"):
+        call = ["pretrain", str(recipe(tmp_path, tmp_path / output, tmp_path / "none.mkv", model="tiny"))]
+        refused(capfd, call, "none.mkv")
+    assert (tmp_path / "mine").is_dir() and not (tmp_path / "new").exists()
     os.mkfifo(tmp_path / "pipe")
     refused(capfd, ["pretrain", str(recipe(tmp_path, tmp_path / "pipe", film, model="tiny"))], "is a device, pipe")
     (tmp_path / "out").mkdir()

@@ -125,18 +125,20 @@ def check_folder(path: Path) -> None:
         raise UserError(f"{path}: is a device, pipe or socket; give the path of a folder")
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, and those it lies in, unless it is there.
+def make_folder(path: Path) -> bool:
+    """Make a folder, and those it lies in, unless it is there; whether it was not.
 
     Raises:
         UserError: it cannot be made, or is no folder.
     """
-    if _found(path) is None:
-        try:
-            path.mkdir(parents=True)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-    check_folder(path)
+    if _found(path) is not None:
+        check_folder(path)
+        return False
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return True
 
 
 def _found(path: Path) -> os.stat_result | None:

@@ -428,17 +428,18 @@ def run_folder(config: Any, *read: str | Path | None) -> Iterator[Path]:
         return
     films = [Path(name) for name in config.data.videos if name != SAMPLE]
     given = [Path(each) for each in (*read, config.data.captions) if each]
-    for film in films:
-        if folder.resolve() in film.resolve().parents:
-            raise UserError(f"{folder}: holds the film {film}; choose another output")
-    make_folder(folder)
-    outputs([*films, *given], folders={folder: _WRITTEN})
+    made = make_folder(folder)
     try:
+        for film in films:
+            if folder.resolve() in film.resolve().parents:
+                raise UserError(f"{folder}: holds the film {film}; choose another output")
+        outputs([*films, *given], folders={folder: _WRITTEN})
         with locked(folder / ".lock", folder):
             yield folder
     finally:
-        with suppress(OSError):  # unless it is empty, because the run did not begin
-            folder.rmdir()
+        if made:
+            with suppress(OSError):  # it is empty only if the run did not begin
+                folder.rmdir()
 
 
 def run_extra(output: Path, config: Any) -> dict[str, Any]:
