@@ -158,9 +158,12 @@ def model_path(path: str | Path) -> Path:
 
 def files_of(path: str | Path) -> list[Path]:
     """Files that a model is read from: its own, the one that its adapters are added to, and the VAE beside them."""
-    file = model_path(path)
-    base = base_of(file)
-    return [file, *(files_of(base) if base and base != file else [file.parent / VAE_FILE])]
+    file: Path | None = model_path(path)
+    found: list[Path] = []
+    while file is not None and file not in found:  # adapters that name each other are refused by load_model
+        found.append(file)
+        file = base_of(file)
+    return [*found, found[-1].parent / VAE_FILE]
 
 
 def save_model(
