@@ -125,11 +125,15 @@ class Child:
 
     @property
     def out(self) -> str:
-        return Path(f"{self.log}.1").read_text(encoding="utf-8")
+        return self._said(1)
 
     @property
     def err(self) -> str:
-        return Path(f"{self.log}.2").read_text(encoding="utf-8")
+        return self._said(2)
+
+    def _said(self, stream: int) -> str:
+        log = Path(f"{self.log}.{stream}")  # missing where it was killed before it could say anything
+        return log.read_text(encoding="utf-8") if log.exists() else ""
 
 
 def stage(folder: Path) -> Path:

@@ -254,6 +254,38 @@ def test_command(tmp_path, quick_stlpips, capfd):
     assert out["png"].read_bytes()[:4] == b"\x89PNG"
 
 
+def test_an_interrupt_keeps_what_was_measured(tmp_path, quick_stlpips, monkeypatch, capfd):
+    video = make_video(tmp_path / "film.mp4", frames=24)
+    (model,) = table_of(tmp_path, {"a": (0, {})})
+    found = tmp_path / "out.json"
+    arguments = ["evaluate", "retrieval", "--model", model, "--video", video, "--clips", 1, "--history", 8]
+    arguments = [*map(str, arguments), "--steps", "1"]
+    measure, calls, stop_at = evaluate.measure_row, [], 3
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(evaluate, "measure_row", interrupted)
+    assert cli.main([*arguments, "--json", str(found)]) == 130
+    said = f"vidmem: interrupted; what was measured is kept in {found}.parts, the same command goes on\n"
+    assert capfd.readouterr().err == said
+    parts = tmp_path / "out.json.parts"
+    assert len(list(parts.iterdir())) == 2 and not found.exists()
+    (parts / "mine.txt").write_text("of the user")
+    stop_at = 0
+    assert cli.main([*arguments, "--json", str(found)]) == 0
+    assert len(calls) == 3 + 3, "of five rows two were kept"
+    assert [path.name for path in parts.iterdir()] == ["mine.txt"]
+    assert len(json.loads(found.read_text())["rows"]) == 5
+    calls.clear()
+    stop_at = 1
+    assert cli.main(arguments) == 130
+    assert capfd.readouterr().err == "vidmem: interrupted; nothing was written\n"
+
+
 @pytest.fixture(scope="module")
 def table_script():
     path = Path(__file__).parent.parent / "benchmarks" / "retrieval_table.py"

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,26 @@ def test_streams_of_a_shell(tmp_path, redirection):
             assert done.stderr.count("\n") == 1 and "results cannot be printed to stdout" in done.stderr
     else:
         assert done.returncode == 0 and "Usage: vidmem" in done.stdout
+
+
+def test_a_signal_that_is_swallowed_comes_again(monkeypatch, capfd):
+    """Destructors, and libraries in C, cannot pass on what a signal raises."""
+
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def collect():
+        Swallows()
+        for _ in range(500):
+            time.sleep(0.01)
+        raise AssertionError("nothing ended the command")
+
+    monkeypatch.setattr("vidmem_kernels.info.collect", collect)
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    assert cli.main(["info"]) == 130
+    assert capfd.readouterr().err == "vidmem: interrupted; nothing was written\n"
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
 
 
 @pytest.mark.parametrize("variable", ["VIDMEM_CACHE", "XDG_CACHE_HOME"])

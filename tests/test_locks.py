@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from process_helpers import COMMANDS, results, stage
@@ -72,6 +73,12 @@ def test_the_lock_goes_with_its_process(nursery, tmp_path):
         assert (folder / LOCKS[name]).exists()
         assert nursery.run(folder, *COMMANDS[name]).code == 0
         assert not (folder / LOCKS[name]).exists()
+
+
+def test_a_lock_lies_beside_what_is_behind_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("folder/file")
+    assert files.beside(tmp_path / "link") == tmp_path / "folder" / ".file.lock"
+    assert files.beside(Path("/")) == Path("/..lock")
 
 
 def test_a_lock_in_one_process(tmp_path):

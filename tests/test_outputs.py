@@ -8,6 +8,7 @@ import random
 import socket
 import stat
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from test_cli import make_video
 from vidmem_kernels import MemoryBank
 from vidmem_model import cli, files
 from vidmem_model.errors import UserError
-from vidmem_model.model import MemoryModel, save_model
+from vidmem_model.lora import base_of
+from vidmem_model.model import MemoryModel, files_of, save_model
 from vidmem_model.model_config import PRESETS
 from vidmem_model.report import write_png
 from vidmem_model.video_out import video_writer
@@ -341,6 +343,13 @@ def test_a_run_holds_none_of_its_inputs(given, tmp_path, capfd):
     for start in (given["run"], given["model"]):
         refused(capfd, ["finetune", str(recipe(tmp_path, given["run"], film, **{"from": start}))], "is the input")
     assert given["model"].read_bytes() == before and os.listdir(given["run"]) == ["model.safetensors"]
+    for output, says in (('"a\\0b"', "null byte"), (f"{film}/x", "Not a directory"), ("x" * 300, "name too long")):
+        refused(capfd, ["pretrain", str(recipe(tmp_path, output, film, model="tiny"))], says)
+    (tmp_path / "mine").mkdir()
+    for output in ("mine", "new"):
+        call = ["pretrain", str(recipe(tmp_path, tmp_path / output, tmp_path / "none.mkv", model="tiny"))]
+        refused(capfd, call, "none.mkv")
+    assert (tmp_path / "mine").is_dir() and not (tmp_path / "new").exists()
     os.mkfifo(tmp_path / "pipe")
     refused(capfd, ["pretrain", str(recipe(tmp_path, tmp_path / "pipe", film, model="tiny"))], "is a device, pipe")
     (tmp_path / "out").mkdir()
@@ -452,3 +461,16 @@ def test_all_pairs_of_paths_are_told_apart(tmp_path):
                     files.outputs(**keywords)
             else:
                 files.outputs(**keywords)
+
+
+def test_files_of_a_model(tmp_path):
+    """Adapters bring the model that they are added to; files that name each other end too."""
+    golden = Path(__file__).with_name("golden") / "models"
+    names = ["tiny_continue.safetensors", "tiny.safetensors", "vae.safetensors"]
+    assert files_of(golden / names[0]) == [golden / name for name in names]
+    for name, base in (("a", "b"), ("b", "a"), ("self", "self")):
+        header = {"format": "vidmem.lora", "version": "1", "lora": f'{{"base": "{base}.safetensors"}}', "extra": "{}"}
+        write_tensors(tmp_path / f"{name}.safetensors", {"x": torch.zeros(1)}, header)
+    for name in ("a", "b", "self"):
+        path = tmp_path / f"{name}.safetensors"
+        assert base_of(path) is not None and files_of(path)[0] == path

@@ -53,21 +53,21 @@ def outputs(
             a folder in place of a file or the other way round; or it cannot be written.
     """
     read = [path for path in inputs if path is not None]
-    written: list[Path] = []
+    taken: list[Path] = []
     for path in files:
         if path is not None:
             real = check_file(path)
             _check_apart(path, real, read)
             # Two names that differ in case alone are one file on some systems.
-            if any(str(real).casefold() == str(other).casefold() or _same(real, other) for other in written):
+            if any(str(real).casefold() == str(other).casefold() or _same(real, other) for other in taken):
                 raise UserError(f"{path}: is given for two outputs; choose another path for one of them")
-            written.append(real)
+            taken.append(real)
     for folder, patterns in (folders or {}).items():
         check_folder(folder)
         real = Path(os.path.realpath(folder))
         for path in sorted({path for pattern in patterns for path in real.glob(pattern)}):
             _check_apart(path, check_file(path), read)
-        if any(_same(real, path) or real in path.parents for path in written):
+        if any(_same(real, path) or real in path.parents for path in taken):
             raise UserError(f"{folder}: another output lies in it; choose another path for one of them")
 
 
@@ -123,6 +123,22 @@ def check_folder(path: Path) -> None:
         raise UserError(f"{path}: is a file; give the path of a folder")
     else:
         raise UserError(f"{path}: is a device, pipe or socket; give the path of a folder")
+
+
+def make_folder(path: Path) -> bool:
+    """Make a folder, and those it lies in, unless it is there; whether it was not.
+
+    Raises:
+        UserError: it cannot be made, or is no folder.
+    """
+    if _found(path) is not None:
+        check_folder(path)
+        return False
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return True
 
 
 def _found(path: Path) -> os.stat_result | None:
@@ -233,7 +249,7 @@ def remove_parts(folder: Path, patterns: Sequence[str]) -> None:
 def beside(output: Path) -> Path:
     """The lock of an output."""
     real = Path(os.path.realpath(output))
-    return real.with_name(f".{real.name}.lock")
+    return real.parent / f".{real.name}.lock"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from .curve import Curve, progress, read_curve, write_curve_plot
 from .dataset import SAMPLE, DataConfig, Latents, Rate, prepare
 from .distributed import Interrupted, agree, first_then_others, full, local, rank, shard, signals
 from .errors import UserError
-from .files import cannot_write, locked, outputs, replacing
+from .files import cannot_write, locked, make_folder, outputs, replacing
 from .flow import interpolate, velocity_loss
 from .linear_start import is_fitted
 from .lora import LORA_FILE
@@ -403,21 +403,18 @@ def run_folder(config: Any, *read: str | Path | None) -> Iterator[Path]:
         return
     films = [Path(name) for name in config.data.videos if name != SAMPLE]
     given = [Path(each) for each in (*read, config.data.captions) if each]
-    for film in films:
-        if folder.resolve() in film.resolve().parents:
-            raise UserError(f"{folder}: holds the film {film}; choose another output")
-    if not folder.exists():
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-    outputs([*films, *given], folders={folder: _WRITTEN})
+    made = make_folder(folder)
     try:
+        for film in films:
+            if folder.resolve() in film.resolve().parents:
+                raise UserError(f"{folder}: holds the film {film}; choose another output")
+        outputs([*films, *given], folders={folder: _WRITTEN})
         with locked(folder / ".lock", folder):
             yield folder
     finally:
-        with suppress(OSError):  # unless it is empty, because the run did not begin
-            folder.rmdir()
+        if made:
+            with suppress(OSError):  # it is empty only if the run did not begin
+                folder.rmdir()
 
 
 def run_extra(output: Path, config: Any) -> dict[str, Any]:

@@ -70,6 +70,16 @@ def _stoppable() -> Iterator[list[int]]:
         came.append(number)
         _stop(number)
 
+    def unraisable(what: Any) -> None:
+        if came and isinstance(what.exc_value, (KeyboardInterrupt, SystemExit)):
+            # It came while a library in C or a destructor ran, which cannot pass it on: once more, a little later.
+            again.append(threading.Timer(0.05, signal.raise_signal, (came[0],)))
+            again[-1].start()
+        else:
+            hook(what)
+
+    again: list[threading.Timer] = []
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     previous = {number: signal.getsignal(number) for number in _STOPS}
     for number, handler in previous.items():
         if handler != signal.SIG_IGN:
@@ -77,6 +87,9 @@ def _stoppable() -> Iterator[list[int]]:
     try:
         yield came
     finally:
+        for timer in again:
+            timer.cancel()
+        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 

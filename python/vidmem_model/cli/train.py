@@ -55,7 +55,7 @@ def export(
     ] = None,
 ) -> None:
     """Store a trained model and its VAE in fewer bits."""
-    from ..files import outputs
+    from ..files import make_folder, outputs
     from ..learned import store
     from ..lora import LORA_FILE
     from ..model import VAE_FILE, files_of, model_path
@@ -64,7 +64,7 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = model_path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     if base is None:
         read, written = files_of(run), [target, target.with_name(VAE_FILE)]
     else:
