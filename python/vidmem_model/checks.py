@@ -104,7 +104,11 @@ class Range:
         if not (value > self.least if self.above else value >= self.least) or value == math.inf:
             return self.words
         if not (value < self.most if self.below else value <= self.most):
-            return self.words if self.words.startswith("must be in") else f"must be at most {self.most:,}".removesuffix(".0")
+            return (
+                self.words
+                if self.words.startswith("must be in")
+                else f"must be at most {self.most:,}".removesuffix(".0")
+            )
         return None
 
 

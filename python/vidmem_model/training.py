@@ -301,9 +301,11 @@ def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     last = checkpoint.newest(checkpoints)
     if last is None:
         return 0
-    before = checkpoint.settings_of(last)
-    for key in sorted(settings.keys() | before.keys()):
-        old, new = before.get(key), settings.get(key)
+    defaults = settings.defaults if isinstance(settings, Settings) else {}
+    before = defaults | _flat(checkpoint.settings_of(last))  # keys that are newer than the run
+    now = _flat(settings)
+    for key in sorted(now.keys() | before.keys()):
+        old, new = before.get(key), now.get(key)
         if old != new:
             raise UserError(
                 f"{folder}: holds a run with {key} {show(old)}, now it is {show(new)}; "
@@ -312,17 +314,57 @@ def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     return checkpoint.load(last, state)
 
 
-def run_settings(config: Any) -> dict[str, Any]:
+class Settings(dict[str, Any]):
+    """Settings of a run by dotted key, as JSON holds them.
+
+    Attributes:
+        defaults: of the same keys, where they have any.
+    """
+
+    def __init__(self, values: dict[str, Any], defaults: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.defaults = defaults
+
+
+def run_settings(config: Any) -> Settings:
     """Flatten a configuration to dotted keys, without those that may change from run to run."""
+    values = _dotted(dataclasses.asdict(config), "")
+    free = {key for key in values if key.rpartition(".")[2] in _FREE}
+    return Settings(
+        {key: _plain(value) for key, value in values.items() if key not in free},
+        {key: _plain(value) for key, value in _defaults(config, "") if key not in free},
+    )
 
-    def flat(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from flat(inner, f"{where}.{key}".lstrip("."))
-        elif where.rpartition(".")[2] not in _FREE:
-            yield where, [_plain(v) for v in value] if isinstance(value, tuple) else value
 
-    return dict(flat(dataclasses.asdict(config), ""))
+def _dotted(value: dict[str, Any], where: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        place = f"{where}.{key}".lstrip(".")
+        flat |= _dotted(inner, place) if isinstance(inner, dict) else {place: inner}
+    return flat
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with lists of mappings, those of the encoders, taken apart."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        whole = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+        flat |= _dotted({f"{key}[{i}]": each for i, each in enumerate(value)}, "") if whole else {key: value}
+    return flat
+
+
+def _defaults(config: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Defaults of all fields of a configuration and of the ones inside it."""
+    for field in dataclasses.fields(config):
+        value, place = getattr(config, field.name), f"{where}.{field.name}".lstrip(".")
+        inside = {place: value}
+        if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            inside = {f"{place}[{i}]": each for i, each in enumerate(value)}
+        for name, each in inside.items():
+            if dataclasses.is_dataclass(each):
+                yield from _defaults(each, name)
+            elif field.default is not dataclasses.MISSING:
+                yield name, field.default
 
 
 def _plain(value: Any) -> Any:
