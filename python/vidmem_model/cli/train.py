@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checks import show
 from ..errors import UserError
 from . import app
 
@@ -60,7 +61,7 @@ def export(
     from ..weights import DTYPES
 
     if dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {show(dtype)}")
     for file in store(run, output, dtype, base):
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
