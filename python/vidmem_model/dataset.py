@@ -22,6 +22,7 @@ from .checks import (
     Entries,
     FileName,
     OneOf,
+    PathName,
     Text,
     at_least,
     build,
@@ -70,7 +71,7 @@ class DataConfig(Checked):
         ValueError: a value is out of range.
     """
 
-    videos: Annotated[tuple[str, ...], Entries(1, 100_000), Text(4096, least=1)] = (SAMPLE,)
+    videos: Annotated[tuple[str, ...], Entries(1, 100_000), PathName()] = (SAMPLE,)
     start: Annotated[float, not_negative(MOST_SECONDS)] = 0.0
     seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
     block_seconds: Annotated[float, within(0.01, 36_000)] = 24.0

@@ -21,7 +21,17 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 
-from .checks import MOST_SECONDS, MOST_SEED, Checked, SamplerSteps, Text, not_negative, parse_json, positive, require
+from .checks import (
+    MOST_SECONDS,
+    MOST_SEED,
+    Checked,
+    PathName,
+    SamplerSteps,
+    not_negative,
+    parse_json,
+    positive,
+    require,
+)
 from .config import ClipSpec
 from .data import read_clip
 from .dit import KVCache
@@ -73,7 +83,7 @@ class GenerateConfig(Checked):
     shift: Annotated[float | None, positive(1000)] = None
     cross_attention: bool | None = None
     kv_cache: bool | None = None
-    start: Annotated[Path | None, Text(4096, least=1)] = None
+    start: Annotated[Path | None, PathName()] = None
 
 
 class Progress(NamedTuple):
