@@ -31,6 +31,7 @@ from .checks import (
     parse_json,
     positive,
     require,
+    shorten,
     within,
 )
 from .config import ClipSpec
@@ -416,6 +417,12 @@ def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: Vi
     for rate in (None, *rates):
         file = _file(folder, row, rate)
         if not file.exists():
+            latent = _latent_frames(len(frames), vae)
+            if rate is not None and latent < rate[2]:
+                raise UserError(
+                    f"{shorten(row['film'])}: a block of {latent} latent frames fills no box of {rate[2]}, the rate of "
+                    "an encoder; give more data.shortest or data.block_seconds"
+                )
             tensors = {"latents": encode_block(frames, vae, rate)}
             header = {"block": json.dumps(row)}
             _replace(file, lambda part, t=tensors, h=header: save_file(t, part, metadata=h))

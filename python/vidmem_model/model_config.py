@@ -46,6 +46,14 @@ class VAEConfig(Checked):
     width: Annotated[int, positive(_WIDEST)] = 128
     depth: Annotated[int, positive(1000)] = 3
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.kind != "dct" or self.channels <= 768,
+            "VAEConfig: channels of the codec dct must be at most 768, those of a block",
+            self.channels,
+        )
+
 
 @dataclass(frozen=True)
 class TextConfig(Checked):
@@ -198,6 +206,17 @@ class ModelConfig(Checked):
             self.encoders[0].branches,
         )
 
+        for i, each in enumerate(self.encoders):
+            rows, columns = (
+                -(-n // (stride * 2)) // rate
+                for n, stride, rate in zip((self.height, self.width), self.vae.stride[1:], each.rate, strict=False)
+            )
+            require(
+                rows > 0 and columns > 0,
+                f"ModelConfig: height and width must fill a box of encoders[{i}], {each.rate[0]} x {each.rate[1]} "
+                f"patch tokens of {2 * self.vae.stride[1]} x {2 * self.vae.stride[2]} pixels",
+                (self.height, self.width),
+            )
         # The tokens of these are patch tokens of 2 x 2 cells; latents are padded to whole ones.
         patch_tokens = any(each.branches not in ("hr", "patchifier") for each in self.encoders)
         require(
