@@ -65,7 +65,7 @@ def near(value: Any, rng: random.Random) -> Any:
         return not value
     if isinstance(value, (int, float)):
         return rng.choice(
-            [-value, value + 1, value - 1, value * 2, value * 10**6, value / 3, -(2**15), float(value), str(value)]
+            [-value, value + 1, value - 1, value * 2, value * 10**6, value // 3, -(2**15), value % 7 + 0.5, str(value)]
         )
     if isinstance(value, str):
         return rng.choice([value + "t", value[:-1], value.upper(), value * 1000, [value]])

@@ -61,8 +61,13 @@ def test_the_worker_tells_of_each_fault(worker, tmp_path):
 @pytest.mark.parametrize(
     ("command", "model", "more", "says"),
     [
-        ("pretrain", {"height": 8}, {}, "height and width must fill a box of encoders[0]"),
-        ("pretrain", {"encoders": [{"rate": [64, 64, 2]}]}, {}, "height and width must fill a box of encoders[0]"),
+        ("pretrain", {"height": 8}, {}, "must fill a box of encoders[0]"),
+        (
+            "pretrain",
+            {"encoders": [{"rate": [64, 64, 2]}]},
+            {},
+            "must fill a box of encoders[0]",
+        ),
         ("pretrain", {"encoders": [{"rate": [2, 2, 128]}]}, {}, "latent frames fills no box of 128"),
         ("pretrain", {"vae": {"kind": "dct", "channels": 4096}}, {}, "of the codec dct must be at most 768"),
         ("pretrain", {"dit": {"unfold": 1}}, {}, "the model cannot be made (DiT: unfold must be at least the 32"),

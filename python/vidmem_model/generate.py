@@ -122,6 +122,7 @@ class Generator:
     """
 
     def __init__(self, model: MemoryModel, vae: VideoCodec, config: GenerateConfig) -> None:
+        model.config.require_boxes()
         self.model, self.vae, self.config = model, vae, config
         own = model.config.dit
         if config.cross_attention and not own.memory_cross_attention:

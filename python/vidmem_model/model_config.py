@@ -17,6 +17,7 @@ from .checks import (
     positive,
     require,
 )
+from .errors import UserError
 
 VAES = ("causal", "dct", "wan", "hunyuan")
 BRANCHES = ("both", "lr", "hr", "patchifier", "merge", "sparse")
@@ -206,17 +207,6 @@ class ModelConfig(Checked):
             self.encoders[0].branches,
         )
 
-        for i, each in enumerate(self.encoders):
-            rows, columns = (
-                -(-n // (stride * 2)) // rate
-                for n, stride, rate in zip((self.height, self.width), self.vae.stride[1:], each.rate, strict=False)
-            )
-            require(
-                rows > 0 and columns > 0,
-                f"ModelConfig: height and width must fill a box of encoders[{i}], {each.rate[0]} x {each.rate[1]} "
-                f"patch tokens of {2 * self.vae.stride[1]} x {2 * self.vae.stride[2]} pixels",
-                (self.height, self.width),
-            )
         # The tokens of these are patch tokens of 2 x 2 cells; latents are padded to whole ones.
         patch_tokens = any(each.branches not in ("hr", "patchifier") for each in self.encoders)
         require(
@@ -224,6 +214,21 @@ class ModelConfig(Checked):
             "ModelConfig: dit.patch must be 2, or 1 where all encoders have the branches hr or patchifier",
             self.dit.patch,
         )
+
+    def require_boxes(self) -> None:
+        """Refuse frames that fill no box of an encoder, before they are encoded.
+
+        Raises:
+            UserError: they are too small.
+        """
+        for i, each in enumerate(self.encoders):
+            cells = [2 * stride for stride in self.vae.stride[1:]]
+            sizes = zip((self.height, self.width), cells, each.rate, strict=False)
+            if any(-(-n // cell) < rate for n, cell, rate in sizes):
+                raise UserError(
+                    f"height and width of the model must fill a box of encoders[{i}], {each.rate[0]} x {each.rate[1]} "
+                    f"patch tokens of {cells[0]} x {cells[1]} pixels, got {self.height} and {self.width}"
+                )
 
     def with_depth(self, depth: int) -> ModelConfig:
         """The same with so many blocks, all with softmax attention; for counting weights."""
