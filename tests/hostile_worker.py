@@ -39,7 +39,7 @@ def link_golden(folder: Path) -> None:
 
 @dataclasses.dataclass
 class Result:
-    """How a case ended: exit code (negative for a signal), what it said, seconds of work, bytes beyond the worker's own."""
+    """How a case ended: exit code (negative for a signal), what it said, seconds of work, bytes beyond the worker."""
 
     code: int
     stderr: str

@@ -71,7 +71,7 @@ def refused(capfd, arguments, *words):
     out, err = capfd.readouterr()
     assert code == 2, err
     assert out == ""
-    assert err.startswith("vidmem: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert err.startswith("vidmem: error: ") and err.endswith("\n") and err.count("\n") == 1 and len(err) < 600, err
     for word in words:
         assert word in err
     return err
@@ -108,13 +108,35 @@ def run(arguments, **options):
         (["profile", "--dtype", "int8"], ["dtype must be one of", "'int8'"]),
         (["profile", "--device", "gpu"], ["--device must be auto, cpu, cuda or cuda:N, got 'gpu'"]),
         (["profile", "--lengths", "1e6"], ["GiB are free", "give shorter --lengths"]),
+        (
+            ["compress", "a.mp4", "-o", "b", "--method", "learnt"],
+            ["--method must be one of dct, merge, learned, got 'learnt'; see `vidmem compress --help`"],
+        ),
+        (["compress", "a.mp4", "-o", "b", "--seconds", "1e308"], ["seconds must be at most 10,000,000, got 1e+308"]),
+        (["compress", "a.mp4", "-o", "b", "--fps", "nan"], ["fps must be positive, got nan"]),
+        (["compress", "a.mp4", "-o", "b", "--size", "1x1000000000"], ["width must be at most 16,384, got 1000000000"]),
+        (["compress", "a.mp4", "-o", "b", "--size", "9" * 5000 + "x1"], ["--size must look like 480x832, got '999"]),
+        (["compress", "a.mp4", "-o", "b", "--rate", "0x0x0"], ["rate must be positive, got (0, 0, 0)"]),
+        (["demo", "a.mp4", "--frames", "9" * 20], ["frames must be at most 10,000, got 99999999999999999999"]),
+        (["demo", "a.mp4", "--seed", "-1"], ["seed must not be negative, got -1; see `vidmem demo --help`"]),
+        (["retrieve", "a", "-o", "b.png", "--frame", "0", "--steps", "1000000000"], ["--steps must be at most 10,000"]),
+        (["storyboard", "x", "--lm", "a", "-o", "b", "--seconds", "nan"], ["--seconds must be positive, got nan"]),
+        (["profile", "--lengths", ",".join("1" * 101)], ["lengths must have at most 100 entries"]),
+        (["profile", "--device", "cuda:" + "9" * 5000], ["--device cuda:999"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
 def test_wrong_arguments(capfd, monkeypatch, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)
     refused(capfd, arguments, *words)
     assert os.listdir(tmp_path) == []
+
+
+def test_home_of_nobody(capfd, monkeypatch, tmp_path):
+    for name in ("VIDMEM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "~nosuchuser/x")
+        refused(capfd, ["demo", "-o", tmp_path / "out"], f"{name}='~nosuchuser/x': there is no such home folder")
+        monkeypatch.delenv(name)
 
 
 def test_backend_of_the_environment_is_checked_first(capfd, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hostile import FORMATS, draw
-from hostile_worker import Worker
+from hostile_worker import Case, Worker
 
 LONG = 500  # files of each format; make test takes the first ones, of formats that train or make video fewer
 SHORT = {"memory": 10, "options": 10, "film": 6, "storyboard": 4, "recipe": 4, "captions": 2}
@@ -54,3 +56,30 @@ def test_the_worker_tells_of_each_fault(worker, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hostile_worker.MEMORY", -1)
         assert worker.run(tmp_path, ["--version"]).fault().endswith("MiB")
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "more", "says"),
+    [
+        ("pretrain", {"height": 8}, {}, "must fill a box of encoders[0]"),
+        (
+            "pretrain",
+            {"encoders": [{"rate": [64, 64, 2]}]},
+            {},
+            "must fill a box of encoders[0]",
+        ),
+        ("pretrain", {"encoders": [{"rate": [2, 2, 128]}]}, {}, "latent frames fills no box of 128"),
+        ("pretrain", {"vae": {"kind": "dct", "channels": 4096}}, {}, "of the codec dct must be at most 768"),
+        ("pretrain", {"dit": {"unfold": 1}}, {}, "the model cannot be made (DiT: unfold must be at least the 32"),
+        ("pretrain", {"dit": {"patch": 3}}, {}, "dit.patch must be 2"),
+        ("pretrain-vae", {}, {"frames": 400}, "no block of the films has 400 frames, the longest has 24"),
+        ("pretrain-vae", {"height": 48}, {"frames": 8}, "model.height in multiples of 32 and a model.width of 32"),
+        ("pretrain-vae", {"vae": {"stride": [1, 1, 1]}}, {"frames": 8}, "at most the 3 numbers of a block, got 8"),
+    ],
+)
+def test_sizes_that_do_not_go_together(worker, command, model, more, says, tmp_path):
+    recipe = {"model": {"preset": "tiny", **model}, "output": "new", **more}
+    recipe["data"] = {"videos": ["film.mkv"], "block_seconds": 3.0, "shortest": 4, "cache": "c"}
+    recipe["optimisation"] = {"steps": 1, "device": "cpu"}
+    result = worker.case(Case({"r.yaml": json.dumps(recipe).encode()}, [command, "r.yaml"]), tmp_path / "a")
+    assert result.fault() is None and result.code == 2 and says in result.stderr

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import TRAIN, curve, train
+from training_helpers import MODEL, TRAIN, curve, train
 
 from vidmem_model import checkpoint, distributed, training
 from vidmem_model.curve import Curve
 from vidmem_model.errors import UserError
 from vidmem_model.model_config import PRESETS, EncoderConfig, ModelConfig
+from vidmem_model.pretrain import PretrainConfig
 from vidmem_model.training import TrainConfig, run_settings
 
 HELPERS = Path(__file__).with_name("training_helpers.py")
@@ -189,3 +190,25 @@ def test_signals_end_a_run_after_its_step(whole, tmp_path, number, monkeypatch):
     model = train(tmp_path)
     assert curve(tmp_path) == curve(whole[0])
     assert same(model.state_dict(), whole[1])
+
+
+def test_keys_that_are_newer_than_a_run_mean_their_defaults(whole, tmp_path):
+    """A run of a time before `weight_decay` and `seed` goes on; before `ema_decay`, which is not the default's, not."""
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    settings = folder / "checkpoints" / "step-00000012" / "settings.json"
+    before = json.loads(settings.read_text())
+    settings.write_text(json.dumps({k: v for k, v in before.items() if k not in ("weight_decay", "seed")}))
+    assert same(train(folder).state_dict(), whole[1])
+    settings.write_text(json.dumps({k: v for k, v in before.items() if k != "ema_decay"}))
+    with pytest.raises(UserError, match="holds a run with ema_decay=0.999, this run has ema_decay=0.9;"):
+        train(folder)
+
+
+def test_keys_of_encoders_have_defaults_too():
+    config = PretrainConfig(MODEL, "out")
+    settings = training.run_settings(config)
+    assert json.loads(json.dumps(settings)) == settings
+    now, defaults = settings, settings.defaults
+    assert defaults.keys() <= now.keys() and now.keys() - defaults.keys() == set()
+    assert defaults["model.encoders.0.shortcut"] == 0 and defaults["model.dit.depth"] == 4
+    assert now["model.encoders.0.rate"] == list(MODEL.encoders[0].rate)

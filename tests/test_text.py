@@ -7,6 +7,7 @@ import pytest
 import torch
 from text_helpers import tiny_umt5
 
+from vidmem_model.cli import main
 from vidmem_model.errors import UserError
 from vidmem_model.model_config import TextConfig
 from vidmem_model.text import TextEncoder, word_rows
@@ -85,3 +86,19 @@ def test_errors_of_a_pretrained_encoder(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="pip install transformers"):
         pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "give the folder that holds it by the key text:"),
+        ("text: none", "none: no such folder; give the one that holds the text encoder's config.json by the key text:"),
+    ],
+)
+def test_a_missing_encoder_is_told_before_any_film_is_opened(text, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{preset: tiny, text: {{kind: transformers}}}}\noutput: out\ndata: {{videos: [none.mkv]}}\n{text}\n"
+    )
+    assert main(["pretrain", "r.yaml"]) == 2
+    assert says in capsys.readouterr().err

@@ -175,6 +175,19 @@ class Text:
         return None if "\0" not in text else "must hold no NUL character"
 
 
+class PathName(Text):
+    """A path that a file can have."""
+
+    def __init__(self) -> None:
+        super().__init__(4096, least=1)
+
+    def problem(self, value: Any) -> str | None:
+        """What `value` must be and is not, or None."""
+        if any(len(name.encode("utf-8", "surrogatepass")) > 255 for name in str(value).split("/")):
+            return "must have names of at most 255 bytes"
+        return super().problem(value)
+
+
 @dataclass(frozen=True)
 class Entries:
     """A list of `least` to `most` entries."""
@@ -189,7 +202,7 @@ class Entries:
         return None if len(value) <= self.most else f"must have at most {self.most:,} entries"
 
 
-FileName = Annotated[str, Text(4096, least=1)]
+FileName = Annotated[str, PathName()]
 SamplerSteps = Annotated[int, positive(10_000)]
 Lengths = Annotated[tuple[float, ...], Entries(1, 100), positive(MOST_SECONDS, "seconds")]
 

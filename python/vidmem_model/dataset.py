@@ -21,6 +21,7 @@ from .checks import (
     Entries,
     FileName,
     OneOf,
+    PathName,
     Text,
     at_least,
     build,
@@ -29,6 +30,7 @@ from .checks import (
     parse_json,
     positive,
     require,
+    shorten,
     within,
 )
 from .config import ClipSpec
@@ -70,7 +72,7 @@ class DataConfig(Checked):
         ValueError: a value is out of range.
     """
 
-    videos: Annotated[tuple[str, ...], Entries(1, 100_000), Text(4096, least=1)] = (SAMPLE,)
+    videos: Annotated[tuple[str, ...], Entries(1, 100_000), PathName()] = (SAMPLE,)
     start: Annotated[float, not_negative(MOST_SECONDS)] = 0.0
     seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
     block_seconds: Annotated[float, within(0.01, 36_000)] = 24.0
@@ -425,6 +427,12 @@ def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: Vi
     for rate in (None, *rates):
         file = _file(folder, row, rate)
         if not file.exists():
+            latent = _latent_frames(len(frames), vae)
+            if rate is not None and latent < rate[2]:
+                raise UserError(
+                    f"{shorten(row['film'])}: a block of {latent} latent frames fills no box of {rate[2]}, the rate of "
+                    "an encoder; give more data.shortest or data.block_seconds"
+                )
             latents = encode_block(frames, vae, rate)
             with written(file) as part:
                 save_file({"latents": latents}, part, metadata={"block": json.dumps(row)})

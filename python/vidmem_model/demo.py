@@ -21,7 +21,7 @@ import torch
 from vidmem_kernels import Choice, recording
 
 from . import report
-from .checks import MOST_SEED, Checked, Text, not_negative, positive
+from .checks import MOST_SEED, Checked, PathName, not_negative, positive
 from .compressor import CompressedMemory, compress
 from .config import METHODS, ClipSpec, CompressorConfig, Rate
 from .data import Clip, fetch_sample_clip, probe, read_clip
@@ -59,7 +59,7 @@ class DemoConfig(Checked):
         profile: what the memory profile measures.
     """
 
-    video: Annotated[Path | None, Text(4096, least=1)] = None
+    video: Annotated[Path | None, PathName()] = None
     clip: ClipSpec = ClipSpec()
     frames: Annotated[int, positive(10_000)] = 8
     seed: Annotated[int, not_negative(MOST_SEED)] = 0

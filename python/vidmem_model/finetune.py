@@ -184,6 +184,7 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
     with processes(config.optimisation) as device, run_folder(config, *read) as output:
         start = load_model(config.start, config.text)
         require_encoder(start.config.text, config.text, "by the key text:")
+        start.config.require_boxes()
         weights = Path(config.vae) if config.vae else start.vae_weights
         vae = load_vae(start.config.vae, weights)
         encoders = start.config.encoders

@@ -20,7 +20,17 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 
-from .checks import MOST_SECONDS, MOST_SEED, Checked, SamplerSteps, Text, not_negative, parse_json, positive, require
+from .checks import (
+    MOST_SECONDS,
+    MOST_SEED,
+    Checked,
+    PathName,
+    SamplerSteps,
+    not_negative,
+    parse_json,
+    positive,
+    require,
+)
 from .config import ClipSpec
 from .data import read_clip
 from .dit import KVCache
@@ -74,7 +84,7 @@ class GenerateConfig(Checked):
     shift: Annotated[float | None, positive(1000)] = None
     cross_attention: bool | None = None
     kv_cache: bool | None = None
-    start: Annotated[Path | None, Text(4096, least=1)] = None
+    start: Annotated[Path | None, PathName()] = None
 
 
 class Progress(NamedTuple):
@@ -113,6 +123,7 @@ class Generator:
     """
 
     def __init__(self, model: MemoryModel, vae: VideoCodec, config: GenerateConfig) -> None:
+        model.config.require_boxes()
         self.model, self.vae, self.config = model, vae, config
         own = model.config.dit
         if config.cross_attention and not own.memory_cross_attention:

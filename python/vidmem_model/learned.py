@@ -19,7 +19,7 @@ from .compressor import CompressedMemory, packed
 from .dataset import DataConfig, encode_block
 from .encoder import MemoryTokens, memory_grid
 from .errors import MemoryFormatError, UserError
-from .lora import LORA_FILE, attach_lora, with_bases
+from .lora import LORA_FILE, attach_lora, check_base, with_bases
 from .memory_header import MemoryHeader, check_rows
 from .model import VAE_FILE, MemoryModel, load_model, model_path, save_model
 from .vae import PATCH, VideoCodec, frames_to_uint8, load_vae
@@ -208,7 +208,7 @@ def store(run: str | Path, output: Path, dtype: str, base: str | None = None) ->
         UserError: a file is missing, damaged, or cannot be written.
     """
     if base is not None:
-        load_model(output.parent / base)
+        load_model(output.parent / check_base(base, output))
         attach_lora(Path(run) / LORA_FILE, output, base, dtype)
         return [output]
     model = load_model(run)

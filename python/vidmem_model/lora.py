@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import nn
 
-from .checks import Checked, FileName, build, positive, require, shorten, show
+from .checks import Checked, Text, build, positive, require, shorten, show
 from .errors import MemoryFormatError, UserError
 from .weights import WeightsFile, pack, write_tensors
 
@@ -123,11 +123,20 @@ def attach_lora(path: str | Path, output: Path, base: str, dtype: str) -> None:
         MemoryFormatError: the file is damaged or foreign.
     """
     state, form, extra = _read(Path(path))
-    try:
-        form = dataclasses.replace(form, base=base)
-    except ValueError as error:
-        raise UserError(f"--base must be the name of a model's file beside {output}, got {show(base)}") from error
+    form = dataclasses.replace(form, base=check_base(base, output))
     _write(output, pack(state, dtype), dataclasses.asdict(form), extra)
+
+
+def check_base(name: str, output: Path) -> str:
+    """Return the name of a model that adapters are to be added to, if a file beside `output` can have it.
+
+    Raises:
+        UserError: it is a path, or no name.
+    """
+    try:
+        return AdapterForm(rank=1, alpha=1.0, base=name).base
+    except ValueError as error:
+        raise UserError(f"--base must be the name of a model's file beside {output}, got {show(name)}") from error
 
 
 def with_bases(path: Path) -> list[Path]:
@@ -205,7 +214,7 @@ class AdapterForm(Checked):
 
     rank: Annotated[int, positive(MOST_RANK)]
     alpha: Annotated[float, positive(1e6)]
-    base: FileName | None = None
+    base: Annotated[str, Text(255, least=1)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from .checks import (
     positive,
     require,
 )
+from .errors import UserError
 
 VAES = ("causal", "dct", "wan", "hunyuan")
 BRANCHES = ("both", "lr", "hr", "patchifier", "merge", "sparse")
@@ -45,6 +46,14 @@ class VAEConfig(Checked):
     stride: Annotated[tuple[int, int, int], positive(64)] = (4, 8, 8)
     width: Annotated[int, positive(_WIDEST)] = 128
     depth: Annotated[int, positive(1000)] = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.kind != "dct" or self.channels <= 768,
+            "VAEConfig: channels of the codec dct must be at most 768, those of a block",
+            self.channels,
+        )
 
 
 @dataclass(frozen=True)
@@ -205,6 +214,21 @@ class ModelConfig(Checked):
             "ModelConfig: dit.patch must be 2, or 1 where all encoders have the branches hr or patchifier",
             self.dit.patch,
         )
+
+    def require_boxes(self) -> None:
+        """Refuse frames that fill no box of an encoder, before they are encoded.
+
+        Raises:
+            UserError: they are too small.
+        """
+        for i, each in enumerate(self.encoders):
+            cells = [2 * stride for stride in self.vae.stride[1:]]
+            sizes = zip((self.height, self.width), cells, each.rate, strict=False)
+            if any(-(-n // cell) < rate for n, cell, rate in sizes):
+                raise UserError(
+                    f"height and width of the model must fill a box of encoders[{i}], {each.rate[0]} x {each.rate[1]} "
+                    f"patch tokens of {cells[0]} x {cells[1]} pixels, got {self.height} and {self.width}"
+                )
 
     def with_depth(self, depth: int) -> ModelConfig:
         """The same with so many blocks, all with softmax attention; for counting weights."""

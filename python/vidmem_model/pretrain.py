@@ -236,6 +236,7 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
     """
     with processes(config.optimisation) as device, run_folder(config, config.vae, config.text) as output:
         require_encoder(config.model.text, config.text, "by the key text:")
+        config.model.require_boxes()
         require_trainable(lambda depth: MemoryModel(config.model.with_depth(depth)), config.model.dit.depth, device)
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
         encoders = config.model.encoders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +13,14 @@ import torch
 from .checks import Checked, FileName, positive, require
 from .dataset import DataConfig, cut_films, film_paths
 from .distributed import first_then_others, processes, rank
+from .errors import UserError
 from .model import VAE_FILE
 from .model_config import ModelConfig
 from .skeleton import require_trainable
 from .training import TrainConfig, fit, run_folder, run_settings
 from .vae.base import frames_to_float
 from .vae.causal import CausalVAE
-from .vae.training import ClipSampler, Reconstruction, measure_latents
+from .vae.training import SMALL, ClipSampler, Reconstruction, measure_latents
 from .weights import write_tensors
 
 
@@ -54,6 +56,26 @@ class PretrainVAEConfig(Checked):
         )
 
 
+def _check_frames(config: PretrainVAEConfig) -> None:
+    """Check that frames, and those of a quarter of the size that some steps see, are whole blocks of the VAE.
+
+    Raises:
+        UserError: they are not, or a block has fewer numbers than the VAE channels.
+    """
+    model, (_, *stride) = config.model, config.model.vae.stride
+    rows, columns = (SMALL * s for s in stride)
+    if model.height % rows or model.width % columns:
+        raise UserError(
+            f"training a VAE needs a model.height in multiples of {rows} and a model.width of {columns}, "
+            f"got {model.height} and {model.width}"
+        )
+    numbers = 3 * math.prod(model.vae.stride)
+    if model.vae.channels > numbers:
+        raise UserError(
+            f"model.vae.channels must be at most the {numbers} numbers of a block, got {model.vae.channels}"
+        )
+
+
 def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | None:
     """Train the VAE, or go on with it.
 
@@ -71,9 +93,16 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
     with processes(config.optimisation) as device, run_folder(config) as output:
         vae = config.model.vae
         require_trainable(lambda depth: CausalVAE(dataclasses.replace(vae, depth=depth)), vae.depth, device)
+        _check_frames(config)
         films = first_then_others(lambda: film_paths(config.data))
         cut = cut_films(config.data, films, config.model, CausalVAE(config.model.vae), "train")
         blocks = [frames for _, frames in cut]
+        longest = max(map(len, blocks), default=0)
+        if longest < config.frames:
+            raise UserError(
+                f"no block of the films has {config.frames} frames, the longest has {longest}; "
+                "take fewer frames or longer data.block_seconds"
+            )
         step = config.model.vae.stride[0]
 
         def build() -> CausalVAE:

@@ -209,9 +209,10 @@ class WeightsFile:
             if self.shapes.get(name, shape) != shape
         ]
         if wrong := [*missing[:3], *unknown[:3], *other[:1]]:
-            raise MemoryFormatError(
-                f"{self.path}: its weights do not fit its configuration ({shorten(', '.join(wrong))})"
-            )
+            raise self._misfit(", ".join(wrong))
+
+    def _misfit(self, how: str) -> MemoryFormatError:
+        return MemoryFormatError(f"{self.path}: its weights do not fit its configuration ({shorten(how)})")
 
     def read(self) -> dict[str, torch.Tensor]:
         """The weights, float32.

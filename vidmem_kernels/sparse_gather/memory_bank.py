@@ -408,6 +408,8 @@ class MemoryBank:
         rows, positions, scale = tensors.get("rows"), tensors.get("positions"), tensors.get("scale")
         if not is_bank(rows, positions, scale):
             raise memory_file.foreign(path, "it does not hold the rows of a bank")
+        if not all(part is None or bool(part.isfinite().all()) for part in (positions, scale)):
+            raise memory_file.foreign(path, "its positions and scales are not finite, which append refuses")
         held = Held(rows.shape[0], rows, positions, scale, content.file, content.offset, saved=content.saved)
         bank = cls._holding(held.placed(device, storage), device, storage, path.absolute().parent)
         bank.metadata = content.metadata

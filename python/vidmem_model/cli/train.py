@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checks import show
 from ..errors import UserError
 from . import app
 
@@ -62,7 +63,7 @@ def export(
     from ..weights import DTYPES
 
     if dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {show(dtype)}")
     target = model_path(output)
     make_folder(target.parent)
     if base is None:

@@ -19,7 +19,7 @@ _SQUARED, _EDGES, _DIVERGENCE = 2.0, 0.5, 1e-4
 # One step in so many sees frames averaged to a quarter of the size: the low-resolution branch of the
 # memory encoder gives the VAE such frames.
 _SMALL_ONE_IN = 6
-_SMALL = 4
+SMALL = 4
 
 
 class Clips(NamedTuple):
@@ -70,7 +70,7 @@ class ClipSampler:
         if torch.rand((), generator=generator) < 0.5:
             clip = clip.flip(-1)
         if small:
-            clip = F.avg_pool3d(clip, (1, _SMALL, _SMALL))
+            clip = F.avg_pool3d(clip, (1, SMALL, SMALL))
         size = [n // s for n, s in zip(clip.shape[2:], self.stride, strict=True)]
         return clip, torch.randn((1, self.channels, *size), generator=generator)
 
