@@ -226,7 +226,7 @@ def test_a_cache_of_a_user_who_is_not(tmp_path, monkeypatch, capfd, variable):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo"]) == 2
     said = one_line(capfd.readouterr().err)
-    assert "~nosuchuser/x" in said and "has no such user" in said
+    assert "~nosuchuser/x" in said and "no such home folder" in said
     assert os.listdir(tmp_path) == []
 
 

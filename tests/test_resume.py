@@ -142,7 +142,7 @@ def test_a_setting_that_is_not_named_has_its_default(whole, tmp_path, seed, monk
             training._resume(tmp_path, {}, settings, False)
         now = settings.get(name, "not set")
         assert str(error.value) == (
-            f"{tmp_path}: holds a run with {name}={value}, this run has {name}={now}; choose another output, "
+            f"{tmp_path}: holds a run with {name}={value!r}, this run has {name}={now!r}; choose another output, "
             "or --restart to discard it"
         )
 
