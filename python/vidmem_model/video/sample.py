@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from vidmem_kernels.files import temporary_folder
 
+from ..checks import show
 from ..errors import MediaError, UserError
 
 # Big Buck Bunny (c) Blender Foundation, CC-BY 3.0: the whole film lies in moviepy's source release.
@@ -35,12 +36,13 @@ def cache_dir() -> Path:
     Raises:
         UserError: its ~ names no user.
     """
-    own, base = os.environ.get("VIDMEM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    named = Path(own) if own else Path(base) / "vidmem"
+    named = next((name for name in ("VIDMEM_CACHE", "XDG_CACHE_HOME") if os.environ.get(name)), None)
     try:
-        return named.expanduser()
+        base = Path(os.environ[named]).expanduser() if named else Path.home() / ".cache"
     except RuntimeError as error:
-        raise UserError(f"{named}: there is no such home folder; set VIDMEM_CACHE to a folder's full path") from error
+        what = f"{named}={show(os.environ[named])}" if named else "HOME"
+        raise UserError(f"{what}: there is no such home folder; set VIDMEM_CACHE to a folder's full path") from error
+    return base if named == "VIDMEM_CACHE" else base / "vidmem"
 
 
 def fetch_sample_clip(progress: bool = True) -> Path:
