@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training_helpers import MODEL, TRAIN, curve, train
 
 from vidmem_model import checkpoint, distributed, training
@@ -168,6 +170,40 @@ def test_damaged_checkpoint_is_one_line(whole, tmp_path):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"step-00000012: cannot be read; --restart begins anew"):
         train(folder)
+
+
+class Calls:
+    """What a pickle calls when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(kind, marker):
+    write = f"open({str(marker)!r}, 'w').close()"
+    if kind == "bytes":  # torch would read these by an unpickler of their own
+        return BytesStorageMetadata()
+    if kind == "dotted":  # a way through a module that is allowed
+        return pickle.PROTO + b"\x04" + b"ctorch.distributed.checkpoint.metadata\nos.system\n."
+    return {"eval": Calls(eval, write), "exec": Calls(exec, write), "system": Calls(os.system, f"touch {marker}")}[kind]
+
+
+@pytest.mark.parametrize("kind", ["eval", "exec", "system", "bytes", "dotted"])
+def test_a_checkpoint_calls_nothing(whole, tmp_path, kind):
+    folder, marker = shutil.copytree(whole[0], tmp_path / "copy"), tmp_path / "called"
+    file = folder / "checkpoints" / "step-00000012" / ".metadata"
+    description = pickle.loads(file.read_bytes())
+    made = hostile(kind, marker)
+    if not isinstance(made, bytes):
+        description.state_dict_metadata[next(iter(description.state_dict_metadata))] = made
+        made = pickle.dumps(description)
+    file.write_bytes(made)
+    with pytest.raises(UserError, match=r"step-00000012: cannot be read; --restart begins anew"):
+        train(folder)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

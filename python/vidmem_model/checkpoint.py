@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from .checks import parse_json, require
 from .distributed import local
@@ -23,6 +25,21 @@ from .errors import UserError
 from .files import reason
 
 _SETTINGS = "settings.json"
+# What torch's description of a checkpoint of tensors is made of, by module.
+_DESCRIBES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
 
 
 def training_state(
@@ -116,6 +133,28 @@ def clean(folder: Path, everything: bool = False) -> None:
         shutil.rmtree(path)
 
 
+class _Unpickler(pickle.Unpickler):
+    """Makes the objects that describe a checkpoint and no others: a pickle may name any function to call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        path = module.split(".")[0] == "pathlib" and name == type(Path()).__name__
+        if dtype or path or name in _DESCRIBES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} describes no checkpoint")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Torch's reader, which would unpickle whatever the description holds."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
 def load(path: Path, state: dict[str, torch.Tensor]) -> int:
     """Read a checkpoint into the tensors of `state`, with any number of processes.
 
@@ -130,7 +169,7 @@ def load(path: Path, state: dict[str, torch.Tensor]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=_Reader(path), no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # the latter is a BaseException of its own
         raise UserError(f"{path}: cannot be read; --restart begins anew") from error
     finally:
