@@ -79,7 +79,7 @@ def remarks(path: str | Path, info: VideoInfo, spec: ClipSpec) -> tuple[str, ...
         lost = cropped_share((info.height, info.width), (spec.height, spec.width))
         if lost > _MUCH_CROPPED:
             lines.append(
-                f"{path}: {lost:.0%} of the picture is cut off: its {info.width} x {info.height} pixels are scaled to "
-                f"cover {spec.width} x {spec.height} and centre-cropped; a size of its own shape keeps all"
+                f"{path}: {lost:.0%} of the picture is cut off: {info.height}x{info.width} (height x width) is "
+                f"scaled to cover {spec.height}x{spec.width} and centre-cropped; a size of its own shape keeps all"
             )
     return tuple(lines)
