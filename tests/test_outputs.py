@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import socket
@@ -18,7 +19,7 @@ from test_cli import make_video
 
 from vidmem_kernels import MemoryBank
 from vidmem_model import cli, files
-from vidmem_model.errors import UserError
+from vidmem_model.errors import MemoryFormatError, UserError
 from vidmem_model.lora import base_of
 from vidmem_model.model import MemoryModel, files_of, save_model
 from vidmem_model.model_config import PRESETS
@@ -343,7 +344,11 @@ def test_a_run_holds_none_of_its_inputs(given, tmp_path, capfd):
     for start in (given["run"], given["model"]):
         refused(capfd, ["finetune", str(recipe(tmp_path, given["run"], film, **{"from": start}))], "is the input")
     assert given["model"].read_bytes() == before and os.listdir(given["run"]) == ["model.safetensors"]
-    for output, says in (('"a\\0b"', "null byte"), (f"{film}/x", "Not a directory"), ("x" * 300, "name too long")):
+    for output, says in (
+        ('"a\\0b"', "no NUL character"),
+        (f"{film}/x", "Not a directory"),
+        ("x" * 300, "at most 255 bytes"),
+    ):
         refused(capfd, ["pretrain", str(recipe(tmp_path, output, film, model="tiny"))], says)
     (tmp_path / "mine").mkdir()
     for output in ("mine", "new"):
@@ -464,13 +469,16 @@ def test_all_pairs_of_paths_are_told_apart(tmp_path):
 
 
 def test_files_of_a_model(tmp_path):
-    """Adapters bring the model that they are added to; files that name each other end too."""
+    """Adapters bring the model that they are added to; files that name each other are refused."""
     golden = Path(__file__).with_name("golden") / "models"
     names = ["tiny_continue.safetensors", "tiny.safetensors", "vae.safetensors"]
     assert files_of(golden / names[0]) == [golden / name for name in names]
     for name, base in (("a", "b"), ("b", "a"), ("self", "self")):
-        header = {"format": "vidmem.lora", "version": "1", "lora": f'{{"base": "{base}.safetensors"}}', "extra": "{}"}
+        form = {"rank": 1, "alpha": 1.0, "base": f"{base}.safetensors"}
+        header = {"format": "vidmem.lora", "version": "1", "lora": json.dumps(form), "extra": "{}"}
         write_tensors(tmp_path / f"{name}.safetensors", {"x": torch.zeros(1)}, header)
     for name in ("a", "b", "self"):
         path = tmp_path / f"{name}.safetensors"
-        assert base_of(path) is not None and files_of(path)[0] == path
+        assert base_of(path) is not None
+        with pytest.raises(MemoryFormatError, match="its adapters are to be added to themselves"):
+            files_of(path)

@@ -269,6 +269,8 @@ def conform(hint: Any, value: Any, what: str, place: str = "", bounds: tuple = (
     if hint is Path and isinstance(value, str):
         value = Path(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        if (words := _words(bounds)) and isinstance(value, (int, float)):
+            raise FieldError(f"{what} {words}, got {show(value)}", place)
         raise FieldError(f"{what}: must be of type {hint.__name__}, got {show(value)}", place)
     _hold(bounds, value, what, place, value)
     return value

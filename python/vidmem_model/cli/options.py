@@ -36,7 +36,8 @@ def parse_numbers(option: str, text: str, form: str, parse: Callable[[str], T]) 
     """Split `text` as `form` is written, e.g. "480x832"."""
     separator, count = ("x", form.count("x") + 1) if "x" in form else (",", None)
     try:
-        values = tuple(parse(part) for part in text.lower().split(separator))
+        # Other scripts have digits too, which Python reads.
+        values = tuple(parse(part) for part in text.lower().split(separator)) if text.isascii() else ()
     except ValueError:
         values = ()
     if not values or (count is not None and len(values) != count):

@@ -58,13 +58,15 @@ def export(
     """Store a trained model and its VAE in fewer bits."""
     from ..files import make_folder, outputs
     from ..learned import store
-    from ..lora import LORA_FILE
+    from ..lora import LORA_FILE, check_base
     from ..model import VAE_FILE, files_of, model_path
     from ..weights import DTYPES
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {show(dtype)}")
     target = model_path(output)
+    if base is not None:
+        check_base(base, target)
     make_folder(target.parent)
     if base is None:
         read, written = files_of(run), [target, target.with_name(VAE_FILE)]
