@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 
 import pytest
 from golden_helpers import use_golden_models
 from hostile import GOLDEN, Tensors
 
-from vidmem_model.errors import MemoryFormatError
+from vidmem_model.errors import MemoryFormatError, UserError
 from vidmem_model.measure import PeakMemory
 from vidmem_model.memory import read_memory
+from vidmem_model.model import load_model
 
 
 def text(name, value):
@@ -114,3 +116,23 @@ def test_what_does_not_fit_is_refused(case, tmp_path, monkeypatch):
     assert message.isprintable()
     assert len(message) < 400
     assert memory.grown_bytes < 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "is not a file"),
+        (os.mkfifo, "is not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
+        (lambda path: path.symlink_to(path), "no such file"),
+    ],
+    ids=["nothing", "folder", "pipe", "device", "loop"],
+)
+def test_what_is_no_file_is_told(make, says, tmp_path):
+    path = tmp_path / "it.safetensors"
+    make(path)
+    with pytest.raises(MemoryFormatError, match=f"it.safetensors: {says}; make one with `vidmem compress`"):
+        read_memory(path)
+    with pytest.raises(UserError, match=f"it.safetensors: {says}"):
+        load_model(path)

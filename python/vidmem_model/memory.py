@@ -106,7 +106,8 @@ def read_memory(path: str | Path) -> Memory:
     """
     path = Path(path)
     if not path.is_file():
-        raise MemoryFormatError(f"{path}: no such file; make one with `vidmem compress`")
+        what = "is not a file" if path.exists() else "no such file"
+        raise MemoryFormatError(f"{path}: {what}; make one with `vidmem compress`")
     try:
         bank = MemoryBank.load(path, storage="mmap")
     except MemoryFileError as error:  # names the file, what is wrong and what to do

@@ -138,7 +138,7 @@ class WeightsFile:
     def __init__(self, path: Path, kind: str | None = None, version: int = 1, advice: str = "") -> None:
         self.path = path
         if not path.is_file():
-            raise UserError(f"{path}: no such file{advice}")
+            raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}{advice}")
         try:
             content = self._content()
             self.header = content.pop("__metadata__", {})
