@@ -245,8 +245,8 @@ MUTANTS = {
     "stride": (
         ("topk_blocks",),
         "topk_blocks.cpp",
-        "pair / heads * x_.stride(0) + pair % heads * x_.stride(2)",
-        "pair / heads * x_.stride(0) + pair % heads * x_.size(3)",
+        "{pair_data(x_, pair), dtype_, x_.stride(1), x_.stride(3), channels, count}",
+        "{pair_data(x_, pair), dtype_, x_.stride(1), 1, channels, count}",
     ),
     "sign": (
         ("cross_attention",),
