@@ -58,6 +58,12 @@ _NURSERY = """
 """
 
 
+def heed_signals() -> None:
+    """What a shell starts in the background ignores SIGINT, what nohup starts SIGHUP, and their children would too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Nursery:
     """Starts commands; the results of each are `code`, `out` and `err` of what `end` or `run` gives."""
 
@@ -70,8 +76,7 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
-            # What a shell starts in the background ignores SIGINT, and its children would too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=heed_signals,
         )
         assert self._told() == "ready"
 
