@@ -18,7 +18,7 @@ from pathlib import Path
 from time import perf_counter
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 

@@ -10,7 +10,7 @@ from vidmem_kernels import _extension
 FORWARD = """
 import torch
 from vidmem_kernels import linear_attention
-from vidmem_model.measure import PeakMemory
+from vidmem_kernels.peak_memory import PeakMemory
 
 FRAMES, TOKENS, HEADS, SIZE = 360, 1560, 4, 32
 warm = torch.ones(1, TOKENS, HEADS, SIZE)

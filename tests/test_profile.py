@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vidmem_kernels import cross_attention, linear_attention
+from vidmem_kernels import cross_attention, linear_attention, peak_memory
 from vidmem_model import files, measure, profile, report
 from vidmem_model.errors import UserError
 from vidmem_model.measure import PeakMemory
@@ -73,7 +73,7 @@ def test_nested_measurements_do_not_hide_a_peak():
 
 
 def test_without_the_right_to_reset_the_level_is_sampled(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    monkeypatch.setattr(peak_memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     with PeakMemory() as memory:
         held = write(256)
     assert memory.method == "sampled VmRSS"
