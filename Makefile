@@ -47,12 +47,12 @@ lint: $(VENV)/installed
 info: $(VENV)/built
 	$(BIN)/vidmem info
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml python/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "vidmem_kernels needs Python 3.10 or newer; call make PYTHON=/path/to/one"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$(TORCH)" "setuptools>=64" wheel pybind11 numpy
-	VIDMEM_BUILD=0 $(PIP) install --quiet --no-build-isolation -e ".[dev]"
+	VIDMEM_BUILD=0 $(PIP) install --quiet --no-build-isolation -e . -e "./python[dev]"
 	touch $@
 
 # Apart from the packages, so that an edit of csrc/ compiles only what changed.
@@ -63,4 +63,4 @@ $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	@if ls vidmem_kernels/_C*.so >/dev/null 2>&1; then touch $@; fi
 
 clean:
-	rm -rf $(VENV) build vidmem_kernels/_C*.so *.egg-info python/*.egg-info
+	rm -rf $(VENV) build python/build vidmem_kernels/_C*.so *.egg-info python/*.egg-info

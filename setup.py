@@ -16,7 +16,6 @@ the build needs ends it, with a line that names it.
 from __future__ import annotations
 
 import ast
-import importlib
 import os
 import platform
 import re
@@ -32,39 +31,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 REQUIRES = re.search(r"^requires = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
 MINIMUM = dict(requirement.split(">=") for requirement in ast.literal_eval(REQUIRES))
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.match(r"\d+(\.\d+)*", version).group().split(".")))
-
-
-def fault(package: str) -> str | None:
-    """What is wrong with a build requirement of pyproject.toml, or None."""
-    try:
-        version = getattr(importlib.import_module(package), "__version__", None)  # None: an empty folder of that name
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            return f"does not load: {error}"
-        version = None
-    except (ImportError, OSError) as error:  # a library is missing; the first line says which
-        return f"does not load: {str(error).splitlines()[0]}"
-    if version is None:
-        return "not installed"
-    return None if numbers(version) >= numbers(MINIMUM[package]) else f"{version} is installed"
+NEEDED = runpy.run_path(str(ROOT / "vidmem_kernels" / "_requirements.py"))
 
 
 def require(*packages: str) -> None:
     """Ends the build unless all are there: with --no-build-isolation pip does not look."""
-    faults = {f"{package}>={MINIMUM[package]}": why for package in packages if (why := fault(package))}
-    if faults:
-        needs = ", ".join(f"{wanted} ({why})" for wanted, why in faults.items())
-        install = " ".join(f"'{wanted}'" for wanted in faults)
-        raise SystemExit(f"vidmem_kernels: building needs {needs}; run: pip install {install}")
+    if line := NEEDED["missing"]({package: MINIMUM[package] for package in packages}):
+        raise SystemExit(f"vidmem_kernels: building {line}")
 
 
 require("setuptools")
 import setuptools  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
 
 CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # stable ABI of torch 2.11
@@ -200,6 +179,13 @@ def is_fresh(obj: Path, line: str) -> bool:
     return all(file.exists() and file.stat().st_mtime < built for file in files)
 
 
+class BuildPackage(build_py):
+    def run(self):
+        if not self.editable_mode:  # a file that an earlier build left there would be packed, too
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class BuildExtension(build_ext):
     def build_extension(self, ext):
         require("pybind11", "torch")
@@ -272,21 +258,11 @@ builds = setting("VIDMEM_BUILD", "1", "0|1", "0 or 1") == "1"
 if builds and "dist_info" in sys.argv:  # pip's first step: before it downloads what the package depends on
     require("pybind11", "torch")
 packs = {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv)
-if packs and numbers(setuptools.__version__) < (70, 1):
-    try:
-        importlib.import_module("wheel")
-    except ImportError:
-        needs = f"with setuptools {setuptools.__version__} building needs wheel (not installed)"
-        raise SystemExit(f"vidmem_kernels: {needs}; run: pip install wheel") from None
+if packs and NEEDED["numbers"](setuptools.__version__) < (70, 1) and (line := NEEDED["missing"]({"wheel": ""})):
+    raise SystemExit(f"vidmem_kernels: with setuptools {setuptools.__version__} building {line}")
 
 setuptools.setup(
-    packages=setuptools.find_packages(include=["vidmem_kernels*"]) + setuptools.find_packages("python"),
-    package_dir={"vidmem_model": "python/vidmem_model"},
-    package_data={
-        "vidmem_kernels": ["tuned/*.json", "verified/*.json"],
-        "vidmem_model": ["recipes/*.yaml", "checkpoints/*"],
-    },
     # Optional: without it every op runs its reference.
     ext_modules=[setuptools.Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)] if builds else [],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
 )

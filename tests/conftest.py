@@ -84,11 +84,20 @@ def pytest_make_collect_report(collector):
     """A file that imports one of PACKAGES, itself or through what it tests, is skipped where that is not installed."""
     report = yield
     if report.failed and isinstance(collector, pytest.Module):
-        missing = re.findall(r"^E +ModuleNotFoundError: No module named '(\w+)'?", str(report.longrepr), re.MULTILINE)
-        if missing and missing[-1] in PACKAGES:
+        missing = missing_packages(str(report.longrepr))
+        if missing and set(missing) <= PACKAGES:
             report.outcome = "skipped"
-            report.longrepr = (str(collector.path), 0, f"Skipped: {missing[-1]} is not installed")
+            report.longrepr = (str(collector.path), 0, f"Skipped: {', '.join(missing)} is not installed")
     return report
+
+
+def missing_packages(error):
+    """For want of which an import failed; vidmem_model names all that it lacks."""
+    needs = re.findall(r"^E +ImportError: vidmem_model \S+ needs (.*); run: ", error, re.MULTILINE)
+    if needs and " is installed)" not in needs[-1]:  # which is of the wrong version
+        names = re.findall(r"([\w-]+)\S* \(not installed\)", needs[-1])
+        return [{"pyyaml": "yaml"}.get(name, name) for name in names]
+    return re.findall(r"^E +ModuleNotFoundError: No module named '(\w+)'?", error, re.MULTILINE)[-1:]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by marker

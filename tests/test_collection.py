@@ -65,14 +65,18 @@ def test_one_package_missing(package, tmp_path):
 
 def test_nothing_is_skipped_that_is_broken(tmp_path):
     """Only for want of PACKAGES: another module that is missing, ours above all, is an error."""
-    broken = ["import vidmem_model.not_there", "import not_there_at_all", "raise ImportError('av is old')", "1 / 0"]
+    broken = ["import vidmem_kernels.not_there", "import not_there_at_all", "raise ImportError('av is old')", "1 / 0"]
+    for lacks in ("av>=15 (14.0 is installed)", "av>=15 (not installed), vidmem-kernels==0.1.0 (not installed)"):
+        broken.append(f"raise ImportError('vidmem_model 0.1.0 needs {lacks}; run: pip install av')")
+    missing = ["import av.logging", "import vidmem_model.errors"]
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
-    for i, text in enumerate([*broken, "import av.logging"]):
+    for i, text in enumerate([*broken, *missing]):
         (tmp_path / f"test_{i}.py").write_text(f"{text}\n\n\ndef test():\n    pass\n")
     code, output, _ = collect(tmp_path, {"av"}, "--continue-on-collection-errors", str(tmp_path))
     assert code != 0
-    assert re.findall(r"^ERROR \S*test_(\d)\.py", output, re.MULTILINE) == ["0", "1", "2", "3"], output
-    assert re.findall(r"^SKIPPED \S+ \S*test_(\d)\.py.*: av is not installed", output, re.MULTILINE) == ["4"], output
+    assert re.findall(r"^ERROR \S*test_(\d)\.py", output, re.MULTILINE) == list("012345"), output
+    skipped = re.findall(r"^SKIPPED \S+ \S*test_(\d)\.py.*: av is not installed", output, re.MULTILINE)
+    assert skipped == ["6", "7"], output
 
 
 # --- tests for every device ---

@@ -62,7 +62,7 @@ def test_code_runs():
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/retrieval.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "python/README.md", "benchmarks/README.md", "docs/retrieval.md"):
         folder = (ROOT / name).parent
         for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
             if "://" not in link:

@@ -135,7 +135,7 @@ def test_contact_sheet_of_noise_stays_small(tmp_path):
 
 def test_without_matplotlib_the_reason_is_told(monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    assert report.plots_missing() == "matplotlib is not installed: pip install 'vidmem-kernels[bench]'"
+    assert report.plots_missing() == "matplotlib is not installed: pip install 'vidmem-model[bench]'"
 
 
 def test_json_is_readable(tmp_path):

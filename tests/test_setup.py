@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
-from install_helpers import PACKAGES, copy_source, fresh_environment, run
+from install_helpers import PACKAGES, copy_source, environment, fresh_environment, run
 
 pytest.importorskip("setuptools", minversion="64")
-
-# As sitecustomize.py it is imported when Python starts, in every process of pip too.
-SITE = """
-import importlib, sys
-class Fault:
-    def find_spec(self, name, path=None, target=None):
-        if name in MISSING:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        if name in BROKEN:
-            raise ImportError(f"lib{name}.so.1: cannot open shared object file")
-sys.meta_path.insert(0, Fault())
-for name, version in OLD.items():
-    importlib.import_module(name).__version__ = version
-"""
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +26,13 @@ def python(tmp_path_factory):
     return fresh_environment(tmp_path_factory.mktemp("python") / "venv")[0]
 
 
-def environment(folder, missing=(), broken=(), old=()):
-    values = f"MISSING, BROKEN, OLD = {tuple(missing)!r}, {tuple(broken)!r}, {dict(old)!r}\n"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(values + SITE)
-    return {"PYTHONPATH": str(folder)}
-
-
 def install(python, tree, folder, *options, **env):
     command = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--no-compile")
     return run(*command, *options, "--target", folder, tree, cwd=folder.parent, **env)
 
 
 def said(text):
-    return [line.strip() for line in text.splitlines() if "vidmem_kernels: " in line]
+    return [line.strip() for line in text.splitlines() if re.search("vidmem_(kernels|model): ", line)]
 
 
 FAULTS = {
@@ -110,6 +92,33 @@ def test_older_setuptools_needs_wheel(python, tree, tmp_path):
     assert ran.returncode != 0
     needs = "with setuptools 68.1.2 building needs wheel (not installed); run: pip install wheel"
     assert said(ran.stdout + ran.stderr) == [f"vidmem_kernels: {needs}"]
+
+
+MODEL_FAULTS = {
+    "old setuptools": ({"old": {"setuptools": "58.0.4"}}, "building needs setuptools>=64 (58.0.4 is installed)"),
+    "no setuptools": ({"missing": ["setuptools"]}, "building needs setuptools>=64 (not installed)"),
+    "no wheel": (
+        {"missing": ["wheel"], "old": {"setuptools": "68.1.2"}},
+        "with setuptools 68.1.2 building needs wheel (not installed)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_build_of_the_model_says_what_to_install(python, tree, tmp_path, fault):
+    """Which has no more to say than of setuptools: an old one would install a package without a name."""
+    how, needs = MODEL_FAULTS[fault]
+    env = environment(tmp_path / "site", **how)
+    wanted = re.search(r"needs (\S+)", needs).group(1)
+    line = f"vidmem_model: {needs}; run: pip install {shlex.quote(wanted)}"
+    if fault != "no wheel":  # which only packing needs
+        built = run(python, "setup.py", "build", cwd=tree / "python", **env)
+        assert built.returncode != 0 and said(built.stderr) == [line] and "Traceback" not in built.stderr
+    if fault != "no setuptools":  # pip's own message
+        ran = install(python, tree / "python", tmp_path / "into", **env)
+        assert ran.returncode != 0 and "Traceback" not in ran.stdout + ran.stderr
+        assert said(ran.stdout + ran.stderr) == [line]
+        assert not (tmp_path / "into").exists()
 
 
 def broken_compiler(folder):

@@ -1,5 +1,9 @@
 """Fused kernels for video models with long memory: token merging, sparse gathering, linear and cross-attention."""
 
+from . import _requirements
+
+_requirements.check()
+
 from ._dispatch import BackendError, Choice, explain, recording, use_backend
 from .cross_attn import ops as _cross_attn_ops  # noqa: F401  (registers its ops)
 from .cross_attn.api import cross_attention, merge_attention_states

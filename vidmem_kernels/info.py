@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _env, _extension
+from . import __version__, _dispatch, _env, _extension
 from ._registry import OPS, Op
 
 
@@ -27,6 +27,17 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _model_version() -> str | None:
+    """Of vidmem_model, which may be missing; the reason where it is there and cannot be used."""
+    try:
+        from vidmem_model import __version__
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:
+        return str(error)
+    return __version__
 
 
 def _build() -> dict[str, Any]:
@@ -79,7 +90,8 @@ def collect() -> dict[str, Any]:
             ops[name][device] = {"auto": auto, "backends": reasons}
     return {
         "versions": {
-            "vidmem_kernels": _version("vidmem-kernels"),
+            "vidmem_kernels": __version__,
+            "vidmem_model": _model_version(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

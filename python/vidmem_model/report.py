@@ -37,7 +37,7 @@ _LINES = {
 def plots_missing() -> str | None:
     """Why there can be no plots, or None."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "matplotlib is not installed: pip install 'vidmem-kernels[bench]'"
+        return "matplotlib is not installed: pip install 'vidmem-model[bench]'"
     return None
 
 

@@ -290,7 +290,7 @@ def language_model(path: str | Path, max_tokens: int = 1024, device: str = "cpu"
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise UserError("a language model needs transformers: pip install 'vidmem-kernels[diffusers]'") from error
+        raise UserError("a language model needs transformers: pip install 'vidmem-model[diffusers]'") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto").to(device).eval()

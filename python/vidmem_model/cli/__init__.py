@@ -20,6 +20,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from .. import __version__
 from ..checks import shorten
 from ..errors import OptionError, UserError
 
@@ -209,6 +210,12 @@ def _explain(error: Exception, command: str) -> tuple[str, int]:
         return f"{error}; choose another --backend or leave it out", 2
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("vidmem"):
         return f"the package {error.name} is not installed; add it with pip", 2
+    if isinstance(error, ImportError) and error.name == "vidmem_kernels":
+        return str(error), 2
+    library = isinstance(error, OSError) and "cannot open shared object" in str(error)
+    if library or (isinstance(error, ImportError) and not str(error.name).startswith("vidmem")):
+        package = (getattr(error, "name", None) or "a package").partition(".")[0]
+        return f"{package} does not load ({str(error).partition(chr(10))[0]}); install it again", 2
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
@@ -230,8 +237,6 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     if version:
-        from vidmem_kernels import __version__
-
         print(f"vidmem {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:

@@ -263,7 +263,7 @@ def _diffusers_class(name: str) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError(f"{name} needs diffusers: pip install 'vidmem-kernels[diffusers]' ({error})") from error
+        raise UserError(f"{name} needs diffusers: pip install 'vidmem-model[diffusers]' ({error})") from error
     found = getattr(diffusers, name, None)
     if found is None:
         raise UserError(f"diffusers {diffusers.__version__} has no {name}; install a newer one")
