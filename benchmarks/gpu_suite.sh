@@ -5,6 +5,7 @@
 #
 # Builds in place for the architecture of this machine's GPU. Needs Python with torch, triton, pytest, pybind11 and
 # setuptools, and nvcc, and pytest-xdist to run all tests in their time; installs and downloads nothing, needs no git.
+# The profile and the tests of the model also need what vidmem_model does (python/pyproject.toml).
 # Leaves in OUT a log of every part (build, tests, bench), info.json, verified.json (which kernels passed; to go into
 # vidmem_kernels/verified), bench.json, profile.json and summary.json. A part that fails or runs out of its time loses nothing of the others. Exit code: 0 all parts passed,
 # 1 some failed, 2 there is no CUDA GPU or no torch.

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import vidmem_kernels
 from vidmem_kernels import _extension
 
 # Makes modules look not installed: no finder finds them.
@@ -83,6 +84,7 @@ def test_info_json_lists_every_op():
     info = json.loads(result.stdout)
     assert set(info["ops"]) == set(OPS)
     assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["vidmem_kernels"] == info["versions"]["vidmem_model"] == vidmem_kernels.__version__
     gather = info["ops"]["gather_tokens"]["cpu"]
     assert gather["auto"] == ("cpu" if _extension.module else "reference")
     assert gather["backends"]["reference"] is None

@@ -44,6 +44,17 @@ def test_what_is_looked_at_is_what_is_declared():
     assert {module_of(need): need for need in NEEDS["vidmem_model"] if need != KERNELS} == NEEDED
 
 
+def test_extras_that_are_named_exist():
+    extras = {package: declared(package)["optional-dependencies"] for package in DISTRIBUTIONS}
+    named = {"vidmem-kernels": "vidmem_kernels", "vidmem-model": "vidmem_model", "./python": "vidmem_model"}
+    texts = [ROOT / "pyproject.toml", ROOT / "Makefile", *ROOT.glob("*.md"), *(ROOT / "vidmem_kernels").rglob("*.py")]
+    texts += [path for kind in ("py", "md", "toml") for path in (ROOT / "python").rglob(f"*.{kind}")]
+    found = [match for text in texts for match in re.findall(r"(vidmem-\w+|\./python)\[([\w,]+)\]", text.read_text())]
+    assert len(found) >= 5
+    for name, wanted in found:
+        assert set(wanted.split(",")) <= extras[named[name]].keys(), name
+
+
 def test_the_license_comes_along():
     assert (ROOT / "python/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
@@ -107,10 +118,13 @@ def check(tmp_path, package, faults, env):
         assert done.stdout == ""
         *above, line = done.stderr.splitlines()
         assert above == [] or (name == "import" and "Traceback" in above[0]), done.stderr
-        says = re.search(rf"{package}(?: {re.escape(VERSION)})? needs (.*); run: (pip install .*?)\)?$", line)
+        says = re.search(
+            rf"{package}(?: {re.escape(VERSION)})? needs (.*?); run: (pip install [^;]*?)(?:; or .*)?\)?$", line
+        )
         assert says, line
         assert set(says[1].split(", ")) == {f"{need} ({why})" for need, why in faults.items()}
         assert set(shlex.split(says[2])) == {"pip", "install", *faults}
+        assert line.endswith("pip install --no-build-isolation . ./python") == (KERNELS in faults)
         if name == "import":
             assert line.startswith("ImportError: ")
 
@@ -196,6 +210,35 @@ def test_looking_imports_nothing(tmp_path):
     code = f"import sys, vidmem_model; print({heavy} & set(sys.modules))"
     done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=PATH)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+BROKEN = {
+    "torch": ["info"],
+    "numpy": ["info"],
+    "av": ["compress", "film.mkv", "-o", "memory.safetensors"],
+    "safetensors": ["export", "runs/demo", "-o", "model.safetensors"],
+    "yaml": ["pretrain", "recipe.yaml"],
+}
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("module", BROKEN)
+def test_what_does_not_load_is_no_bug_of_ours(module, tmp_path):
+    env = environment(tmp_path / "site", broken=[module])
+    path = f"{env['PYTHONPATH']}:{PATH}"
+    (tmp_path / "recipe.yaml").write_text("stage: 1\n")
+    (tmp_path / "film.mkv").write_text("")
+    done = run(sys.executable, "-m", "vidmem_model", *BROKEN[module], cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("vidmem: error: ") and "does not load" in line and f"lib{module}.so.1" in line
+
+
+def test_info_tells_why_the_model_cannot_be_used(tmp_path):
+    env = environment(tmp_path / "site", missing=["av"])
+    code = "from vidmem_kernels import info; print(info.collect()['versions']['vidmem_model'])"
+    told = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=f"{env['PYTHONPATH']}:{PATH}").stdout
+    assert told == f"vidmem_model {VERSION} needs av>=15 (not installed); run: pip install 'av>=15'\n"
 
 
 # --- the kernels alone ---

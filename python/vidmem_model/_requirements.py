@@ -35,6 +35,8 @@ def check(version: str) -> None:
         return
     needs = ", ".join(f"{requirement} ({why})" for requirement, why in faults.items())
     line = f"vidmem_model {version} needs {needs}; run: pip install {shlex.join(faults)}"
+    if any(requirement.startswith("vidmem-kernels") for requirement in faults):
+        line += "; or in the repository of both: pip install --no-build-isolation . ./python"
     program = sys.argv[0] if sys.argv else ""
     # An import that nobody catches: by the script `vidmem`, or while Python still looks for what `-m` shall run.
     if Path(program).name == "vidmem" or (program == "-m" and "vidmem_model" in sys.orig_argv):
