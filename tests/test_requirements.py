@@ -221,7 +221,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("module", BROKEN)
 def test_what_does_not_load_is_no_bug_of_ours(module, tmp_path):
     env = environment(tmp_path / "site", broken=[module])
@@ -244,7 +244,7 @@ def test_info_tells_why_the_model_cannot_be_used(tmp_path):
 # --- the kernels alone ---
 
 USE = """
-import pkgutil, importlib, sys, torch, vidmem_kernels as vk
+import importlib, pkgutil, runpy, sys, torch, vidmem_kernels as vk
 for module in pkgutil.walk_packages(vk.__path__, "vidmem_kernels."):
     if "triton" not in module.name:
         importlib.import_module(module.name)
@@ -253,17 +253,17 @@ bank.append(torch.arange(24.0).view(3, 8), torch.zeros(3, 3))
 bank.save("bank.safetensors")
 assert vk.MemoryBank.load("bank.safetensors").gather(torch.tensor([1])).tolist() == [list(range(8, 16))]
 assert vk.gather_tokens(torch.arange(12.0).view(1, 4, 3), torch.tensor([[2]])).tolist() == [[[6, 7, 8]]]
-from vidmem_kernels import info
-assert info.collect()["versions"]["vidmem_model"] is None
+sys.argv[1:] = []
+runpy.run_module("vidmem_kernels.info", run_name="__main__")
 """
 
 
 def test_kernels_need_torch_and_numpy_alone(tmp_path):
     """In an environment with these two and what they need themselves."""
     python, _ = fresh_environment(tmp_path / "venv", only=("torch", "numpy"))
-    for absent in ("av", "typer", "rich", "yaml", "safetensors"):
-        assert run(python, "-c", f"import {absent}", cwd=tmp_path).returncode == 1
-    for arguments in (["-c", USE], ["-m", "vidmem_kernels.info"]):
-        done = run(python, *arguments, cwd=tmp_path, PYTHONPATH=str(ROOT))
-        assert done.returncode == 0, done.stderr
+    names = ["av", "typer", "rich", "yaml", "safetensors"]
+    look = f"from importlib.util import find_spec; print([name for name in {names} if find_spec(name)])"
+    assert run(python, "-c", look, cwd=tmp_path).stdout == "[]\n"
+    done = run(python, "-c", USE, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
     assert re.search(r"^ +vidmem_model +not installed$", done.stdout, re.MULTILINE)
