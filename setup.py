@@ -284,7 +284,7 @@ setuptools.setup(
     package_dir={"vidmem_model": "python/vidmem_model"},
     package_data={
         "vidmem_kernels": ["tuned/*.json", "verified/*.json"],
-        "vidmem_model": ["recipes/*.yaml", "checkpoints/*"],
+        "vidmem_model": ["recipes/*.yaml", "pretrained/*"],
     },
     # Optional: without it every op runs its reference.
     ext_modules=[setuptools.Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)] if builds else [],

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from vidmem_model.measure import PeakMemory
+from vidmem_model.measure.peak import PeakMemory
 
 MIN_ROUNDS, MAX_ROUNDS, MAX_COPIES = 3, 60, 8
 COPY_BYTES = 2**28  # all copies of the inputs together, on the CPU

@@ -14,10 +14,11 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from vidmem_kernels import MemoryBank
-from vidmem_model import checkpoint, learned
-from vidmem_model.memory import read_memory
-from vidmem_model.model import load_model
-from vidmem_model.train_config import read_finetune, read_pretrain, read_pretrain_vae
+from vidmem_model.memory import learned
+from vidmem_model.memory.file import read_memory
+from vidmem_model.model.file import load_model
+from vidmem_model.train import checkpoint
+from vidmem_model.train.recipe import read_finetune, read_pretrain, read_pretrain_vae
 
 GOLDEN = Path(__file__).with_name("golden")
 BANKS = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")

@@ -125,8 +125,8 @@ def _child(folder: str, command: list[str], said: int) -> None:
 def serve() -> None:
     """Run what comes on stdin, a line a command; a line on stdout for each."""
     import vidmem_model
-    from vidmem_model import learned
     from vidmem_model.cli import main
+    from vidmem_model.memory import learned
 
     for module in pkgutil.walk_packages(vidmem_model.__path__, "vidmem_model."):
         if "__main__" not in module.name:

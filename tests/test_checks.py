@@ -19,8 +19,8 @@ import vidmem_model
 from vidmem_model import checks, yaml_file
 from vidmem_model.checks import Checked, Entries, FieldError, OneOf, PowerOfTwo, Range, Text, build, parse_json, show
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import PRESETS, ModelConfig
-from vidmem_model.train_config import read_pretrain
+from vidmem_model.model.config import PRESETS, ModelConfig
+from vidmem_model.train.recipe import read_pretrain
 
 for module in pkgutil.walk_packages(vidmem_model.__path__, "vidmem_model."):
     if "__main__" not in module.name:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from vidmem_kernels import MemoryBank
-from vidmem_model.compressor import box_grid, compress, reconstruct
-from vidmem_model.config import CompressorConfig
 from vidmem_model.errors import UserError
-from vidmem_model.metrics import psnr
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.dct import box_grid, compress, reconstruct
 from vidmem_model.vae import DCTCodec
 
 METHODS = ["dct", "merge"]

@@ -8,13 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from vidmem_model import cost, profile, report
 from vidmem_model.cli import main
-from vidmem_model.cost import CostPoint, profile_model
-from vidmem_model.cost_parts import ENCODED, EVERY, PARTS, STRATEGIES, CostConfig, StrategyBench, tensor_bytes
-from vidmem_model.cost_report import write_cost_plot
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import PRESETS
+from vidmem_model.measure import attention as profile
+from vidmem_model.measure import model as cost
+from vidmem_model.measure.model import CostPoint, profile_model
+from vidmem_model.measure.parts import ENCODED, EVERY, PARTS, STRATEGIES, CostConfig, StrategyBench, tensor_bytes
+from vidmem_model.model.config import PRESETS
+from vidmem_model.show import plots as report
+from vidmem_model.show.cost import write_cost_plot
 
 TINY = PRESETS["tiny"]
 MIB = 2**20

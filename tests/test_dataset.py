@@ -13,16 +13,19 @@ pytest.importorskip("av")
 
 from test_data import write_video
 
-from vidmem_model import dataset
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import iter_frames, read_clip
-from vidmem_model.dataset import DataConfig, encode_block, prepare, read_captions
-from vidmem_model.encoder import low_resolution
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import PRESETS, VAEConfig
-from vidmem_model.scenes import find_cuts, luma, stretches
+from vidmem_model.model.config import PRESETS
+from vidmem_model.model.encode import encode_block
+from vidmem_model.model.encoder import low_resolution
+from vidmem_model.train import latents as dataset
+from vidmem_model.train.latents import prepare
 from vidmem_model.vae import frames_to_float, load_vae
 from vidmem_model.vae.causal import CausalVAE
+from vidmem_model.vae.config import VAEConfig
+from vidmem_model.video import iter_frames, read_clip
+from vidmem_model.video.clip import ClipSpec
+from vidmem_model.video.films import DataConfig, read_captions
+from vidmem_model.video.scenes import find_cuts, luma, stretches
 
 # Frames of the scenes of the film below, at 8 frames a second.
 SCENES = (19, 22, 9, 40, 17, 18, 21, 24, 14)

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidmem_model.dit import DiT, KVCache
-from vidmem_model.flow import interpolate, sample, velocity_loss
-from vidmem_model.model_config import PRESETS, DiTConfig
-from vidmem_model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary
+from vidmem_model.model.config import PRESETS, DiTConfig
+from vidmem_model.model.dit import DiT, KVCache
+from vidmem_model.model.flow import interpolate, sample, velocity_loss
+from vidmem_model.model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary
 
 CHANNELS, TEXT = 4, 6
 SMALL = dataclasses.replace(PRESETS["tiny"].dit, history_sees_video=False, position_features=True)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidmem_model.encoder import MemoryEncoder, count_tokens, low_resolution
-from vidmem_model.encoder_layers import FrameAttention
-from vidmem_model.model_config import BRANCHES, EncoderConfig, VAEConfig
+from vidmem_model.model.config import BRANCHES, EncoderConfig
+from vidmem_model.model.encoder import MemoryEncoder, count_tokens, low_resolution
+from vidmem_model.model.encoder_layers import FrameAttention
 from vidmem_model.vae import patchify
+from vidmem_model.vae.config import VAEConfig
 
 CHANNELS, DIM = 3, 12
 CONFIG = EncoderConfig(rate=(2, 1, 2), channels=(4, 8), heads=2, window=1)

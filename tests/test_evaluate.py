@@ -14,18 +14,24 @@ pytest.importorskip("av")
 
 from test_cli import make_video
 
-from vidmem_model import baselines, cli, evaluate, learned, tables
-from vidmem_model import data as data_module
-from vidmem_model.config import CompressorConfig
-from vidmem_model.data import iter_frames, probe
+from vidmem_model import cli
+from vidmem_model import video as data_module
 from vidmem_model.errors import UserError
-from vidmem_model.evaluate import History, RetrievalConfig
-from vidmem_model.learned import LearnedMemory, latent_positions
-from vidmem_model.metrics import psnr, ssim
-from vidmem_model.model import MemoryModel, save_model
-from vidmem_model.model_config import PRESETS, EncoderConfig, VAEConfig
-from vidmem_model.train_config import read_pretrain
+from vidmem_model.evaluate import baselines
+from vidmem_model.evaluate import retrieval as evaluate
+from vidmem_model.evaluate.metrics import psnr, ssim
+from vidmem_model.evaluate.retrieval import History, RetrievalConfig
+from vidmem_model.memory import learned
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.learned import LearnedMemory, latent_positions
+from vidmem_model.model.config import PRESETS, EncoderConfig
+from vidmem_model.model.file import save_model
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.show import tables
+from vidmem_model.train.recipe import read_pretrain
 from vidmem_model.vae import load_vae
+from vidmem_model.vae.config import VAEConfig
+from vidmem_model.video import iter_frames, probe
 
 # The embedded codec is a VAE without weights.
 CONFIG = dataclasses.replace(PRESETS["tiny"], vae=VAEConfig(kind="dct", channels=8))

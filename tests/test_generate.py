@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from vidmem_model import cli
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import probe, read_clip
-from vidmem_model.encoder import count_tokens, low_resolution
 from vidmem_model.errors import UserError
-from vidmem_model.generate import GenerateConfig, Generator, generate
-from vidmem_model.history import context_per_second
-from vidmem_model.model import MemoryModel, save_model
-from vidmem_model.model_config import PRESETS, EncoderConfig, ModelConfig, VAEConfig
-from vidmem_model.storyboard import Shot, Storyboard
+from vidmem_model.generation.generator import GenerateConfig, Generator, generate
+from vidmem_model.generation.history import context_per_second
+from vidmem_model.generation.storyboard import Shot, Storyboard
+from vidmem_model.model.config import PRESETS, EncoderConfig, ModelConfig
+from vidmem_model.model.encoder import count_tokens, low_resolution
+from vidmem_model.model.file import save_model
+from vidmem_model.model.memory_model import MemoryModel
 from vidmem_model.vae import DCTCodec, frames_to_float, load_vae
-from vidmem_model.video_out import video_writer
+from vidmem_model.vae.config import VAEConfig
+from vidmem_model.video import probe, read_clip
+from vidmem_model.video.clip import ClipSpec
+from vidmem_model.video.write import video_writer
 
 BOARD = Storyboard((Shot(0, "a fox"), Shot(4, "a lake")))
 CONFIG = GenerateConfig(seconds=8.5, steps=2, seed=3)  # 68 frames: 17 latent frames, 3 segments of 6

@@ -12,8 +12,8 @@ from golden_helpers import BANKS, GOLDEN, MEMORIES, MODELS, RECIPES, RUNS
 from safetensors.torch import load_file
 
 from vidmem_kernels import MemoryBank
-from vidmem_model import learned
 from vidmem_model.cli import main
+from vidmem_model.memory import learned
 
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 COMMANDS = {"vae": "pretrain-vae", "one": "pretrain", "two": "finetune"}

@@ -12,16 +12,19 @@ pytest.importorskip("av")
 from test_cli import make_video
 from test_evaluate import CONFIG, film, tiny_model
 
-from vidmem_model import cli, demo, learned, tables
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import read_clip
-from vidmem_model.encoder import count_tokens
+from vidmem_model import cli, demo
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.learned import compress_learned, latent_positions
-from vidmem_model.memory import read_memory, write_memory
-from vidmem_model.metrics import psnr
-from vidmem_model.model import MemoryModel, load_model, save_model
-from vidmem_model.profile import ProfileConfig
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.measure.attention import ProfileConfig
+from vidmem_model.memory import learned
+from vidmem_model.memory.file import read_memory, write_memory
+from vidmem_model.memory.learned import compress_learned, latent_positions
+from vidmem_model.model.encoder import count_tokens
+from vidmem_model.model.file import load_model, save_model
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.show import tables
+from vidmem_model.video import read_clip
+from vidmem_model.video.clip import ClipSpec
 
 
 @pytest.fixture
@@ -159,7 +162,7 @@ def test_without_a_checkpoint_the_way_out_is_told(empty_package, tmp_path, capfd
 
 def test_demo_shows_the_learned_memory_at_its_own_size(package, tmp_path, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("vidmem_model.profile._SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("vidmem_model.measure.repeat._SLOW_SECONDS", 0.02)
     video = make_video(tmp_path / "film.mkv", frames=24)
     config = demo.DemoConfig(
         video=video,
@@ -238,7 +241,7 @@ def test_export_in_eight_bits(package, tmp_path, capsys):
 def test_adapters_alone_are_stored_beside_their_model(package, tmp_path, capsys):
     """Stage II with frozen encoders: a small file that names the model it is to be added to."""
     pytest.importorskip("peft")
-    from vidmem_model.lora import add_lora, merge_lora, save_lora
+    from vidmem_model.model.lora import add_lora, merge_lora, save_lora
 
     run = tmp_path / "run"
     model = load_model(package / "demo.safetensors")

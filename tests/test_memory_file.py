@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from vidmem_kernels import MemoryBank
-from vidmem_model.compressor import compress
-from vidmem_model.config import CompressorConfig
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.memory import read_memory, write_memory
-from vidmem_model.metrics import psnr
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.dct import compress
+from vidmem_model.memory.file import read_memory, write_memory
 from vidmem_model.vae import DCTCodec
 
 

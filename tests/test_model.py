@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from text_helpers import tiny_umt5
 
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.lora import add_lora, merge_lora
-from vidmem_model.model import MemoryModel, load_model, save_model
-from vidmem_model.model_config import PRESETS, EncoderConfig, TextConfig
+from vidmem_model.model.config import PRESETS, EncoderConfig, TextConfig
+from vidmem_model.model.file import load_model, save_model
+from vidmem_model.model.lora import add_lora, merge_lora
+from vidmem_model.model.memory_model import MemoryModel
 
 TINY = PRESETS["tiny"]  # latents of 8 channels, 4 x 8 cells, rate 2 x 2 x 2
 

@@ -12,10 +12,10 @@ from hostile import GOLDEN, Tensors
 from test_memory_header import one_number, tensor, text
 
 from vidmem_model.errors import UserError
-from vidmem_model.learned import LearnedMemory
-from vidmem_model.measure import PeakMemory
-from vidmem_model.model import load_model
-from vidmem_model.model_config import DiTConfig, ModelConfig, TextConfig
+from vidmem_model.measure.peak import PeakMemory
+from vidmem_model.memory.learned import LearnedMemory
+from vidmem_model.model.config import DiTConfig, ModelConfig, TextConfig
+from vidmem_model.model.file import load_model
 from vidmem_model.skeleton import count_numbers, require_trainable, skeleton
 
 
@@ -158,7 +158,7 @@ def test_a_loop_of_two_files(tmp_path):
 
 
 def test_weights_are_counted_without_being_made():
-    from vidmem_model.model import MemoryModel
+    from vidmem_model.model.memory_model import MemoryModel
 
     config = ModelConfig(dit=DiTConfig(dim=24, depth=5, heads=2, mlp=8, linear_blocks=(1, 3)), text=TextConfig(dim=8))
     made = sum(t.numel() for t in MemoryModel(config).state_dict().values())

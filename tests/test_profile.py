@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from vidmem_kernels import cross_attention, linear_attention
-from vidmem_model import files, measure, profile, report
+from vidmem_model import files
 from vidmem_model.errors import UserError
-from vidmem_model.measure import PeakMemory
-from vidmem_model.profile import STRATEGIES, ProfileConfig, measure_point
+from vidmem_model.measure import attention as profile
+from vidmem_model.measure import peak as measure
+from vidmem_model.measure.attention import STRATEGIES, ProfileConfig, measure_point
+from vidmem_model.measure.peak import PeakMemory
+from vidmem_model.show import plots as report
 
 MIB = 2**20
 SMALL = ProfileConfig(lengths=(1.0, 4.0), heads=2, head_dim=32, grid=(8, 12), dtype="float32")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from vidmem_model import files, report
+from vidmem_model import files
 from vidmem_model.errors import UserError
+from vidmem_model.show import plots as report
 
 
 def read_png(path):

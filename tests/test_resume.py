@@ -19,12 +19,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training_helpers import MODEL, TRAIN, curve, train
 
-from vidmem_model import checkpoint, distributed, training
-from vidmem_model.curve import Curve
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import PRESETS, EncoderConfig, ModelConfig
-from vidmem_model.pretrain import PretrainConfig
-from vidmem_model.training import TrainConfig, run_settings
+from vidmem_model.model.config import PRESETS, EncoderConfig, ModelConfig
+from vidmem_model.train import checkpoint, distributed
+from vidmem_model.train import loop as training
+from vidmem_model.train.config import TrainConfig
+from vidmem_model.train.curve import Curve
+from vidmem_model.train.retrieval import PretrainConfig
+from vidmem_model.train.run import run_settings
 
 HELPERS = Path(__file__).with_name("training_helpers.py")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from vidmem_model.generate import GenerateConfig, Generator
-from vidmem_model.learned import CHECKPOINTS, CONTINUING_MODEL, LearnedMemory, shipped
-from vidmem_model.metrics import psnr
-from vidmem_model.model import load_model
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.generation.generator import GenerateConfig, Generator
+from vidmem_model.memory.learned import CHECKPOINTS, CONTINUING_MODEL, LearnedMemory, shipped
+from vidmem_model.model.file import load_model
 from vidmem_model.vae import load_vae
 
 

@@ -11,14 +11,17 @@ import torch
 import yaml
 from training_helpers import MODEL, QUERIES, RATE, TRAIN, block, latents, train
 
-from vidmem_model import finetune, training
 from vidmem_model.cli import main
-from vidmem_model.dataset import Latents, Spans, seeded
 from vidmem_model.errors import UserError
-from vidmem_model.finetune import ContinuationConfig, Continuations, FinetuneConfig
-from vidmem_model.model import MemoryModel, load_model, save_model
-from vidmem_model.pretrain import FrameQueries, QueryConfig, low_levels, mask
-from vidmem_model.train_config import read_pretrain
+from vidmem_model.model.file import load_model, save_model
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.train import continuation as finetune
+from vidmem_model.train import loop as training
+from vidmem_model.train.blocks import seeded
+from vidmem_model.train.continuation import ContinuationConfig, Continuations, FinetuneConfig
+from vidmem_model.train.latents import Latents, Spans
+from vidmem_model.train.recipe import read_pretrain
+from vidmem_model.train.retrieval import FrameQueries, QueryConfig, low_levels, mask
 
 
 def queries(shift=1.0, **changes):

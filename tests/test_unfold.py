@@ -9,14 +9,14 @@ import torch
 from gradient_helpers import same_gradients
 from training_helpers import LINEAR, QUERIES, latents
 
-from vidmem_model.dit import DiT
-from vidmem_model.encoder import MemoryTokens
-from vidmem_model.linear_start import start_linearly
-from vidmem_model.model import MemoryModel
-from vidmem_model.model_config import ModelConfig
-from vidmem_model.pretrain import FrameQueries
-from vidmem_model.rope import frame_positions
-from vidmem_model.unfold import Unfold
+from vidmem_model.model.config import ModelConfig
+from vidmem_model.model.dit import DiT
+from vidmem_model.model.encoder import MemoryTokens
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.model.rope import frame_positions
+from vidmem_model.model.unfold import Unfold
+from vidmem_model.train.linear_start import start_linearly
+from vidmem_model.train.retrieval import FrameQueries
 from vidmem_model.vae import patchify
 
 

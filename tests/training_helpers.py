@@ -10,13 +10,17 @@ from pathlib import Path
 
 import torch
 
-from vidmem_model.dataset import Block, Caption, Latents
-from vidmem_model.distributed import processes
-from vidmem_model.linear_start import start_linearly
-from vidmem_model.model import MemoryModel
-from vidmem_model.model_config import PRESETS
-from vidmem_model.pretrain import FrameQueries, QueryConfig
-from vidmem_model.training import TrainConfig, fit, run_settings
+from vidmem_model.model.config import PRESETS
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.train.blocks import Block
+from vidmem_model.train.config import TrainConfig
+from vidmem_model.train.distributed import processes
+from vidmem_model.train.latents import Latents
+from vidmem_model.train.linear_start import start_linearly
+from vidmem_model.train.loop import fit
+from vidmem_model.train.retrieval import FrameQueries, QueryConfig
+from vidmem_model.train.run import run_settings
+from vidmem_model.video.films import Caption
 
 MODEL = PRESETS["tiny"]
 # The same with all that the linear start sets.

@@ -20,18 +20,21 @@ import torch
 
 from vidmem_kernels import Choice, recording
 
-from . import report
 from .checks import MOST_SEED, Checked, PathName, not_negative, positive
-from .compressor import CompressedMemory, compress
-from .config import METHODS, ClipSpec, CompressorConfig, Rate
-from .data import Clip, fetch_sample_clip, probe, read_clip
 from .errors import UserError
+from .evaluate.metrics import psnr, ssim
 from .files import output_folder, write_json
-from .measure import PeakMemory, available_bytes, describe_device, process_peak, timed
-from .memory import read_memory, write_memory
-from .metrics import psnr, ssim
-from .profile import ProfileConfig, check_room, profile, versions
+from .machine import available_bytes, describe_device, versions
+from .measure.attention import ProfileConfig, check_room, profile
+from .measure.peak import PeakMemory, process_peak, timed
+from .memory.config import METHODS, CompressorConfig
+from .memory.dct import CompressedMemory, compress
+from .memory.file import read_memory, write_memory
+from .model.config import Rate
+from .show import plots as report
 from .vae import PATCH, DCTCodec, VideoCodec
+from .video import Clip, fetch_sample_clip, probe, read_clip
+from .video.clip import ClipSpec
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -250,8 +253,8 @@ def _run_learned(
 
     Results, source frames, frames read back.
     """
-    from .baselines import compress_training_free
-    from .learned import DEFAULT_MODEL, compress_learned, open_shipped
+    from .evaluate.baselines import compress_training_free
+    from .memory.learned import DEFAULT_MODEL, compress_learned, open_shipped
 
     trained = open_shipped(DEFAULT_MODEL)
     model = trained.model.config

@@ -37,21 +37,23 @@ from golden_helpers import (
 from safetensors.torch import load_file, save_file
 
 from vidmem_kernels import MemoryBank
-from vidmem_model.compressor import compress
-from vidmem_model.config import CodecConfig, CompressorConfig
-from vidmem_model.distributed import Interrupted
-from vidmem_model.finetune import finetune
-from vidmem_model.learned import compress_learned
-from vidmem_model.lora import add_lora, attach_lora, save_lora
-from vidmem_model.memory import write_memory
-from vidmem_model.model import MemoryModel, save_model
-from vidmem_model.model_config import PRESETS, DiTConfig, EncoderConfig, ModelConfig, TextConfig, VAEConfig
-from vidmem_model.pretrain import pretrain
-from vidmem_model.pretrain_vae import pretrain_vae
-from vidmem_model.train_config import read_finetune, read_pretrain, read_pretrain_vae
-from vidmem_model.training import FlowMatching
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.dct import compress
+from vidmem_model.memory.file import write_memory
+from vidmem_model.memory.learned import compress_learned
+from vidmem_model.model.config import PRESETS, DiTConfig, EncoderConfig, ModelConfig, TextConfig
+from vidmem_model.model.file import save_model
+from vidmem_model.model.lora import add_lora, attach_lora, save_lora
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.train.continuation import finetune
+from vidmem_model.train.distributed import Interrupted
+from vidmem_model.train.loop import FlowMatching
+from vidmem_model.train.recipe import read_finetune, read_pretrain, read_pretrain_vae
+from vidmem_model.train.retrieval import pretrain
+from vidmem_model.train.vae import pretrain_vae
+from vidmem_model.train.vae_loss import Reconstruction
 from vidmem_model.vae import DCTCodec
-from vidmem_model.vae.training import Reconstruction
+from vidmem_model.vae.config import CodecConfig, VAEConfig
 
 TRAINING = GOLDEN / "training"
 STOP = 3

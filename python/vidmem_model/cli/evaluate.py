@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..progress import progress_bar
 from . import app
-from .options import configured, progress_bar
+from .options import configured
 
 evaluate = typer.Typer(help="Judge trained models on held-out video.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
@@ -36,12 +37,12 @@ def retrieval(
 
     What was measured is kept beside the first file until all is done: the same command goes on after an interrupt.
     """
-    from .. import evaluate as evaluate_
-    from .. import report
+    from ..evaluate import retrieval as evaluate_
     from ..files import outputs, remove_parts, replacing, write_json
-    from ..learned import shipped
-    from ..model import files_of
-    from ..tables import print_retrieval, retrieval_markdown
+    from ..memory.learned import shipped
+    from ..model.file import files_of
+    from ..show import plots as report
+    from ..show.tables import print_retrieval, retrieval_markdown
 
     outputs([video], [json_, plot, markdown])
     if plot and (missing := report.plots_missing()):

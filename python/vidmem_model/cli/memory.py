@@ -10,19 +10,9 @@ import typer
 
 from ..checks import OneOf, SamplerSteps
 from ..errors import UserError
+from ..progress import note, progress_bar
 from . import app
-from .options import (
-    Seconds,
-    Video,
-    checked,
-    configured,
-    note,
-    parse_fps,
-    parse_lengths,
-    parse_rate,
-    parse_size,
-    progress_bar,
-)
+from .options import Seconds, Video, checked, configured, parse_fps, parse_lengths, parse_rate, parse_size
 
 
 @app.command()
@@ -49,10 +39,10 @@ def demo(
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
     lengths_ = parse_lengths(lengths)
     from .. import demo as demo_
-    from ..config import ClipSpec
     from ..files import outputs
-    from ..learned import DEFAULT_MODEL, shipped
-    from ..profile import ProfileConfig
+    from ..measure.attention import ProfileConfig
+    from ..memory.learned import DEFAULT_MODEL, shipped
+    from ..video.clip import ClipSpec
 
     if start is None:
         start = demo_.SAMPLE_START if video is None else 0.0
@@ -72,7 +62,7 @@ def demo(
         result = demo_.run_demo(config, output, tell)
     taken = [part["video"]["remarks"] for part in (result, result["learned"]) if part]
     note(dict.fromkeys(itertools.chain(*taken)))
-    from ..tables import print_demo
+    from ..show.tables import print_demo
 
     print_demo(result, output)
 
@@ -104,9 +94,10 @@ def compress(
     if method == "learned" and given:
         raise UserError(f"{given[0]} is for dct and merge; the trained model has its own")
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
-    from ..config import METHODS, ClipSpec, CompressorConfig
     from ..files import outputs
-    from ..learned import DEFAULT_MODEL, shipped
+    from ..memory.config import METHODS, CompressorConfig
+    from ..memory.learned import DEFAULT_MODEL, shipped
+    from ..video.clip import ClipSpec
 
     checked(Annotated[str, OneOf(*METHODS, "learned")], "--method", method)
 
@@ -118,14 +109,14 @@ def compress(
     outputs([video, shipped(DEFAULT_MODEL)], [output])
     import torch
 
-    from ..compressor import compress as compress_
     from ..demo import context_tokens, load_clip
-    from ..memory import write_memory
+    from ..memory.dct import compress as compress_
+    from ..memory.file import write_memory
     from ..vae import DCTCodec
 
     codec = DCTCodec()
     if method == "learned":
-        from ..learned import compress_learned, open_shipped
+        from ..memory.learned import compress_learned, open_shipped
 
         model = open_shipped(DEFAULT_MODEL).model.config
         shape, fps_ = (model.height, model.width), model.fps
@@ -159,8 +150,8 @@ def retrieve(
 ) -> None:
     """Read one frame from a memory file."""
     from ..files import outputs
-    from ..memory import read_memory
-    from ..report import write_png
+    from ..memory.file import read_memory
+    from ..video.png import write_png
 
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: frames are written as PNG; give a name that ends in .png")

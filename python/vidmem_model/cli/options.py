@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -72,37 +70,6 @@ Fps = Annotated[str, typer.Option(help="Frames per second, or source.")]
 Seconds = Annotated[float, typer.Option(help="Length to take.")]
 Rate = Annotated[str, typer.Option(help="Patch tokens per memory token: height x width x time.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """A bar on stderr that tells of the present step and vanishes; None where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None)
-        step = ""
-
-        def tell(description: str, done: int, total: int | None) -> None:
-            nonlocal step
-            if description != step:
-                step = description
-                bars.reset(task, description=description)
-            bars.update(task, completed=done, total=total)
-
-        yield tell
-
-
-def note(lines: Iterable[str]) -> None:
-    """Say on stderr what the user may have done unawares."""
-    for line in lines:
-        print("vidmem: note:", " ".join(line.split()), file=sys.stderr)
 
 
 def parse_device(name: str) -> str:

@@ -8,14 +8,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..progress import progress_bar
 from . import app
-from .options import (
-    Device,
-    configured,
-    parse_device,
-    parse_lengths,
-    progress_bar,
-)
+from .options import Device, configured, parse_device, parse_lengths
 
 
 @app.command()
@@ -54,10 +49,10 @@ def profile(
 
 
 def _profile_layer(output: Path, values: dict, device: str) -> None:
-    from .. import profile as profile_
-    from .. import report
     from ..files import output_folder, outputs, write_json
-    from ..tables import print_profile
+    from ..measure import attention as profile_
+    from ..show import plots as report
+    from ..show.tables import print_profile
 
     config = configured(profile_.ProfileConfig, **values)
     device_ = parse_device(device)
@@ -74,16 +69,16 @@ def _profile_layer(output: Path, values: dict, device: str) -> None:
 
 
 def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
-    from .. import report
-    from ..cost import profile_model
-    from ..cost_parts import CostConfig
-    from ..cost_report import print_cost, write_cost_plot
     from ..files import output_folder, outputs, write_json
-    from ..model_config import PRESETS
+    from ..measure.model import profile_model
+    from ..measure.parts import CostConfig
+    from ..model.config import PRESETS
+    from ..show import plots as report
+    from ..show.cost import print_cost, write_cost_plot
 
     sizes = PRESETS.get(model)
     if sizes is None:
-        from ..model import load_model
+        from ..model.file import load_model
 
         if not Path(model).exists():
             raise UserError(f"--model {model}: no such file, nor one of the presets {', '.join(PRESETS)}")

@@ -1,0 +1,1 @@
+"""Memories of a clip: three methods behind one interface, and their file."""

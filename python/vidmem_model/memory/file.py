@@ -1,0 +1,139 @@
+"""The memory file: a MemoryBank with a header that says how to read frames back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vidmem_kernels import MemoryBank, MemoryFileError
+
+from ..checks import shorten, show
+from ..errors import MemoryFormatError, UserError
+from ..files import cannot_write
+from .dct import CompressedMemory, check_bank, reconstruct
+from .header import ROW_TORCH_DTYPES, MemoryHeader
+
+FORMAT = "vidmem.memory"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A memory file opened for reading.
+
+    Attributes:
+        bank: the rows, their positions and what reading back needs.
+        method: "dct", "merge" or "learned".
+        frames, height, width: size of the clip, in frames and pixels.
+        fps: frames per second.
+        source: name of the video it was made from.
+    """
+
+    bank: MemoryBank
+    method: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    source: str
+
+    def retrieve(self, frame: int, steps: int | None = None) -> torch.Tensor:
+        """Read one frame back.
+
+        Args:
+            frame: in [0, frames).
+            steps: of the sampler, for a learned memory; by default `learned.DEFAULT_STEPS`.
+
+        Returns:
+            uint8 (height, width, 3), RGB.
+
+        Raises:
+            UserError: no such frame, or the memory is not a learned one and has no steps.
+        """
+        if not 0 <= frame < self.frames:
+            raise UserError(f"there is no frame {show(frame)}: this memory holds frames 0 to {self.frames - 1}")
+        if self.method == "learned":
+            from .learned import DEFAULT_STEPS, read_learned  # the trained model's modules: only where it is used
+
+            return read_learned(self.bank, frame, steps or DEFAULT_STEPS)
+        if steps is not None:
+            raise UserError(f"steps belong to a learned memory; this one is of the method {self.method}")
+        return reconstruct(self.bank, frame)
+
+
+def write_memory(path: str | Path, compressed: CompressedMemory, *, fps: float, source: str) -> None:
+    """Write a compressed clip to a file, whole or not at all.
+
+    Args:
+        path: file to write; an existing one is replaced.
+        compressed: what to write.
+        fps: frames per second of the clip.
+        source: name of the video it was made from.
+
+    Raises:
+        UserError: the folder is missing or cannot be written.
+    """
+    rows = len(compressed.tokens)
+    dtype = ROW_TORCH_DTYPES[compressed.meta["dtype"]]
+    bank = MemoryBank(compressed.tokens.shape[1], dtype=dtype, capacity=rows)
+    bank.append(compressed.tokens, compressed.positions)
+    header = {
+        **compressed.meta,
+        "format": FORMAT,
+        "version": str(VERSION),
+        "fps": repr(float(fps)),
+        "source": source,
+    }
+    try:
+        bank.save(path, metadata=header, extras=compressed.extras)
+    except OSError as error:
+        raise cannot_write(Path(path), error, rows * bank.channels * dtype.itemsize) from error
+
+
+def read_memory(path: str | Path) -> Memory:
+    """Open a memory file.
+
+    Args:
+        path: a file that write_memory wrote.
+
+    Returns:
+        Memory.
+
+    Raises:
+        MemoryFormatError: missing, damaged, not a vidmem memory, or of another version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "no such file"
+        raise MemoryFormatError(f"{path}: {what}; make one with `vidmem compress`")
+    try:
+        bank = MemoryBank.load(path, storage="mmap")
+    except MemoryFileError as error:  # names the file, what is wrong and what to do
+        raise MemoryFormatError(str(error).removeprefix("MemoryBank.load: ")) from error
+    except OSError as error:
+        raise MemoryFormatError(f"{path}: cannot be read ({error.strerror or error})") from error
+    header = bank.metadata
+    if header.get("format") != FORMAT:
+        raise MemoryFormatError(f"{path}: not a vidmem memory; make one with `vidmem compress`")
+    if header.get("version") != str(VERSION):
+        raise MemoryFormatError(
+            f"{path}: is of version {shorten(header.get('version'), 40)}, this vidmem reads version {VERSION}; "
+            "make it anew with `vidmem compress`"
+        )
+    try:
+        about = MemoryHeader.read(header)
+        if about.method == "learned":
+            from .learned import check_learned
+
+            check_learned(bank, about)
+        else:
+            check_bank(bank, about)
+    except KeyError as error:
+        raise MemoryFormatError(f"{path}: its header is damaged (no {error})") from error
+    except ValueError as error:
+        raise MemoryFormatError(f"{path}: its header is damaged ({error})") from error
+    except MemoryFormatError as error:
+        raise MemoryFormatError(f"{path}: {error}") from error
+    return Memory(bank, about.method, *about.size, about.fps, about.source)
