@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UserError
 from ..progress import progress_bar
-from . import app
+from .app import app
 from .options import configured
 
 evaluate = typer.Typer(help="Judge trained models on held-out video.", no_args_is_help=True)

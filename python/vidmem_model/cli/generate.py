@@ -12,7 +12,7 @@ import typer
 from ..checks import MOST_SECONDS, MOST_SEED, not_negative, positive
 from ..errors import UserError
 from ..progress import note
-from . import app
+from .app import app
 from .options import Device, checked, configured, parse_device
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import typer
 from ..checks import OneOf, SamplerSteps
 from ..errors import UserError
 from ..progress import note, progress_bar
-from . import app
+from .app import app
 from .options import Seconds, Video, checked, configured, parse_fps, parse_lengths, parse_rate, parse_size
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UserError
 from ..progress import progress_bar
-from . import app
+from .app import app
 from .options import Device, configured, parse_device, parse_lengths
 
 

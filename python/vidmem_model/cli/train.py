@@ -12,7 +12,7 @@ import typer
 
 from ..checks import show
 from ..errors import UserError
-from . import app
+from .app import app
 
 Config = Annotated[Path, typer.Argument(help="A YAML file.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew although the output folder holds a run.")]
