@@ -142,8 +142,7 @@ def test_learned_row_asks_for_every_latent_frame_in_order():
         return frames[:, None, :, None, None].expand(-1, 8, -1, 4, 8)
 
     memory.model.retrieve = retrieve
-    history, lows = memory.encode(film(28))
-    tokens = memory.remember(history, lows)
+    tokens = memory.remember(memory.encode(film(28)))
     made = memory.retrieve(tokens, list(range(7)), steps=2)
     assert made.shape == (1, 8, 7, 4, 8)
     assert made[0, 0, :, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
@@ -312,7 +311,7 @@ def test_recipes_of_the_table(table_script, tmp_path):
     for recipe in recipes:
         config = read_pretrain(recipe)
         (encoder,) = config.model.encoders
-        assert recipe.stem == f"{encoder.branches}-{'x'.join(map(str, encoder.rate))}-seed{config.optimisation.seed}"
+        assert recipe.stem == f"{encoder.branches}-{encoder.compression}-seed{config.optimisation.seed}"
         assert encoder.channels == PRESETS["tiny"].encoders[0].channels
         assert config.output == str(tmp_path / recipe.stem) and config.data.captions == str(captions)
         assert (config.optimisation.steps, config.optimisation.lr, config.optimisation.threads) == (7, 3e-4, 1)

@@ -278,7 +278,9 @@ def _run_learned(
             if method == "learned":
                 compressed = compress_learned(clip.frames)
             else:
-                compressed = compress_training_free(method, clip.frames, model.encoders[0].rate, model.dit.dim)
+                compressed = compress_training_free(
+                    method, clip.frames, model.encoders[0].compression.rate, model.dit.dim
+                )
             write_memory(file, compressed, fps=clip.fps, source=video.name)
         result["methods"][method] = _stored(file, compressed, before)
     sources, fps = clip.frames[chosen], clip.fps
