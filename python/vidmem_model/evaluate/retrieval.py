@@ -18,8 +18,8 @@ from ..checks import MOST_SEED, Checked, SamplerSteps, not_negative, positive
 from ..errors import UserError
 from ..files import write_json
 from ..machine import describe_device, versions
-from ..memory.config import METHODS
-from ..memory.learned import DEFAULT_STEPS, LearnedMemory, latent_positions
+from ..memory import untrained
+from ..memory.learned import DEFAULT_STEPS, TrainedModel, latent_positions
 from ..model.config import ModelConfig
 from ..model.file import MODEL_FILE, model_path
 from ..train.blocks import cut_films
@@ -27,7 +27,7 @@ from ..video import probe, read_clip, remarks
 from ..video.clip import ClipSpec
 from ..video.films import SAMPLE, film_paths
 from ..weights import stored_dtype
-from .baselines import ReadBack, mean_frame, training_free
+from .baselines import ReadBack, mean_frame, untrained_memory
 from .metrics import psnr, ssim, stlpips
 
 Progress = Callable[[str, int, int | None], None]
@@ -110,14 +110,14 @@ def find_models(folder: Path) -> list[Path]:
 
 def trained_history(model: Path) -> int:
     """Video frames of the histories that a model was trained on, or the default where it does not say."""
-    memory = LearnedMemory.load(model)
-    latent_frames = memory.trained.history
+    memory = TrainedModel.load(model)
+    latent_frames = memory.training.history
     return memory.vae.video_frames(latent_frames) if latent_frames else RetrievalConfig.history
 
 
 def trained_films(model: Path) -> list[Path]:
     """Films that a model's file says it was trained on, the sample film left out."""
-    trained_on = LearnedMemory.load(model).model.extra.get("training", {}).get("data", {})
+    trained_on = TrainedModel.load(model).model.extra.get("training", {}).get("data", {})
     return [Path(name) for name in trained_on.get("videos", ()) if name != SAMPLE]
 
 
@@ -137,10 +137,10 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
     """
     from ..progress import note
 
-    memory = LearnedMemory.load(models[0])
+    memory = TrainedModel.load(models[0])
     model = memory.model.config
     if video is None:
-        data = memory.trained.data
+        data = memory.training.data
         cut = cut_films(data, film_paths(data), model, memory.vae, "test")
         stretches = [(Path(row["film"]), row["start"], row["frames"]) for row, _ in cut]
     else:
@@ -211,7 +211,7 @@ def measure_row(
     return result
 
 
-def read_learned(memory: LearnedMemory, config: RetrievalConfig) -> Callable[[History], ReadBack]:
+def read_model(memory: TrainedModel, config: RetrievalConfig) -> Callable[[History], ReadBack]:
     """Make the function that remembers a history and retrieves all its frames with a trained model."""
 
     def read(history: History) -> ReadBack:
@@ -224,7 +224,7 @@ def read_learned(memory: LearnedMemory, config: RetrievalConfig) -> Callable[[Hi
     return read
 
 
-def read_vae(memory: LearnedMemory) -> Callable[[History], ReadBack]:
+def read_vae(memory: TrainedModel) -> Callable[[History], ReadBack]:
     """Make the function that decodes the true latents: no memory through this VAE can do better."""
 
     def read(history: History) -> ReadBack:
@@ -244,7 +244,7 @@ class _Rows:
         self._histories, self._store, self._tell = histories, store, tell or (lambda *_: None)
         self._asked = [dataclasses.asdict(config), *((h.source, h.start) for h in histories)]
 
-    def add(self, name: str, memory: LearnedMemory, read: Callable[[History], ReadBack], **identity: Any) -> None:
+    def add(self, name: str, memory: TrainedModel, read: Callable[[History], ReadBack], **identity: Any) -> None:
         """Measure one run of a row of histories cut as `memory` cuts them; `identity` tells it from others."""
         asked = json.dumps([name, identity, self._asked])
         file = self._store and self._store / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
@@ -266,9 +266,9 @@ def evaluate_retrieval(
     store: Path | None = None,
     tell: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure trained models, and beside them dct, merge, the mean frame, and the VAE alone.
+    """Measure trained models, and beside them the methods without a model, the mean frame, and the VAE alone.
 
-    Models with one configuration, stored in as many bits, are runs of one row. dct and merge get the rate of
+    Models with one configuration, stored in as many bits, are runs of one row. Those methods get the rate of
     each model with one encoder, and so its number of tokens, which hold as many numbers.
 
     Args:
@@ -288,7 +288,7 @@ def evaluate_retrieval(
     configs: dict[str, ModelConfig] = {}
     first = None
     for path in models:
-        memory = LearnedMemory.load(path)
+        memory = TrainedModel.load(path)
         mine = memory.model.config
         first = first or memory
         theirs = first.model.config
@@ -298,12 +298,12 @@ def evaluate_retrieval(
         name = describe(mine) + ("" if stored == "float32" else f", {stored}")
         if configs.setdefault(name, mine) != mine:
             name = f"{name} ({Path(path).stem})"
-        rows.add(name, memory, read_learned(memory, config), sha256=memory.digest, vae=memory.vae_digest)
+        rows.add(name, memory, read_model(memory, config), sha256=memory.digest, vae=memory.vae_digest)
     trained = set(rows.runs)
     rows.runs = dict(sorted(rows.runs.items(), key=lambda row: (*_place(configs.get(row[0]), row[1]), row[0])))
     for rate, width in sorted({(c.encoders[0].rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}):
-        for method in METHODS:
-            read = functools.partial(_read_training_free, method, rate, width)
+        for method in untrained():
+            read = functools.partial(_read_untrained, method, rate, width)
             rows.add(f"{method} {'×'.join(map(str, rate))}", first, read, most_width=width)
     rows.add("mean frame", first, lambda history: mean_frame(history.frames))
     rows.add("VAE alone", first, read_vae(first), vae=first.vae_digest)
@@ -327,8 +327,8 @@ def _place(config: ModelConfig | None, runs: list[dict[str, Any]]) -> tuple[int,
     return runs[0]["tokens"], order.index(branches) if branches in order else len(order)
 
 
-def _read_training_free(method: str, rate: tuple[int, int, int], width: int, history: History) -> ReadBack:
-    return training_free(method, history.frames, rate, width)
+def _read_untrained(method: str, rate: tuple[int, int, int], width: int, history: History) -> ReadBack:
+    return untrained_memory(method, history.frames, rate, width)
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
