@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 
 from ..checks import MOST_FPS, conform, positive, require
@@ -40,7 +41,7 @@ class CompressedMemory:
 
 
 def compress(
-    video: str | Path | torch.Tensor | Clip | EncodedClip,
+    video: str | Path | torch.Tensor | np.ndarray | Clip | EncodedClip,
     config: CompressorConfig | None = None,
     clip: ClipSpec | None = None,
     *,
@@ -61,11 +62,12 @@ def compress(
     torch.Size([80, 112, 3])
 
     Args:
-        video: a video file; its frames, uint8 (T, H, W, 3) RGB; a Clip, as `video.read_clip` gives it, or its latents.
+        video: a video file; frames, a tensor or array, uint8 (T, H, W, 3) RGB; a Clip, as `video.read_clip` gives it,
+            or its latents.
         config: method, rate, how rows are stored; by default dct at 4x4x2 in float16.
         clip: the part of a video file to take; by default its first 20 seconds at the size and rate that `raster`
             gives.
-        fps: frames per second of frames that are given as a tensor.
+        fps: frames per second of a tensor or array.
         progress: called with (what is done, steps done, steps in all or None).
 
     Returns:
@@ -75,6 +77,7 @@ def compress(
         UserError: more memory is needed than there is; the clip cannot be compressed to what `config` asks, or has
             another frame size than the trained model that is to compress it.
         MediaError: the video file is missing, damaged, or has no frame in that part.
+        TypeError: `video` is none of these.
         ValueError: frames of another dtype or shape, or without `fps`; `fps` or `clip` beside what has its own.
     """
     config = config or CompressorConfig()
@@ -84,15 +87,18 @@ def compress(
         return progress and (lambda *n: progress(name, *n))
 
     is_file = isinstance(video, (str, Path))
-    is_frames = isinstance(video, torch.Tensor)
+    is_frames = isinstance(video, (torch.Tensor, np.ndarray))
     require(clip is None or is_file, "compress: clip must be given with a video file only", clip)
-    require((fps is not None) == is_frames, "compress: fps must be given with a tensor of frames, and only then", fps)
+    require((fps is not None) == is_frames, "compress: fps must be given with frames, and only then", fps)
     if is_file:
         video = load_clip(Path(video), clip or ClipSpec(*raster(config)), method.room, step("decode"))
     elif is_frames:
+        video = torch.as_tensor(video)
         right = video.dtype == torch.uint8 and video.ndim == 4 and video.shape[3] == 3 and video.numel() > 0
         require(right, "compress: frames must be uint8 (T, H, W, 3)", (video.dtype, tuple(video.shape)))
         video = Clip(video, conform(Annotated[float, positive(MOST_FPS)], fps, "compress: fps"), Path(), None)
+    elif not isinstance(video, (Clip, EncodedClip)):
+        raise TypeError(f"compress: video must be a path, frames, a Clip or an EncodedClip, got {type(video).__name__}")
     made = method.load().compress(video, config, step(f"compress, {config.method}"))
     meta = {
         "method": config.method,
