@@ -21,7 +21,7 @@ from vidmem_model.evaluate.metrics import psnr, ssim
 from vidmem_model.evaluate.retrieval import History, RetrievalConfig
 from vidmem_model.memory.config import CompressorConfig
 from vidmem_model.memory.learned import TrainedModel, latent_positions
-from vidmem_model.model.config import PRESETS, EncoderConfig
+from vidmem_model.model.config import PRESETS, Compression, EncoderConfig
 from vidmem_model.model.file import save_model
 from vidmem_model.model.memory_model import MemoryModel
 from vidmem_model.show import tables
@@ -139,8 +139,7 @@ def test_learned_row_asks_for_every_latent_frame_in_order():
         return frames[:, None, :, None, None].expand(-1, 8, -1, 4, 8)
 
     memory.model.retrieve = retrieve
-    history, lows = memory.encode(film(28))
-    tokens = memory.remember(history, lows)
+    tokens = memory.remember(memory.encode(film(28)))
     made = memory.retrieve(tokens, list(range(7)), steps=2)
     assert made.shape == (1, 8, 7, 4, 8)
     assert made[0, 0, :, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
@@ -205,7 +204,8 @@ def test_rounded_model_has_a_row_of_its_own(tmp_path, quick_stlpips, dtype):
 
 def test_models_of_other_sizes_are_not_mixed(tmp_path, quick_stlpips):
     (first,) = table_of(tmp_path, {"a": (0, {})})
-    other = MemoryModel(dataclasses.replace(CONFIG, height=64, encoders=(EncoderConfig((2, 2, 2), "patchifier"),)))
+    encoder = EncoderConfig(Compression(2, 2, 2), "patchifier")
+    other = MemoryModel(dataclasses.replace(CONFIG, height=64, encoders=(encoder,)))
     save_model(tmp_path / "other", other)
     with pytest.raises(UserError, match="other: differs from .*a in VAE, frame size or rate"):
         retrieval.evaluate_retrieval(
@@ -311,7 +311,7 @@ def test_recipes_of_the_table(table_script, tmp_path):
     for recipe in recipes:
         config = read_pretrain(recipe)
         (encoder,) = config.model.encoders
-        assert recipe.stem == f"{encoder.branches}-{'x'.join(map(str, encoder.rate))}-seed{config.optimisation.seed}"
+        assert recipe.stem == f"{encoder.branches}-{encoder.compression}-seed{config.optimisation.seed}"
         assert encoder.channels == PRESETS["tiny"].encoders[0].channels
         assert config.output == str(tmp_path / recipe.stem) and config.data.captions == str(captions)
         assert (config.optimisation.steps, config.optimisation.lr, config.optimisation.threads) == (7, 3e-4, 1)

@@ -57,7 +57,7 @@ def test_file_holds_the_tokens_and_gives_frames_back(package, tmp_path):
     opened = read_memory(path)
     assert (opened.method, opened.frames, opened.height, opened.width) == ("learned", 22, 32, 64)
     memory = learned.open_model("demo")
-    tokens, positions = memory.remember(*memory.encode(frames))
+    tokens, positions = memory.remember(memory.encode(frames))
     assert len(opened.bank) == tokens.shape[1] == count_tokens(CONFIG.encoders[0], CONFIG.vae, 24, 32, 64)
     assert torch.equal(opened.bank.positions, positions[0])
     rows = opened.bank.gather(torch.arange(len(opened.bank)), out_dtype=torch.float32) * opened.bank.extras["scale"]

@@ -29,14 +29,14 @@ LINEAR = dataclasses.replace(
     encoders=(dataclasses.replace(MODEL.encoders[0], shortcut=48),),
     dit=dataclasses.replace(MODEL.dit, unfold=32, prediction="sample"),
 )
-RATE = MODEL.encoders[0].rate
+BOX = MODEL.encoders[0].compression
 QUERIES = QueryConfig(history=8, queries=2)
 TRAIN = TrainConfig(
     steps=12,
     batch=4,
     lr=3e-3,
     muon_lr=3e-3,
-    warmup=3,
+    warmup_steps=3,
     checkpoint_every=4,
     log_every=5,
     ema_decay=0.9,
@@ -46,11 +46,11 @@ TRAIN = TrainConfig(
 
 
 def block(length, seed, split="train", start=0.0):
-    """Latents in which every frame is another, and low-resolution latents for MODEL's rate."""
+    """Latents in which every frame is another, and low-resolution latents for MODEL's compression."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(8, length, 4, 8, generator=generator)
-    low = torch.randn(8, length // RATE[2], 2, 4, generator=generator)
-    return Block(Path("film"), start, 4 * length, 1, split, False, 1.0, latents.half(), {RATE: low.half()})
+    low = torch.randn(8, length // BOX.time, 2, 4, generator=generator)
+    return Block(Path("film"), start, 4 * length, 1, split, False, 1.0, latents.half(), {BOX: low.half()})
 
 
 def latents():

@@ -230,7 +230,7 @@ def _run_trained(
             if method == name:
                 compressed = compress(clip, asked)
             else:
-                compressed = compress_alike(method, clip, model.encoders[0].rate, model.dit.dim)
+                compressed = compress_alike(method, clip, model.encoders[0].compression.rate, model.dit.dim)
             write_memory(file, compressed)
         result["methods"][method] = _stored(file, compressed, before)
     sources, fps = clip.frames[chosen], clip.fps

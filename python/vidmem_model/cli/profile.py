@@ -29,14 +29,19 @@ def profile(
     ] = None,
     depth: Annotated[int | None, typer.Option(help="Blocks of the model to measure; all by default.")] = None,
     segment: Annotated[int | None, typer.Option(help="Latent frames made at a time. \\[default: 4]")] = None,
-    most_seconds: Annotated[
-        float | None, typer.Option(help="Leave out calls of a model expected to take longer. \\[default: 60]")
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--max-seconds",
+            "--most-seconds",
+            help="Leave out calls of a model expected to take longer. \\[default: 60]",
+        ),
     ] = None,
 ) -> None:
     """Measure memory and time against context length on this device."""
     lengths_ = parse_lengths(lengths)
     of_layer = {"heads": heads, "head_dim": head_dim}
-    of_model = {"depth": depth, "segment": segment, "most_seconds": most_seconds}
+    of_model = {"depth": depth, "segment": segment, "max_seconds": max_seconds}
     for name, value in (of_model if model is None else of_layer).items():
         if value is not None:
             option = f"--{name.replace('_', '-')}"

@@ -175,7 +175,8 @@ def describe(config: ModelConfig) -> str:
     """Name of a row: the branches and the rate of the model's encoders."""
     words = {"both": "both", "lr": "only LR", "hr": "without LR", "patchifier": "large patchifier"}
     return " + ".join(
-        f"{words.get(each.branches, each.branches)} {'×'.join(map(str, each.rate))}" for each in config.encoders
+        f"{words.get(each.branches, each.branches)} {str(each.compression).replace('x', '×')}"
+        for each in config.encoders
     )
 
 
@@ -215,9 +216,9 @@ def read_model(memory: TrainedModel, config: RetrievalConfig) -> Callable[[Histo
     """Make the function that remembers a history and retrieves all its frames with a trained model."""
 
     def read(history: History) -> ReadBack:
-        latents, lows = memory.encode(history.frames)
-        remembered = memory.remember(latents, lows)
-        made = memory.retrieve(remembered, list(range(latents.shape[2])), config.steps, config.seed)
+        encoded = memory.encode(history.frames)
+        remembered = memory.remember(encoded)
+        made = memory.retrieve(remembered, list(range(encoded.latents.shape[2])), config.steps, config.seed)
         frames = memory.decode(made, tuple(history.frames.shape[:3]))
         return ReadBack(frames, *remembered.tokens.shape[1:])
 
@@ -301,7 +302,9 @@ def evaluate_retrieval(
         rows.add(name, memory, read_model(memory, config), sha256=memory.digest, vae=memory.vae_digest)
     trained = set(rows.runs)
     rows.runs = dict(sorted(rows.runs.items(), key=lambda row: (*_place(configs.get(row[0]), row[1]), row[0])))
-    for rate, width in sorted({(c.encoders[0].rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}):
+    for rate, width in sorted(
+        {(c.encoders[0].compression.rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}
+    ):
         for method in untrained():
             read = functools.partial(_read_untrained, method, rate, width)
             rows.add(f"{method} {'×'.join(map(str, rate))}", first, read, most_width=width)

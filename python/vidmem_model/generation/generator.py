@@ -107,7 +107,7 @@ class Progress(NamedTuple):
     left: float | None
 
 
-class Generator:
+class SegmentGenerator:
     """Makes the segments of a video, and takes each in as history.
 
     Args:
@@ -142,8 +142,7 @@ class Generator:
         """Tokens of the memory, and of the clean frames, that the next segment is made from."""
         tokens = self.memory.tokens
         clean = self.window.shape[2:] if self.window is not None else (0, 0, 0)
-        patch = self.model.config.dit.patch
-        return tokens.tokens.shape[1] if tokens else 0, clean[0] * (clean[1] // patch) * (clean[2] // patch)
+        return tokens.tokens.shape[1] if tokens else 0, clean[0] * (clean[1] // PATCH) * (clean[2] // PATCH)
 
     @torch.inference_mode()
     def make(self, prompt: str, number: int, step: Callable[[int], None]) -> torch.Tensor:
@@ -160,7 +159,7 @@ class Generator:
         config, count = self.config, self.config.segment
         # Two runs of neighbouring seeds share no noise, as they would with seed + number.
         seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
-        shape = (1, self.model.config.vae.channels, count, *self.model.latent_size())
+        shape = (1, self.model.config.vae.channels, count, *self.model.config.latent_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         prompts = [prompt] if config.guidance == 1 else [prompt, ""]
         text, b = self.model.text(prompts), len(prompts)
@@ -169,6 +168,7 @@ class Generator:
             "frames": self._places(self.frames, count).expand(b, -1),
             "memory": MemoryTokens(*(x.expand(b, -1, -1) for x in tokens)) if tokens else None,
             "cache": KVCache() if self.keep else None,
+            "memory_cross_attention": self.cross_attention,
         }
         if self.window is not None:
             length = self.window.shape[2]
@@ -184,12 +184,7 @@ class Generator:
             with_prompt, without = both[:1], both[1:]
             return without + config.guidance * (with_prompt - without) if len(without) else with_prompt
 
-        own = self.model.dit.config
-        self.model.dit.config = dataclasses.replace(own, memory_cross_attention=self.cross_attention)
-        try:
-            return sample(velocity, noise, config.steps, config.shift or self.model.config.shift)
-        finally:
-            self.model.dit.config = own
+        return sample(velocity, noise, config.steps, config.shift or self.model.config.shift)
 
     @torch.inference_mode()
     def take_in(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -283,7 +278,7 @@ def generate(
         raise UserError("nothing says how long the video is to be; give --seconds, or seconds in the storyboard")
     fps = model.config.fps
     asked = max(1, round(seconds * fps))
-    generator = Generator(model, vae, config)
+    generator = SegmentGenerator(model, vae, config)
     check_file(output)
     with locked(beside(output), output):
         return _generate(storyboard, generator, output, asked, restart, progress, began)
@@ -296,7 +291,7 @@ def parts_of(output: Path) -> Path:
 
 def _generate(
     storyboard: Storyboard,
-    generator: Generator,
+    generator: SegmentGenerator,
     output: Path,
     asked: int,
     restart: bool,
@@ -366,10 +361,10 @@ def _generate(
     }
 
 
-def _read_segment(file: Path, generator: Generator) -> torch.Tensor:
+def _read_segment(file: Path, generator: SegmentGenerator) -> torch.Tensor:
     """Latents that an earlier call made."""
     config = generator.model.config
-    shape = (1, config.vae.channels, generator.config.segment, *generator.model.latent_size())
+    shape = (1, config.vae.channels, generator.config.segment, *generator.model.config.latent_size)
     weights = WeightsFile(file, _FORMAT, _VERSION)
     if weights.shapes != {"latents": shape}:
         raise MemoryFormatError(f"{file}: is damaged; --restart makes the video anew")

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from ..model.config import Compression
 from ..model.encoder import MemoryTokens, low_resolution
 from ..model.memory_model import MemoryModel
 from ..vae import PATCH, VideoCodec, pad_frames
 
 
 def context_per_second(
-    rate: tuple[int, int, int],
+    compression: Compression,
     height: int,
     width: int,
     fps: float,
@@ -23,21 +24,22 @@ def context_per_second(
     """Tokens by which a memory grows with each second of video.
 
     Args:
-        rate: patch tokens a memory token covers along height, width and time; (1, 1, 1) is no compression.
+        compression: of the memory; 1 along every axis is none.
         height, width: of the frames, in pixels.
         fps: frames per second.
         stride: frames, rows and columns of a latent cell.
         whole_boxes: count as the encoder does, which crops the rows and columns that fill no box; by
-            default by area, as rates are compared: 195 tokens/s for 480 x 832 at 16 fps and 4 x 4 x 2,
+            default by area, as papers compare: 195 tokens/s for 480 x 832 at 16 fps and 4 x 4 x 2,
             where the encoder, whose boxes do not fill 30 rows of patch tokens, makes 182.
 
     Returns:
         Tokens per second.
     """
-    rows, columns = (-(-n // (s * PATCH)) / r for n, s, r in zip((height, width), stride[1:], rate[:2], strict=True))
+    rows = -(-height // (stride[1] * PATCH)) / compression.height
+    columns = -(-width // (stride[2] * PATCH)) / compression.width
     if whole_boxes:
         rows, columns = math.floor(rows), math.floor(columns)
-    return rows * columns * fps / (stride[0] * rate[2])
+    return rows * columns * fps / (stride[0] * compression.time)
 
 
 class HistoryMemory:
@@ -52,7 +54,7 @@ class HistoryMemory:
         self.model, self.vae = model, vae
         self.made: list[list[MemoryTokens]] = [[] for _ in model.encoders]
         self.states: list[Any] = [None] * len(model.encoders)
-        self.lows = [LowStream(vae, e.config.rate) if e.reads_low else None for e in model.encoders]
+        self.lows = [LowStream(vae, e.config.compression) if e.config.reads_low else None for e in model.encoders]
 
     def append(self, latents: torch.Tensor, frames: torch.Tensor) -> None:
         """Append the next part of the history.
@@ -80,11 +82,11 @@ class LowStream:
 
     Args:
         vae: makes them.
-        rate: of the encoder.
+        compression: of the encoder.
     """
 
-    def __init__(self, vae: VideoCodec, rate: tuple[int, int, int]) -> None:
-        self.vae, self.rate = vae, rate
+    def __init__(self, vae: VideoCodec, compression: Compression) -> None:
+        self.vae, self.compression = vae, compression
         self.cache: dict = {}
         self.seen = 0  # frames of the history
         self.begun = False
@@ -92,10 +94,10 @@ class LowStream:
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
         """Give the scaled latents (1, C, T', h, w), T' >= 0, that the next frames (1, 3, T, H, W) complete."""
-        skip = -self.seen % self.rate[2]  # so that every rate_t-th frame of the whole is taken
+        skip = -self.seen % self.compression.time  # so that the same frames are taken as of the whole
         self.seen += frames.shape[2]
         time, *cell = self.vae.stride
-        low = pad_frames(low_resolution(frames[:, :, skip:], self.rate), (1, *(s * PATCH for s in cell)))
+        low = pad_frames(low_resolution(frames[:, :, skip:], self.compression), (1, *(s * PATCH for s in cell)))
         low = low if self.held is None else torch.cat([self.held, low], 2)
         count = low.shape[2]
         if self.begun:

@@ -294,9 +294,9 @@ class _Runs:
         given = inputs(few)
         passed = timed(lambda: call(given), self.device)
         expected = passed * frames / few if part.endswith(" encode") else passed
-        if expected <= self.config.most_seconds:
+        if expected <= self.config.max_seconds:
             return None
-        return f"takes about {expected:,.0f} s a call, more than {self.config.most_seconds:g} s"
+        return f"takes about {expected:,.0f} s a call, more than {self.config.max_seconds:g} s"
 
     def _memory(
         self, part: str, strategy: str, seconds: float, inputs: Callable[[int], Any], call: Callable[[Any], Any]
@@ -386,6 +386,6 @@ def _too_much(
             f"takes about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free, fewer than the "
             f"{need * _MARGIN / 2**30:.1f} GiB of that estimate with a margin of {_MARGIN - 1:.0%}"
         )
-    if expected > config.most_seconds:
-        return f"takes about {expected:,.0f} s a call, more than {config.most_seconds:g} s"
+    if expected > config.max_seconds:
+        return f"takes about {expected:,.0f} s a call, more than {config.max_seconds:g} s"
     return None

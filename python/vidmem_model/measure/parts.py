@@ -12,7 +12,7 @@ import torch
 from ..checks import MOST_SECONDS, Checked, Lengths, OneOf, positive, require
 from ..model.config import ModelConfig
 from ..model.dit import DiT, KVCache
-from ..model.encoder import MemoryEncoder, MemoryTokens, memory_grid
+from ..model.encoder import History, MemoryEncoder, MemoryTokens, memory_grid
 from ..vae import PATCH, VideoCodec, load_vae
 from .attention import DTYPES
 
@@ -35,7 +35,7 @@ class CostConfig(Checked):
         depth: blocks of the DiT that is measured, or None for all of the model's. Times of the steps,
             and what they keep, grow with the blocks; the last block does a little less than the others.
         dtype: of weights and latents; "auto" is float32 on the CPU and bfloat16 elsewhere.
-        most_seconds: points whose call is expected to take longer are left out.
+        max_seconds: points whose call is expected to take longer are left out.
 
     Raises:
         ValueError: a number is not positive, depth is beyond the model's, or the dtype unknown.
@@ -47,7 +47,7 @@ class CostConfig(Checked):
     window_frames: Annotated[int, positive(1_000_000)] = 8
     depth: Annotated[int | None, positive(10_000)] = None
     dtype: Annotated[str, OneOf(*DTYPES)] = "auto"
-    most_seconds: Annotated[float, positive(MOST_SECONDS)] = 60.0
+    max_seconds: Annotated[float, positive(MOST_SECONDS)] = 60.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,21 +59,15 @@ class CostConfig(Checked):
         return max(1, round(seconds * self.model.fps / self.model.vae.stride[0]))
 
     @property
-    def latent_size(self) -> tuple[int, int]:
-        """Latent rows and columns, padded to whole patches."""
-        cells = [s * PATCH for s in self.model.vae.stride[1:]]
-        size = (self.model.height, self.model.width)
-        rows, columns = (-(-n // c) * PATCH for n, c in zip(size, cells, strict=True))
-        return rows, columns
-
-    @property
     def frame_tokens(self) -> int:
         """Patch tokens of a latent frame."""
-        return math.prod(self.latent_size) // self.model.dit.patch**2
+        return math.prod(self.model.latent_size) // PATCH**2
 
     def memory_tokens(self, frames: int) -> int:
         """Tokens that the model's encoders make of so many latent frames."""
-        return sum(math.prod(memory_grid(each.rate, frames, *self.latent_size)) for each in self.model.encoders)
+        return sum(
+            math.prod(memory_grid(each.compression, frames, *self.model.latent_size)) for each in self.model.encoders
+        )
 
     def context_frames(self, strategy: str, frames: int) -> int:
         """Clean latent frames that a step reads."""
@@ -143,24 +137,23 @@ class StrategyBench:
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
-    def _history(self, frames: int) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Latents of a history, and for each encoder those of its low-resolution video."""
-        channels, size = self.config.model.vae.channels, self.config.latent_size
+    def _history(self, frames: int) -> History:
+        """Random latents of so many frames."""
+        channels, size = self.config.model.vae.channels, self.config.model.latent_size
         lows = []
         for encoder in self.encoders:
             t, h, w = encoder.grid(frames, *size)
-            lows.append(self._random(1, channels, t, PATCH * h, PATCH * w) if encoder.reads_low else None)
-        return self._random(1, channels, frames, *size), lows
+            lows.append(self._random(1, channels, t, PATCH * h, PATCH * w) if encoder.config.reads_low else None)
+        return History(self._random(1, channels, frames, *size), lows)
 
-    def _append(self, given: Any, states: list[Any]) -> tuple[list[MemoryTokens], list[Any]]:
-        history, lows = given
+    def _append(self, history: History, states: list[Any]) -> tuple[list[MemoryTokens], list[Any]]:
         made = [
-            encoder.append(history, low, self.dit.patch_embed, state)
-            for encoder, low, state in zip(self.encoders, lows, states, strict=True)
+            encoder.append(history.latents, low, self.dit.patch_embed, state)
+            for encoder, low, state in zip(self.encoders, history.lows, states, strict=True)
         ]
         return [tokens for tokens, _ in made], [state for _, state in made]
 
-    def _encoded(self, frames: int) -> tuple[Any, list[Any]]:
+    def _encoded(self, frames: int) -> tuple[History, list[Any]]:
         """The segment to append, and the encoders' states after the history."""
         states = self._append(self._history(frames), [None] * len(self.encoders))[1]
         return self._history(self.config.segment), states
@@ -168,7 +161,7 @@ class StrategyBench:
     def _step_inputs(self, frames: int) -> dict[str, Any]:
         """Arguments of a denoising step: the noisy segment, the text, and the strategy's context."""
         config, model = self.config, self.config.model
-        channels, size = model.vae.channels, config.latent_size
+        channels, size = model.vae.channels, model.latent_size
         seen = config.context_frames(self.strategy, frames)
         at = torch.arange(frames + config.segment, device=self.device, dtype=torch.float32)[None]
         given = {

@@ -17,7 +17,7 @@ from vidmem_kernels import MemoryBank
 from ..checks import Checked, build, positive, require, show
 from ..errors import MemoryFormatError, UserError
 from ..model.encode import encode_block
-from ..model.encoder import MemoryTokens, memory_grid
+from ..model.encoder import History, MemoryTokens, memory_grid
 from ..model.file import load_model, model_path
 from ..model.lora import with_bases
 from ..model.memory_model import MemoryModel
@@ -118,7 +118,7 @@ class TrainedModel:
             raise MemoryFormatError(f"{file}: {error}") from error
 
     @torch.no_grad()
-    def encode(self, frames: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def encode(self, frames: torch.Tensor) -> History:
         """Make the latents that a history's memory is made of.
 
         The last frame is repeated until it fills a latent frame and a memory token of every encoder.
@@ -127,25 +127,23 @@ class TrainedModel:
             frames: uint8 (T, H, W, 3).
 
         Returns:
-            Scaled latents (1, C, T', H', W') and, for each encoder, those of its low-resolution video,
-            or None where it reads none.
+            History of scaled latents (1, C, T', H', W').
         """
         encoders = self.model.config.encoders
         count = self.vae.video_frames(self.padded_latents(len(frames)))
         frames = torch.cat([frames, frames[-1:].expand(count - len(frames), -1, -1, -1)])
-        history = encode_block(frames, self.vae, None)
-        lows = [encode_block(frames, self.vae, e.rate) if e.branches in ("both", "lr") else None for e in encoders]
-        return history.float()[None], [None if low is None else low.float()[None] for low in lows]
+        lows = [encode_block(frames, self.vae, each.compression) if each.reads_low else None for each in encoders]
+        return History(encode_block(frames, self.vae), lows).map(lambda latents: latents.float()[None])
 
     def padded_latents(self, frames: int) -> int:
         """Latent frames of so many video frames, with those that fill a token of every encoder."""
-        whole = math.lcm(*(each.rate[2] for each in self.model.config.encoders))
+        whole = math.lcm(*(each.compression.time for each in self.model.config.encoders))
         return whole * -(-self.vae.latent_frames(frames) // whole)
 
     @torch.no_grad()
-    def remember(self, history: torch.Tensor, lows: list[torch.Tensor | None]) -> MemoryTokens:
+    def remember(self, history: History) -> MemoryTokens:
         """Encode latents as `encode` gives them; the tokens are rounded to float16, as files hold them."""
-        memory = self.model.remember(history, lows)
+        memory = self.model.remember(history)
         return MemoryTokens(memory.tokens.half().float(), memory.positions)
 
     @torch.no_grad()
@@ -240,7 +238,7 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
             f"the trained model {name!r} takes frames of {own.height}x{own.width}, "
             f"got {frames.shape[1]}x{frames.shape[2]}; leave --size out"
         )
-    tokens, positions = memory.remember(*memory.encode(frames))
+    tokens, positions = memory.remember(memory.encode(frames))
     if tokens.shape[1] == 0:
         raise UserError(f"{len(frames)} frames fill no token of the trained model {name!r}; take more --seconds")
     meta = {"model": name, "model_sha256": memory.digest, "vae_sha256": memory.vae_digest}
@@ -266,8 +264,8 @@ def check(bank: MemoryBank, header: MemoryHeader) -> None:
         raise ValueError(f"rows of {bank.channels} numbers, {model.config.dit.dim} of the model")
     if header.size[1:] != (model.config.height, model.config.width):
         raise ValueError(f"size {header.size}, the model's is {(model.config.height, model.config.width)}")
-    frames, cells = memory.padded_latents(header.size[0]), model.latent_size()
-    rows = sum(math.prod(memory_grid(each.rate, frames, *cells)) for each in model.config.encoders)
+    frames, cells = memory.padded_latents(header.size[0]), model.config.latent_size
+    rows = sum(math.prod(memory_grid(each.compression, frames, *cells)) for each in model.config.encoders)
     if rows != len(bank):
         raise ValueError(f"{len(bank)} rows, {rows} for size {header.size}")
     check_rows(bank, header, (frames, *(n // PATCH for n in cells)))

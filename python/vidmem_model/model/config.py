@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from ..checks import (
     MOST_PIXELS,
     MOST_WIDTH,
     Checked,
     Entries,
+    Former,
     OneOf,
-    PowerOfTwo,
     build,
     not_negative,
     positive,
     require,
+    show,
 )
 from ..errors import UserError
+from ..vae import PATCH
 from ..vae.config import VAEConfig
 
 BRANCHES = ("both", "lr", "hr", "patchifier", "merge", "sparse")
@@ -47,11 +51,57 @@ class TextConfig(Checked):
 
 
 @dataclass(frozen=True)
+class Compression(Checked):
+    """How many patch tokens one token of memory stands for, along each axis.
+
+    Args:
+        time, height, width: patch tokens of the box that becomes one memory token.
+    """
+
+    time: Annotated[int, positive(128)] = 2
+    height: Annotated[int, positive(128)] = 4
+    width: Annotated[int, positive(128)] = 4
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over time, height and width, the order of every grid."""
+        return iter((self.time, self.height, self.width))
+
+    def __str__(self) -> str:
+        """Write it as the paper does, height x width x time: "4x4x2"."""
+        return f"{self.height}x{self.width}x{self.time}"
+
+    @property
+    def rate(self) -> tuple[int, int, int]:
+        """Height, width and time."""
+        return self.height, self.width, self.time
+
+    @property
+    def count(self) -> int:
+        """Patch tokens that one memory token stands for."""
+        return math.prod(self)
+
+    @classmethod
+    def of_rate(cls, rate: Any) -> dict[str, int]:
+        """The fields of what earlier versions wrote as the list `rate`: height, width, time."""
+        try:
+            height, width, time = rate
+            return dataclasses.asdict(cls(time, height, width))
+        except (TypeError, ValueError):
+            raise ValueError(f"must have 3 entries (height, width, time) of 1 to 128, got {show(rate)}") from None
+
+
+def _powers_of_two(rate: Any) -> dict[str, int]:
+    compression = Compression.of_rate(rate)
+    require(all(n & (n - 1) == 0 for n in compression.values()), "must be powers of two of at most 128", rate)
+    return compression
+
+
+@dataclass(frozen=True)
 class EncoderConfig(Checked):
     """A memory encoder.
 
     Args:
-        rate: patch tokens that one memory token covers along height, width and time.
+        compression: patch tokens that one memory token stands for, along time, height and width; powers of two.
         branches: "both", "lr" (only the low-resolution branch), "hr" (without it), "patchifier" (one
             large patch projection), "merge" (token merging) or "sparse" (the strongest tokens).
         channels: of the high-resolution branch's stages; time is reduced first, then space.
@@ -68,7 +118,9 @@ class EncoderConfig(Checked):
         ValueError: a value is out of range.
     """
 
-    rate: Annotated[tuple[int, int, int], PowerOfTwo(128)] = (4, 4, 2)
+    FORMER: ClassVar[dict[str, Former]] = {"rate": Former("compression", _powers_of_two)}
+
+    compression: Compression = Compression()
     branches: Annotated[str, OneOf(*BRANCHES)] = "both"
     channels: Annotated[tuple[int, ...], Entries(1, 32), positive(MOST_WIDTH)] = (64, 128, 256, 512)
     attention: Annotated[str, OneOf(*ATTENTION)] = "window"
@@ -79,10 +131,25 @@ class EncoderConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
+            all(n & (n - 1) == 0 for n in self.compression),
+            "EncoderConfig: compression must be powers of two",
+            tuple(self.compression),
+        )
+        require(
             self.channels[-1] % self.heads == 0,
             f"EncoderConfig: the last of channels must be a multiple of heads ({self.heads})",
             self.channels,
         )
+
+    @property
+    def reads_low(self) -> bool:
+        """Whether it reads the low-resolution video."""
+        return self.branches in ("both", "lr")
+
+
+def _only_patch(patch: Any) -> None:
+    if patch != PATCH:
+        raise ValueError(f"must be {PATCH}: a patch token is {PATCH} x {PATCH} latent cells, got {show(patch)}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +161,6 @@ class DiTConfig(Checked):
         depth: blocks.
         heads: attention heads; a head has dim / heads channels, an even number of at least 6.
         mlp: width of the gated MLP's hidden layer.
-        patch: latent rows and columns a token covers.
         prediction: what the last layer gives: "velocity" (noise - sample) or "sample", from which the
             velocity follows; the loss is on the velocity either way.
         position_features: add features of a token's absolute position to it. A small model trained
@@ -116,11 +182,12 @@ class DiTConfig(Checked):
         ValueError: a value is out of range.
     """
 
+    FORMER: ClassVar[dict[str, Former]] = {"patch": Former(None, _only_patch)}
+
     dim: Annotated[int, positive(MOST_WIDTH)] = 384
     depth: Annotated[int, positive(10_000)] = 4
     heads: Annotated[int, positive(4096)] = 6
     mlp: Annotated[int, positive(4 * MOST_WIDTH)] = 1024
-    patch: Annotated[int, positive(64)] = 2
     prediction: Annotated[str, OneOf("velocity", "sample")] = "velocity"
     position_features: bool = False
     unfold: Annotated[int, not_negative(MOST_WIDTH)] = 0
@@ -176,13 +243,14 @@ class ModelConfig(Checked):
             self.encoders[0].branches,
         )
 
-        # The tokens of these are patch tokens of 2 x 2 cells; latents are padded to whole ones.
-        patch_tokens = any(each.branches not in ("hr", "patchifier") for each in self.encoders)
-        require(
-            self.dit.patch == 2 or (self.dit.patch == 1 and not patch_tokens),
-            "ModelConfig: dit.patch must be 2, or 1 where all encoders have the branches hr or patchifier",
-            self.dit.patch,
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Latent rows and columns of the frames, padded up to whole patches."""
+        rows, columns = (
+            -(-n // (stride * PATCH)) * PATCH
+            for n, stride in zip((self.height, self.width), self.vae.stride[1:], strict=True)
         )
+        return rows, columns
 
     def require_boxes(self) -> None:
         """Refuse frames that fill no box of an encoder, before they are encoded.
@@ -191,11 +259,12 @@ class ModelConfig(Checked):
             UserError: they are too small.
         """
         for i, each in enumerate(self.encoders):
-            cells = [2 * stride for stride in self.vae.stride[1:]]
-            sizes = zip((self.height, self.width), cells, each.rate, strict=False)
-            if any(-(-n // cell) < rate for n, cell, rate in sizes):
+            cells = [PATCH * stride for stride in self.vae.stride[1:]]
+            _, *box = each.compression
+            sizes = zip((self.height, self.width), cells, box, strict=True)
+            if any(-(-n // cell) < least for n, cell, least in sizes):
                 raise UserError(
-                    f"height and width of the model must fill a box of encoders[{i}], {each.rate[0]} x {each.rate[1]} "
+                    f"height and width of the model must fill a box of encoders[{i}], {box[0]} x {box[1]} "
                     f"patch tokens of {cells[0]} x {cells[1]} pixels, got {self.height} and {self.width}"
                 )
 
@@ -225,12 +294,12 @@ def _wan(dim: int, depth: int, heads: int, mlp: int) -> ModelConfig:
     )
 
 
-# The demo's frames are a multiple of 64 pixels each way, so that boxes of rate 4x4 crop nothing.
+# The demo's frames are a multiple of 64 pixels each way, so that boxes of 4x4 crop nothing.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         vae=VAEConfig(channels=8, width=16, depth=1),
         text=TextConfig(dim=16, max_tokens=8, vocabulary=64),
-        encoders=(EncoderConfig(rate=(2, 2, 2), channels=(8, 16), heads=2),),
+        encoders=(EncoderConfig(compression=Compression(2, 2, 2), channels=(8, 16), heads=2),),
         dit=DiTConfig(dim=48, depth=2, heads=2, mlp=64, position_features=True, history_sees_video=False),
         height=32,
         width=64,

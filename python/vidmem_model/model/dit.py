@@ -16,8 +16,8 @@ from torch import nn
 
 from vidmem_kernels import LinearAttentionState, MemoryCrossAttention, cross_attention, linear_attention
 
-from ..vae import patchify, unpatchify
-from .config import DiTConfig
+from ..vae import PATCH, patchify, unpatchify
+from .config import Compression, DiTConfig
 from .encoder import MemoryTokens
 from .flow import over_frames
 from .rope import FEATURES, frame_positions, norm_rotate, position_features, rotary
@@ -86,6 +86,15 @@ class Block(nn.Module):
         linear: linear attention in place of softmax attention.
         last: the block before the head, which has no use for the history's tokens.
     """
+
+    # What reads the prompt learns from few tokens, and orthogonalising it would be a fifth of Muon's time.
+    TRAINED_AS = {
+        "table": "no_decay",
+        "text_q": "adamw",
+        "text_kv": "adamw",
+        "text_scale": "adamw",
+        "text_out": "adamw",
+    }
 
     def __init__(self, config: DiTConfig, linear: bool, last: bool) -> None:
         super().__init__()
@@ -206,20 +215,21 @@ class DiT(nn.Module):
         config: sizes and switches.
         latent_channels: of the VAE.
         text_dim: width of the text tokens.
-        rate: of the memory that is read in place (`config.unfold`): patch tokens that one of its tokens
-            covers along height, width and time.
+        compression: of the memory that is read in place (`config.unfold`); by default 4x4x2.
 
     Raises:
         ValueError: a patch token reads fewer channels in place than it has.
     """
 
+    TRAINED_AS = {"blocks": "muon", "patch_projection": "fitted", "unfold": "fitted", "head_table": "no_decay"}
+
     def __init__(
-        self, config: DiTConfig, latent_channels: int, text_dim: int, rate: tuple[int, int, int] = (4, 4, 2)
+        self, config: DiTConfig, latent_channels: int, text_dim: int, compression: Compression | None = None
     ) -> None:
         super().__init__()
         self.config = config
         self.channels = latent_channels
-        dim, cell = config.dim, latent_channels * config.patch**2
+        dim, cell = config.dim, latent_channels * PATCH**2
         self.patch_projection = nn.Linear(cell, dim)
         self.unfold = self.unfold_projection = None
         if config.unfold:
@@ -227,7 +237,7 @@ class DiT(nn.Module):
                 raise ValueError(
                     f"DiT: unfold must be at least the {cell} numbers of a patch token, got {config.unfold}"
                 )
-            self.unfold = Unfold(dim, config.unfold, rate)
+            self.unfold = Unfold(dim, config.unfold, compression or Compression())
             self.unfold_projection = nn.Linear(config.unfold, dim)
         self.position_projection = nn.Linear(FEATURES, dim) if config.position_features else None
         self.text_projection = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -257,16 +267,16 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter.data.unflatten(0, (self.unfold.places, -1))[:, :cell])
 
     def patch_embed(self, latents: torch.Tensor) -> torch.Tensor:
-        """Project latents (B, C, T, H, W) to tokens (B, T * H/patch * W/patch, D), frame by frame.
+        """Project latents (B, C, T, H, W) to tokens (B, T * H/2 * W/2, D), frame by frame.
 
         Raises:
-            ValueError: the channels are not those of the model, or H or W is not a multiple of the patch.
+            ValueError: the channels are not those of the model, or H or W is not a multiple of 2.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"DiT.patch_embed: latents must be (B, {self.channels}, T, H, W), got {tuple(latents.shape)}"
             )
-        tokens, _ = patchify(latents, self.config.patch)
+        tokens, _ = patchify(latents)
         return self.patch_projection(tokens.to(self.patch_projection.weight.dtype))
 
     def forward(
@@ -281,6 +291,7 @@ class DiT(nn.Module):
         window: torch.Tensor | None = None,
         window_frames: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        memory_cross_attention: bool | None = None,
     ) -> torch.Tensor:
         """Predict the velocity noise - sample.
 
@@ -295,6 +306,8 @@ class DiT(nn.Module):
             window_frames: (B, W) their positions in time.
             cache: filled by the first call, read by later ones, which must have the same history. (They
                 need `window` only for `unfold`, and `memory` for that and `memory_cross_attention`.)
+            memory_cross_attention: whether blocks read the memory by cross-attention too; by default wherever
+                the model has it.
 
         Returns:
             (B, C, K, H, W) of the dtype of x.
@@ -302,11 +315,12 @@ class DiT(nn.Module):
         Raises:
             ValueError: sizes that do not fit.
         """
+        if memory_cross_attention and not self.config.memory_cross_attention:
+            raise ValueError("DiT: memory_cross_attention must be False or None for a model that has none, got True")
         if x.ndim != 5:
             raise ValueError(f"DiT: x must be (B, C, K, H, W), got {tuple(x.shape)}")
         b, k = x.shape[0], x.shape[2]
-        patch = self.config.patch
-        grid = (k, x.shape[3] // patch, x.shape[4] // patch)
+        grid = (k, x.shape[3] // PATCH, x.shape[4] // PATCH)
         _check_shape("frames", frames, (b, k))
         _check_shape("t", t, (b, k) if t.ndim == 2 else (b,))
         _check_shape("text_mask", text_mask, tuple(text.shape[:2]))
@@ -330,11 +344,12 @@ class DiT(nn.Module):
             tokens = tokens + self.unfold_projection(unfolded)
         video = self._stream(*self._place(tokens, places), projected[:-1].unflatten(0, (b, k)))
 
+        crosses = self.config.memory_cross_attention and memory_cross_attention is not False
         filled = cache is not None and bool(cache.blocks)
-        reads = memory if self.config.memory_cross_attention or not filled else None
+        reads = memory if crosses or not filled else None
         reads = self._place(*reads) if reads is not None else None
         history = None if filled else self._history(b, reads, window, window_frames, projected[-1:, None])
-        read = reads[0] if reads is not None and self.config.memory_cross_attention else None
+        read = reads[0] if reads is not None and crosses else None
 
         text = self.text_projection(text.to(dtype))
         bias = torch.zeros(text_mask.shape, device=x.device).masked_fill_(~text_mask, -math.inf)
@@ -351,7 +366,7 @@ class DiT(nn.Module):
         cells = self.head(modulate(video.x, shift, scale)).flatten(1, 2)
         if unfolded is not None and self.config.prediction == "sample":
             cells = cells + unfolded[..., : cells.shape[-1]]
-        predicted = unpatchify(cells.to(torch.float32), grid, patch)
+        predicted = unpatchify(cells.to(torch.float32), grid)
         if self.config.prediction == "sample":
             predicted = (x.to(torch.float32) - predicted) / over_frames(times).clamp(min=LEAST_TIME)
         return predicted.to(x.dtype)
@@ -374,7 +389,7 @@ class DiT(nn.Module):
         if read is None:
             read = self.unfold_projection.weight.new_zeros(*places.shape[:2], self.config.unfold)
         newest, at = window_frames.max(1)
-        clean, _ = patchify(window[torch.arange(len(window), device=at.device), :, at].unsqueeze(2), self.config.patch)
+        clean, _ = patchify(window[torch.arange(len(window), device=at.device), :, at].unsqueeze(2))
         follows = (frames > newest[:, None]).repeat_interleave(clean.shape[1], 1)[..., None]
         first, rest = read.split([clean.shape[2], read.shape[2] - clean.shape[2]], 2)
         return torch.cat([torch.where(follows, clean.repeat(1, shape[2], 1).to(read.dtype), first), rest], 2)
@@ -400,7 +415,7 @@ class DiT(nn.Module):
         """Memory tokens, then the tokens of the clean frames, all at time 0; None if there are none."""
         parts = [memory] if memory is not None and memory[0].shape[1] else []
         if window is not None and window.shape[2]:
-            size = [n // self.config.patch for n in window.shape[3:]]
+            size = [n // PATCH for n in window.shape[3:]]
             parts.append(self._place(self.patch_embed(window), frame_positions(window_frames, *size)))
         if not parts:
             return None

@@ -8,30 +8,30 @@ import torch
 
 from ..model.encoder import low_resolution
 from ..vae import PATCH, VideoCodec, frames_to_float, pad_frames
-from .config import Rate
+from .config import Compression
 
 
 @torch.no_grad()
-def encode_block(frames: torch.Tensor, vae: VideoCodec, rate: Rate | None = None) -> torch.Tensor:
+def encode_block(frames: torch.Tensor, vae: VideoCodec, compression: Compression | None = None) -> torch.Tensor:
     """Encode consecutive frames as one stream, or their low-resolution video.
 
     Args:
         frames: uint8 (T, H, W, 3), as many as whole latent frames cover.
         vae: makes the latents.
-        rate: of the low-resolution branch; None for the frames themselves.
+        compression: of the encoder whose low-resolution video it is; None for the frames themselves.
 
     Returns:
-        float16 (C, T', H', W'), scaled; for a rate T' is what is left of the latent frames of the
+        float16 (C, T', H', W'), scaled; for a compression T' is what is left of the latent frames of the
         frames themselves when those that fill no box are cropped.
     """
-    if rate is None:
+    if compression is None:
         pieces = (frames_to_float(piece) for piece in _pieces(frames, vae))
         return _stream(pieces, vae)
-    boxes = filled_latents(len(frames), vae) // rate[2]
+    boxes = filled_latents(len(frames), vae) // compression.time
     if not boxes:
-        raise ValueError(f"encode_block: frames must fill a box of rate {rate}, got {len(frames)}")
-    # Pieces begin at multiples of rate_t, so that the frames which are kept are those of one call for all.
-    small = [low_resolution(frames_to_float(p), rate)[0] for p in frames.split(8 * rate[2])]
+        raise ValueError(f"encode_block: frames must fill a box of {compression}, got {len(frames)}")
+    # Pieces begin at multiples of its time, so that the frames which are kept are those of one call for all.
+    small = [low_resolution(frames_to_float(p), compression)[0] for p in frames.split(8 * compression.time)]
     low = torch.cat(small, dim=1).transpose(0, 1)
     pieces = (piece.transpose(0, 1)[None] for piece in _pieces(low[: filled_frames(len(low), vae)], vae))
     return _stream(pieces, vae)[:, :boxes]

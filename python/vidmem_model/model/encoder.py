@@ -12,7 +12,7 @@ after another, are those of the whole history.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from vidmem_kernels import match_tokens, merge_tokens, select_tokens
 
 from ..vae import PATCH
 from ..vae.config import VAEConfig
-from .config import EncoderConfig
+from .config import Compression, EncoderConfig
 from .encoder_layers import HighResolution, HighState
 
 PatchEmbed = Callable[[torch.Tensor], torch.Tensor]
@@ -43,6 +43,32 @@ class MemoryTokens(NamedTuple):
     positions: torch.Tensor
 
 
+class History(NamedTuple):
+    """What the memory of a video is made from.
+
+    Attributes:
+        latents: scaled latents (B, C, T, H, W), or None if no encoder reads them.
+        lows: for each encoder the scaled latents (B, C, T', H', W') of its low-resolution video (`low_resolution`),
+            or None for one that reads none.
+    """
+
+    latents: torch.Tensor | None
+    lows: Sequence[torch.Tensor | None]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> History:
+        """Change all latents alike."""
+        latents, *lows = (None if x is None else change(x) for x in (self.latents, *self.lows))
+        return History(latents, lows)
+
+    @classmethod
+    def stack(cls, histories: Sequence[History]) -> History:
+        """Make a batch of histories without one."""
+        latents, lows = zip(*histories, strict=True)
+        return cls(
+            torch.stack(latents), [None if low[0] is None else torch.stack(low) for low in zip(*lows, strict=True)]
+        )
+
+
 class EncoderState(NamedTuple):
     """What an encoder keeps of a stream.
 
@@ -58,21 +84,21 @@ class EncoderState(NamedTuple):
     high: HighState | None
 
 
-def memory_grid(rate: tuple[int, int, int], frames: int, rows: int, columns: int) -> tuple[int, int, int]:
+def memory_grid(compression: Compression, frames: int, rows: int, columns: int) -> tuple[int, int, int]:
     """Count the boxes that latents are cut into: the one crop rule.
 
-    A box is rate_t x 2 rate_h x 2 rate_w latent cells, and each gives a token. Numbers are rounded
+    A box is as many patch tokens as `compression` says, and each gives a memory token. Numbers are rounded
     down: rows at the bottom and columns at the right that fill no box are cropped; frames at the end
     that fill none are not yet encoded.
 
     Args:
-        rate: patch tokens that a box covers along height, width and time.
+        compression: patch tokens of a box.
         frames, rows, columns: of the latents.
 
     Returns:
         (t, h, w) boxes.
     """
-    height, width, time = rate
+    time, height, width = compression
     return frames // time, rows // (PATCH * height), columns // (PATCH * width)
 
 
@@ -86,32 +112,33 @@ def count_tokens(config: EncoderConfig, vae: VAEConfig, frames: int, height: int
         height, width: of its frames, in pixels.
 
     Returns:
-        Tokens; 5,460 for 480 frames of 480 x 832 at the rate 4 x 4 x 2.
+        Tokens; 5,460 for 480 frames of 480 x 832 at the default compression, 4x4x2.
     """
     time, rows, columns = vae.stride
     first = 1 if vae.kind in ("wan", "hunyuan") else time
     latent_frames = 1 + -(-max(frames - first, 0) // time) if frames > 0 else 0
     size = (-(-n // (s * PATCH)) * PATCH for n, s in ((height, rows), (width, columns)))
-    return math.prod(memory_grid(config.rate, latent_frames, *size))
+    return math.prod(memory_grid(config.compression, latent_frames, *size))
 
 
-def low_resolution(frames: torch.Tensor, rate: tuple[int, int, int]) -> torch.Tensor:
-    """Make the video of the LR branch: every rate_t-th frame, averaged over areas of rate_h x rate_w pixels.
+def low_resolution(frames: torch.Tensor, compression: Compression) -> torch.Tensor:
+    """Make the video of the LR branch: smaller by `compression` along time, height and width.
 
-    Rows at the bottom and columns at the right that fill no area are cropped; the encoder crops the
-    latents of what is left to its boxes. A long video may come in pieces of multiples of rate_t frames.
+    Of `time` frames the first is taken, and areas of `height` x `width` pixels are averaged. Rows at the bottom and
+    columns at the right that fill no area are cropped; the encoder crops the latents of what is left to its boxes. A
+    long video may come in pieces of multiples of `compression.time` frames.
 
     Args:
         frames: (B, 3, T, H, W) in [-1, 1].
-        rate: (height, width, time).
+        compression: of the encoder that reads it.
 
     Returns:
-        (B, 3, ceil(T / rate_t), H // rate_h, W // rate_w).
+        (B, 3, ceil(T / time), H // height, W // width).
 
     Raises:
         ValueError: frames are not (B, 3, T, H, W), or smaller than one area.
     """
-    height, width, time = rate
+    time, height, width = compression
     if frames.ndim != 5 or frames.shape[3] < height or frames.shape[4] < width:
         raise ValueError(
             f"low_resolution: frames must be (B, 3, T, H, W) of at least {height} x {width} pixels, "
@@ -125,10 +152,12 @@ class MemoryEncoder(nn.Module):
     """Encodes the latents of a history as memory tokens.
 
     Args:
-        config: rate, branches, channels and attention.
+        config: compression, branches, channels and attention.
         dim: width D of the tokens, that of the diffusion transformer.
         latent_channels: of the VAE.
     """
+
+    TRAINED_AS = {"shortcut": "fitted", "patchifier": "fitted"}
 
     def __init__(self, config: EncoderConfig, dim: int, latent_channels: int) -> None:
         super().__init__()
@@ -148,14 +177,9 @@ class MemoryEncoder(nn.Module):
         elif config.branches == "patchifier":
             self.patchifier = _linear(numbers, dim)
 
-    @property
-    def reads_low(self) -> bool:
-        """Whether the encoder reads the low-resolution video."""
-        return self.config.branches in ("both", "lr")
-
     def grid(self, frames: int, rows: int, columns: int) -> tuple[int, int, int]:
-        """Count the boxes of latents: `memory_grid` at the encoder's rate."""
-        return memory_grid(self.config.rate, frames, rows, columns)
+        """Count the boxes of latents: `memory_grid` at the encoder's compression."""
+        return memory_grid(self.config.compression, frames, rows, columns)
 
     def forward(self, history: torch.Tensor | None, low: torch.Tensor | None, patch_embed: PatchEmbed) -> MemoryTokens:
         """Encode a whole history.
@@ -202,7 +226,7 @@ class MemoryEncoder(nn.Module):
         if state is not None:
             history, low = _join("history", state.history, history), _join("low", state.low, low)
         start, kept = (state.boxes, state.high) if state is not None else (0, None)
-        time = self.config.rate[2]
+        time = self.config.compression.time
         counts = [x.shape[2] // n for x, n in ((history, time), (low, 1)) if x is not None]
         count = min(counts)
         if count == 0:
@@ -226,7 +250,7 @@ class MemoryEncoder(nn.Module):
         kept: HighState | None,
     ) -> tuple[MemoryTokens, HighState | None]:
         """Encode whole boxes, number `start` in time and on."""
-        branches, rate = self.config.branches, self.config.rate
+        branches = self.config.branches
         if low is not None:
             grid = (low.shape[2], low.shape[3] // PATCH, low.shape[4] // PATCH)
         else:
@@ -242,7 +266,7 @@ class MemoryEncoder(nn.Module):
         for layers in (self.shortcut, self.patchifier):
             if layers is not None:
                 parts.append(layers(self.boxes(history).to(next(layers.parameters()).dtype)))
-        positions = _positions(grid, (rate[2], rate[0], rate[1]), start, parts[0].device)
+        positions = _positions(grid, self.config.compression, start, parts[0].device)
         return MemoryTokens(sum(parts[1:], parts[0]), positions), kept
 
     def boxes(self, history: torch.Tensor) -> torch.Tensor:
@@ -256,7 +280,7 @@ class MemoryEncoder(nn.Module):
         grid = (history.shape[2], history.shape[3] // PATCH, history.shape[4] // PATCH)
         tokens = patch_embed(history)
         places = _positions(grid, (1, 1, 1), 0, tokens.device)
-        places[..., 0] += start * self.config.rate[2]
+        places[..., 0] += start * self.config.compression.time
         if self.config.branches == "sparse":
             kept, index = select_tokens(tokens, count)
             return MemoryTokens(kept, places[0][index.long()])
@@ -264,7 +288,7 @@ class MemoryEncoder(nn.Module):
 
     def _box(self) -> tuple[int, int, int]:
         """Latent cells of a box, (time, height, width)."""
-        height, width, time = self.config.rate
+        time, height, width = self.config.compression
         return time, PATCH * height, PATCH * width
 
     def _segment(
@@ -272,7 +296,7 @@ class MemoryEncoder(nn.Module):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Check a segment and crop it to whole boxes; what the encoder does not read becomes None."""
         branches = self.config.branches
-        if not self.reads_low:
+        if not self.config.reads_low:
             low = None
         elif low is None:
             raise ValueError(f"MemoryEncoder: low must be given for branches {branches!r}, got None")
@@ -324,9 +348,7 @@ def _join(name: str, before: torch.Tensor | None, segment: torch.Tensor | None) 
     return torch.cat([before, segment], 2)
 
 
-def _positions(
-    grid: tuple[int, int, int], spans: tuple[int, int, int], start: int, device: torch.device
-) -> torch.Tensor:
+def _positions(grid: tuple[int, int, int], spans: Iterable[int], start: int, device: torch.device) -> torch.Tensor:
     """Midpoints (1, N, 3) of boxes of `spans` patch tokens, the first in time being number `start`."""
     axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
     axes[0] += start

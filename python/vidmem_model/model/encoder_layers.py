@@ -126,13 +126,13 @@ class HighResolution(nn.Module):
     channels, those that reduce time, and the last, of few cells.
 
     Args:
-        config: rate, channels and attention.
+        config: compression, channels and attention.
         latent_channels: of the VAE.
     """
 
     def __init__(self, config: EncoderConfig, latent_channels: int) -> None:
         super().__init__()
-        height, width, time = (int(math.log2(r)) for r in config.rate)
+        time, height, width = (int(math.log2(n)) for n in config.compression)
         patch = int(math.log2(PATCH))
         height, width = height + patch, width + patch
         steps = [((3, 1, 1), (2, 1, 1))] * time

@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import ModelConfig
 from .dit import DiT, KVCache
-from .encoder import MemoryEncoder, MemoryTokens
+from .encoder import History, MemoryEncoder, MemoryTokens
 from .flow import sample
 from .text import TextEncoder
 
@@ -33,7 +33,7 @@ class MemoryModel(nn.Module):
     def __init__(self, config: ModelConfig, text_path: str | Path | None = None) -> None:
         super().__init__()
         self.config = config
-        self.dit = DiT(config.dit, config.vae.channels, config.text.dim, config.encoders[0].rate)
+        self.dit = DiT(config.dit, config.vae.channels, config.text.dim, config.encoders[0].compression)
         self.encoders = nn.ModuleList(
             MemoryEncoder(each, config.dit.dim, config.vae.channels) for each in config.encoders
         )
@@ -41,12 +41,11 @@ class MemoryModel(nn.Module):
         self.extra: dict[str, Any] = {}
         self.vae_weights: Path | None = None
 
-    def remember(self, history: torch.Tensor | None, lows: list[torch.Tensor | None]) -> MemoryTokens:
+    def remember(self, history: History) -> MemoryTokens:
         """Encode a history with every encoder, one after another.
 
         Args:
-            history: (B, C, T, H, W) scaled latents, or None if no encoder reads them.
-            lows: for each encoder the scaled latents of the low-resolution video, or None.
+            history: its latents, and for each encoder those of its low-resolution video.
 
         Returns:
             MemoryTokens of all encoders: tokens (B, M, D), positions (B or 1, M, 3).
@@ -54,9 +53,11 @@ class MemoryModel(nn.Module):
         Raises:
             ValueError: there are not as many lows as encoders.
         """
-        if len(lows) != len(self.encoders):
-            raise ValueError(f"remember: lows must be as many as encoders ({len(self.encoders)}), got {len(lows)}")
-        made = [encoder(history, low, self.dit.patch_embed) for encoder, low in zip(self.encoders, lows, strict=True)]
+        if len(history.lows) != len(self.encoders):
+            count, got = len(self.encoders), len(history.lows)
+            raise ValueError(f"remember: history.lows must be as many as encoders ({count}), got {got}")
+        pairs = zip(self.encoders, history.lows, strict=True)
+        made = [encoder(history.latents, low, self.dit.patch_embed) for encoder, low in pairs]
         batch = max(len(part.positions) for part in made)
         positions = [part.positions.expand(batch, -1, -1) for part in made]
         return MemoryTokens(torch.cat([part.tokens for part in made], 1), torch.cat(positions, 1))
@@ -111,7 +112,7 @@ class MemoryModel(nn.Module):
         Raises:
             ValueError: sizes that do not fit.
         """
-        height, width = size or self.latent_size()
+        height, width = size or self.config.latent_size
         b, k = frames.shape
         device = self.dit.head_table.device
         noise = torch.randn(
@@ -129,12 +130,3 @@ class MemoryModel(nn.Module):
             "cache": cache,
         }
         return sample(lambda x, t: self.dit(x, t, *text, **given), noise, steps, shift or self.config.shift)
-
-    def latent_size(self) -> tuple[int, int]:
-        """Latent rows and columns of the configuration's frames, padded up to whole patches."""
-        patch = self.config.dit.patch
-        cells = [s * patch for s in self.config.vae.stride[1:]]
-        rows, columns = (
-            -(-n // c) * patch for n, c in zip((self.config.height, self.config.width), cells, strict=True)
-        )
-        return rows, columns

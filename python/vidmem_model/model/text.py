@@ -26,6 +26,8 @@ class TextEncoder(nn.Module):
         UserError: the folder cannot be used.
     """
 
+    TRAINED_AS = {"places": "no_decay"}
+
     def __init__(self, config: TextConfig, path: str | Path | None = None) -> None:
         super().__init__()
         self.config = config

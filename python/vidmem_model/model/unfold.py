@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
 from vidmem_kernels import gather_tokens
 
+from .config import Compression
 from .encoder import MemoryTokens
 
 # Positions are multiples of a half; more than any of them, less than what int64 holds three of.
@@ -18,20 +17,19 @@ _RADIX = 1 << 20
 class Unfold(nn.Module):
     """Gives every patch token a linear map, that of its place, of the memory token whose box it is in.
 
-    This is a transposed convolution with the memory's rate as kernel and stride. Boxes are found by the
-    positions of the tokens, which stand at their midpoints; those of other rates are never the same.
+    This is a transposed convolution with a memory token's box as kernel and stride. Boxes are found by the
+    positions of the tokens, which stand at their midpoints; those of other sizes are never the same.
     Frames that follow the memory read its last frame: a video goes on where it was.
 
     Args:
         dim: width of the memory tokens.
         channels: of what a patch token reads.
-        rate: patch tokens a box covers along height, width and time.
+        compression: of the memory: patch tokens of a box.
     """
 
-    def __init__(self, dim: int, channels: int, rate: tuple[int, int, int]) -> None:
+    def __init__(self, dim: int, channels: int, compression: Compression) -> None:
         super().__init__()
-        height, width, time = rate
-        self.span, self.places, self.channels = (time, height, width), math.prod(rate), channels
+        self.span, self.places, self.channels = tuple(compression), compression.count, channels
         self.projection = nn.Linear(dim, self.places * channels)
 
     def forward(self, memory: MemoryTokens, places: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..model.config import ModelConfig, Rate
+from ..model.config import Compression, ModelConfig
 from ..model.encode import filled_frames, filled_latents
+from ..model.encoder import History
 from ..vae import VideoCodec
 from ..video.clip import ClipSpec
 from ..video.films import DataConfig
@@ -31,7 +32,7 @@ class Block:
         mirrored: whether these are the mirror images of the frames.
         zoom: how much the frames are enlarged.
         latents: float16 (C, T, H, W), scaled.
-        lows: rate -> float16 (C, T / rate_t, ...), scaled latents of the low-resolution video.
+        lows: for each compression float16 (C, T / time, ...), scaled latents of the low-resolution video.
     """
 
     film: Path
@@ -42,26 +43,24 @@ class Block:
     mirrored: bool
     zoom: float
     latents: torch.Tensor
-    lows: dict[Rate, torch.Tensor]
+    lows: dict[Compression, torch.Tensor]
 
-    def read(
-        self, start: int, length: int, rates: Iterable[Rate | None]
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Return a history in float32.
+    def read(self, start: int, length: int, compressions: Iterable[Compression | None]) -> History:
+        """Return a history, without a batch, in float32.
 
         Args:
-            start: its first latent frame, a multiple of every rate's time.
+            start: its first latent frame, a multiple of every compression's time.
             length: its latent frames.
-            rates: of low-resolution latents, or None for none.
+            compressions: of low-resolution latents, or None for none.
 
         Returns:
-            Latents (C, length, H, W), and for each rate the low-resolution latents or None.
+            History of latents (C, length, H, W), with low-resolution ones for each compression.
         """
         lows = [
-            None if rate is None else self.lows[rate][:, start // rate[2] :][:, : length // rate[2]].float()
-            for rate in rates
+            None if each is None else self.lows[each][:, start // each.time :][:, : length // each.time].float()
+            for each in compressions
         ]
-        return self.latents[:, start : start + length].float(), lows
+        return History(self.latents[:, start : start + length].float(), lows)
 
 
 def enlarged(row: dict[str, Any], model: ModelConfig) -> torch.Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 
-from ..checks import Checked, FileName, not_negative, positive, require, within
+from ..checks import Checked, FileName, Former, not_negative, positive, require, within
 from ..model.config import EncoderConfig
+from ..model.encoder import History
 from ..model.file import files_of, load_model
 from ..model.flow import logit_normal, shift_timesteps
 from ..model.lora import LORA_FILE, MOST_RANK, add_lora, merge_lora, save_lora
@@ -27,7 +28,7 @@ from .config import TrainConfig
 from .distributed import processes, rank
 from .latents import Latents, Spans
 from .loop import Batch, fit
-from .retrieval import TIME, alignment, low_rate, require_batch
+from .retrieval import TIME, alignment, low_compressions, require_batch
 from .run import finish, prepare_latents, run_extra, run_folder, run_settings
 
 
@@ -42,7 +43,7 @@ class ContinuationConfig(Checked):
         window_probability: share of the steps with a window.
         empty_probability: share of the steps without any history, as for a video's first segment.
         drop_prompt: how often a sample has no prompt.
-        most_change: mean square of the change from one latent frame to the next (their variance is about 1)
+        max_change: mean square of the change from one latent frame to the next (their variance is about 1)
             that is no cut: targets with a cut in or before them, which nobody can foresee, are not taken.
             None takes all.
 
@@ -50,13 +51,15 @@ class ContinuationConfig(Checked):
         ValueError: a value is out of range.
     """
 
+    FORMER: ClassVar[dict[str, Former]] = {"most_change": Former("max_change")}
+
     history: Annotated[int, positive(1_000_000)] = 24
     targets: Annotated[int, positive(1_000_000)] = 6
     window: Annotated[int, positive(1_000_000)] = 3
     window_probability: Annotated[float, within(0, 1)] = 0.5
     empty_probability: Annotated[float, within(0, 1)] = 0.1
     drop_prompt: Annotated[float, within(0, 1)] = 0.1
-    most_change: Annotated[float | None, positive(1e9)] = None
+    max_change: Annotated[float | None, positive(1e9)] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,17 +119,16 @@ class Continuations:
         shift: float = 1.0,
     ) -> None:
         self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
-        self.rates = [low_rate(encoder) for encoder in encoders]
+        self.compressions = low_compressions(encoders)
         self.spans = Spans(latents, config.history + config.targets, alignment(encoders), self._goes_on)
 
     def __call__(self, step: int, samples: Sequence[int]) -> Batch:
         """Return the batch of these samples of a step."""
         config = self.config
         drawn = [self._sample(seeded(self.seed, step, number)) for number in samples]
-        history, lows, target, noise, t, prompts = zip(*drawn, strict=True)
+        history, target, noise, t, prompts = zip(*drawn, strict=True)
         batch = Batch(
-            history=torch.stack(history),
-            lows=[torch.stack(low) if low[0] is not None else None for low in zip(*lows, strict=True)],
+            history=History.stack(history),
             target=torch.stack(target),
             noise=torch.stack(noise),
             t=torch.stack(t),
@@ -138,37 +140,36 @@ class Continuations:
         windowed = torch.rand((), generator=generator) < config.window_probability
         if torch.rand((), generator=generator) < config.empty_probability:
             return batch._replace(
-                history=batch.history[:, :, :0],
-                lows=[None if low is None else low[:, :, :0] for low in batch.lows],
+                history=batch.history.map(lambda latents: latents[:, :, :0]),
                 frames=batch.frames - config.history,
             )
         if not windowed:
             return batch
         first = config.history - config.window
         return batch._replace(
-            window=batch.history[:, :, first:],
+            window=batch.history.latents[:, :, first:],
             window_frames=torch.arange(first, config.history).float().expand(len(drawn), -1),
         )
 
     def _goes_on(self, block: Block, start: int) -> bool:
         """Whether the targets of a stretch belong to the shot that its history ends with."""
         config = self.config
-        if config.most_change is None:
+        if config.max_change is None:
             return True
         last = start + config.history - 1
         frames = block.latents[:, last : last + config.targets + 1].float()
-        return bool(frames.diff(dim=1).square().mean((0, 2, 3)).max() <= config.most_change)
+        return bool(frames.diff(dim=1).square().mean((0, 2, 3)).max() <= config.max_change)
 
     def _sample(self, generator: torch.Generator) -> tuple:
         config = self.config
         block, start = self.spans.draw(generator)
         end = start + config.history
-        history, lows = block.read(start, config.history, self.rates)
+        history = block.read(start, config.history, self.compressions)
         target = block.latents[:, end : end + config.targets].float()
         noise = torch.randn(target.shape, generator=generator)
         t = shift_timesteps(logit_normal((), *TIME, generator), self.shift)
         dropped = torch.rand((), generator=generator) < config.drop_prompt
-        return history, lows, target, noise, t, "" if dropped else self.latents.prompt(block, end)
+        return history, target, noise, t, "" if dropped else self.latents.prompt(block, end)
 
 
 def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
@@ -193,8 +194,8 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
         weights = Path(config.vae) if config.vae else start.vae_weights
         vae = load_vae(start.config.vae, weights)
         encoders = start.config.encoders
-        rates = [rate for rate in map(low_rate, encoders) if rate]
-        latents = prepare_latents(config.data, start.config, vae, rates)
+        compressions = [each for each in low_compressions(encoders) if each]
+        latents = prepare_latents(config.data, start.config, vae, compressions)
         require_batch(latents, config.optimisation.batch, config.sampling.history + config.sampling.targets)
         seed, shift = config.optimisation.seed, start.config.shift
         batches = Continuations(latents.split("train"), encoders, config.sampling, seed, shift)

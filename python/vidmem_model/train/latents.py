@@ -36,7 +36,7 @@ from ..video.films import Caption, DataConfig, film_paths, read_captions
 from ..weights import WeightsFile, save_file
 from .blocks import Block, cut_films, enlarged
 
-Rate = tuple[int, int, int]
+Compression = tuple[int, int, int]
 _INDEX = "index.json"
 _FORMAT = 3
 
@@ -69,7 +69,7 @@ def prepare(
     config: DataConfig,
     model: ModelConfig,
     vae: VideoCodec,
-    rates: Iterable[Rate] = (),
+    compressions: Iterable[Compression] = (),
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Latents:
     """Decode films, cut them into blocks and encode each block, or read what an earlier call encoded.
@@ -81,7 +81,7 @@ def prepare(
         config: which films and how they are cut.
         model: height, width and rate of the frames.
         vae: makes the latents.
-        rates: of the low-resolution branches whose latents are wanted too.
+        compressions: of the encoders whose low-resolution latents are wanted too.
         progress: called with (what is done, video frames done, None).
 
     Returns:
@@ -92,22 +92,22 @@ def prepare(
     """
     from .. import video as data
 
-    rates = sorted(set(rates))
+    compressions = list(dict.fromkeys(compressions))
     captions = read_captions(Path(config.captions)) if config.captions else ()
     films = film_paths(config)
     root = Path(config.cache) if config.cache else data.cache_dir() / "latents"
     folder = root / _fingerprint(config, films, model, vae)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = _read_index(folder, rates)
+        rows = _read_index(folder, compressions)
         if rows is None:
             with locked(folder / ".lock", folder, waiting=True):
-                rows = _read_index(folder, rates)  # another process may have encoded meanwhile
+                rows = _read_index(folder, compressions)  # another process may have encoded meanwhile
                 if rows is None:
-                    rows = list(_encode_films(folder, config, films, model, vae, rates, progress))
+                    rows = list(_encode_films(folder, config, films, model, vae, compressions, progress))
                     with written(folder / _INDEX) as part:
                         part.write_text(json.dumps(rows, indent=1))
-        blocks = tuple(_load(folder, row, rates, model, vae) for row in rows)
+        blocks = tuple(_load(folder, row, compressions, model, vae) for row in rows)
     except OSError as error:
         why = reason(error, folder)
         raise UserError(f"{folder}: the latents cannot be kept there ({why}); make room or set data.cache") from error
@@ -115,7 +115,7 @@ def prepare(
 
 
 def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec) -> str:
-    """Hash of all that the latents depend on; adding a rate or captions changes none of them."""
+    """Hash of all that the latents depend on; adding a compression or captions changes none of them."""
     settings: dict[str, Any] = {
         "format": _FORMAT,
         "films": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] if f.is_file() else str(f) for f in films],
@@ -149,18 +149,18 @@ class _Row(Checked):
         require(Path(self.name).name == self.name, "_Row: name must be that of a file", self.name)
 
 
-def _read_index(folder: Path, rates: list[Rate]) -> list[dict[str, Any]] | None:
+def _read_index(folder: Path, compressions: list[Compression]) -> list[dict[str, Any]] | None:
     """Rows of all blocks, or None where not all of them are encoded or the index cannot be used."""
     try:
         rows = parse_json((folder / _INDEX).read_text(), "the index")
         rows = [dataclasses.asdict(build(_Row, row)) for row in rows]
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return rows if all(_file(folder, row, rate).exists() for row in rows for rate in (None, *rates)) else None
+    return rows if all(_file(folder, row, each).exists() for row in rows for each in (None, *compressions)) else None
 
 
-def _file(folder: Path, row: dict[str, Any], rate: Rate | None) -> Path:
-    low = "" if rate is None else ".low-" + "x".join(map(str, rate))
+def _file(folder: Path, row: dict[str, Any], compression: Compression | None) -> Path:
+    low = "" if compression is None else f".low-{compression}"
     return folder / f"{row['name']}{low}.safetensors"
 
 
@@ -170,7 +170,7 @@ def _encode_films(
     films: list[Path],
     model: ModelConfig,
     vae: VideoCodec,
-    rates: list[Rate],
+    compressions: list[Compression],
     progress: Callable[[str, int, int | None], None] | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the index's row of every block, encoding those of which a file is missing."""
@@ -181,37 +181,41 @@ def _encode_films(
             views += [({**row, "name": f"{row['name']}-x{z:g}", "zoom": z}, None) for z in config.zooms]
         for view, taken in views:
             taken = enlarged(view, model) if taken is None else taken
-            _encode_row(folder, view, taken, vae, rates)
+            _encode_row(folder, view, taken, vae, compressions)
             yield view
             if config.mirror and row["split"] == "train":
                 view = {**view, "name": view["name"] + "-mirrored", "mirrored": True}
-                _encode_row(folder, view, taken.flip(2), vae, rates)
+                _encode_row(folder, view, taken.flip(2), vae, compressions)
                 yield view
         done += len(frames)
         if progress:
             progress("encoding", done, None)
 
 
-def _encode_row(folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, rates: list[Rate]) -> None:
+def _encode_row(
+    folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, compressions: list[Compression]
+) -> None:
     """Encode a block to those of its files that are missing."""
-    for rate in (None, *rates):
-        file = _file(folder, row, rate)
+    for each in (None, *compressions):
+        file = _file(folder, row, each)
         if not file.exists():
             latent = filled_latents(len(frames), vae)
-            if rate is not None and latent < rate[2]:
+            if each is not None and latent < each.time:
                 raise UserError(
-                    f"{shorten(row['film'])}: a block of {latent} latent frames fills no box of {rate[2]}, the rate of "
-                    "an encoder; give more data.shortest or data.block_seconds"
+                    f"{shorten(row['film'])}: a block of {latent} latent frames fills no box of {each.time} of an "
+                    "encoder; give more data.shortest or data.block_seconds"
                 )
-            latents = encode_block(frames, vae, rate)
+            latents = encode_block(frames, vae, each)
             with written(file) as part:
                 save_file({"latents": latents}, part, metadata={"block": json.dumps(row)})
 
 
-def _load(folder: Path, row: dict[str, Any], rates: list[Rate], model: ModelConfig, vae: VideoCodec) -> Block:
-    def read(rate: Rate | None) -> torch.Tensor:
-        file = _file(folder, row, rate)
-        height, width, time = rate or (1, 1, 1)
+def _load(
+    folder: Path, row: dict[str, Any], compressions: list[Compression], model: ModelConfig, vae: VideoCodec
+) -> Block:
+    def read(compression: Compression | None) -> torch.Tensor:
+        file = _file(folder, row, compression)
+        time, height, width = compression or (1, 1, 1)
         cells = [s * PATCH for s in vae.stride[1:]]
         sizes = (model.height // height, model.width // width)
         space = [-(-n // cell) * PATCH for n, cell in zip(sizes, cells, strict=True)]
@@ -235,7 +239,7 @@ def _load(folder: Path, row: dict[str, Any], rates: list[Rate], model: ModelConf
         mirrored=row["mirrored"],
         zoom=row["zoom"],
         latents=read(None),
-        lows={rate: read(rate) for rate in rates},
+        lows={each: read(each) for each in compressions},
     )
 
 
@@ -245,7 +249,7 @@ class Spans:
     Args:
         latents: blocks to take them from.
         length: latent frames of a stretch.
-        align: stretches begin at multiples of this, so that boxes of every rate are whole.
+        align: stretches begin at multiples of this, so that boxes of every encoder are whole.
         fits: whether a block's stretch from a latent frame on may be taken; all by default.
 
     Raises:

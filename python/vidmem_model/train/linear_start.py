@@ -7,25 +7,17 @@ is no need to descend to it: the demo model then has after 50 steps the loss of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from ..model.encoder import MemoryEncoder
+from ..model.encoder import History, MemoryEncoder
 from ..model.memory_model import MemoryModel
 from ..vae import patchify
 
-History = tuple[torch.Tensor, Sequence[torch.Tensor | None]]
 # Ridge of the regression, as a share of the mean square of the tokens.
 _RIDGE = 1e-4
-# Layers that are set, and the first projection, on which the reading of low-resolution tokens depends.
-_FITTED = ("shortcut.", "patchifier.", "unfold.", "patch_projection.")
-
-
-def is_fitted(name: str) -> bool:
-    """Whether the parameter of this name is one that the start sets, or that they were fitted to."""
-    return any(layer in name for layer in _FITTED)
 
 
 @torch.no_grad()
@@ -39,8 +31,7 @@ def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]
 
     Args:
         model: a fresh one.
-        histories: makes an iterator over scaled latents (B, C, T, H, W) of whole boxes, each with the
-            low-resolution latents for every encoder or None; the same in every call.
+        histories: makes an iterator over histories of whole boxes; the same in every call.
 
     Raises:
         ValueError: there are no histories.
@@ -48,25 +39,25 @@ def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]
     for number, encoder in enumerate(model.encoders):
         if encoder.shortcut is not None:
             pairs = ((history, lows[number]) for history, lows in histories())
-            taken = model.dit.patch_projection.weight if encoder.reads_low else None
-            _set_components(encoder, encoder.shortcut[0], pairs, model.config.dit.patch)
+            taken = model.dit.patch_projection.weight if encoder.config.reads_low else None
+            _set_components(encoder, encoder.shortcut[0], pairs)
             _set_directions(encoder.shortcut[1], taken)
             nn.init.zeros_(encoder.projection.weight)
         elif encoder.patchifier is not None:
             pairs = ((history, None) for history, _ in histories())
-            _set_components(encoder, encoder.patchifier, pairs, model.config.dit.patch)
+            _set_components(encoder, encoder.patchifier, pairs)
     if model.dit.unfold is not None:
         _set_reading(model, histories())
 
 
 def _set_components(
-    encoder: MemoryEncoder, layer: nn.Linear, pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]], patch: int
+    encoder: MemoryEncoder, layer: nn.Linear, pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
 ) -> None:
     """Make `layer` give the components of boxes: of all that is in them, or of what low-resolution patches leave."""
 
     def rows(history: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
         boxes = encoder.boxes(history).flatten(0, 1)
-        return boxes if low is None else torch.cat([boxes, patchify(low, patch)[0].flatten(0, 1)], 1)
+        return boxes if low is None else torch.cat([boxes, patchify(low)[0].flatten(0, 1)], 1)
 
     given = (rows(*pair) for pair in pairs)
     gram, _ = _sums((x, x[:, :0]) for x in given)
@@ -104,7 +95,7 @@ def _set_reading(model: MemoryModel, histories: Iterable[History]) -> None:
     time, height, width = unfold.span
 
     def cells_of_boxes(history: torch.Tensor) -> torch.Tensor:
-        cells, (frames, rows, columns) = patchify(history, model.config.dit.patch)
+        cells, (frames, rows, columns) = patchify(history)
         cells = cells.view(len(cells), frames // time, time, rows // height, height, columns // width, width, -1)
         return cells.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(0, 3)
 

@@ -19,6 +19,7 @@ from torch import nn
 from ..checks import show
 from ..errors import UserError
 from ..files import cannot_write
+from ..model.encoder import History
 from ..model.flow import interpolate, velocity_loss
 from ..model.memory_model import MemoryModel
 from ..progress import progress
@@ -28,9 +29,8 @@ from . import checkpoint
 from .config import TrainConfig
 from .curve import Curve, read_curve
 from .distributed import Interrupted, agree, full, local, rank, shard, signals
-from .linear_start import is_fitted
-from .muon import Muon
-from .run import CURVE, PLOT, flat
+from .optimizers import optimizers
+from .run import CURVE, PLOT, as_now, flat
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,6 @@ class Batch(NamedTuple):
 
     Attributes:
         history: what the memory encoders see.
-        lows: for each encoder its low-resolution latents, or None.
         target: frames to be made.
         noise: of the size of `target`.
         t: (B,) times in (0, 1).
@@ -47,8 +46,7 @@ class Batch(NamedTuple):
         window, window_frames: clean frames beside the memory and their positions, or None.
     """
 
-    history: torch.Tensor
-    lows: list[torch.Tensor | None]
+    history: History
     target: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
@@ -61,11 +59,10 @@ class Batch(NamedTuple):
         """Return the batch on a device."""
 
         def move(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=True)
-            return [move(v) for v in value] if isinstance(value, list) else value
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        return Batch(*map(move, self))
+        history, *others = self
+        return Batch(history.map(move), *map(move, others))
 
 
 class FlowMatching(nn.Module):
@@ -85,7 +82,7 @@ class FlowMatching(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Mean squared error of the predicted velocity, a float32 scalar."""
-        memory = self.model.remember(batch.history, batch.lows)
+        memory = self.model.remember(batch.history)
         noisy = interpolate(batch.target, batch.noise, batch.t)
         given = {"frames": batch.frames, "window": batch.window, "window_frames": batch.window_frames}
         velocity = self.model.predict(noisy, batch.t, batch.prompts, memory=memory, **given)
@@ -94,11 +91,11 @@ class FlowMatching(nn.Module):
 
 def schedule(config: TrainConfig, step: int) -> float:
     """Learning rate of step number `step`, from 0, as a share of its peak."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -139,10 +136,10 @@ def fit(
     objective = shard((objective_of or FlowMatching)(build()).to(device).train(), device)
     trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
     dtype = _dtype(config, device)
-    optimizers = _optimizers(trained, config, dtype)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    used = optimizers(objective.model, config, dtype)
+    groups = [group for optimizer in used for group in optimizer.param_groups]
     ema = {name: p.detach().clone() for name, p in trained.items()}
-    state = checkpoint.training_state(trained, ema, optimizers)
+    state = checkpoint.training_state(trained, ema, used)
     done = _resume(folder, state, settings, restart)
 
     averages, weights = [local(ema[name]) for name in trained], [local(p) for p in trained.values()]
@@ -161,8 +158,8 @@ def fit(
             with amp:
                 loss = objective(batch)
             loss.backward()
-            norm = full(nn.utils.clip_grad_norm_(trained.values(), config.clip_norm))
-            for optimizer in optimizers:
+            norm = full(nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm))
+            for optimizer in used:
                 optimizer.step()
                 optimizer.zero_grad()
             decay = min(config.ema_decay, (step + 1) / (step + 10))
@@ -200,37 +197,6 @@ def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _optimizers(
-    trained: dict[str, nn.Parameter], config: TrainConfig, dtype: torch.dtype
-) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon if it has a learning rate; a group's "peak" is that of its learning rate."""
-    if not trained:
-        raise ValueError("fit: the model must have weights that require a gradient, got none")
-    matrices = {n: p for n, p in trained.items() if config.muon_lr and ".blocks." in n and p.ndim == 2}
-    # What reads the prompt learns from few tokens, and orthogonalising it would be a fifth of Muon's time.
-    matrices = {n: p for n, p in matrices.items() if "table" not in n and ".text_" not in n}
-    # Vectors are norms and biases; tables (adaLN, places) are sums of them.
-    decays = {name: p.ndim >= 2 and "table" not in name and "places" not in name for name, p in trained.items()}
-    rest = {n: p for n, p in trained.items() if n not in matrices}
-    shares = {name: config.fitted_lr if is_fitted(name) else 1.0 for name in rest}
-    groups = [
-        {
-            "params": [p for n, p in rest.items() if (shares[n], decays[n]) == (share, decay)],
-            "weight_decay": config.weight_decay if decay else 0.0,
-            "lr": config.lr * share,
-        }
-        for share in sorted(set(shares.values()), reverse=True)
-        for decay in (True, False)
-    ]
-    made = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), fused=True)]
-    if matrices:
-        made.append(Muon(matrices.values(), config.muon_lr, config.weight_decay, dtype=dtype))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return made
-
-
 def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, Any], restart: bool) -> int:
     """Load the last checkpoint into `state`, if there is one; the step to go on from."""
     checkpoints = folder / "checkpoints"
@@ -248,7 +214,9 @@ def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, An
     if last is None:
         return 0
     defaults = getattr(settings, "defaults", {})
-    before, now = ({**defaults, **dict(flat(each))} for each in (checkpoint.settings_of(last), settings))
+    before, now = (
+        {**defaults, **each} for each in (as_now(checkpoint.settings_of(last), settings), dict(flat(settings)))
+    )
     for key in sorted(before.keys() | now.keys()):
         old, new = (each.get(key, "not set") for each in (before, now))
         if old != new:

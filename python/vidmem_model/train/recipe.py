@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import yaml_file
-from ..checks import FieldError, build, show
+from ..checks import FieldError, build, renewed, show
 from ..errors import UserError
-from ..model.config import PRESETS
+from ..model.config import PRESETS, ModelConfig
 from .continuation import FinetuneConfig
 from .retrieval import PretrainConfig
 from .vae import PretrainVAEConfig
@@ -104,7 +104,10 @@ class _Recipe:
         preset = given.pop("preset")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise self.error("model.preset", f"model.preset must be one of {sorted(PRESETS)}, got {show(preset)}")
-        return _merge(PRESETS[preset].to_dict(), given)
+        try:
+            return _merge(PRESETS[preset].to_dict(), renewed(ModelConfig, given, "model"))
+        except FieldError as error:
+            raise self.error(error.place, str(error)) from error
 
 
 def _is_file(path: Path) -> bool:

@@ -16,14 +16,15 @@ import torch
 import torch.distributed as dist
 
 from ..checks import Checked, FileName, not_negative, positive, require, within
-from ..model.config import EncoderConfig, ModelConfig
+from ..model.config import Compression, EncoderConfig, ModelConfig
+from ..model.encoder import History
 from ..model.flow import logit_normal, shift_timesteps
 from ..model.memory_model import MemoryModel
 from ..model.text import require_encoder
 from ..skeleton import require_room, require_trainable
 from ..vae import load_vae
 from ..video.films import DataConfig
-from .blocks import Block, Rate, seeded
+from .blocks import Block, seeded
 from .config import TrainConfig
 from .distributed import processes
 from .latents import Latents, Spans
@@ -36,7 +37,6 @@ MASK_LEVEL = (0.2, 1.0)
 TIME = (0.0, 1.0)
 # Of the latents of a sample: history, noise, and what the layers make of them at the least.
 _COPIES = 4
-LOW_BRANCHES = ("both", "lr")
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ class PretrainConfig(Checked):
     linear_start: Annotated[int, not_negative(1_000_000)] = 0
 
 
-def low_rate(encoder: EncoderConfig) -> Rate | None:
-    """Rate of the low-resolution latents that an encoder reads, or None."""
-    return encoder.rate if encoder.branches in LOW_BRANCHES else None
+def low_compressions(encoders: Sequence[EncoderConfig]) -> list[Compression | None]:
+    """Compression of the low-resolution latents that each encoder reads, or None."""
+    return [each.compression if each.reads_low else None for each in encoders]
 
 
 def alignment(encoders: Sequence[EncoderConfig]) -> int:
     """Latent frames that whole boxes of all encoders cover."""
-    return max(encoder.rate[2] for encoder in encoders)
+    return max(each.compression.time for each in encoders)
 
 
 class FrameQueries:
@@ -131,18 +131,18 @@ class FrameQueries:
         shift: float = 1.0,
     ) -> None:
         self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
-        self.rates = [low_rate(encoder) for encoder in encoders]
+        self.compressions = low_compressions(encoders)
         self.spans = Spans(latents, config.history, alignment(encoders))
         # Latent cells that a low-resolution cell covers; the same for encoders that read none.
-        self.cell = [max(encoder.rate[axis] for encoder in encoders) for axis in (0, 1)]
+        boxes = [each.compression for each in encoders]
+        self.cell = [max(box.height for box in boxes), max(box.width for box in boxes)]
 
     def __call__(self, step: int, samples: Sequence[int]) -> Batch:
         """Return the batch of these samples of a step."""
         drawn = [self._sample(seeded(self.seed, step, number)) for number in samples]
-        history, lows, target, noise, t, frames, prompts = zip(*drawn, strict=True)
+        history, target, noise, t, frames, prompts = zip(*drawn, strict=True)
         return Batch(
-            history=torch.stack(history),
-            lows=[torch.stack(low) if low[0] is not None else None for low in zip(*lows, strict=True)],
+            history=History.stack(history),
             target=torch.stack(target),
             noise=torch.stack(noise),
             t=torch.stack(t),
@@ -150,70 +150,74 @@ class FrameQueries:
             prompts=list(prompts),
         )
 
-    def clean(self, count: int) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
-        """Draw histories (1, C, T, H, W) without noise, each with its low-resolution latents for every encoder."""
+    def clean(self, count: int) -> Iterator[History]:
+        """Draw histories (1, C, T, H, W) without noise."""
         for number in range(count):
-            *_, history, lows = self._draw(seeded(self.seed, "clean", number))
-            yield history[None], [None if low is None else low[None] for low in lows]
+            *_, history = self._draw(seeded(self.seed, "clean", number))
+            yield history.map(lambda latents: latents[None])
 
     def _sample(self, generator: torch.Generator) -> tuple:
         config = self.config
-        block, start, history, lows = self._draw(generator)
+        block, start, history = self._draw(generator)
         if torch.rand((), generator=generator) < config.mix_probability:
             angle = 2 * math.pi * torch.rand((), generator=generator)
-            *_, other, other_lows = self._draw(generator)
-            history = angle.cos() * history + angle.sin() * other
-            lows = [
-                None if low is None else angle.cos() * low + angle.sin() * other_low
-                for low, other_low in zip(lows, other_lows, strict=True)
-            ]
+            *_, other = self._draw(generator)
+            history = _mixed(history, other, angle)
         omega = torch.randperm(config.history, generator=generator)[: config.queries].sort().values
-        target = history[:, omega]
+        target = history.latents[:, omega]
         levels = torch.zeros(config.history)
         if torch.rand((), generator=generator) < config.mask_probability:
             levels = logit_normal((config.history,), *MASK_LEVEL, generator)
             levels[omega] = 0.0
         lows = [
-            None if rate is None else mask(low, low_levels(levels, omega, rate[2]), generator)
-            for rate, low in zip(self.rates, lows, strict=True)
+            None if each is None else mask(low, low_levels(levels, omega, each.time), generator)
+            for each, low in zip(self.compressions, history.lows, strict=True)
         ]
         noise = torch.randn(target.shape, generator=generator)
         t = shift_timesteps(logit_normal((), *TIME, generator), self.shift)
         dropped = torch.rand((), generator=generator) < config.drop_prompt
         prompt = "" if dropped else self.latents.prompt(block, start + int(omega[0]))
-        return mask(history, levels, generator), lows, target, noise, t, omega.float(), prompt
+        masked = History(mask(history.latents, levels, generator), lows)
+        return masked, target, noise, t, omega.float(), prompt
 
-    def _draw(self, generator: torch.Generator) -> tuple[Block, int, torch.Tensor, list[torch.Tensor | None]]:
-        """Draw a block and the first latent frame of a history in it; the history and its low-resolution latents."""
+    def _draw(self, generator: torch.Generator) -> tuple[Block, int, History]:
+        """Draw a block and the first latent frame of a history in it, and the history."""
         block, start = self.spans.draw(generator)
-        history, lows = block.read(start, self.config.history, self.rates)
+        history = block.read(start, self.config.history, self.compressions)
         if not self.config.roll:
-            return block, start, history, lows
+            return block, start, history
         shifts = [
             cell * int(torch.randint(-(-size // cell), (), generator=generator))
-            for cell, size in zip(self.cell, history.shape[2:], strict=True)
+            for cell, size in zip(self.cell, history.latents.shape[2:], strict=True)
         ]
         lows = [
-            None if rate is None else low.roll([n // r for n, r in zip(shifts, rate[:2], strict=True)], (2, 3))
-            for rate, low in zip(self.rates, lows, strict=True)
+            None if each is None else low.roll([shifts[0] // each.height, shifts[1] // each.width], (2, 3))
+            for each, low in zip(self.compressions, history.lows, strict=True)
         ]
-        return block, start, history.roll(shifts, (2, 3)), lows
+        return block, start, History(history.latents.roll(shifts, (2, 3)), lows)
 
 
-def low_levels(levels: torch.Tensor, omega: torch.Tensor, rate: int) -> torch.Tensor:
-    """Noise levels of the low-resolution latent frames, each of which covers `rate` frames.
+def _mixed(history: History, other: History, angle: torch.Tensor) -> History:
+    """The sum of two histories with weights that keep the variance."""
+    pairs = zip((history.latents, *history.lows), (other.latents, *other.lows), strict=True)
+    latents, *lows = (None if x is None else angle.cos() * x + angle.sin() * y for x, y in pairs)
+    return History(latents, lows)
+
+
+def low_levels(levels: torch.Tensor, omega: torch.Tensor, span: int) -> torch.Tensor:
+    """Noise levels of the low-resolution latent frames, each of which covers `span` frames.
 
     Args:
         levels: (T,) of the history's frames.
         omega: indices of the frames that stay clean.
-        rate: frames that one covers.
+        span: frames that one covers.
 
     Returns:
-        (T / rate,): 0 where a frame of omega is covered, else the mean.
+        (T / span,): 0 where a frame of omega is covered, else the mean.
     """
-    count = len(levels) // rate
-    boxes = levels[: count * rate].view(count, rate).mean(1)
-    covering = omega // rate
+    count = len(levels) // span
+    boxes = levels[: count * span].view(count, span).mean(1)
+    covering = omega // span
     boxes[covering[covering < count]] = 0.0
     return boxes
 
@@ -244,8 +248,8 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         require_trainable(lambda depth: MemoryModel(config.model.with_depth(depth)), config.model.dit.depth, device)
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
         encoders = config.model.encoders
-        rates = [rate for rate in map(low_rate, encoders) if rate]
-        latents = prepare_latents(config.data, config.model, vae, rates)
+        compressions = [each for each in low_compressions(encoders) if each]
+        latents = prepare_latents(config.data, config.model, vae, compressions)
         require_batch(latents, config.optimisation.batch, config.sampling.history)
         seed, shift = config.optimisation.seed, config.model.shift
         batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..checks import FieldError, renewed
 from ..errors import UserError
 from ..files import locked, make_folder, outputs, replacing
 from ..model.config import ModelConfig
@@ -18,7 +19,7 @@ from ..model.lora import LORA_FILE
 from ..model.memory_model import MemoryModel
 from ..vae import VideoCodec
 from ..video.films import SAMPLE, DataConfig
-from .blocks import Rate
+from .blocks import Compression
 from .curve import read_curve
 from .distributed import first_then_others, rank
 from .latents import Latents, prepare
@@ -35,17 +36,19 @@ class RunSettings(dict[str, Any]):
     """What must be the same for a run to go on, by dotted keys, as JSON holds it.
 
     Attributes:
+        kind: the configuration's class, which knows earlier names of its fields.
         defaults: of the keys that have one: a key that a run of another version does not name means it.
     """
 
-    def __init__(self, values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    def __init__(self, kind: type, values: dict[str, Any], defaults: dict[str, Any]) -> None:
         super().__init__(values)
-        self.defaults = defaults
+        self.kind, self.defaults = kind, defaults
 
 
 def run_settings(config: Any) -> RunSettings:
     """Flatten a configuration to dotted keys, without those that may change from run to run."""
-    return RunSettings(dict(flat(_plain(dataclasses.asdict(config)))), dict(flat(_plain(_defaults(config)))))
+    values, defaults = (dict(flat(_plain(each))) for each in (dataclasses.asdict(config), _defaults(config)))
+    return RunSettings(type(config), values, defaults)
 
 
 def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -57,6 +60,40 @@ def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(inner, f"{where}.{key}".lstrip("."))
     elif where.rpartition(".")[2] not in _FREE:
         yield where, value
+
+
+def as_now(before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys of a run's checkpoint by the names that their fields have now."""
+    if not isinstance(settings, RunSettings):
+        return dict(flat(before))
+    try:
+        return dict(flat(renewed(settings.kind, _nested(before))))
+    except FieldError:  # another value than this version knows, which is to be told as it stands
+        return dict(flat(before))
+
+
+def _nested(flattened: dict[str, Any]) -> dict[str, Any]:
+    """Undo `flat`."""
+    whole: dict[str, Any] = {}
+    for key, value in flattened.items():
+        *way, last = key.split(".")
+        inside = whole
+        for name in way:
+            inside = inside.setdefault(name, {})
+            if not isinstance(inside, dict):
+                raise FieldError(f"settings: {key} must not be inside of a value", key)
+        inside[last] = value
+    return _listed(whole)
+
+
+def _listed(value: Any) -> Any:
+    """Mappings whose keys are places, as lists."""
+    if not isinstance(value, dict):
+        return value
+    made = {key: _listed(inner) for key, inner in value.items()}
+    if not made or not all(key.isascii() and key.isdigit() and len(key) < 4 for key in made):
+        return made
+    return [made.get(str(place), {}) for place in range(1 + max(map(int, made)))]
 
 
 def _defaults(config: Any) -> Any:
@@ -82,12 +119,14 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def prepare_latents(config: DataConfig, model: ModelConfig, vae: VideoCodec, rates: Sequence[Rate]) -> Latents:
+def prepare_latents(
+    config: DataConfig, model: ModelConfig, vae: VideoCodec, compressions: Sequence[Compression]
+) -> Latents:
     """Encode the films in the first process, with progress on stderr, and read the latents in all."""
     from ..progress import progress_bar
 
     with progress_bar() as tell:
-        latents = first_then_others(lambda: prepare(config, model, vae, rates, tell))
+        latents = first_then_others(lambda: prepare(config, model, vae, compressions, tell))
     if rank() == 0:
         scenes = sum(block.scenes for block in latents.blocks)
         seconds = sum(b.latents.shape[1] for b in latents.blocks) * latents.seconds_per_latent
