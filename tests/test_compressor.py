@@ -225,10 +225,14 @@ def test_impossible_budget_says_what_is_possible():
     assert "\n" not in str(error.value)
 
 
-def test_missing_latents_are_noticed():
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_missing_latents_are_noticed(method):
+    config = CompressorConfig(method=method, rate=(2, 2, 1))
     clip = encoded(Clip(noise_clip(8, 32, 32), 24.0, Path(), None))
-    with pytest.raises(ValueError, match="latents must hold 12 tokens"):
-        compress(replace(clip, size=(12, 32, 32)), CompressorConfig(method="merge"))
+    with pytest.raises(ValueError, match=r"latents must hold (12 tokens|3 boxes in time) for \(12, 32, 32\), got [28]"):
+        compress(replace(clip, size=(12, 32, 32)), config)
+    with pytest.raises(ValueError, match=r"latents must hold (12 tokens|3 boxes in time) for \(12, 32, 32\), got 0"):
+        compress(replace(clip, size=(12, 32, 32)), config)  # a stream that has been read
 
 
 # both

@@ -187,7 +187,6 @@ def write_runs() -> None:
 
 def write_memories() -> None:
     clip = Clip(film()[:12], 8.0, Path("film.mkv"), None)
-    latents = encoded(clip, DCTCodec(CodecConfig(48)), torch.float32)
     for name in MEMORIES:
         method, dtype = name.split("-")
         if method == "learned":
@@ -195,7 +194,7 @@ def write_memories() -> None:
         else:
             given = {"channels": 128} if method == "dct" else {"budget": 10}
             config = CompressorConfig(method=method, rate=(1, 1, 2), dtype=dtype, **given)
-            made = compress(latents, config)
+            made = compress(encoded(clip, DCTCodec(CodecConfig(48)), torch.float32), config)
         write_memory(GOLDEN / "memories" / f"{name}.safetensors", made)
 
 

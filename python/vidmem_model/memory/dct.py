@@ -81,6 +81,8 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
         spectra.append(bands)
         if progress:
             progress(min(done * config.rate[2], latent_frames), latent_frames)
+    if len(spectra) != grid[0]:  # as where they are read a second time
+        raise ValueError(f"compress: latents must hold {grid[0]} boxes in time for {size}, got {len(spectra)}")
     strongest = energy.argsort(descending=True, stable=True)[: config.channels]
     tokens = torch.cat([bands[:, strongest] for bands in spectra])
     table = candidates[strongest].to(torch.int32)
