@@ -17,10 +17,10 @@ from test_cli import make_video
 from vidmem_model import cli, shipped
 from vidmem_model.errors import UserError
 from vidmem_model.evaluate import baselines, retrieval
+from vidmem_model.evaluate.held_out import HeldOut, RetrievalConfig
 from vidmem_model.evaluate.metrics import psnr, ssim
-from vidmem_model.evaluate.retrieval import History, RetrievalConfig
 from vidmem_model.memory.config import CompressorConfig
-from vidmem_model.memory.learned import TrainedModel, latent_positions
+from vidmem_model.memory.learned import TrainedModel
 from vidmem_model.model.config import PRESETS, Compression, EncoderConfig
 from vidmem_model.model.file import save_model
 from vidmem_model.model.memory_model import MemoryModel
@@ -58,10 +58,10 @@ def tiny_model(seed=0, **encoder):
 
 
 def test_video_frames_of_latent_positions():
-    assert latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
-    assert latent_positions(10, 4, 4) == [range(0, 4), range(4, 8), range(8, 10)]
-    assert latent_positions(3, 4, 4) == [range(0, 3)]
-    assert latent_positions(8, 4, 4) == [range(0, 4), range(4, 8)]
+    assert retrieval.latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
+    assert retrieval.latent_positions(10, 4, 4) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert retrieval.latent_positions(3, 4, 4) == [range(0, 3)]
+    assert retrieval.latent_positions(8, 4, 4) == [range(0, 4), range(4, 8)]
 
 
 def test_compare_takes_the_frames_of_each_position(quick_stlpips):
@@ -82,7 +82,7 @@ def test_compare_takes_the_frames_of_each_position(quick_stlpips):
 
 
 def test_rows_are_means_over_histories_and_positions(quick_stlpips):
-    histories = [History(film(8, seed), "film", 0.0) for seed in (1, 2)]
+    histories = [HeldOut(film(8, seed), "film", 0.0) for seed in (1, 2)]
     positions = [range(0, 4), range(4, 8)]
     row = retrieval.measure_row(lambda h: baselines.mean_frame(h.frames), histories, positions)
     each = [retrieval.compare(baselines.mean_frame(h.frames).frames, h.frames, positions) for h in histories]
@@ -123,7 +123,7 @@ def test_a_whole_dct_gives_the_frames_back():
 def test_vae_alone_decodes_the_true_latents():
     memory = TrainedModel(tiny_model(), load_vae(VAEConfig(kind="dct", channels=768), None))
     frames = film(10)  # two and a half latent frames: padded, then cropped again
-    back = retrieval.read_vae(memory)(History(frames, "film", 0.0))
+    back = retrieval.read_vae(memory)(HeldOut(frames, "film", 0.0))
     assert (back.frames.int() - frames.int()).abs().max() <= 1
 
 
@@ -156,7 +156,7 @@ def table_of(tmp_path, names):
 
 def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkeypatch, capfd):
     models = table_of(tmp_path, {"a": (0, {}), "b": (1, {}), "c": (0, {"branches": "hr"})})
-    histories = [History(film(16, 3), "film", 0.0)]
+    histories = [HeldOut(film(16, 3), "film", 0.0)]
     config = RetrievalConfig(clips=1, history=16, steps=1)
     store = tmp_path / "runs"
     store.mkdir()
@@ -193,7 +193,7 @@ def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkey
 def test_rounded_model_has_a_row_of_its_own(tmp_path, quick_stlpips, dtype):
     models = table_of(tmp_path, {"a": (0, {}), "b": (1, {})})
     rounded = save_model(tmp_path / "c", tiny_model(0), dtype=dtype)
-    histories = [History(film(16, 3), "film", 0.0)]
+    histories = [HeldOut(film(16, 3), "film", 0.0)]
     config = RetrievalConfig(clips=1, history=16, steps=1)
     rows = retrieval.evaluate_retrieval([rounded, *models], histories, config)["rows"]
     assert list(rows)[:2] == ["both 2×2×2", f"both 2×2×2, {dtype}"]
@@ -209,7 +209,7 @@ def test_models_of_other_sizes_are_not_mixed(tmp_path, quick_stlpips):
     save_model(tmp_path / "other", other)
     with pytest.raises(UserError, match="other: differs from .*a in VAE, frame size or rate"):
         retrieval.evaluate_retrieval(
-            [first, tmp_path / "other"], [History(film(8), "f", 0.0)], RetrievalConfig(1, 8, 1)
+            [first, tmp_path / "other"], [HeldOut(film(8), "f", 0.0)], RetrievalConfig(1, 8, 1)
         )
 
 

@@ -14,13 +14,13 @@ from test_evaluate import CONFIG, film, tiny_model
 
 from vidmem_model import cli, demo, shipped
 from vidmem_model.errors import MemoryFormatError, UserError
+from vidmem_model.evaluate import retrieval
 from vidmem_model.evaluate.metrics import psnr
 from vidmem_model.measure.attention import ProfileConfig
 from vidmem_model.memory import learned
 from vidmem_model.memory.compressor import compress
 from vidmem_model.memory.config import CompressorConfig
 from vidmem_model.memory.file import read_memory, write_memory
-from vidmem_model.memory.learned import latent_positions
 from vidmem_model.model.encoder import count_tokens
 from vidmem_model.model.file import load_model, save_model
 from vidmem_model.model.memory_model import MemoryModel
@@ -93,8 +93,8 @@ def test_each_frame_comes_from_its_latent_frame(package, tmp_path, monkeypatch):
 
 
 def test_video_frames_of_latent_positions():
-    assert latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
-    assert latent_positions(22, 4, 4)[-1] == range(20, 22)
+    assert retrieval.latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
+    assert retrieval.latent_positions(22, 4, 4)[-1] == range(20, 22)
 
 
 def test_another_model_does_not_read_it(package, tmp_path):

@@ -37,15 +37,8 @@ def retrieval(
 
     What was measured is kept beside the first file until all is done: the same command goes on after an interrupt.
     """
-    from ..evaluate.retrieval import (
-        RUNS,
-        RetrievalConfig,
-        choose_histories,
-        evaluate_retrieval,
-        find_models,
-        trained_films,
-        trained_history,
-    )
+    from ..evaluate.held_out import RetrievalConfig, choose_histories, find_models, trained_films, trained_history
+    from ..evaluate.retrieval import RUNS, evaluate_retrieval
     from ..files import outputs, remove_parts, replacing, write_json
     from ..model.file import files_of
     from ..shipped import shipped

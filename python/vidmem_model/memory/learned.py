@@ -202,12 +202,6 @@ def _former_digest(*paths: Path | None) -> str:
     return hashlib.sha256(content).hexdigest() if content else ""
 
 
-def latent_positions(frames: int, first: int, stride: int) -> list[range]:
-    """Video frames of each latent frame: `first` in the first one, `stride` in the others."""
-    starts = [0, *range(first, frames, stride)]
-    return [range(start, min(end, frames)) for start, end in zip(starts, [*starts[1:], frames], strict=True)]
-
-
 @functools.lru_cache(maxsize=2)
 def open_model(name: str) -> TrainedModel:
     """Load a checkpoint that comes with the package.
@@ -231,18 +225,18 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
     require(isinstance(clip, Clip), "compress: the method learned takes frames, which its own VAE encodes", type(clip))
     frames = clip.frames
     name = config.model_name
-    memory = open_model(name)
-    own = memory.model.config
+    trained = open_model(name)
+    own = trained.model.config
     if tuple(frames.shape[1:3]) != (own.height, own.width):
         raise UserError(
             f"the trained model {name!r} takes frames of {own.height}x{own.width}, "
             f"got {frames.shape[1]}x{frames.shape[2]}; leave --size out"
         )
-    tokens, positions = memory.remember(memory.encode(frames))
+    tokens, positions = trained.remember(trained.encode(frames))
     if tokens.shape[1] == 0:
         raise UserError(f"{len(frames)} frames fill no token of the trained model {name!r}; take more --seconds")
-    meta = {"model": name, "model_sha256": memory.digest, "vae_sha256": memory.vae_digest}
-    return Rows(tokens[0], positions[0], memory.vae, {}, meta)
+    meta = {"model": name, "model_sha256": trained.digest, "vae_sha256": trained.vae_digest}
+    return Rows(tokens[0], positions[0], trained.vae, {}, meta)
 
 
 def check(bank: MemoryBank, header: MemoryHeader) -> None:
@@ -250,21 +244,21 @@ def check(bank: MemoryBank, header: MemoryHeader) -> None:
     name = header.model
     if not name.isidentifier() or shipped(name) is None:
         raise MemoryFormatError(f"was made with the trained model {show(name)}, which is not in this installation")
-    memory = open_model(name)
+    trained = open_model(name)
     file, named = shipped(name), (header.model_sha256, header.vae_sha256)
-    if named != (memory.digest, memory.vae_digest) and named != (
+    if named != (trained.digest, trained.vae_digest) and named != (
         _former_digest(*with_bases(file)),
-        _former_digest(memory.model.vae_weights),
+        _former_digest(trained.model.vae_weights),
     ):
         raise MemoryFormatError(
             f"was made with another version of the trained model {name!r}; make it anew with `vidmem compress`"
         )
-    model = memory.model
+    model = trained.model
     if bank.channels != model.config.dit.dim:
         raise ValueError(f"rows of {bank.channels} numbers, {model.config.dit.dim} of the model")
     if header.size[1:] != (model.config.height, model.config.width):
         raise ValueError(f"size {header.size}, the model's is {(model.config.height, model.config.width)}")
-    frames, cells = memory.padded_latents(header.size[0]), model.config.latent_size
+    frames, cells = trained.padded_latents(header.size[0]), model.config.latent_size
     rows = sum(math.prod(memory_grid(each.compression, frames, *cells)) for each in model.config.encoders)
     if rows != len(bank):
         raise ValueError(f"{len(bank)} rows, {rows} for size {header.size}")
@@ -277,16 +271,16 @@ def read(bank: MemoryBank, frame: int, steps: int = DEFAULT_STEPS) -> torch.Tens
     Latent frames before the frame's own are made with it, since a causal VAE decodes a frame
     from those before it. See `method.Implementation`.
     """
-    memory = open_model(bank.metadata["model"])
+    trained = open_model(bank.metadata["model"])
     size = json.loads(bank.metadata["size"])
-    stride, first = memory.vae.stride[0], memory.vae.first_frames
+    stride, first = trained.vae.stride[0], trained.vae.first_frames
     position = 0 if frame < first else 1 + (frame - first) // stride
-    asked = list(range(max(0, position - memory.queries + 1), position + 1))
+    asked = list(range(max(0, position - trained.queries + 1), position + 1))
     rows = bank.gather(torch.arange(len(bank)), out_dtype=torch.float32) * bank.extras["scale"]
     tokens = MemoryTokens(rows[None], bank.positions[None].clone())
-    latents = memory.retrieve(tokens, asked, steps)
-    count = memory.vae.video_frames(len(asked))
-    frames = memory.decode(latents, (count, *size[1:]))
+    latents = trained.retrieve(tokens, asked, steps)
+    count = trained.vae.video_frames(len(asked))
+    frames = trained.decode(latents, (count, *size[1:]))
     before_last = count - (first if position == 0 else stride)
     offset = frame if position == 0 else (frame - first) % stride
     return frames[before_last + offset]
