@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from vidmem_kernels import MemoryBank
+from vidmem_model import shipped
 from vidmem_model.memory import learned
 from vidmem_model.memory.file import read_memory
 from vidmem_model.model.encoder import History
@@ -77,8 +78,8 @@ def of_memory(path: Path) -> tuple[dict[str, Any], torch.Tensor]:
 
 def use_golden_models(monkeypatch: Any) -> None:
     """Learned memories name the model `one` of the finished runs, as one that comes with the package."""
-    monkeypatch.setattr(learned, "CHECKPOINTS", GOLDEN / "training" / "finished")
-    learned.open_shipped.cache_clear()
+    monkeypatch.setattr(shipped, "CHECKPOINTS", GOLDEN / "training" / "finished")
+    learned.open_model.cache_clear()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _extension
-from vidmem_model import cli, demo
+from vidmem_model import cli
 from vidmem_model.evaluate.metrics import psnr
 from vidmem_model.machine import available_bytes
 from vidmem_model.memory.file import read_memory
@@ -226,7 +226,7 @@ def test_more_frames_than_the_clip_has(capfd, video, tmp_path):
 
 
 def test_clip_beyond_free_memory(capfd, monkeypatch, video, tmp_path):
-    monkeypatch.setattr(demo, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr("vidmem_model.video.load.available_bytes", lambda: 10_000)
     refused(capfd, ["compress", video, "-o", tmp_path / "m"], "are free; take fewer --seconds")
     assert available_bytes() > 10_000
     assert os.listdir(tmp_path) == []
@@ -271,7 +271,7 @@ def test_bug_is_called_one(capfd, monkeypatch, memory, tmp_path):
     def broken(*_):
         raise RuntimeError("boom\nsecond line")
 
-    monkeypatch.setattr("vidmem_model.memory.file.reconstruct", broken)
+    monkeypatch.setattr("vidmem_model.memory.dct.read", broken)
     arguments = ["retrieve", str(memory), "--frame", "0", "-o", str(tmp_path / "x.png")]
     assert cli.main(arguments) == 1
     err = capfd.readouterr().err

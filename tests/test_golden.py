@@ -30,7 +30,7 @@ def tensors():
 def golden_models(monkeypatch):
     golden.use_golden_models(monkeypatch)
     yield
-    learned.open_shipped.cache_clear()
+    learned.open_model.cache_clear()
 
 
 def of(tensors, name):

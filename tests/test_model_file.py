@@ -13,7 +13,7 @@ from test_memory_header import one_number, tensor, text
 
 from vidmem_model.errors import UserError
 from vidmem_model.measure.peak import PeakMemory
-from vidmem_model.memory.learned import LearnedMemory
+from vidmem_model.memory.learned import TrainedModel
 from vidmem_model.model.config import DiTConfig, ModelConfig, TextConfig
 from vidmem_model.model.file import load_model
 from vidmem_model.skeleton import count_numbers, require_trainable, skeleton
@@ -108,11 +108,11 @@ def test_what_does_not_fit_is_refused(case, tmp_path):
     file = Tensors.read((GOLDEN / "models" / "tiny.safetensors").read_bytes())
     path = tmp_path / "m.safetensors"
     path.write_bytes(file.write())
-    LearnedMemory.load(path)  # put together again it is as it was
+    TrainedModel.load(path)  # put together again it is as it was
     change(file)
     path.write_bytes(file.write())
     with PeakMemory() as memory, pytest.raises(UserError) as caught:
-        LearnedMemory.load(path)
+        TrainedModel.load(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and says in message, message
     assert message.isprintable() and len(message) < 500

@@ -9,7 +9,7 @@ import torch
 
 from vidmem_model import files
 from vidmem_model.errors import UserError
-from vidmem_model.show import plots as report
+from vidmem_model.show import plots
 from vidmem_model.show.sheet import SheetRow, write_contact_sheet
 from vidmem_model.video.png import write_png
 
@@ -137,8 +137,8 @@ def test_contact_sheet_of_noise_stays_small(tmp_path):
 
 
 def test_without_matplotlib_the_reason_is_told(monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    assert report.plots_missing() == "matplotlib is not installed: pip install 'vidmem-kernels[bench]'"
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    assert plots.plots_missing() == "matplotlib is not installed: pip install 'vidmem-kernels[bench]'"
 
 
 def test_json_is_readable(tmp_path):

@@ -5,8 +5,9 @@ import torch
 
 from vidmem_model.evaluate.metrics import psnr
 from vidmem_model.generation.generator import GenerateConfig, SegmentGenerator
-from vidmem_model.memory.learned import CHECKPOINTS, CONTINUING_MODEL, LearnedMemory, shipped
+from vidmem_model.memory.learned import TrainedModel
 from vidmem_model.model.file import load_model
+from vidmem_model.shipped import CHECKPOINTS, CONTINUING_MODEL, shipped
 from vidmem_model.vae import load_vae
 
 
@@ -30,7 +31,7 @@ def test_size():
 
 def test_stage_one_gives_frames_back(frames):
     """The frame asked for, or its neighbour, and better than the mean of the history: the disc is where it was."""
-    memory = LearnedMemory.load(shipped())
+    memory = TrainedModel.load(shipped())
     encoded = memory.encode(frames)
     remembered = memory.remember(encoded)
     assert remembered.tokens.shape[1] == 4 * 2 * 3  # boxes of 8 frames x 64 x 64 pixels

@@ -37,10 +37,10 @@ from golden_helpers import (
 from safetensors.torch import load_file, save_file
 
 from vidmem_kernels import MemoryBank
+from vidmem_model.memory.compressor import compress
 from vidmem_model.memory.config import CompressorConfig
-from vidmem_model.memory.dct import compress
 from vidmem_model.memory.file import write_memory
-from vidmem_model.memory.learned import compress_learned
+from vidmem_model.memory.method import encoded
 from vidmem_model.model.config import PRESETS, DiTConfig, EncoderConfig, ModelConfig, TextConfig
 from vidmem_model.model.file import save_model
 from vidmem_model.model.lora import add_lora, attach_lora, save_lora
@@ -54,6 +54,7 @@ from vidmem_model.train.vae import pretrain_vae
 from vidmem_model.train.vae_loss import Reconstruction
 from vidmem_model.vae import DCTCodec
 from vidmem_model.vae.config import CodecConfig, VAEConfig
+from vidmem_model.video import Clip
 
 TRAINING = GOLDEN / "training"
 STOP = 3
@@ -185,17 +186,16 @@ def write_runs() -> None:
 
 
 def write_memories() -> None:
-    clip = film()[:12]
-    codec, size = DCTCodec(CodecConfig(48)), tuple(clip.shape[:3])
+    clip = Clip(film()[:12], 8.0, Path("film.mkv"), None)
     for name in MEMORIES:
         method, dtype = name.split("-")
         if method == "learned":
-            made = compress_learned(clip, name="one", dtype=dtype)
+            made = compress(clip, CompressorConfig(method, dtype=dtype, model="one"))
         else:
             given = {"channels": 128} if method == "dct" else {"budget": 10}
             config = CompressorConfig(method=method, rate=(1, 1, 2), dtype=dtype, **given)
-            made = compress(codec.encode_chunks([clip]), codec, size, config)
-        write_memory(GOLDEN / "memories" / f"{name}.safetensors", made, fps=8.0, source="film.mkv")
+            made = compress(encoded(clip, DCTCodec(CodecConfig(48)), torch.float32), config)
+        write_memory(GOLDEN / "memories" / f"{name}.safetensors", made)
 
 
 def with_random_weights(config: ModelConfig) -> MemoryModel:

@@ -58,9 +58,9 @@ def generate(
     from ..files import outputs, write_json
     from ..generation.generator import PARTS, GenerateConfig, parts_of
     from ..generation.generator import generate as generate_
-    from ..memory.learned import CONTINUING_MODEL, shipped
     from ..model.file import files_of, load_model
     from ..model.text import require_encoder
+    from ..shipped import CONTINUING_MODEL, shipped
     from ..vae import load_vae
     from ..video import probe, remarks
     from ..video.clip import ClipSpec

@@ -55,20 +55,21 @@ def profile(
 
 def _profile_layer(output: Path, values: dict, device: str) -> None:
     from ..files import output_folder, outputs, write_json
-    from ..measure import attention as profile_
-    from ..show import plots as report
+    from ..measure.attention import ProfileConfig
+    from ..measure.attention import profile as profile_layer
+    from ..show.plots import plots_missing, write_memory_plot
     from ..show.tables import print_profile
 
-    config = configured(profile_.ProfileConfig, **values)
+    config = configured(ProfileConfig, **values)
     device_ = parse_device(device)
     outputs(folders={output: ("memory_vs_context.*",)})
     stops: list[BaseException] = []
     with output_folder(output) as folder, progress_bar() as tell:
-        result = profile_.profile(config, device_, progress=tell, interrupts=stops)
+        result = profile_layer(config, device_, progress=tell, interrupts=stops)
         write_json(folder / "memory_vs_context.json", result)
-        skipped = report.plots_missing()
+        skipped = plots_missing()
         if skipped is None:
-            report.write_memory_plot(folder / "memory_vs_context.png", result)
+            write_memory_plot(folder / "memory_vs_context.png", result)
     print_profile(result, output, skipped)
     _end(result, stops)
 
@@ -78,8 +79,8 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
     from ..measure.model import profile_model
     from ..measure.parts import CostConfig
     from ..model.config import PRESETS
-    from ..show import plots as report
     from ..show.cost import print_cost, write_cost_plot
+    from ..show.plots import plots_missing
 
     sizes = PRESETS.get(model)
     if sizes is None:
@@ -95,7 +96,7 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
     with output_folder(output) as folder, progress_bar() as tell:
         result = profile_model(config, Path(model).name, device_, progress=tell, interrupts=stops)
         write_json(folder / "model_cost.json", result)
-        skipped = report.plots_missing()
+        skipped = plots_missing()
         if skipped is None and result["points"]:
             write_cost_plot(folder / "model_cost.png", result)
     print_cost(result, output, skipped)

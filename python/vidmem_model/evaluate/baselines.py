@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+from ..memory import METHODS
+from ..memory.compressor import CompressedMemory, compress
 from ..memory.config import CompressorConfig
-from ..memory.dct import CompressedMemory, box_grid, compress
 from ..memory.file import read_memory, write_memory
+from ..memory.method import box_grid, encoded
 from ..vae import PATCH, DCTCodec
 from ..vae.config import CodecConfig
+from ..video import Clip
 
 _MOST_CHANNELS = CodecConfig().channels
 
@@ -49,17 +52,17 @@ def mean_frame(frames: torch.Tensor) -> ReadBack:
     return ReadBack(mean.expand_as(frames), 0, 0)
 
 
-def compress_training_free(
-    method: str, frames: torch.Tensor, rate: tuple[int, int, int], width: int, budget: int | None = None
+def compress_alike(
+    method: str, clip: Clip, rate: tuple[int, int, int], width: int, budget: int | None = None
 ) -> CompressedMemory:
-    """Compress frames with dct or merge to tokens of a given width.
+    """Compress a clip by a method without a model to tokens of a given width.
 
-    A token of merge is a patch of latents: it gets its width by keeping as many of the codec's
-    channels. What merge stores beside its tokens (the row of every patch token) comes on top.
+    A token that is made of a patch of latents, as those of merge are, gets its width by keeping as many of the
+    codec's channels. What merge stores beside its tokens (the row of every patch token) comes on top.
 
     Args:
-        method: "dct" or "merge".
-        frames: uint8 (T, H, W, 3).
+        method: one of memory.untrained().
+        clip: the frames.
         rate: patch tokens that a token covers, (height, width, time).
         width: numbers a token may hold, at least 4; stored as float16.
         budget: number of tokens of merge; by default what the rate gives.
@@ -70,18 +73,19 @@ def compress_training_free(
     Raises:
         UserError: the history is too small for the rate or the budget.
     """
-    codec = DCTCodec(CodecConfig(_MOST_CHANNELS if method == "dct" else min(_MOST_CHANNELS, width // PATCH**2)))
-    size = tuple(frames.shape[:3])
-    whole = 3 * math.prod(box_grid(size, codec.stride, rate)[1])
+    own_width = "channels" in METHODS[method].takes
+    codec = DCTCodec(CodecConfig(_MOST_CHANNELS if own_width else min(_MOST_CHANNELS, width // PATCH**2)))
+    whole = 3 * math.prod(box_grid(clip.size, codec.stride, rate)[1])
     config = CompressorConfig(method, rate, min(width, whole), budget)
-    return compress(codec.encode_chunks(frames.split(2 * codec.stride[0])), codec, size, config)
+    return compress(encoded(clip, codec, torch.float32), config)
 
 
-def training_free(method: str, frames: torch.Tensor, rate: tuple[int, int, int], width: int) -> ReadBack:
-    """Read every frame back from a memory file that `compress_training_free` filled.
+def untrained_memory(method: str, frames: torch.Tensor, rate: tuple[int, int, int], width: int) -> ReadBack:
+    """Read every frame back from a memory file that `compress_alike` filled.
 
     Args:
-        method, frames, rate, width: as there.
+        method, rate, width: as there.
+        frames: uint8 (T, H, W, 3).
 
     Returns:
         ReadBack.
@@ -89,10 +93,10 @@ def training_free(method: str, frames: torch.Tensor, rate: tuple[int, int, int],
     Raises:
         UserError: as there.
     """
-    memory = compress_training_free(method, frames, rate, width)
+    memory = compress_alike(method, Clip(frames, 1.0, Path(), None), rate, width)
     with tempfile.TemporaryDirectory(prefix="vidmem-") as folder:
         path = Path(folder) / "memory.safetensors"
-        write_memory(path, memory, fps=1.0, source="")
+        write_memory(path, memory)
         opened = read_memory(path)
         read = torch.stack([opened.retrieve(i) for i in range(len(frames))])
     return ReadBack(read, *memory.tokens.shape)

@@ -8,26 +8,21 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from ..checks import MOST_SEED, Checked, SamplerSteps, not_negative, positive
 from ..errors import UserError
 from ..files import write_json
 from ..machine import describe_device, versions
-from ..memory.config import METHODS
-from ..memory.learned import DEFAULT_STEPS, LearnedMemory, latent_positions
+from ..memory import untrained
+from ..memory.learned import TrainedModel
 from ..model.config import ModelConfig
-from ..model.file import MODEL_FILE, model_path
-from ..train.blocks import cut_films
-from ..video import probe, read_clip, remarks
-from ..video.clip import ClipSpec
-from ..video.films import SAMPLE, film_paths
+from ..model.file import model_path
 from ..weights import stored_dtype
-from .baselines import ReadBack, mean_frame, training_free
+from .baselines import ReadBack, mean_frame, untrained_memory
+from .held_out import HeldOut, RetrievalConfig
 from .metrics import psnr, ssim, stlpips
 
 Progress = Callable[[str, int, int | None], None]
@@ -37,41 +32,6 @@ RUNS = "[0-9a-f]" * 16 + ".json"
 MEASURES = ("psnr", "ssim", "stlpips")
 # A frame that comes back equal, as black ones do, would have infinite PSNR.
 _BEST_PSNR = 60.0
-
-
-@dataclass(frozen=True)
-class History:
-    """A piece of held-out video.
-
-    Attributes:
-        frames: uint8 (T, H, W, 3).
-        source: name of the video.
-        start: its first second.
-    """
-
-    frames: torch.Tensor
-    source: str
-    start: float
-
-
-@dataclass(frozen=True)
-class RetrievalConfig(Checked):
-    """What is measured.
-
-    Args:
-        clips: number of histories.
-        history: their length in video frames.
-        steps: of the sampler.
-        seed: of the sampler's noise.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    clips: Annotated[int, positive(1_000_000)] = 8
-    history: Annotated[int, positive(10_000_000)] = 240
-    steps: SamplerSteps = DEFAULT_STEPS
-    seed: Annotated[int, not_negative(MOST_SEED)] = 0
 
 
 def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> dict[str, list[float]]:
@@ -96,81 +56,6 @@ def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> 
     }
 
 
-def find_models(folder: Path) -> list[Path]:
-    """List the finished models in the folders of a folder, by name.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = sorted(file.parent for file in folder.glob(f"*/{MODEL_FILE}"))
-    if not found:
-        raise UserError(f"{folder}: holds no folder with a {MODEL_FILE}; train one with `vidmem pretrain`")
-    return found
-
-
-def trained_history(model: Path) -> int:
-    """Video frames of the histories that a model was trained on, or the default where it does not say."""
-    memory = LearnedMemory.load(model)
-    latent_frames = memory.trained.history
-    return memory.vae.video_frames(latent_frames) if latent_frames else RetrievalConfig.history
-
-
-def trained_films(model: Path) -> list[Path]:
-    """Films that a model's file says it was trained on, the sample film left out."""
-    trained_on = LearnedMemory.load(model).model.extra.get("training", {}).get("data", {})
-    return [Path(name) for name in trained_on.get("videos", ()) if name != SAMPLE]
-
-
-def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | None = None) -> list[History]:
-    """Take pieces that do not overlap of a video, or of the test blocks of what the first model was trained on.
-
-    Args:
-        models: at least one; the first fixes frame size and rate.
-        config: how many and how long; fewer are taken where there are no more.
-        video: a video, or None for the test blocks.
-
-    Returns:
-        Histories.
-
-    Raises:
-        UserError: there is none of that length.
-    """
-    from ..progress import note
-
-    memory = LearnedMemory.load(models[0])
-    model = memory.model.config
-    if video is None:
-        data = memory.trained.data
-        cut = cut_films(data, film_paths(data), model, memory.vae, "test")
-        stretches = [(Path(row["film"]), row["start"], row["frames"]) for row, _ in cut]
-    else:
-        info = probe(video)
-        note(remarks(video, info, ClipSpec(model.height, model.width)))
-        stretches = [(video, 0.0, int(info.duration * model.fps))]
-    pieces = [
-        (film, start + n * config.history / model.fps)
-        for film, start, frames in stretches
-        for n in range(frames // config.history)
-    ]
-    if not pieces:
-        longest = max((frames for *_, frames in stretches), default=0)
-        raise UserError(f"no piece of video has {config.history} frames, the longest has {longest}; shorten --history")
-    return [_read_history(*pieces[n], config.history, model) for n in _spread_over(len(pieces), config.clips)]
-
-
-def _spread_over(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` indices, evenly spread."""
-    wanted = min(count, wanted)
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
-
-
-def _read_history(film: Path, start: float, frames: int, model: ModelConfig) -> History:
-    clip = read_clip(film, ClipSpec(model.height, model.width, model.fps, start, frames / model.fps))
-    if clip.short:
-        raise UserError(f"{film}: ends before {frames} frames from {start:.2f} s; shorten --history")
-    return History(clip.frames, film.name, start)
-
-
 def describe(config: ModelConfig) -> str:
     """Name of a row: the branches and the rate of the model's encoders."""
     words = {"both": "both", "lr": "only LR", "hr": "without LR", "patchifier": "large patchifier"}
@@ -181,8 +66,8 @@ def describe(config: ModelConfig) -> str:
 
 
 def measure_row(
-    read: Callable[[History], ReadBack],
-    histories: Iterable[History],
+    read: Callable[[HeldOut], ReadBack],
+    histories: Iterable[HeldOut],
     positions: list[range],
     tell: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -212,25 +97,31 @@ def measure_row(
     return result
 
 
-def read_learned(memory: LearnedMemory, config: RetrievalConfig) -> Callable[[History], ReadBack]:
+def latent_positions(frames: int, first: int, stride: int) -> list[range]:
+    """Video frames of each latent frame: `first` in the first one, `stride` in the others."""
+    starts = [0, *range(first, frames, stride)]
+    return [range(start, min(end, frames)) for start, end in zip(starts, [*starts[1:], frames], strict=True)]
+
+
+def read_model(trained: TrainedModel, config: RetrievalConfig) -> Callable[[HeldOut], ReadBack]:
     """Make the function that remembers a history and retrieves all its frames with a trained model."""
 
-    def read(history: History) -> ReadBack:
-        encoded = memory.encode(history.frames)
-        remembered = memory.remember(encoded)
-        made = memory.retrieve(remembered, list(range(encoded.latents.shape[2])), config.steps, config.seed)
-        frames = memory.decode(made, tuple(history.frames.shape[:3]))
+    def read(history: HeldOut) -> ReadBack:
+        encoded = trained.encode(history.frames)
+        remembered = trained.remember(encoded)
+        made = trained.retrieve(remembered, list(range(encoded.latents.shape[2])), config.steps, config.seed)
+        frames = trained.decode(made, tuple(history.frames.shape[:3]))
         return ReadBack(frames, *remembered.tokens.shape[1:])
 
     return read
 
 
-def read_vae(memory: LearnedMemory) -> Callable[[History], ReadBack]:
+def read_vae(trained: TrainedModel) -> Callable[[HeldOut], ReadBack]:
     """Make the function that decodes the true latents: no memory through this VAE can do better."""
 
-    def read(history: History) -> ReadBack:
-        latents, _ = memory.encode(history.frames)
-        return ReadBack(memory.decode(latents, tuple(history.frames.shape[:3])), 0, 0)
+    def read(history: HeldOut) -> ReadBack:
+        latents, _ = trained.encode(history.frames)
+        return ReadBack(trained.decode(latents, tuple(history.frames.shape[:3])), 0, 0)
 
     return read
 
@@ -239,20 +130,22 @@ class _Rows:
     """Rows of a table, each a list of runs; what was measured before is taken from `store`."""
 
     def __init__(
-        self, histories: list[History], config: RetrievalConfig, store: Path | None, tell: Progress | None
+        self, histories: list[HeldOut], config: RetrievalConfig, store: Path | None, tell: Progress | None
     ) -> None:
         self.runs: dict[str, list[dict[str, Any]]] = {}
         self._histories, self._store, self._tell = histories, store, tell or (lambda *_: None)
         self._asked = [dataclasses.asdict(config), *((h.source, h.start) for h in histories)]
 
-    def add(self, name: str, memory: LearnedMemory, read: Callable[[History], ReadBack], **identity: Any) -> None:
-        """Measure one run of a row of histories cut as `memory` cuts them; `identity` tells it from others."""
+    def add(self, name: str, trained: TrainedModel, read: Callable[[HeldOut], ReadBack], **identity: Any) -> None:
+        """Measure one run of a row of histories cut as `trained` cuts them; `identity` tells it from others."""
         asked = json.dumps([name, identity, self._asked])
         file = self._store and self._store / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
         if file and file.is_file():
             run = json.loads(file.read_text(encoding="utf-8"))
         else:
-            positions = latent_positions(len(self._histories[0].frames), memory.vae.first_frames, memory.vae.stride[0])
+            positions = latent_positions(
+                len(self._histories[0].frames), trained.vae.first_frames, trained.vae.stride[0]
+            )
             total = len(self._histories)
             run = {**identity, **measure_row(read, self._histories, positions, lambda n: self._tell(name, n, total))}
             if file:
@@ -262,14 +155,14 @@ class _Rows:
 
 def evaluate_retrieval(
     models: list[Path],
-    histories: list[History],
+    histories: list[HeldOut],
     config: RetrievalConfig,
     store: Path | None = None,
     tell: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure trained models, and beside them dct, merge, the mean frame, and the VAE alone.
+    """Measure trained models, and beside them the methods without a model, the mean frame, and the VAE alone.
 
-    Models with one configuration, stored in as many bits, are runs of one row. dct and merge get the rate of
+    Models with one configuration, stored in as many bits, are runs of one row. Those methods get the rate of
     each model with one encoder, and so its number of tokens, which hold as many numbers.
 
     Args:
@@ -289,9 +182,9 @@ def evaluate_retrieval(
     configs: dict[str, ModelConfig] = {}
     first = None
     for path in models:
-        memory = LearnedMemory.load(path)
-        mine = memory.model.config
-        first = first or memory
+        trained = TrainedModel.load(path)
+        mine = trained.model.config
+        first = first or trained
         theirs = first.model.config
         if (mine.vae, mine.height, mine.width, mine.fps) != (theirs.vae, theirs.height, theirs.width, theirs.fps):
             raise UserError(f"{path}: differs from {models[0]} in VAE, frame size or rate; evaluate them apart")
@@ -299,14 +192,14 @@ def evaluate_retrieval(
         name = describe(mine) + ("" if stored == "float32" else f", {stored}")
         if configs.setdefault(name, mine) != mine:
             name = f"{name} ({Path(path).stem})"
-        rows.add(name, memory, read_learned(memory, config), sha256=memory.digest, vae=memory.vae_digest)
-    trained = set(rows.runs)
+        rows.add(name, trained, read_model(trained, config), sha256=trained.digest, vae=trained.vae_digest)
+    of_models = set(rows.runs)
     rows.runs = dict(sorted(rows.runs.items(), key=lambda row: (*_place(configs.get(row[0]), row[1]), row[0])))
     for rate, width in sorted(
         {(c.encoders[0].compression.rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}
     ):
-        for method in METHODS:
-            read = functools.partial(_read_training_free, method, rate, width)
+        for method in untrained():
+            read = functools.partial(_read_untrained, method, rate, width)
             rows.add(f"{method} {'×'.join(map(str, rate))}", first, read, most_width=width)
     rows.add("mean frame", first, lambda history: mean_frame(history.frames))
     rows.add("VAE alone", first, read_vae(first), vae=first.vae_digest)
@@ -317,7 +210,7 @@ def evaluate_retrieval(
         "clips": [{"source": h.source, "start_seconds": h.start} for h in histories],
         "frame_size": [first.model.config.height, first.model.config.width],
         "fps": first.model.config.fps,
-        "rows": {name: {"trained": name in trained, **summarise(runs)} for name, runs in rows.runs.items()},
+        "rows": {name: {"trained": name in of_models, **summarise(runs)} for name, runs in rows.runs.items()},
         "device": describe_device("cpu"),
         "versions": versions(),
     }
@@ -330,8 +223,8 @@ def _place(config: ModelConfig | None, runs: list[dict[str, Any]]) -> tuple[int,
     return runs[0]["tokens"], order.index(branches) if branches in order else len(order)
 
 
-def _read_training_free(method: str, rate: tuple[int, int, int], width: int, history: History) -> ReadBack:
-    return training_free(method, history.frames, rate, width)
+def _read_untrained(method: str, rate: tuple[int, int, int], width: int, history: HeldOut) -> ReadBack:
+    return untrained_memory(method, history.frames, rate, width)
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Configurations of the memory pipeline: what to take from a video and how to compress it."""
+"""How a clip is compressed to a memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..checks import Checked, OneOf, positive, require
+from ..checks import Checked, OneOf, Text, positive, require
 from ..model.config import Rate
+from . import METHODS, MethodName, listed, takers, trained
 
-METHODS = ("dct", "merge")
 ROW_DTYPES = ("float16", "float32", "float8", "int8")
 
 
@@ -17,28 +17,42 @@ class CompressorConfig(Checked):
     """How a clip's patch tokens become a short context.
 
     Args:
-        method: "dct" (one row a box, its strongest low frequencies) or "merge" (token merging,
-            then sparsification).
+        method: one of memory.METHODS: "dct" (one row a box, its strongest low frequencies), "merge" (token
+            merging, then sparsification) or "learned" (a trained model, whose rate and width are fixed).
         rate: patch tokens a box covers along height, width and time. It fixes the number of rows
             of dct, and of merge where `budget` is not given.
         channels: width of a dct row; a merge row is as wide as a patch token.
         budget: number of rows of merge.
         dtype: how rows are stored: float16, float32, or float8 and int8 with one scale a row.
+        model: of learned, a checkpoint that comes with the package; by default the one trained to give frames back.
 
     Raises:
-        ValueError: a value is out of range, or `budget` is given with method "dct".
+        ValueError: a value is out of range, or one is given that the method does not take.
     """
 
-    method: Annotated[str, OneOf(*METHODS)] = "dct"
+    method: MethodName = "dct"
     rate: Rate = (4, 4, 2)
     channels: Annotated[int, positive(1 << 20)] = 3072
     budget: Annotated[int | None, positive(1 << 31)] = None
     dtype: Annotated[str, OneOf(*ROW_DTYPES)] = "float16"
+    model: Annotated[str | None, Text(256)] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        method = METHODS[self.method]
+        fixed = f"; the rate fixes the rows of {self.method}" if "rate" in method.takes else ""
         require(
-            self.budget is None or self.method == "merge",
-            "CompressorConfig: budget belongs to method merge; the rate fixes the rows of dct",
+            self.budget is None or "budget" in method.takes,
+            f"CompressorConfig: budget belongs to method {listed(takers('budget'), 'and')}{fixed}",
             self.budget,
         )
+        require(
+            self.model is None or method.model is not None,
+            f"CompressorConfig: model belongs to method {listed(trained(), 'and')}",
+            self.model,
+        )
+
+    @property
+    def model_name(self) -> str | None:
+        """The checkpoint that the method runs; None for a method without one."""
+        return self.model or METHODS[self.method].model

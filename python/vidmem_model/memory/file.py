@@ -12,7 +12,8 @@ from vidmem_kernels import MemoryBank, MemoryFileError
 from ..checks import shorten, show
 from ..errors import MemoryFormatError, UserError
 from ..files import cannot_write
-from .dct import CompressedMemory, check_bank, reconstruct
+from . import METHODS, listed, takers
+from .compressor import CompressedMemory
 from .header import ROW_TORCH_DTYPES, MemoryHeader
 
 FORMAT = "vidmem.memory"
@@ -25,7 +26,7 @@ class Memory:
 
     Attributes:
         bank: the rows, their positions and what reading back needs.
-        method: "dct", "merge" or "learned".
+        method: one of memory.METHODS.
         frames, height, width: size of the clip, in frames and pixels.
         fps: frames per second.
         source: name of the video it was made from.
@@ -44,7 +45,7 @@ class Memory:
 
         Args:
             frame: in [0, frames).
-            steps: of the sampler, for a learned memory; by default `learned.DEFAULT_STEPS`.
+            steps: of the sampler, for a learned memory; by default 8.
 
         Returns:
             uint8 (height, width, 3), RGB.
@@ -54,23 +55,20 @@ class Memory:
         """
         if not 0 <= frame < self.frames:
             raise UserError(f"there is no frame {show(frame)}: this memory holds frames 0 to {self.frames - 1}")
-        if self.method == "learned":
-            from .learned import DEFAULT_STEPS, read_learned  # the trained model's modules: only where it is used
+        method = METHODS[self.method]
+        if steps is not None and "steps" not in method.takes:
+            raise UserError(
+                f"steps belong to a {listed(takers('steps'), 'or')} memory; this one is of the method {self.method}"
+            )
+        return method.load().read(self.bank, frame, **({"steps": steps} if steps else {}))
 
-            return read_learned(self.bank, frame, steps or DEFAULT_STEPS)
-        if steps is not None:
-            raise UserError(f"steps belong to a learned memory; this one is of the method {self.method}")
-        return reconstruct(self.bank, frame)
 
-
-def write_memory(path: str | Path, compressed: CompressedMemory, *, fps: float, source: str) -> None:
+def write_memory(path: str | Path, compressed: CompressedMemory) -> None:
     """Write a compressed clip to a file, whole or not at all.
 
     Args:
         path: file to write; an existing one is replaced.
-        compressed: what to write.
-        fps: frames per second of the clip.
-        source: name of the video it was made from.
+        compressed: what `compress` gave.
 
     Raises:
         UserError: the folder is missing or cannot be written.
@@ -83,8 +81,8 @@ def write_memory(path: str | Path, compressed: CompressedMemory, *, fps: float, 
         **compressed.meta,
         "format": FORMAT,
         "version": str(VERSION),
-        "fps": repr(float(fps)),
-        "source": source,
+        "fps": repr(float(compressed.fps)),
+        "source": compressed.source,
     }
     try:
         bank.save(path, metadata=header, extras=compressed.extras)
@@ -124,12 +122,7 @@ def read_memory(path: str | Path) -> Memory:
         )
     try:
         about = MemoryHeader.read(header)
-        if about.method == "learned":
-            from .learned import check_learned
-
-            check_learned(bank, about)
-        else:
-            check_bank(bank, about)
+        METHODS[about.method].load().check(bank, about)
     except KeyError as error:
         raise MemoryFormatError(f"{path}: its header is damaged (no {error})") from error
     except ValueError as error:

@@ -11,7 +11,8 @@ import torch
 from vidmem_kernels import MemoryBank
 
 from ..checks import MOST_PIXELS, Checked, OneOf, Text, build, parse_json, positive, show
-from .config import METHODS, ROW_DTYPES
+from . import METHODS, MethodName
+from .config import ROW_DTYPES
 
 ROW_TORCH_DTYPES = {
     "float16": torch.float16,
@@ -21,11 +22,6 @@ ROW_TORCH_DTYPES = {
 }
 # Written as JSON; the others are texts as they are.
 _JSON = ("size", "fps", "codec_channels", "grid", "box")
-_NEEDED = {
-    "dct": ("grid", "box"),
-    "merge": ("grid",),
-    "learned": ("model", "model_sha256", "vae_sha256"),
-}
 _CHECKED_ELEMENTS = 1 << 22  # numbers looked at at a time
 
 _Frames = Annotated[int, positive(1 << 30)]
@@ -46,10 +42,10 @@ class MemoryHeader(Checked):
         dtype: how rows are stored.
         grid: boxes (dct) or patch tokens (merge) of the clip, (time, height, width).
         box: frames, rows and columns of pixels that a box of dct covers; at most what rates of 128 give.
-        model, model_sha256, vae_sha256: of a learned memory.
+        model, model_sha256, vae_sha256: the trained model that made the rows, its hash and its VAE's.
     """
 
-    method: Annotated[str, OneOf(*METHODS, "learned")]
+    method: MethodName
     size: tuple[_Frames, _Pixels, _Pixels]
     fps: Annotated[float, positive(1e6)]
     source: Annotated[str, Text(4096)]
@@ -77,8 +73,8 @@ class MemoryHeader(Checked):
         for name in ("method", "size", "fps", "source", "codec", "codec_channels", "dtype"):
             values[name]  # noqa: B018 (a KeyError where it is missing)
         header = build(cls, values)
-        for name in _NEEDED[header.method]:
-            values[name]  # noqa: B018
+        for name in METHODS[header.method].needs:
+            metadata[name]  # noqa: B018
         return header
 
 

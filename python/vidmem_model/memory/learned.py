@@ -1,4 +1,4 @@
-"""A trained model as a memory: frames become memory tokens, and any frame is made from them again."""
+"""The method learned, a trained model: frames become memory tokens, and any frame is made from them again."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ..model.encoder import History, MemoryTokens, memory_grid
 from ..model.file import load_model, model_path
 from ..model.lora import with_bases
 from ..model.memory_model import MemoryModel
+from ..shipped import shipped
 from ..vae import PATCH, VideoCodec, frames_to_uint8, load_vae
+from ..video import Clip
 from ..video.films import DataConfig
 from ..weights import content_digest
-from .dct import CompressedMemory, packed
+from . import listed, untrained
+from .config import CompressorConfig
 from .header import MemoryHeader, check_rows
+from .method import EncodedClip, Progress, Rows
 
-CHECKPOINTS = Path(__file__).parents[1] / "pretrained"
-# Stage I, which reads frames back, and Stage II, which continues video.
-DEFAULT_MODEL = "demo"
-CONTINUING_MODEL = "demo_continue"
 DEFAULT_STEPS = 8
 # Latent frames that are made together, if the model's file does not say how many it was trained on.
 _QUERIES = 4
@@ -38,7 +38,7 @@ _BATCH = 8
 
 
 @dataclass(frozen=True)
-class Trained(Checked):
+class TrainingRecord(Checked):
     """What a model's file says of its training.
 
     Args:
@@ -52,7 +52,7 @@ class Trained(Checked):
     data: DataConfig = DataConfig()
 
     @classmethod
-    def read(cls, extra: dict[str, Any]) -> Trained:
+    def read(cls, extra: dict[str, Any]) -> TrainingRecord:
         """Read it from what save_model kept beside the model.
 
         Raises:
@@ -73,7 +73,7 @@ def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
     return inside
 
 
-class LearnedMemory:
+class TrainedModel:
     """A model with its VAE.
 
     Args:
@@ -83,7 +83,7 @@ class LearnedMemory:
 
     Attributes:
         queries: frames that are made together, as in training.
-        trained: what the model's file says of its training.
+        training: what the model's file says of its training.
         seconds: length of the histories it was trained on, or None if its file does not say.
         held_out: stretches [from, to] of its film, in seconds, that it was not trained on.
     """
@@ -91,20 +91,20 @@ class LearnedMemory:
     def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "", vae_digest: str = "") -> None:
         self.model, self.vae = model, vae
         self.digest, self.vae_digest = digest, vae_digest
-        self.trained = Trained.read(model.extra)
-        self.queries, history = self.trained.queries, self.trained.history
+        self.training = TrainingRecord.read(model.extra)
+        self.queries, history = self.training.queries, self.training.history
         self.seconds = vae.video_frames(history) / model.config.fps if history else None
-        self.held_out = list(self.trained.data.test)
+        self.held_out = list(self.training.data.test)
 
     @classmethod
-    def load(cls, path: str | Path) -> LearnedMemory:
+    def load(cls, path: str | Path) -> TrainedModel:
         """Read a model and the VAE beside it.
 
         Args:
             path: the model's file or folder.
 
         Returns:
-            LearnedMemory.
+            TrainedModel.
 
         Raises:
             UserError: a file is missing, damaged, or does not fit.
@@ -202,20 +202,8 @@ def _former_digest(*paths: Path | None) -> str:
     return hashlib.sha256(content).hexdigest() if content else ""
 
 
-def latent_positions(frames: int, first: int, stride: int) -> list[range]:
-    """Video frames of each latent frame: `first` in the first one, `stride` in the others."""
-    starts = [0, *range(first, frames, stride)]
-    return [range(start, min(end, frames)) for start, end in zip(starts, [*starts[1:], frames], strict=True)]
-
-
-def shipped(name: str = DEFAULT_MODEL) -> Path | None:
-    """Path of a checkpoint that comes with the package, or None if it is not there."""
-    path = CHECKPOINTS / f"{name}.safetensors"
-    return path if path.is_file() else None
-
-
 @functools.lru_cache(maxsize=2)
-def open_shipped(name: str) -> LearnedMemory:
+def open_model(name: str) -> TrainedModel:
     """Load a checkpoint that comes with the package.
 
     Raises:
@@ -223,102 +211,76 @@ def open_shipped(name: str) -> LearnedMemory:
     """
     path = shipped(name)
     if path is None:
-        raise UserError(f"the trained model {name!r} is not in this installation; use --method dct or merge")
-    return LearnedMemory.load(path)
-
-
-def compress_learned(frames: torch.Tensor, name: str = DEFAULT_MODEL, dtype: str = "float16") -> CompressedMemory:
-    """Compress a clip with a trained model of the package.
-
-    Args:
-        frames: uint8 (T, H, W, 3) in the model's size; at its rate, it remembers what it was trained to.
-        name: of the model.
-        dtype: how rows are to be stored.
-
-    Returns:
-        CompressedMemory, whose header names the model and its hash.
-
-    Raises:
-        UserError: the model is not there, the frames have another size, or fill no token.
-    """
-    memory = open_shipped(name)
-    config = memory.model.config
-    if tuple(frames.shape[1:3]) != (config.height, config.width):
         raise UserError(
-            f"the trained model {name!r} takes frames of {config.height}x{config.width}, "
+            f"the trained model {name!r} is not in this installation; use --method {listed(untrained(), 'or')}"
+        )
+    return TrainedModel.load(path)
+
+
+def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progress | None) -> Rows:
+    """Encode a clip with a trained model; see `method.Implementation`.
+
+    At the model's frame rate it remembers what it was trained to. The header names the model and its hash.
+    """
+    require(isinstance(clip, Clip), "compress: the method learned takes frames, which its own VAE encodes", type(clip))
+    frames = clip.frames
+    name = config.model_name
+    trained = open_model(name)
+    own = trained.model.config
+    if tuple(frames.shape[1:3]) != (own.height, own.width):
+        raise UserError(
+            f"the trained model {name!r} takes frames of {own.height}x{own.width}, "
             f"got {frames.shape[1]}x{frames.shape[2]}; leave --size out"
         )
-    tokens, positions = memory.remember(memory.encode(frames))
+    tokens, positions = trained.remember(trained.encode(frames))
     if tokens.shape[1] == 0:
         raise UserError(f"{len(frames)} frames fill no token of the trained model {name!r}; take more --seconds")
-    meta = {
-        "method": "learned",
-        "size": json.dumps(tuple(frames.shape[:3])),
-        "codec": memory.vae.name,
-        "codec_channels": str(memory.vae.channels),
-        "dtype": dtype,
-        "model": name,
-        "model_sha256": memory.digest,
-        "vae_sha256": memory.vae_digest,
-    }
-    return packed(tokens[0], positions[0], {}, meta)
+    meta = {"model": name, "model_sha256": trained.digest, "vae_sha256": trained.vae_digest}
+    return Rows(tokens[0], positions[0], trained.vae, {}, meta)
 
 
-def check_learned(bank: MemoryBank, header: MemoryHeader) -> None:
-    """Check that the model that wrote a bank is the one at hand, and that the rows are those of its frames.
-
-    Raises:
-        KeyError, ValueError: an entry is missing or does not fit.
-        MemoryFormatError: the model is missing or another one.
-    """
+def check(bank: MemoryBank, header: MemoryHeader) -> None:
+    """Check that the model is at hand, the same, and the rows of its frames; see `method.Implementation`."""
     name = header.model
     if not name.isidentifier() or shipped(name) is None:
         raise MemoryFormatError(f"was made with the trained model {show(name)}, which is not in this installation")
-    memory = open_shipped(name)
+    trained = open_model(name)
     file, named = shipped(name), (header.model_sha256, header.vae_sha256)
-    if named != (memory.digest, memory.vae_digest) and named != (
+    if named != (trained.digest, trained.vae_digest) and named != (
         _former_digest(*with_bases(file)),
-        _former_digest(memory.model.vae_weights),
+        _former_digest(trained.model.vae_weights),
     ):
         raise MemoryFormatError(
             f"was made with another version of the trained model {name!r}; make it anew with `vidmem compress`"
         )
-    model = memory.model
+    model = trained.model
     if bank.channels != model.config.dit.dim:
         raise ValueError(f"rows of {bank.channels} numbers, {model.config.dit.dim} of the model")
     if header.size[1:] != (model.config.height, model.config.width):
         raise ValueError(f"size {header.size}, the model's is {(model.config.height, model.config.width)}")
-    frames, cells = memory.padded_latents(header.size[0]), model.config.latent_size
+    frames, cells = trained.padded_latents(header.size[0]), model.config.latent_size
     rows = sum(math.prod(memory_grid(each.compression, frames, *cells)) for each in model.config.encoders)
     if rows != len(bank):
         raise ValueError(f"{len(bank)} rows, {rows} for size {header.size}")
     check_rows(bank, header, (frames, *(n // PATCH for n in cells)))
 
 
-def read_learned(bank: MemoryBank, frame_index: int, steps: int = DEFAULT_STEPS) -> torch.Tensor:
+def read(bank: MemoryBank, frame: int, steps: int = DEFAULT_STEPS) -> torch.Tensor:
     """Make one frame from the memory, always the same one: the sampler's noise has a fixed seed.
 
     Latent frames before the frame's own are made with it, since a causal VAE decodes a frame
-    from those before it.
-
-    Args:
-        bank: bank with the `metadata` and `extras` of `compress_learned`.
-        frame_index: frame, in range.
-        steps: of the sampler.
-
-    Returns:
-        uint8 (H, W, 3).
+    from those before it. See `method.Implementation`.
     """
-    memory = open_shipped(bank.metadata["model"])
+    trained = open_model(bank.metadata["model"])
     size = json.loads(bank.metadata["size"])
-    stride, first = memory.vae.stride[0], memory.vae.first_frames
-    position = 0 if frame_index < first else 1 + (frame_index - first) // stride
-    asked = list(range(max(0, position - memory.queries + 1), position + 1))
+    stride, first = trained.vae.stride[0], trained.vae.first_frames
+    position = 0 if frame < first else 1 + (frame - first) // stride
+    asked = list(range(max(0, position - trained.queries + 1), position + 1))
     rows = bank.gather(torch.arange(len(bank)), out_dtype=torch.float32) * bank.extras["scale"]
     tokens = MemoryTokens(rows[None], bank.positions[None].clone())
-    latents = memory.retrieve(tokens, asked, steps)
-    count = memory.vae.video_frames(len(asked))
-    frames = memory.decode(latents, (count, *size[1:]))
+    latents = trained.retrieve(tokens, asked, steps)
+    count = trained.vae.video_frames(len(asked))
+    frames = trained.decode(latents, (count, *size[1:]))
     before_last = count - (first if position == 0 else stride)
-    offset = frame_index if position == 0 else (frame_index - first) % stride
+    offset = frame if position == 0 else (frame - first) % stride
     return frames[before_last + offset]

@@ -1,4 +1,4 @@
-"""Token merging on the grid, then sparsification to a budget, and how to read a frame back.
+"""The method merge: token merging on the grid, then sparsification to a budget.
 
 1. Rounds of bipartite matching on the token grid (ToMe, arXiv 2210.09461): a round merges every
    2x2x2 cell's tokens into the destinations of the neighbouring cells, and the next works on the
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,12 @@ from vidmem_kernels import (
 )
 
 from ..errors import MemoryFormatError, UserError
-from ..vae import PATCH, DCTCodec, VideoCodec, patchify, unpatchify
+from ..vae import PATCH, DCTCodec, frames_to_uint8, patchify, unpatchify
 from ..vae.config import CodecConfig
+from ..video import Clip
 from .config import CompressorConfig
 from .header import MemoryHeader, check_range, check_rows, extra
+from .method import EncodedClip, Progress, Rows, box_grid, encoded
 
 # Latent channels of a cell that the matching looks at: 64 numbers a token.
 _METRIC_CHANNELS = 16
@@ -46,29 +47,14 @@ _STRIDE = (2, 2, 2)
 _SURPLUS = 1.65
 
 
-def compress_merge(
-    latents: Iterable[torch.Tensor],
-    codec: VideoCodec,
-    size: tuple[int, int, int],
-    config: CompressorConfig,
-    default_budget: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, str]]:
-    """Merge and sparsify a clip's tokens.
-
-    Args:
-        latents, codec, size, config, progress: as for `compressor.compress`.
-        default_budget: number of rows where the config gives none.
-
-    Returns:
-        tokens (M, C), positions (M, 3), extras with the row of every token, header entries.
-
-    Raises:
-        UserError: the budget is not in [1, number of tokens].
-    """
+def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progress | None) -> Rows:
+    """Merge and sparsify a clip's tokens; see `method.Implementation`."""
+    clip = encoded(clip)
+    codec, size = clip.codec, clip.size
     grid = tuple(-(-n // (s * p)) for n, s, p in zip(size, codec.stride, (1, PATCH, PATCH), strict=True))
     count, frame = math.prod(grid), grid[1] * grid[2]
-    budget = default_budget if config.budget is None else config.budget
+    boxes = math.prod(box_grid(size, codec.stride, config.rate)[0])
+    budget = boxes if config.budget is None else config.budget
     if budget > count:
         raise UserError(f"the clip has {count} tokens, budget asks for {budget}; give 1 to {count}")
 
@@ -78,7 +64,7 @@ def compress_merge(
 
     tokens = None
     filled = 0
-    for chunk in latents:
+    for chunk in clip.latents:
         _, channels, t, h, w = chunk.shape
         if tokens is None:
             tokens = chunk.new_empty((1, count, channels * PATCH * PATCH))
@@ -104,7 +90,7 @@ def compress_merge(
     # A row that lost all its tokens to nearer rows stays as it was; nothing reads it.
     rows = torch.where(members[..., None] > 0, means, rows)[0].float()
     dtype = torch.int16 if budget <= 1 << 15 else torch.int32
-    return rows, positions / share, {"row_of": assignment[0].to(dtype)}, {"grid": json.dumps(grid)}
+    return Rows(rows, positions / share, codec, {"row_of": assignment[0].to(dtype)}, {"grid": json.dumps(grid)})
 
 
 def _coarser(grid: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -155,8 +141,8 @@ def _nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     return best[0, 0, :, 0]
 
 
-def check_merge(bank: MemoryBank, header: MemoryHeader) -> None:
-    """Check what read_merge reads; raises as `compressor.check_bank`."""
+def check(bank: MemoryBank, header: MemoryHeader) -> None:
+    """Check that every token of the clip has a row; see `method.Implementation`."""
     if header.codec != DCTCodec.name:
         raise MemoryFormatError(
             f"a memory of the codec {header.codec!r}, which is not built in; make it anew with `vidmem compress`"
@@ -172,23 +158,15 @@ def check_merge(bank: MemoryBank, header: MemoryHeader) -> None:
     check_rows(bank, header, grid)
 
 
-def read_merge(bank: MemoryBank, frame_index: int) -> torch.Tensor:
-    """Decode one frame from the rows that its tokens went to.
-
-    Args:
-        bank: bank with the `metadata` and `extras` of a merged clip.
-        frame_index: frame, in range.
-
-    Returns:
-        float32 (1, 3, 1, H, W) in [-1, 1].
-    """
+def read(bank: MemoryBank, frame: int) -> torch.Tensor:
+    """Decode one frame from the rows that its tokens went to; see `method.Implementation`."""
     header = bank.metadata
     codec = DCTCodec(CodecConfig(int(header["codec_channels"])))
     _, height, width = json.loads(header["size"])
     _, down, across = json.loads(header["grid"])
-    moment, phase = divmod(frame_index, codec.stride[0])
+    moment, phase = divmod(frame, codec.stride[0])
     row_of = bank.extras["row_of"][moment * down * across : (moment + 1) * down * across].long()
     needed, place = row_of.unique(return_inverse=True)
     rows = bank.gather(needed, out_dtype=torch.float32) * bank.extras["scale"]
     latents = unpatchify(rows[place][None], (1, down, across))
-    return codec.decode(latents)[:, :, phase : phase + 1, :height, :width]
+    return frames_to_uint8(codec.decode(latents)[:, :, phase : phase + 1, :height, :width])[0]

@@ -133,3 +133,37 @@ def _draw_sheet(path: Path, rows: Sequence[SheetRow], title: str, width: int) ->
     scale.ax.tick_params(labelsize=body, length=2, pad=1)
     text((sheet_width - scale_width) / 2 - 12, sheet_height - 42, "mean |difference| of R, G, B (of 255)", ha="right")
     canvas.print_png(path)
+
+
+def write_memories_sheet(
+    path: Path, result: dict[str, Any], sources: torch.Tensor, retrieved: dict[str, list[torch.Tensor]]
+) -> None:
+    """Draw the contact sheet of one part of the demo.
+
+    Args:
+        path: file to write.
+        result: of the part, as in report.json: its video, its tokens, and the measures of each method's frames.
+        sources: uint8 (N, H, W, 3), the frames of the video.
+        retrieved: for each method the N frames that were read back.
+
+    Raises:
+        As write_contact_sheet.
+    """
+    entries = {method: result["methods"][method]["retrieved"] for method in retrieved}
+    rows = []
+    for i, source in enumerate(sources):
+        first = next(iter(entries.values()))[i]
+        pictures = {m: (images[i], _caption(entries[m][i])) for m, images in retrieved.items()}
+        rows.append(SheetRow(f"frame {first['frame']}\n{first['seconds']:.2f} s", source, pictures))
+    after = " and ".join(f"{n:,}" for n in dict.fromkeys(m["context_tokens_after"] for m in result["methods"].values()))
+    video = result["video"]
+    title = (
+        f"{video['seconds']:.3g} s of {video['source']}: {result['context_tokens_before']:,} tokens "
+        f"→ {after}; frames read back from the memory file, PSNR in dB"
+    )
+    write_contact_sheet(path, rows, title)
+
+
+def _caption(entry: dict[str, Any]) -> str:
+    value = entry["psnr_db"]
+    return ("equal" if value is None else f"PSNR {value:.2f}") + f"   SSIM {entry['ssim']:.3f}"

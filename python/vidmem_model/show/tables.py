@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..memory import trained
+
 _WIDEST = 1000
 
 
@@ -42,9 +44,9 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
         folder: where the files are.
     """
     console = Console(highlight=False)
-    _print_memories(console, result)
-    if result["learned"]:
-        _print_memories(console, result["learned"])
+    for part in (result, *(result[name] for name in trained())):
+        if part:
+            _print_memories(console, part)
     table = _table("stage", "s", "peak MiB", "above start MiB", title="Time and resident memory")
     for stage in result["stages"]:
         table.add_row(

@@ -84,6 +84,12 @@ class Clip:
     remarks: tuple[str, ...] = ()
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, rows and columns."""
+        frames, rows, columns, _ = self.frames.shape
+        return frames, rows, columns
+
+    @property
     def short(self) -> bool:
         """Whether the video held fewer frames than were asked for."""
         return self.asked is not None and len(self.frames) < self.asked
