@@ -152,6 +152,24 @@ def test_what_is_not_right_is_told_in_one_line(call, error, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_frames_are_asked_for_by_integers(tmp_path):
+    write_memory(tmp_path / "m", compress(frames_of(5), CompressorConfig(rate=(1, 1, 1)), fps=24))
+    opened = read_memory(tmp_path / "m")
+    for third in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert torch.equal(opened.retrieve(third), opened.retrieve(3))
+    for wrong in (1.5, "1", None, [1]):
+        with pytest.raises(TypeError, match="retrieve: frame must be an integer, got"):
+            opened.retrieve(wrong)
+    for none in (-1, 5, 10**30):
+        with pytest.raises(UserError, match="there is no frame .*: this memory holds frames 0 to 4"):
+            opened.retrieve(none)
+    write_memory(tmp_path / "m", compress(frames_of(4, 128, 192), CompressorConfig("learned"), fps=12))
+    opened = read_memory(tmp_path / "m")
+    for wrong in (0, -1, 10**9, 1.5, "1", True):
+        with pytest.raises(ValueError, match="retrieve: steps.* must be .*, got"):
+            opened.retrieve(1, steps=wrong)
+
+
 def test_frames_are_left_as_they_are():
     frames = frames_of(9)
     before = frames.clone()
