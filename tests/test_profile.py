@@ -11,6 +11,7 @@ from vidmem_model import files
 from vidmem_model.errors import UserError
 from vidmem_model.measure import attention as profile
 from vidmem_model.measure import peak as measure
+from vidmem_model.measure import repeat
 from vidmem_model.measure.attention import STRATEGIES, ProfileConfig, measure_point
 from vidmem_model.measure.peak import PeakMemory
 from vidmem_model.show import plots as report
@@ -21,7 +22,7 @@ SMALL = ProfileConfig(lengths=(1.0, 4.0), heads=2, head_dim=32, grid=(8, 12), dt
 
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
-    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.02)
 
 
 def write(mib):
