@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_the_example_of_compress(film, tmp_path, monkeypatch):
     said = []
     runner.run(example, out=said.append)
     assert runner.failures == 0, "".join(said)
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    text = Path(vidmem_model.__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "vidmem_model" in block)
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "film.mp4", frames=21)
+    names = {}
+    exec(example, names)
+    assert names["frame"].shape == (480, 832, 3) and names["frame"].dtype == torch.uint8
+    assert read_memory("memory.safetensors").method == "merge"
 
 
 @pytest.mark.parametrize("method", ["dct", "merge"])
