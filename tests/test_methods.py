@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,16 +14,22 @@ import torch
 pytest.importorskip("av")
 
 from test_cli import SMALL, make_video
+from test_evaluate import tiny_model
 
-from vidmem_model import cli
+from vidmem_model import cli, shipped
+from vidmem_model.demo import DemoConfig, run_demo
 from vidmem_model.errors import MemoryFormatError
 from vidmem_model.evaluate.baselines import untrained_memory
-from vidmem_model.memory import METHODS, Method, listed, takers, trained, untrained
+from vidmem_model.measure.attention import ProfileConfig
+from vidmem_model.memory import METHODS, Method, learned, listed, takers, trained, untrained
 from vidmem_model.memory.compressor import compress as compress_clip
 from vidmem_model.memory.config import CompressorConfig
 from vidmem_model.memory.file import read_memory, write_memory
 from vidmem_model.memory.header import check_rows
 from vidmem_model.memory.method import Rows, encoded
+from vidmem_model.model.file import save_model
+from vidmem_model.show.tables import print_demo
+from vidmem_model.video.clip import ClipSpec
 
 MEAN = Method("mean", takes=("rate",), needs=("shape",), room=3, module=__name__)
 
@@ -115,6 +122,34 @@ def test_a_fourth_method_in_the_demo(mean, video, tmp_path, capfd, monkeypatch):
     assert {"compress, mean", "store, mean", "retrieve, mean"} <= set(stages)
     assert f"{report['methods']['mean']['mean_psnr_db']:.2f}" in capfd.readouterr().out
     assert "memory-mean.safetensors" in os.listdir(out)
+
+
+def test_two_models_of_one_size_in_the_demo(video, tmp_path, capfd, monkeypatch):
+    """Their memories, and those that they are compared with, are files of their own."""
+    monkeypatch.setattr("vidmem_model.measure.repeat._SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("vidmem_model.demo.plots_missing", lambda: "not here")
+    monkeypatch.setattr(shipped, "CHECKPOINTS", tmp_path)
+    again = replace(METHODS["learned"], name="again", module="vidmem_model.memory.learned", about="the other model")
+    monkeypatch.setitem(METHODS, "again", again)
+    learned.open_model.cache_clear()
+    save_model(tmp_path / "demo.safetensors", tiny_model())
+    try:
+        clip, layer = ClipSpec(80, 112, 24.0, 0.0, 1.0), ProfileConfig(lengths=(0.5,))
+        config = DemoConfig(video, clip, frames=2, rate=(2, 2, 2), trained=("learned", "again"), profile=layer)
+        print_demo(run_demo(config, tmp_path / "out"), tmp_path / "out")
+        assert capfd.readouterr().out.count("8 frames of 32x64 at 8 fps") == 2
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        entries = {name: report[name]["methods"] for name in trained()}
+        assert {name: list(each) for name, each in entries.items()} == {
+            "learned": ["learned", "dct", "merge"],
+            "again": ["again", "dct", "merge"],
+        }
+        files = [entry["file"] for each in [report["methods"], *entries.values()] for entry in each.values()]
+        assert len(set(files)) == len(files) == 8 and set(files) <= set(os.listdir(tmp_path / "out"))
+        opened = read_memory(tmp_path / "out" / entries["again"]["again"]["file"])
+        assert opened.method == "again" and opened.retrieve(3, steps=1).shape == (32, 64, 3)
+    finally:
+        learned.open_model.cache_clear()
 
 
 def python(code, *arguments):

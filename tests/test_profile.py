@@ -155,7 +155,7 @@ def test_profile_result_and_plot(tmp_path):
 
 
 def test_history_beyond_free_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(profile, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr("vidmem_model.measure.repeat.available_bytes", lambda: 2**30)
     with pytest.raises(UserError, match=r"take 2\.1 GiB.*1\.0 GiB are free.*--lengths"):
         profile.profile(ProfileConfig(lengths=(20.0,)))
 

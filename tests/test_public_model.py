@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_the_example_of_compress(film, tmp_path, monkeypatch):
     said = []
     runner.run(example, out=said.append)
     assert runner.failures == 0, "".join(said)
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    text = Path(vidmem_model.__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "vidmem_model" in block)
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "film.mp4", frames=21)
+    names = {}
+    exec(example, names)
+    assert names["frame"].shape == (480, 832, 3) and names["frame"].dtype == torch.uint8
+    assert read_memory("memory.safetensors").method == "merge"
 
 
 @pytest.mark.parametrize("method", ["dct", "merge"])
@@ -150,6 +162,24 @@ def test_what_is_not_right_is_told_in_one_line(call, error, message):
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_frames_are_asked_for_by_integers(tmp_path):
+    write_memory(tmp_path / "m", compress(frames_of(5), CompressorConfig(rate=(1, 1, 1)), fps=24))
+    opened = read_memory(tmp_path / "m")
+    for third in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert torch.equal(opened.retrieve(third), opened.retrieve(3))
+    for wrong in (1.5, "1", None, [1]):
+        with pytest.raises(TypeError, match="retrieve: frame must be an integer, got"):
+            opened.retrieve(wrong)
+    for none in (-1, 5, 10**30):
+        with pytest.raises(UserError, match="there is no frame .*: this memory holds frames 0 to 4"):
+            opened.retrieve(none)
+    write_memory(tmp_path / "m", compress(frames_of(4, 128, 192), CompressorConfig("learned"), fps=12))
+    opened = read_memory(tmp_path / "m")
+    for wrong in (0, -1, 10**9, 1.5, "1", True):
+        with pytest.raises(ValueError, match="retrieve: steps.* must be .*, got"):
+            opened.retrieve(1, steps=wrong)
 
 
 def test_frames_are_left_as_they_are():

@@ -225,6 +225,8 @@ def _run_trained(
     result: dict[str, Any] = {"video": _describe(clip, start), "context_tokens_before": before, "methods": {}}
     for method in (name, *untrained()):
         file = folder / f"memory-{method}-{size}.safetensors"
+        if file.exists():  # of another model of this size
+            file = folder / f"memory-{method}-{size}-{name}.safetensors"
         tell(f"compress, {method}, {size}", 0, None)
         with stages.measure(f"compress, {method}, {size}"):
             if method == name:

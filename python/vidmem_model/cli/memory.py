@@ -112,20 +112,19 @@ def compress(
     channels_ = 3072 if channels is None else channels
     config = configured(CompressorConfig, method=method, rate=rate_, channels=channels_, budget=budget, dtype=dtype)
     outputs([video, *(shipped(METHODS[name].model) for name in trained())], [output])
-    from ..memory.compressor import compress as compress_
-    from ..memory.compressor import raster
+    from ..memory import compressor
     from ..memory.file import write_memory
     from ..memory.method import context_tokens
     from ..vae import DCTCodec
     from ..video import load_clip
 
     if model:
-        *shape, fps_ = raster(config)
+        *shape, fps_ = compressor.raster(config)
     spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     with progress_bar() as tell:
         clip = load_clip(video, spec, METHODS[method].room, tell and (lambda *n: tell("decode", *n)))
         note(clip.remarks)
-        memory = compress_(clip, config, progress=tell)
+        memory = compressor.compress(clip, config, progress=tell)
         write_memory(output, memory)
     before, after = context_tokens(clip.size, DCTCodec.stride), len(memory.tokens)
     frames, height, width = clip.size

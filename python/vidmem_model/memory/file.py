@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from vidmem_kernels import MemoryBank, MemoryFileError
 
-from ..checks import shorten, show
+from ..checks import SamplerSteps, conform, shorten, show
 from ..errors import MemoryFormatError, UserError
 from ..files import cannot_write
 from . import METHODS, listed, takers
@@ -52,7 +53,11 @@ class Memory:
 
         Raises:
             UserError: no such frame, or the memory is not a learned one and has no steps.
+            TypeError, ValueError: frame is no integer; steps are none or out of range.
         """
+        if not hasattr(frame, "__index__"):
+            raise TypeError(f"retrieve: frame must be an integer, got {show(frame)}")
+        frame = operator.index(frame)
         if not 0 <= frame < self.frames:
             raise UserError(f"there is no frame {show(frame)}: this memory holds frames 0 to {self.frames - 1}")
         method = METHODS[self.method]
@@ -60,7 +65,8 @@ class Memory:
             raise UserError(
                 f"steps belong to a {listed(takers('steps'), 'or')} memory; this one is of the method {self.method}"
             )
-        return method.load().read(self.bank, frame, **({"steps": steps} if steps else {}))
+        options = {} if steps is None else {"steps": conform(SamplerSteps, steps, "retrieve: steps")}
+        return method.load().read(self.bank, frame, **options)
 
 
 def write_memory(path: str | Path, compressed: CompressedMemory) -> None:
