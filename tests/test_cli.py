@@ -116,7 +116,7 @@ def run(arguments, **options):
         (["compress", "a.mp4", "-o", "b", "--fps", "nan"], ["fps must be positive, got nan"]),
         (["compress", "a.mp4", "-o", "b", "--size", "1x1000000000"], ["width must be at most 16,384, got 1000000000"]),
         (["compress", "a.mp4", "-o", "b", "--size", "9" * 5000 + "x1"], ["--size must look like 480x832, got '999"]),
-        (["compress", "a.mp4", "-o", "b", "--rate", "0x0x0"], ["rate must be positive, got (0, 0, 0)"]),
+        (["compress", "a.mp4", "-o", "b", "--rate", "0x0x0"], ["--rate must be positive, got (0, 0, 0)"]),
         (["demo", "a.mp4", "--frames", "9" * 20], ["frames must be at most 10,000, got 99999999999999999999"]),
         (["demo", "a.mp4", "--seed", "-1"], ["seed must not be negative, got -1; see `vidmem demo --help`"]),
         (["retrieve", "a", "-o", "b.png", "--frame", "0", "--steps", "1000000000"], ["--steps must be at most 10,000"]),

@@ -18,6 +18,7 @@ from vidmem_model.memory.compressor import compress
 from vidmem_model.memory.config import CompressorConfig
 from vidmem_model.memory.file import Memory
 from vidmem_model.memory.method import EncodedClip, box_grid, encoded
+from vidmem_model.model.config import Compression
 from vidmem_model.vae import DCTCodec
 from vidmem_model.video import Clip
 
@@ -108,7 +109,7 @@ def test_dct_of_slow_waves_is_near_exact():
 
 def test_dct_with_every_coefficient_is_exact():
     clip = noise_clip(8, 64, 64)
-    assert mean_psnr(clip, run(clip, rate=(2, 2, 1), channels=3 * 4 * 32 * 32)) == math.inf
+    assert mean_psnr(clip, run(clip, compression=Compression(1, 2, 2), channels=3 * 4 * 32 * 32)) == math.inf
 
 
 @pytest.mark.parametrize("size", [(13, 150, 203), (1, 64, 64), (3, 21, 35), (9, 37, 200), (8, 480 // 4, 64)])
@@ -143,7 +144,7 @@ def test_dct_positions_are_the_midpoints_of_the_boxes():
 
 def test_dct_refuses_more_channels_than_a_box_has():
     with pytest.raises(UserError, match=r"channels in \[1, 3072\]") as error:
-        run(smooth_clip(4, 16, 16), rate=(1, 1, 1), channels=3073)
+        run(smooth_clip(4, 16, 16), compression=Compression(1, 1, 1), channels=3073)
     assert "\n" not in str(error.value)
 
 
@@ -213,7 +214,7 @@ def test_more_rows_read_back_better():
 @pytest.mark.parametrize("size", [(13, 50, 203), (1, 16, 16), (3, 21, 35)])
 def test_merge_of_odd_sizes(size):
     clip = smooth_clip(*size)
-    memory = run(clip, method="merge", rate=(1, 1, 1))
+    memory = run(clip, method="merge", compression=Compression(1, 1, 1))
     assert mean_psnr(clip, memory) > 20
     tokens = -(-size[0] // 4) * -(-size[1] // 16) * -(-size[2] // 16)
     assert mean_psnr(clip, run(clip, method="merge", budget=tokens)) == math.inf
@@ -227,7 +228,7 @@ def test_impossible_budget_says_what_is_possible():
 
 @pytest.mark.parametrize("method", UNTRAINED)
 def test_missing_latents_are_noticed(method):
-    config = CompressorConfig(method=method, rate=(2, 2, 1))
+    config = CompressorConfig(method=method, compression=Compression(1, 2, 2))
     clip = encoded(Clip(noise_clip(8, 32, 32), 24.0, Path(), None))
     with pytest.raises(ValueError, match=r"latents must hold (12 tokens|3 boxes in time) for \(12, 32, 32\), got [28]"):
         compress(replace(clip, size=(12, 32, 32)), config)
@@ -310,8 +311,8 @@ def test_a_frame_reads_only_its_rows():
     "wrong",
     [
         {"method": "wavelet"},
-        {"rate": (4, 4)},
-        {"rate": (4, 0, 2)},
+        {"compression": (2, 4, 4)},
+        {"compression": 4},
         {"channels": 0},
         {"budget": 100},
         {"method": "merge", "budget": 0},

@@ -104,10 +104,10 @@ def test_mean_frame_is_the_mean():
 def test_training_free_memories_have_the_tokens_asked_for(method):
     frames = film(24)
     # 24 frames of 32x64 have 6 x 2 x 4 patch tokens, which boxes of 2x2x2 make 3 x 1 x 2.
-    back = baselines.untrained_memory(method, frames, (2, 2, 2), 48)
+    back = baselines.untrained_memory(method, frames, Compression(2, 2, 2), 48)
     assert (back.tokens, back.width) == (6, 48) and back.frames.shape == frames.shape
     error = [psnr(a, b) for a, b in zip(back.frames, frames, strict=True)]
-    wider = baselines.untrained_memory(method, frames, (1, 1, 1), 192)
+    wider = baselines.untrained_memory(method, frames, Compression(1, 1, 1), 192)
     assert (wider.tokens, wider.width) == (48, 192)
     better = [psnr(a, b) for a, b in zip(wider.frames, frames, strict=True)]
     assert statistics.fmean(better) > statistics.fmean(error) + 3

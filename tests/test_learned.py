@@ -21,6 +21,7 @@ from vidmem_model.memory import learned
 from vidmem_model.memory.compressor import compress
 from vidmem_model.memory.config import CompressorConfig
 from vidmem_model.memory.file import read_memory, write_memory
+from vidmem_model.model.config import Compression
 from vidmem_model.model.encoder import count_tokens
 from vidmem_model.model.file import load_model, save_model
 from vidmem_model.model.memory_model import MemoryModel
@@ -174,7 +175,7 @@ def test_demo_shows_the_learned_memory_at_its_own_size(package, tmp_path, monkey
         video=video,
         clip=ClipSpec(80, 112, 24.0, 0.0, 1.0),
         frames=2,
-        rate=(2, 2, 2),
+        compression=Compression(2, 2, 2),
         trained=("learned",),
         profile=ProfileConfig(lengths=(0.5,)),
     )

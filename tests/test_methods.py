@@ -27,11 +27,12 @@ from vidmem_model.memory.config import CompressorConfig
 from vidmem_model.memory.file import read_memory, write_memory
 from vidmem_model.memory.header import check_rows
 from vidmem_model.memory.method import Rows, encoded
+from vidmem_model.model.config import Compression
 from vidmem_model.model.file import save_model
 from vidmem_model.show.tables import print_demo
 from vidmem_model.video.clip import ClipSpec
 
-MEAN = Method("mean", takes=("rate",), needs=("shape",), room=3, module=__name__)
+MEAN = Method("mean", takes=("compression",), needs=("shape",), room=3, module=__name__)
 
 
 def compress(clip, config, progress):
@@ -135,7 +136,9 @@ def test_two_models_of_one_size_in_the_demo(video, tmp_path, capfd, monkeypatch)
     save_model(tmp_path / "demo.safetensors", tiny_model())
     try:
         clip, layer = ClipSpec(80, 112, 24.0, 0.0, 1.0), ProfileConfig(lengths=(0.5,))
-        config = DemoConfig(video, clip, frames=2, rate=(2, 2, 2), trained=("learned", "again"), profile=layer)
+        config = DemoConfig(
+            video, clip, frames=2, compression=Compression(2, 2, 2), trained=("learned", "again"), profile=layer
+        )
         print_demo(run_demo(config, tmp_path / "out"), tmp_path / "out")
         assert capfd.readouterr().out.count("8 frames of 32x64 at 8 fps") == 2
         report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -195,7 +198,7 @@ print(*sorted(name for name in sys.modules if name.startswith("vidmem_model.")),
 
 def test_what_is_known_of_the_methods():
     assert list(METHODS) == [*untrained(), *trained()] == ["dct", "merge", "learned"]
-    assert takers("steps") == ["learned"] and takers("rate") == ["dct", "merge"] and takers("none") == []
+    assert takers("steps") == ["learned"] and takers("compression") == ["dct", "merge"] and takers("none") == []
     for name, method in METHODS.items():
         module = method.load()
         assert name == method.name and all(callable(getattr(module, f)) for f in ("compress", "check", "read"))

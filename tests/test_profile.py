@@ -166,7 +166,7 @@ def test_history_beyond_free_memory_is_refused(monkeypatch):
         ({"lengths": ()}, "lengths must be positive seconds, got []"),
         ({"lengths": (1.0, math.nan)}, "lengths must be positive seconds, got [1.0, nan]"),
         ({"heads": 0}, "heads must be positive, got 0"),
-        ({"rate": (4, 0, 2)}, "rate must be positive, got (4, 0, 2)"),
+        ({"compression": (2, 4, 0)}, "compression: must be a mapping of keys to values, got (2, 4, 0)"),
         ({"dtype": "float8"}, "got 'float8'"),
     ],
 )

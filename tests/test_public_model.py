@@ -21,6 +21,7 @@ from vidmem_model import ClipSpec, CompressorConfig, compress, read_memory, writ
 from vidmem_model.errors import MediaError, UserError
 from vidmem_model.memory import compressor
 from vidmem_model.memory.method import encoded
+from vidmem_model.model.config import Compression
 from vidmem_model.video import Clip, read_clip
 
 
@@ -120,7 +121,12 @@ def test_by_default_twenty_seconds_at_the_size_of_the_method(film, monkeypatch):
 
 def test_progress_says_what_is_done(film):
     told = []
-    compress(film, CompressorConfig(rate=(2, 2, 1)), ClipSpec(32, 48, seconds=1.0), progress=lambda *n: told.append(n))
+    compress(
+        film,
+        CompressorConfig(compression=Compression(1, 2, 2)),
+        ClipSpec(32, 48, seconds=1.0),
+        progress=lambda *n: told.append(n),
+    )
     assert {name for name, *_ in told} == {"decode", "compress, dct"}
     assert told[-1] == ("compress, dct", 6, 6)
 
@@ -165,7 +171,7 @@ def test_what_is_not_right_is_told_in_one_line(call, error, message):
 
 
 def test_frames_are_asked_for_by_integers(tmp_path):
-    write_memory(tmp_path / "m", compress(frames_of(5), CompressorConfig(rate=(1, 1, 1)), fps=24))
+    write_memory(tmp_path / "m", compress(frames_of(5), CompressorConfig(compression=Compression(1, 1, 1)), fps=24))
     opened = read_memory(tmp_path / "m")
     for third in (np.int64(3), np.uint8(3), torch.tensor(3)):
         assert torch.equal(opened.retrieve(third), opened.retrieve(3))

@@ -35,7 +35,7 @@ class FieldError(ValueError):
     """A field that does not hold what it must.
 
     Attributes:
-        place: of the field in the file, as "model.encoders[0].rate".
+        place: of the field in the file, as "model.encoders[0].compression".
     """
 
     def __init__(self, message: str, place: str) -> None:

@@ -10,7 +10,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ from .memory.compressor import CompressedMemory, compress
 from .memory.config import CompressorConfig
 from .memory.file import read_memory, write_memory
 from .memory.method import EncodedClip, context_tokens, encoded
-from .model.config import Rate
+from .model.config import Compression
 from .show.plots import plots_missing, write_memory_plot
 from .show.sheet import write_memories_sheet
 from .vae import DCTCodec
@@ -59,7 +59,7 @@ class DemoConfig(Checked):
         clip: the part to take.
         frames: how many frames to read back.
         seed: of the frames' random positions.
-        rate: patch tokens that one token of memory covers, (height, width, time).
+        compression: of the memories.
         trained: methods that run a model, for each of which the same part is also taken at the model's size and
             rate, and its memory shown beside those of the other methods with as many tokens, as wide.
         profile: what the memory profile measures.
@@ -69,7 +69,7 @@ class DemoConfig(Checked):
     clip: ClipSpec = ClipSpec()
     frames: Annotated[int, positive(10_000)] = 8
     seed: Annotated[int, not_negative(MOST_SEED)] = 0
-    rate: Rate = (4, 4, 2)
+    compression: Compression = Compression()
     trained: tuple[str, ...] = ()
     profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
 
@@ -137,7 +137,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
         "format": "vidmem.demo",
         "version": 1,
         "video": _describe(clip, config.clip.start),
-        "config": {"seed": config.seed, "frames": config.frames, "rate": config.rate},
+        "config": {"seed": config.seed, "frames": config.frames, "compression": asdict(config.compression)},
         "context_tokens_before": context_tokens(clip.size, DCTCodec.stride),
         "methods": {},
     }
@@ -147,7 +147,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     for name in untrained():
         file = folder / f"memory-{name}.safetensors"
         with stages.measure(f"compress, {name}"):
-            compressed = compress(latents, CompressorConfig(method=name, rate=config.rate), progress=tell)
+            compressed = compress(latents, CompressorConfig(method=name, compression=config.compression), progress=tell)
         tell(f"store, {name}", 0, None)
         with stages.measure(f"store, {name}"):
             write_memory(file, compressed)
@@ -232,7 +232,7 @@ def _run_trained(
             if method == name:
                 compressed = compress(clip, asked)
             else:
-                compressed = compress_alike(method, clip, model.encoders[0].compression.rate, model.dit.dim)
+                compressed = compress_alike(method, clip, model.encoders[0].compression, model.dit.dim)
             write_memory(file, compressed)
         result["methods"][method] = _stored(file, compressed, before)
     sources, fps = clip.frames[chosen], clip.fps

@@ -41,7 +41,7 @@ from vidmem_model.memory.compressor import compress
 from vidmem_model.memory.config import CompressorConfig
 from vidmem_model.memory.file import write_memory
 from vidmem_model.memory.method import encoded
-from vidmem_model.model.config import PRESETS, DiTConfig, EncoderConfig, ModelConfig, TextConfig
+from vidmem_model.model.config import PRESETS, Compression, DiTConfig, EncoderConfig, ModelConfig, TextConfig
 from vidmem_model.model.file import save_model
 from vidmem_model.model.lora import add_lora, attach_lora, save_lora
 from vidmem_model.model.memory_model import MemoryModel
@@ -68,11 +68,11 @@ SMALL = ModelConfig(
     vae=VAEConfig(kind="dct", channels=4),
     text=TextConfig(dim=8, max_tokens=6, vocabulary=16),
     encoders=(
-        EncoderConfig(rate=(2, 2, 2), channels=(4, 8), attention="causal", heads=2, shortcut=12),
-        EncoderConfig(rate=(2, 2, 4), branches="lr", channels=(4, 8), attention="none", heads=2),
-        EncoderConfig(rate=(2, 2, 2), branches="patchifier"),
-        EncoderConfig(rate=(2, 2, 2), branches="merge"),
-        EncoderConfig(rate=(2, 2, 2), branches="sparse"),
+        EncoderConfig(compression=Compression(2, 2, 2), channels=(4, 8), attention="causal", heads=2, shortcut=12),
+        EncoderConfig(compression=Compression(4, 2, 2), branches="lr", channels=(4, 8), attention="none", heads=2),
+        EncoderConfig(compression=Compression(2, 2, 2), branches="patchifier"),
+        EncoderConfig(compression=Compression(2, 2, 2), branches="merge"),
+        EncoderConfig(compression=Compression(2, 2, 2), branches="sparse"),
     ),
     dit=DiTConfig(
         dim=16,
@@ -193,7 +193,7 @@ def write_memories() -> None:
             made = compress(clip, CompressorConfig(method, dtype=dtype, model="one"))
         else:
             given = {"channels": 128} if method == "dct" else {"budget": 10}
-            config = CompressorConfig(method=method, rate=(1, 1, 2), dtype=dtype, **given)
+            config = CompressorConfig(method=method, compression=Compression(2, 1, 1), dtype=dtype, **given)
             made = compress(encoded(clip, DCTCodec(CodecConfig(48)), torch.float32), config)
         write_memory(GOLDEN / "memories" / f"{name}.safetensors", made)
 

@@ -60,7 +60,7 @@ def demo(
         clip=clip,
         frames=frames,
         seed=seed,
-        rate=rate_,
+        compression=rate_,
         trained=[name for name in trained() if at_default and shipped(METHODS[name].model)],
         profile=configured(ProfileConfig, lengths=lengths_),
     )
@@ -110,7 +110,9 @@ def compress(
 
     checked(MethodName, "--method", method)
     channels_ = 3072 if channels is None else channels
-    config = configured(CompressorConfig, method=method, rate=rate_, channels=channels_, budget=budget, dtype=dtype)
+    config = configured(
+        CompressorConfig, method=method, compression=rate_, channels=channels_, budget=budget, dtype=dtype
+    )
     outputs([video, *(shipped(METHODS[name].model) for name in trained())], [output])
     from ..memory import compressor
     from ..memory.file import write_memory

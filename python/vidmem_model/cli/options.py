@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..checks import conform, shorten, show
+from ..checks import conform, positive, shorten, show
 from ..errors import OptionError, UserError
+
+if TYPE_CHECKING:
+    from ..model.config import Compression
 
 T = TypeVar("T")
 
@@ -47,8 +50,12 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
     return (None, None) if text == "source" else parse_numbers("--size", text, "480x832", int)
 
 
-def parse_rate(text: str) -> tuple[int, int, int]:
-    return parse_numbers("--rate", text, "4x4x2", int)
+def parse_rate(text: str) -> Compression:
+    from ..model.config import Compression
+
+    numbers = parse_numbers("--rate", text, "4x4x2", int)
+    height, width, time = checked(Annotated[tuple[int, int, int], positive(128)], "--rate", numbers)
+    return Compression(time, height, width)
 
 
 def parse_fps(text: str) -> float | None:

@@ -17,6 +17,7 @@ from ..memory.compressor import CompressedMemory, compress
 from ..memory.config import CompressorConfig
 from ..memory.file import read_memory, write_memory
 from ..memory.method import box_grid, encoded
+from ..model.config import Compression
 from ..vae import PATCH, DCTCodec
 from ..vae.config import CodecConfig
 from ..video import Clip
@@ -53,7 +54,7 @@ def mean_frame(frames: torch.Tensor) -> ReadBack:
 
 
 def compress_alike(
-    method: str, clip: Clip, rate: tuple[int, int, int], width: int, budget: int | None = None
+    method: str, clip: Clip, compression: Compression, width: int, budget: int | None = None
 ) -> CompressedMemory:
     """Compress a clip by a method without a model to tokens of a given width.
 
@@ -63,28 +64,28 @@ def compress_alike(
     Args:
         method: one of memory.untrained().
         clip: the frames.
-        rate: patch tokens that a token covers, (height, width, time).
+        compression: patch tokens that a token stands for.
         width: numbers a token may hold, at least 4; stored as float16.
-        budget: number of tokens of merge; by default what the rate gives.
+        budget: number of tokens of merge; by default what the compression gives.
 
     Returns:
         CompressedMemory.
 
     Raises:
-        UserError: the history is too small for the rate or the budget.
+        UserError: the history is too small for the compression or the budget.
     """
     own_width = "channels" in METHODS[method].takes
     codec = DCTCodec(CodecConfig(_MOST_CHANNELS if own_width else min(_MOST_CHANNELS, width // PATCH**2)))
-    whole = 3 * math.prod(box_grid(clip.size, codec.stride, rate)[1])
-    config = CompressorConfig(method, rate, min(width, whole), budget)
+    whole = 3 * math.prod(box_grid(clip.size, codec.stride, compression)[1])
+    config = CompressorConfig(method, compression, min(width, whole), budget)
     return compress(encoded(clip, codec, torch.float32), config)
 
 
-def untrained_memory(method: str, frames: torch.Tensor, rate: tuple[int, int, int], width: int) -> ReadBack:
+def untrained_memory(method: str, frames: torch.Tensor, compression: Compression, width: int) -> ReadBack:
     """Read every frame back from a memory file that `compress_alike` filled.
 
     Args:
-        method, rate, width: as there.
+        method, compression, width: as there.
         frames: uint8 (T, H, W, 3).
 
     Returns:
@@ -93,7 +94,7 @@ def untrained_memory(method: str, frames: torch.Tensor, rate: tuple[int, int, in
     Raises:
         UserError: as there.
     """
-    memory = compress_alike(method, Clip(frames, 1.0, Path(), None), rate, width)
+    memory = compress_alike(method, Clip(frames, 1.0, Path(), None), compression, width)
     with tempfile.TemporaryDirectory(prefix="vidmem-") as folder:
         path = Path(folder) / "memory.safetensors"
         write_memory(path, memory)

@@ -18,7 +18,7 @@ from ..files import write_json
 from ..machine import describe_device, versions
 from ..memory import untrained
 from ..memory.learned import TrainedModel
-from ..model.config import ModelConfig
+from ..model.config import Compression, ModelConfig
 from ..model.file import model_path
 from ..weights import stored_dtype
 from .baselines import ReadBack, mean_frame, untrained_memory
@@ -57,12 +57,15 @@ def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> 
 
 
 def describe(config: ModelConfig) -> str:
-    """Name of a row: the branches and the rate of the model's encoders."""
+    """Name of a row: the branches and the compression of the model's encoders."""
     words = {"both": "both", "lr": "only LR", "hr": "without LR", "patchifier": "large patchifier"}
     return " + ".join(
-        f"{words.get(each.branches, each.branches)} {str(each.compression).replace('x', '×')}"
-        for each in config.encoders
+        f"{words.get(each.branches, each.branches)} {_times(each.compression)}" for each in config.encoders
     )
+
+
+def _times(compression: Compression) -> str:
+    return str(compression).replace("x", "×")
 
 
 def measure_row(
@@ -162,7 +165,7 @@ def evaluate_retrieval(
 ) -> dict[str, Any]:
     """Measure trained models, and beside them the methods without a model, the mean frame, and the VAE alone.
 
-    Models with one configuration, stored in as many bits, are runs of one row. Those methods get the rate of
+    Models with one configuration, stored in as many bits, are runs of one row. Those methods get the compression of
     each model with one encoder, and so its number of tokens, which hold as many numbers.
 
     Args:
@@ -195,12 +198,11 @@ def evaluate_retrieval(
         rows.add(name, trained, read_model(trained, config), sha256=trained.digest, vae=trained.vae_digest)
     of_models = set(rows.runs)
     rows.runs = dict(sorted(rows.runs.items(), key=lambda row: (*_place(configs.get(row[0]), row[1]), row[0])))
-    for rate, width in sorted(
-        {(c.encoders[0].compression.rate, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}
-    ):
+    boxes = {(c.encoders[0].compression, c.dit.dim) for c in configs.values() if len(c.encoders) == 1}
+    for compression, width in sorted(boxes, key=lambda each: (each[0].height, each[0].width, each[0].time, each[1])):
         for method in untrained():
-            read = functools.partial(_read_untrained, method, rate, width)
-            rows.add(f"{method} {'×'.join(map(str, rate))}", first, read, most_width=width)
+            read = functools.partial(_read_untrained, method, compression, width)
+            rows.add(f"{method} {_times(compression)}", first, read, most_width=width)
     rows.add("mean frame", first, lambda history: mean_frame(history.frames))
     rows.add("VAE alone", first, read_vae(first), vae=first.vae_digest)
     return {
@@ -223,8 +225,8 @@ def _place(config: ModelConfig | None, runs: list[dict[str, Any]]) -> tuple[int,
     return runs[0]["tokens"], order.index(branches) if branches in order else len(order)
 
 
-def _read_untrained(method: str, rate: tuple[int, int, int], width: int, history: HeldOut) -> ReadBack:
-    return untrained_memory(method, history.frames, rate, width)
+def _read_untrained(method: str, compression: Compression, width: int, history: HeldOut) -> ReadBack:
+    return untrained_memory(method, history.frames, compression, width)
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ hand, at rising lengths:
 - sliding window: the same over the last 8 latent frames;
 - linear attention: the history is carried in a state (S, z) of fixed size; the call folds the newest
   history frame in and reads;
-- compressed memory: cross-attention over the tokens that are left at a rate of 4x4x2.
+- compressed memory: cross-attention over the tokens that are left at a compression of 4x4x2.
 
 What is counted, in bytes of one layer and one batch entry:
 
@@ -35,7 +35,7 @@ from vidmem_kernels import cross_attention, explain, linear_attention
 from ..checks import Checked, Lengths, OneOf, positive
 from ..errors import UserError
 from ..machine import describe_device, versions
-from ..model.config import Rate
+from ..model.config import Compression
 from .peak import PeakMemory, timed
 from .repeat import free_bytes, repeated
 
@@ -59,7 +59,7 @@ class ProfileConfig(Checked):
         grid: patch tokens of a latent frame, (rows, columns); 480x832 pixels give 30x52.
         fps: video frames per second.
         frames_per_latent: video frames that one latent frame covers.
-        rate: patch tokens that one token of compressed memory covers, (height, width, time).
+        compression: of the compressed memory.
         window_frames: latent frames that the sliding window keeps.
         dtype: of queries, keys and values; "auto" is float32 on the CPU, where lower precisions are computed
             through copies in float32, and bfloat16 elsewhere.
@@ -74,7 +74,7 @@ class ProfileConfig(Checked):
     grid: Annotated[tuple[int, int], positive(16_384)] = (30, 52)
     fps: Annotated[float, positive(1000)] = 24.0
     frames_per_latent: Annotated[int, positive(64)] = 4
-    rate: Rate = (4, 4, 2)
+    compression: Compression = Compression()
     window_frames: Annotated[int, positive(1_000_000)] = 8
     dtype: Annotated[str, OneOf(*DTYPES)] = "auto"
 
@@ -95,8 +95,9 @@ class ProfileConfig(Checked):
 
     def compressed_tokens(self, frames: int) -> int:
         """Tokens of compressed memory: rows and columns rounded down, the last frames kept."""
-        rows, columns = (max(1, n // r) for n, r in zip(self.grid, self.rate[:2], strict=True))
-        return rows * columns * -(-frames // self.rate[2])
+        time, height, width = self.compression
+        rows, columns = max(1, self.grid[0] // height), max(1, self.grid[1] // width)
+        return rows * columns * -(-frames // time)
 
     def held_tokens(self, strategy: str, frames: int) -> int:
         """Tokens whose keys and values are held for a history of so many latent frames."""

@@ -25,7 +25,8 @@ class Method:
 
     Args:
         name: what options, files and tables call it.
-        takes: what it looks at of CompressorConfig ("rate", "channels", "budget"), and "steps" of `Memory.retrieve`.
+        takes: what it looks at of CompressorConfig ("compression", "channels", "budget"), and "steps" of
+            `Memory.retrieve`.
         needs: header entries of its files beside those of every file.
         room: bytes of memory that decoding and compressing take for each byte of decoded video.
         model: the shipped checkpoint that it runs, whose frame size its clips must have; others take any size.
@@ -49,8 +50,8 @@ class Method:
 METHODS: dict[str, Method] = {
     each.name: each
     for each in (
-        Method("dct", takes=("rate", "channels"), needs=("grid", "box"), room=4),
-        Method("merge", takes=("rate", "budget"), needs=("grid",), room=6),
+        Method("dct", takes=("compression", "channels"), needs=("grid", "box"), room=4),
+        Method("merge", takes=("compression", "budget"), needs=("grid",), room=6),
         Method(
             "learned",
             takes=("steps",),

@@ -64,7 +64,7 @@ def compress(
     Args:
         video: a video file; frames, a tensor or array, uint8 (T, H, W, 3) RGB; a Clip, as `video.read_clip` gives it,
             or its latents.
-        config: method, rate, how rows are stored; by default dct at 4x4x2 in float16.
+        config: method, compression, how rows are stored; by default dct at 4x4x2 in float16.
         clip: the part of a video file to take; by default its first 20 seconds at the size and rate that `raster`
             gives.
         fps: frames per second of a tensor or array.

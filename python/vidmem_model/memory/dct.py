@@ -1,6 +1,6 @@
 """The method dct: a row a box, its strongest low frequencies.
 
-The clip is cut into boxes of `rate` patch tokens; a box becomes one row, the coefficients of its DCT over
+The clip is cut into boxes of `compression` patch tokens; a box becomes one row, the coefficients of its DCT over
 (colour, time, height, width) that carry the most energy over the clip.
 """
 
@@ -57,7 +57,7 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
     """Make a row of every box; see `method.Implementation`."""
     clip = encoded(clip)
     codec, size = clip.codec, clip.size
-    grid, box = box_grid(size, codec.stride, config.rate)
+    grid, box = box_grid(size, codec.stride, config.compression)
     whole = 3 * math.prod(box)
     if config.channels > whole:
         raise UserError(
@@ -80,14 +80,14 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
         energy += bands.square().sum(0)
         spectra.append(bands)
         if progress:
-            progress(min(done * config.rate[2], latent_frames), latent_frames)
+            progress(min(done * config.compression.time, latent_frames), latent_frames)
     if len(spectra) != grid[0]:  # as where they are read a second time
         raise ValueError(f"compress: latents must hold {grid[0]} boxes in time for {size}, got {len(spectra)}")
     strongest = energy.argsort(descending=True, stable=True)[: config.channels]
     tokens = torch.cat([bands[:, strongest] for bands in spectra])
     table = candidates[strongest].to(torch.int32)
     patches = [-(-n // (s * PATCH)) for n, s in zip(size[1:], codec.stride[1:], strict=True)]
-    spans = (config.rate[2], patches[0] / down, patches[1] / across)
+    spans = (config.compression.time, patches[0] / down, patches[1] / across)
     axes = [(torch.arange(n) + 0.5) * span - 0.5 for n, span in zip(grid, spans, strict=True)]
     positions = torch.cartesian_prod(*axes).to(torch.float32)
     meta = {"grid": json.dumps(grid), "box": json.dumps(box)}

@@ -41,7 +41,7 @@ class MemoryHeader(Checked):
         codec, codec_channels: what made the latents.
         dtype: how rows are stored.
         grid: boxes (dct) or patch tokens (merge) of the clip, (time, height, width).
-        box: frames, rows and columns of pixels that a box of dct covers; at most what rates of 128 give.
+        box: frames, rows and columns of pixels that a box of dct covers; at most what a compression of 128 gives.
         model, model_sha256, vae_sha256: the trained model that made the rows, its hash and its VAE's.
     """
 

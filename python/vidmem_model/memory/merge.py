@@ -53,7 +53,7 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
     codec, size = clip.codec, clip.size
     grid = tuple(-(-n // (s * p)) for n, s, p in zip(size, codec.stride, (1, PATCH, PATCH), strict=True))
     count, frame = math.prod(grid), grid[1] * grid[2]
-    boxes = math.prod(box_grid(size, codec.stride, config.rate)[0])
+    boxes = math.prod(box_grid(size, codec.stride, config.compression)[0])
     budget = boxes if config.budget is None else config.budget
     if budget > count:
         raise UserError(f"the clip has {count} tokens, budget asks for {budget}; give 1 to {count}")

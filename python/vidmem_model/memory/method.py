@@ -12,6 +12,7 @@ import torch
 
 from vidmem_kernels import MemoryBank
 
+from ..model.config import Compression
 from ..vae import PATCH, DCTCodec, VideoCodec
 from ..video import Clip
 from .config import CompressorConfig
@@ -132,9 +133,9 @@ def context_tokens(size: tuple[int, int, int], codec_stride: tuple[int, int, int
 
 
 def box_grid(
-    size: tuple[int, int, int], codec_stride: tuple[int, int, int], rate: tuple[int, int, int]
+    size: tuple[int, int, int], codec_stride: tuple[int, int, int], compression: Compression
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Cut a clip into boxes of `rate` patch tokens.
+    """Cut a clip into boxes of `compression` patch tokens.
 
     Rows and columns are resampled to whole boxes (the number rounded down, at least one), so that
     nothing is cropped; the last frames are padded to a whole box.
@@ -142,11 +143,11 @@ def box_grid(
     Args:
         size: frames, rows and columns.
         codec_stride: of the codec, (time, height, width).
-        rate: patch tokens a box covers along height, width and time.
+        compression: patch tokens of a box.
 
     Returns:
         Number of boxes and size of a box in pixels, both as (time, height, width).
     """
     t, h, w = codec_stride
-    box = (rate[2] * t, rate[0] * h * PATCH, rate[1] * w * PATCH)
+    box = (compression.time * t, compression.height * h * PATCH, compression.width * w * PATCH)
     return (-(-size[0] // box[0]), max(1, size[1] // box[1]), max(1, size[2] // box[2])), box

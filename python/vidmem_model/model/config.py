@@ -71,11 +71,6 @@ class Compression(Checked):
         return f"{self.height}x{self.width}x{self.time}"
 
     @property
-    def rate(self) -> tuple[int, int, int]:
-        """Height, width and time."""
-        return self.height, self.width, self.time
-
-    @property
     def count(self) -> int:
         """Patch tokens that one memory token stands for."""
         return math.prod(self)
@@ -335,7 +330,3 @@ PRESETS: dict[str, ModelConfig] = {
         fps=24.0,
     ),
 }
-
-
-# How many patch tokens one token of memory covers along height, width and time.
-Rate = Annotated[tuple[int, int, int], positive(128)]
