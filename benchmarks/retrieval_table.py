@@ -15,10 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
+
+from vidmem_model.model.config import Compression
 
 PAGE = Path(__file__).parent.parent / "docs" / "retrieval.md"
 MODEL = "model.safetensors"
@@ -29,22 +31,21 @@ class Row:
     """A row: a memory encoder, and the seeds it is trained with."""
 
     branches: str
-    rate: tuple[int, int, int]
+    compression: Compression
     seeds: tuple[int, ...]
 
     def runs(self) -> list[tuple[str, int]]:
         """Names of the runs' folders, and their seeds."""
-        rate = "x".join(map(str, self.rate))
-        return [(f"{self.branches}-{rate}-seed{seed}", seed) for seed in self.seeds]
+        return [(f"{self.branches}-{self.compression}-seed{seed}", seed) for seed in self.seeds]
 
 
 ROWS = (
-    Row("patchifier", (4, 4, 2), (0, 1, 2)),
-    Row("lr", (4, 4, 2), (0, 1, 2)),
-    Row("hr", (4, 4, 2), (0, 1, 2)),
-    Row("both", (4, 4, 2), (0, 1, 2)),
-    Row("both", (2, 2, 2), (0,)),
-    Row("both", (2, 2, 1), (0,)),
+    Row("patchifier", Compression(2, 4, 4), (0, 1, 2)),
+    Row("lr", Compression(2, 4, 4), (0, 1, 2)),
+    Row("hr", Compression(2, 4, 4), (0, 1, 2)),
+    Row("both", Compression(2, 4, 4), (0, 1, 2)),
+    Row("both", Compression(2, 2, 2), (0,)),
+    Row("both", Compression(1, 2, 2), (0,)),
 )
 
 
@@ -73,7 +74,11 @@ def write_recipes(base: Path, out: Path, rows: tuple[Row, ...]) -> list[Path]:
     for seed, name, row in sorted(runs, key=lambda run: run[0]):
         mine = copy.deepcopy(recipe)
         model = {"preset": mine["model"]} if isinstance(mine["model"], str) else mine["model"]
-        encoder = {**(model.get("encoders") or [{}])[0], "rate": list(row.rate), "branches": row.branches}
+        encoder = {
+            **(model.get("encoders") or [{}])[0],
+            "compression": asdict(row.compression),
+            "branches": row.branches,
+        }
         mine["model"] = {**model, "encoders": [encoder]}
         mine["output"] = str(out / name)
         mine["optimisation"] = {**mine.get("optimisation", {}), "seed": seed, "threads": 1}

@@ -12,6 +12,7 @@ from vidmem_kernels._registry import OPS
 
 CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
 BACKENDS = ["reference", *CAPABILITIES, "triton"]
+compiled = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
 
 
 @contextmanager

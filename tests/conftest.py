@@ -27,6 +27,8 @@ PACKAGES = {
     "yaml",
 }
 
+from backend_helpers import CAPABILITIES, backend_called  # noqa: E402
+
 DEVICES = [
     "cpu",
     pytest.param(
@@ -43,6 +45,13 @@ DEVICES = [
 def device(request):
     """Every device there is; the CUDA runs carry the marker `gpu`."""
     return request.param
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request):
+    """Every instruction set that the CPU kernels are compiled for and this processor has, one after another."""
+    with backend_called(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

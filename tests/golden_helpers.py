@@ -14,10 +14,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from vidmem_kernels import MemoryBank
-from vidmem_model import checkpoint, learned
-from vidmem_model.memory import read_memory
-from vidmem_model.model import load_model
-from vidmem_model.train_config import read_finetune, read_pretrain, read_pretrain_vae
+from vidmem_model import shipped
+from vidmem_model.memory import learned
+from vidmem_model.memory.file import read_memory
+from vidmem_model.model.encoder import History
+from vidmem_model.model.file import load_model
+from vidmem_model.train import checkpoint
+from vidmem_model.train.recipe import read_finetune, read_pretrain, read_pretrain_vae
 
 GOLDEN = Path(__file__).with_name("golden")
 BANKS = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
@@ -75,21 +78,21 @@ def of_memory(path: Path) -> tuple[dict[str, Any], torch.Tensor]:
 
 def use_golden_models(monkeypatch: Any) -> None:
     """Learned memories name the model `one` of the finished runs, as one that comes with the package."""
-    monkeypatch.setattr(learned, "CHECKPOINTS", GOLDEN / "training" / "finished")
-    learned.open_shipped.cache_clear()
+    monkeypatch.setattr(shipped, "CHECKPOINTS", GOLDEN / "training" / "finished")
+    learned.open_model.cache_clear()
 
 
 @torch.no_grad()
 def of_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
     """What a model's file says of it, what it makes of fixed inputs, and the digest of its weights."""
     model = load_model(path)
-    channels, (rows, columns) = model.config.vae.channels, model.latent_size()
+    channels, (rows, columns) = model.config.vae.channels, model.config.latent_size
     lows = [
-        wave(2, channels, 4 // t, rows // h, columns // w) if each.branches in ("both", "lr") else None
+        wave(2, channels, 4 // t, rows // h, columns // w) if each.reads_low else None
         for each in model.config.encoders
-        for h, w, t in [each.rate]
+        for t, h, w in [each.compression]
     ]
-    memory = model.remember(1.5 * wave(2, channels, 4, rows, columns), lows)
+    memory = model.remember(History(1.5 * wave(2, channels, 4, rows, columns), lows))
     velocity = model.predict(
         2.0 * wave(2, channels, 2, rows, columns),
         torch.tensor([0.25, 0.75]),

@@ -446,7 +446,7 @@ OPTIONS = {
     "retrieve m -o out.png --frame 0": "frame steps",
     f"generate b -o x.mp4 --model {MODEL} {' '.join(TINY)}": "seconds seed segment window guidance shift steps device",
     "profile -o out --lengths 0": "lengths heads head-dim dtype device",
-    f"profile -o out --model {MODEL} --lengths 0": "depth segment most-seconds lengths dtype",
+    f"profile -o out --model {MODEL} --lengths 0": "depth segment max-seconds lengths dtype",
     "demo none.mkv -o out": "frames seed lengths rate size fps seconds start",
     f"evaluate retrieval --model {MODEL} --video none.mkv": "clips history steps seed",
     "storyboard idea --lm none -o out": "seconds shots seed device",

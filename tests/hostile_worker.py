@@ -125,14 +125,14 @@ def _child(folder: str, command: list[str], said: int) -> None:
 def serve() -> None:
     """Run what comes on stdin, a line a command; a line on stdout for each."""
     import vidmem_model
-    from vidmem_model import learned
+    from vidmem_model import shipped
     from vidmem_model.cli import main
 
     for module in pkgutil.walk_packages(vidmem_model.__path__, "vidmem_model."):
         if "__main__" not in module.name:
             importlib.import_module(module.name)
 
-    learned.CHECKPOINTS = GOLDEN / "training" / "finished"
+    shipped.CHECKPOINTS = GOLDEN / "training" / "finished"
     # What only a first call imports.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         for name in ("dct-int8", "learned-float16"):

@@ -20,13 +20,17 @@ GOLDEN = Path(__file__).with_name("golden") / "training"
 _NURSERY = """
     import contextlib, json, os, resource, signal, sys
     import torch
-    from vidmem_model import cli, finetune, generate, learned, demo, pretrain, profile, train_config, vae
+    from vidmem_model import cli, demo
+    from vidmem_model.generation import generator
+    from vidmem_model.measure import repeat
+    from vidmem_model.memory import learned
+    from vidmem_model.train import recipe
     with contextlib.suppress(ImportError):
         import matplotlib.backends.backend_agg, matplotlib.figure
     with contextlib.suppress(ImportError):
         import peft
     torch.set_num_threads(1)
-    profile._SLOW_SECONDS = 0.0  # calls are measured once
+    repeat._SLOW_SECONDS = 0.0  # calls are measured once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of commands
     print("ready", flush=True)
     for line in iter(sys.stdin.readline, ""):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_helpers import DEFAULTS, by_sdpa, op_of, results_and_gradients, visible
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,10 +17,6 @@ from vidmem_kernels._registry import OPS
 
 INF, F64 = math.inf, torch.float64
 HALF = (torch.bfloat16, torch.float16)
-DEFAULTS = {
-    "key_bias": None, "num_sinks": 0, "q_time": None, "k_time": None, "window": None, "block_index": None,
-    "block_size": (16, 12), "scale": None,
-}  # fmt: skip
 
 
 def backends(op="cross_attention"):
@@ -39,64 +36,6 @@ def backends_for(q, k, v, options):
     """Those that run this very call."""
     args = (q, k, v, *positional(q, options))
     return [b for b in backends() if _dispatch.refusal(OPS["cross_attention"], b, q.device, args) is None]
-
-
-def visible(q, k, options):
-    """Who sees whom by the definition of each feature: (B, H, Lq, Lk)."""
-    o = {**DEFAULTS, **options}
-    (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    seen = torch.ones(batch, heads, queries, keys, dtype=torch.bool)
-    if o["window"] is not None:
-        at = o["q_time"].to(F64).expand(batch, queries).view(batch, 1, queries, 1)
-        distance = o["k_time"].to(F64).expand(batch, keys).view(batch, 1, 1, keys) - at
-        seen &= (distance >= -o["window"][0]) & (distance <= o["window"][1])
-    if o["block_index"] is not None:
-        row, column = (torch.arange(n) // size for n, size in zip((queries, keys), o["block_size"], strict=True))
-        listed = o["block_index"].expand(batch, heads, -1, -1)
-        for b in range(batch):
-            for h in range(heads):
-                for r in range(listed.shape[2]):
-                    chosen = torch.isin(column, listed[b, h, r])
-                    seen[b, h, row == r] &= chosen
-    return seen | (torch.arange(keys) < o["num_sinks"])
-
-
-def by_sdpa(q, k, v, options):
-    """(out, lse) in float64; 0 and -inf where nothing is visible."""
-    bias = options.get("key_bias")
-    seen = visible(q, k, options)
-    q, k, v = (t.to(F64).transpose(1, 2) for t in (q, k, v))
-    mask = q.new_zeros(1) if bias is None else bias.to(F64).view(len(q), -1, 1, k.shape[2])
-    mask = mask.expand(seen.shape).masked_fill(~seen, -INF)
-    some = (mask > -INF).any(-1)
-    mask = mask.masked_fill(~some[..., None], 0)
-    scale = options.get("scale") or q.shape[3] ** -0.5
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale).masked_fill(~some[..., None], 0)
-    lse = torch.logsumexp(q @ k.mT * scale + mask, -1).masked_fill(~some, -INF)
-    return out.transpose(1, 2), lse
-
-
-def results_and_gradients(function, q, k, v, options, dtype=None):
-    """(out, lse), and the gradients of q, k, v and key_bias through both."""
-    options, names = dict(options), ["q", "k", "v"]
-    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (q, k, v)]
-    if options.get("key_bias") is not None:
-        bias = options["key_bias"].detach()
-        options["key_bias"] = bias.to(dtype or bias.dtype).requires_grad_()
-        leaves.append(options["key_bias"])
-        names.append("key_bias")
-    out, lse = function(*leaves[:3], options)
-    make = testing.Make(q.dtype, seed=3)
-    grad_out, grad_lse = make.randn(*out.shape).to(out.dtype), make.randn(*lse.shape, dtype=torch.float32).to(lse.dtype)
-    loss = (out * grad_out).sum() + (lse.masked_fill(lse == -INF, 0) * grad_lse).sum()  # -inf is a constant
-    return (out.detach(), lse.detach()), dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
-
-
-def op_of(backend):
-    def call(q, k, v, options):
-        return cross_attention(q, k, v, **options, return_lse=True, backend=backend)
-
-    return call
 
 
 def check(q, k, v, options, what="", derived=True):

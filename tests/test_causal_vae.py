@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from vidmem_model.model_config import VAEConfig
+from vidmem_model.train.vae_loss import Clips, ClipSampler, Reconstruction, measure_latents
 from vidmem_model.vae import frames_to_float
 from vidmem_model.vae.causal import CausalVAE
-from vidmem_model.vae.training import Clips, ClipSampler, Reconstruction, measure_latents
+from vidmem_model.vae.config import VAEConfig
 
 TINY = VAEConfig(channels=5, stride=(2, 4, 4), width=8, depth=2)
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from vidmem_kernels import _extension
-from vidmem_model import cli, demo
-from vidmem_model.measure import available_bytes
-from vidmem_model.memory import read_memory
-from vidmem_model.metrics import psnr
+from vidmem_model import cli
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.machine import available_bytes
+from vidmem_model.memory.file import read_memory
 from vidmem_model.video import sample
 
 FPS = 24
@@ -116,7 +116,7 @@ def run(arguments, **options):
         (["compress", "a.mp4", "-o", "b", "--fps", "nan"], ["fps must be positive, got nan"]),
         (["compress", "a.mp4", "-o", "b", "--size", "1x1000000000"], ["width must be at most 16,384, got 1000000000"]),
         (["compress", "a.mp4", "-o", "b", "--size", "9" * 5000 + "x1"], ["--size must look like 480x832, got '999"]),
-        (["compress", "a.mp4", "-o", "b", "--rate", "0x0x0"], ["rate must be positive, got (0, 0, 0)"]),
+        (["compress", "a.mp4", "-o", "b", "--rate", "0x0x0"], ["--rate must be positive, got (0, 0, 0)"]),
         (["demo", "a.mp4", "--frames", "9" * 20], ["frames must be at most 10,000, got 99999999999999999999"]),
         (["demo", "a.mp4", "--seed", "-1"], ["seed must not be negative, got -1; see `vidmem demo --help`"]),
         (["retrieve", "a", "-o", "b.png", "--frame", "0", "--steps", "1000000000"], ["--steps must be at most 10,000"]),
@@ -226,7 +226,7 @@ def test_more_frames_than_the_clip_has(capfd, video, tmp_path):
 
 
 def test_clip_beyond_free_memory(capfd, monkeypatch, video, tmp_path):
-    monkeypatch.setattr(demo, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr("vidmem_model.video.load.available_bytes", lambda: 10_000)
     refused(capfd, ["compress", video, "-o", tmp_path / "m"], "are free; take fewer --seconds")
     assert available_bytes() > 10_000
     assert os.listdir(tmp_path) == []
@@ -271,7 +271,7 @@ def test_bug_is_called_one(capfd, monkeypatch, memory, tmp_path):
     def broken(*_):
         raise RuntimeError("boom\nsecond line")
 
-    monkeypatch.setattr("vidmem_model.memory.reconstruct", broken)
+    monkeypatch.setattr("vidmem_model.memory.dct.read", broken)
     arguments = ["retrieve", str(memory), "--frame", "0", "-o", str(tmp_path / "x.png")]
     assert cli.main(arguments) == 1
     err = capfd.readouterr().err
@@ -317,7 +317,7 @@ def test_short_clip_is_said_to_be_short(capfd, video, tmp_path):
 
 def test_demo(capfd, monkeypatch, video, tmp_path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("vidmem_model.profile._SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("vidmem_model.measure.repeat._SLOW_SECONDS", 0.02)
     out = tmp_path / "out"
     arguments = ["demo", str(video), "-o", str(out), *SMALL, "--frames", "3", "--rate", "2x2x2"]
     arguments += ["--seconds", "1", "--lengths", "0.5"]
@@ -358,8 +358,8 @@ def test_demo(capfd, monkeypatch, video, tmp_path):
 
 
 def test_profile_without_matplotlib_writes_json(capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr("vidmem_model.profile._SLOW_SECONDS", 0.02)
-    monkeypatch.setattr("vidmem_model.report.plots_missing", lambda: "matplotlib is not installed")
+    monkeypatch.setattr("vidmem_model.measure.repeat._SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("vidmem_model.show.plots.plots_missing", lambda: "matplotlib is not installed")
     out = tmp_path / "out"
     arguments = ["profile", "-o", str(out), "--lengths", "0.5", "--heads", "1", "--head-dim", "16"]
     assert cli.main(arguments) == 0

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from vidmem_kernels import MemoryBank
-from vidmem_model.compressor import box_grid, compress, reconstruct
-from vidmem_model.config import CompressorConfig
 from vidmem_model.errors import UserError
-from vidmem_model.metrics import psnr
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.memory import METHODS
+from vidmem_model.memory.compressor import compress
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.file import Memory
+from vidmem_model.memory.method import EncodedClip, box_grid, encoded
+from vidmem_model.model.config import Compression
 from vidmem_model.vae import DCTCodec
+from vidmem_model.video import Clip
 
-METHODS = ["dct", "merge"]
+UNTRAINED = ["dct", "merge"]
 
 
 def smooth_clip(frames, height, width):
@@ -34,9 +41,9 @@ def noise_clip(frames, height, width):
 
 def run(clip, progress=None, dtype=torch.float32, **config):
     config = CompressorConfig(**{"dtype": "float32", **config})
-    codec = DCTCodec()
-    latents = codec.encode_chunks(clip.split(5), dtype)
-    return compress(latents, codec, tuple(clip.shape[:3]), config, progress)
+    latents = DCTCodec().encode_chunks(clip.split(5), dtype)
+    clip = EncodedClip(latents, DCTCodec(), tuple(clip.shape[:3]), 24.0, Path())
+    return compress(clip, config, progress=progress)
 
 
 def bank_of(memory):
@@ -44,6 +51,10 @@ def bank_of(memory):
     bank.append(memory.tokens, memory.positions)
     bank.metadata, bank.extras = memory.meta, memory.extras
     return bank
+
+
+def reconstruct(bank, frame):
+    return METHODS[bank.metadata["method"]].load().read(bank, frame)
 
 
 def mean_psnr(clip, memory):
@@ -98,7 +109,7 @@ def test_dct_of_slow_waves_is_near_exact():
 
 def test_dct_with_every_coefficient_is_exact():
     clip = noise_clip(8, 64, 64)
-    assert mean_psnr(clip, run(clip, rate=(2, 2, 1), channels=3 * 4 * 32 * 32)) == math.inf
+    assert mean_psnr(clip, run(clip, compression=Compression(1, 2, 2), channels=3 * 4 * 32 * 32)) == math.inf
 
 
 @pytest.mark.parametrize("size", [(13, 150, 203), (1, 64, 64), (3, 21, 35), (9, 37, 200), (8, 480 // 4, 64)])
@@ -133,7 +144,7 @@ def test_dct_positions_are_the_midpoints_of_the_boxes():
 
 def test_dct_refuses_more_channels_than_a_box_has():
     with pytest.raises(UserError, match=r"channels in \[1, 3072\]") as error:
-        run(smooth_clip(4, 16, 16), rate=(1, 1, 1), channels=3073)
+        run(smooth_clip(4, 16, 16), compression=Compression(1, 1, 1), channels=3073)
     assert "\n" not in str(error.value)
 
 
@@ -203,7 +214,7 @@ def test_more_rows_read_back_better():
 @pytest.mark.parametrize("size", [(13, 50, 203), (1, 16, 16), (3, 21, 35)])
 def test_merge_of_odd_sizes(size):
     clip = smooth_clip(*size)
-    memory = run(clip, method="merge", rate=(1, 1, 1))
+    memory = run(clip, method="merge", compression=Compression(1, 1, 1))
     assert mean_psnr(clip, memory) > 20
     tokens = -(-size[0] // 4) * -(-size[1] // 16) * -(-size[2] // 16)
     assert mean_psnr(clip, run(clip, method="merge", budget=tokens)) == math.inf
@@ -215,25 +226,27 @@ def test_impossible_budget_says_what_is_possible():
     assert "\n" not in str(error.value)
 
 
-def test_missing_latents_are_noticed():
-    codec = DCTCodec()
-    latents = codec.encode_chunks([noise_clip(8, 32, 32)])
-    config = CompressorConfig(method="merge")
-    with pytest.raises(ValueError, match="latents must hold 12 tokens"):
-        compress(latents, codec, (12, 32, 32), config)
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_missing_latents_are_noticed(method):
+    config = CompressorConfig(method=method, compression=Compression(1, 2, 2))
+    clip = encoded(Clip(noise_clip(8, 32, 32), 24.0, Path(), None))
+    with pytest.raises(ValueError, match=r"latents must hold (12 tokens|3 boxes in time) for \(12, 32, 32\), got [28]"):
+        compress(replace(clip, size=(12, 32, 32)), config)
+    with pytest.raises(ValueError, match=r"latents must hold (12 tokens|3 boxes in time) for \(12, 32, 32\), got 0"):
+        compress(replace(clip, size=(12, 32, 32)), config)  # a stream that has been read
 
 
 # both
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNTRAINED)
 def test_channels_have_unit_mean_square(method):
     memory = run(noise_clip(16, 64, 128), method=method)
     mean_square = memory.tokens.square().mean(0)
     torch.testing.assert_close(mean_square, torch.ones_like(mean_square), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNTRAINED)
 def test_silent_channels_stay_zero(method):
     black = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
     memory = run(black, method=method)
@@ -241,7 +254,7 @@ def test_silent_channels_stay_zero(method):
     assert mean_psnr(black, memory) == math.inf
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNTRAINED)
 def test_half_precision_latents_cost_little(method):
     clip = smooth_clip(16, 64, 128)
     exact = mean_psnr(clip, run(clip, method=method))
@@ -255,20 +268,21 @@ def test_at_equal_rows_dct_reads_back_better_than_merge():
     assert mean_psnr(clip, dct) > mean_psnr(clip, merge) + 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNTRAINED)
 def test_progress_counts_up_to_the_total(method):
     calls = []
     run(noise_clip(13, 64, 64), method=method, progress=lambda *c: calls.append(c))
-    done, totals = zip(*calls, strict=True)
+    names, done, totals = zip(*calls, strict=True)
+    assert set(names) == {f"compress, {method}"}
     assert list(done) == sorted(done) and done[-1] == totals[0] and set(totals) == {totals[0]}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_reconstruct_refuses_frames_that_are_not_there(method):
-    bank = bank_of(run(noise_clip(5, 16, 16), method=method))
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_frames_that_are_not_there_are_refused(method):
+    memory = Memory(bank_of(run(noise_clip(5, 16, 16), method=method)), method, 5, 16, 16, 24.0, "")
     for frame in (-1, 5):
-        with pytest.raises(ValueError, match=r"\[0, 5\)"):
-            reconstruct(bank, frame)
+        with pytest.raises(UserError, match="holds frames 0 to 4"):
+            memory.retrieve(frame)
 
 
 class CountingBank:
@@ -297,8 +311,8 @@ def test_a_frame_reads_only_its_rows():
     "wrong",
     [
         {"method": "wavelet"},
-        {"rate": (4, 4)},
-        {"rate": (4, 0, 2)},
+        {"compression": (2, 4, 4)},
+        {"compression": 4},
         {"channels": 0},
         {"budget": 100},
         {"method": "merge", "budget": 0},

@@ -8,13 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from vidmem_model import cost, profile, report
 from vidmem_model.cli import main
-from vidmem_model.cost import CostPoint, profile_model
-from vidmem_model.cost_parts import ENCODED, EVERY, PARTS, STRATEGIES, CostConfig, StrategyBench, tensor_bytes
-from vidmem_model.cost_report import write_cost_plot
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import PRESETS
+from vidmem_model.measure import model as cost
+from vidmem_model.measure import repeat
+from vidmem_model.measure.model import CostPoint, profile_model
+from vidmem_model.measure.parts import ENCODED, EVERY, PARTS, STRATEGIES, CostConfig, StrategyBench, tensor_bytes
+from vidmem_model.model.config import PRESETS
+from vidmem_model.show import plots as report
+from vidmem_model.show.cost import write_cost_plot
 
 TINY = PRESETS["tiny"]
 MIB = 2**20
@@ -22,11 +24,11 @@ SHORT, LONG = 4.0, 400.0
 
 
 def measure():
-    profile._SLOW_SECONDS = 0.01
+    repeat._SLOW_SECONDS = 0.01
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine hide what a call costs
     seen = []
     # 100 times the length is not to be judged by the noise of a call of milliseconds.
-    config = CostConfig(TINY, (LONG, SHORT), most_seconds=1e6)
+    config = CostConfig(TINY, (LONG, SHORT), max_seconds=1e6)
     result = profile_model(config, "tiny", progress=lambda *call: seen.append(call))
     return result, seen
 
@@ -143,7 +145,7 @@ def test_compressed_memory_is_faster_and_appends_at_a_constant_cost(measured):
 
 
 def test_what_would_not_fit_is_left_out_with_the_reason(monkeypatch):
-    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.0)
     monkeypatch.setattr(cost, "free_bytes", lambda device: 4 * MIB)
     result = profile_model(CostConfig(TINY, (SHORT, LONG)), strategies=["whole history", "sliding window"])
     left_out = {(s["part"], s["strategy"], s["seconds"]): s["reason"] for s in result["skipped"]}
@@ -177,7 +179,7 @@ def test_a_model_of_which_all_is_left_out(monkeypatch, tmp_path, capfd):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("at", [1, 3, 9, 12, 17])
 def test_an_interrupt_keeps_what_was_measured(monkeypatch, stop, at):
-    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.0)
     told = []
 
     def tell(what, done, total):
@@ -200,8 +202,8 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, stop, at):
 
 
 def test_slow_calls_are_left_out_and_out_of_memory_is_told(monkeypatch):
-    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
-    config = CostConfig(TINY, (SHORT, LONG), most_seconds=1e-6)
+    monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.0)
+    config = CostConfig(TINY, (SHORT, LONG), max_seconds=1e-6)
     result = profile_model(config, strategies=["linear attention"])
     for part in ("VAE encode", "first step", "next step"):
         shortest, longer = (s["reason"] for s in result["skipped"] if s["part"] == part)
@@ -210,13 +212,13 @@ def test_slow_calls_are_left_out_and_out_of_memory_is_told(monkeypatch):
 
     # A call of the shortest history is timed, and tells that the longest would take too long.
     monkeypatch.setattr(cost, "timed", lambda work, device: 1.0 + 0 * bool(work()))
-    config = CostConfig(TINY, (SHORT, LONG), most_seconds=5.0)
+    config = CostConfig(TINY, (SHORT, LONG), max_seconds=5.0)
     result = profile_model(config, strategies=["linear attention"])
     assert [s["reason"] for s in result["skipped"] if s["part"] == "first step"] == [
         "takes about 67 s a call, more than 5 s"
     ]
     monkeypatch.undo()
-    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.0)
 
     def fails(self, *given):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
@@ -250,7 +252,7 @@ def test_key_of_the_plot_names_what_is_drawn(measured, tmp_path, monkeypatch):
 
 
 def test_command(capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.0)
     monkeypatch.setattr(report, "plots_missing", lambda: "no matplotlib here")
     out = tmp_path / "out"
     assert main(["profile", "--model", "tiny", "--lengths", "1", "--depth", "1", "-o", str(out)]) == 0

@@ -7,20 +7,14 @@ import random
 
 import pytest
 import torch
-from test_attention_oracle import by_sdpa, op_of, results_and_gradients
-from test_cross_attn_kernels import CAPABILITIES, arguments
+from attention_helpers import arguments, by_sdpa, op_of, results_and_gradients
+from backend_helpers import CAPABILITIES, compiled
 
-from vidmem_kernels import _extension, testing
+from vidmem_kernels import testing
 
-pytestmark = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
-
-
-@pytest.fixture(params=[c for c in CAPABILITIES if c != "baseline"])  # which float32 does not run: see refuse_attention
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
+# float32 does not run on the baseline: see refuse_attention.
+FUSED = [name for name in CAPABILITIES if name != "baseline"]
+pytestmark = [compiled, pytest.mark.parametrize("capability", FUSED, indirect=True)]
 
 
 def within_budget(which, queries, keys, size, value_size, heads=1):

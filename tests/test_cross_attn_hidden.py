@@ -9,9 +9,10 @@ import random
 
 import pytest
 import torch
-from test_cross_attn_kernels import CAPABILITIES, visible
+from attention_helpers import visible
+from backend_helpers import CAPABILITIES, backend_called
 
-from vidmem_kernels import _dispatch, _extension, cross_attention
+from vidmem_kernels import _dispatch, cross_attention
 from vidmem_kernels._registry import OPS
 from vidmem_kernels.cross_attn import reference
 
@@ -22,13 +23,8 @@ SEEDS = range(40)
 @pytest.fixture(params=[*(c for c in CAPABILITIES if c != "baseline"), "reference"])
 def backend(request):
     """The C++ kernels of every instruction set that the op runs, and the reference."""
-    if request.param == "reference":
-        yield "reference"
-        return
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield "cpu"
-    _extension.module.set_cpu_capability(before)
+    with backend_called(request.param) as name:
+        yield name
 
 
 class Draw(random.Random):

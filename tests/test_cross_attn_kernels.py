@@ -5,83 +5,19 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_helpers import arguments, by_sdpa
+from backend_helpers import compiled
 
-from vidmem_kernels import _extension, testing
+from vidmem_kernels import testing
 from vidmem_kernels.cross_attn import reference
 
-pytestmark = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
+pytestmark = compiled
 INF, F64 = math.inf, torch.float64
 FEATURES = ["", "bias", "window", "blocks", "sinks window", "sinks blocks", "bias sinks window blocks"]
 
 
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
-
-
-def arguments(which, batch=2, queries=70, keys=210, heads=2, size=12, value_size=20, dtype=torch.float32, factor=1.0):
-    """(q, k, v, then the other arguments of the op by name)"""
-    q, k = (factor * torch.randn(batch, n, heads, size) for n in (queries, keys))
-    options = dict.fromkeys(("key_bias", "num_sinks", "q_time", "k_time", "window", "block_index"))
-    options |= {"num_sinks": 0, "block_size": [32, 24], "scale": size**-0.5 if size else 1.0}
-    if "bias" in which:
-        options["key_bias"] = torch.randn(batch, heads, keys).to(dtype)
-        options["key_bias"][:1, :, ::5] = -INF
-    if "sinks" in which:
-        options["num_sinks"] = min(3, keys)
-    if "window" in which:
-        options["q_time"] = torch.arange(queries) / 7
-        options["k_time"] = (torch.arange(keys) // 10).expand(batch, keys).float()
-        options["window"] = [3.5, 1.0]
-    if "blocks" in which:
-        shape = (batch, heads, -(-queries // 32), 5)
-        options["block_index"] = torch.randint(-1, max(0, -(-keys // 24)), shape, dtype=torch.int32)
-    value = torch.randn(batch, keys, heads, value_size)
-    return q.to(dtype), k.to(dtype), value.to(dtype), options
-
-
 def direct(q, k, v, options):
     return torch.ops.vidmem_cpp.cross_attention(q, k, v, *options.values())
-
-
-def visible(q, k, options):
-    """(B, H, Lq, Lk) bool"""
-    batch, queries, heads, _ = q.shape
-    keys = k.shape[1]
-    seen = torch.ones(batch, heads, queries, keys, dtype=torch.bool)
-    if options["window"] is not None:
-        at, key_at = options["q_time"].expand(batch, queries), options["k_time"].expand(batch, keys)
-        left, right = options["window"]
-        at = at[:, :, None]
-        seen &= ((at - left <= key_at[:, None]) & (key_at[:, None] <= at + right))[:, None]
-    if options["block_index"] is not None:
-        block_q, block_k = options["block_size"]
-        row, column = torch.arange(queries) // block_q, torch.arange(keys) // block_k
-        index = options["block_index"].expand(batch, heads, -1, -1)[:, :, row]
-        seen &= (index[..., None, :] == column[:, None]).any(-1)
-    seen[..., : options["num_sinks"]] = True
-    return seen
-
-
-def by_sdpa(q, k, v, options):
-    """(out, lse) in float64, with the dense mask; 0 and -inf where nothing is visible."""
-    seen = visible(q, k, options)
-    q, k, v = (t.to(F64).transpose(1, 2) for t in (q, k, v))
-    mask = torch.zeros(seen.shape, dtype=F64)
-    if options["key_bias"] is not None:
-        bias = options["key_bias"].to(F64)
-        mask = mask + (bias if bias.dim() == 3 else bias[:, None])[:, :, None]
-    mask = mask.masked_fill(~seen, -INF)
-    some = (mask > -INF).any(-1)
-    mask = mask.masked_fill(~some[..., None], 0)
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=options["scale"])
-    lse = torch.logsumexp(q @ k.mT * options["scale"] + mask, -1)
-    return out.masked_fill(~some[..., None], 0).transpose(1, 2), lse.masked_fill(~some, -INF)
 
 
 def within_budget(got, args, options, what=""):

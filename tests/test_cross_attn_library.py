@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from backend_helpers import compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,7 +175,7 @@ def test_choice_on_the_cpu():
     assert choice.library is None
 
 
-@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+@compiled
 def test_auto_stays_auto_for_the_gradient():
     """The gradient chooses anew; an explicit backend is kept."""
     args = qkv(grad=True)

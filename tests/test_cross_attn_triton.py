@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_cross_attn_kernels import arguments, by_sdpa
+from attention_helpers import arguments, by_sdpa
 
 from vidmem_kernels import _dispatch, cross_attention, explain, testing
 from vidmem_kernels._registry import OPS

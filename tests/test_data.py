@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from vidmem_model import data
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import iter_frames, probe, read_clip
+from vidmem_model import video as data
 from vidmem_model.errors import MediaError
+from vidmem_model.video import iter_frames, probe, read_clip
+from vidmem_model.video.clip import ClipSpec
 
 WHOLE = ClipSpec(height=None, width=None, fps=None, seconds=None)
 

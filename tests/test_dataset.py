@@ -13,23 +13,27 @@ pytest.importorskip("av")
 
 from test_data import write_video
 
-from vidmem_model import dataset
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import iter_frames, read_clip
-from vidmem_model.dataset import DataConfig, encode_block, prepare, read_captions
-from vidmem_model.encoder import low_resolution
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import PRESETS, VAEConfig
-from vidmem_model.scenes import find_cuts, luma, stretches
+from vidmem_model.model.config import PRESETS, Compression
+from vidmem_model.model.encode import encode_block, filled_frames
+from vidmem_model.model.encoder import low_resolution
+from vidmem_model.train import latents as dataset
+from vidmem_model.train.blocks import Block
+from vidmem_model.train.latents import prepare
 from vidmem_model.vae import frames_to_float, load_vae
 from vidmem_model.vae.causal import CausalVAE
+from vidmem_model.vae.config import VAEConfig
+from vidmem_model.video import iter_frames, read_clip
+from vidmem_model.video.clip import ClipSpec
+from vidmem_model.video.films import DataConfig, read_captions
+from vidmem_model.video.scenes import find_cuts, luma, stretches
 
 # Frames of the scenes of the film below, at 8 frames a second.
 SCENES = (19, 22, 9, 40, 17, 18, 21, 24, 14)
 CUTS = tuple(int(n) for n in np.cumsum(SCENES)[:-1])
 MODEL = dataclasses.replace(PRESETS["tiny"], vae=VAEConfig(channels=8, width=16, depth=1))
 DATA = DataConfig(block_seconds=5.0, test_every=3, shortest=2)
-RATE, FAST = (2, 2, 2), (2, 2, 1)
+BOX, FAST = Compression(2, 2, 2), Compression(1, 2, 2)
 
 
 def scene_picture(k, height=32, width=64):
@@ -116,7 +120,7 @@ def test_an_endless_scene_is_broken_and_says_so():
 
 
 def test_blocks_and_split(film, vae, tmp_path):
-    made = prepare(dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path)), MODEL, vae, [RATE])
+    made = prepare(dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path)), MODEL, vae, [BOX])
     assert [round(8 * b.start) for b in made.blocks] == [0, 41, 90, 125, 170]
     assert [b.frames for b in made.blocks] == [40, 48, 32, 44, 12]
     assert [b.scenes for b in made.blocks] == [2, 2, 2, 2, 1]
@@ -136,7 +140,7 @@ def test_blocks_and_split(film, vae, tmp_path):
 
 def test_latents_are_those_of_the_frames_at_the_place_given(film, vae, tmp_path):
     """Read a block's frames again from the film, at its start: the VAE makes the same latents of them."""
-    made = prepare(dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path)), MODEL, vae, [RATE, FAST])
+    made = prepare(dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path)), MODEL, vae, [BOX, FAST])
     each = made.blocks[2]
     spec = ClipSpec(MODEL.height, MODEL.width, MODEL.fps, each.start, each.frames / MODEL.fps)
     frames = frames_to_float(torch.from_numpy(np.concatenate(list(iter_frames(each.film, spec)))))
@@ -148,7 +152,7 @@ def test_latents_are_those_of_the_frames_at_the_place_given(film, vae, tmp_path)
         torch.testing.assert_close(latents.float(), expected, rtol=2e-3, atol=2e-3)
         assert latents.dtype == torch.float16
     assert each.latents.shape == (8, 8, 4, 8)
-    assert each.lows[RATE].shape == (8, 4, 2, 4) and each.lows[FAST].shape == (8, 8, 2, 4)
+    assert each.lows[BOX].shape == (8, 4, 2, 4) and each.lows[FAST].shape == (8, 8, 2, 4)
 
 
 def test_first_latent_frame_of_one_video_frame():
@@ -174,21 +178,21 @@ def test_first_latent_frame_of_one_video_frame():
     expected = First().encode(frames_to_float(frames), {})[0]
     torch.testing.assert_close(made, expected.half())
     assert made.shape == (3, 6, 4, 4)
-    assert encode_block(frames, First(), (1, 1, 2)).shape == (3, 3, 4, 4)
-    assert dataset._whole(23, First()) == 21 and dataset._whole(0, First()) == 0 and dataset._whole(1, First()) == 1
+    assert encode_block(frames, First(), Compression(2, 1, 1)).shape == (3, 3, 4, 4)
+    assert filled_frames(23, First()) == 21 and filled_frames(0, First()) == 0 and filled_frames(1, First()) == 1
 
 
 def test_the_cache_is_used_again_and_grows_by_rates(film, vae, tmp_path, monkeypatch):
     config = dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path))
-    first = prepare(config, MODEL, vae, [RATE])
+    first = prepare(config, MODEL, vae, [BOX])
     calls = []
     encode = dataset.encode_block
     monkeypatch.setattr(dataset, "encode_block", lambda f, v, rate: calls.append(rate) or encode(f, v, rate))
-    again = prepare(config, MODEL, vae, [RATE])
+    again = prepare(config, MODEL, vae, [BOX])
     assert calls == []
     for a, b in zip(first.blocks, again.blocks, strict=True):
-        assert torch.equal(a.latents, b.latents) and torch.equal(a.lows[RATE], b.lows[RATE])
-    prepare(config, MODEL, vae, [RATE, FAST])
+        assert torch.equal(a.latents, b.latents) and torch.equal(a.lows[BOX], b.lows[BOX])
+    prepare(config, MODEL, vae, [BOX, FAST])
     assert calls == [FAST] * 5
     calls.clear()
     # Other weights, other settings: another folder.
@@ -210,7 +214,7 @@ def test_an_interrupted_run_goes_on_and_leaves_no_halves(film, vae, tmp_path, mo
 
     monkeypatch.setattr(dataset, "encode_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(config, MODEL, vae, [RATE])
+        prepare(config, MODEL, vae, [BOX])
     (folder,) = tmp_path.iterdir()
     names = ["00-000000.low-2x2x2.safetensors", "00-000000.safetensors", "00-000041.safetensors"]
     assert sorted(f.name for f in folder.iterdir()) == names
@@ -223,27 +227,27 @@ def test_an_interrupted_run_goes_on_and_leaves_no_halves(film, vae, tmp_path, mo
 
     monkeypatch.setattr(dataset, "save_file", failing)
     with pytest.raises(UserError, match="latents cannot be kept there .No space left on device"):
-        prepare(config, MODEL, vae, [RATE])
+        prepare(config, MODEL, vae, [BOX])
     assert sorted(f.name for f in folder.iterdir()) == names
     monkeypatch.setattr(dataset, "save_file", save)
     calls.clear()
     calls.extend([None] * 10)
-    made = prepare(config, MODEL, vae, [RATE])
+    made = prepare(config, MODEL, vae, [BOX])
     assert len(calls) == 10 + 7 and len(made.blocks) == 5
     assert len(json.loads((folder / "index.json").read_text())) == 5
     (folder / names[1]).unlink()  # the latents read before are mapped from it
     (folder / names[1]).write_bytes(b"junk")
     with pytest.raises(UserError, match=r"00-000000.safetensors: is damaged; delete it and run again"):
-        prepare(config, MODEL, vae, [RATE])
+        prepare(config, MODEL, vae, [BOX])
     (folder / names[1]).unlink()
-    again = prepare(config, MODEL, vae, [RATE])
+    again = prepare(config, MODEL, vae, [BOX])
     assert torch.equal(again.blocks[0].latents, made.blocks[0].latents)
 
 
 def test_the_codec_without_weights(film, tmp_path):
     codec = load_vae(VAEConfig(kind="dct", channels=16), None)
     config = dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path), seconds=4.0)
-    made = prepare(config, MODEL, codec, [RATE])
+    made = prepare(config, MODEL, codec, [BOX])
     assert [b.latents.shape for b in made.blocks] == [(16, 8, 4, 8)]
     frames = torch.from_numpy(film_frames()[:32])
     torch.testing.assert_close(
@@ -265,19 +269,19 @@ def test_named_stretches_are_for_testing(film, vae, tmp_path):
 
 def test_mirror_images_are_trained_on(film, vae, tmp_path):
     config = dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path), mirror=True)
-    made = prepare(config, MODEL, vae, [RATE])
+    made = prepare(config, MODEL, vae, [BOX])
     assert [b.mirrored for b in made.blocks] == [False, True, False, True, False, False, True, False, True]
     assert [b.split for b in made.blocks if b.mirrored] == ["train"] * 4
     frames = torch.from_numpy(film_frames())[41:89].flip(2)
     assert torch.equal(made.blocks[3].latents, encode_block(frames, vae))
-    assert torch.equal(made.blocks[3].lows[RATE], encode_block(frames, vae, RATE))
+    assert torch.equal(made.blocks[3].lows[BOX], encode_block(frames, vae, BOX))
     assert not torch.equal(made.blocks[3].latents, made.blocks[2].latents)
 
 
 def test_enlarged_blocks_are_trained_on(film, vae, tmp_path):
     """A window of the enlarged frames, mirrored too; what is tested comes as it is."""
     config = dataclasses.replace(DATA, videos=(str(film),), cache=str(tmp_path), mirror=True, zooms=(1.5, 2.0))
-    made = prepare(config, MODEL, vae, [RATE])
+    made = prepare(config, MODEL, vae, [BOX])
     train = [b for b in made.blocks if b.split == "train"]
     assert [(b.zoom, b.mirrored) for b in train[:6]] == [(z, m) for z in (1.0, 1.5, 2.0) for m in (False, True)]
     assert all(b.zoom == 1.0 and not b.mirrored for b in made.blocks if b.split == "test")
@@ -289,7 +293,7 @@ def test_enlarged_blocks_are_trained_on(film, vae, tmp_path):
     taken = dataset.enlarged(row, MODEL)
     assert any(torch.equal(taken, window) for window in windows)
     assert torch.equal(block.latents, encode_block(taken, vae))
-    assert torch.equal(train[3].lows[RATE], encode_block(taken.flip(2), vae, RATE))
+    assert torch.equal(train[3].lows[BOX], encode_block(taken.flip(2), vae, BOX))
     with pytest.raises(ValueError, match="zooms must be greater than 1"):
         DataConfig(zooms=(0.5,))
 
@@ -298,7 +302,7 @@ def test_captions(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("- {start: 0, end: 2, prompt: a rabbit}\n- {start: 2.5, end: 9, prompt: a squirrel}\n")
     captions = read_captions(file)
-    each = dataset.Block(tmp_path, 1.0, 32, 1, "train", False, 1.0, torch.zeros(1, 8, 1, 1), {})
+    each = Block(tmp_path, 1.0, 32, 1, "train", False, 1.0, torch.zeros(1, 8, 1, 1), {})
     latents = dataset.Latents((each,), 0.5, captions)
     # Latent frame k is on screen from 1 + k / 2 seconds on; its middle decides.
     prompts = [latents.prompt(each, k) for k in range(4)]
@@ -336,7 +340,7 @@ def test_named_test_stretches_and_mirror_images(film, vae, tmp_path):
     config = dataclasses.replace(
         DATA, videos=(str(film),), cache=str(tmp_path), test=((first, last),), mirror=True, block_seconds=30.0
     )
-    made = prepare(config, MODEL, vae, [RATE])
+    made = prepare(config, MODEL, vae, [BOX])
     assert [(b.split, round(8 * b.start), b.mirrored) for b in made.blocks] == [
         ("train", 0, False),
         ("train", 0, True),

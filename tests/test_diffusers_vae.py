@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import VAEConfig
 from vidmem_model.vae import load_vae, pad_frames
+from vidmem_model.vae.config import VAEConfig
 
 diffusers = pytest.importorskip("diffusers")
 

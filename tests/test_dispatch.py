@@ -6,14 +6,13 @@ import threading
 
 import pytest
 import torch
+from backend_helpers import compiled
 
 import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, _extension
 
 BANK = torch.randn(1, 4, 3)
 INDEX = torch.tensor([[0, 3]])
-
-compiled = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
 
 
 def chosen(*args, **kwargs):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidmem_model.dit import DiT, KVCache
-from vidmem_model.flow import interpolate, sample, velocity_loss
-from vidmem_model.model_config import PRESETS, DiTConfig
-from vidmem_model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary
+from vidmem_model.model.config import PRESETS, Compression, DiTConfig
+from vidmem_model.model.dit import DiT, KVCache
+from vidmem_model.model.flow import interpolate, sample, velocity_loss
+from vidmem_model.model.rope import axis_sizes, frame_positions, norm_rotate, position_features, rotary
 
 CHANNELS, TEXT = 4, 6
 SMALL = dataclasses.replace(PRESETS["tiny"].dit, history_sees_video=False, position_features=True)
@@ -271,7 +271,9 @@ def test_a_prompt_without_tokens():
 def test_a_fresh_model_predicts_the_mean(unfold):
     given = inputs()
     assert DiT(SMALL, CHANNELS, TEXT)(**given).abs().max() == 0
-    dit = DiT(dataclasses.replace(SMALL, prediction="sample", unfold=unfold), CHANNELS, TEXT, rate=(2, 2, 2))
+    dit = DiT(
+        dataclasses.replace(SMALL, prediction="sample", unfold=unfold), CHANNELS, TEXT, compression=Compression(2, 2, 2)
+    )
     given |= {"memory": Memory(torch.randn(2, 12, 48), torch.cartesian_prod(*[torch.arange(0.5, 5, 2)] * 3)[None, :12])}
     times = torch.tensor([0.4, 0.01])
     if unfold:

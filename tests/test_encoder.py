@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidmem_model.encoder import MemoryEncoder, count_tokens, low_resolution
-from vidmem_model.encoder_layers import FrameAttention
-from vidmem_model.model_config import BRANCHES, EncoderConfig, VAEConfig
+from vidmem_model.model.config import BRANCHES, Compression, EncoderConfig
+from vidmem_model.model.encoder import MemoryEncoder, count_tokens, low_resolution
+from vidmem_model.model.encoder_layers import FrameAttention
 from vidmem_model.vae import patchify
+from vidmem_model.vae.config import VAEConfig
 
 CHANNELS, DIM = 3, 12
-CONFIG = EncoderConfig(rate=(2, 1, 2), channels=(4, 8), heads=2, window=1)
+CONFIG = EncoderConfig(compression=Compression(2, 2, 1), channels=(4, 8), heads=2, window=1)
 STREAMED = ("both", "lr", "hr", "patchifier")
 
 
@@ -32,11 +33,12 @@ def projection(dim=DIM):
     return lambda latents: F.linear(patchify(latents)[0].float(), weight)
 
 
-def inputs(frames=6, rows=9, columns=5, rate=CONFIG.rate, batch=1):
+def inputs(frames=6, rows=9, columns=5, compression=CONFIG.compression, batch=1):
     """Latents with rows and columns that fill no box, and those of the low-resolution video."""
     generator = torch.Generator().manual_seed(frames)
     history = torch.randn(batch, CHANNELS, frames, rows, columns, generator=generator)
-    size = (frames // rate[2], rows // rate[0], columns // rate[1])
+    time, height, width = compression
+    size = (frames // time, rows // height, columns // width)
     return history, torch.randn(batch, CHANNELS, *size, generator=generator)
 
 
@@ -44,17 +46,17 @@ def inputs(frames=6, rows=9, columns=5, rate=CONFIG.rate, batch=1):
 
 
 @pytest.mark.parametrize(
-    ("rate", "tokens"),
+    ("compression", "tokens"),
     [
-        ((4, 4, 2), 7 * 13 * 60),
-        ((2, 2, 2), 15 * 26 * 60),
-        ((2, 2, 4), 15 * 26 * 30),
-        ((2, 2, 1), 15 * 26 * 120),
-        ((2, 2, 8), 15 * 26 * 15),
+        (Compression(2, 4, 4), 7 * 13 * 60),
+        (Compression(2, 2, 2), 15 * 26 * 60),
+        (Compression(4, 2, 2), 15 * 26 * 30),
+        (Compression(1, 2, 2), 15 * 26 * 120),
+        (Compression(8, 2, 2), 15 * 26 * 15),
     ],
 )
-def test_twenty_seconds_at_the_published_rates(rate, tokens):
-    config = EncoderConfig(rate=rate)
+def test_twenty_seconds_at_the_published_rates(compression, tokens):
+    config = EncoderConfig(compression=compression)
     assert count_tokens(config, VAEConfig(), 480, 480, 832) == tokens
     # The first latent frame covers one frame: 1 + 119 * 4.
     assert count_tokens(config, VAEConfig(kind="wan"), 477, 480, 832) == tokens
@@ -64,9 +66,9 @@ def test_twenty_seconds_at_the_published_rates(rate, tokens):
 def test_tokens_of_frames_that_the_vae_pads():
     # 481 frames are 121 latent frames of the causal VAE, the last box is not full; 488 rows are 62 latent rows.
     assert count_tokens(EncoderConfig(), VAEConfig(), 481, 488, 832) == 7 * 13 * 60
-    assert count_tokens(EncoderConfig(rate=(1, 1, 1)), VAEConfig(), 9, 16, 24) == 3 * 1 * 2
-    assert count_tokens(EncoderConfig(rate=(1, 1, 1)), VAEConfig(kind="hunyuan"), 9, 16, 16) == 3
-    assert count_tokens(EncoderConfig(rate=(1, 1, 1)), VAEConfig(), 0, 16, 16) == 0
+    assert count_tokens(EncoderConfig(compression=Compression(1, 1, 1)), VAEConfig(), 9, 16, 24) == 3 * 1 * 2
+    assert count_tokens(EncoderConfig(compression=Compression(1, 1, 1)), VAEConfig(kind="hunyuan"), 9, 16, 16) == 3
+    assert count_tokens(EncoderConfig(compression=Compression(1, 1, 1)), VAEConfig(), 0, 16, 16) == 0
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
@@ -100,14 +102,24 @@ def test_positions_are_midpoints_in_patch_tokens(branches):
 # --- values of the branches ---
 
 
-@pytest.mark.parametrize("rate", [(4, 4, 2), (2, 2, 2), (2, 2, 4), (2, 2, 1), (2, 2, 8), (1, 4, 1)])
-def test_both_is_the_sum_of_its_branches(rate):
-    frames = 2 * rate[2]
-    history, low = inputs(frames, 4 * rate[0] + 1, 2 * rate[1], rate, batch=2)
+@pytest.mark.parametrize(
+    "compression",
+    [
+        Compression(2, 4, 4),
+        Compression(2, 2, 2),
+        Compression(4, 2, 2),
+        Compression(1, 2, 2),
+        Compression(8, 2, 2),
+        Compression(1, 1, 4),
+    ],
+)
+def test_both_is_the_sum_of_its_branches(compression):
+    time, height, width = compression
+    history, low = inputs(2 * time, 4 * height + 1, 2 * width, compression, batch=2)
     embed = projection()
-    both, high = encoder(rate=rate), encoder(rate=rate, branches="hr")
+    both, high = encoder(compression=compression), encoder(compression=compression, branches="hr")
     high.load_state_dict(both.state_dict())
-    of_low = encoder(rate=rate, branches="lr")(history, low, embed).tokens
+    of_low = encoder(compression=compression, branches="lr")(history, low, embed).tokens
     of_high = high(history, None, embed).tokens
     torch.testing.assert_close(both(history, low, embed).tokens, of_low + of_high)
     assert of_high.shape == (2, 2 * 2 * 1, DIM)
@@ -150,13 +162,15 @@ def test_shortcut_is_added_to_the_convolutions():
     torch.testing.assert_close(torch.cat([first.tokens, rest.tokens], 1), made.tokens, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rate", "cell"), [((2, 2, 2), 2), ((4, 2, 1), 2), ((4, 4, 4), 4)])
-def test_merging_equal_tokens_gives_them_and_their_midpoints(rate, cell):
+@pytest.mark.parametrize(
+    ("compression", "cell"), [(Compression(2, 2, 2), 2), (Compression(1, 4, 2), 2), (Compression(4, 4, 4), 4)]
+)
+def test_merging_equal_tokens_gives_them_and_their_midpoints(compression, cell):
     # Cells of 2 x 2 x 2 tokens go in one round, of 4 x 4 x 4 in two; values are far apart between cells.
     values = 10 * torch.randn(1, CHANNELS, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     doubled = values.repeat_interleave(2, 3).repeat_interleave(2, 4)
     history = doubled.repeat_interleave(cell, 2).repeat_interleave(cell, 3).repeat_interleave(cell, 4)
-    model, embed = encoder(rate=rate, branches="merge"), projection()
+    model, embed = encoder(compression=compression, branches="merge"), projection()
     made = model(history, None, embed)
     torch.testing.assert_close(made.tokens, embed(doubled), rtol=1e-4, atol=1e-3)
     middles = torch.tensor([cell / 2 - 0.5, cell * 1.5 - 0.5])
@@ -170,7 +184,7 @@ def test_merge_by_hand():
     for token, frame, column in ((a, 0, 0), (b, 0, 2), (c, 1, 0), (d, 1, 2)):
         history[0, :, frame, :, column : column + 2] = token.view(-1, 1, 1)
     history.requires_grad_()
-    model, embed = encoder(rate=(1, 1, 2), branches="merge"), projection()
+    model, embed = encoder(compression=Compression(2, 1, 1), branches="merge"), projection()
     made = model(history, None, embed)
     mean = ((a + c + d) / 3)[None, :, None, None, None].expand(1, -1, 1, 2, 2)
     torch.testing.assert_close(made.tokens[:, :1], embed(mean))
@@ -188,7 +202,7 @@ def test_sparse_keeps_the_strongest_tokens_and_their_positions():
     history[0, :, 1, 2:, :2] = 2.0  # frame 1, row 1, column 0
     history[0, :, 0, :2, 2:] = -1.0  # frame 0, row 0, column 1
     history[1, :, 1] = 1.0
-    model, embed = encoder(rate=(2, 1, 2), branches="sparse"), projection()
+    model, embed = encoder(compression=Compression(2, 2, 1), branches="sparse"), projection()
     made = model(history, None, embed)
     assert made.positions.tolist() == [[[0, 0, 1], [1, 1, 0]], [[1, 0, 0], [1, 0, 1]]]
     torch.testing.assert_close(made.tokens[0], embed(history)[0, [1, 6]])
@@ -196,13 +210,13 @@ def test_sparse_keeps_the_strongest_tokens_and_their_positions():
 
 def test_low_resolution_averages_areas_of_every_other_frame():
     frames = torch.arange(5 * 5 * 7.0).view(1, 1, 5, 5, 7).expand(2, 3, -1, -1, -1)
-    made = low_resolution(frames, (2, 3, 2))
+    made = low_resolution(frames, Compression(2, 2, 3))
     expected = frames[:, :, ::2, :4, :6].unflatten(4, (2, 3)).unflatten(3, (2, 2)).mean((4, 6))
     torch.testing.assert_close(made, expected)
-    pieces = [low_resolution(piece, (2, 3, 2)) for piece in frames.split(2, 2)]
+    pieces = [low_resolution(piece, Compression(2, 2, 3)) for piece in frames.split(2, 2)]
     assert torch.equal(torch.cat(pieces, 2), made)
     with pytest.raises(ValueError, match="at least 8 x 3 pixels"):
-        low_resolution(frames, (8, 3, 2))
+        low_resolution(frames, Compression(2, 8, 3))
 
 
 # --- time ---
@@ -256,9 +270,9 @@ segments = st.lists(st.integers(0, 5), max_size=6)
 @settings(max_examples=12, deadline=None)
 @given(cuts=segments, low_cuts=segments, time=st.sampled_from([1, 2, 4]))
 def test_segments_give_the_tokens_of_the_whole(branches, attention, cuts, low_cuts, time):
-    rate = (1, 1, time)
-    model, embed = encoder(rate=rate, branches=branches, attention=attention), projection()
-    history, low = inputs(11, 4, 3, rate)
+    compression = Compression(time, 1, 1)
+    model, embed = encoder(compression=compression, branches=branches, attention=attention), projection()
+    history, low = inputs(11, 4, 3, compression)
     with torch.no_grad():
         whole = model(history, low, embed)
         pieces = list(zip(*(_cut(x, n) for x, n in ((history, cuts), (low, low_cuts))), strict=True))

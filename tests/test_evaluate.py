@@ -14,18 +14,21 @@ pytest.importorskip("av")
 
 from test_cli import make_video
 
-from vidmem_model import baselines, cli, evaluate, learned, tables
-from vidmem_model import data as data_module
-from vidmem_model.config import CompressorConfig
-from vidmem_model.data import iter_frames, probe
+from vidmem_model import cli, shipped
 from vidmem_model.errors import UserError
-from vidmem_model.evaluate import History, RetrievalConfig
-from vidmem_model.learned import LearnedMemory, latent_positions
-from vidmem_model.metrics import psnr, ssim
-from vidmem_model.model import MemoryModel, save_model
-from vidmem_model.model_config import PRESETS, EncoderConfig, VAEConfig
-from vidmem_model.train_config import read_pretrain
+from vidmem_model.evaluate import baselines, retrieval
+from vidmem_model.evaluate.held_out import HeldOut, RetrievalConfig
+from vidmem_model.evaluate.metrics import psnr, ssim
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.learned import TrainedModel
+from vidmem_model.model.config import PRESETS, Compression, EncoderConfig
+from vidmem_model.model.file import save_model
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.show import tables
+from vidmem_model.train.recipe import read_pretrain
 from vidmem_model.vae import load_vae
+from vidmem_model.vae.config import VAEConfig
+from vidmem_model.video import iter_frames, probe
 
 # The embedded codec is a VAE without weights.
 CONFIG = dataclasses.replace(PRESETS["tiny"], vae=VAEConfig(kind="dct", channels=8))
@@ -34,7 +37,7 @@ CONFIG = dataclasses.replace(PRESETS["tiny"], vae=VAEConfig(kind="dct", channels
 @pytest.fixture
 def quick_stlpips(monkeypatch):
     """A distance that needs no weights, for tests of what is done with distances."""
-    monkeypatch.setattr(evaluate, "stlpips", lambda a, b: (a.float() - b.float()).abs().mean((1, 2, 3)) / 255)
+    monkeypatch.setattr(retrieval, "stlpips", lambda a, b: (a.float() - b.float()).abs().mean((1, 2, 3)) / 255)
 
 
 def film(frames=24, seed=0):
@@ -55,10 +58,10 @@ def tiny_model(seed=0, **encoder):
 
 
 def test_video_frames_of_latent_positions():
-    assert latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
-    assert latent_positions(10, 4, 4) == [range(0, 4), range(4, 8), range(8, 10)]
-    assert latent_positions(3, 4, 4) == [range(0, 3)]
-    assert latent_positions(8, 4, 4) == [range(0, 4), range(4, 8)]
+    assert retrieval.latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
+    assert retrieval.latent_positions(10, 4, 4) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert retrieval.latent_positions(3, 4, 4) == [range(0, 3)]
+    assert retrieval.latent_positions(8, 4, 4) == [range(0, 4), range(4, 8)]
 
 
 def test_compare_takes_the_frames_of_each_position(quick_stlpips):
@@ -66,7 +69,7 @@ def test_compare_takes_the_frames_of_each_position(quick_stlpips):
     read = truth.clone()
     read[:4] = 255 - read[:4]
     read[7, 0, 0, 0] ^= 64
-    found = evaluate.compare(read, truth, [range(0, 4), range(4, 8)])
+    found = retrieval.compare(read, truth, [range(0, 4), range(4, 8)])
     assert found["psnr"][0] == pytest.approx(statistics.fmean(psnr(read[i], truth[i]) for i in range(4)))
     assert found["ssim"][0] == pytest.approx(statistics.fmean(ssim(read[i], truth[i]) for i in range(4)))
     # Three frames are equal and count as 60 dB, the last has one wrong byte.
@@ -79,11 +82,11 @@ def test_compare_takes_the_frames_of_each_position(quick_stlpips):
 
 
 def test_rows_are_means_over_histories_and_positions(quick_stlpips):
-    histories = [History(film(8, seed), "film", 0.0) for seed in (1, 2)]
+    histories = [HeldOut(film(8, seed), "film", 0.0) for seed in (1, 2)]
     positions = [range(0, 4), range(4, 8)]
-    row = evaluate.measure_row(lambda h: baselines.mean_frame(h.frames), histories, positions)
-    each = [evaluate.compare(baselines.mean_frame(h.frames).frames, h.frames, positions) for h in histories]
-    for name in evaluate.MEASURES:
+    row = retrieval.measure_row(lambda h: baselines.mean_frame(h.frames), histories, positions)
+    each = [retrieval.compare(baselines.mean_frame(h.frames).frames, h.frames, positions) for h in histories]
+    for name in retrieval.MEASURES:
         (a, b), (c, d) = each[0][name], each[1][name]
         assert row[name]["curve"] == pytest.approx([(a + c) / 2, (b + d) / 2])
         assert row[name]["clips"] == pytest.approx([(a + b) / 2, (c + d) / 2])
@@ -101,10 +104,10 @@ def test_mean_frame_is_the_mean():
 def test_training_free_memories_have_the_tokens_asked_for(method):
     frames = film(24)
     # 24 frames of 32x64 have 6 x 2 x 4 patch tokens, which boxes of 2x2x2 make 3 x 1 x 2.
-    back = baselines.training_free(method, frames, (2, 2, 2), 48)
+    back = baselines.untrained_memory(method, frames, Compression(2, 2, 2), 48)
     assert (back.tokens, back.width) == (6, 48) and back.frames.shape == frames.shape
     error = [psnr(a, b) for a, b in zip(back.frames, frames, strict=True)]
-    wider = baselines.training_free(method, frames, (1, 1, 1), 192)
+    wider = baselines.untrained_memory(method, frames, Compression(1, 1, 1), 192)
     assert (wider.tokens, wider.width) == (48, 192)
     better = [psnr(a, b) for a, b in zip(wider.frames, frames, strict=True)]
     assert statistics.fmean(better) > statistics.fmean(error) + 3
@@ -113,20 +116,20 @@ def test_training_free_memories_have_the_tokens_asked_for(method):
 
 def test_a_whole_dct_gives_the_frames_back():
     frames = film(8)
-    back = baselines.training_free("dct", frames, (1, 1, 1), 3 * 4 * 16 * 16)
+    back = baselines.untrained_memory("dct", frames, (1, 1, 1), 3 * 4 * 16 * 16)
     assert (back.frames.int() - frames.int()).abs().max() <= 1
 
 
 def test_vae_alone_decodes_the_true_latents():
-    memory = LearnedMemory(tiny_model(), load_vae(VAEConfig(kind="dct", channels=768), None))
+    memory = TrainedModel(tiny_model(), load_vae(VAEConfig(kind="dct", channels=768), None))
     frames = film(10)  # two and a half latent frames: padded, then cropped again
-    back = evaluate.read_vae(memory)(History(frames, "film", 0.0))
+    back = retrieval.read_vae(memory)(HeldOut(frames, "film", 0.0))
     assert (back.frames.int() - frames.int()).abs().max() <= 1
 
 
 def test_learned_row_asks_for_every_latent_frame_in_order():
     """A model that answers with the frames it is asked for, numbered."""
-    memory = LearnedMemory(tiny_model(), load_vae(CONFIG.vae, None))
+    memory = TrainedModel(tiny_model(), load_vae(CONFIG.vae, None))
     memory.queries = 3
     asked = []
 
@@ -136,8 +139,7 @@ def test_learned_row_asks_for_every_latent_frame_in_order():
         return frames[:, None, :, None, None].expand(-1, 8, -1, 4, 8)
 
     memory.model.retrieve = retrieve
-    history, lows = memory.encode(film(28))
-    tokens = memory.remember(history, lows)
+    tokens = memory.remember(memory.encode(film(28)))
     made = memory.retrieve(tokens, list(range(7)), steps=2)
     assert made.shape == (1, 8, 7, 4, 8)
     assert made[0, 0, :, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
@@ -154,11 +156,11 @@ def table_of(tmp_path, names):
 
 def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkeypatch, capfd):
     models = table_of(tmp_path, {"a": (0, {}), "b": (1, {}), "c": (0, {"branches": "hr"})})
-    histories = [History(film(16, 3), "film", 0.0)]
+    histories = [HeldOut(film(16, 3), "film", 0.0)]
     config = RetrievalConfig(clips=1, history=16, steps=1)
     store = tmp_path / "runs"
     store.mkdir()
-    result = evaluate.evaluate_retrieval(models, histories, config, store)
+    result = retrieval.evaluate_retrieval(models, histories, config, store)
     assert list(result["rows"]) == [
         "without LR 2×2×2",
         "both 2×2×2",
@@ -183,17 +185,17 @@ def test_table_joins_seeds_and_is_taken_up_again(tmp_path, quick_stlpips, monkey
     tables.print_retrieval(result)
     shown = capfd.readouterr().out
     assert all(cell.strip() in shown for line in markdown[2:] for cell in line.split("|")) and "…" not in shown
-    monkeypatch.setattr(evaluate, "measure_row", lambda *_: pytest.fail("was measured before"))
-    assert evaluate.evaluate_retrieval(models, histories, config, store) == result
+    monkeypatch.setattr(retrieval, "measure_row", lambda *_: pytest.fail("was measured before"))
+    assert retrieval.evaluate_retrieval(models, histories, config, store) == result
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 def test_rounded_model_has_a_row_of_its_own(tmp_path, quick_stlpips, dtype):
     models = table_of(tmp_path, {"a": (0, {}), "b": (1, {})})
     rounded = save_model(tmp_path / "c", tiny_model(0), dtype=dtype)
-    histories = [History(film(16, 3), "film", 0.0)]
+    histories = [HeldOut(film(16, 3), "film", 0.0)]
     config = RetrievalConfig(clips=1, history=16, steps=1)
-    rows = evaluate.evaluate_retrieval([rounded, *models], histories, config)["rows"]
+    rows = retrieval.evaluate_retrieval([rounded, *models], histories, config)["rows"]
     assert list(rows)[:2] == ["both 2×2×2", f"both 2×2×2, {dtype}"]
     assert [len(rows[name]["runs"]) for name in list(rows)[:2]] == [2, 1]
     exact, after = (rows[name]["runs"][0]["psnr"]["mean"] for name in list(rows)[:2])
@@ -202,14 +204,17 @@ def test_rounded_model_has_a_row_of_its_own(tmp_path, quick_stlpips, dtype):
 
 def test_models_of_other_sizes_are_not_mixed(tmp_path, quick_stlpips):
     (first,) = table_of(tmp_path, {"a": (0, {})})
-    other = MemoryModel(dataclasses.replace(CONFIG, height=64, encoders=(EncoderConfig((2, 2, 2), "patchifier"),)))
+    encoder = EncoderConfig(Compression(2, 2, 2), "patchifier")
+    other = MemoryModel(dataclasses.replace(CONFIG, height=64, encoders=(encoder,)))
     save_model(tmp_path / "other", other)
     with pytest.raises(UserError, match="other: differs from .*a in VAE, frame size or rate"):
-        evaluate.evaluate_retrieval([first, tmp_path / "other"], [History(film(8), "f", 0.0)], RetrievalConfig(1, 8, 1))
+        retrieval.evaluate_retrieval(
+            [first, tmp_path / "other"], [HeldOut(film(8), "f", 0.0)], RetrievalConfig(1, 8, 1)
+        )
 
 
 def test_command_without_models(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(learned, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(shipped, "CHECKPOINTS", tmp_path)
     assert cli.main(["evaluate", "retrieval"]) == 2
     assert "no model is shipped with this vidmem; give --model or --table" in capfd.readouterr().err
     assert cli.main(["evaluate", "retrieval", "--table", str(tmp_path)]) == 2
@@ -223,9 +228,9 @@ def test_by_default_the_shipped_model_on_what_it_was_not_trained_on(tmp_path, qu
     test = [[0.25 * length, 0.5 * length], [0.75 * length, length]]
     data = {"videos": [str(video)], "test": test, "shortest": 2, "mirror": True, "zooms": [2.0]}
     save_model(tmp_path / "demo.safetensors", tiny_model(), {"training": {"data": data, "sampling": {"history": 2}}})
-    monkeypatch.setattr(learned, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(shipped, "CHECKPOINTS", tmp_path)
     decoded = []
-    monkeypatch.setattr(data_module, "iter_frames", lambda v, spec: decoded.append(spec) or iter_frames(v, spec))
+    monkeypatch.setattr("vidmem_model.video.iter_frames", lambda v, spec: decoded.append(spec) or iter_frames(v, spec))
     found = tmp_path / "found.json"
     assert cli.main(["evaluate", "retrieval", "--steps", "1", "--clips", "20", "--json", str(found)]) == 0
     assert "both 2×2×2" in capfd.readouterr().out
@@ -260,7 +265,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, quick_stlpips, monkeypat
     found = tmp_path / "out.json"
     arguments = ["evaluate", "retrieval", "--model", model, "--video", video, "--clips", 1, "--history", 8]
     arguments = [*map(str, arguments), "--steps", "1"]
-    measure, calls, stop_at = evaluate.measure_row, [], 3
+    measure, calls, stop_at = retrieval.measure_row, [], 3
 
     def interrupted(*given):
         calls.append(given)
@@ -268,7 +273,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, quick_stlpips, monkeypat
             raise KeyboardInterrupt
         return measure(*given)
 
-    monkeypatch.setattr(evaluate, "measure_row", interrupted)
+    monkeypatch.setattr(retrieval, "measure_row", interrupted)
     assert cli.main([*arguments, "--json", str(found)]) == 130
     said = f"vidmem: interrupted; what was measured is kept in {found}.parts, the same command goes on\n"
     assert capfd.readouterr().err.splitlines(keepends=True)[-1] == said
@@ -306,7 +311,7 @@ def test_recipes_of_the_table(table_script, tmp_path):
     for recipe in recipes:
         config = read_pretrain(recipe)
         (encoder,) = config.model.encoders
-        assert recipe.stem == f"{encoder.branches}-{'x'.join(map(str, encoder.rate))}-seed{config.optimisation.seed}"
+        assert recipe.stem == f"{encoder.branches}-{encoder.compression}-seed{config.optimisation.seed}"
         assert encoder.channels == PRESETS["tiny"].encoders[0].channels
         assert config.output == str(tmp_path / recipe.stem) and config.data.captions == str(captions)
         assert (config.optimisation.steps, config.optimisation.lr, config.optimisation.threads) == (7, 3e-4, 1)

@@ -5,12 +5,12 @@ import threading
 
 import pytest
 import torch
+from backend_helpers import backend_called, compiled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, _extension, _fast
 
-needs_library = pytest.mark.skipif(_extension.module is None, reason="_C is not built")
 INDEX = torch.tensor([[2, 0, -1, 5], [1, 1, 3, 4]])
 
 
@@ -112,7 +112,7 @@ def test_same_results_and_gradients(name, hits):
     assert index_only or threshold or flattened or before >= 1, "with gradients"
 
 
-@needs_library
+@compiled
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("change", ["environment", "context", "library", "capability", "determinism"])
 def test_surroundings_are_seen(change, compiled, monkeypatch):
@@ -156,12 +156,8 @@ def test_surroundings_are_seen(change, compiled, monkeypatch):
             call(q)
             expected = "library"
         elif change == "capability":
-            before = _extension.module.cpu_capability()
-            _extension.module.set_cpu_capability("baseline")
-            try:
+            with backend_called("baseline"):
                 call(q)
-            finally:
-                _extension.module.set_cpu_capability(before)
             expected = "library"
         else:
             torch.use_deterministic_algorithms(True)

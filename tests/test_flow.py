@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vidmem_model.flow import interpolate, logit_normal, sample, shift_timesteps, velocity_loss
+from vidmem_model.model.flow import interpolate, logit_normal, sample, shift_timesteps, velocity_loss
 
 
 def test_logit_normal_is_the_sigmoid_of_a_normal():

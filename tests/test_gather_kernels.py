@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from backend_helpers import compiled
 
-from vidmem_kernels import _dispatch, _extension, gather_tokens, scatter_add_tokens
+from vidmem_kernels import _dispatch, gather_tokens, scatter_add_tokens
 from vidmem_kernels._registry import OPS
 from vidmem_kernels.testing import Make
 
-compiled = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
 ROW = torch.zeros(1, 1, dtype=torch.int32)
 
 
@@ -21,14 +20,6 @@ def backend(request, device):
     if reason is not None:
         pytest.skip(reason=reason)
     return request.param
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
 
 
 def same(a, b):

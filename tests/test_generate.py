@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from vidmem_model import cli
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import probe, read_clip
-from vidmem_model.encoder import count_tokens, low_resolution
 from vidmem_model.errors import UserError
-from vidmem_model.generate import GenerateConfig, Generator, generate
-from vidmem_model.history import context_per_second
-from vidmem_model.model import MemoryModel, save_model
-from vidmem_model.model_config import PRESETS, EncoderConfig, ModelConfig, VAEConfig
-from vidmem_model.storyboard import Shot, Storyboard
+from vidmem_model.generation.generator import GenerateConfig, SegmentGenerator, generate
+from vidmem_model.generation.history import context_per_second
+from vidmem_model.generation.storyboard import Shot, Storyboard
+from vidmem_model.model.config import PRESETS, Compression, EncoderConfig, ModelConfig
+from vidmem_model.model.encoder import History, count_tokens, low_resolution
+from vidmem_model.model.file import save_model
+from vidmem_model.model.memory_model import MemoryModel
 from vidmem_model.vae import DCTCodec, frames_to_float, load_vae
-from vidmem_model.video_out import video_writer
+from vidmem_model.vae.config import VAEConfig
+from vidmem_model.video import probe, read_clip
+from vidmem_model.video.clip import ClipSpec
+from vidmem_model.video.write import video_writer
 
 BOARD = Storyboard((Shot(0, "a fox"), Shot(4, "a lake")))
 CONFIG = GenerateConfig(seconds=8.5, steps=2, seed=3)  # 68 frames: 17 latent frames, 3 segments of 6
@@ -48,14 +50,14 @@ def parts():
 
 def make(parts, path, config=CONFIG, board=BOARD, **more):
     """Generate; the report, and the latents of all segments."""
-    made, kept = {}, Generator.take_in
+    made, kept = {}, SegmentGenerator.take_in
 
     def watch(self, latents):
         made[len(made)] = latents.clone()
         return kept(self, latents)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "take_in", watch)
+        patch.setattr(SegmentGenerator, "take_in", watch)
         report = generate(board, *parts, path, config, **more)
     return report, torch.cat(list(made.values()), 2)
 
@@ -66,7 +68,7 @@ def test_the_memory_grows_by_the_same_number_each_segment(parts, tmp_path):
     # 6 latent frames of 2 x 4 patch tokens a segment, at 2 x 2 x 2: 3 x 1 x 2 tokens.
     assert report["memory_tokens"] == [0, 6, 12, 18]
     assert report["window_tokens"] == [0, 24, 24, 24]
-    assert report["context_per_second"] == context_per_second((2, 2, 2), 32, 64, 8.0) == 2.0
+    assert report["context_per_second"] == context_per_second(Compression(2, 2, 2), 32, 64, 8.0) == 2.0
     assert (report["segments"], report["frames"], latents.shape[2]) == (3, 68, 18)
     assert [(p.segment, p.step, p.context) for p in seen] == [
         (1, 1, 0), (1, 2, 0), (2, 1, 30), (2, 2, 30), (3, 1, 36), (3, 2, 36)
@@ -94,14 +96,17 @@ def test_the_video_shows_what_was_made(parts, tmp_path):
     [
         PRESETS["tiny"].encoders,
         # At 2 x 2 x 8 a segment fills no box, and its low-resolution video no latent frame.
-        (EncoderConfig((2, 2, 8), channels=(8, 16), heads=2), EncoderConfig((1, 1, 2), branches="lr")),
-        (EncoderConfig((2, 2, 2), branches="patchifier"),),
+        (
+            EncoderConfig(Compression(8, 2, 2), channels=(8, 16), heads=2),
+            EncoderConfig(Compression(2, 1, 1), branches="lr"),
+        ),
+        (EncoderConfig(Compression(2, 2, 2), branches="patchifier"),),
     ],
     ids=["both", "two", "patchifier"],
 )
 def test_appended_memory_is_that_of_the_whole_history(encoders):
     model, vae = build(tiny(encoders=encoders))
-    generator = Generator(model, vae, CONFIG)
+    generator = SegmentGenerator(model, vae, CONFIG)
     parts = [generator.make("a fox", 0, lambda _: None)]
     frames = list(generator.take_in(parts[0]))
     for number in (1, 2):
@@ -111,11 +116,11 @@ def test_appended_memory_is_that_of_the_whole_history(encoders):
     assert clip.shape == (1, 3, 72, 32, 64)
     lows = []
     for config in encoders:
-        small = low_resolution(clip, config.rate)
+        small = low_resolution(clip, config.compression)
         small = small[:, :, : small.shape[2] // 4 * 4]
         small = torch.nn.functional.pad(small, (0, -small.shape[4] % 16, 0, -small.shape[3] % 16, 0, 0), "replicate")
         lows.append(vae.scale(vae.encode(small)))
-    whole = model.remember(torch.cat(parts, 2), lows)
+    whole = model.remember(History(torch.cat(parts, 2), lows))
     appended = generator.memory.tokens
     torch.testing.assert_close(appended.positions, whole.positions, rtol=0, atol=0)
     torch.testing.assert_close(appended.tokens, whole.tokens, rtol=1e-4, atol=1e-5)
@@ -195,7 +200,7 @@ def test_guidance_moves_away_from_no_prompt(parts):
 
     def sample(guidance, prompt):
         config = dataclasses.replace(CONFIG, guidance=guidance, steps=1)
-        return Generator(model, vae, config).make(prompt, 0, lambda _: None)
+        return SegmentGenerator(model, vae, config).make(prompt, 0, lambda _: None)
 
     with_prompt, without = sample(1.0, "a fox"), sample(1.0, "")
     torch.testing.assert_close(sample(0.0, "a fox"), without)
@@ -231,14 +236,14 @@ def test_a_filmed_history_is_continued(tmp_path):
         write(film)
     seen = read_clip(tmp_path / "film.mp4", ClipSpec(32, 64, 8, seconds=None)).frames
 
-    generator = Generator(model, vae, CONFIG)
+    generator = SegmentGenerator(model, vae, CONFIG)
     generator.start_from(seen)
     # 27 frames are 6 latent frames; the first three fill none.
     latents = vae.scale(vae.encode(frames_to_float(seen[3:])))
     assert generator.frames == 6
     torch.testing.assert_close(generator.window, latents[:, :, 3:])
-    low = vae.scale(vae.encode(low_resolution(frames_to_float(seen[3:]), (2, 2, 2))))
-    torch.testing.assert_close(generator.memory.tokens.tokens, model.remember(latents, [low]).tokens)
+    low = vae.scale(vae.encode(low_resolution(frames_to_float(seen[3:]), Compression(2, 2, 2))))
+    torch.testing.assert_close(generator.memory.tokens.tokens, model.remember(History(latents, [low])).tokens)
 
     start = dataclasses.replace(CONFIG, start=tmp_path / "film.mp4", seconds=3.0)
     report, made = make((model, vae), tmp_path / "a.mp4", start)
@@ -246,12 +251,12 @@ def test_a_filmed_history_is_continued(tmp_path):
     assert (report["frames"], report["history_latent_frames"]) == (24, 6)
     torch.testing.assert_close(made, generator.make("a fox", 0, lambda _: None))
     with pytest.raises(UserError, match="--start must have at least 4 frames, got 3"):
-        Generator(model, vae, CONFIG).start_from(seen[:3])
+        SegmentGenerator(model, vae, CONFIG).start_from(seen[:3])
 
 
 def test_a_first_latent_frame_of_one_frame():
     """Streams of VAEs whose first latent frame covers a single frame keep the pace of the low-resolution video."""
-    model, vae = build(tiny(encoders=(EncoderConfig((2, 2, 4), channels=(8, 16), heads=2),)))
+    model, vae = build(tiny(encoders=(EncoderConfig(Compression(4, 2, 2), channels=(8, 16), heads=2),)))
 
     class First(type(vae)):
         def encode(self, frames, cache=None):
@@ -267,36 +272,36 @@ def test_a_first_latent_frame_of_one_frame():
             return super().decode(latents, cache)[:, :, 0 if begun else 3 :]
 
     vae.__class__, vae.first_frames, made = First, 1, []
-    generator = Generator(model, vae, CONFIG)
+    generator = SegmentGenerator(model, vae, CONFIG)
     frames = []
     for number in range(3):
         made.append(generator.make("", number, lambda _: None))
         frames += generator.take_in(made[-1])
     clip = frames_to_float(torch.cat(frames))
     assert clip.shape[2] == vae.video_frames(18) == 69
-    low = low_resolution(clip, (2, 2, 4))
+    low = low_resolution(clip, Compression(4, 2, 2))
     low = vae.scale(vae.encode(low[:, :, : 1 + (low.shape[2] - 1) // 4 * 4]))
-    whole = model.remember(torch.cat(made, 2), [low])
+    whole = model.remember(History(torch.cat(made, 2), [low]))
     assert whole.tokens.shape[1] == 4 * 2
     torch.testing.assert_close(generator.memory.tokens.tokens, whole.tokens, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("rate", "by_area", "whole_boxes"),
+    ("compression", "by_area", "whole_boxes"),
     [
-        ((4, 4, 2), 195, 182),
-        ((2, 2, 2), 780, 780),
-        ((2, 2, 4), 390, 390),
-        ((2, 2, 1), 1560, 1560),
-        ((2, 2, 8), 195, 195),
-        ((1, 1, 1), 6240, 6240),
+        (Compression(2, 4, 4), 195, 182),
+        (Compression(2, 2, 2), 780, 780),
+        (Compression(4, 2, 2), 390, 390),
+        (Compression(1, 2, 2), 1560, 1560),
+        (Compression(8, 2, 2), 195, 195),
+        (Compression(1, 1, 1), 6240, 6240),
     ],
 )
-def test_context_per_second_at_the_true_size(rate, by_area, whole_boxes):
-    assert context_per_second(rate, 480, 832, 16) == by_area
-    assert context_per_second(rate, 480, 832, 16, whole_boxes=True) == whole_boxes
-    assert count_tokens(EncoderConfig(rate), VAEConfig(), 16 * 8, 480, 832) == 8 * whole_boxes
-    assert context_per_second((4, 4, 2), 480, 832, 16, (4, 16, 16)) == 195 / 4
+def test_context_per_second_at_the_true_size(compression, by_area, whole_boxes):
+    assert context_per_second(compression, 480, 832, 16) == by_area
+    assert context_per_second(compression, 480, 832, 16, whole_boxes=True) == whole_boxes
+    assert count_tokens(EncoderConfig(compression), VAEConfig(), 16 * 8, 480, 832) == 8 * whole_boxes
+    assert context_per_second(Compression(2, 4, 4), 480, 832, 16, (4, 16, 16)) == 195 / 4
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from backend_helpers import compiled
 
 import vidmem_kernels
 from vidmem_kernels import _extension
@@ -91,7 +92,7 @@ def test_info_json_lists_every_op():
     assert gather["backends"]["cuda"]
 
 
-@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+@compiled
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(capability):
     """The kernels compiled for each instruction set pass the tests that compare backends."""
@@ -112,7 +113,7 @@ def test_every_instruction_set(capability):
         _extension.module.set_cpu_capability(before)
 
 
-@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+@compiled
 def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="set_isa: this build and processor offer baseline.*, got sse9"):
         _extension.module.set_cpu_capability("sse9")

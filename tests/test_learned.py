@@ -12,16 +12,22 @@ pytest.importorskip("av")
 from test_cli import make_video
 from test_evaluate import CONFIG, film, tiny_model
 
-from vidmem_model import cli, demo, learned, tables
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import read_clip
-from vidmem_model.encoder import count_tokens
+from vidmem_model import cli, demo, shipped
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.learned import compress_learned, latent_positions
-from vidmem_model.memory import read_memory, write_memory
-from vidmem_model.metrics import psnr
-from vidmem_model.model import MemoryModel, load_model, save_model
-from vidmem_model.profile import ProfileConfig
+from vidmem_model.evaluate import retrieval
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.measure.attention import ProfileConfig
+from vidmem_model.memory import learned
+from vidmem_model.memory.compressor import compress
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.file import read_memory, write_memory
+from vidmem_model.model.config import Compression
+from vidmem_model.model.encoder import count_tokens
+from vidmem_model.model.file import load_model, save_model
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.show import tables
+from vidmem_model.video import read_clip
+from vidmem_model.video.clip import ClipSpec
 
 
 @pytest.fixture
@@ -29,26 +35,30 @@ def package(tmp_path, monkeypatch):
     """A package whose checkpoint is a tiny model with random weights."""
     folder = tmp_path / "checkpoints"
     save_model(folder / "demo.safetensors", tiny_model())
-    monkeypatch.setattr(learned, "CHECKPOINTS", folder)
-    learned.open_shipped.cache_clear()
+    monkeypatch.setattr(shipped, "CHECKPOINTS", folder)
+    learned.open_model.cache_clear()
     yield folder
-    learned.open_shipped.cache_clear()
+    learned.open_model.cache_clear()
 
 
 @pytest.fixture
 def empty_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(learned, "CHECKPOINTS", tmp_path / "none")
-    learned.open_shipped.cache_clear()
+    monkeypatch.setattr(shipped, "CHECKPOINTS", tmp_path / "none")
+    learned.open_model.cache_clear()
+
+
+def remember(frames):
+    return compress(frames, CompressorConfig("learned"), fps=8.0)
 
 
 def test_file_holds_the_tokens_and_gives_frames_back(package, tmp_path):
     frames = film(22)  # six latent frames, the last of them half full
     path = tmp_path / "memory.safetensors"
-    write_memory(path, compress_learned(frames), fps=8.0, source="film")
+    write_memory(path, remember(frames))
     opened = read_memory(path)
     assert (opened.method, opened.frames, opened.height, opened.width) == ("learned", 22, 32, 64)
-    memory = learned.open_shipped("demo")
-    tokens, positions = memory.remember(*memory.encode(frames))
+    memory = learned.open_model("demo")
+    tokens, positions = memory.remember(memory.encode(frames))
     assert len(opened.bank) == tokens.shape[1] == count_tokens(CONFIG.encoders[0], CONFIG.vae, 24, 32, 64)
     assert torch.equal(opened.bank.positions, positions[0])
     rows = opened.bank.gather(torch.arange(len(opened.bank)), out_dtype=torch.float32) * opened.bank.extras["scale"]
@@ -65,9 +75,9 @@ def test_file_holds_the_tokens_and_gives_frames_back(package, tmp_path):
 
 def test_each_frame_comes_from_its_latent_frame(package, tmp_path, monkeypatch):
     """A model that answers with the numbers of the latent frames it is asked for."""
-    write_memory(tmp_path / "m", compress_learned(film(22)), fps=8.0, source="film")
+    write_memory(tmp_path / "m", remember(film(22)))
     opened = read_memory(tmp_path / "m")
-    memory = learned.open_shipped("demo")
+    memory = learned.open_model("demo")
     asked = []
 
     def retrieve(tokens, frames, steps, seed=0):
@@ -84,19 +94,19 @@ def test_each_frame_comes_from_its_latent_frame(package, tmp_path, monkeypatch):
 
 
 def test_video_frames_of_latent_positions():
-    assert latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
-    assert latent_positions(22, 4, 4)[-1] == range(20, 22)
+    assert retrieval.latent_positions(9, 1, 4) == [range(0, 1), range(1, 5), range(5, 9)]
+    assert retrieval.latent_positions(22, 4, 4)[-1] == range(20, 22)
 
 
 def test_another_model_does_not_read_it(package, tmp_path):
     path = tmp_path / "memory.safetensors"
-    write_memory(path, compress_learned(film(8)), fps=8.0, source="film")
+    write_memory(path, remember(film(8)))
     save_model(package / "demo.safetensors", tiny_model(seed=1))
-    learned.open_shipped.cache_clear()
+    learned.open_model.cache_clear()
     with pytest.raises(MemoryFormatError, match="another version of the trained model 'demo'; make it anew"):
         read_memory(path)
     (package / "demo.safetensors").unlink()
-    learned.open_shipped.cache_clear()
+    learned.open_model.cache_clear()
     with pytest.raises(MemoryFormatError, match="trained model 'demo', which is not in this installation"):
         read_memory(path)
 
@@ -104,10 +114,10 @@ def test_another_model_does_not_read_it(package, tmp_path):
 def test_a_model_is_known_by_what_its_file_says(package, tmp_path):
     """Not by the order of its header, which programs choose; memories that name the file's bytes are read still."""
     model, path = package / "demo.safetensors", tmp_path / "memory.safetensors"
-    made = compress_learned(film(8))
+    made = remember(film(8))
     former = {"model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(), "vae_sha256": made.meta["vae_sha256"]}
-    write_memory(tmp_path / "former", dataclasses.replace(made, meta={**made.meta, **former}), fps=8.0, source="film")
-    write_memory(path, made, fps=8.0, source="film")
+    write_memory(tmp_path / "former", dataclasses.replace(made, meta={**made.meta, **former}))
+    write_memory(path, made)
     for memory in (path, tmp_path / "former"):
         assert read_memory(memory).method == "learned"
     content = model.read_bytes()
@@ -117,7 +127,7 @@ def test_a_model_is_known_by_what_its_file_says(package, tmp_path):
     text = json.dumps(dict(reversed(header.items()))).encode()
     text += b" " * (-len(text) % 8)
     model.write_bytes(len(text).to_bytes(8, "little") + text + content[size:])
-    learned.open_shipped.cache_clear()
+    learned.open_model.cache_clear()
     assert read_memory(path).method == "learned"
     with pytest.raises(MemoryFormatError, match="another version"):
         read_memory(tmp_path / "former")
@@ -125,16 +135,16 @@ def test_a_model_is_known_by_what_its_file_says(package, tmp_path):
 
 @pytest.mark.parametrize("name", ["../demo", "demo.x", ""])
 def test_name_of_a_model_is_no_path(package, tmp_path, name):
-    made = compress_learned(film(8))
+    made = remember(film(8))
     made = dataclasses.replace(made, meta={**made.meta, "model": name})
-    write_memory(tmp_path / "m", made, fps=8.0, source="film")
+    write_memory(tmp_path / "m", made)
     with pytest.raises(MemoryFormatError, match="not in this installation"):
         read_memory(tmp_path / "m")
 
 
 def test_frames_of_another_size_are_refused(package):
     with pytest.raises(UserError, match="takes frames of 32x64, got 40x64"):
-        compress_learned(torch.zeros(8, 40, 64, 3, dtype=torch.uint8))
+        remember(torch.zeros(8, 40, 64, 3, dtype=torch.uint8))
 
 
 def test_commands(package, tmp_path, capfd):
@@ -159,14 +169,14 @@ def test_without_a_checkpoint_the_way_out_is_told(empty_package, tmp_path, capfd
 
 def test_demo_shows_the_learned_memory_at_its_own_size(package, tmp_path, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("vidmem_model.profile._SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("vidmem_model.measure.repeat._SLOW_SECONDS", 0.02)
     video = make_video(tmp_path / "film.mkv", frames=24)
     config = demo.DemoConfig(
         video=video,
         clip=ClipSpec(80, 112, 24.0, 0.0, 1.0),
         frames=2,
-        rate=(2, 2, 2),
-        learned=True,
+        compression=Compression(2, 2, 2),
+        trained=("learned",),
         profile=ProfileConfig(lengths=(0.5,)),
     )
     result = demo.run_demo(config, tmp_path / "out")
@@ -203,10 +213,14 @@ def test_demo_leaves_the_model_out_at_a_size_of_the_users(package, monkeypatch, 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     assert cli.main(["demo", "a.mp4", "-o", str(tmp_path / "out"), *options]) == 2
     (config,) = asked
-    assert config.learned is learns and (config.clip.height, config.clip.width, config.clip.fps) == (480, 832, 24.0)
+    assert config.trained == (("learned",) if learns else ()) and (
+        config.clip.height,
+        config.clip.width,
+        config.clip.fps,
+    ) == (480, 832, 24.0)
     (package / "demo.safetensors").unlink()
     assert cli.main(["demo", "a.mp4", "-o", str(tmp_path / "out"), *options]) == 2
-    assert asked[1].learned is False
+    assert asked[1].trained == ()
 
 
 def test_export_in_eight_bits(package, tmp_path, capsys):
@@ -224,7 +238,7 @@ def test_export_in_eight_bits(package, tmp_path, capsys):
     out = tmp_path / "out" / "small.safetensors"
     assert cli.main(["export", str(run), "-o", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
-    memory, whole = learned.LearnedMemory.load(out), learned.LearnedMemory.load(run)
+    memory, whole = learned.TrainedModel.load(out), learned.TrainedModel.load(run)
     assert (memory.queries, memory.seconds, memory.held_out) == (2, 24 / model.config.fps, [(1.0, 2.5)])
     assert out.stat().st_size < 0.6 * (run / "model.safetensors").stat().st_size
     for small, large in ((memory.model, whole.model), (memory.vae, whole.vae)):
@@ -238,7 +252,7 @@ def test_export_in_eight_bits(package, tmp_path, capsys):
 def test_adapters_alone_are_stored_beside_their_model(package, tmp_path, capsys):
     """Stage II with frozen encoders: a small file that names the model it is to be added to."""
     pytest.importorskip("peft")
-    from vidmem_model.lora import add_lora, merge_lora, save_lora
+    from vidmem_model.model.lora import add_lora, merge_lora, save_lora
 
     run = tmp_path / "run"
     model = load_model(package / "demo.safetensors")
@@ -262,9 +276,9 @@ def test_adapters_alone_are_stored_beside_their_model(package, tmp_path, capsys)
     assert cli.main(["export", str(run), "-o", str(half), "--base", "demo.safetensors", "--dtype", "float16"]) == 0
     assert half.stat().st_size < 0.7 * out.stat().st_size  # adapters of rank 2 are too small for 8 bits
     # The digest that memories carry changes with the model underneath.
-    digest = learned.LearnedMemory.load(out).digest
+    digest = learned.TrainedModel.load(out).digest
     save_model(package / "demo.safetensors", MemoryModel(CONFIG))
-    assert learned.LearnedMemory.load(out).digest != digest
+    assert learned.TrainedModel.load(out).digest != digest
 
     assert cli.main(["export", str(run), "-o", str(out), "--base", "none.safetensors"]) == 2
     assert "none.safetensors: no such file" in capsys.readouterr().err

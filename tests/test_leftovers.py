@@ -18,8 +18,10 @@ import torch
 from process_helpers import COMMANDS, results, stage
 from training_helpers import curve, train
 
-from vidmem_model import checkpoint, cli, files, training
+from vidmem_model import cli, files
 from vidmem_model.errors import UserError
+from vidmem_model.train import checkpoint
+from vidmem_model.train import loop as training
 
 
 def one_line(err):
@@ -233,7 +235,7 @@ def test_a_cache_of_a_user_who_is_not(tmp_path, monkeypatch, capfd, variable):
 
 
 def test_the_profile_keeps_what_it_has_measured(tmp_path, monkeypatch, capfd):
-    from vidmem_model import profile
+    from vidmem_model.measure import attention as profile
 
     measure, calls = profile.measure_point, []
 

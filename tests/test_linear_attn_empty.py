@@ -11,8 +11,9 @@ import sys
 
 import pytest
 import torch
+from backend_helpers import CAPABILITIES
 
-from vidmem_kernels import _dispatch, _extension, linear_attention, testing
+from vidmem_kernels import _dispatch, linear_attention, testing
 from vidmem_kernels._registry import OPS
 
 SIZES = {"B": 2, "L": 70, "H": 1, "D": 5, "Dv": 4}
@@ -87,9 +88,6 @@ def in_a_process(backend, dtype, capability=None, each=4):
         env["VIDMEM_CPU_CAPABILITY"] = capability
     call = f"import torch, test_linear_attn_empty as t; print(t.check({backend!r}, {dtype}, 0, {each}))"
     assert int(run(call, env)) == 31 * 2 * 2 * each
-
-
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
 
 
 @pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c != "baseline"])

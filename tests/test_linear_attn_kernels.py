@@ -2,23 +2,15 @@
 
 import pytest
 import torch
+from backend_helpers import compiled
 
-from vidmem_kernels import LinearAttentionState, _extension, linear_attention
+from vidmem_kernels import LinearAttentionState, linear_attention
 from vidmem_kernels.linear_attn import reference
 from vidmem_kernels.testing import Make, assert_within_budget, to_float64
 
-pytestmark = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
+pytestmark = compiled
 NAN, INF = float("nan"), float("inf")
 cpp = torch.ops.vidmem_cpp
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
 
 
 @pytest.fixture

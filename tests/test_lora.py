@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vidmem_model.dit import DiT
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.lora import add_lora, apply_lora, lora_state, merge_lora, save_lora
-from vidmem_model.model_config import PRESETS
+from vidmem_model.model.config import PRESETS
+from vidmem_model.model.dit import DiT
+from vidmem_model.model.lora import add_lora, apply_lora, lora_state, merge_lora, save_lora
 
 pytest.importorskip("peft")
 CONFIG = dataclasses.replace(PRESETS["tiny"].dit, memory_cross_attention=True)

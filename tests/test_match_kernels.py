@@ -5,24 +5,15 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from backend_helpers import compiled
 
 import vidmem_kernels as vk
-from vidmem_kernels import _extension
 from vidmem_kernels.sparse_gather import reference as gather_reference
 from vidmem_kernels.token_merge import reference
 
-pytestmark = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
+pytestmark = compiled
 NAN, INF = float("nan"), float("inf")
 CUBE = (2, 2, 2)
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
 
 
 def match(metric, num_merge, grid=None, stride=CUBE, window=None):

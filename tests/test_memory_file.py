@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from vidmem_kernels import MemoryBank
-from vidmem_model.compressor import compress
-from vidmem_model.config import CompressorConfig
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.memory import read_memory, write_memory
-from vidmem_model.metrics import psnr
-from vidmem_model.vae import DCTCodec
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.memory.compressor import compress
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.file import read_memory, write_memory
+from vidmem_model.memory.method import encoded
+from vidmem_model.video import Clip
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +27,12 @@ def clip():
 
 
 def made(clip, **config):
-    codec = DCTCodec()
-    latents = codec.encode_chunks([clip])
-    return compress(latents, codec, tuple(clip.shape[:3]), CompressorConfig(**config))
+    clip = Clip(clip, 23.976, Path("folder/holiday.mp4"), None)
+    return compress(encoded(clip, dtype=torch.float32), CompressorConfig(**config))
 
 
 def written(path, clip, **config):
-    write_memory(path, made(clip, **config), fps=23.976, source="holiday.mp4")
+    write_memory(path, made(clip, **config))
     return path
 
 

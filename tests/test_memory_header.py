@@ -12,9 +12,9 @@ from golden_helpers import use_golden_models
 from hostile import GOLDEN, Tensors
 
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.measure import PeakMemory
-from vidmem_model.memory import read_memory
-from vidmem_model.model import load_model
+from vidmem_model.measure.peak import PeakMemory
+from vidmem_model.memory.file import read_memory
+from vidmem_model.model.file import load_model
 
 
 def text(name, value):

@@ -2,22 +2,14 @@
 
 import pytest
 import torch
+from backend_helpers import compiled
 
-from vidmem_kernels import _extension, match_tokens, merge_tokens, unmerge_tokens
+from vidmem_kernels import match_tokens, merge_tokens, unmerge_tokens
 from vidmem_kernels.token_merge import reference
 
-pytestmark = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
+pytestmark = compiled
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 cpp = torch.ops.vidmem_cpp
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from backend_helpers import BACKENDS, CAPABILITIES, backend_called, skip_without
+from backend_helpers import BACKENDS, CAPABILITIES, backend_called, compiled, skip_without
 from torch.autograd import gradcheck, gradgradcheck
 
 import vidmem_kernels as vk
@@ -183,7 +183,7 @@ def test_infinity_nan_and_size_zero(merge, dtype):
     assert zeros.tolist() == [[0, 0], [1, 1]]
 
 
-@pytest.mark.skipif(not CAPABILITIES, reason="vidmem_kernels._C is not built")
+@compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_equal_the_reference_to_the_bit(dtype, capability):

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
+from backend_helpers import CAPABILITIES, backend_called, compiled
 
 import vidmem_kernels as vk
-from vidmem_kernels import _dispatch, _extension, cross_attention, merge_attention_states, testing
+from vidmem_kernels import _dispatch, cross_attention, merge_attention_states, testing
 from vidmem_kernels._registry import OPS
 from vidmem_kernels.cross_attn import reference
 from vidmem_kernels.testing import Make
 
 INF, F64 = math.inf, torch.float64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else ["none"]
 
 
 @pytest.fixture(params=[*CAPABILITIES, "triton"])
@@ -23,13 +23,8 @@ def backend(request, device):
     reason = _dispatch.unavailable(OPS["merge_attention_states"], name, device)
     if reason is not None:
         pytest.skip(reason=reason)
-    if name == "triton":
+    with backend_called(request.param) as name:
         yield name
-        return
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield name
-    _extension.module.set_cpu_capability(before)
 
 
 def states(count, batch=2, length=37, heads=3, size=20, dtype=torch.float32, device="cpu", wide=torch.float32):
@@ -181,7 +176,7 @@ def test_float64_runs_the_reference(backend, device):
         merge_attention_states(outs, lses, backend=backend)
 
 
-@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+@compiled
 def test_direct_calls_in_float64():
     outs, lses = states(3, dtype=F64, wide=F64)
     kernels = torch.ops.vidmem_cpp
@@ -193,7 +188,7 @@ def test_direct_calls_in_float64():
     torch.testing.assert_close(got, reference.merge_attention_states_backward(*args), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+@compiled
 def test_large_results_and_threads():
     """Results past the caches are written past them; threads change nothing."""
     outs, lses = states(2, 1, 2500, 8, 128, torch.float32)  # 10 MB
@@ -212,7 +207,7 @@ def test_large_results_and_threads():
     torch.testing.assert_close(results[0][0], reference.merge_attention_states(outs, lses)[0])
 
 
-@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+@compiled
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -235,7 +230,7 @@ def test_direct_calls_are_checked(change, message):
         torch.ops.vidmem_cpp.merge_attention_states_backward(*args[:2], *bad, args[4])
 
 
-@pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
+@compiled
 @pytest.mark.parametrize("at, name", [(0, "grad_out"), (1, "grad_lse"), (4, "lse")])
 def test_direct_gradient_calls_are_checked(at, name):
     args = list(gradient_arguments(*states(2)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidmem_model.metrics import psnr, ssim
+from vidmem_model.evaluate.metrics import psnr, ssim
 
 
 def noisy_pair(shape, dtype):

@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from text_helpers import tiny_umt5
 
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.lora import add_lora, merge_lora
-from vidmem_model.model import MemoryModel, load_model, save_model
-from vidmem_model.model_config import PRESETS, EncoderConfig, TextConfig
+from vidmem_model.model.config import PRESETS, Compression, EncoderConfig, TextConfig
+from vidmem_model.model.encoder import History
+from vidmem_model.model.file import load_model, save_model
+from vidmem_model.model.lora import add_lora, merge_lora
+from vidmem_model.model.memory_model import MemoryModel
 
-TINY = PRESETS["tiny"]  # latents of 8 channels, 4 x 8 cells, rate 2 x 2 x 2
+TINY = PRESETS["tiny"]  # latents of 8 channels, 4 x 8 cells, compressed 2 x 2 x 2
 
 
 def made(seed=0, **changes):
@@ -28,15 +30,15 @@ def made(seed=0, **changes):
 
 def history(model, batch=1):
     latents = torch.randn(batch, 8, 4, 4, 8, generator=torch.Generator().manual_seed(7))
-    return latents, [latents[:, :, ::2, ::2, ::2] for _ in model.encoders]
+    return History(latents, [latents[:, :, ::2, ::2, ::2] for _ in model.encoders])
 
 
 def test_memory_of_several_encoders_is_one_after_another():
-    second = dataclasses.replace(TINY.encoders[0], rate=(2, 2, 4))
+    second = dataclasses.replace(TINY.encoders[0], compression=Compression(4, 2, 2))
     model = made(encoders=(*TINY.encoders, second))
     latents, _ = history(model)
     lows = [latents[:, :, ::2, ::2, ::2], latents[:, :, ::4, ::2, ::2]]
-    memory = model.remember(latents, lows)
+    memory = model.remember(History(latents, lows))
     parts = [encoder(latents, low, model.dit.patch_embed) for encoder, low in zip(model.encoders, lows, strict=True)]
     # 2 x 4 patch tokens a frame: boxes of 2 frames give 2 x (1 x 2) tokens, boxes of 4 frames 1 x (1 x 2).
     assert memory.tokens.shape == (1, 4 + 2, 48)
@@ -44,12 +46,12 @@ def test_memory_of_several_encoders_is_one_after_another():
     assert memory.positions[0, :, 0].tolist() == [0.5, 0.5, 2.5, 2.5, 1.5, 1.5]
     assert memory.positions[0, :2, 1:].tolist() == [[0.5, 0.5], [0.5, 2.5]]
     with pytest.raises(ValueError, match="lows must be as many as encoders"):
-        model.remember(latents, lows[:1])
+        model.remember(History(latents, lows[:1]))
 
 
 def test_prediction_depends_on_prompt_and_memory():
     model = made()
-    memory = model.remember(*history(model, 2))
+    memory = model.remember(history(model, 2))
     x, t, frames = torch.randn(2, 8, 1, 4, 8), torch.tensor([0.5, 0.5]), torch.tensor([[1.0], [3.0]])
     out = model.predict(x, t, ["a red cat", ""], frames=frames, memory=memory)
     torch.testing.assert_close(out, model.dit(x, t, *model.text(["a red cat", ""]), frames=frames, memory=memory))
@@ -62,7 +64,7 @@ def test_prediction_depends_on_prompt_and_memory():
 @pytest.mark.parametrize("history_sees_video", [False, True])
 def test_retrieval_follows_the_velocity_from_seeded_noise(history_sees_video):
     model = made(dit=dataclasses.replace(TINY.dit, history_sees_video=history_sees_video))
-    memory = model.remember(*history(model, 2))
+    memory = model.remember(history(model, 2))
     given = {"frames": torch.tensor([[0.0], [2.0]]), "prompts": ["cat", "dog"], "steps": 3, "shift": 2.0}
     got = model.retrieve(memory, **given, generator=torch.Generator().manual_seed(1))
 
@@ -81,12 +83,12 @@ def test_retrieval_follows_the_velocity_from_seeded_noise(history_sees_video):
 
 
 def test_latents_are_padded_to_whole_patches():
-    assert made(height=33, width=64).latent_size() == (6, 8)
+    assert made(height=33, width=64).config.latent_size == (6, 8)
 
 
 @pytest.mark.parametrize("where", ["model.safetensors", "run", "a/b/best.safetensors"])
 def test_saved_and_loaded_to_the_bit(tmp_path, where):
-    model = made(encoders=(TINY.encoders[0], EncoderConfig(rate=(2, 2, 4), branches="lr")))
+    model = made(encoders=(TINY.encoders[0], EncoderConfig(compression=Compression(4, 2, 2), branches="lr")))
     file = save_model(tmp_path / where, model, {"step": 12, "data": ["film"]})
     assert file.is_file() and file.suffix == ".safetensors"
     assert [p.name for p in file.parent.iterdir()] == [file.name]  # nothing temporary is left

@@ -12,10 +12,10 @@ from hostile import GOLDEN, Tensors
 from test_memory_header import one_number, tensor, text
 
 from vidmem_model.errors import UserError
-from vidmem_model.learned import LearnedMemory
-from vidmem_model.measure import PeakMemory
-from vidmem_model.model import load_model
-from vidmem_model.model_config import DiTConfig, ModelConfig, TextConfig
+from vidmem_model.measure.peak import PeakMemory
+from vidmem_model.memory.learned import TrainedModel
+from vidmem_model.model.config import DiTConfig, ModelConfig, TextConfig
+from vidmem_model.model.file import load_model
 from vidmem_model.skeleton import count_numbers, require_trainable, skeleton
 
 
@@ -68,7 +68,8 @@ CASES = {
     "fps inf": (config("fps", math.inf), "fps must be positive, got inf"),
     "no encoders": (config("encoders", []), "encoders must not be empty"),
     "many encoders": (config("encoders", [{}] * 3000), "encoders must have at most 16 entries"),
-    "a rate without end": (config("encoders.0.rate", [2**40, 2, 2]), "rate must be powers of two"),
+    "a box without end": (config("encoders.0.rate", [2**40, 2, 2]), "rate: must have 3 entries"),
+    "both names": (config("encoders.0.compression", {"time": 2}), "rate: is the earlier name of compression"),
     "true channels": (config("vae.channels", True), "vae.channels: must be of type int, got True"),
     "long numbers": (text("config", '{"height": ' + "9" * 5000 + "}"), "config holds Exceeds the limit"),
     "deep": (text("config", "[" * 100_000), "config is nested too deeply"),
@@ -107,11 +108,11 @@ def test_what_does_not_fit_is_refused(case, tmp_path):
     file = Tensors.read((GOLDEN / "models" / "tiny.safetensors").read_bytes())
     path = tmp_path / "m.safetensors"
     path.write_bytes(file.write())
-    LearnedMemory.load(path)  # put together again it is as it was
+    TrainedModel.load(path)  # put together again it is as it was
     change(file)
     path.write_bytes(file.write())
     with PeakMemory() as memory, pytest.raises(UserError) as caught:
-        LearnedMemory.load(path)
+        TrainedModel.load(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and says in message, message
     assert message.isprintable() and len(message) < 500
@@ -158,7 +159,7 @@ def test_a_loop_of_two_files(tmp_path):
 
 
 def test_weights_are_counted_without_being_made():
-    from vidmem_model.model import MemoryModel
+    from vidmem_model.model.memory_model import MemoryModel
 
     config = ModelConfig(dit=DiTConfig(dim=24, depth=5, heads=2, mlp=8, linear_blocks=(1, 3)), text=TextConfig(dim=8))
     made = sum(t.numel() for t in MemoryModel(config).state_dict().values())

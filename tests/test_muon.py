@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidmem_model.muon import Muon, orthogonalise
+from vidmem_model.train.muon import Muon, orthogonalise
 
 
 def weights(*shapes, seed=0):

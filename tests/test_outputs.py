@@ -20,11 +20,12 @@ from test_cli import make_video
 from vidmem_kernels import MemoryBank
 from vidmem_model import cli, files
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.lora import base_of
-from vidmem_model.model import MemoryModel, files_of, save_model
-from vidmem_model.model_config import PRESETS
-from vidmem_model.report import write_png
-from vidmem_model.video_out import video_writer
+from vidmem_model.model.config import PRESETS
+from vidmem_model.model.file import files_of, save_model
+from vidmem_model.model.lora import base_of
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.video.png import write_png
+from vidmem_model.video.write import video_writer
 from vidmem_model.weights import write_tensors
 
 # Every option and argument that is a path. An output names the ending that it must have; None: it is a folder.

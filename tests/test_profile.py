@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from vidmem_kernels import cross_attention, linear_attention, peak_memory
-from vidmem_model import files, measure, profile, report
+from vidmem_model import files
 from vidmem_model.errors import UserError
-from vidmem_model.measure import PeakMemory
-from vidmem_model.profile import STRATEGIES, ProfileConfig, measure_point
+from vidmem_model.measure import attention as profile
+from vidmem_model.measure import peak as measure
+from vidmem_model.measure import repeat
+from vidmem_model.measure.attention import STRATEGIES, ProfileConfig, measure_point
+from vidmem_model.measure.peak import PeakMemory
+from vidmem_model.show import plots as report
 
 MIB = 2**20
 SMALL = ProfileConfig(lengths=(1.0, 4.0), heads=2, head_dim=32, grid=(8, 12), dtype="float32")
@@ -18,7 +22,7 @@ SMALL = ProfileConfig(lengths=(1.0, 4.0), heads=2, head_dim=32, grid=(8, 12), dt
 
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
-    monkeypatch.setattr(profile, "_SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.02)
 
 
 def write(mib):
@@ -151,7 +155,7 @@ def test_profile_result_and_plot(tmp_path):
 
 
 def test_history_beyond_free_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(profile, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr("vidmem_model.measure.repeat.available_bytes", lambda: 2**30)
     with pytest.raises(UserError, match=r"take 2\.1 GiB.*1\.0 GiB are free.*--lengths"):
         profile.profile(ProfileConfig(lengths=(20.0,)))
 
@@ -162,7 +166,7 @@ def test_history_beyond_free_memory_is_refused(monkeypatch):
         ({"lengths": ()}, "lengths must be positive seconds, got []"),
         ({"lengths": (1.0, math.nan)}, "lengths must be positive seconds, got [1.0, nan]"),
         ({"heads": 0}, "heads must be positive, got 0"),
-        ({"rate": (4, 0, 2)}, "rate must be positive, got (4, 0, 2)"),
+        ({"compression": (2, 4, 0)}, "compression: must be a mapping of keys to values, got (2, 4, 0)"),
         ({"dtype": "float8"}, "got 'float8'"),
     ],
 )

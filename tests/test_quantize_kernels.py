@@ -4,24 +4,16 @@ import math
 
 import pytest
 import torch
+from backend_helpers import compiled
 from bank_helpers import ids
 
-from vidmem_kernels import _extension, quantize_rows
+from vidmem_kernels import quantize_rows
 from vidmem_kernels.testing import Make
 
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 QUANTIZED = [torch.int8, torch.float8_e4m3fn]
 WIDTHS = [1, 7, 8, 16, 33, 511, 1031]
 nan, inf = math.nan, math.inf
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
 
 
 def same_bits(a, b):
@@ -141,7 +133,7 @@ def test_empty(shape, capability):
         assert grad.shape == shape
 
 
-@pytest.mark.skipif(not CAPABILITIES, reason="vidmem_kernels._C is not built")
+@compiled
 def test_compiled_kernels_check_for_themselves():
     quantize, backward = torch.ops.vidmem_cpp.quantize_rows, torch.ops.vidmem_cpp.quantize_rows_backward
     x, grad = torch.zeros(2, 3, 4), torch.zeros(2, 3)

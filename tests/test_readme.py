@@ -45,7 +45,8 @@ def test_table_names_the_runs_that_gpu_kernels_passed():
 
 
 def test_code_runs():
-    block, memory = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    block, memory = (each for each in blocks if "vidmem_model" not in each)  # test_public_model.py runs those
     scope = {"x": torch.randn(1, 5, 1536), "memory": torch.randn(1, 7, 1536), "size": torch.full((1, 7), 4.0)}
     x = scope["x"]
     exec(memory, scope)

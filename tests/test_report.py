@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from vidmem_model import files, report
+from vidmem_model import files
 from vidmem_model.errors import UserError
+from vidmem_model.show import plots
+from vidmem_model.show.sheet import SheetRow, write_contact_sheet
+from vidmem_model.video.png import write_png
 
 
 def read_png(path):
@@ -22,10 +25,10 @@ def read_png(path):
 @pytest.mark.parametrize("shape", [(1, 1), (17, 33), (48, 64)])
 def test_png_holds_the_pixels(tmp_path, shape):
     image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
-    report.write_png(tmp_path / "x.png", image)
+    write_png(tmp_path / "x.png", image)
     np.testing.assert_array_equal(read_png(tmp_path / "x.png"), image.numpy())
     strided = image.transpose(0, 1)
-    report.write_png(tmp_path / "x.png", strided)
+    write_png(tmp_path / "x.png", strided)
     np.testing.assert_array_equal(read_png(tmp_path / "x.png"), strided.numpy())
     assert os.listdir(tmp_path) == ["x.png"]
 
@@ -33,7 +36,7 @@ def test_png_holds_the_pixels(tmp_path, shape):
 @pytest.mark.parametrize("image", [torch.zeros(4, 4, 3), torch.zeros(4, 4, dtype=torch.uint8)])
 def test_png_refuses_other_images(tmp_path, image):
     with pytest.raises(ValueError, match=r"write_png: image must be uint8 \(H, W, 3\), got"):
-        report.write_png(tmp_path / "x.png", image)
+        write_png(tmp_path / "x.png", image)
     assert os.listdir(tmp_path) == []
 
 
@@ -108,13 +111,13 @@ def sheet_rows(count, height=120, width=208, noise=False):
         exact, off = source.clone(), source.clone()
         off[:, : width // 2] = (off[:, : width // 2].int() + 32).clamp(0, 255).byte()
         captions = {"dct": (exact, "equal"), "merge": (off, "18.03 dB   SSIM 0.9")}
-        rows.append(report.SheetRow(f"frame {i}\n0.00 s", source, captions))
+        rows.append(SheetRow(f"frame {i}\n0.00 s", source, captions))
     return rows
 
 
 def test_contact_sheet_shows_source_and_difference(tmp_path):
     pytest.importorskip("matplotlib")
-    report.write_contact_sheet(tmp_path / "sheet.png", sheet_rows(2), "title")
+    write_contact_sheet(tmp_path / "sheet.png", sheet_rows(2), "title")
     pixels = read_png(tmp_path / "sheet.png")
     grey = (pixels == 40).all(2)
     # Source and dct of both rows in full, merge by half: 2 x (1 + 1 + 0.5) thumbnails of 264 x 152.
@@ -129,13 +132,13 @@ def test_contact_sheet_shows_source_and_difference(tmp_path):
 
 def test_contact_sheet_of_noise_stays_small(tmp_path):
     pytest.importorskip("matplotlib")
-    report.write_contact_sheet(tmp_path / "sheet.png", sheet_rows(5, noise=True), "title")
+    write_contact_sheet(tmp_path / "sheet.png", sheet_rows(5, noise=True), "title")
     assert 300_000 < (tmp_path / "sheet.png").stat().st_size < 1_500_000
 
 
 def test_without_matplotlib_the_reason_is_told(monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    assert report.plots_missing() == "matplotlib is not installed: pip install 'vidmem-model[bench]'"
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    assert plots.plots_missing() == "matplotlib is not installed: pip install 'vidmem-model[bench]'"
 
 
 def test_json_is_readable(tmp_path):

@@ -19,12 +19,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training_helpers import MODEL, TRAIN, curve, train
 
-from vidmem_model import checkpoint, distributed, training
-from vidmem_model.curve import Curve
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import PRESETS, EncoderConfig, ModelConfig
-from vidmem_model.pretrain import PretrainConfig
-from vidmem_model.training import TrainConfig, run_settings
+from vidmem_model.model.config import PRESETS, EncoderConfig, ModelConfig
+from vidmem_model.train import checkpoint, distributed
+from vidmem_model.train import loop as training
+from vidmem_model.train.config import TrainConfig
+from vidmem_model.train.curve import Curve
+from vidmem_model.train.retrieval import PretrainConfig
+from vidmem_model.train.run import run_settings
 
 HELPERS = Path(__file__).with_name("training_helpers.py")
 
@@ -137,7 +139,7 @@ def test_a_setting_that_is_not_named_has_its_default(whole, tmp_path, seed, monk
     with pytest.raises(UserError, match="holds a run with "):
         training._resume(tmp_path, {}, settings, False)
     key = draw.choice(dropped)
-    for changed in ({key: "other"}, {"model.new.key": 1}, {"model.encoders.2.rate": [1, 1, 1]}):
+    for changed in ({key: "other"}, {"model.new.key": 1}, {"model.encoders.2.window": 1}):
         monkeypatch.setattr(checkpoint, "settings_of", lambda path, changed=changed: {**before, **changed})
         (name, value) = next(iter(changed.items()))
         with pytest.raises(UserError) as error:
@@ -242,9 +244,9 @@ def test_keys_that_are_newer_than_a_run_mean_their_defaults(whole, tmp_path):
 
 def test_keys_of_encoders_have_defaults_too():
     config = PretrainConfig(MODEL, "out")
-    settings = training.run_settings(config)
+    settings = run_settings(config)
     assert json.loads(json.dumps(settings)) == settings
     now, defaults = settings, settings.defaults
     assert defaults.keys() <= now.keys() and now.keys() - defaults.keys() == set()
     assert defaults["model.encoders.0.shortcut"] == 0 and defaults["model.dit.depth"] == 4
-    assert now["model.encoders.0.rate"] == list(MODEL.encoders[0].rate)
+    assert [now[f"model.encoders.0.compression.{axis}"] for axis in ("time", "height", "width")] == [2, 2, 2]

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from vidmem_model import data
+from vidmem_model import video as data
 from vidmem_model.errors import MediaError
 from vidmem_model.video import sample
 

@@ -4,22 +4,13 @@ import math
 
 import pytest
 import torch
+from backend_helpers import CAPABILITIES, backend_called, compiled
 from bank_helpers import ids
 
-from vidmem_kernels import _extension
 from vidmem_kernels.testing import Make
 
-CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 nan, inf = math.nan, math.inf
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _extension.module.cpu_capability()
-    _extension.module.set_cpu_capability(request.param)
-    yield request.param
-    _extension.module.set_cpu_capability(before)
 
 
 def select(x, keep, score=None):
@@ -106,12 +97,10 @@ def test_every_instruction_set_finds_the_same(dtype):
     """Permutations of one token differ by how their squares are rounded, if at all."""
     order = torch.rand(2, 3_000, 100).argsort(-1)
     x = torch.randn(2, 1, 100, dtype=dtype).expand(-1, 3_000, -1).gather(2, order)
-    before = _extension.module.cpu_capability() if CAPABILITIES else None
     found = []
     for name in CAPABILITIES:
-        _extension.module.set_cpu_capability(name)
-        found.append(torch.ops.vidmem_cpp.select_tokens(x, 700, None)[1])
-        _extension.module.set_cpu_capability(before)
+        with backend_called(name):
+            found.append(torch.ops.vidmem_cpp.select_tokens(x, 700, None)[1])
     assert all(torch.equal(index, found[0]) for index in found[1:])
 
 
@@ -125,7 +114,7 @@ def test_transposed_and_empty(capability):
     assert select(x, 0) == [[], []]
 
 
-@pytest.mark.skipif(not CAPABILITIES, reason="vidmem_kernels._C is not built")
+@compiled
 def test_compiled_kernel_checks_for_itself():
     op, x = torch.ops.vidmem_cpp.select_tokens, torch.zeros(2, 5, 3)
     for keep in (-1, 6):

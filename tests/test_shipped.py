@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from vidmem_model.generate import GenerateConfig, Generator
-from vidmem_model.learned import CHECKPOINTS, CONTINUING_MODEL, LearnedMemory, shipped
-from vidmem_model.metrics import psnr
-from vidmem_model.model import load_model
+from vidmem_model.evaluate.metrics import psnr
+from vidmem_model.generation.generator import GenerateConfig, SegmentGenerator
+from vidmem_model.memory.learned import TrainedModel
+from vidmem_model.model.file import load_model
+from vidmem_model.shipped import CHECKPOINTS, CONTINUING_MODEL, shipped
 from vidmem_model.vae import load_vae
 
 
@@ -30,9 +31,9 @@ def test_size():
 
 def test_stage_one_gives_frames_back(frames):
     """The frame asked for, or its neighbour, and better than the mean of the history: the disc is where it was."""
-    memory = LearnedMemory.load(shipped())
-    latents, lows = memory.encode(frames)
-    remembered = memory.remember(latents, lows)
+    memory = TrainedModel.load(shipped())
+    encoded = memory.encode(frames)
+    remembered = memory.remember(encoded)
     assert remembered.tokens.shape[1] == 4 * 2 * 3  # boxes of 8 frames x 64 x 64 pixels
     made = memory.decode(memory.retrieve(remembered, list(range(8)), steps=2), tuple(frames.shape[:3]))
     mean = frames.float().mean(0).round().to(torch.uint8)
@@ -43,7 +44,9 @@ def test_stage_one_gives_frames_back(frames):
 
 def test_stage_two_goes_on_from_the_last_frame(frames):
     model = load_model(shipped(CONTINUING_MODEL))
-    generator = Generator(model, load_vae(model.config.vae, model.vae_weights), GenerateConfig(steps=2, segment=2))
+    generator = SegmentGenerator(
+        model, load_vae(model.config.vae, model.vae_weights), GenerateConfig(steps=2, segment=2)
+    )
     generator.start_from(frames)
     tokens = generator.context[0]
     made = torch.cat(list(generator.take_in(generator.make("", 0, lambda done: None))))

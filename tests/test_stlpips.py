@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vidmem_model.errors import UserError
-from vidmem_model.metrics import stlpips
+from vidmem_model.evaluate.metrics import stlpips
 
 pytest.importorskip("av")
 module = importlib.import_module("vidmem_model.metrics.stlpips")

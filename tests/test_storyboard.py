@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vidmem_model.errors import UserError
-from vidmem_model.storyboard import (
+from vidmem_model.generation.storyboard import (
     Shot,
     Storyboard,
     format_storyboard,

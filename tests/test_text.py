@@ -9,8 +9,8 @@ from text_helpers import tiny_umt5
 
 from vidmem_model.cli import main
 from vidmem_model.errors import UserError
-from vidmem_model.model_config import TextConfig
-from vidmem_model.text import TextEncoder, word_rows
+from vidmem_model.model.config import TextConfig
+from vidmem_model.model.text import TextEncoder, word_rows
 
 
 def encoder(**config):

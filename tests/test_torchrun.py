@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_helpers import train
 
-from vidmem_model.training import read_curve
+from vidmem_model.train.loop import read_curve
 
 HELPERS = Path(__file__).with_name("training_helpers.py")
 

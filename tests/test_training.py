@@ -9,16 +9,24 @@ import signal
 import pytest
 import torch
 import yaml
-from training_helpers import MODEL, QUERIES, RATE, TRAIN, block, latents, train
+from training_helpers import BOX, MODEL, QUERIES, TRAIN, block, latents, train
 
-from vidmem_model import finetune, training
 from vidmem_model.cli import main
-from vidmem_model.dataset import Latents, Spans, seeded
 from vidmem_model.errors import UserError
-from vidmem_model.finetune import ContinuationConfig, Continuations, FinetuneConfig
-from vidmem_model.model import MemoryModel, load_model, save_model
-from vidmem_model.pretrain import FrameQueries, QueryConfig, low_levels, mask
-from vidmem_model.train_config import read_pretrain
+from vidmem_model.model.config import Compression
+from vidmem_model.model.file import load_model, save_model
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.train import continuation as finetune
+from vidmem_model.train import loop as training
+from vidmem_model.train.blocks import seeded
+from vidmem_model.train.config import TrainConfig
+from vidmem_model.train.continuation import ContinuationConfig, Continuations, FinetuneConfig
+from vidmem_model.train.curve import read_curve
+from vidmem_model.train.latents import Latents, Spans
+from vidmem_model.train.muon import Muon
+from vidmem_model.train.optimizers import optimizers
+from vidmem_model.train.recipe import read_pretrain
+from vidmem_model.train.retrieval import FrameQueries, QueryConfig, low_levels, mask
 
 
 def queries(shift=1.0, **changes):
@@ -35,8 +43,9 @@ def equal(a, b):
 def test_samples_depend_on_seed_step_and_number_only():
     whole = queries()(7, range(4))
     half = queries()(7, range(2, 4))
-    assert equal([x[2:] for x in whole[:1] + whole[2:6]], list(half[:1] + half[2:6]))
-    assert whole.prompts[2:] == half.prompts and torch.equal(whole.lows[0][2:], half.lows[0])
+    assert equal([x[2:] for x in whole[1:5]], list(half[1:5]))
+    assert equal([whole.history.latents[2:], whole.history.lows[0][2:]], [half.history.latents, half.history.lows[0]])
+    assert whole.prompts[2:] == half.prompts
     assert not torch.equal(whole.noise, queries()(8, range(4)).noise)
     other = FrameQueries(latents(), MODEL.encoders, QUERIES, seed=1)
     assert not torch.equal(whole.noise, other(7, range(4)).noise)
@@ -60,16 +69,16 @@ def test_mask_of_stage_one():
         batch = draw(step, [0])
         omega = batch.frames[0].long()
         # The level is drawn only where there is a mask: everything before it is the same.
-        history = clean(step, [0]).history[0]
-        source, start = find(history, draw.latents.blocks, RATE[2])
+        history = clean(step, [0]).history.latents[0]
+        source, start = find(history, draw.latents.blocks, BOX.time)
         assert torch.equal(batch.target[0], history[:, omega])
-        assert torch.equal(batch.history[0][:, omega], history[:, omega])
-        low = source.lows[RATE][:, start // RATE[2] : (start + QUERIES.history) // RATE[2]].float()
-        for box in range(QUERIES.history // RATE[2]):
-            same = torch.equal(batch.lows[0][0, :, box], low[:, box])
-            assert same == bool((omega // RATE[2] == box).any())
+        assert torch.equal(batch.history.latents[0][:, omega], history[:, omega])
+        low = source.lows[BOX][:, start // BOX.time : (start + QUERIES.history) // BOX.time].float()
+        for box in range(QUERIES.history // BOX.time):
+            same = torch.equal(batch.history.lows[0][0, :, box], low[:, box])
+            assert same == bool((omega // BOX.time == box).any())
         for frame in set(range(QUERIES.history)) - set(omega.tolist()):
-            x, y = history[:, frame].flatten(), batch.history[0, :, frame].flatten()
+            x, y = history[:, frame].flatten(), batch.history.latents[0, :, frame].flatten()
             # y = (1 - s) x + s eps: the regression on x gives 1 - s, what is left has deviation s.
             left = float(x @ y / (x @ x))
             every.append((1 - left, float((y - left * x).std())))
@@ -83,28 +92,28 @@ def test_mask_of_stage_one():
 def test_mixed_histories():
     """Two histories are added with weights on the unit circle, the same for the low resolution."""
     draw, blocks = queries(mix_probability=1.0, mask_probability=0.0), latents().blocks
-    starts = [(b, s) for b in blocks for s in range(0, b.latents.shape[1] - 7, RATE[2])]
+    starts = [(b, s) for b in blocks for s in range(0, b.latents.shape[1] - 7, BOX.time)]
     columns = torch.stack([b.latents[:, s : s + 8].float().flatten() for b, s in starts], 1).double()
     lows = torch.stack(
-        [b.lows[RATE][:, s // RATE[2] :][:, : 8 // RATE[2]].float().flatten() for b, s in starts], 1
+        [b.lows[BOX][:, s // BOX.time :][:, : 8 // BOX.time].float().flatten() for b, s in starts], 1
     ).double()
     angles = []
     for step in range(30):
         batch = draw(step, [0])
-        weights = torch.linalg.lstsq(columns, batch.history[0].flatten().double()[:, None]).solution[:, 0]
+        weights = torch.linalg.lstsq(columns, batch.history.latents[0].flatten().double()[:, None]).solution[:, 0]
         used = weights.abs() > 1e-4
         assert used.sum() <= 2
         if used.sum() == 2:  # not one history with itself
             assert weights.square().sum().item() == pytest.approx(1.0, abs=1e-4)
             angles.append(float(torch.atan2(*weights[used])))
-        torch.testing.assert_close(lows @ weights, batch.lows[0][0].flatten().double(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(batch.target[0], batch.history[0][:, batch.frames[0].long()])
+        torch.testing.assert_close(lows @ weights, batch.history.lows[0][0].flatten().double(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(batch.target[0], batch.history.latents[0][:, batch.frames[0].long()])
     assert len(angles) > 15 and min(angles) < -1.5 and max(angles) > 1.5
     plain = queries(mix_probability=0.5, mask_probability=0.0)
     mixed = 0
     for step in range(60):
         try:
-            find(plain(step, [0]).history[0], blocks, RATE[2])
+            find(plain(step, [0]).history.latents[0], blocks, BOX.time)
         except AssertionError:
             mixed += 1
     assert 15 < mixed < 45
@@ -116,14 +125,14 @@ def test_rolled_histories():
     blocks = latents().blocks
     for step in range(60):
         batch = draw(step, [0])
-        history, low = batch.history[0], batch.lows[0][0]
+        history, low = batch.history.latents[0], batch.history.lows[0][0]
         for rows, columns in ((y, x) for y in range(0, 4, 2) for x in range(0, 8, 2)):
             try:
-                each, start = find(history.roll((-rows, -columns), (2, 3)), blocks, RATE[2])
+                each, start = find(history.roll((-rows, -columns), (2, 3)), blocks, BOX.time)
             except AssertionError:
                 continue
             found.add((rows, columns))
-            expected = each.lows[RATE][:, start // RATE[2] :][:, : 8 // RATE[2]].float()
+            expected = each.lows[BOX][:, start // BOX.time :][:, : 8 // BOX.time].float()
             assert torch.equal(low.roll((-(rows // 2), -(columns // 2)), (2, 3)), expected)
             break
         else:
@@ -182,26 +191,30 @@ def test_samples_of_stage_two():
     whole = Continuations(latents(), MODEL.encoders, dataclasses.replace(config, empty_probability=0.0))
     for step in range(40):
         batch = draw(step, range(2))
-        if batch.history.shape[2] == 0:
+        if batch.history.latents.shape[2] == 0:
             empty += 1
             full = whole(step, range(2))
-            assert batch.lows[0].shape[2] == 0 and batch.window is None and batch.frames.tolist() == [[0, 1, 2]] * 2
+            assert (
+                batch.history.lows[0].shape[2] == 0
+                and batch.window is None
+                and batch.frames.tolist() == [[0, 1, 2]] * 2
+            )
             assert torch.equal(batch.target, full.target) and batch.prompts == full.prompts
             loss = training.FlowMatching(MemoryModel(MODEL))(batch)
             assert loss.isfinite()
             loss.backward()
             continue
         for i in range(2):
-            source, start = find(batch.history[i], draw.latents.blocks, RATE[2])
+            source, start = find(batch.history.latents[i], draw.latents.blocks, BOX.time)
             assert torch.equal(batch.target[i], source.latents[:, start + 8 : start + 11].float())
-            assert torch.equal(batch.lows[0][i], source.lows[RATE][:, start // 2 : start // 2 + 4].float())
+            assert torch.equal(batch.history.lows[0][i], source.lows[BOX][:, start // 2 : start // 2 + 4].float())
             assert batch.prompts[i] == draw.latents.prompt(source, start + 8)
         assert batch.frames.tolist() == [[8, 9, 10]] * 2
         if batch.window is not None:
             windows += 1
-            assert torch.equal(batch.window, batch.history[:, :, 6:])
+            assert torch.equal(batch.window, batch.history.latents[:, :, 6:])
             assert batch.window_frames.tolist() == [[6, 7]] * 2
-        assert equal(draw(step, [1])[2:4], tuple(x[1:] for x in batch[2:4]))
+        assert equal(draw(step, [1])[1:3], tuple(x[1:] for x in batch[1:3]))
     assert 8 < windows < 32 and 0 < empty < 12
 
 
@@ -210,16 +223,16 @@ def test_targets_beyond_a_cut_are_not_taken():
     still = block(24, 0)
     shots = torch.arange(24).ge(9).float() + torch.arange(24).ge(16)
     still = dataclasses.replace(still, latents=shots.view(1, -1, 1, 1).expand(8, 24, 4, 8).half())
-    config = ContinuationConfig(history=8, targets=2, window=2, most_change=0.5)
+    config = ContinuationConfig(history=8, targets=2, window=2, max_change=0.5)
     draw = Continuations(Latents((still,), 0.5), MODEL.encoders, config)
     # Histories end at start + 7: targets (8, 9) have a cut, (16, 17) follow one; (10, 11), (12, 13), ... not.
     assert [start for _, start in draw.spans.starts] == [2, 4, 6, 10, 12, 14]
-    every = Continuations(Latents((still,), 0.5), MODEL.encoders, dataclasses.replace(config, most_change=None))
+    every = Continuations(Latents((still,), 0.5), MODEL.encoders, dataclasses.replace(config, max_change=None))
     assert [start for _, start in every.spans.starts] == [0, 2, 4, 6, 8, 10, 12, 14]
     with pytest.raises(UserError, match=r"none of the \d+ stretches of 10 latent frames fits"):
         Continuations(latents(), MODEL.encoders, config)
-    with pytest.raises(ValueError, match="most_change must be positive, got 0"):
-        dataclasses.replace(config, most_change=0)
+    with pytest.raises(ValueError, match="max_change must be positive, got 0"):
+        dataclasses.replace(config, max_change=0)
 
 
 def test_loss_is_that_of_the_velocity():
@@ -227,8 +240,8 @@ def test_loss_is_that_of_the_velocity():
     batch = queries()(0, range(4))
 
     class Zero(torch.nn.Module):
-        def remember(self, history, lows):
-            assert history is batch.history and lows is batch.lows
+        def remember(self, history):
+            assert history is batch.history
 
         def predict(self, x, t, prompts, **given):
             s = t.view(-1, 1, 1, 1, 1)
@@ -244,18 +257,18 @@ def test_a_tiny_model_learns_its_film_by_heart(tmp_path):
     """Two latent frames, repeated: the loss falls to less than half within 40 steps."""
     pair = block(2, 5)
     one = dataclasses.replace(
-        pair, latents=pair.latents.repeat(1, 8, 1, 1), lows={RATE: pair.lows[RATE].repeat(1, 8, 1, 1)}
+        pair, latents=pair.latents.repeat(1, 8, 1, 1), lows={BOX: pair.lows[BOX].repeat(1, 8, 1, 1)}
     )
     draw = FrameQueries(Latents((one,), 0.5), MODEL.encoders, QueryConfig(history=8, queries=2))
     config = dataclasses.replace(TRAIN, steps=40, batch=8, lr=1e-2, schedule="constant", checkpoint_every=100)
     training.fit(lambda: MemoryModel(MODEL), draw, config, tmp_path, {}, torch.device("cpu"))
-    losses = [row["loss"] for row in training.read_curve(tmp_path / "curve.csv")]
+    losses = [row["loss"] for row in read_curve(tmp_path / "curve.csv")]
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
     assert last < 0.5 * first
 
 
 def test_schedule():
-    config = dataclasses.replace(TRAIN, steps=110, warmup=10)
+    config = dataclasses.replace(TRAIN, steps=110, warmup_steps=10)
     shares = [training.schedule(config, step) for step in (0, 4, 9, 10, 60, 110)]
     assert shares == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.01 + 0.99 / 2, 0.01])
     constant = dataclasses.replace(config, schedule="constant")
@@ -263,7 +276,7 @@ def test_schedule():
 
 
 def test_each_optimizer_has_its_learning_rate(tmp_path, monkeypatch):
-    seen = {torch.optim.AdamW: [], training.Muon: []}
+    seen = {torch.optim.AdamW: [], Muon: []}
     for kind, rates in seen.items():
 
         def watched(self, step=kind.step, rates=rates):
@@ -271,9 +284,9 @@ def test_each_optimizer_has_its_learning_rate(tmp_path, monkeypatch):
             step(self)
 
         monkeypatch.setattr(kind, "step", watched)
-    train(tmp_path, steps=2, warmup=2, lr=0.1, muon_lr=0.4, schedule="constant")
+    train(tmp_path, steps=2, warmup_steps=2, lr=0.1, muon_lr=0.4, schedule="constant")
     assert seen[torch.optim.AdamW] == pytest.approx([0.05, 0.05, 0.1, 0.1])
-    assert seen[training.Muon] == pytest.approx([0.2, 0.4])
+    assert seen[Muon] == pytest.approx([0.2, 0.4])
 
 
 def test_layers_of_the_linear_start_may_learn_slower(tmp_path):
@@ -294,12 +307,12 @@ def test_layers_of_the_linear_start_may_learn_slower(tmp_path):
 def test_who_takes_which_weights():
     model = MemoryModel(MODEL)
     named = dict(model.named_parameters())
-    adamw, muon = training._optimizers(named, TRAIN, torch.float32)
+    adamw, muon = optimizers(model, TRAIN, torch.float32)
     taken = [{id(p) for group in each.param_groups for p in group["params"]} for each in (adamw, muon)]
     assert not taken[0] & taken[1] and len(taken[0] | taken[1]) == len(named)
     layers = {name.removeprefix("dit.blocks.0.") for name, p in named.items() if id(p) in taken[1] and ".0." in name}
     assert layers == {"qkv.weight", "out.weight", "up.weight", "down.weight"}
-    (alone,) = training._optimizers(named, dataclasses.replace(TRAIN, muon_lr=0.0), torch.float32)
+    (alone,) = optimizers(model, dataclasses.replace(TRAIN, muon_lr=0.0), torch.float32)
     assert isinstance(alone, torch.optim.AdamW)
 
 
@@ -333,7 +346,7 @@ def test_average_of_the_weights(tmp_path, monkeypatch):
 def test_norms_and_biases_do_not_decay():
     model = MemoryModel(MODEL)
     named = dict(model.named_parameters())
-    (optimizer,) = training._optimizers(named, dataclasses.replace(TRAIN, muon_lr=0.0), torch.float32)
+    (optimizer,) = optimizers(model, dataclasses.replace(TRAIN, muon_lr=0.0), torch.float32)
     decaying, free = (set(map(id, group["params"])) for group in optimizer.param_groups)
     assert optimizer.param_groups[0]["weight_decay"] == TRAIN.weight_decay
     assert optimizer.param_groups[1]["weight_decay"] == 0.0
@@ -346,9 +359,7 @@ def test_norms_and_biases_do_not_decay():
 def test_bfloat16_learns_too(tmp_path):
     train(tmp_path / "float32", steps=6)
     train(tmp_path / "bfloat16", steps=6, precision="bfloat16")
-    pairs = [
-        [row["loss"] for row in training.read_curve(tmp_path / name / "curve.csv")] for name in ("float32", "bfloat16")
-    ]
+    pairs = [[row["loss"] for row in read_curve(tmp_path / name / "curve.csv")] for name in ("float32", "bfloat16")]
     assert pairs[0] != pairs[1] and pairs[1] == pytest.approx(pairs[0], rel=0.02)
 
 
@@ -360,7 +371,7 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     for precision in (dtype, "auto"):
         train(tmp_path / precision, steps=3, precision=precision)
-    curves = [training.read_curve(tmp_path / name / "curve.csv") for name in (dtype, "auto")]
+    curves = [read_curve(tmp_path / name / "curve.csv") for name in (dtype, "auto")]
     assert [row["loss"] for row in curves[0]] == [row["loss"] for row in curves[1]]
 
 
@@ -393,10 +404,10 @@ def test_configuration(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(CONFIG)
     config = read_pretrain(file)
-    assert config.optimisation == training.TrainConfig(lr=3e-4, steps=7)
+    assert config.optimisation == TrainConfig(lr=3e-4, steps=7)
     first, second = config.model.encoders
     assert first == dataclasses.replace(MODEL.encoders[0], branches="hr")
-    assert second == dataclasses.replace(MODEL.encoders[0], rate=(2, 2, 4))
+    assert second == dataclasses.replace(MODEL.encoders[0], compression=Compression(4, 2, 2))
     assert config.model.dit == dataclasses.replace(MODEL.dit, depth=1)
     assert config.model.vae.kind == "dct" and config.data.test_every == 3
     file.write_text("model: tiny\noutput: out\n")
@@ -446,7 +457,7 @@ def test_other_mistakes_are_one_line(tmp_path, capsys):
 
 def test_commands_from_film_to_model(tmp_path, capsys, monkeypatch):
     """Stage I is interrupted and goes on; Stage II takes its model; both leave model, curve and settings."""
-    monkeypatch.setattr(training, "prepare", lambda *_: latents_with_test())
+    monkeypatch.setattr("vidmem_model.train.run.prepare", lambda *_: latents_with_test())
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     optimisation = {"steps": 4, "batch": 2, "threads": 1, "warmup": 1, "device": "cpu"}
     sampling = {"history": 8}
@@ -490,7 +501,7 @@ def test_commands_from_film_to_model(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == str(tmp_path / "one" / "model.safetensors")
     assert main(["finetune", str(two)]) == 0
     for folder in (tmp_path / "one", tmp_path / "two"):
-        assert [row["step"] for row in training.read_curve(folder / "curve.csv")] == [1, 2, 3, 4]
+        assert [row["step"] for row in read_curve(folder / "curve.csv")] == [1, 2, 3, 4]
         model = load_model(folder)
         assert model.extra["steps"] == 4 and model.extra["training"]["optimisation"]["batch"] == 2
     before, after = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "two").state_dict()

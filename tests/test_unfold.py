@@ -9,32 +9,31 @@ import torch
 from gradient_helpers import same_gradients
 from training_helpers import LINEAR, QUERIES, latents
 
-from vidmem_model.dit import DiT
-from vidmem_model.encoder import MemoryTokens
-from vidmem_model.linear_start import start_linearly
-from vidmem_model.model import MemoryModel
-from vidmem_model.model_config import ModelConfig
-from vidmem_model.pretrain import FrameQueries
-from vidmem_model.rope import frame_positions
-from vidmem_model.unfold import Unfold
+from vidmem_model.model.config import Compression, ModelConfig
+from vidmem_model.model.dit import DiT
+from vidmem_model.model.encoder import History, MemoryTokens
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.model.rope import frame_positions
+from vidmem_model.model.unfold import Unfold
+from vidmem_model.train.linear_start import start_linearly
+from vidmem_model.train.retrieval import FrameQueries
 from vidmem_model.vae import patchify
 
 
-def middles(grid, rate, start=0):
+def middles(grid, box, start=0):
     """Positions of the memory tokens of a grid (t, h, w) of boxes."""
     axes = [torch.arange(n, dtype=torch.float32) for n in grid]
     axes[0] += start
-    span = (rate[2], rate[0], rate[1])
-    return torch.cartesian_prod(*[(axis + 0.5) * n - 0.5 for axis, n in zip(axes, span, strict=True)])[None]
+    return torch.cartesian_prod(*[(axis + 0.5) * n - 0.5 for axis, n in zip(axes, box, strict=True)])[None]
 
 
-@pytest.mark.parametrize("rate", [(4, 4, 2), (2, 4, 1), (1, 1, 1)])
-def test_unfold_is_a_transposed_convolution(rate):
-    height, width, time = rate
-    unfold = Unfold(6, 5, rate)
+@pytest.mark.parametrize("box", [Compression(2, 4, 4), Compression(1, 2, 4), Compression(1, 1, 1)], ids=str)
+def test_unfold_is_a_transposed_convolution(box):
+    time, height, width = box
+    unfold = Unfold(6, 5, box)
     tokens = torch.randn(2, 3 * 2 * 3, 6, requires_grad=True)
     places = frame_positions(torch.arange(3.0 * time).expand(2, -1), 2 * height, 3 * width)
-    got = unfold(MemoryTokens(tokens, middles((3, 2, 3), rate)), places)
+    got = unfold(MemoryTokens(tokens, middles((3, 2, 3), box)), places)
 
     # Linear rows are ordered (t, h, w, channel); a transposed convolution's kernel is (D, channels, t, h, w).
     kernel = unfold.projection.weight.view(time, height, width, 5, 6).permute(4, 3, 0, 1, 2)
@@ -47,9 +46,10 @@ def test_unfold_is_a_transposed_convolution(rate):
 
 def test_unfold_finds_boxes_by_position_and_reads_nothing_elsewhere():
     """Tokens in any order, of a memory that begins late, among those of another encoder; frames in any order."""
-    rate, unfold = (2, 2, 2), Unfold(6, 4, (2, 2, 2))
+    box = Compression(2, 2, 2)
+    unfold = Unfold(6, 4, box)
     tokens = torch.randn(1, 8, 6)
-    memory = MemoryTokens(tokens, middles((2, 2, 2), rate, start=3))  # frames 6 to 9
+    memory = MemoryTokens(tokens, middles((2, 2, 2), box, start=3))  # frames 6 to 9
     frames = torch.tensor([[9.0, 5.0, 6.0, 10.0, -1.0]])
     places = frame_positions(frames, 6, 4)  # two rows of patch tokens are beyond the boxes
     got = unfold(memory, places).view(5, 6, 4, 4)
@@ -59,7 +59,7 @@ def test_unfold_finds_boxes_by_position_and_reads_nothing_elsewhere():
     alone = unfold(memory, frame_positions(frames[:, :1], 4, 4)).view(4, 4, 4)
     assert torch.equal(alone, got[0, :4])
 
-    other = MemoryTokens(torch.randn(1, 2, 6), middles((2, 1, 1), (4, 4, 2), start=3))
+    other = MemoryTokens(torch.randn(1, 2, 6), middles((2, 1, 1), (2, 4, 4), start=3))
     order = torch.randperm(10)
     both = [torch.cat(pair, 1)[:, order] for pair in zip(memory, other, strict=True)]
     torch.testing.assert_close(unfold(MemoryTokens(*both), places).view(5, 6, 4, 4), got)
@@ -81,15 +81,15 @@ def histories(model, count=60):
     for _ in range(count):
         x = torch.randn(1, 4, 4, 8, 8, generator=generator) @ mixing + 0.5
         low = x.movedim(4, 1)[:, :, ::2, ::2, ::2]
-        yield x.movedim(4, 1), [low if model.encoders[0].reads_low else None]
+        yield History(x.movedim(4, 1), [low if model.encoders[0].config.reads_low else None])
 
 
-def answer(model, history, lows, t=1.0):
+def answer(model, history, t=1.0):
     """What the model gives for all frames of a history, from noise alone."""
-    noise = torch.randn_like(history)
-    frames = torch.arange(float(history.shape[2]))[None]
+    noise = torch.randn_like(history.latents)
+    frames = torch.arange(float(history.latents.shape[2]))[None]
     with torch.no_grad():
-        memory = model.remember(history, lows)
+        memory = model.remember(history)
         velocity = model.predict(noise, torch.full((1,), t), [""], memory=memory, frames=frames)
     return noise - t * velocity
 
@@ -104,9 +104,9 @@ def test_linear_start_answers_with_the_principal_components():
     *_, v = torch.linalg.svd(centred, full_matrices=False)
     missing = (centred - centred @ v[:48].T @ v[:48]).square().mean()
     assert 0.01 * centred.var() < missing < 0.9 * centred.var()
-    errors = [(answer(model, *pair) - pair[0]).square().mean() for pair in histories(model)]
+    errors = [(answer(model, each) - each.latents).square().mean() for each in histories(model)]
     assert torch.stack(errors).mean().item() == pytest.approx(missing.item(), rel=2e-3)
-    tokens = torch.cat([model.remember(*pair).tokens for pair in histories(model)])
+    tokens = torch.cat([model.remember(each).tokens for each in histories(model)])
     assert tokens.square().mean().item() == pytest.approx(1.0, rel=0.05)
     assert tokens.mean((0, 1)).abs().max() < 1e-4
 
@@ -126,7 +126,7 @@ def test_linear_start_beside_low_resolution_tells_what_that_does_not(shortcut):
     boxes, low = boxes - boxes.mean(0), low - low.mean(0)
     left = boxes - low @ torch.linalg.lstsq(low, boxes).solution
     *_, v = torch.linalg.svd(left, full_matrices=False)
-    errors = torch.stack([(answer(model, *pair) - pair[0]).square().mean() for pair in pairs]).mean().item()
+    errors = torch.stack([(answer(model, each) - each.latents).square().mean() for each in pairs]).mean().item()
     missing = [(left - left @ v[:k].T @ v[:k]).square().mean().item() for k in (shortcut, min(shortcut, 16))]
     assert missing[1] < 0.8 * left.square().mean().item() < 0.8 * boxes.square().mean().item()
     if shortcut <= 16:
@@ -141,9 +141,9 @@ def test_linear_start_of_other_encoders_is_the_best_reading_of_their_tokens(bran
     model = linear(branches)
     start_linearly(model, lambda: histories(model))
     tokens, errors = [], []
-    for history, lows in histories(model):
-        error = answer(model, history, lows) - history
-        tokens.append(model.remember(history, lows).tokens[0].detach())
+    for history in histories(model):
+        error = answer(model, history) - history.latents
+        tokens.append(model.remember(history).tokens[0].detach())
         errors.append(model.encoders[0].boxes(error)[0])
     tokens, errors = torch.cat(tokens), torch.cat(errors)
     assert errors.mean(0).abs().max() < 1e-3
@@ -154,8 +154,8 @@ def test_linear_start_of_other_encoders_is_the_best_reading_of_their_tokens(bran
 def test_linear_start_with_more_width_than_numbers_is_exact():
     model = linear("patchifier", dim=288)
     start_linearly(model, lambda: histories(model))
-    pair = next(histories(model))
-    torch.testing.assert_close(answer(model, *pair), pair[0], atol=0.02, rtol=0.02)
+    history = next(histories(model))
+    torch.testing.assert_close(answer(model, history), history.latents, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("remembers", [True, False])
@@ -167,7 +167,7 @@ def test_after_the_window_the_first_answer_is_its_newest_frame(remembers):
     history, window = torch.randn(2, 8, 2, 8, 8), torch.randn(2, 8, 2, 8, 8)
     given = {
         "frames": torch.tensor([[4.0, 0.0, 3.0]] * 2),
-        "memory": model.remember(history, [None]) if remembers else None,
+        "memory": model.remember(History(history, [None])) if remembers else None,
     }
     noise = torch.randn(2, 8, 3, 8, 8)
 

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from vidmem_model.config import CodecConfig
 from vidmem_model.vae import (
     DCTCodec,
     dct_matrix,
@@ -19,6 +18,7 @@ from vidmem_model.vae import (
     rechunk,
     unpatchify,
 )
+from vidmem_model.vae.config import CodecConfig
 
 
 def random_frames(*shape, seed=0):

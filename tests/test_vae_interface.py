@@ -4,11 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidmem_model.config import CodecConfig
 from vidmem_model.errors import MemoryFormatError, UserError
-from vidmem_model.model_config import VAEConfig
 from vidmem_model.vae import DCTCodec, VideoCodec, frames_to_float, load_vae, pad_frames, rechunk
 from vidmem_model.vae.causal import CausalVAE
+from vidmem_model.vae.config import CodecConfig, VAEConfig
 
 SMALL = VAEConfig(channels=4, width=8, depth=1)
 

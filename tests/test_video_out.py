@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from vidmem_model import video_out
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import probe, read_clip
 from vidmem_model.errors import UserError
-from vidmem_model.video_out import video_writer
+from vidmem_model.video import probe, read_clip
+from vidmem_model.video import write as video_out
+from vidmem_model.video.clip import ClipSpec
+from vidmem_model.video.write import video_writer
 
 AS_IS = ClipSpec(height=None, width=None, fps=None, seconds=None)
 

@@ -13,8 +13,8 @@ import torch
 from video_helpers import WHOLE, draw, number_of, numbers, read, refused, write_film
 
 from vidmem_model import cli
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import probe, read_clip
+from vidmem_model.video import probe, read_clip
+from vidmem_model.video.clip import ClipSpec
 
 # Pictures
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from video_helpers import read, write_film
 
-from vidmem_model.data import probe
-from vidmem_model.video import decode
+from vidmem_model.video import decode, probe
 
 NTSC = Fraction(24000, 1001)
 CODECS = {

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from video_helpers import WHOLE, draw, encoder_options, join, length, numbers, read, refused, write_film
 
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import probe, read_clip
 from vidmem_model.errors import MediaError
-from vidmem_model.video import decode
+from vidmem_model.video import decode, probe, read_clip
+from vidmem_model.video.clip import ClipSpec
 
 ALL = list(range(30))
 SECOND = list(range(100, 130))

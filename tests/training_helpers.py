@@ -10,13 +10,17 @@ from pathlib import Path
 
 import torch
 
-from vidmem_model.dataset import Block, Caption, Latents
-from vidmem_model.distributed import processes
-from vidmem_model.linear_start import start_linearly
-from vidmem_model.model import MemoryModel
-from vidmem_model.model_config import PRESETS
-from vidmem_model.pretrain import FrameQueries, QueryConfig
-from vidmem_model.training import TrainConfig, fit, run_settings
+from vidmem_model.model.config import PRESETS
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.train.blocks import Block
+from vidmem_model.train.config import TrainConfig
+from vidmem_model.train.distributed import processes
+from vidmem_model.train.latents import Latents
+from vidmem_model.train.linear_start import start_linearly
+from vidmem_model.train.loop import fit
+from vidmem_model.train.retrieval import FrameQueries, QueryConfig
+from vidmem_model.train.run import run_settings
+from vidmem_model.video.films import Caption
 
 MODEL = PRESETS["tiny"]
 # The same with all that the linear start sets.
@@ -25,14 +29,14 @@ LINEAR = dataclasses.replace(
     encoders=(dataclasses.replace(MODEL.encoders[0], shortcut=48),),
     dit=dataclasses.replace(MODEL.dit, unfold=32, prediction="sample"),
 )
-RATE = MODEL.encoders[0].rate
+BOX = MODEL.encoders[0].compression
 QUERIES = QueryConfig(history=8, queries=2)
 TRAIN = TrainConfig(
     steps=12,
     batch=4,
     lr=3e-3,
     muon_lr=3e-3,
-    warmup=3,
+    warmup_steps=3,
     checkpoint_every=4,
     log_every=5,
     ema_decay=0.9,
@@ -42,11 +46,11 @@ TRAIN = TrainConfig(
 
 
 def block(length, seed, split="train", start=0.0):
-    """Latents in which every frame is another, and low-resolution latents for MODEL's rate."""
+    """Latents in which every frame is another, and low-resolution latents for MODEL's compression."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(8, length, 4, 8, generator=generator)
-    low = torch.randn(8, length // RATE[2], 2, 4, generator=generator)
-    return Block(Path("film"), start, 4 * length, 1, split, False, 1.0, latents.half(), {RATE: low.half()})
+    low = torch.randn(8, length // BOX.time, 2, 4, generator=generator)
+    return Block(Path("film"), start, 4 * length, 1, split, False, 1.0, latents.half(), {BOX: low.half()})
 
 
 def latents():

@@ -10,9 +10,9 @@ import av
 import numpy as np
 import pytest
 
-from vidmem_model.config import ClipSpec
-from vidmem_model.data import probe, read_clip
 from vidmem_model.errors import MediaError
+from vidmem_model.video import probe, read_clip
+from vidmem_model.video.clip import ClipSpec
 
 WHOLE = ClipSpec(height=None, width=None, fps=None, seconds=None)
 HEIGHT, WIDTH = 64, 96

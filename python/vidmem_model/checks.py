@@ -16,7 +16,7 @@ import json
 import math
 import reprlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from typing import Annotated, Any
 MOST_SECONDS = 10_000_000
 MOST_PIXELS = 16_384
 MOST_FPS = 100_000
+MOST_WIDTH = 1 << 17
 MOST_SEED = (1 << 63) - 1
 _MOST_SHOWN = 80
 _MOST_JSON_NESTING = 32
@@ -34,7 +35,7 @@ class FieldError(ValueError):
     """A field that does not hold what it must.
 
     Attributes:
-        place: of the field in the file, as "model.encoders[0].rate".
+        place: of the field in the file, as "model.encoders[0].compression".
     """
 
     def __init__(self, message: str, place: str) -> None:
@@ -134,19 +135,6 @@ def within(least: float, most: float, below: bool = False) -> Range:
     return Range(least, most, below=below, words=f"must be in [{least}, {most}{')' if below else ']'}")
 
 
-@dataclass(frozen=True)
-class PowerOfTwo:
-    """1, 2, 4, … up to `most`."""
-
-    most: int
-
-    def problem(self, value: Any) -> str | None:
-        """What `value` must be and is not, or None."""
-        if value >= 1 and value <= self.most and value & (value - 1) == 0:
-            return None
-        return f"must be powers of two of at most {self.most}"
-
-
 class OneOf:
     """One of a few names."""
 
@@ -239,7 +227,7 @@ def conform(hint: Any, value: Any, what: str, place: str = "", bounds: tuple = (
     """Hold a value to a declaration.
 
     Args:
-        hint: a type, or Annotated with bounds: Range, PowerOfTwo, OneOf and Text are of the value, or of each entry
+        hint: a type, or Annotated with bounds: Range, OneOf and Text are of the value, or of each entry
             of a list, Entries of the list.
         value: what a file or a caller gave.
         what: how the message calls it.
@@ -316,7 +304,7 @@ def build(kind: type, values: Any, where: str = "") -> Any:
 
     Args:
         kind: the dataclass.
-        values: a dict of its fields.
+        values: a dict of its fields; earlier names of fields (`Former`) are read too.
         where: name of the place, for messages.
 
     Returns:
@@ -328,6 +316,7 @@ def build(kind: type, values: Any, where: str = "") -> Any:
     name = where or kind.__name__
     if not isinstance(values, dict):
         raise FieldError(f"{name}: must be a mapping of keys to values, got {show(values)}", where)
+    values = renewed(kind, values, where)
     types = _types(kind)
     for key in values:
         if key not in types:
@@ -349,6 +338,63 @@ def build(kind: type, values: Any, where: str = "") -> Any:
         raise FieldError(f"{place}: {error}", place) from error
     except ValueError as error:  # a rule between fields
         raise FieldError(f"{where}: {error}" if where else str(error), where) from error
+
+
+@dataclass(frozen=True)
+class Former:
+    """An earlier field of a dataclass, which its files may still have: an entry of the class's dict FORMER.
+
+    Args:
+        name: the field that has its meaning now; None if there is none.
+        convert: makes the value that this field has now; raises ValueError for one that nothing has.
+    """
+
+    name: str | None
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def renewed(kind: type, values: Any, where: str = "") -> Any:
+    """Plain dicts and lists of a dataclass with the present names of its fields, and of those of its parts.
+
+    Args:
+        kind: the dataclass.
+        values: some or all of its fields. What is no field, or not of its type, stays as it is.
+        where: name of the place, for messages.
+
+    Raises:
+        FieldError: a field is given by both names, or its former value has no meaning now.
+    """
+    if isinstance(values, (list, tuple)):
+        return [renewed(kind, value, f"{where}[{i}]") for i, value in enumerate(values)]
+    if not isinstance(values, dict):
+        return values
+    former, parts, made = getattr(kind, "FORMER", {}), _parts(kind), {}
+    for key, value in values.items():
+        place = f"{where}.{key}".lstrip(".")
+        if key in former:
+            name = former[key].name
+            if name in values:
+                raise FieldError(f"{place}: is the earlier name of {name}; give one of them, got both", place)
+            try:
+                value = former[key].convert(value)
+            except ValueError as error:
+                raise FieldError(f"{place}: {error}", place) from error
+            if name is not None:
+                made[name] = value
+        else:
+            made[key] = renewed(parts[key], value, place) if key in parts else value
+    return made
+
+
+@functools.cache
+def _parts(kind: type) -> dict[str, type]:
+    """The fields that are dataclasses, or lists of them."""
+    found = {}
+    for name, hint in _types(kind).items():
+        for each in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(each):
+                found[name] = each
+    return found
 
 
 def parse_json(text: str, what: str) -> Any:

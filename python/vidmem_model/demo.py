@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +18,26 @@ import torch
 
 from vidmem_kernels import Choice, recording
 
-from . import report
 from .checks import MOST_SEED, Checked, PathName, not_negative, positive
-from .compressor import CompressedMemory, compress
-from .config import METHODS, ClipSpec, CompressorConfig, Rate
-from .data import Clip, fetch_sample_clip, probe, read_clip
 from .errors import UserError
+from .evaluate.baselines import compress_alike
+from .evaluate.metrics import psnr, ssim
 from .files import output_folder, write_json
-from .measure import PeakMemory, available_bytes, describe_device, process_peak, timed
-from .memory import read_memory, write_memory
-from .metrics import psnr, ssim
-from .profile import ProfileConfig, check_room, profile, versions
-from .vae import PATCH, DCTCodec, VideoCodec
+from .machine import describe_device, versions
+from .measure.attention import ProfileConfig, check_room, profile
+from .measure.peak import process_peak, timed
+from .measure.stages import Stages
+from .memory import METHODS, trained, untrained
+from .memory.compressor import CompressedMemory, compress
+from .memory.config import CompressorConfig
+from .memory.file import read_memory, write_memory
+from .memory.method import EncodedClip, context_tokens, encoded
+from .model.config import Compression
+from .show.plots import plots_missing, write_memory_plot
+from .show.sheet import write_memories_sheet
+from .vae import DCTCodec
+from .video import Clip, fetch_sample_clip, load_clip
+from .video.clip import ClipSpec
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -40,8 +46,8 @@ SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
 # Names of what the demo writes.
 FILES = ("report.json", "memory-*.safetensors", "memory_vs_context.*", "contact_sheet*.png")
-# Bytes that decoding and compressing need for each byte of decoded video.
-_ROOM = {"dct": 4, "merge": 6, "learned": 12}
+# What is read back: the frames of each method, and the seconds of each frame.
+_Retrieved = dict[str, tuple[list[torch.Tensor], list[float]]]
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,9 @@ class DemoConfig(Checked):
         clip: the part to take.
         frames: how many frames to read back.
         seed: of the frames' random positions.
-        rate: patch tokens that one token of memory covers, (height, width, time).
-        learned: also take the same part at the trained model's size and rate, and show its memory
-            beside dct and merge with as many tokens, as wide.
+        compression: of the memories.
+        trained: methods that run a model, for each of which the same part is also taken at the model's size and
+            rate, and its memory shown beside those of the other methods with as many tokens, as wide.
         profile: what the memory profile measures.
     """
 
@@ -63,69 +69,9 @@ class DemoConfig(Checked):
     clip: ClipSpec = ClipSpec()
     frames: Annotated[int, positive(10_000)] = 8
     seed: Annotated[int, not_negative(MOST_SEED)] = 0
-    rate: Rate = (4, 4, 2)
-    learned: bool = False
+    compression: Compression = Compression()
+    trained: tuple[str, ...] = ()
     profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
-
-
-class Stages:
-    """Time and peak memory of the steps of a run, in the order they ended."""
-
-    def __init__(self) -> None:
-        self.done: list[dict[str, Any]] = []
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Measure what happens inside as one stage."""
-        with PeakMemory() as memory:
-            start = time.perf_counter()
-            yield
-            seconds = time.perf_counter() - start
-        self.done.append(
-            {
-                "stage": name,
-                "seconds": seconds,
-                "peak_rss_bytes": memory.peak_bytes,
-                "grown_bytes": memory.grown_bytes,
-                "measured_with": memory.method,
-            }
-        )
-
-
-def load_clip(video: Path, spec: ClipSpec, method: str, progress: Callable[[int, int | None], None] | None) -> Clip:
-    """Decode a clip, after a look at whether it can be compressed in the memory there is.
-
-    Args:
-        video: a video file.
-        spec: the part to take.
-        method: the compressor that is to follow.
-        progress: as for `read_clip`.
-
-    Returns:
-        Clip.
-
-    Raises:
-        UserError: more memory is needed than there is.
-        MediaError: as `read_clip`.
-    """
-    info = probe(video)
-    seconds = max(0.0, info.duration - spec.start) if info.duration else spec.seconds or 0.0
-    seconds = min(seconds, spec.seconds or seconds)
-    pixels = (spec.height or info.height) * (spec.width or info.width)
-    need = _ROOM[method] * 3 * pixels * seconds * (spec.fps or info.fps)
-    free = available_bytes()
-    if need > free:
-        raise UserError(
-            f"{video}: {seconds:g} s at this size take about {need / 2**30:.1f} GiB of memory and "
-            f"{free / 2**30:.1f} GiB are free; take fewer --seconds or a smaller --size"
-        )
-    return read_clip(video, spec, progress)
-
-
-def context_tokens(size: tuple[int, int, int], codec: VideoCodec) -> int:
-    """Patch tokens of a clip of (frames, rows, columns): its context before compression."""
-    cells = [codec.stride[0], *(stride * PATCH for stride in codec.stride[1:])]
-    return math.prod(-(-n // cell) for n, cell in zip(size, cells, strict=True))
 
 
 def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -178,64 +124,60 @@ def _keep(staging: Path, out: Path) -> list[str]:
 def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progress) -> dict[str, Any]:
     stages = Stages()
     with stages.measure("decode"):
-        clip = load_clip(video, config.clip, "merge", lambda *n: tell("decode", *n))
-    size = tuple(clip.frames.shape[:3])
-    if config.frames > size[0]:
+        room = max(METHODS[name].room for name in untrained())
+        clip = load_clip(video, config.clip, room, lambda *n: tell("decode", *n))
+    if config.frames > len(clip.frames):
         raise UserError(
-            f"the clip has {size[0]} frames, --frames asks for {config.frames} of them; give --frames in [1, {size[0]}]"
+            f"the clip has {len(clip.frames)} frames, --frames asks for {config.frames} of them; "
+            f"give --frames in [1, {len(clip.frames)}]"
         )
-    chosen = sorted(random.Random(config.seed).sample(range(size[0]), config.frames))
+    chosen = _choose(config, clip)
     sources = clip.frames[chosen]
-    codec = DCTCodec()
-    before = context_tokens(size, codec)
-    latent_frames = -(-size[0] // codec.stride[0])
-    latents = []
-    with stages.measure("encode"):
-        for chunk in codec.encode_chunks(clip.frames.split(2 * codec.stride[0]), torch.float16):
-            latents.append(chunk)
-            tell("encode", sum(c.shape[2] for c in latents), latent_frames)
     result = {
         "format": "vidmem.demo",
         "version": 1,
         "video": _describe(clip, config.clip.start),
-        "config": {"seed": config.seed, "frames": config.frames, "rate": config.rate},
-        "context_tokens_before": before,
+        "config": {"seed": config.seed, "frames": config.frames, "compression": asdict(config.compression)},
+        "context_tokens_before": context_tokens(clip.size, DCTCodec.stride),
         "methods": {},
     }
-    fps = clip.fps
+    with stages.measure("encode"):
+        latents = _encode(clip, tell)
     del clip
-    for method in METHODS:
-        file = folder / f"memory-{method}.safetensors"
-        with stages.measure(f"compress, {method}"):
-            compressed = compress(
-                latents,
-                codec,
-                size,
-                CompressorConfig(method=method, rate=config.rate),
-                lambda *n, method=method: tell(f"compress, {method}", *n),
-            )
-        tell(f"store, {method}", 0, None)
-        with stages.measure(f"store, {method}"):
-            write_memory(file, compressed, fps=fps, source=video.name)
-        result["methods"][method] = _stored(file, compressed, before)
+    for name in untrained():
+        file = folder / f"memory-{name}.safetensors"
+        with stages.measure(f"compress, {name}"):
+            compressed = compress(latents, CompressorConfig(method=name, compression=config.compression), progress=tell)
+        tell(f"store, {name}", 0, None)
+        with stages.measure(f"store, {name}"):
+            write_memory(file, compressed)
+        result["methods"][name] = _stored(file, compressed, result["context_tokens_before"])
         del compressed
+    fps = latents.fps
     del latents
-    retrieved = {m: _retrieve(m, folder / f"memory-{m}.safetensors", chosen, stages, tell) for m in METHODS}
+    retrieved = {
+        method: _retrieve(f"retrieve, {method}", folder / entry["file"], chosen, stages, tell)
+        for method, entry in result["methods"].items()
+    }
     with stages.measure("compare"):
         _compare(result["methods"], retrieved, chosen, sources, fps)
-    small = _run_learned(config, video, folder, stages, tell) if config.learned else None
-    result["learned"] = small and small[0]
+    sheets = {"contact_sheet.png": (result, sources, retrieved)}
+    for name in trained():
+        result[name] = None
+        if name in config.trained:
+            result[name], *frames = _run_trained(name, config, video, folder, stages, tell)
+            sheets[f"contact_sheet_{name}.png"] = (result[name], *frames)
     with stages.measure("memory profile"):
         curve = profile(config.profile, device, progress=lambda what, *n: tell(what, *n))
     write_json(folder / "memory_vs_context.json", curve)
-    result["skipped"] = report.plots_missing()
+    result["skipped"] = plots_missing()
     if result["skipped"] is None:
         tell("pictures", 0, None)
         with stages.measure("pictures"):
-            report.write_memory_plot(folder / "memory_vs_context.png", curve)
-            _draw(folder / "contact_sheet.png", result, sources, retrieved)
-            if small:
-                _draw(folder / "contact_sheet_learned.png", *small)
+            write_memory_plot(folder / "memory_vs_context.png", curve)
+            for sheet, (part, originals, read) in sheets.items():
+                images = {method: frames for method, (frames, _) in read.items()}
+                write_memories_sheet(folder / sheet, part, originals, images)
     result["files"] = sorted(file.name for file in folder.iterdir()) + ["report.json"]
     result["stages"] = stages.done
     result["device"] = describe_device("cpu")
@@ -243,46 +185,61 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     return result
 
 
-def _run_learned(
-    config: DemoConfig, video: Path, folder: Path, stages: Stages, tell: Progress
-) -> tuple[dict[str, Any], torch.Tensor, dict[str, tuple[list[torch.Tensor], list[float]]]]:
-    """Do the same at the trained model's size and rate, for a history as long as those it was trained on.
+def _choose(config: DemoConfig, clip: Clip) -> list[int]:
+    """The frames to read back, in order: at most as many as the clip has."""
+    count = len(clip.frames)
+    return sorted(random.Random(config.seed).sample(range(count), min(config.frames, count)))
+
+
+def _encode(clip: Clip, tell: Progress) -> EncodedClip:
+    """The latents of a clip, all of them: several methods read them."""
+    made = encoded(clip)
+    total, latents = made.codec.latent_frames(len(clip.frames)), []
+    for chunk in made.latents:
+        latents.append(chunk)
+        tell("encode", sum(c.shape[2] for c in latents), total)
+    return replace(made, latents=latents)
+
+
+def _run_trained(
+    name: str, config: DemoConfig, video: Path, folder: Path, stages: Stages, tell: Progress
+) -> tuple[dict[str, Any], torch.Tensor, _Retrieved]:
+    """Do the same at the size and rate of a method's model, for a history as long as those it was trained on.
 
     Results, source frames, frames read back.
     """
-    from .baselines import compress_training_free
-    from .learned import DEFAULT_MODEL, compress_learned, open_shipped
-
-    trained = open_shipped(DEFAULT_MODEL)
-    model = trained.model.config
+    asked = CompressorConfig(name)
+    opened = METHODS[name].load().open_model(asked.model_name)
+    model = opened.model.config
     start, seconds = config.clip.start, config.clip.seconds
-    if config.video is None and trained.held_out:
-        start = trained.held_out[0][0]  # of the sample film, a part that was not trained on
-    if trained.seconds:
-        seconds = min(trained.seconds, seconds or trained.seconds)
-    spec = ClipSpec(model.height, model.width, model.fps, start, seconds)
-    where = f", {model.height}x{model.width}"
-    with stages.measure(f"decode{where}"):
-        clip = load_clip(video, spec, "learned", lambda *n: tell(f"decode{where}", *n))
-    size = tuple(clip.frames.shape[:3])
-    chosen = sorted(random.Random(config.seed).sample(range(size[0]), min(config.frames, size[0])))
-    before = context_tokens(size, trained.vae)
-    result: dict[str, Any] = {"video": _describe(clip, spec.start), "context_tokens_before": before, "methods": {}}
-    for method in ("learned", *METHODS):
-        file = folder / (f"memory-{method}{where.replace(', ', '-')}.safetensors")
-        tell(f"compress, {method}{where}", 0, None)
-        with stages.measure(f"compress, {method}{where}"):
-            if method == "learned":
-                compressed = compress_learned(clip.frames)
+    if config.video is None and opened.held_out:
+        start = opened.held_out[0][0]  # of the sample film, a part that was not trained on
+    if opened.seconds:
+        seconds = min(opened.seconds, seconds or opened.seconds)
+    size = f"{model.height}x{model.width}"
+    with stages.measure(f"decode, {size}"):
+        spec = ClipSpec(model.height, model.width, model.fps, start, seconds)
+        clip = load_clip(video, spec, METHODS[name].room, lambda *n: tell(f"decode, {size}", *n))
+    chosen = _choose(config, clip)
+    before = context_tokens(clip.size, opened.vae.stride)
+    result: dict[str, Any] = {"video": _describe(clip, start), "context_tokens_before": before, "methods": {}}
+    for method in (name, *untrained()):
+        file = folder / f"memory-{method}-{size}.safetensors"
+        if file.exists():  # of another model of this size
+            file = folder / f"memory-{method}-{size}-{name}.safetensors"
+        tell(f"compress, {method}, {size}", 0, None)
+        with stages.measure(f"compress, {method}, {size}"):
+            if method == name:
+                compressed = compress(clip, asked)
             else:
-                compressed = compress_training_free(method, clip.frames, model.encoders[0].rate, model.dit.dim)
-            write_memory(file, compressed, fps=clip.fps, source=video.name)
+                compressed = compress_alike(method, clip, model.encoders[0].compression, model.dit.dim)
+            write_memory(file, compressed)
         result["methods"][method] = _stored(file, compressed, before)
     sources, fps = clip.frames[chosen], clip.fps
     del clip
     retrieved = {
-        m: _retrieve(f"{m}{where}", folder / entry["file"], chosen, stages, tell)
-        for m, entry in result["methods"].items()
+        method: _retrieve(f"retrieve, {method}, {size}", folder / entry["file"], chosen, stages, tell)
+        for method, entry in result["methods"].items()
     }
     _compare(result["methods"], retrieved, chosen, sources, fps)
     return result, sources, retrieved
@@ -316,7 +273,7 @@ def _stored(file: Path, compressed: CompressedMemory, before: int) -> dict[str, 
 
 def _compare(
     methods: dict[str, dict[str, Any]],
-    retrieved: dict[str, tuple[list[torch.Tensor], list[float]]],
+    retrieved: _Retrieved,
     chosen: list[int],
     sources: torch.Tensor,
     fps: float,
@@ -340,16 +297,16 @@ def _compare(
 
 
 def _retrieve(
-    name: str, file: Path, chosen: list[int], stages: Stages, tell: Progress
+    stage: str, file: Path, chosen: list[int], stages: Stages, tell: Progress
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Open the memory file anew and read the chosen frames; images and seconds for each."""
     images: list[torch.Tensor] = []
     times = []
-    with stages.measure(f"retrieve, {name}"):
+    with stages.measure(stage):
         memory = read_memory(file)
         for index in chosen:
             times.append(timed(lambda index=index: images.append(memory.retrieve(index))))
-            tell(f"retrieve, {name}", len(images), len(chosen))
+            tell(stage, len(images), len(chosen))
     return images, times
 
 
@@ -366,35 +323,3 @@ def _kernels(choices: list[Choice]) -> dict[str, dict[str, list[str]]]:
         if choice.backend not in backends:
             backends.append(choice.backend)
     return dict(sorted(used.items()))
-
-
-def _caption(entry: dict[str, Any]) -> str:
-    value = entry["psnr_db"]
-    return ("equal" if value is None else f"PSNR {value:.2f}") + f"   SSIM {entry['ssim']:.3f}"
-
-
-def _draw(
-    path: Path,
-    result: dict[str, Any],
-    sources: torch.Tensor,
-    retrieved: dict[str, tuple[list[torch.Tensor], list[float]]],
-) -> None:
-    rows = []
-    entries = {method: result["methods"][method]["retrieved"] for method in retrieved}
-    for i, source in enumerate(sources):
-        first = next(iter(entries.values()))[i]
-        rows.append(
-            report.SheetRow(
-                f"frame {first['frame']}\n{first['seconds']:.2f} s",
-                source,
-                {m: (retrieved[m][0][i], _caption(entries[m][i])) for m in retrieved},
-            )
-        )
-    after = " and ".join(f"{n:,}" for n in dict.fromkeys(m["context_tokens_after"] for m in result["methods"].values()))
-    video = result["video"]
-    report.write_contact_sheet(
-        path,
-        rows,
-        f"{video['seconds']:.3g} s of {video['source']}: {result['context_tokens_before']:,} tokens "
-        f"→ {after}; frames read back from the memory file, PSNR in dB",
-    )

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .checks import shorten
 from .errors import UserError
-from .measure import available_bytes
+from .machine import available_bytes
 
 # Weights, gradients, their moving average, and the two moments of AdamW.
 _TRAINED_COPIES = 5

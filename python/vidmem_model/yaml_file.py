@@ -98,7 +98,7 @@ def load(text: str, name: str, otherwise: str = "is not YAML") -> tuple[Any, dic
     """Parse YAML to plain values.
 
     Returns:
-        The value, and the line of everything in it by its place, such as "model.encoders[0].rate".
+        The value, and the line of everything in it by its place, such as "model.encoders[0].compression".
 
     Raises:
         UserError: as `compose`, or a key stands twice in a mapping.

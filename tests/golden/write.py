@@ -37,21 +37,24 @@ from golden_helpers import (
 from safetensors.torch import load_file, save_file
 
 from vidmem_kernels import MemoryBank
-from vidmem_model.compressor import compress
-from vidmem_model.config import CodecConfig, CompressorConfig
-from vidmem_model.distributed import Interrupted
-from vidmem_model.finetune import finetune
-from vidmem_model.learned import compress_learned
-from vidmem_model.lora import add_lora, attach_lora, save_lora
-from vidmem_model.memory import write_memory
-from vidmem_model.model import MemoryModel, save_model
-from vidmem_model.model_config import PRESETS, DiTConfig, EncoderConfig, ModelConfig, TextConfig, VAEConfig
-from vidmem_model.pretrain import pretrain
-from vidmem_model.pretrain_vae import pretrain_vae
-from vidmem_model.train_config import read_finetune, read_pretrain, read_pretrain_vae
-from vidmem_model.training import FlowMatching
+from vidmem_model.memory.compressor import compress
+from vidmem_model.memory.config import CompressorConfig
+from vidmem_model.memory.file import write_memory
+from vidmem_model.memory.method import encoded
+from vidmem_model.model.config import PRESETS, Compression, DiTConfig, EncoderConfig, ModelConfig, TextConfig
+from vidmem_model.model.file import save_model
+from vidmem_model.model.lora import add_lora, attach_lora, save_lora
+from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.train.continuation import finetune
+from vidmem_model.train.distributed import Interrupted
+from vidmem_model.train.loop import FlowMatching
+from vidmem_model.train.recipe import read_finetune, read_pretrain, read_pretrain_vae
+from vidmem_model.train.retrieval import pretrain
+from vidmem_model.train.vae import pretrain_vae
+from vidmem_model.train.vae_loss import Reconstruction
 from vidmem_model.vae import DCTCodec
-from vidmem_model.vae.training import Reconstruction
+from vidmem_model.vae.config import CodecConfig, VAEConfig
+from vidmem_model.video import Clip
 
 TRAINING = GOLDEN / "training"
 STOP = 3
@@ -65,11 +68,11 @@ SMALL = ModelConfig(
     vae=VAEConfig(kind="dct", channels=4),
     text=TextConfig(dim=8, max_tokens=6, vocabulary=16),
     encoders=(
-        EncoderConfig(rate=(2, 2, 2), channels=(4, 8), attention="causal", heads=2, shortcut=12),
-        EncoderConfig(rate=(2, 2, 4), branches="lr", channels=(4, 8), attention="none", heads=2),
-        EncoderConfig(rate=(2, 2, 2), branches="patchifier"),
-        EncoderConfig(rate=(2, 2, 2), branches="merge"),
-        EncoderConfig(rate=(2, 2, 2), branches="sparse"),
+        EncoderConfig(compression=Compression(2, 2, 2), channels=(4, 8), attention="causal", heads=2, shortcut=12),
+        EncoderConfig(compression=Compression(4, 2, 2), branches="lr", channels=(4, 8), attention="none", heads=2),
+        EncoderConfig(compression=Compression(2, 2, 2), branches="patchifier"),
+        EncoderConfig(compression=Compression(2, 2, 2), branches="merge"),
+        EncoderConfig(compression=Compression(2, 2, 2), branches="sparse"),
     ),
     dit=DiTConfig(
         dim=16,
@@ -183,17 +186,16 @@ def write_runs() -> None:
 
 
 def write_memories() -> None:
-    clip = film()[:12]
-    codec, size = DCTCodec(CodecConfig(48)), tuple(clip.shape[:3])
+    clip = Clip(film()[:12], 8.0, Path("film.mkv"), None)
     for name in MEMORIES:
         method, dtype = name.split("-")
         if method == "learned":
-            made = compress_learned(clip, name="one", dtype=dtype)
+            made = compress(clip, CompressorConfig(method, dtype=dtype, model="one"))
         else:
             given = {"channels": 128} if method == "dct" else {"budget": 10}
-            config = CompressorConfig(method=method, rate=(1, 1, 2), dtype=dtype, **given)
-            made = compress(codec.encode_chunks([clip]), codec, size, config)
-        write_memory(GOLDEN / "memories" / f"{name}.safetensors", made, fps=8.0, source="film.mkv")
+            config = CompressorConfig(method=method, compression=Compression(2, 1, 1), dtype=dtype, **given)
+            made = compress(encoded(clip, DCTCodec(CodecConfig(48)), torch.float32), config)
+        write_memory(GOLDEN / "memories" / f"{name}.safetensors", made)
 
 
 def with_random_weights(config: ModelConfig) -> MemoryModel:

@@ -16,13 +16,18 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import typer
 
-from .. import __version__
 from ..checks import shorten
 from ..errors import OptionError, UserError
+from .app import app
+
+# The commands register themselves with `app` on import, in the order of the help.
+# isort: off
+from . import memory, train, evaluate, generate, profile, info  # noqa: F401
+# isort: on
 
 # Typer brought click along as a dependency once and carries a copy now: the base class of usage
 # errors is found from either.
@@ -30,14 +35,6 @@ _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c
 _INTERRUPTED = 130
 # They end a command unless they are ignored, as SIGHUP is under nohup; its exit code is 128 and the signal's number.
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-app = typer.Typer(
-    name="vidmem",
-    help="Compress a video's history to a short context and read it back.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,35 +219,3 @@ def _explain(error: Exception, command: str) -> tuple[str, int]:
         return f"a file cannot be written ({error.strerror}); make room", 2
     what = f"{type(error).__name__}: {error}"
     return f"this is a bug: {what}; VIDMEM_DEBUG=1 shows where, please report it", 1
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            envvar="VIDMEM_BACKEND",
-            help="Kernels to use: auto, cpu, triton, cuda, library or reference.",
-        ),
-    ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    if version:
-        print(f"vidmem {__version__}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit
-    if backend:
-        from vidmem_kernels import use_backend
-
-        try:
-            context.with_resource(use_backend(backend))
-        except ValueError as error:
-            reason = str(error).partition(": ")[2]
-            raise UserError(f"--backend (or VIDMEM_BACKEND) {reason}") from error
-
-
-# The commands register themselves with `app` on import, in the order of the help.
-from . import memory, train, evaluate, generate, profile, info  # noqa: E402, F401, I001

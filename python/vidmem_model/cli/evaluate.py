@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from . import app
-from .options import configured, progress_bar
+from ..progress import progress_bar
+from .app import app
+from .options import configured
 
 evaluate = typer.Typer(help="Judge trained models on held-out video.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
@@ -36,35 +37,36 @@ def retrieval(
 
     What was measured is kept beside the first file until all is done: the same command goes on after an interrupt.
     """
-    from .. import evaluate as evaluate_
-    from .. import report
+    from ..evaluate.held_out import RetrievalConfig, choose_histories, find_models, trained_films, trained_history
+    from ..evaluate.retrieval import RUNS, evaluate_retrieval
     from ..files import outputs, remove_parts, replacing, write_json
-    from ..learned import shipped
-    from ..model import files_of
-    from ..tables import print_retrieval, retrieval_markdown
+    from ..model.file import files_of
+    from ..shipped import shipped
+    from ..show.plots import plots_missing, write_retrieval_plot
+    from ..show.tables import print_retrieval, retrieval_markdown
 
     outputs([video], [json_, plot, markdown])
-    if plot and (missing := report.plots_missing()):
+    if plot and (missing := plots_missing()):
         raise UserError(f"--plot: {missing}")
-    models = [*(model or []), *(evaluate_.find_models(table) if table else [])]
+    models = [*(model or []), *(find_models(table) if table else [])]
     if not models:
         models = [path for path in (shipped(),) if path]
     if not models:
         raise UserError("no model is shipped with this vidmem; give --model or --table")
-    films = [video] if video else evaluate_.trained_films(models[0])
+    films = [video] if video else trained_films(models[0])
     first = next((path for path in (json_, markdown, plot) if path), None)
     store = table / "retrieval-runs" if table else first and first.with_name(f"{first.name}.parts")
-    folders = {store: (evaluate_.RUNS,)} if store else None
+    folders = {store: (RUNS,)} if store else None
     outputs([*films, *(file for path in models for file in files_of(path))], [json_, plot, markdown], folders)
     if history is None:
-        history = evaluate_.trained_history(models[0])
-    config = configured(evaluate_.RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
+        history = trained_history(models[0])
+    config = configured(RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)
     if store:
         store.mkdir(exist_ok=True)
     try:
         with progress_bar() as tell:
-            histories = evaluate_.choose_histories(models, config, video)
-            result = evaluate_.evaluate_retrieval(models, histories, config, store, tell)
+            histories = choose_histories(models, config, video)
+            result = evaluate_retrieval(models, histories, config, store, tell)
     except KeyboardInterrupt as stop:
         if not store:
             raise
@@ -75,7 +77,7 @@ def retrieval(
         with replacing(markdown) as part:
             part.write_text(retrieval_markdown(result), encoding="utf-8")
     if plot:
-        report.write_retrieval_plot(plot, result)
+        write_retrieval_plot(plot, result)
     if store and not table:
-        remove_parts(store, (evaluate_.RUNS,))
+        remove_parts(store, (RUNS,))
     print_retrieval(result)

@@ -11,11 +11,12 @@ import typer
 
 from ..checks import MOST_SECONDS, MOST_SEED, not_negative, positive
 from ..errors import UserError
-from . import app
-from .options import Device, checked, configured, note, parse_device
+from ..progress import note
+from .app import app
+from .options import Device, checked, configured, parse_device
 
 if TYPE_CHECKING:
-    from ..generate import Progress
+    from ..generation.generator import Progress
 
 
 @app.command()
@@ -50,19 +51,19 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Make a video from a storyboard, segment by segment; a run that was stopped goes on where it was."""
-    from ..storyboard import read_storyboard
+    from ..generation.storyboard import read_storyboard
 
     board = read_storyboard(storyboard)
     device = parse_device(device)
-    from ..config import ClipSpec
-    from ..data import probe, remarks
     from ..files import outputs, write_json
-    from ..generate import PARTS, GenerateConfig, parts_of
-    from ..generate import generate as generate_
-    from ..learned import CONTINUING_MODEL, shipped
-    from ..model import files_of, load_model
-    from ..text import require_encoder
+    from ..generation.generator import PARTS, GenerateConfig, parts_of
+    from ..generation.generator import generate as generate_
+    from ..model.file import files_of, load_model
+    from ..model.text import require_encoder
+    from ..shipped import CONTINUING_MODEL, shipped
     from ..vae import load_vae
+    from ..video import probe, remarks
+    from ..video.clip import ClipSpec
 
     config = configured(
         GenerateConfig,
@@ -123,7 +124,7 @@ def storyboard(
     if not idea.strip():
         raise UserError("the idea must not be empty; say what the video is about")
     from ..files import outputs, replacing
-    from ..storyboard import format_storyboard, language_model, write_storyboard
+    from ..generation.storyboard import format_storyboard, language_model, write_storyboard
 
     outputs([lm], [output])
     made = write_storyboard(idea, language_model(lm, device=parse_device(device)), seconds, shots, seed)

@@ -8,21 +8,16 @@ from typing import Annotated
 
 import typer
 
-from ..checks import OneOf, SamplerSteps
+from ..checks import SamplerSteps
 from ..errors import UserError
-from . import app
-from .options import (
-    Seconds,
-    Video,
-    checked,
-    configured,
-    note,
-    parse_fps,
-    parse_lengths,
-    parse_rate,
-    parse_size,
-    progress_bar,
-)
+from ..memory import METHODS, MethodName, listed, takers, trained, untrained
+from ..progress import note, progress_bar
+from .app import app
+from .options import Seconds, Video, checked, configured, parse_fps, parse_lengths, parse_rate, parse_size
+
+_ANY_SIZE = listed(untrained(), "and")
+_OWN_SIZE = listed(trained(), "and")
+_METHODS = [f"{each.name} ({each.about})" if each.about else each.name for each in METHODS.values()]
 
 
 @app.command()
@@ -31,10 +26,10 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
     seconds: Seconds = 20.0,
     start: Annotated[float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")] = None,
-    size: Annotated[str | None, typer.Option(help="Height x width, or source, for dct and merge; 480x832.")] = None,
-    fps: Annotated[str | None, typer.Option(help="Frames per second, or source, for dct and merge; 24.")] = None,
+    size: Annotated[str | None, typer.Option(help=f"Height x width, or source, for {_ANY_SIZE}; 480x832.")] = None,
+    fps: Annotated[str | None, typer.Option(help=f"Frames per second, or source, for {_ANY_SIZE}; 24.")] = None,
     rate: Annotated[
-        str | None, typer.Option(help="Patch tokens per token of dct and merge, height x width x time; 4x4x2.")
+        str | None, typer.Option(help=f"Patch tokens per token of {_ANY_SIZE}, height x width x time; 4x4x2.")
     ] = None,
     frames: Annotated[int, typer.Option(help="How many frames to read back.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the positions of those frames.")] = 0,
@@ -46,34 +41,34 @@ def demo(
 
     Frames are scaled to cover the size and centre-cropped: a portrait clip is best given a portrait --size.
     """
+    at_default = (size, fps, rate) == (None, None, None)
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
     lengths_ = parse_lengths(lengths)
-    from .. import demo as demo_
-    from ..config import ClipSpec
+    from ..demo import FILES, SAMPLE_START, DemoConfig, run_demo
     from ..files import outputs
-    from ..learned import DEFAULT_MODEL, shipped
-    from ..profile import ProfileConfig
+    from ..measure.attention import ProfileConfig
+    from ..shipped import shipped
+    from ..show.tables import print_demo
+    from ..video.clip import ClipSpec
 
     if start is None:
-        start = demo_.SAMPLE_START if video is None else 0.0
+        start = SAMPLE_START if video is None else 0.0
     clip = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     config = configured(
-        demo_.DemoConfig,
+        DemoConfig,
         video=video,
         clip=clip,
         frames=frames,
         seed=seed,
-        rate=rate_,
-        learned=(size, fps, rate) == (None, None, None) and shipped(DEFAULT_MODEL) is not None,
+        compression=rate_,
+        trained=[name for name in trained() if at_default and shipped(METHODS[name].model)],
         profile=configured(ProfileConfig, lengths=lengths_),
     )
-    outputs([video], folders={output: demo_.FILES})
+    outputs([video], folders={output: FILES})
     with progress_bar() as tell:
-        result = demo_.run_demo(config, output, tell)
-    taken = [part["video"]["remarks"] for part in (result, result["learned"]) if part]
+        result = run_demo(config, output, tell)
+    taken = [part["video"]["remarks"] for part in (result, *(result[name] for name in trained())) if part]
     note(dict.fromkeys(itertools.chain(*taken)))
-    from ..tables import print_demo
-
     print_demo(result, output)
 
 
@@ -81,18 +76,21 @@ def demo(
 def compress(
     video: Video,
     output: Annotated[Path, typer.Option("--output", "-o", help="Memory file to write.")],
-    method: Annotated[str, typer.Option("--method", "-m", help="dct, merge or learned (the trained model).")] = "dct",
-    size: Annotated[str | None, typer.Option(help="Height x width, or source; 480x832, learned: its own.")] = None,
-    fps: Annotated[str | None, typer.Option(help="Frames per second, or source; 24, learned: its own.")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help=f"{listed(_METHODS, 'or')}.")] = "dct",
+    size: Annotated[str | None, typer.Option(help=f"Height x width, or source; 480x832, {_OWN_SIZE}: its own.")] = None,
+    fps: Annotated[str | None, typer.Option(help=f"Frames per second, or source; 24, {_OWN_SIZE}: its own.")] = None,
     seconds: Seconds = 20.0,
     start: Annotated[float, typer.Option(help="First second to take.")] = 0.0,
     rate: Annotated[
-        str | None, typer.Option(help="Patch tokens per token, height x width x time; 4x4x2, learned: its own.")
+        str | None, typer.Option(help=f"Patch tokens per token, height x width x time; 4x4x2, {_OWN_SIZE}: its own.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to keep, for merge; by default what rate gives.")
+        int | None,
+        typer.Option(min=1, help=f"Tokens to keep, for {listed(takers('budget'), 'and')}; by default what rate gives."),
     ] = None,
-    channels: Annotated[int | None, typer.Option(help="Width of a dct token, 3072.")] = None,
+    channels: Annotated[
+        int | None, typer.Option(help=f"Width of a {listed(takers('channels'), 'or')} token, 3072.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16, float32, float8 or int8.")] = "float16",
 ) -> None:
     """Compress a video to a memory file.
@@ -101,50 +99,40 @@ def compress(
     """
     options = {"--size": size, "--fps": fps, "--rate": rate, "--budget": budget, "--channels": channels}
     given = [name for name, value in options.items() if value is not None]
-    if method == "learned" and given:
-        raise UserError(f"{given[0]} is for dct and merge; the trained model has its own")
+    model = METHODS[method].model if method in METHODS else None
+    if model and given:
+        raise UserError(f"{given[0]} is for {_ANY_SIZE}; {METHODS[method].about} has its own")
     shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
-    from ..config import METHODS, ClipSpec, CompressorConfig
     from ..files import outputs
-    from ..learned import DEFAULT_MODEL, shipped
+    from ..memory.config import CompressorConfig
+    from ..shipped import shipped
+    from ..video.clip import ClipSpec
 
-    checked(Annotated[str, OneOf(*METHODS, "learned")], "--method", method)
-
-    training_free = "dct" if method == "learned" else method
+    checked(MethodName, "--method", method)
     channels_ = 3072 if channels is None else channels
     config = configured(
-        CompressorConfig, method=training_free, rate=rate_, channels=channels_, budget=budget, dtype=dtype
+        CompressorConfig, method=method, compression=rate_, channels=channels_, budget=budget, dtype=dtype
     )
-    outputs([video, shipped(DEFAULT_MODEL)], [output])
-    import torch
-
-    from ..compressor import compress as compress_
-    from ..demo import context_tokens, load_clip
-    from ..memory import write_memory
+    outputs([video, *(shipped(METHODS[name].model) for name in trained())], [output])
+    from ..memory import compressor
+    from ..memory.file import write_memory
+    from ..memory.method import context_tokens
     from ..vae import DCTCodec
+    from ..video import load_clip
 
-    codec = DCTCodec()
-    if method == "learned":
-        from ..learned import compress_learned, open_shipped
-
-        model = open_shipped(DEFAULT_MODEL).model.config
-        shape, fps_ = (model.height, model.width), model.fps
-    clip_spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
+    if model:
+        *shape, fps_ = compressor.raster(config)
+    spec = configured(ClipSpec, height=shape[0], width=shape[1], fps=fps_, start=start, seconds=seconds)
     with progress_bar() as tell:
-        step = (lambda name: lambda *n: tell(name, *n)) if tell else lambda _: None
-        clip = load_clip(video, clip_spec, method, step("decode"))
+        clip = load_clip(video, spec, METHODS[method].room, tell and (lambda *n: tell("decode", *n)))
         note(clip.remarks)
-        shape_ = tuple(clip.frames.shape[:3])
-        if method == "learned":
-            memory = compress_learned(clip.frames, dtype=dtype)
-        else:
-            latents = codec.encode_chunks(clip.frames.split(2 * codec.stride[0]), torch.float16)
-            memory = compress_(latents, codec, shape_, config, step(f"compress, {method}"))
-        write_memory(output, memory, fps=clip.fps, source=clip.source.name)
-    before, after = context_tokens(shape_, codec), len(memory.tokens)
+        memory = compressor.compress(clip, config, progress=tell)
+        write_memory(output, memory)
+    before, after = context_tokens(clip.size, DCTCodec.stride), len(memory.tokens)
+    frames, height, width = clip.size
     short = f" (the video ends before {seconds:g} s)" if clip.short else ""
     print(
-        f"{output}: {shape_[0]} frames of {shape_[1]}x{shape_[2]} at {clip.fps:g} fps{short}, "
+        f"{output}: {frames} frames of {height}x{width} at {clip.fps:g} fps{short}, "
         f"{before:,} -> {after:,} tokens ({before / after:.1f}x), "
         f"{output.stat().st_size / 1e6:.1f} MB (sizes are height x width)"
     )
@@ -155,12 +143,14 @@ def retrieve(
     memory: Annotated[Path, typer.Argument(help="A memory file that vidmem wrote.")],
     frame: Annotated[int, typer.Option(help="Which frame to read, from 0.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler, for a learned memory.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Steps of the sampler, for a {listed(takers('steps'), 'or')} memory.")
+    ] = None,
 ) -> None:
     """Read one frame from a memory file."""
     from ..files import outputs
-    from ..memory import read_memory
-    from ..report import write_png
+    from ..memory.file import read_memory
+    from ..video.png import write_png
 
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: frames are written as PNG; give a name that ends in .png")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..checks import conform, shorten, show
+from ..checks import conform, positive, shorten, show
 from ..errors import OptionError, UserError
+
+if TYPE_CHECKING:
+    from ..model.config import Compression
 
 T = TypeVar("T")
 
@@ -49,8 +50,12 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
     return (None, None) if text == "source" else parse_numbers("--size", text, "480x832", int)
 
 
-def parse_rate(text: str) -> tuple[int, int, int]:
-    return parse_numbers("--rate", text, "4x4x2", int)
+def parse_rate(text: str) -> Compression:
+    from ..model.config import Compression
+
+    numbers = parse_numbers("--rate", text, "4x4x2", int)
+    height, width, time = checked(Annotated[tuple[int, int, int], positive(128)], "--rate", numbers)
+    return Compression(time, height, width)
 
 
 def parse_fps(text: str) -> float | None:
@@ -72,37 +77,6 @@ Fps = Annotated[str, typer.Option(help="Frames per second, or source.")]
 Seconds = Annotated[float, typer.Option(help="Length to take.")]
 Rate = Annotated[str, typer.Option(help="Patch tokens per memory token: height x width x time.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """A bar on stderr that tells of the present step and vanishes; None where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None)
-        step = ""
-
-        def tell(description: str, done: int, total: int | None) -> None:
-            nonlocal step
-            if description != step:
-                step = description
-                bars.reset(task, description=description)
-            bars.update(task, completed=done, total=total)
-
-        yield tell
-
-
-def note(lines: Iterable[str]) -> None:
-    """Say on stderr what the user may have done unawares."""
-    for line in lines:
-        print("vidmem: note:", " ".join(line.split()), file=sys.stderr)
 
 
 def parse_device(name: str) -> str:

@@ -8,14 +8,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from . import app
-from .options import (
-    Device,
-    configured,
-    parse_device,
-    parse_lengths,
-    progress_bar,
-)
+from ..progress import progress_bar
+from .app import app
+from .options import Device, configured, parse_device, parse_lengths
 
 
 @app.command()
@@ -34,14 +29,19 @@ def profile(
     ] = None,
     depth: Annotated[int | None, typer.Option(help="Blocks of the model to measure; all by default.")] = None,
     segment: Annotated[int | None, typer.Option(help="Latent frames made at a time. \\[default: 4]")] = None,
-    most_seconds: Annotated[
-        float | None, typer.Option(help="Leave out calls of a model expected to take longer. \\[default: 60]")
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--max-seconds",
+            "--most-seconds",
+            help="Leave out calls of a model expected to take longer. \\[default: 60]",
+        ),
     ] = None,
 ) -> None:
     """Measure memory and time against context length on this device."""
     lengths_ = parse_lengths(lengths)
     of_layer = {"heads": heads, "head_dim": head_dim}
-    of_model = {"depth": depth, "segment": segment, "most_seconds": most_seconds}
+    of_model = {"depth": depth, "segment": segment, "max_seconds": max_seconds}
     for name, value in (of_model if model is None else of_layer).items():
         if value is not None:
             option = f"--{name.replace('_', '-')}"
@@ -54,36 +54,37 @@ def profile(
 
 
 def _profile_layer(output: Path, values: dict, device: str) -> None:
-    from .. import profile as profile_
-    from .. import report
     from ..files import output_folder, outputs, write_json
-    from ..tables import print_profile
+    from ..measure.attention import ProfileConfig
+    from ..measure.attention import profile as profile_layer
+    from ..show.plots import plots_missing, write_memory_plot
+    from ..show.tables import print_profile
 
-    config = configured(profile_.ProfileConfig, **values)
+    config = configured(ProfileConfig, **values)
     device_ = parse_device(device)
     outputs(folders={output: ("memory_vs_context.*",)})
     stops: list[BaseException] = []
     with output_folder(output) as folder, progress_bar() as tell:
-        result = profile_.profile(config, device_, progress=tell, interrupts=stops)
+        result = profile_layer(config, device_, progress=tell, interrupts=stops)
         write_json(folder / "memory_vs_context.json", result)
-        skipped = report.plots_missing()
+        skipped = plots_missing()
         if skipped is None:
-            report.write_memory_plot(folder / "memory_vs_context.png", result)
+            write_memory_plot(folder / "memory_vs_context.png", result)
     print_profile(result, output, skipped)
     _end(result, stops)
 
 
 def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
-    from .. import report
-    from ..cost import profile_model
-    from ..cost_parts import CostConfig
-    from ..cost_report import print_cost, write_cost_plot
     from ..files import output_folder, outputs, write_json
-    from ..model_config import PRESETS
+    from ..measure.model import profile_model
+    from ..measure.parts import CostConfig
+    from ..model.config import PRESETS
+    from ..show.cost import print_cost, write_cost_plot
+    from ..show.plots import plots_missing
 
     sizes = PRESETS.get(model)
     if sizes is None:
-        from ..model import load_model
+        from ..model.file import load_model
 
         if not Path(model).exists():
             raise UserError(f"--model {model}: no such file, nor one of the presets {', '.join(PRESETS)}")
@@ -95,7 +96,7 @@ def _profile_model(output: Path, model: str, values: dict, device: str) -> None:
     with output_folder(output) as folder, progress_bar() as tell:
         result = profile_model(config, Path(model).name, device_, progress=tell, interrupts=stops)
         write_json(folder / "model_cost.json", result)
-        skipped = report.plots_missing()
+        skipped = plots_missing()
         if skipped is None and result["points"]:
             write_cost_plot(folder / "model_cost.png", result)
     print_cost(result, output, skipped)

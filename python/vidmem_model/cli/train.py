@@ -12,7 +12,7 @@ import typer
 
 from ..checks import show
 from ..errors import UserError
-from . import app
+from .app import app
 
 Config = Annotated[Path, typer.Argument(help="A YAML file.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew although the output folder holds a run.")]
@@ -21,8 +21,8 @@ Restart = Annotated[bool, typer.Option("--restart", help="Begin anew although th
 @app.command()
 def pretrain_vae(config: Config, restart: Restart = False) -> None:
     """Train the small causal VAE; run again to go on."""
-    from .. import pretrain_vae as stage
-    from ..train_config import read_pretrain_vae
+    from ..train import vae as stage
+    from ..train.recipe import read_pretrain_vae
 
     _run(stage.pretrain_vae, read_pretrain_vae(config), restart)
 
@@ -30,8 +30,8 @@ def pretrain_vae(config: Config, restart: Restart = False) -> None:
 @app.command()
 def pretrain(config: Config, restart: Restart = False) -> None:
     """Train a memory to give back any frame of a history (Stage I); run again to go on."""
-    from .. import pretrain as stage
-    from ..train_config import read_pretrain
+    from ..train import retrieval as stage
+    from ..train.recipe import read_pretrain
 
     _run(stage.pretrain, read_pretrain(config), restart)
 
@@ -39,8 +39,8 @@ def pretrain(config: Config, restart: Restart = False) -> None:
 @app.command()
 def finetune(config: Config, restart: Restart = False) -> None:
     """Train a pretrained memory to continue video (Stage II); run again to go on."""
-    from .. import finetune as stage
-    from ..train_config import read_finetune
+    from ..train import continuation as stage
+    from ..train.recipe import read_finetune
 
     _run(stage.finetune, read_finetune(config), restart)
 
@@ -57,9 +57,9 @@ def export(
 ) -> None:
     """Store a trained model and its VAE in fewer bits."""
     from ..files import make_folder, outputs
-    from ..learned import store
-    from ..lora import LORA_FILE, check_base
-    from ..model import VAE_FILE, files_of, model_path
+    from ..model.export import store
+    from ..model.file import VAE_FILE, files_of, model_path
+    from ..model.lora import LORA_FILE, check_base
     from ..weights import DTYPES
 
     if dtype not in DTYPES:
@@ -78,7 +78,7 @@ def export(
 
 
 def _run(train: Callable[[Any, bool], Path | None], config: Any, restart: bool) -> None:
-    from ..distributed import Interrupted
+    from ..train.distributed import Interrupted
 
     try:
         file = train(config, restart)

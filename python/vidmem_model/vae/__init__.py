@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import CodecConfig
 from ..errors import MemoryFormatError, UserError
-from ..model_config import VAEConfig
 from ..weights import WeightsFile
 from .base import VideoCodec, frames_to_float, frames_to_uint8, pad_frames, rechunk
+from .config import CodecConfig, VAEConfig
 from .dct import DCTCodec, dct_matrix
 from .patchify import PATCH, patchify, unpatchify
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..causal_layers import CausalConv3d, ChannelNorm
-from ..model_config import VAEConfig
 from .base import VideoCodec
+from .causal_layers import CausalConv3d, ChannelNorm
+from .config import VAEConfig
 
 
 class ResidualBlock(nn.Module):

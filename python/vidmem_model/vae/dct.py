@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from ..config import CodecConfig
 from .base import VideoCodec
+from .config import CodecConfig
 
 
 def dct_matrix(n: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..model_config import VAEConfig
 from .base import VideoCodec
+from .config import VAEConfig
 
 CLASSES = {"wan": "AutoencoderKLWan", "hunyuan": "AutoencoderKLHunyuanVideo"}
 

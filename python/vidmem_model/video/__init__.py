@@ -7,7 +7,18 @@ scales and composes them, `read` takes what a ClipSpec asks for; `sample` fetche
 from __future__ import annotations
 
 from .clip import Clip, VideoInfo, remarks
+from .load import load_clip
 from .read import iter_frames, probe, read_clip
 from .sample import cache_dir, fetch_sample_clip
 
-__all__ = ["Clip", "VideoInfo", "cache_dir", "fetch_sample_clip", "iter_frames", "probe", "read_clip", "remarks"]
+__all__ = [
+    "Clip",
+    "VideoInfo",
+    "cache_dir",
+    "fetch_sample_clip",
+    "iter_frames",
+    "load_clip",
+    "probe",
+    "read_clip",
+    "remarks",
+]

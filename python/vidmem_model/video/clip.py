@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from ..config import ClipSpec
+from ..checks import MOST_FPS, MOST_PIXELS, MOST_SECONDS, Checked, not_negative, positive, require
 from .picture import cropped_share
 
 # A film of 4:3 in a raster of 16:9 loses 25 %; what loses more was hardly meant to.
 _MUCH_CROPPED = 0.255
+
+
+@dataclass(frozen=True)
+class ClipSpec(Checked):
+    """The part of a video to take, and the raster that it is brought to.
+
+    Args:
+        height: rows of a frame in pixels, or None for the video's own.
+        width: columns of a frame in pixels, or None for the video's own.
+        fps: constant frame rate in frames per second, or None for the video's own.
+        start: first moment to take, in seconds.
+        seconds: length to take, or None for all that follows `start`.
+
+    Raises:
+        ValueError: a size, rate or length is not positive, or only one of height and width is given.
+    """
+
+    height: Annotated[int | None, positive(MOST_PIXELS)] = 480
+    width: Annotated[int | None, positive(MOST_PIXELS)] = 832
+    fps: Annotated[float | None, positive(MOST_FPS)] = 24.0
+    start: Annotated[float, not_negative(MOST_SECONDS)] = 0.0
+    seconds: Annotated[float | None, positive(MOST_SECONDS)] = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            (self.height is None) == (self.width is None),
+            "ClipSpec: height and width must be given together",
+            (self.height, self.width),
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +82,12 @@ class Clip:
     source: Path
     asked: int | None
     remarks: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, rows and columns."""
+        frames, rows, columns, _ = self.frames.shape
+        return frames, rows, columns
 
     @property
     def short(self) -> bool:

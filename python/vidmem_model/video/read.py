@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-from ..config import ClipSpec
 from ..errors import MediaError
-from .clip import Clip, VideoInfo, remarks
+from .clip import Clip, ClipSpec, VideoInfo, remarks
 from .decode import READ_THROUGH, Film, Picture, open_film, playing
 from .picture import shown_size, to_raster
 

@@ -1,0 +1,1 @@
+"""How well memories give frames back."""

@@ -1,0 +1,1 @@
+"""Video from timed prompts, segment by segment."""

@@ -1,0 +1,1 @@
+"""Memory and time against the length of the history."""

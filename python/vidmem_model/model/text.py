@@ -1,0 +1,126 @@
+"""Prompts to tokens: a small table of words trained with the model, or a frozen pretrained encoder."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..checks import shorten
+from ..errors import UserError
+from .config import TextConfig
+
+
+class TextEncoder(nn.Module):
+    """Turns prompts into tokens for the DiT's cross-attention; "" is the prompt of an unconditional model.
+
+    Args:
+        config: kind and sizes.
+        path: for kind "transformers", the local folder of the encoder and its tokenizer. Without it
+            the model can be built and loaded, but no prompt be encoded.
+
+    Raises:
+        UserError: the folder cannot be used.
+    """
+
+    TRAINED_AS = {"places": "no_decay"}
+
+    def __init__(self, config: TextConfig, path: str | Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.pretrained = None
+        if config.kind == "words":
+            # Row 0 is the null token; words with the same hash share a row.
+            self.words = nn.Embedding(config.vocabulary + 1, config.dim)
+            self.places = nn.Parameter(torch.empty(config.max_tokens, config.dim))
+            nn.init.normal_(self.places, std=0.1)
+        elif path is not None:
+            self.tokenizer, self.pretrained = _load_pretrained(Path(path), config)
+
+    def forward(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode prompts.
+
+        Args:
+            prompts: B texts.
+
+        Returns:
+            tokens (B, S, dim), and bool (B, S), False where a shorter prompt is padded.
+
+        Raises:
+            UserError: the pretrained encoder was not given.
+        """
+        if self.config.kind == "words":
+            return self._words(prompts)
+        if self.pretrained is None:
+            raise UserError("this model reads prompts with a pretrained text encoder; give the folder that holds it")
+        device = next(self.pretrained.parameters()).device
+        made = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
+        ).to(device)
+        with torch.no_grad():
+            tokens = self.pretrained(input_ids=made.input_ids, attention_mask=made.attention_mask).last_hidden_state
+        return tokens, made.attention_mask.bool()
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Set the training mode; a pretrained encoder stays in evaluation, without dropout."""
+        super().train(mode)
+        if self.pretrained is not None:
+            self.pretrained.eval()
+        return self
+
+    def _words(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [word_rows(prompt, self.config.vocabulary)[: self.config.max_tokens] for prompt in prompts]
+        longest = max(map(len, rows), default=1)
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
+        mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
+        device = self.places.device
+        return self.words(padded.to(device)) + self.places[:longest], mask.to(device)
+
+
+def require_encoder(config: TextConfig, path: str | Path | None, how: str) -> None:
+    """Refuse, before any work, a model whose prompts could not be encoded.
+
+    Args:
+        config: of the model's text encoder.
+        path: folder of a pretrained one, if it was given.
+        how: it is given, for the message.
+
+    Raises:
+        UserError: it is needed and was not given, or there is no such folder.
+    """
+    if config.kind != "transformers":
+        return
+    if path is None:
+        raise UserError(f"this model reads prompts with a pretrained text encoder; give the folder that holds it {how}")
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; give the one that holds the text encoder's config.json {how}")
+
+
+def word_rows(prompt: str, vocabulary: int) -> list[int]:
+    """Rows of the table, in [1, vocabulary], of the words of a prompt; [0] if it has none."""
+    # crc32 and not hash(), which differs from process to process.
+    return [1 + zlib.crc32(word.encode()) % vocabulary for word in re.findall(r"\w+", prompt.lower())] or [0]
+
+
+def _load_pretrained(path: Path, config: TextConfig) -> tuple[object, nn.Module]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("a pretrained text encoder needs the package transformers: pip install transformers") from error
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the one that holds the text encoder's config.json")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        known = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        # The encoder alone of T5 and UMT5, whose AutoModel has a decoder too.
+        kind = transformers.AutoModelForTextEncoding if known.is_encoder_decoder else transformers.AutoModel
+        model = kind.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a damaged folder may fail anywhere inside the package
+        raise UserError(f"{path}: cannot be read as a text encoder with its tokenizer ({shorten(error)})") from error
+    width = model.config.hidden_size
+    if width != config.dim:
+        raise UserError(f"{path}: its tokens have {width} channels, the model needs {config.dim}; give another encoder")
+    return tokenizer, model.eval().requires_grad_(False)

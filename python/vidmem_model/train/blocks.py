@@ -1,0 +1,141 @@
+"""Films cut into blocks of whole scenes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model.config import Compression, ModelConfig
+from ..model.encode import filled_frames, filled_latents
+from ..model.encoder import History
+from ..vae import VideoCodec
+from ..video.clip import ClipSpec
+from ..video.films import DataConfig
+from ..video.scenes import stretches
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive scenes of a film and their latents.
+
+    Attributes:
+        film: path of the video.
+        start: second of the film at which the block begins.
+        frames: video frames, a multiple of what a latent frame covers.
+        scenes: number of scenes.
+        split: "train" or "test".
+        mirrored: whether these are the mirror images of the frames.
+        zoom: how much the frames are enlarged.
+        latents: float16 (C, T, H, W), scaled.
+        lows: for each compression float16 (C, T / time, ...), scaled latents of the low-resolution video.
+    """
+
+    film: Path
+    start: float
+    frames: int
+    scenes: int
+    split: str
+    mirrored: bool
+    zoom: float
+    latents: torch.Tensor
+    lows: dict[Compression, torch.Tensor]
+
+    def read(self, start: int, length: int, compressions: Iterable[Compression | None]) -> History:
+        """Return a history, without a batch, in float32.
+
+        Args:
+            start: its first latent frame, a multiple of every compression's time.
+            length: its latent frames.
+            compressions: of low-resolution latents, or None for none.
+
+        Returns:
+            History of latents (C, length, H, W), with low-resolution ones for each compression.
+        """
+        lows = [
+            None if each is None else self.lows[each][:, start // each.time :][:, : length // each.time].float()
+            for each in compressions
+        ]
+        return History(self.latents[:, start : start + length].float(), lows)
+
+
+def enlarged(row: dict[str, Any], model: ModelConfig) -> torch.Tensor:
+    """Decode a block once more, enlarged by its row's zoom, and cut out a window of the frame's size.
+
+    Args:
+        row: of the index; its name chooses the window's place.
+        model: height, width and rate of the frames.
+
+    Returns:
+        uint8 (T, H, W, 3).
+    """
+    from .. import video as data
+
+    height, width = (round(row["zoom"] * n) for n in (model.height, model.width))
+    spec = ClipSpec(height, width, model.fps, row["start"], row["frames"] / model.fps)
+    frames = data.read_clip(row["film"], spec).frames
+    generator = seeded(row["name"])
+    top, left = (
+        int(torch.randint(n - m + 1, (), generator=generator))
+        for n, m in ((height, model.height), (width, model.width))
+    )
+    return frames[:, top : top + model.height, left : left + model.width]
+
+
+def cut_films(
+    config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec, only: str | None = None
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Decode films and cut them into blocks of whole scenes.
+
+    What somebody may want to know of a film (it is interlaced, most of it is cropped) is said on stderr.
+
+    Args:
+        config: how they are cut.
+        films: paths of videos.
+        model: height, width and rate of the frames.
+        vae: its stride says which frames fill whole latent frames.
+        only: "train" or "test", for the blocks of one split; parts of a film that cannot hold any are not
+            decoded.
+
+    Returns:
+        Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
+    """
+    from .. import video as data
+    from ..progress import note
+
+    number = -1
+    for f, film in enumerate(films):
+        note(data.remarks(film, data.probe(film), ClipSpec(model.height, model.width)))
+        for first, seconds, split in config.parts():
+            if only and split and split != only:
+                continue
+            chunks = data.iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
+            for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
+                # A scene that had to be broken stays on one side of the split.
+                number += 0 if stretch.continues else 1
+                if filled_latents(len(stretch.frames), vae) < config.shortest:
+                    continue
+                start = first + stretch.start / model.fps
+                by_number = "test" if number % config.test_every == config.test_every - 1 else "train"
+                row = {
+                    "name": f"{f:02d}-{round(start * model.fps):06d}",
+                    "film": str(film),
+                    "start": start,
+                    "frames": filled_frames(len(stretch.frames), vae),
+                    "scenes": len(stretch.cuts) + 1,
+                    "split": split or by_number,
+                    "mirrored": False,
+                    "zoom": 1.0,
+                }
+                if only in (None, row["split"]):
+                    yield row, torch.from_numpy(stretch.frames[: row["frames"]])
+
+
+def seeded(*numbers: int | str) -> torch.Generator:
+    """A generator of its own for each tuple, such as (seed, step, sample), whatever was drawn before."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

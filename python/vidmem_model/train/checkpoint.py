@@ -1,0 +1,207 @@
+"""Checkpoints of a training run: everything that the next step depends on, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from ..checks import parse_json, require
+from ..errors import UserError
+from ..files import reason
+from .distributed import local
+
+_SETTINGS = "settings.json"
+# What torch's description of a checkpoint of tensors is made of, by module.
+_DESCRIBES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+def training_state(
+    parameters: dict[str, torch.nn.Parameter], ema: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]
+) -> dict[str, torch.Tensor]:
+    """Name the tensors of a run: trained weights, their moving average, and the optimizers' moments.
+
+    Moments that AdamW has not made yet are made here, as zeros, so that a checkpoint can be read into
+    them in place.
+
+    Args:
+        parameters: trained weights by name.
+        ema: their moving averages by the same names.
+        optimizers: AdamW and others, of these weights; a weight has one of them.
+
+    Returns:
+        The tensors themselves, not copies; DTensors where the weights are sharded.
+    """
+    state: dict[str, torch.Tensor] = {}
+    owner = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
+    for name, parameter in parameters.items():
+        moments = owner[parameter].state[parameter]
+        if not moments:
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        state[f"weight.{name}"] = parameter.detach()
+        state[f"ema.{name}"] = ema[name]
+        state |= {f"{key}.{name}": value for key, value in moments.items()}
+    return state
+
+
+def save(folder: Path, step: int, state: dict[str, torch.Tensor], settings: dict[str, Any], keep: int = 2) -> None:
+    """Write a checkpoint and delete all but the last ones. Every process of a run calls this.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: optimisation steps done.
+        state: from `training_state`.
+        settings: JSON of what the run must go on with.
+        keep: how many checkpoints stay.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    alone = not dist.is_initialized()
+    need = sum(local(tensor).nbytes for tensor in state.values())
+    part, target = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
+    first = alone or dist.get_rank() == 0
+    try:
+        if first:
+            clean(folder)
+            part.mkdir(parents=True)
+            (part / _SETTINGS).write_text(json.dumps(settings))
+        _wait()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as `alone` says
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(part), no_dist=alone)
+        if first:
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(part, target)
+            for old in _complete(folder)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _cause(error, folder, need)
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(
+            f"{folder}: the checkpoint of step {step} cannot be written ({reason(cause, folder, need)}); "
+            "make room and run again, it goes on from the one before"
+        ) from error
+    _wait()
+
+
+def _cause(error: BaseException, folder: Path, need: int) -> OSError:
+    """The system's error behind one of PyTorch, which holds some as text and loses others."""
+    each = [error, *(failure[0] for failure in getattr(error, "failures", {}).values())]
+    for one in [link for link in each for link in (link, link.__cause__, link.__context__)]:
+        if isinstance(one, OSError):
+            return one
+    if shutil.disk_usage(folder).free < need:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError(errno.EIO, " ".join(str(error).split())[-200:])
+
+
+def clean(folder: Path, everything: bool = False) -> None:
+    """Remove what killed processes left of checkpoints that were not complete, or all of them."""
+    for path in folder.glob(".step-*.part"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in _complete(folder) if everything else ():
+        shutil.rmtree(path)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes the objects that describe a checkpoint and no others: a pickle may name any function to call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        path = module.split(".")[0] == "pathlib" and name == type(Path()).__name__
+        if dtype or path or name in _DESCRIBES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} describes no checkpoint")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Torch's reader, which would unpickle whatever the description holds."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def load(path: Path, state: dict[str, torch.Tensor]) -> int:
+    """Read a checkpoint into the tensors of `state`, with any number of processes.
+
+    Returns:
+        Its step.
+
+    Raises:
+        UserError: it is damaged or of another model.
+    """
+    level = logging.root.manager.disable
+    logging.disable()  # torch tells of damaged files by tracebacks, too
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=_Reader(path), no_dist=not dist.is_initialized())
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException of its own
+        raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+    finally:
+        logging.disable(level)
+    return step_of(path)
+
+
+def newest(folder: Path) -> Path | None:
+    """The last complete checkpoint of a run, or None."""
+    return next(iter(reversed(_complete(folder))), None)
+
+
+def step_of(path: Path) -> int:
+    """Step of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """Settings that a checkpoint was written with."""
+    try:
+        settings = parse_json((path / _SETTINGS).read_text(), "settings")
+        require(isinstance(settings, dict), "settings must be a mapping of keys to values", settings)
+        return settings
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is damaged; --restart begins anew") from error
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = folder.glob("step-*") if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-[0-9]{8,12}", path.name)), key=step_of)
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

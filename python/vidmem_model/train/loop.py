@@ -1,0 +1,227 @@
+"""The training loop of both stages: flow matching, AdamW or Muon, moving average, checkpoints, exact resume.
+
+Every random number comes from a generator seeded by (seed, step, sample), so that a resumed run, or one
+with another number of processes, takes exactly the same samples.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..checks import show
+from ..errors import UserError
+from ..files import cannot_write
+from ..model.encoder import History
+from ..model.flow import interpolate, velocity_loss
+from ..model.memory_model import MemoryModel
+from ..progress import progress
+from ..show.curve import write_curve_plot
+from ..show.plots import plots_missing
+from . import checkpoint
+from .config import TrainConfig
+from .curve import Curve, read_curve
+from .distributed import Interrupted, agree, full, local, rank, shard, signals
+from .optimizers import optimizers
+from .run import CURVE, PLOT, as_now, flat
+
+
+class Batch(NamedTuple):
+    """Samples of one step; B samples, latents (B, C, frames, H, W).
+
+    Attributes:
+        history: what the memory encoders see.
+        target: frames to be made.
+        noise: of the size of `target`.
+        t: (B,) times in (0, 1).
+        frames: (B, K) positions of the targets, in latent frames from the history's start.
+        prompts: B texts.
+        window, window_frames: clean frames beside the memory and their positions, or None.
+    """
+
+    history: History
+    target: torch.Tensor
+    noise: torch.Tensor
+    t: torch.Tensor
+    frames: torch.Tensor
+    prompts: list[str]
+    window: torch.Tensor | None = None
+    window_frames: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        history, *others = self
+        return Batch(history.map(move), *map(move, others))
+
+
+class FlowMatching(nn.Module):
+    """The loss of both stages, as one module: FSDP gathers its weights for one forward.
+
+    Args:
+        model: what is trained.
+    """
+
+    def __init__(self, model: MemoryModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def parts(self) -> list[nn.Module]:
+        """Modules whose weights are gathered one at a time."""
+        return [*self.model.dit.blocks, *self.model.encoders]
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Mean squared error of the predicted velocity, a float32 scalar."""
+        memory = self.model.remember(batch.history)
+        noisy = interpolate(batch.target, batch.noise, batch.t)
+        given = {"frames": batch.frames, "window": batch.window, "window_frames": batch.window_frames}
+        velocity = self.model.predict(noisy, batch.t, batch.prompts, memory=memory, **given)
+        return velocity_loss(velocity, batch.target, batch.noise).mean()
+
+
+def schedule(config: TrainConfig, step: int) -> float:
+    """Learning rate of step number `step`, from 0, as a share of its peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def fit(
+    build: Callable[[], nn.Module],
+    batches: Callable[[int, Sequence[int]], Any],
+    config: TrainConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    device: torch.device,
+    restart: bool = False,
+    objective_of: Callable[[Any], nn.Module] | None = None,
+) -> Any:
+    """Train a model, going on from the last checkpoint if there is one.
+
+    Writes checkpoints/, curve.csv and, with matplotlib, curve.png to `folder`.
+
+    Args:
+        build: makes the model before its first step, the same in every call and process; weights
+            without gradient stay as they are.
+        batches: function of the step and of the numbers of the samples in the batch.
+        config: how to optimise.
+        folder: of the run.
+        settings: JSON of all that must be the same for a run to go on.
+        device: of this process.
+        restart: forget an earlier run in this folder.
+        objective_of: makes the module whose output for a batch is the loss; it has the attribute
+            `model` and says by `parts` what FSDP shards apart. By default FlowMatching.
+
+    Returns:
+        A model with the moving average of the weights, on the CPU.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        UserError: the folder holds a run with other settings, or cannot be written.
+    """
+    torch.manual_seed(config.seed)
+    objective = shard((objective_of or FlowMatching)(build()).to(device).train(), device)
+    trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
+    dtype = _dtype(config, device)
+    used = optimizers(objective.model, config, dtype)
+    groups = [group for optimizer in used for group in optimizer.param_groups]
+    ema = {name: p.detach().clone() for name, p in trained.items()}
+    state = checkpoint.training_state(trained, ema, used)
+    done = _resume(folder, state, settings, restart)
+
+    averages, weights = [local(ema[name]) for name in trained], [local(p) for p in trained.values()]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    share = config.batch // world
+    samples = range(rank() * share, (rank() + 1) * share)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    curve = Curve(folder / CURVE, done) if rank() == 0 else None
+    with signals() as stop, progress(config.steps, done, rank() == 0) as tell:
+        for step in range(done, config.steps):
+            began = time.perf_counter()
+            share_of_peak = schedule(config, step)
+            for group in groups:
+                group["lr"] = share_of_peak * group["peak"]
+            batch = batches(step, samples).to(device)
+            with amp:
+                loss = objective(batch)
+            loss.backward()
+            norm = full(nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm))
+            for optimizer in used:
+                optimizer.step()
+                optimizer.zero_grad()
+            decay = min(config.ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+            mean, stopped = agree(loss.detach(), stop, world)
+            at = step + 1
+            if curve:
+                curve.add(at, mean, norm, config.lr * share_of_peak, time.perf_counter() - began)
+            keeps = at % config.checkpoint_every == 0 or at == config.steps or stopped
+            if curve and (keeps or at % config.log_every == 0):
+                tell(at, *curve.flush())
+            if keeps:
+                checkpoint.save(folder / "checkpoints", at, state, settings)
+            if stopped and at < config.steps:
+                raise Interrupted(at, stopped)
+
+    if curve and plots_missing() is None:
+        write_curve_plot(folder / PLOT, read_curve(folder / CURVE))
+    torch.manual_seed(config.seed)
+    final = build()
+    final.load_state_dict({name: full(value).cpu() for name, value in ema.items()}, strict=False)
+    return final
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of the products of a training."""
+    if config.precision != "auto":
+        return getattr(torch, config.precision)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, Any], restart: bool) -> int:
+    """Load the last checkpoint into `state`, if there is one; the step to go on from."""
+    checkpoints = folder / "checkpoints"
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(checkpoints, everything=restart)
+            if restart:
+                (folder / CURVE).unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+    if dist.is_initialized():
+        dist.barrier()
+    last = checkpoint.newest(checkpoints)
+    if last is None:
+        return 0
+    defaults = getattr(settings, "defaults", {})
+    before, now = (
+        {**defaults, **each} for each in (as_now(checkpoint.settings_of(last), settings), dict(flat(settings)))
+    )
+    for key in sorted(before.keys() | now.keys()):
+        old, new = (each.get(key, "not set") for each in (before, now))
+        if old != new:
+            raise UserError(
+                f"{folder}: holds a run with {key}={show(old)}, this run has {key}={show(new)}; choose another output, "
+                "or --restart to discard it"
+            )
+    return checkpoint.load(last, state)

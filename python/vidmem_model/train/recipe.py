@@ -1,0 +1,126 @@
+"""The YAML files of `vidmem pretrain` and `vidmem finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import yaml_file
+from ..checks import FieldError, build, renewed, show
+from ..errors import UserError
+from ..model.config import PRESETS, ModelConfig
+from .continuation import FinetuneConfig
+from .retrieval import PretrainConfig
+from .vae import PretrainVAEConfig
+
+# Those by which the shipped checkpoints were trained; named without folder and ending.
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def read_pretrain(path: Path) -> PretrainConfig:
+    """Read the configuration of a run of Stage I.
+
+    Under `model` a preset's name stands for all of its fields; a mapping may name one by the key
+    `preset` and give fields that differ. Encoders that differ are given by their places in the list.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong; the message is "file:line: key …".
+    """
+    return _Recipe(path).build(PretrainConfig)
+
+
+def read_pretrain_vae(path: Path) -> PretrainVAEConfig:
+    """Read the configuration of a run that trains the VAE; `model` as for read_pretrain.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong; the message is "file:line: key …".
+    """
+    return _Recipe(path).build(PretrainVAEConfig)
+
+
+def read_finetune(path: Path) -> FinetuneConfig:
+    """Read the configuration of a run of Stage II; its key `from` is the model of Stage I.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong; the message is "file:line: key …".
+    """
+    recipe = _Recipe(path)
+    if "start" in recipe.values:
+        raise recipe.error("start", "the key of the model to start from is `from`, got start")
+    if "from" not in recipe.values:
+        raise recipe.error("", "needs the key from, the model of Stage I")
+    return recipe.build(FinetuneConfig, {"start": "from"})
+
+
+class _Recipe:
+    """A YAML file of settings and where in it each of them stands."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists() and (shipped := RECIPES / f"{path}.yaml").is_file():
+            path = shipped
+        self.path = path
+        try:
+            values, self.lines = yaml_file.load(yaml_file.read_text(path), str(path))
+        except OSError as error:
+            names = sorted(file.name.removesuffix(".yaml") for file in RECIPES.glob("*.yaml") if "." not in file.stem)
+            raise UserError(
+                f"{path}: {error.strerror or error}; give the path of a YAML file or one of {', '.join(names)}"
+            ) from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: must be a mapping of keys to values, got {type(values).__name__}")
+        self.values: dict[str, Any] = values
+        given = values.get("data")
+        # Captions may lie beside the file that names them.
+        if isinstance(given, dict) and isinstance(given.get("captions"), str):
+            beside = path.parent / given["captions"]
+            values["data"] = {**given, "captions": str(beside if _is_file(beside) else given["captions"])}
+
+    def error(self, place: str, what: str) -> UserError:
+        """The error for what stands at a place, or at the innermost place around it that is in the file."""
+        while place and place not in self.lines:
+            place = place[: max(place.rfind("."), place.rfind("["), 0)]
+        return UserError(f"{self.path}:{self.lines.get(place, 1)}: {what}")
+
+    def build(self, kind: type, called: dict[str, str] | None = None) -> Any:
+        """Build the configuration; `called` has the fields whose keys are named otherwise."""
+        called = called or {}
+        values = dict(self.values)
+        for field, key in called.items():
+            values[field] = values.pop(key)
+        if "model" in values:
+            values["model"] = self.model(values["model"])
+        try:
+            return build(kind, values)
+        except FieldError as error:
+            place = called.get(error.place, error.place)
+            raise self.error(place, str(error).replace(error.place, place, 1)) from error
+
+    def model(self, values: Any) -> Any:
+        """The fields of a model, those of its preset included."""
+        given = {"preset": values} if isinstance(values, str) else values
+        if not isinstance(given, dict) or "preset" not in given:
+            return given
+        given = dict(given)
+        preset = given.pop("preset")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise self.error("model.preset", f"model.preset must be one of {sorted(PRESETS)}, got {show(preset)}")
+        try:
+            return _merge(PRESETS[preset].to_dict(), renewed(ModelConfig, given, "model"))
+        except FieldError as error:
+            raise self.error(error.place, str(error)) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _merge(base: Any, given: Any) -> Any:
+    """Put what is given over a preset; an entry of a list without counterpart differs from the last."""
+    if isinstance(base, dict) and isinstance(given, dict):
+        return {**base, **{k: _merge(base.get(k), v) for k, v in given.items()}}
+    if isinstance(given, list) and isinstance(base, (list, tuple)) and base and isinstance(base[0], dict):
+        return [_merge(base[min(i, len(base) - 1)], entry) for i, entry in enumerate(given)]
+    return given
