@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import vidmem_model
 from vidmem_kernels import _extension
 from vidmem_model import cli
 from vidmem_model.evaluate.metrics import psnr
@@ -371,6 +372,7 @@ def test_info(capfd):
     assert cli.main(["info", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["vidmem_kernels"] == found["versions"]["vidmem_model"] == vidmem_model.__version__
     assert "gather_tokens" in found["ops"]
     assert cli.main(["info"]) == 0
     assert "gather_tokens" in capfd.readouterr().out

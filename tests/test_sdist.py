@@ -163,10 +163,11 @@ def test_both_give_the_command_and_the_trained_model(wheels, tmp_path):
     python, site = fresh_environment(tmp_path / "venv")
     install(python, *(wheel for wheel, _ in wheels.values()))
     command = python.parent / "vidmem"
-    told = run(command, "info", cwd=tmp_path)
     version = stated_version("vidmem_model")
-    assert told.returncode == 0, told.stderr
-    assert re.search(rf"vidmem_kernels +{version}\n +vidmem_model +{version}\n", told.stdout)
+    for shows in ([command, "info"], [python, "-m", "vidmem_kernels.info"]):
+        told = run(*shows, cwd=tmp_path)
+        assert told.returncode == 0, told.stderr
+        assert re.search(rf"vidmem_kernels +{version}\n +vidmem_model +{version}\n", told.stdout)
     assert run(command, "--version", cwd=tmp_path).stdout == f"vidmem {version}\n"
     code = """
 import sys, av, numpy as np

@@ -29,17 +29,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _model_version() -> str | None:
-    """Of vidmem_model, which may be missing; the reason where it is there and cannot be used."""
-    try:
-        from vidmem_model import __version__
-    except ModuleNotFoundError:
-        return None
-    except ImportError as error:
-        return str(error)
-    return __version__
-
-
 def _build() -> dict[str, Any]:
     module = _extension.module
     if module is None:
@@ -91,7 +80,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": {
             "vidmem_kernels": __version__,
-            "vidmem_model": _model_version(),
+            "vidmem_model": _version("vidmem-model"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from .app import app
 
 
@@ -18,4 +19,5 @@ def info(
     from vidmem_kernels.info import collect, render
 
     found = collect()
+    found["versions"]["vidmem_model"] = __version__  # also where it is not installed, only importable
     print(json.dumps(found, indent=2) if as_json else render(found))
