@@ -116,7 +116,7 @@ def test_training_free_memories_have_the_tokens_asked_for(method):
 
 def test_a_whole_dct_gives_the_frames_back():
     frames = film(8)
-    back = baselines.untrained_memory("dct", frames, (1, 1, 1), 3 * 4 * 16 * 16)
+    back = baselines.untrained_memory("dct", frames, Compression(1, 1, 1), 3 * 4 * 16 * 16)
     assert (back.frames.int() - frames.int()).abs().max() <= 1
 
 
