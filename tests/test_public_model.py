@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("av")
 
-from test_cli import make_video
+from film_helpers import make_video
 
 import vidmem_model
 from vidmem_model import ClipSpec, CompressorConfig, compress, read_memory, write_memory
