@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from film_helpers import SMALL, make_video, waves
 
 import vidmem_model
 from vidmem_kernels import _extension
@@ -24,34 +25,6 @@ from vidmem_model.video import sample
 FPS = 24
 # What every process says first where the compiled kernels are missing.
 NOTICE = f"{_extension.reason}; every op runs its PyTorch reference, correct but slower\n" if _extension.reason else ""
-SMALL = ["--size", "source", "--fps", "source"]
-
-
-def picture(index, height, width):
-    """A smooth pattern that moves, so that every frame differs from its neighbours."""
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin((x * a + y * b) / 9 + index / 5) for a, b in ((1, 0.3), (0.2, 1), (0.6, -0.7))]
-    return np.round(np.stack(waves, -1) * 100 + 128).astype(np.uint8)
-
-
-def make_video(path, frames=24, height=80, width=112, codec="ffv1", sound=False):
-    with av.open(str(path), "w") as container:
-        if frames:
-            stream = container.add_stream(codec, rate=FPS)
-            stream.height, stream.width = height, width
-            stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
-        if sound:
-            speech = container.add_stream("pcm_s16le", rate=8000)
-            samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
-            samples.sample_rate = 8000
-            container.mux(speech.encode(samples))
-            container.mux(speech.encode(None))
-        for i in range(frames):
-            image = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24")
-            container.mux(stream.encode(image))
-        if frames:
-            container.mux(stream.encode(None))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +269,7 @@ def test_compress_and_retrieve_an_odd_sized_video(capfd, tmp_path):
         with av.open(str(image)) as png:
             pixels = torch.from_numpy(next(png.decode(video=0)).to_ndarray(format="rgb24"))
         assert pixels.shape == (75, 109, 3)
-        quality = [psnr(pixels, torch.from_numpy(picture(i, 75, 109))) for i in range(37)]
+        quality = [psnr(pixels, torch.from_numpy(waves(i, 75, 109))) for i in range(37)]
         assert int(np.argmax(quality)) == frame
         assert quality[frame] > 35
     assert f"frame 36 of 37 ({36 / 24:.2f} s)" in capfd.readouterr().out
@@ -308,7 +281,7 @@ def test_merge_and_its_budget(video, tmp_path):
     assert cli.main([*arguments, "--budget", "60"]) == 0
     opened = read_memory(path)
     assert (opened.method, len(opened.bank)) == ("merge", 60)
-    assert psnr(opened.retrieve(5), torch.from_numpy(picture(5, 80, 112))) > 15
+    assert psnr(opened.retrieve(5), torch.from_numpy(waves(5, 80, 112))) > 15
 
 
 def test_short_clip_is_said_to_be_short(capfd, video, tmp_path):
@@ -340,7 +313,7 @@ def test_demo(capfd, monkeypatch, video, tmp_path):
         assert [r["frame"] for r in entry["retrieved"]] == chosen
         for row in entry["retrieved"]:
             image = memory.retrieve(row["frame"])
-            source = torch.from_numpy(picture(row["frame"], 80, 112))
+            source = torch.from_numpy(waves(row["frame"], 80, 112))
             assert row["psnr_db"] == pytest.approx(psnr(image, source), abs=1e-6)
             assert 0 < row["ssim"] <= 1
         assert f"{entry['mean_psnr_db']:.2f}" in stdout, method

@@ -69,10 +69,10 @@ def mean_psnr(clip, memory):
 
 
 def test_boxes_of_twenty_seconds():
-    grid, box = box_grid((480, 480, 832), (4, 8, 8), (4, 4, 2))
+    grid, box = box_grid((480, 480, 832), (4, 8, 8), Compression(2, 4, 4))
     assert grid == (60, 7, 13) and math.prod(grid) == 5460 and box == (8, 64, 64)
-    assert box_grid((9, 20, 130), (4, 8, 8), (4, 4, 2))[0] == (2, 1, 2)
-    assert box_grid((480, 480, 832), (4, 8, 8), (2, 2, 1)) == ((120, 15, 26), (4, 32, 32))
+    assert box_grid((9, 20, 130), (4, 8, 8), Compression(2, 4, 4))[0] == (2, 1, 2)
+    assert box_grid((480, 480, 832), (4, 8, 8), Compression(1, 2, 2)) == ((120, 15, 26), (4, 32, 32))
 
 
 def test_dct_row_is_the_transform_of_its_box():
@@ -116,7 +116,7 @@ def test_dct_with_every_coefficient_is_exact():
 def test_dct_of_odd_sizes(size):
     clip = smooth_clip(*size)
     memory = run(clip)
-    (grid, _) = box_grid(size, (4, 8, 8), (4, 4, 2))
+    (grid, _) = box_grid(size, (4, 8, 8), Compression(2, 4, 4))
     assert memory.tokens.shape == (math.prod(grid), 3072)
     assert mean_psnr(clip, memory) > 40
 

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from film_helpers import gradient, write_video
 
 from vidmem_model import video as data
 from vidmem_model.errors import MediaError
@@ -19,35 +20,6 @@ from vidmem_model.video.clip import ClipSpec
 WHOLE = ClipSpec(height=None, width=None, fps=None, seconds=None)
 
 
-def picture(k, height, width):
-    """Flat colour that tells its number: 6 k in red, with a gradient in green."""
-    image = np.empty((height, width, 3), np.uint8)
-    image[..., 0] = min(6 * k, 255)
-    image[..., 1] = np.linspace(40, 200, width).astype(np.uint8)
-    image[..., 2] = np.linspace(200, 40, height).astype(np.uint8)[:, None]
-    return image
-
-
-def write_video(path, count=24, height=48, width=64, rate=24, stamps=None, draw=picture, **options):
-    """Write frames, at `stamps` milliseconds where given; lossless RGB unless told otherwise."""
-    codec, pixels = options.pop("codec", "libx264rgb"), options.pop("pixels", "rgb24")
-    with av.open(str(path), "w", options=options.pop("container", {})) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        stream.options = {"crf": "0", "qp": "0", **options.pop("stream", {})}
-        if aspect := options.pop("aspect", None):
-            stream.codec_context.sample_aspect_ratio = aspect
-        if stamps:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for k in range(count):
-            frame = av.VideoFrame.from_ndarray(draw(k, height, width), format="rgb24")
-            if stamps:
-                frame.pts, frame.time_base = stamps[k], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
 def numbers(frames):
     """Which pictures the frames show."""
     return [round(float(f[..., 0].mean()) / 6) for f in np.asarray(frames)]
@@ -55,7 +27,7 @@ def numbers(frames):
 
 def noise(k, height, width):
     rng = np.random.default_rng(k)
-    return (picture(k, height, width) // 2 + rng.integers(0, 120, (height, width, 3))).astype(np.uint8)
+    return (gradient(k, height, width) // 2 + rng.integers(0, 120, (height, width, 3))).astype(np.uint8)
 
 
 @pytest.fixture
@@ -66,7 +38,7 @@ def video(tmp_path):
 def test_lossless_frames_come_back_exactly(video):
     clip = read_clip(video, WHOLE)
     assert clip.fps == 24 and clip.source == video and clip.asked is None and not clip.short
-    expected = np.stack([picture(k, 48, 64) for k in range(24)])
+    expected = np.stack([gradient(k, 48, 64) for k in range(24)])
     assert np.array_equal(clip.frames.numpy(), expected)
 
 
@@ -161,7 +133,7 @@ def test_pixel_aspect_is_applied(tmp_path):
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
 def test_rotation_of_phones_is_applied(tmp_path, turn):
     path = write_video(tmp_path / "a.mp4", 1)
-    upright = picture(0, 48, 64)
+    upright = gradient(0, 48, 64)
     matrices = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
     a, b, c, d = (v * 65536 for v in matrices[turn])
     content = path.read_bytes()

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("av")
 
-from test_data import write_video
+from film_helpers import write_video
 
 from vidmem_model.errors import UserError
 from vidmem_model.model.config import PRESETS, Compression

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_helpers import CONFIG, film, tiny_model
 
 pytest.importorskip("av")
 
-from test_cli import make_video
+from film_helpers import make_video
 
 from vidmem_model import cli, shipped
 from vidmem_model.errors import UserError
@@ -31,30 +32,12 @@ from vidmem_model.vae.config import VAEConfig
 from vidmem_model.video import iter_frames, probe
 
 # The embedded codec is a VAE without weights.
-CONFIG = dataclasses.replace(PRESETS["tiny"], vae=VAEConfig(kind="dct", channels=8))
 
 
 @pytest.fixture
 def quick_stlpips(monkeypatch):
     """A distance that needs no weights, for tests of what is done with distances."""
     monkeypatch.setattr(retrieval, "stlpips", lambda a, b: (a.float() - b.float()).abs().mean((1, 2, 3)) / 255)
-
-
-def film(frames=24, seed=0):
-    """A soft pattern that moves, in the size of the tiny model."""
-    small = torch.rand(1, 3, 5, 9, generator=torch.Generator().manual_seed(seed))
-    big = torch.nn.functional.interpolate(small, size=(32 + frames, 64), mode="bicubic", align_corners=False)[0]
-    images = torch.stack([big[:, i : i + 32] for i in range(frames)])
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def tiny_model(seed=0, **encoder):
-    torch.manual_seed(seed)
-    encoders = (dataclasses.replace(CONFIG.encoders[0], **encoder),)
-    model = MemoryModel(dataclasses.replace(CONFIG, encoders=encoders))
-    for weight in model.parameters():  # a new model's last layers are zero, and all models alike
-        torch.nn.init.normal_(weight, std=0.1)
-    return model
 
 
 def test_video_frames_of_latent_positions():
@@ -116,7 +99,7 @@ def test_training_free_memories_have_the_tokens_asked_for(method):
 
 def test_a_whole_dct_gives_the_frames_back():
     frames = film(8)
-    back = baselines.untrained_memory("dct", frames, (1, 1, 1), 3 * 4 * 16 * 16)
+    back = baselines.untrained_memory("dct", frames, Compression(1, 1, 1), 3 * 4 * 16 * 16)
     assert (back.frames.int() - frames.int()).abs().max() <= 1
 
 

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("av")
 
-from test_cli import make_video
-from test_evaluate import CONFIG, film, tiny_model
+from film_helpers import make_video
+from tiny_helpers import CONFIG, film, tiny_model
 
 from vidmem_model import cli, demo, shipped
 from vidmem_model.errors import MemoryFormatError, UserError

@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("av")
 
-from test_cli import SMALL, make_video
-from test_evaluate import tiny_model
+from film_helpers import SMALL, make_video
+from tiny_helpers import tiny_model
 
 from vidmem_model import cli, shipped
 from vidmem_model.demo import DemoConfig, run_demo
@@ -75,9 +75,11 @@ def test_a_fourth_method_is_compressed_stored_and_read(mean, tmp_path):
     assert (opened.method, opened.frames, opened.fps) == ("mean", 5, 25.0)
     expected = frames.float().mean(0)
     assert all((opened.retrieve(i).float() - expected).abs().max() <= 0.51 for i in range(5))
-    back = untrained_memory("mean", frames, (2, 2, 2), 48)
+    back = untrained_memory("mean", frames, Compression(2, 2, 2), 48)
     assert back.frames.shape == frames.shape and (back.tokens, back.width) == (20, 102)
-    with pytest.raises(ValueError, match="budget belongs to method merge; the rate fixes the rows of mean, got 3"):
+    with pytest.raises(
+        ValueError, match="to method merge; the compression fixes the rows of mean, got 3"
+    ):
         CompressorConfig("mean", budget=3)
 
 

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
+from header_helpers import one_number, tensor, text
 from hostile import GOLDEN, Tensors
-from test_memory_header import one_number, tensor, text
 
 from vidmem_model.errors import UserError
 from vidmem_model.measure.peak import PeakMemory

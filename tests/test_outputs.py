@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from test_cli import make_video
+from film_helpers import make_video
 
 from vidmem_kernels import MemoryBank
 from vidmem_model import cli, files

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("av")
 
-from test_cli import make_video
+from film_helpers import make_video
 
 import vidmem_model
 from vidmem_model import ClipSpec, CompressorConfig, compress, read_memory, write_memory
@@ -86,7 +86,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["dct", "merge"])
 def test_all_forms_of_a_video_give_one_memory(film, tmp_path, method):
-    spec, config = ClipSpec(48, 80, 12.0, seconds=1.0), CompressorConfig(method, (2, 2, 1))
+    spec, config = ClipSpec(48, 80, 12.0, seconds=1.0), CompressorConfig(method, Compression(1, 2, 2))
     clip = read_clip(film, spec)
     made = [
         compress(str(film), config, spec),
@@ -192,5 +192,5 @@ def test_frames_are_left_as_they_are():
     frames = frames_of(9)
     before = frames.clone()
     for method in ("dct", "merge"):
-        compress(frames, CompressorConfig(method, (1, 1, 1)), fps=24)
+        compress(frames, CompressorConfig(method, Compression(1, 1, 1)), fps=24)
     assert torch.equal(frames, before)
