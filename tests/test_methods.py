@@ -77,9 +77,7 @@ def test_a_fourth_method_is_compressed_stored_and_read(mean, tmp_path):
     assert all((opened.retrieve(i).float() - expected).abs().max() <= 0.51 for i in range(5))
     back = untrained_memory("mean", frames, Compression(2, 2, 2), 48)
     assert back.frames.shape == frames.shape and (back.tokens, back.width) == (20, 102)
-    with pytest.raises(
-        ValueError, match="to method merge; the compression fixes the rows of mean, got 3"
-    ):
+    with pytest.raises(ValueError, match="to method merge; the compression fixes the rows of mean, got 3"):
         CompressorConfig("mean", budget=3)
 
 
