@@ -16,7 +16,7 @@ What is counted, in bytes of one layer and one batch entry:
 - peak: the highest level, above the one before any of this existed, while it is held and one call
   runs: held + workspace of the call + its output. The queries exist before and are not counted.
 
-On the CPU the level is the resident memory of this process (see `measure.PeakMemory`; it resolves
+On the CPU the level is the resident memory of this process (see `peak.PeakMemory`; it resolves
 about 0.5 MiB), on CUDA that of torch's allocator. Time is that of the call alone, after a warm-up:
 the median of several, or of one call where it is slow. Building keys, values or state is not timed.
 """

@@ -1,4 +1,4 @@
-"""What the user sees of `cost.profile_model`: the plot and the tables."""
+"""What the user sees of `model.profile_model`: the plot and the tables."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def _blocks(result: dict[str, Any]) -> str:
 
 
 def write_cost_plot(path: Path, result: dict[str, Any]) -> None:
-    """Plot what `cost.profile_model` measured: time and peak memory against length, log axes.
+    """Plot what `model.profile_model` measured: time and peak memory against length, log axes.
 
     Args:
         path: PNG file to write.
         result: as returned by `profile_model`.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `report.plots_missing` first.
+        ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
         UserError: the path cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,7 +97,7 @@ def write_cost_plot(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
-    """Print what `cost.profile_model` returned.
+    """Print what `model.profile_model` returned.
 
     Args:
         result: the content of model_cost.json.

@@ -17,7 +17,7 @@ def write_curve_plot(path: Path, rows: list[dict[str, float]]) -> None:
         rows: from `read_curve`, at least one.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `report.plots_missing` first.
+        ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
         UserError: the path cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -28,11 +28,11 @@ def plots_missing() -> str | None:
 
 
 def write_memory_plot(path: Path, result: dict[str, Any]) -> None:
-    """Plot what `profile.profile` measured: peak memory and time against length, log axes.
+    """Plot what `attention.profile` measured: peak memory and time against length, log axes.
 
     Args:
         path: PNG file to write.
-        result: as returned by `profile.profile`.
+        result: as returned by `attention.profile`.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; ask `plots_missing` first.
@@ -98,11 +98,11 @@ _ROW_MARKERS = "osD^vPX*"
 
 
 def write_retrieval_plot(path: Path, result: dict[str, Any]) -> None:
-    """Plot what `evaluate.evaluate_retrieval` measured: each measure against the position in the history.
+    """Plot what `retrieval.evaluate_retrieval` measured: each measure against the position in the history.
 
     Args:
         path: PNG file to write.
-        result: as returned by `evaluate.evaluate_retrieval`.
+        result: as returned by `retrieval.evaluate_retrieval`.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; ask `plots_missing` first.

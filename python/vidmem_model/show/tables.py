@@ -98,7 +98,7 @@ def _print_memories(console: Console, result: dict[str, Any]) -> None:
 
 
 def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
-    """Print what `profile.profile` returned.
+    """Print what `attention.profile` returned.
 
     Args:
         result: the content of memory_vs_context.json.
@@ -141,7 +141,7 @@ def _retrieval_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def print_retrieval(result: dict[str, Any]) -> None:
-    """Print what `evaluate.evaluate_retrieval` returned.
+    """Print what `retrieval.evaluate_retrieval` returned.
 
     Args:
         result: the content of retrieval.json.
