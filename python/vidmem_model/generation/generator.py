@@ -42,7 +42,7 @@ from ..video import read_clip
 from ..video.clip import ClipSpec
 from ..video.write import video_writer
 from ..weights import WeightsFile, write_tensors
-from .history import HistoryMemory
+from .history import GrowingMemory
 from .storyboard import Storyboard
 
 _FORMAT = "vidmem.segment"
@@ -132,7 +132,7 @@ class SegmentGenerator:
         self.keep = config.kv_cache if config.kv_cache is not None else not own.history_sees_video
         self.window_length = own.window if config.window is None else config.window
         self.device = model.dit.head_table.device
-        self.memory = HistoryMemory(model, vae)
+        self.memory = GrowingMemory(model, vae)
         self.cache: dict = {}  # of the VAE's decoder
         self.frames = 0
         self.window: torch.Tensor | None = None

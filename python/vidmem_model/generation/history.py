@@ -42,7 +42,7 @@ def context_per_second(
     return rows * columns * fps / (stride[0] * compression.time)
 
 
-class HistoryMemory:
+class GrowingMemory:
     """The memory of a history that grows: each part is encoded on its own and its tokens are appended.
 
     Args:
