@@ -78,7 +78,7 @@ tests() {
   local select=gpu
   local files=() workers=()
   if [ "$DEVICE" = cpu ]; then
-    files=(tests/test_install.py)
+    files=(tests/tools/test_install.py)
     select="not gpu"
   fi
   # Triton compiles some 900 kernels for the tests, about half a second each: more than one process has the time for.

@@ -3,17 +3,17 @@
 import hashlib
 import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bank_helpers import BANK_DTYPES, QUANTIZED, fill, ids, stored
+from paths import ROOT
 
 from vidmem_kernels import MemoryBank
 from vidmem_kernels.sparse_gather import memory_file
 
-PAGE = (Path(__file__).parent.parent / "docs" / "bank_file.md").read_text()
+PAGE = (ROOT / "docs" / "bank_file.md").read_text()
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 

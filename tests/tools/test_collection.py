@@ -5,12 +5,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import PACKAGES
-
-TESTS = Path(__file__).parent
+from paths import TESTS
 
 # Python imports it before anything else, pytest and its plugins among that.
 WITHOUT = """
@@ -34,17 +32,17 @@ def collect(tmp_path, packages, *arguments):
     result = subprocess.run(
         command, cwd=TESTS.parent, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
     )
-    counts = dict(re.findall(r"^tests/(test_\w+\.py): (\d+)$", result.stdout, re.MULTILINE))
+    counts = dict(re.findall(r"^tests/\S*?(test_\w+\.py): (\d+)$", result.stdout, re.MULTILINE))
     return result.returncode, result.stdout + result.stderr, counts
 
 
-FILES = {path.name for path in TESTS.glob("test_*.py")}
+FILES = {path.name for path in TESTS.rglob("test_*.py")}
 
 
 def check(tmp_path, packages):
     code, output, counts = collect(tmp_path, packages)
     assert code == 0 and "ERROR" not in output, output
-    skipped = set(re.findall(r"tests/(test_\w+\.py):\d+: .*(?:not installed|could not import)", output))
+    skipped = set(re.findall(r"tests/\S*?(test_\w+\.py):\d+: .*(?:not installed|could not import)", output))
     assert counts.keys() | skipped == FILES, output
     # Kernels need none of them, but files that draw by hypothesis or test Triton do.
     assert {"test_contract.py", "test_linear_attn_kernels.py", "test_yardstick.py"} <= counts.keys()
@@ -106,7 +104,7 @@ def runs_on_the_cpu_only(text):
     ]
 
 
-@pytest.mark.parametrize("path", sorted(TESTS.glob("test_*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.name)
 def test_what_runs_for_every_device_asks_for_it(path):
     """Else its run for a GPU hands in tensors of the CPU, which only Triton's interpreter takes."""
     assert runs_on_the_cpu_only(path.read_text()) == []

@@ -1,8 +1,7 @@
 """Storyboards: what is read, where each mistake is said to be, and how a language model writes one."""
 
-from pathlib import Path
-
 import pytest
+from paths import ROOT
 
 from vidmem_model.errors import UserError
 from vidmem_model.generation.storyboard import (
@@ -42,7 +41,7 @@ def test_reads_what_is_written():
 
 
 def test_the_example_is_a_storyboard():
-    example = read_storyboard(Path(__file__).parents[1] / "examples" / "storyboard.yaml")
+    example = read_storyboard(ROOT / "examples" / "storyboard.yaml")
     assert [shot.at for shot in example.shots] == [0, 3, 6, 8.5]
     assert example.seconds == 10
 

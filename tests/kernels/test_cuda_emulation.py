@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from vidmem_kernels.sparse_gather import reference
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 def kernels(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda") / "kernels.so"
     source = HERE / "cuda_emulation" / "kernels.cpp"
-    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", f"-I{source.parent}", f"-I{HERE.parent / 'csrc'}"]
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", f"-I{source.parent}", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*command, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

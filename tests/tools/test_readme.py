@@ -1,13 +1,12 @@
 """What the README says is so: its table has every op, its code runs, its links lead somewhere."""
 
 import re
-from pathlib import Path
 
 import torch
+from paths import ROOT
 
 import vidmem_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from backend_helpers import CAPABILITIES
+from paths import HELPERS
 
 from vidmem_kernels import _dispatch, linear_attention, testing
 from vidmem_kernels._registry import OPS
@@ -75,6 +76,7 @@ def check(backend, dtype, seed, each):
 
 def run(code, env):
     folder = os.path.dirname(__file__)
+    env["PYTHONPATH"] = os.pathsep.join([str(HELPERS), *filter(None, [env.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )

@@ -14,14 +14,13 @@ import fuzz
 import pytest
 import torch
 from fuzzing import run
+from paths import ROOT
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import vidmem_kernels
 from vidmem_kernels import _dispatch, _extension, _fast
 from vidmem_kernels._registry import OPS
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def forget() -> None:

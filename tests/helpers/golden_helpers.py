@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paths import GOLDEN
 from torch.distributed.checkpoint import FileSystemReader
 
 from vidmem_kernels import MemoryBank
@@ -22,7 +23,6 @@ from vidmem_model.model.file import load_model
 from vidmem_model.train import checkpoint
 from vidmem_model.train.recipe import read_finetune, read_pretrain, read_pretrain_vae
 
-GOLDEN = Path(__file__).with_name("golden")
 BANKS = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 MEMORIES = tuple(f"{m}-{d}" for m in ("dct", "merge", "learned") for d in ("float32", "float16", "int8", "float8"))
 FRAME = 6  # is read back from every memory

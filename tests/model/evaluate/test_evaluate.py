@@ -5,10 +5,10 @@ import importlib.util
 import json
 import statistics
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from tiny_helpers import CONFIG, film, tiny_model
 
 pytest.importorskip("av")
@@ -276,7 +276,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, quick_stlpips, monkeypat
 
 @pytest.fixture(scope="module")
 def table_script():
-    path = Path(__file__).parent.parent / "benchmarks" / "retrieval_table.py"
+    path = ROOT / "benchmarks" / "retrieval_table.py"
     spec = importlib.util.spec_from_file_location("retrieval_table", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["retrieval_table"] = module

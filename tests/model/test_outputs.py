@@ -9,13 +9,13 @@ import random
 import socket
 import stat
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import typer
 from film_helpers import make_video
+from paths import GOLDEN
 
 from vidmem_kernels import MemoryBank
 from vidmem_model import cli, files
@@ -471,7 +471,7 @@ def test_all_pairs_of_paths_are_told_apart(tmp_path):
 
 def test_files_of_a_model(tmp_path):
     """Adapters bring the model that they are added to; files that name each other are refused."""
-    golden = Path(__file__).with_name("golden") / "models"
+    golden = GOLDEN / "models"
     names = ["tiny_continue.safetensors", "tiny.safetensors", "vae.safetensors"]
     assert files_of(golden / names[0]) == [golden / name for name in names]
     for name, base in (("a", "b"), ("b", "a"), ("self", "self")):

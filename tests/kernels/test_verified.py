@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 
 from vidmem_kernels import _extension, _verified, info
 from vidmem_kernels._registry import OPS
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "vidmem_kernels" / "verified").glob("*.json"))
 TRITON = sorted(name for name, op in OPS.items() if op.triton)
 

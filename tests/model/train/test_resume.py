@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from paths import HELPERS
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training_helpers import MODEL, TRAIN, curve, train
 
@@ -28,7 +28,7 @@ from vidmem_model.train.curve import Curve
 from vidmem_model.train.retrieval import PretrainConfig
 from vidmem_model.train.run import run_settings
 
-HELPERS = Path(__file__).with_name("training_helpers.py")
+PROGRAM = HELPERS / "training_helpers.py"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def same(ours, theirs):
 
 def test_kill_in_a_step(whole, tmp_path):
     at = random.SystemRandom().randrange(5, 12)
-    killed = subprocess.run([sys.executable, HELPERS, tmp_path, "12", str(at), "4"], capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, PROGRAM, tmp_path, "12", str(at), "4"], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "checkpoints")) == at // 4 * 4
     # Rows after the checkpoint were written when the log was due; they must not stay.
@@ -56,7 +56,7 @@ def test_kill_in_a_step(whole, tmp_path):
 
 
 def test_kill_after_a_linear_start(tmp_path):
-    command = [sys.executable, HELPERS, tmp_path / "killed", "8", "6", "4", "linear"]
+    command = [sys.executable, PROGRAM, tmp_path / "killed", "8", "6", "4", "linear"]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "killed" / "checkpoints")) == 4
@@ -71,7 +71,7 @@ def test_kill_at_any_moment(tmp_path):
     rarely = {"steps": 16, "checkpoint_every": 100}
     reference = train(tmp_path / "whole", **rarely).state_dict()
     folder = tmp_path / "killed"
-    child = subprocess.Popen([sys.executable, HELPERS, folder, "16", "-1", "1"], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, PROGRAM, folder, "16", "-1", "1"], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while checkpoint.newest(folder / "checkpoints") is None and time.monotonic() < deadline:

@@ -14,7 +14,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(__file__).with_name("golden") / "training"
+import paths
+
+GOLDEN = paths.GOLDEN / "training"
 
 # It stays single-threaded and computes nothing, so that its forks are as good as new processes.
 _NURSERY = """

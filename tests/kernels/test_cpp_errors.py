@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = ROOT / "csrc"
 SOURCES = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
 
 

@@ -5,14 +5,13 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 import vidmem_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import cases, lengths, measure, record, registry, report, run, timing, verify  # noqa: E402, F401
@@ -375,7 +374,7 @@ def test_gpu_suite_runs_tests_in_parallel_where_it_can(has_xdist, tmp_path):
     assert gpu_suite(tmp_path, python, GPU_SUITE_DEVICE="cpu", GPU_SUITE_PARTS="tests").returncode == 0
     log = (tmp_path / "tests.log").read_text()
     assert "threads 1, called with -m pytest -m not gpu" in log
-    assert (f" -n {len(os.sched_getaffinity(0))} tests/test_install.py" in log) == has_xdist
+    assert (f" -n {len(os.sched_getaffinity(0))} tests/tools/test_install.py" in log) == has_xdist
     assert ("pytest-xdist is missing" in log) != has_xdist
 
 

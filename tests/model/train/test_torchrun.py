@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import HELPERS
 from training_helpers import train
 
 from vidmem_model.train.loop import read_curve
 
-HELPERS = Path(__file__).with_name("training_helpers.py")
+PROGRAM = HELPERS / "training_helpers.py"
 
 
 @pytest.mark.sample(1)
@@ -27,7 +27,7 @@ def test_two_processes_give_the_losses_of_one(start, tmp_path):
     shutil.copytree(single / "checkpoints" / "step-00000003", both / "checkpoints" / "step-00000003")
     shutil.copyfile(single / "curve.csv", both / "curve.csv")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ran = subprocess.run([*command, HELPERS, both, "6", "-1", "3", start], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([*command, PROGRAM, both, "6", "-1", "3", start], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr[-3000:]
     ours, theirs = read_curve(both / "curve.csv"), read_curve(single / "curve.csv")
     assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6]

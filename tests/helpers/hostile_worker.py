@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-GOLDEN = Path(__file__).with_name("golden")
+from paths import GOLDEN
+
 MEMORY = 1 << 30  # bytes that a case may take beyond what the worker has
 SECONDS = 10.0  # of processor time; whatever waits for something is killed after four times that
 

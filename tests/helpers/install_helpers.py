@@ -17,7 +17,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it along
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
+
 FOLDERS = (".ci", "benchmarks", "csrc", "docs", "examples", "python", "tests", "vidmem_kernels")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 # What a wheel is made from, without checkpoints: megabytes that take seconds to pack.

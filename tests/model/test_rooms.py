@@ -9,10 +9,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import vidmem_model
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path(vidmem_model.__file__).parent
 
 

@@ -1,0 +1,8 @@
+"""Where things lie that tests look at."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+HELPERS = TESTS / "helpers"
+GOLDEN = TESTS / "golden"
