@@ -15,7 +15,7 @@ from vidmem_kernels import _extension, testing
 pytestmark = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels._C is not built")
 
 
-@pytest.fixture(params=[c for c in CAPABILITIES if c != "baseline"])  # which float32 does not run: see refuse_attention
+@pytest.fixture(params=[c for c in CAPABILITIES if c != "baseline"])  # which float32 does not run: see refuse_products
 def capability(request):
     before = _extension.module.cpu_capability()
     _extension.module.set_cpu_capability(request.param)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -19,8 +19,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from ._registry import Op
+from ._op import Op
 
 
 def depth() -> int:

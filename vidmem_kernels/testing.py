@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _dispatch
-from ._registry import OPS, Op
+from ._op import OPS, Op
 
 _SAMPLES: dict[str, Callable[[Make], Iterator[tuple[str, tuple]]]] = {}
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {}
