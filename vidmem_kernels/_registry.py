@@ -8,7 +8,9 @@ vidmem_cpp::<op>   the same schema without `backend`; csrc/ registers its CPU an
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,12 @@ from ._op import OPS, Library, Op
 
 _LIBRARY = torch.library.Library("vidmem", "DEF")
 _CPP_LIBRARY = torch.library.Library("vidmem_cpp", "DEF")
+
+
+def load_families() -> None:
+    """Registers the ops of every family: of each package beside this file that has an ops.py."""
+    for ops in sorted(Path(__file__).parent.glob("*/ops.py")):
+        importlib.import_module(f"{__package__}.{ops.parent.name}.ops")
 
 
 def register_op(

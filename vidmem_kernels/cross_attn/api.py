@@ -16,6 +16,11 @@ from .._symbolic import require_same
 from .._transforms import depth
 from .symbolic import any_open, attend
 
+__all__ = [
+    "cross_attention",
+    "merge_attention_states",
+]
+
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 _UNBOUNDED = torch.finfo(torch.float32).max  # stands for infinity beside finite times
 

@@ -16,6 +16,15 @@ from .._symbolic import require, require_same, saveable
 from .._transforms import check_values
 from .reference import group_by_row
 
+__all__ = [
+    "MergePlan",
+    "MergeResult",
+    "match_neighbors",
+    "match_tokens",
+    "merge_tokens",
+    "unmerge_tokens",
+]
+
 
 @saveable
 class MergePlan(NamedTuple):
