@@ -60,7 +60,7 @@ def register_op(
         library: libraries that compute it, the best one first.
         refuse: per backend, a function of the arguments that returns why it cannot run them, or None.
         batch: name of the tensor whose first axis is the batch, which vmap folds its axis into; default the first one.
-        broadcasts: names of tensors that may have a batch of 1 where the batch is larger.
+        broadcasts: names of tensors that may have a batch of 1 where the batch is larger, all of them or none.
         without_batch: names of tensors that may lack the batch axis, with their number of dimensions then.
         result_batch: axis of the batch in the results.
         head_axes, result_heads: axes of the heads in tensor arguments and in the results, which DTensor may shard.
