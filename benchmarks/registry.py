@@ -161,12 +161,16 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def benchmark(name: str, *, covers: str) -> Callable[[type[Benchmark]], type[Benchmark]]:
-    """Registers a class under a name that has sizes in shapes.py."""
+def benchmark(
+    name: str, *, covers: str, shapes: dict[str, Shape] | None = None
+) -> Callable[[type[Benchmark]], type[Benchmark]]:
+    """Registers a class under a name; its sizes are `shapes`, or those of that name in shapes.py."""
 
     def register(cls: type[Benchmark]) -> type[Benchmark]:
         entry = cls()
         entry.name, entry.covers = name, covers
+        if shapes is not None:
+            SHAPES[name] = shapes
         BENCHMARKS[name] = entry
         return cls
 
