@@ -1,7 +1,6 @@
 """The fuzzer draws every op and finds faults that are planted: in Python in seconds, in C++ under the marker `long`."""
 
 import importlib.util
-import inspect
 import os
 import re
 import shutil
@@ -13,13 +12,15 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
-from fuzzing import run
+from fuzzing import moving, run
+from fuzzing.draw import Draw
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import vidmem_kernels
+import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, _extension, _fast
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
+from vidmem_kernels.testing import named_call, public_functions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,8 +56,9 @@ def test_every_op_is_drawn(implementation):
         return implementation
 
     implementation(noting)
-    public = {name for name in vidmem_kernels.__all__ if takes_tensors(getattr(vidmem_kernels, name))}
-    assert set(run.all_ops()) == public
+    public = public_functions()
+    lacking = ", ".join(public - set(run.all_ops()))
+    assert not lacking, f"write a generator in tests/fuzzing, or declare public_call(…, moves=True) if so: {lacking}"
     seen, case = set(), 0
     while (seen < public or reached < set(OPS)) and case < 1000:
         seen.add(run.draw_case(0, case)[0])
@@ -66,8 +68,33 @@ def test_every_op_is_drawn(implementation):
     assert reached == set(OPS)
 
 
-def takes_tensors(function) -> bool:
-    return inspect.isfunction(function) and "backend" in inspect.signature(function).parameters
+@pytest.mark.skipif(_extension.module is None, reason="needs the CPU kernels, whose place the fault takes")
+@pytest.mark.parametrize(
+    ("planted", "what"), [("select_tokens", "tokens"), ("scatter_add_tokens", "gradient of tensor 0")]
+)
+def test_functions_that_move_elements_are_drawn_from_their_public_calls(planted, what, implementation):
+    """Of a function that is declared so: what is right passes, a fault of one element is found."""
+    keep = named_call("select_tokens", "some", lambda x: vk.select_tokens(x, 4), "B N C", moves=True, N=6)
+
+    def faults():
+        for case in range(60):
+            trial = run._Trial(moving.generate([keep], Draw(0, case)), Draw(1, case))
+            try:
+                trial.on("auto")
+            except run.Wrong as wrong:
+                yield str(wrong).split(":")[0]
+
+    assert list(faults()) == []
+
+    def planting(original):
+        def implementation(op, backend, *rest):
+            kernel = original(op, backend, *rest)
+            return (lambda *args: tail_of_results(kernel, *args)) if (op.name, backend) == (planted, "cpu") else kernel
+
+        return implementation
+
+    implementation(planting)
+    assert set(faults()) == {what}
 
 
 def test_a_case_comes_again():
