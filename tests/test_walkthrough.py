@@ -13,7 +13,10 @@ from typing import NamedTuple
 import pytest
 from install_helpers import ROOT, copy_source
 
+from vidmem_kernels import _extension
+
 TEXT = (ROOT / "docs" / "adding_an_op.md").read_text()
+NAME = "shift_tokens"
 MOST_FILES, MOST_LINES = 9, 200
 
 
@@ -59,35 +62,101 @@ def apply(block: Block, tree: Path) -> int:
     return len(now.splitlines()) - len(was.splitlines())
 
 
-def shell(tree: Path, command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {**os.environ, "PYTHONPATH": f"{tree}:{tree / 'python'}", "PATH": paths, "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run(
-        ["bash", "-ec", command], cwd=tree, env=variables, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
-    return done
+def shell(tree: Path, command: str, code: int = 0, **env: str) -> str:
+    """What a command prints in the copy, with this Python as `python`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    kept |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
+    kept |= {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "python")]), "PYTHONDONTWRITEBYTECODE": "1"} | env
+    done = subprocess.run(["bash", "-ec", command], cwd=tree, env=kept, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == code, f"{command}\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
+    return done.stdout
 
 
 @pytest.fixture
 def tree(tmp_path):
     """This repository, without what no kernel needs, and with what was compiled."""
     copy = copy_source(tmp_path / "tree", without=("checkpoints", "results", "*.png"))
-    for built in (ROOT / "vidmem_kernels").glob("_C*.so"):
+    for built in (ROOT / "vidmem_kernels").glob("_C*"):
         shutil.copy2(built, copy / "vidmem_kernels")
+    if (ROOT / "build").exists():
+        shutil.copytree(ROOT / "build", copy / "build")
     return copy
+
+
+def follow(step: Step, tree: Path) -> list[str]:
+    """What the commands of a step print."""
+    said = []
+    for block in step.blocks:
+        if block.path:
+            apply(block, tree)
+        else:
+            said += [shell(tree, command) for command in block.text.splitlines()]
+    return said
 
 
 def test_an_op_takes_few_files_and_lines(tmp_path):
     """Tests, benchmark and documentation included."""
     blocks = [block for step in steps() for block in step.blocks if block.path]
-    for path in {block.path for block in blocks}:
+    files = {block.path for block in blocks}
+    for path in files:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / path).exists():
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, tmp_path / path)
     lines = sum(apply(block, tmp_path) for block in blocks)
-    files = {block.path for block in blocks}
-    named = [path for path in files if "shift_tokens" in "".join(b.text for b in blocks if b.path == path)]
-    spelled = sum(block.text.count("shift_tokens") for block in blocks)
-    print(f"{len(files)} files, {lines} lines, the name {spelled} times in {len(named)} files")
+    spelled = sum(block.text.count(NAME) for block in blocks)
+    print(f"{len(files)} files, {lines} lines, the name {spelled} times")
     assert len(files) <= MOST_FILES and lines <= MOST_LINES
+
+
+def test_steps_in_python(tree):
+    """The first two: reference and op."""
+    for step in steps()[:2]:
+        for said in follow(step, tree):
+            assert " passed" in said and "failed" not in said, said
+
+
+MISSING = {  # a test each that says what a function lacks that is exported, and nothing else
+    "tests/test_export.py -k every_public": f"declare a public_call of {NAME} in the family's samples.py",
+    "tests/test_fuzz.py -k every_op": f"write a generator in tests/fuzzing, .* {NAME}",
+    "tests/test_benchmarks.py -k every_public": f"benchmarks/cases/<family>.py: no benchmark covers {NAME}",
+    "tests/test_readme.py": rf"README.md must have, under Ops:\s+(E\s+)?\| `{NAME}` \| C\+\+ \| Triton \| f \| yes",
+}
+OTHERS = "test_transforms test_dtensor test_zero_sizes test_fast_path test_contract"
+
+USE = f"""
+import torch, vidmem_kernels as vk
+x = torch.randn(2, 5, 3, 9).mT.contiguous().mT.requires_grad_()
+print(*vk.explain(vk.{NAME}, x, 2))
+for backend in ("reference", "cpu", "triton"):
+    out = vk.{NAME}(x, 2, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    print(backend, out.double().sum().item(), grad.double().sum().item())
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(_extension.module is None, reason="needs what compiles the CPU kernels")
+def test_all_steps(tree):
+    """To C++, Triton, a compiled kernel for GPUs and a public function; what is missing on the way is told."""
+    pytest.importorskip("triton")
+    *first, last = steps()
+    said = [follow(step, tree) for step in first]
+    assert f"no kernel of {NAME} to compare" not in "".join(map(str, said[2:]))
+    assert re.search(rf"_{NAME}_fwd_kernel \| .* \| 100 \| [1-9]", said[3][-1])
+
+    public = [block for block in last.blocks if block.path.endswith("api.py")]
+    for block in public:
+        apply(block, tree)
+    for tests, message in MISSING.items():
+        said = shell(tree, f"python -m pytest {tests}", code=1)
+        assert re.search(message, said) and said.count("FAILED") == 1, said
+    shell(tree, f"python -m pytest {' '.join(f'tests/{n}.py' for n in OTHERS.split())} -k '{NAME} or every'")
+
+    follow(last._replace(blocks=[block for block in last.blocks if block not in public]), tree)
+    assert re.search(rf"{NAME} +yes \*", shell(tree, "python -m vidmem_kernels.info"))
+    chosen, *results = shell(tree, f"python -c '{USE}'", TRITON_INTERPRET="1").splitlines()
+    assert chosen == f"{NAME} on cpu: cpu"
+    assert [line.split()[0] for line in results] == ["reference", "cpu", "triton"]
+    assert len({tuple(line.split()[1:]) for line in results}) == 1
+    if shutil.which("ruff", path=str(Path(sys.executable).parent)):
+        shell(tree, "ruff check vidmem_kernels tests benchmarks && ruff format --check vidmem_kernels tests benchmarks")
