@@ -64,7 +64,7 @@ def apply(block: Block, tree: Path) -> int:
 
 def shell(tree: Path, command: str, code: int = 0, **env: str) -> str:
     """What a command prints in the copy, with this Python as `python`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON", "VIDMEM"))}
     kept |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
     kept |= {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "python")]), "PYTHONDONTWRITEBYTECODE": "1"} | env
     done = subprocess.run(["bash", "-ec", command], cwd=tree, env=kept, capture_output=True, text=True, timeout=1500)
