@@ -8,6 +8,7 @@ import torch
 import vidmem_kernels as vk
 from vidmem_kernels.cross_attn.samples import ATTENTION, attend, attention_tensors, blocks_of
 from vidmem_kernels.linear_attn.samples import QKV
+from vidmem_kernels.linear_attn.samples import attend as attend_linear
 from vidmem_kernels.testing import named_call, public_calls
 
 CASES = public_calls()
@@ -108,6 +109,8 @@ case(
 
 # --- linear attention ---
 
+for _map in ("relu", "elu1", "identity"):
+    case("linear_attention", f"{_map}, causal in blocks of 1", attend_linear(_map, 1), *QKV)
 case(
     "linear_attention",
     "block of the size",

@@ -74,8 +74,8 @@ def shell(tree: Path, command: str, code: int = 0, **env: str) -> str:
 
 @pytest.fixture
 def tree(tmp_path):
-    """This repository, without what no kernel needs, and with what was compiled."""
-    copy = copy_source(tmp_path / "tree", without=("checkpoints", "results", "*.png"))
+    """This repository without the weights of models, with what was compiled."""
+    copy = copy_source(tmp_path / "tree", without=("*.safetensors",))
     for built in (ROOT / "vidmem_kernels").glob("_C*"):
         shutil.copy2(built, copy / "vidmem_kernels")
     if (ROOT / "build").exists():

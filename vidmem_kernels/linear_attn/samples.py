@@ -65,15 +65,17 @@ def _state(m, s):
 
 
 QKV = ("B L H 4", "B L H 4", "B L H 6")
+
+
+def attend(feature_map, block):
+    """A call of linear_attention, causal between blocks of so many tokens; 0 for not causal."""
+    options = {"feature_map": feature_map, "causal": block > 0, "block_size": block or 1}
+    return lambda q, k, v: api.linear_attention(q, k, v, normalize=feature_map != "identity", **options)
+
+
 for _map in ("relu", "elu1", "identity"):
-    for _causal, _block in ((False, 1), (True, 1), (True, 4)):
-        _options = {"feature_map": _map, "causal": _causal, "block_size": _block, "normalize": _map != "identity"}
-        public_call(
-            "linear_attention",
-            f"{_map}{f', causal in blocks of {_block}' if _causal else ''}",
-            lambda q, k, v, options=_options: api.linear_attention(q, k, v, **options),
-            *QKV,
-        )
+    public_call("linear_attention", _map, attend(_map, 0), *QKV)
+    public_call("linear_attention", f"{_map}, causal in blocks of 4", attend(_map, 4), *QKV)
 public_call(
     "linear_attention",
     "state, channels",
