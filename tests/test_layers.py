@@ -5,6 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import vidmem_kernels
+from vidmem_kernels._op import OPS
 
 PACKAGE = Path(vidmem_kernels.__file__).parent
 FAMILIES = {path.parent.name for path in PACKAGE.glob("*/ops.py")}
@@ -29,6 +30,10 @@ def test_no_module_is_imported_by_what_it_imports():
     graph = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): imported(path) for path in files}
     order = list(TopologicalSorter(graph).static_order())
     assert order.index("_op") < order.index("_dispatch") < order.index("_fast") < order.index("_registry")
+
+
+def test_every_family_is_found():
+    assert {op.family for op in OPS.values()} == {f"vidmem_kernels.{family}" for family in FAMILIES}
 
 
 def test_families_do_not_import_each_other():
