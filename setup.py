@@ -87,7 +87,7 @@ def cxx_compiler() -> list[str]:
 
 def run(command: list[str], what: str) -> None:
     try:
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, cwd=ROOT)
     except FileNotFoundError:
         raise CannotCompile(f"{command[0]} was not found; install g++, or set CXX to a C++ compiler") from None
     except OSError as error:
@@ -129,7 +129,7 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
     if not (CSRC / "module.cpp").exists():
         raise SystemExit(f"vidmem_kernels: {CSRC} has no module.cpp; this copy of the source is not complete")
     archs = cuda_archs(torch) if cuda else []
-    includes = [f"-I{CSRC}", *[f"-I{d}" for d in cpp_extension.include_paths()]]
+    includes = ["-Icsrc", *[f"-I{d}" for d in cpp_extension.include_paths()]]
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         *[f"-DVIDMEM_HAS_{name.upper()}" for name in CPU_CAPABILITIES],
@@ -143,7 +143,7 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
         f'-DVIDMEM_CUDA_ARCHS="{" ".join(archs)}"',
         f'-DVIDMEM_CPU_CAPABILITIES="{" ".join(CPU_CAPABILITIES)}"',
         f'-DVIDMEM_CUDA_FINGERPRINTS="{" ".join(f"{op}={each}" for op, each in cuda_fingerprints(CSRC).items())}"',
-        *[f"-I{d}" for d in (CSRC, pybind11.get_include(), python_headers)],
+        *[f"-I{d}" for d in ("csrc", pybind11.get_include(), python_headers)],
     ]
 
     def job(command: list[str], source: Path, variant: str = "") -> tuple[list[str], Path, Path]:
@@ -174,7 +174,7 @@ def is_fresh(obj: Path, line: str) -> bool:
     if not (obj.exists() and stamp.exists() and depends.exists()) or stamp.read_text() != line:
         return False
     _, _, names = depends.read_text().replace("\\\n", " ").partition(": ")
-    files = [Path(re.sub(r"\\(.)", r"\1", name)) for name in re.findall(r"(?:\\.|\S)+", names)]
+    files = [ROOT / re.sub(r"\\(.)", r"\1", name) for name in re.findall(r"(?:\\.|\S)+", names)]
     built = obj.stat().st_mtime
     return all(file.exists() and file.stat().st_mtime < built for file in files)
 
@@ -227,13 +227,14 @@ class BuildExtension(build_ext):
     def compile_and_link(self, torch, build_dir: Path, target: Path, cuda: bool) -> None:
         def compile_one(job):
             command, source, obj = job
-            line = " ".join([*command, str(source)])
+            name = os.path.relpath(source, ROOT)  # and so are the headers named: a tree that is moved stays fresh
+            line = " ".join([*command, name])
             if is_fresh(obj, line):
                 return
             stamp, depends = obj.with_suffix(".cmd"), obj.with_suffix(".d")
             stamp.unlink(missing_ok=True)
             obj.parent.mkdir(parents=True, exist_ok=True)
-            run([*command, "-MMD", "-MF", str(depends), str(source), "-o", str(obj)], os.path.relpath(source, ROOT))
+            run([*command, "-MMD", "-MF", str(depends), name, "-o", str(obj)], name)
             stamp.write_text(line)
 
         jobs = compile_jobs(torch, build_dir, cuda)

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel and every CUDA file ahead of time, without a GPU, and tabulates what they use.
 
     python benchmarks/compile_kernels.py [--only triton|cuda] [--archs 80 90 100] [--json FILE] [--table FILE]
-                                         [--sample N]
+                                         [--sample N] [--kernels NAME]
 
 Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers or needs more shared
 memory than the architecture has. Must not run under TRITON_INTERPRET=1.
@@ -107,7 +107,7 @@ def drawn(jobs: list, sample: int | None) -> list:
     return jobs if sample is None else random.Random(0).sample(jobs, min(sample, len(jobs)))
 
 
-def all_triton(archs: list[int], folder: Path, sample: int | None) -> list[Usage]:
+def all_triton(archs: list[int], folder: Path, sample: int | None, part: str = "") -> list[Usage]:
     jobs = []
     for module in triton_modules():
         jitted = {name: f for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
@@ -119,10 +119,13 @@ def all_triton(archs: list[int], folder: Path, sample: int | None) -> list[Usage
         jobs += [
             Job(module.__name__, kernel, variant, *target)
             for kernel, variants in entries.items()
+            if part in kernel
             for variant, (*_, held) in enumerate(variants)
             for target in targets
             if not isinstance(held, tuple) or target[0] in held
         ]
+    if not jobs:
+        raise SystemExit(f"--kernels: no Triton kernel has {part!r} in its name")
     jobs = drawn(jobs, sample)
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_triton, jobs, repeat(folder), chunksize=len(jobs) // 16 + 1))
@@ -184,14 +187,15 @@ def main() -> int:
     parser.add_argument("--only", choices=["triton", "cuda"])
     parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--sample", type=int, metavar="N", help="compile N variants of Triton kernels and N CUDA files")
+    parser.add_argument("--kernels", metavar="NAME", default="", help="only Triton kernels with this in their name")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--table", type=Path, help="also write the table, with what compiled it, to this file")
     args = parser.parse_args()
     usages: list[Usage] = []
     with tempfile.TemporaryDirectory() as folder:
         if args.only != "cuda":
-            usages += all_triton(args.archs, Path(folder), args.sample)
-        if args.only != "triton":
+            usages += all_triton(args.archs, Path(folder), args.sample, args.kernels)
+        if args.only != "triton" and not args.kernels:
             if shutil.which("nvcc") is None:
                 raise SystemExit("nvcc is not on PATH; --only triton compiles the rest")
             usages += all_cuda(args.archs, Path(folder), args.sample)

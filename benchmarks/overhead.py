@@ -4,7 +4,8 @@
     python benchmarks/overhead.py --base REV        in turn with the package of a git commit, which is built first
     python benchmarks/overhead.py --base FOLDER     … of a checkout that is built already
 
-One thread, B=1, N=16, C=8, float32 on the CPU. A round measures one contender right after the other, each as the best
+One thread, B=1, N=16, C=8 (where nothing is written below, the smoke shape and first baseline of a function's
+benchmark), float32 on the CPU. A round measures one contender right after the other, each as the best
 of some repeats; shown is the median over the rounds. Ratios are taken within a round.
 """
 
@@ -24,8 +25,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # behind the folder of --serve
+
+from benchmarks import cases  # noqa: E402, F401  (register themselves)
+from benchmarks.registry import BENCHMARKS, Benchmark  # noqa: E402
+
 N, C = 16, 8
 
 
@@ -77,7 +84,7 @@ def calls() -> dict[str, tuple[Callable, Callable, torch.Tensor | None]]:
         means = q.view(1, 4, 4, C).mean(2)
         return (means @ means.mT).topk(2).indices
 
-    return {
+    table = {
         "gather_tokens": (lambda x: vk.gather_tokens(x, index), lambda x: x.gather(1, wide), x),
         "scatter_add_tokens": (
             lambda x: vk.scatter_add_tokens(x, index, N), lambda x: torch.zeros(1, N, C).scatter_add(1, wide, x), x
@@ -93,6 +100,24 @@ def calls() -> dict[str, tuple[Callable, Callable, torch.Tensor | None]]:
         "cross_attention": (lambda q: vk.cross_attention(q, q, q), attention, q),
         "merge_attention_states": (lambda q: vk.merge_attention_states([q, q], [lse, lse])[0], states, q),
     }  # fmt: skip
+    for bench in BENCHMARKS.values():
+        if bench.covers not in table and hasattr(vk, bench.covers):  # a commit to compare with may lack it
+            table[bench.covers] = of_benchmark(bench)
+    return table
+
+
+def of_benchmark(bench: Benchmark) -> tuple[Callable, Callable, torch.Tensor | None]:
+    """What `calls` has of a function, by its benchmark."""
+    s = bench.shapes["smoke"].sizes
+    given = bench.make(s, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    first = bench.differentiable[:1]
+
+    def on(function: Callable) -> Callable:
+        return lambda tensor: function(given | dict.fromkeys(first, tensor))
+
+    plain = bench.baselines("cpu", compiled=False)[0]
+    ours = on(lambda x: next(iter(pytree.tree_leaves(bench.call(x, s, None)))))
+    return ours, on(lambda x: plain.function(bench, x, s)), given[first[0]] if first else None
 
 
 def steps(call: Callable, tensor: torch.Tensor | None) -> dict[str, Callable[[], None]]:
@@ -194,7 +219,7 @@ def checkout(revision: str, folder: Path) -> Path:
 def compare(base: Path, rounds: int) -> dict[str, dict[str, float]]:
     ours, theirs = Package(ROOT), Package(base)
     figures = {}
-    for name in ours.names:
+    for name in [name for name in ours.names if name in theirs.names]:
         pairs = []
         for i in range(rounds):
             order = (ours, theirs) if i % 2 else (theirs, ours)

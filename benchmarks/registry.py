@@ -1,6 +1,6 @@
 """What a benchmark is: its inputs, our call, the alternatives, and the least work that any of them must do.
 
-@benchmark("gather_tokens", covers="gather_tokens")
+@benchmark("gather_tokens")
 class GatherTokens(Benchmark):
     def make(self, s, dtype, device, rng): ...     # inputs by name
     def call(self, x, s, backend): ...             # ours
@@ -161,12 +161,16 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def benchmark(name: str, *, covers: str) -> Callable[[type[Benchmark]], type[Benchmark]]:
-    """Registers a class under a name that has sizes in shapes.py."""
+def benchmark(
+    name: str, *, covers: str | None = None, shapes: dict[str, Shape] | None = None
+) -> Callable[[type[Benchmark]], type[Benchmark]]:
+    """Registers a class that measures `covers`, default what it is named; its sizes are `shapes`, or in shapes.py."""
 
     def register(cls: type[Benchmark]) -> type[Benchmark]:
         entry = cls()
-        entry.name, entry.covers = name, covers
+        entry.name, entry.covers = name, covers or name
+        if shapes is not None:
+            SHAPES[name] = shapes
         BENCHMARKS[name] = entry
         return cls
 

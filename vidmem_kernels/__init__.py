@@ -1,36 +1,28 @@
-"""Fused kernels for video models with long memory: token merging, sparse gathering, linear and cross-attention."""
+"""Fused kernels for video models with long memory: token merging, sparse gathering, linear and cross-attention.
+
+The ops of every family are registered by `load_families`, which finds them. The public functions of a family are what
+its api.py lists in `__all__`; it is imported by name here, for editors and type checkers follow that and no loop.
+"""
 
 from . import _requirements
 
 _requirements.check()
 
 from ._dispatch import BackendError, Choice, explain, recording, use_backend
-from .cross_attn import ops as _cross_attn_ops  # noqa: F401  (registers its ops)
-from .cross_attn.api import cross_attention, merge_attention_states
-from .linear_attn import ops as _linear_attn_ops  # noqa: F401  (registers its ops)
-from .linear_attn.api import LinearAttentionState, linear_attention
+from ._registry import load_families
+from .cross_attn import api as _cross_attn
+from .cross_attn.api import *  # noqa: F403
+from .linear_attn import api as _linear_attn
+from .linear_attn.api import *  # noqa: F403
 from .modules import LinearAttention, MemoryCrossAttention
-from .sparse_gather import ops as _sparse_gather_ops  # noqa: F401  (registers its ops)
-from .sparse_gather.api import (
-    QuantizedRows,
-    SelectResult,
-    gather_tokens,
-    quantize_rows,
-    scatter_add_tokens,
-    select_tokens,
-    topk_blocks,
-)
+from .sparse_gather import api as _sparse_gather
+from .sparse_gather.api import *  # noqa: F403
 from .sparse_gather.memory_bank import MemoryBank
 from .sparse_gather.memory_file import MemoryFileError
-from .token_merge import ops as _token_merge_ops  # noqa: F401  (registers its ops)
-from .token_merge.api import (
-    MergePlan,
-    MergeResult,
-    match_neighbors,
-    match_tokens,
-    merge_tokens,
-    unmerge_tokens,
-)
+from .token_merge import api as _token_merge
+from .token_merge.api import *  # noqa: F403
+
+load_families()
 
 __version__ = "0.1.0"
 
@@ -41,24 +33,11 @@ __all__ = [
     "MemoryBank",
     "MemoryCrossAttention",
     "MemoryFileError",
-    "MergePlan",
-    "MergeResult",
-    "QuantizedRows",
-    "SelectResult",
-    "LinearAttentionState",
-    "cross_attention",
     "explain",
-    "gather_tokens",
-    "quantize_rows",
-    "linear_attention",
-    "merge_attention_states",
-    "match_neighbors",
-    "match_tokens",
-    "merge_tokens",
     "recording",
-    "scatter_add_tokens",
-    "select_tokens",
-    "topk_blocks",
-    "unmerge_tokens",
     "use_backend",
 ]
+__all__ += _cross_attn.__all__
+__all__ += _linear_attn.__all__
+__all__ += _sparse_gather.__all__
+__all__ += _token_merge.__all__

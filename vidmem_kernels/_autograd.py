@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from . import _fast, _transforms
-
-if TYPE_CHECKING:
-    from ._registry import Op
+from ._op import OPS, Op
 
 
 class BoundOps:
     """torch.ops.vidmem with the backend of the forward call: what gradients are computed with."""
 
-    def __init__(self, ops: dict[str, Op], backend: str):
-        self._ops = ops
+    def __init__(self, backend: str):
         self._backend = backend
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        op = self._ops[name]
+        op = OPS[name]
         return lambda *args: _fast.call_op(op, op.complete(args), self._backend)
 
 
@@ -47,7 +44,7 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
     def backward(ctx, *grads):
         if op.backward is None:
             raise RuntimeError(f"{op.name}: has no derivative (second derivatives are not supported)")
-        grads = op.backward(BoundOps(op.registry, ctx.backend), ctx, *grads)
+        grads = op.backward(BoundOps(ctx.backend), ctx, *grads)
         grads = grads if isinstance(grads, tuple) else (grads,)
         if lists:
             grads = *(g for grad in grads for g in (grad if isinstance(grad, list | tuple) else (grad,))), None
@@ -55,14 +52,6 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{op.name}_function", (torch.autograd.Function,), methods)
-
-
-def apply(op: Op, args: tuple[Any, ...], backend: str, run: Callable[..., Any]) -> Any:
-    """`run(*args)`, recorded by autograd."""
-    if op.has_lists:
-        leaves, structure = pytree.tree_flatten(args)
-        return op.function.apply(*leaves, structure, backend, run)
-    return op.function.apply(*args, backend, run)
 
 
 def autograd_kernel(op: Op) -> Callable[..., Any]:
@@ -78,7 +67,7 @@ def autograd_kernel(op: Op) -> Callable[..., Any]:
 
         args, backend = op.fill(args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return apply(op, args, backend, run)
+            return op.apply(args, backend, run)
         return run(*args)
 
     return kernel

@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import _dispatch, _fast, _sharding, _symbolic, _transforms
-from ._registry import OPS
+from ._op import OPS
 
 
 def call(name: str, *args: Any, backend: str | None) -> Any:

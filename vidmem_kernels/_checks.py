@@ -47,10 +47,20 @@ def check_int(op: str, name: str, value: object, low: int, high: int | None = No
         require(value <= high, _out_of_bounds, op, name, value, low, high)
 
 
-def check_finite(op: str, name: str, value: object) -> None:
-    """Checks that `value` is a number (or a symbolic one), neither NaN nor infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+def is_number(value: object) -> bool:
+    """Whether `value` is an int or a float, or a symbolic one; a bool is not."""
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """Checks that `value` is a number."""
+    if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def check_finite(op: str, name: str, value: object) -> None:
+    """Checks that `value` is a number, neither NaN nor infinite."""
+    check_number(op, name, value)
     # Comparisons alone, which a compiled graph keeps for every value; math.isfinite would fix a symbolic one.
     if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from . import _env, _extension
-
-if TYPE_CHECKING:
-    from ._registry import Op
+from ._op import Library, Op
 
 logger = logging.getLogger("vidmem_kernels")
 
@@ -129,23 +128,6 @@ def unavailable(op: Op, backend: str, device_type: str) -> str | None:
     return None if op.library else "this op has no such kernel"
 
 
-@dataclass(frozen=True)
-class Library:
-    """A library that computes an op on some kinds of device.
-
-    Attributes:
-        name: as `explain` shows it.
-        devices: device types it is for.
-        call: function of the op's arguments that returns its results.
-        refuse: function of the op's arguments that returns why it cannot run them, or None.
-    """
-
-    name: str
-    devices: tuple[str, ...]
-    call: Callable[..., Any]
-    refuse: Callable[..., str | None]
-
-
 def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Library | None, dict[str, str]]:
     """The first library of `op` that can run a call (None if none can), and why those before it cannot."""
     refused: dict[str, str] = {}
@@ -180,6 +162,27 @@ def implementation(op: Op, backend: str, device: torch.device, args: Sequence[An
     if backend == "library":
         return first_library(op, device, args)[0].call
     return getattr(torch.ops.vidmem_cpp, op.name)
+
+
+def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`run` with `device` as the current one: Triton launches there, whatever its tensors are on."""
+
+    def run_there(*args):
+        with torch.cuda.device(device):
+            return run(*args)
+
+    return run_there
+
+
+def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """`run`, which reads memory, but the dispatcher where a tensor's values are not what its memory holds."""
+
+    def run_or_dispatch(*args):
+        tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+        plain = not any(t.is_neg() or t._is_zerotensor() for t in tensors)
+        return run(*args) if plain else op.overload(*args, backend)
+
+    return run_or_dispatch
 
 
 @dataclass
@@ -225,6 +228,20 @@ def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> s
     if is_recording():
         _local.recorder.append(_describe(op, device, args, chosen, refused))
     return chosen
+
+
+def bind(op: Op, args: tuple[Any, ...], backend: str) -> Callable[..., Any] | None:
+    """The kernel of calls like this one, gradient included, past the dispatcher; None if only that can serve it."""
+    device = op.device(args)
+    chosen = select(op, device, args, backend)
+    run = implementation(op, chosen, device, args)
+    if device.type == "cuda":
+        run = on_device(run, device)
+    if chosen == "triton":
+        run = _materialised(op, run, backend)
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return run
+    return None if op.backward is None else lambda *args: op.apply(args, backend, run)
 
 
 def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, refused: dict[str, str]) -> Choice:
@@ -286,7 +303,6 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
-    from torch.utils import _pytree as pytree
 
     # The shape environment gives numbers that depend on data a symbol, such as a plan's rows under a threshold.
     fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())

@@ -49,14 +49,3 @@ def cuda_fingerprint(op: str) -> str | None:
     """Fingerprint (see `_verified`) of the CUDA sources of `op` that _C was built beside, or None."""
     noted = getattr(module, "cuda_fingerprints", "")
     return dict(entry.split("=") for entry in noted.split()).get(op)
-
-
-def refuse_attention(x: torch.Tensor, *rest: object) -> str | None:
-    """Why the C++ kernels of attention do not take a call whose first tensor is `x`, or None."""
-    if x.dtype == torch.float64:
-        # Sums in tiles have another order than the reference's, which is what float64 is compared with.
-        return "float64 is for checks and runs the reference"
-    if module.cpu_capability() == "baseline":
-        # Gradients were over the error that is allowed: a plain cross-attention's by 5 %, linear attention's 3 times.
-        return "needs AVX2: products that are rounded before they are summed err too much"
-    return None

@@ -12,7 +12,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -20,9 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _dispatch, _env, _extension
-
-if TYPE_CHECKING:
-    from ._registry import Op
+from ._op import Op
 
 MAX_REMEMBERED = 4096  # calls of one function; beyond, the table starts anew
 
@@ -147,7 +145,8 @@ def call_op(op: Op, args: tuple[Any, ...], backend: str) -> Any:
     kernel = op.remembered.get(key, _UNKNOWN)
     if kernel is _UNKNOWN:
         one_device = key is not None and len({t.device for t in tensors}) == 1
-        kernel = op.bind(args, backend) if one_device and tensors[0].device.type in _dispatch.LADDERS else None
+        served = one_device and tensors[0].device.type in _dispatch.LADDERS
+        kernel = _dispatch.bind(op, args, backend) if served else None
         if len(op.remembered) >= MAX_REMEMBERED:
             op.remembered.clear()
         op.remembered[key] = kernel
@@ -196,7 +195,7 @@ def _runner(
         return None
     arguments = _pick(tuple(args), tensors)
     shape = _pick(results, raw if isinstance(raw, tuple) else (raw,))
-    kernel = op.bind(tuple(args), backend) if arguments and shape else None
+    kernel = _dispatch.bind(op, tuple(args), backend) if arguments and shape else None
     if kernel is None:
         return None
     if results is raw:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ._registry import OPS
+from ._op import OPS, Op
 from ._transforms import when_traced
-
-if TYPE_CHECKING:
-    from ._registry import Op
 
 
 @when_traced

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -19,8 +19,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from ._registry import Op
+from ._op import Op
 
 
 def depth() -> int:
@@ -123,10 +122,10 @@ class Lane(NamedTuple):
     shared: bool
 
 
-def _fold_argument(op: Op, name: str, lane: Lane, size: int, batch: int) -> Tensor:
-    """The argument with mapped axis and batch as one first axis."""
+def _fold_argument(op: Op, name: str, lane: Lane, size: int, batch: int, one_for_all: bool) -> Tensor:
+    """The argument with mapped axis and batch as one first axis; `one_for_all`: tensors that may broadcast do so."""
     tensor, shared = lane
-    if shared and (tensor.dim() == op.without_batch.get(name) or (tensor.shape[0] == 1 and name in op.broadcasts)):
+    if shared and (tensor.dim() == op.without_batch.get(name) or (one_for_all and name in op.broadcasts)):
         return tensor
     if shared:
         tensor = tensor.unsqueeze(0)
@@ -151,9 +150,12 @@ def fold(op: Op, size: int, args: Sequence[Any]) -> Any:
     leading = leading if isinstance(leading, Lane) else leading[0]
     batch = leading.tensor.shape[0 if leading.shared else 1]
 
+    broadcast = [lane for name, lane in zip(op.arguments, arguments, strict=True) if lane and name in op.broadcasts]
+    one_for_all = all(lane.shared and lane.tensor.shape[0] == 1 for lane in broadcast)
+
     def folded(name: str, value: Any) -> Any:
         if isinstance(value, Lane):
-            return _fold_argument(op, name, value, size, batch)
+            return _fold_argument(op, name, value, size, batch, one_for_all)
         return [folded(name, v) for v in value] if isinstance(value, list | tuple) else value
 
     results = op.overload(*map(folded, op.arguments, arguments), backend)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import __version__, _dispatch, _env, _extension
-from ._registry import OPS, Op
+from ._op import OPS, Op
 
 
 def _version(package: str) -> str | None:

@@ -1,14 +1,16 @@
 """For tests of backends, ours and others': sample inputs of every op, derived error budgets, poisoned memory.
 
-A family's samples.py yields, per op, labelled argument tuples that the contract tests run everything on. Its
-compositions.py says what an op is held to in half precision.
+A family's samples.py yields, per op, labelled argument tuples that the contract tests run everything on, and calls of
+every public function whose sizes have names. Its compositions.py says what an op is held to in half precision.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,10 +19,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _dispatch
-from ._registry import OPS, Op
+from ._op import OPS, Op
 
 _SAMPLES: dict[str, Callable[[Make], Iterator[tuple[str, tuple]]]] = {}
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {}
+_CALLS: list[Call] = []
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -81,6 +84,93 @@ def samples(op: str, make: Make | None = None) -> list[Sample]:
     if op not in _SAMPLES:
         raise KeyError(f"{op}: add @sample_inputs({op!r}) to {OPS[op].family}.samples")
     return [Sample(label, args) for label, args in _SAMPLES[op](make or Make())]
+
+
+class Call(NamedTuple):
+    """A call of a public function, for suites that run every one of them at sizes of their own.
+
+    Attributes:
+        function: its name in vidmem_kernels.
+        label: what is special about the call.
+        call: function of the tensors.
+        shapes: of every tensor, the names of its dimensions; "B N 4": the last one is fixed.
+        make: (Make, sizes by name) -> the tensors.
+        least: smallest size of a dimension, where it is not any.
+        constant: places of float tensors that get no gradient, such as times.
+        moves: the results are elements of the tensors, moved and no more, and so are gradients.
+    """
+
+    function: str
+    label: str
+    call: Callable[..., Any]
+    shapes: tuple[str, ...]
+    make: Callable[[Make, dict[str, int]], tuple[Tensor, ...]]
+    least: dict[str, int]
+    constant: tuple[int, ...] = ()
+    moves: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.function}[{self.label}]"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the dimensions, in order."""
+        found = (d for shape in self.shapes for d in shape.split() if not d.isdigit() and d.isalnum())
+        return list(dict.fromkeys(found))
+
+    def floats(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Places of the tensors that get a gradient."""
+        return [i for i, t in enumerate(tensors) if is_differentiable(t) and i not in self.constant]
+
+
+def named_call(
+    function: str,
+    label: str,
+    call: Callable[..., Any],
+    *shapes: str,
+    make: Callable[[Make, dict[str, int]], tuple[Tensor, ...]] | None = None,
+    constant: tuple[int, ...] = (),
+    moves: bool = False,
+    **least: int,
+) -> Call:
+    """A `Call`; without `make` all tensors are normal."""
+
+    def normal(m: Make, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+        return tuple(m.randn(*(int(d) if d.isdigit() else sizes[d] for d in shape.split())) for shape in shapes)
+
+    return Call(function, label, call, shapes, make or normal, least, constant, moves)
+
+
+def public_call(function: str, *args: Any, **options: Any) -> None:
+    """Declares, in a family's samples.py, a call of one of its public functions; arguments as of `named_call`."""
+    _CALLS.append(named_call(function, *args, **options))
+
+
+def public_calls() -> list[Call]:
+    """The calls that all families declare, by name of the function."""
+    for family in {op.family for op in OPS.values()}:
+        if importlib.util.find_spec(f"{family}.samples") is not None:
+            importlib.import_module(f"{family}.samples")
+    return sorted(_CALLS, key=lambda call: call.function)
+
+
+def public_functions() -> set[str]:
+    """Names of the functions of this package that call an op: those that take a backend."""
+    return {
+        name
+        for name, function in _public().items()
+        if inspect.isfunction(function) and "backend" in inspect.signature(function).parameters
+    }
+
+
+def public_modules() -> set[str]:
+    """Names of the modules of this package."""
+    return {name for name, cls in _public().items() if isinstance(cls, type) and issubclass(cls, torch.nn.Module)}
+
+
+def _public() -> dict[str, Any]:
+    package = sys.modules[__package__]
+    return {name: getattr(package, name) for name in package.__all__}
 
 
 def is_differentiable(tensor: object) -> bool:

@@ -74,7 +74,7 @@ class Cross(Benchmark):
         return Work(4 * (s["Lq"] + s["Lk"]) * rows * itemsize, 10 * s["Lq"] * s["Lk"] * rows * self.share(s))
 
 
-@benchmark("cross_attention", covers="cross_attention")
+@benchmark("cross_attention")
 class CrossAttention(Cross):
     @baseline("SDPA")
     def sdpa(self, x, s):
@@ -268,7 +268,7 @@ def _window_mask(q_time, k_time, s):
     return create_block_mask(visible, None, None, s["Lq"], s["Lk"], device=q_time.device)
 
 
-@benchmark("merge_attention_states", covers="merge_attention_states")
+@benchmark("merge_attention_states")
 class MergeAttentionStates(Benchmark):
     """Two sources of keys: the memory and the present clip."""
 

@@ -127,7 +127,7 @@ def _chunks(x, s, size):
         yield F.pad(t, (0, 0, 0, spare)).unflatten(2, (-1, size))
 
 
-@benchmark("linear_attention", covers="linear_attention")
+@benchmark("linear_attention")
 class LinearAttention(Linear):
     @baseline("matmul form", compiled=True)
     def matmul(self, x, s):

@@ -9,7 +9,7 @@ import vidmem_kernels as vk
 from ..registry import Benchmark, Work, baseline, benchmark, randint, randn
 
 
-@benchmark("gather_tokens", covers="gather_tokens")
+@benchmark("gather_tokens")
 class GatherTokens(Benchmark):
     differentiable = ("bank",)
 
@@ -58,7 +58,7 @@ class GatherTokensInt8(Benchmark):
         return (rows * x["scale"][0].index_select(0, index).unsqueeze(1)).to(x["dtype"]).unsqueeze(0)
 
 
-@benchmark("scatter_add_tokens", covers="scatter_add_tokens")
+@benchmark("scatter_add_tokens")
 class ScatterAddTokens(Benchmark):
     differentiable = ("src",)
 
@@ -90,7 +90,7 @@ class ScatterAddTokens(Benchmark):
         return x["src"].new_zeros(1, s["M"], s["C"]).scatter_add_(1, index, x["src"])
 
 
-@benchmark("quantize_rows", covers="quantize_rows")
+@benchmark("quantize_rows")
 class QuantizeRows(Benchmark):
     tolerance = 1 / 126  # torch's division rounds a tie the other way now and then: one step of 127
 
@@ -113,7 +113,7 @@ class QuantizeRows(Benchmark):
         return (x["x"] / scale.clamp(min=1e-30).unsqueeze(1)).round().to(torch.int8), scale
 
 
-@benchmark("select_tokens", covers="select_tokens")
+@benchmark("select_tokens")
 class SelectTokens(Benchmark):
     differentiable = ("x",)
 
@@ -147,7 +147,7 @@ def _means(x, block):
     return means.transpose(1, 2)
 
 
-@benchmark("topk_blocks", covers="topk_blocks")
+@benchmark("topk_blocks")
 class TopkBlocks(Benchmark):
     selects = True
 

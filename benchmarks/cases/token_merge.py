@@ -59,7 +59,7 @@ class Match(Benchmark):
         return s["N"] * s["C"] * itemsize + 4 * (2 * s["N"] + 2 * rows)
 
 
-@benchmark("match_tokens", covers="match_tokens")
+@benchmark("match_tokens")
 class MatchTokens(Match):
     def call(self, x, s, backend):
         return vk.match_tokens(x["metric"], self.num_merge(s), backend=backend)
@@ -143,7 +143,7 @@ class MatchTokensWindow(Match):
         return numbers.flatten()[merged].unsqueeze(0), destination.unsqueeze(0)
 
 
-@benchmark("match_neighbors", covers="match_neighbors")
+@benchmark("match_neighbors")
 class MatchNeighbors(Match):
     def call(self, x, s, backend):
         return vk.match_neighbors(x["metric"], self.num_merge(s), grid=s["grid"], backend=backend)
@@ -187,7 +187,7 @@ def _plan(rng, s):
     return {"plan": plan, "index": index, "expanded": index.unsqueeze(2).expand(-1, -1, s["C"])}
 
 
-@benchmark("merge_tokens", covers="merge_tokens")
+@benchmark("merge_tokens")
 class MergeTokens(Benchmark):
     differentiable = ("x",)
 
@@ -223,7 +223,7 @@ class MergeTokens(Benchmark):
         return (sums / total[0].unsqueeze(1).to(sums.dtype)).unsqueeze(0), total
 
 
-@benchmark("unmerge_tokens", covers="unmerge_tokens")
+@benchmark("unmerge_tokens")
 class UnmergeTokens(Benchmark):
     differentiable = ("y",)
 

@@ -15,7 +15,7 @@ import vidmem_kernels as vk
 from vidmem_kernels import _env, _extension
 from vidmem_kernels.testing import poisoned_memory
 
-from . import attention, gathering, merging  # noqa: F401  (register their generators)
+from . import attention, gathering, merging, moving  # noqa: F401  (register their generators)
 from .bounds import Num, truncating, worst
 from .case import GENERATORS, Case, Wrong, must
 from .draw import Draw, describe

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 import vidmem_kernels as vk
+from vidmem_kernels._op import OPS
+from vidmem_kernels.testing import Make, named_call, public_calls
 
 pytest.importorskip("torch.distributed.tensor")
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -25,40 +27,43 @@ def mesh():
     dist.destroy_process_group()
 
 
-def functions():
-    """name: (function, tensors, axes of the heads in these and in the results or None)."""
-    x, q = torch.randn(4, 6, 8), torch.randn(4, 6, 2, 8)
-    index = torch.tensor([[2, 0, -1, 5], [1, 1, 3, 4]]).repeat(2, 1)
-    plan = vk.match_tokens(x, 2)
-    lse, bias = torch.randn(4, 2, 6), torch.randn(4, 6)
-    S, z = torch.randn(4, 2, 8, 8).abs(), torch.randn(4, 2, 8).abs()
-    times = torch.arange(6.0).expand(4, 6)
+SIZES = {"B": 4, "H": 2, "L": 6, "Lq": 6, "Lk": 6, "N": 6, "D": 8, "C": 8}  # all others 3
+
+
+def axes_of(call, name):
+    """Of every tensor, the axis that is sharded: that of B or H; None where it has none."""
+    return [shape.split().index(name) if name in shape.split() else None for shape in call.shapes]
+
+
+def tensors_of(call):
+    return call.make(Make(), {dim: SIZES.get(dim, 3) for dim in call.names})
+
+
+def attend_in_batches(q, k, b, t, i):
+    return vk.cross_attention(
+        q, k, k, key_bias=b, q_time=t, k_time=t, window=(3, 3), block_index=i, block_size=(2, 2), return_lse=True
+    )
+
+
+def times_of_a_batch(m, s):
+    """Times of one kind for queries and keys, blocks that are one memory for all."""
+    q, times = m.randn(4, 6, 2, 8), torch.arange(6.0).expand(4, 6)
     blocks = torch.tensor([[[[0], [1], [2]]]]).expand(4, 1, 3, 1)
+    return q, q + 1, m.randn(4, 6), times, blocks
 
-    def attend(q, k, b, t, i):
-        return vk.cross_attention(
-            q, k, k, key_bias=b, q_time=t, k_time=t, window=(3, 3), block_index=i, block_size=(2, 2), return_lse=True
-        )
 
-    def remember(q, k, S, z):
-        return vk.linear_attention(q, k, q, state=vk.LinearAttentionState(S, z), return_state=True)
-
-    return {
-        "gather_tokens": (vk.gather_tokens, [x, index]),
-        "scatter_add_tokens": (lambda s, i: vk.scatter_add_tokens(s, i, 6), [x[:, :4], index]),
-        "quantize_rows": (vk.quantize_rows, [x]),
-        "select_tokens": (lambda x: vk.select_tokens(x, 3), [x]),
-        "topk_blocks": (lambda q, k: vk.topk_blocks(q, k, block_size=(2, 2), topk=2), [q, q + 1]),
-        "match_tokens": (lambda x: vk.match_tokens(x, 2), [x]),
-        "match_neighbors": (lambda x: vk.match_neighbors(x, 2, grid=(1, 2, 3)), [x]),
-        "merge_tokens": (lambda x, *p: vk.merge_tokens(x, vk.MergePlan(*p)), [x, *plan]),
-        "unmerge_tokens": (lambda y, *p: vk.unmerge_tokens(y, vk.MergePlan(*p)), [x[:, :4], *plan]),
-        "linear_attention": (remember, [q, q + 1, S, z], (2, 2, 1, 1), (2, 1, 1)),
-        "cross_attention": (attend, [q, q + 1, bias, times, blocks], (2, 2, None, None, None), (2, 1)),
-        "merge_attention_states": (
-            lambda a, b, c, d: vk.merge_attention_states([a, b], [c, d]), [q, q + 1, lse, lse - 1], (2, 2, 1, 1), (2, 1)
-        ),
-    }  # fmt: skip
+CALLS = {str(call): call for call in public_calls() if hasattr(torch.ops.vidmem, call.function)}
+SHAPES = ("B Lq H D", "B Lk H D", "B Lk", "B Lq", "B 1 blocks topk")
+CALLS["cross_attention[times of a batch]"] = named_call(
+    "cross_attention", "times of a batch", attend_in_batches, *SHAPES, make=times_of_a_batch
+)
+# A gradient that all batches share would have to be summed over ranks.
+ALONG_BATCH = [
+    name
+    for name, call in CALLS.items()
+    if not {i for i, axis in enumerate(axes_of(call, "B")) if axis is None} & set(call.floats(tensors_of(call)))
+]
+ALONG_HEADS = [name for name, call in CALLS.items() if OPS[call.function].result_heads]
 
 
 def first_half(tensor, axis):
@@ -66,16 +71,18 @@ def first_half(tensor, axis):
 
 
 def check(mesh, name, axes, result_axes):
-    call, tensors, *_ = functions()[name]
-    leaves = [t.detach().clone().requires_grad_(t.is_floating_point() and "time" not in name) for t in tensors]
-    whole = [t for t in pytree.tree_leaves(call(*leaves)) if isinstance(t, torch.Tensor)]
+    call = CALLS[name]
+    tensors = tensors_of(call)
+    floats = call.floats(tensors)
+    leaves = [t.detach().clone().requires_grad_(i in floats) for i, t in enumerate(tensors)]
+    whole = [t for t in pytree.tree_leaves(call.call(*leaves)) if isinstance(t, torch.Tensor)]
     shards = [
         DTensor.from_local(first_half(t, axis).detach(), mesh, [Replicate() if axis is None else Shard(axis)],
                            run_check=False, shape=t.shape, stride=t.stride()).requires_grad_(t.requires_grad)
         for t, axis in zip(leaves, axes, strict=True)
     ]  # fmt: skip
-    found = [t for t in pytree.tree_leaves(call(*shards)) if isinstance(t, torch.Tensor)]
-    for part, full, axis in zip(found, whole, result_axes or [0] * len(whole), strict=True):
+    found = [t for t in pytree.tree_leaves(call.call(*shards)) if isinstance(t, torch.Tensor)]
+    for part, full, axis in zip(found, whole, result_axes[: len(whole)], strict=True):
         assert part.placements == (Shard(axis),) and part.shape == full.shape
         torch.testing.assert_close(part.to_local(), first_half(full, axis), equal_nan=True)
     if not any(t.requires_grad for t in whole):
@@ -85,8 +92,13 @@ def check(mesh, name, axes, result_axes):
             check_gradients(leaves, shards, whole[used], found[used], axes)
 
 
+def weighted(t):
+    """A sum whose gradient is sharded as `t` is."""
+    return (t.float() * t.detach().float().nan_to_num().cos()).sum()
+
+
 def check_gradients(leaves, shards, whole, found, axes):
-    grads = [torch.autograd.grad(sum(t.float().sum() for t in results if t.requires_grad), inputs, allow_unused=True,
+    grads = [torch.autograd.grad(sum(weighted(t) for t in results if t.requires_grad), inputs, allow_unused=True,
                                  retain_graph=True)
              for results, inputs in ((whole, [t for t in leaves if t.requires_grad]),
                                      (found, [t for t in shards if t.requires_grad]))]  # fmt: skip
@@ -98,12 +110,15 @@ def check_gradients(leaves, shards, whole, found, axes):
         torch.testing.assert_close(part.to_local(), first_half(full, axis))
 
 
-@pytest.mark.parametrize("name", sorted(functions()))
+def test_every_declared_function_is_sharded():
+    assert {call.function for call in CALLS.values()} == {CALLS[name].function for name in ALONG_BATCH}
+
+
+@pytest.mark.parametrize("name", sorted(ALONG_BATCH))
 def test_sharded_along_the_batch(name, mesh):
-    count = len(functions()[name][1])
-    check(mesh, name, [0] * count, None)
+    check(mesh, name, axes_of(CALLS[name], "B"), [0] * 4)
 
 
-@pytest.mark.parametrize("name", sorted(n for n, case in functions().items() if len(case) == 4))
+@pytest.mark.parametrize("name", sorted(ALONG_HEADS))
 def test_sharded_along_the_heads(name, mesh):
-    check(mesh, name, *functions()[name][2:])
+    check(mesh, name, axes_of(CALLS[name], "H"), OPS[CALLS[name].function].result_heads)

@@ -11,25 +11,19 @@ import re
 
 import pytest
 import torch
-from export_cases import CASES, NOT_TRACED
+from export_cases import CASES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import vidmem_kernels as vk
-from vidmem_kernels.testing import Make, gradients, with_grad
+from vidmem_kernels.testing import Make, gradients, public_functions, public_modules, with_grad
 
-IDS = [f"{c.function}[{c.label}]" for c in CASES]
+IDS = [str(c) for c in CASES]
 
 
 # --- sizes ---
-
-
-def names_of(case):
-    """Names of the dimensions, in order."""
-    found = (d for shape in case.shapes for d in shape.split() if not d.isdigit() and d.isalnum())
-    return list(dict.fromkeys(found))
 
 
 def tensors(case, sizes, seed=0):
@@ -38,13 +32,13 @@ def tensors(case, sizes, seed=0):
 
 def example(case):
     """Sizes to trace at: unequal, so that torch takes no two for one."""
-    return {name: case.least.get(name, 1) + 12 + 2 * i for i, name in enumerate(names_of(case))}
+    return {name: case.least.get(name, 1) + 12 + 2 * i for i, name in enumerate(case.names)}
 
 
 def other_sizes(case, seed):
     """Odd and even sizes, one dimension at a time of the smallest size and of 1, all of 1 and all of the smallest."""
     draw = random.Random(f"{seed} {case.function} {case.label}")
-    names = names_of(case)
+    names = case.names
     least = {name: case.least.get(name, 0) for name in names}
     ones = {name: max(1, size) for name, size in least.items()}
     yield {n: draw.randint(ones[n], 29) for n in names}
@@ -58,7 +52,7 @@ def dims(case, kind):
     """dynamic_shapes with named dimensions ("named"), or with Dim.DYNAMIC or Dim.AUTO for each."""
     if kind != "named":
         return tuple({i: kind for i, d in enumerate(shape.split()) if not d.isdigit()} for shape in case.shapes)
-    named = {name: Dim(name, min=case.least.get(name)) for name in names_of(case)}
+    named = {name: Dim(name, min=case.least.get(name)) for name in case.names}
 
     def dim(text):
         name, _, more = text.partition("+")
@@ -148,7 +142,7 @@ def test_export_strict(case):
     program = export(case, Dim.AUTO, strict=True).module()
     draw = random.Random(f"{case.function} {case.label}")
     for _ in range(3):
-        check_at(program, case, {n: draw.randint(max(case.least.get(n, 0), 9), 29) for n in names_of(case)})
+        check_at(program, case, {n: draw.randint(max(case.least.get(n, 0), 9), 29) for n in case.names})
 
 
 @pytest.mark.sample(6)
@@ -163,7 +157,7 @@ def test_compile_makes_one_graph(case):
     scalars = torch._dynamo.config.patch(capture_scalar_outputs=True)
     with scalars, torch.fx.experimental._config.patch(use_duck_shape=False):
         for _ in range(3):
-            given = tensors(case, {n: draw.randint(max(case.least.get(n, 0), 9), 29) for n in names_of(case)})
+            given = tensors(case, {n: draw.randint(max(case.least.get(n, 0), 9), 29) for n in case.names})
             found, expected = _with_gradients(compiled, given), _with_gradients(case.call, given)
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
             # torch may begin again in the first call, where it made a constant number symbolic.
@@ -172,7 +166,9 @@ def test_compile_makes_one_graph(case):
 
 
 def test_every_public_function_has_a_case():
-    assert {c.function for c in CASES} == set(vk.__all__) - NOT_TRACED
+    lacking = (public_functions() | {"MergePlan"}) - {c.function for c in CASES}
+    assert not lacking, f"declare a public_call of {', '.join(lacking)} in the family's samples.py"
+    assert public_modules() <= {c.function for c in CASES}
 
 
 NUMBERS = {

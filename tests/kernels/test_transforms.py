@@ -10,11 +10,9 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils import _pytree as pytree
 
 import vidmem_kernels as vk
-from vidmem_kernels.testing import Make
+from vidmem_kernels.testing import Make, is_differentiable, public_calls, public_functions, public_modules
 
-INDEX = torch.tensor([[2, 0, -1, 5], [1, 1, 3, 4]])
 BLOCKS = torch.tensor([[[[0, 2], [1, -1]]]])
-TIMES = torch.arange(4.0), torch.arange(5.0)
 STEP = 1e-6
 
 
@@ -24,69 +22,68 @@ def flat(results):
     return torch.cat(parts)
 
 
+SIZES = {"B": 1, "N": 6, "Lk": 6, "M": 6, "C": 4}  # all others 2 or what a call needs at least
+
+
+def of_floats(call, dtype):
+    """A public call as a function of the tensors that get a gradient, and those; of indices alone, times them."""
+    given = call.make(Make(dtype), {name: SIZES.get(name, max(2, call.least.get(name, 0))) for name in call.names})
+    places = call.floats(given)
+
+    def function(*floats):
+        moved = dict(zip(places, floats, strict=True))
+        results = call.call(*(moved.get(i, t) for i, t in enumerate(given)))
+        found = [t for t in pytree.tree_leaves(results) if is_differentiable(t)]
+        return found or [t * sum(index.sum() for index in pytree.tree_leaves(results)) for t in floats]
+
+    return function, tuple(given[i] for i in places)
+
+
 def cases(dtype=torch.float64):
-    """Each public function and module with what it is differentiated in: `name: (function, tensors)`."""
+    """What is differentiated and in what: public calls, modules, and calls of particular kinds."""
     make = Make(dtype)
     r = make.randn
-    x, size = r(2, 6, 3), make.rand(2, 6)
+    x, wide = r(2, 6, 3), torch.promote_types(dtype, torch.float32)
     plan = vk.match_tokens(x, 2)
-    clusters = vk.MergePlan.from_assignment(torch.tensor([[0, 1, 1, 2, 0, 2]] * 2), 4)
-    q, k, v = r(1, 4, 2, 3), r(1, 5, 2, 3), r(1, 5, 2, 2)
-    wide = torch.promote_types(dtype, torch.float32)
-    S, z = r(1, 2, 3, 2, dtype=wide).abs(), r(1, 2, 3, dtype=wide).abs()
-    lse = [r(1, 2, 4, dtype=wide) for _ in range(2)]
+    q, k, v = r(1, 4, 2, 3), r(1, 4, 2, 3), r(1, 4, 2, 2)
     linear = vk.LinearAttention(4, 2, causal=True, block_size=2, dtype=dtype)
     cross = vk.MemoryCrossAttention(4, 2, dtype=dtype)
     torch.nn.init.normal_(cross.gate)
     linear.requires_grad_(False), cross.requires_grad_(False)  # linearize folds constants, in place in torch's RMSNorm
+    found = {str(call): of_floats(call, dtype) for call in public_calls()}
     # Merges of a plan that depends on what is differentiated: the derivative holds the plan fixed, as autograd does.
-    found = {
-        "gather_tokens": (lambda bank: vk.gather_tokens(bank, INDEX), (x,)),
-        "gather_tokens, one bank": (lambda bank: vk.gather_tokens(bank, INDEX), (r(1, 6, 3),)),
-        "scatter_add_tokens": (lambda src: vk.scatter_add_tokens(src, INDEX, 6), (r(2, 4, 3),)),
-        "quantize_rows": (lambda x: vk.quantize_rows(x).scale, (x,)),
-        "select_tokens": (lambda x: vk.select_tokens(x, 3).tokens, (x,)),
-        "select_tokens, score": (lambda x: vk.select_tokens(x, 3, score=x.sum(2)).tokens, (x,)),
-        "match_tokens": (lambda x: vk.merge_tokens(x, vk.match_tokens(x, 2)).tokens, (x,)),
-        "match_neighbors": (lambda x: vk.merge_tokens(x, vk.match_neighbors(x, 2, grid=(1, 2, 3))).tokens, (x,)),
-        "merge_tokens": (lambda x, size: vk.merge_tokens(x, plan, size), (x, size.to(wide))),
-        "merge_tokens, clusters": (lambda x: vk.merge_tokens(x, clusters).tokens, (x,)),
-        "unmerge_tokens": (lambda y: vk.unmerge_tokens(y, plan), (r(2, 4, 3),)),
-        "topk_blocks": (lambda q: q * vk.topk_blocks(q, q, block_size=(2, 2), topk=1).sum(), (q,)),
-        "linear_attention, state": (
+    found |= {
+        "select_tokens[score of x]": (lambda x: vk.select_tokens(x, 3, score=x.sum(2)).tokens, (x,)),
+        "match_tokens[merged]": (lambda x: vk.merge_tokens(x, vk.match_tokens(x, 2)).tokens, (x,)),
+        "match_neighbors[merged]": (
+            lambda x: vk.merge_tokens(x, vk.match_neighbors(x, 2, grid=(1, 2, 3))).tokens, (x,)
+        ),
+        "merge_tokens[matched]": (
+            lambda x, size: vk.merge_tokens(x, plan, size),
+            (x, make.rand(2, 6, dtype=wide)),
+        ),
+        "unmerge_tokens[matched]": (lambda y: vk.unmerge_tokens(y, plan), (r(2, 4, 3),)),
+        "cross_attention[blocks, bias]": (
+            lambda q, k, v, b: vk.cross_attention(q, k, v, block_index=BLOCKS, block_size=(2, 2), key_bias=b),
+            (q, r(1, 5, 2, 3), r(1, 5, 2, 2), r(1, 2, 5)),
+        ),
+        "linear_attention[elu1, state]": (
             lambda q, k, v, S, z: vk.linear_attention(
                 q, k, v, feature_map="elu1", state=vk.LinearAttentionState(S, z), return_state=True
             ),
-            (q, k[:, :4], v[:, :4], S, z),
-        ),
-        "cross_attention": (lambda q, k, v: vk.cross_attention(q, k, v, return_lse=True), (q, k, v)),
-        "cross_attention, bias": (lambda q, k, v, b: vk.cross_attention(q, k, v, key_bias=b), (q, k, v, r(1, 5))),
-        "cross_attention, window": (
-            lambda q, k, v: vk.cross_attention(
-                q, k, v, q_time=TIMES[0], k_time=TIMES[1], window=(1, 0), num_sinks=1, return_lse=True
-            ),
-            (q, k, v),
-        ),
-        "cross_attention, blocks": (
-            lambda q, k, v, b: vk.cross_attention(q, k, v, block_index=BLOCKS, block_size=(2, 2), key_bias=b),
-            (q, k, v, r(1, 2, 5)),
-        ),
-        "merge_attention_states": (
-            lambda a, b, c, d: vk.merge_attention_states([a, b], [c, d]), (q, q.flip(1), *lse)
+            (q, k, v, r(1, 2, 3, 2, dtype=wide).abs(), r(1, 2, 3, dtype=wide).abs()),
         ),
         "LinearAttention": (lambda x: linear(x), (r(1, 4, 4),)),
         "MemoryCrossAttention": (lambda x, m: cross(x, m), (r(1, 4, 4), r(1, 3, 4))),
     }  # fmt: skip
-    for phi in ("relu", "elu1", "identity"):
-        for causal in (False, True):
-            shift = 0 if phi == "relu" else 3  # a denominator far from 0
-            found[f"linear_attention, {phi}{', causal' * causal}"] = (
-                lambda q, k, v, phi=phi, causal=causal: vk.linear_attention(
-                    q, k, v, feature_map=phi, causal=causal, block_size=2
-                ),
-                (q, k[:, :4] + shift, v[:, :4]),
-            )
-    return found
+    for causal in (False, True):
+        found[f"linear_attention[identity, normalized{', causal' * causal}]"] = (
+            lambda q, k, v, causal=causal: vk.linear_attention(
+                q, k, v, feature_map="identity", causal=causal, block_size=2
+            ),
+            (q, k + 3, v),  # a denominator far from 0
+        )
+    return {name: case for name, case in found.items() if case[1]}
 
 
 NAMES = sorted(cases())
@@ -291,14 +288,9 @@ def test_against_finite_differences(name, check):
     assert_close(*CHECKS[check](Case(name)))
 
 
-def test_every_public_function_is_there():
-    tensors = {n for n in vk.__all__ if callable(getattr(vk, n)) and n[0].islower()}
-    named = {name.split(",")[0] for name in NAMES}
-    assert tensors - {"explain", "recording", "use_backend"} == {n for n in named if n[0].islower()}
-    modules = {
-        n for n in vk.__all__ if isinstance(getattr(vk, n), type) and issubclass(getattr(vk, n), torch.nn.Module)
-    }
-    assert modules == {n for n in named if n[0].isupper()}
+def test_every_declared_function_is_there():
+    declared = public_functions() & {call.function for call in public_calls()}
+    assert {name.split("[")[0] for name in NAMES} == declared | public_modules()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -431,13 +423,28 @@ def test_vmap_keeps_the_kernel(monkeypatch):
     assert seen == ["reference"]
 
 
+def in_threes(call):
+    """A public call as a function of what is mapped alone, and three of each along the first axis.
+
+    Indices are one argument: those of a plan make no sense beside those of another.
+    """
+    sizes = {name: {"B": 2, "N": 6, "Lk": 6, "C": 4}.get(name, max(3, call.least.get(name, 0))) for name in call.names}
+    drawn = [torch.stack(each) for each in zip(*(call.make(Make(seed=i), sizes) for i in range(3)), strict=True)]
+    alone = [[i] for i, t in enumerate(drawn) if t.is_floating_point()]
+    indices = [i for i, t in enumerate(drawn) if not t.is_floating_point()]
+    parts = alone + [indices] * bool(indices)
+
+    def function(*values):
+        given = {i: t for part, group in zip(parts, values, strict=True) for i, t in zip(part, group, strict=True)}
+        return call.call(*(given[i] for i in range(len(drawn))))
+
+    return function, [[drawn[i] for i in part] for part in parts]
+
+
 def mappable():
     """Calls with all their tensors as arguments, three of each along the first axis."""
     r, times = torch.randn, torch.rand(3, 6) * 5
-    x, q, lse, index = r(3, 2, 6, 4), r(3, 2, 6, 2, 8), r(3, 2, 2, 6), torch.randint(-1, 6, (3, 2, 5))
-    rows = vk.quantize_rows(x)
-    plans = vk.MergePlan(*map(torch.stack, zip(*[vk.match_tokens(t, 2) for t in x], strict=True)))
-    S, z = torch.rand(3, 2, 2, 8, 8), torch.rand(3, 2, 2, 8)
+    q = r(3, 2, 6, 2, 8)
 
     def window(q, k, a, b):
         return vk.cross_attention(q, k, k, q_time=a, k_time=b, window=(1, 1), num_sinks=1, return_lse=True)
@@ -448,26 +455,11 @@ def mappable():
     def state(q, k, S, z):
         return vk.linear_attention(q, k, q, state=vk.LinearAttentionState(S, z), return_state=True, scale=0.5)
 
-    return {
-        "gather_tokens": (vk.gather_tokens, [x, index]),
-        "gather_tokens, one bank": (vk.gather_tokens, [x[:, :1], index]),
-        "gather_tokens, int8": (lambda r, s, i: vk.gather_tokens(r, i, scale=s), [*rows, index]),
-        "scatter_add_tokens": (lambda s, i: vk.scatter_add_tokens(s, i, 7), [x[:, :, :5], index]),
-        "quantize_rows": (vk.quantize_rows, [x]),
-        "quantize_rows, 2-D": (vk.quantize_rows, [x[:, 0]]),
-        "quantize_rows, 4-D": (vk.quantize_rows, [q]),
-        "select_tokens": (lambda x, s: vk.select_tokens(x, 3, score=s), [x, r(3, 2, 6)]),
-        "topk_blocks": (lambda q, k: vk.topk_blocks(q, k, block_size=(2, 2), topk=2), [q, q + r(3, 1, 1, 1, 1)]),
-        "match_tokens": (lambda x: vk.match_tokens(x, 2), [x]),
-        "match_neighbors": (lambda x: vk.match_neighbors(x, 2, grid=(1, 2, 3)), [x]),
-        "merge_tokens": (vk.merge_tokens, [x, plans, torch.rand(3, 2, 6)]),
-        "unmerge_tokens": (vk.unmerge_tokens, [x[:, :, :4], plans]),
-        "from_assignment": (lambda a: vk.MergePlan.from_assignment(a, 4), [torch.randint(0, 4, (3, 2, 6))]),
-        "linear_attention": (state, [q, q + 1, S, z]),
-        "cross_attention, window": (window, [q, q + 1, times, times.flip(1)]),
-        "cross_attention, times of a batch": (window, [q, q + 1, times[:, None].expand(3, 2, 6), times]),
-        "cross_attention, blocks": (blocks, [q, r(3, 2, 6), torch.randint(-1, 3, (3, 2, 1, 3, 2))]),
-        "merge_attention_states": (lambda a, b, c, d: vk.merge_attention_states([a, b], [c, d]), [q, -q, lse, -lse]),
+    return {str(call): in_threes(call) for call in public_calls()} | {
+        "linear_attention[state, scale]": (state, [q, q + 1, torch.rand(3, 2, 2, 8, 8), torch.rand(3, 2, 2, 8)]),
+        "cross_attention[times]": (window, [q, q + 1, times, times.flip(1)]),
+        "cross_attention[times of a batch]": (window, [q, q + 1, times[:, None].expand(3, 2, 6), times]),
+        "cross_attention[blocks, bias]": (blocks, [q, r(3, 2, 6), torch.randint(-1, 3, (3, 2, 1, 3, 2))]),
     }
 
 

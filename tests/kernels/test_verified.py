@@ -50,7 +50,8 @@ def test_only_the_ops_whose_file_changed_count_as_changed(package):
     assert before == {name: fingerprint(name, package) for name in TRITON}
     file.write_text(file.read_text() + "\nTILE = 5\n")
     changed = {name for name in TRITON if fingerprint(name, package) != before[name]}
-    assert changed == {"gather_tokens", "scatter_add_tokens", "select_tokens"}  # which gathers, too
+    users = {path.stem for path in file.parent.glob("triton_*.py") if "from .triton_gather import" in path.read_text()}
+    assert users and changed == {name for name in TRITON if OPS[name].triton in users | {"triton_gather"}}
 
 
 def test_a_change_of_what_kernels_share_counts_for_all_that_import_it(package):
@@ -91,7 +92,7 @@ def test_cuda_fingerprints_are_those_of_the_sources(tmp_path):
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     before = _verified.cuda_fingerprints(csrc)
-    assert before.keys() == {"gather_tokens", "scatter_add_tokens", "select_tokens"}
+    assert before.keys() >= {"gather_tokens", "scatter_add_tokens", "select_tokens"}
     if _extension.module is not None:
         assert before == {op: _extension.cuda_fingerprint(op) for op in before}
     header = csrc / "cuda" / "select_tokens.cuh"

@@ -1,4 +1,4 @@
-"""Sizes of zero in every dimension, strides of zero and beyond 2**62: every op of merging and gathering."""
+"""Sizes of zero in every dimension, strides of zero and beyond 2**62: every op but those of attention."""
 
 from itertools import product
 from typing import NamedTuple
@@ -7,8 +7,9 @@ import pytest
 import torch
 from backend_helpers import BACKENDS, CAPABILITIES, backend_called, skip_without
 
-from vidmem_kernels import _dispatch
-from vidmem_kernels._registry import OPS
+from vidmem_kernels import _dispatch, _fast
+from vidmem_kernels._op import OPS
+from vidmem_kernels.testing import Make, public_calls, public_functions
 from vidmem_kernels.token_merge.reference import group_by_row
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -123,6 +124,34 @@ CASES = {
     ),
     # Whole blocks of keys: of equal ones the means tie, which those of fewer rows do not to the bit.
     "topk_blocks": Op({"B": 2, "Lq": 5, "Lk": 9, "H": 2, "D": 5, "wanted": 2}, topk),
+}
+# By tests/kernels/cross_attn/test_attention_empty.py and test_linear_attn_empty.py.
+ELSEWHERE = {"cross_attention", "merge_attention_states", "linear_attention"}
+
+
+def of_public_call(call):
+    """A function that has no case above: what its public call hands to the op."""
+
+    def make(dtype, **sizes):
+        if any(sizes[name] < least for name, least in call.least.items()):
+            return None
+        tensors = call.make(Make(dtype), sizes)
+        _fast._watch.calls = []
+        try:
+            call.call(*tensors)
+            ((_, args, _, _),) = _fast._watch.calls
+        finally:
+            _fast._watch.calls = None
+        return tuple(args)
+
+    return Op({name: max(3 + i, call.least.get(name, 0)) for i, name in enumerate(call.names)}, make)
+
+
+COVERED = {case.split()[0] for case in CASES} | ELSEWHERE
+CASES |= {
+    f"{call.function} {call.label}": of_public_call(call)
+    for call in public_calls()
+    if call.function in public_functions() - COVERED
 }
 
 

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .._call import call
-from .._checks import FLOAT_DTYPES, INDEX_DTYPES, check_int, check_same, check_same_dtype, check_tensor
+from .._checks import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    check_int,
+    check_number,
+    check_same,
+    check_same_dtype,
+    check_tensor,
+    is_number,
+)
 from .._dispatch import requested
 from .._fast import fast
 from .._numerics import accumulate_dtype
@@ -16,12 +25,13 @@ from .._symbolic import require_same
 from .._transforms import depth
 from .symbolic import any_open, attend
 
+__all__ = [
+    "cross_attention",
+    "merge_attention_states",
+]
+
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 _UNBOUNDED = torch.finfo(torch.float32).max  # stands for infinity beside finite times
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
 
 
 def _check_pair(op: str, name: str, value: object) -> None:
@@ -45,7 +55,7 @@ def _check_window(
         return None
     _check_pair(op, "window", window)
     for side in window:
-        if not _is_number(side):
+        if not is_number(side):
             raise TypeError(f"{op}: window must hold two numbers, got {window!r}")
         if not side >= 0:  # NaN too; math.isnan takes no number that torch.compile leaves open
             raise ValueError(f"{op}: window must hold two numbers of at least 0, got {window}")
@@ -178,8 +188,7 @@ def cross_attention(
         if size == 0:
             raise ValueError(f"{op}: scale must be given where D is 0, got None")
         scale = float(size**-0.5)
-    elif not _is_number(scale):
-        raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
+    check_number(op, "scale", scale)
     if torch.compiler.is_compiling() and depth() == 0 and any_open([*(bounds or ()), scale]):
         options = (num_sinks, q_time, k_time, bounds, block_index, list(block_size), scale)
         out, lse = attend(*(x.to(dtype) for x in (q, k, v)), key_bias, *options, requested(backend))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .._checks import names
-from .._dispatch import Library
+from .._op import Library
+from .._refusals import refuse_float64
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -36,8 +37,8 @@ def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, bl
         return f"D={size} and Dv={value_size} differ"
     if 0 in q.shape or k.shape[1] == 0:
         return "an input is empty"
-    if q.dtype == torch.float64:
-        return "float64 is for checks and runs the reference"
+    if why := refuse_float64(q):
+        return why
     if q.device.type == "cpu":
         return None
     if q.device.type != "cuda":

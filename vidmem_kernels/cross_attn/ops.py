@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
-from .._extension import refuse_attention
 from .._numerics import accumulate_dtype
+from .._refusals import refuse_float64, refuse_products
 from .._registry import register_op
 from . import library, reference
 
@@ -36,8 +36,8 @@ def _shared_memory(device: torch.device) -> int:
 
 def _refuse_triton(q, k, v, *rest) -> str | None:
     """What the tiles of keys do not hold."""
-    if q.dtype == torch.float64:
-        return "float64 is for checks and runs the reference"
+    if why := refuse_float64(q):
+        return why
     if not 1 <= min(q.shape[3], v.shape[3]) <= max(q.shape[3], v.shape[3]) <= 256:
         return f"needs D and Dv of 1 to 256, got {q.shape[3]} and {v.shape[3]}"
     if max(q.shape[1], k.shape[1]) >= 2**30:
@@ -82,7 +82,7 @@ register_op(
     autocast=("q", "k", "v"),
     triton="triton_attention",
     library=library.FORWARD,
-    refuse={"library": library.refuse, "cpu": refuse_attention, "triton": _refuse_triton},
+    refuse={"library": library.refuse, "cpu": refuse_products, "triton": _refuse_triton},
     without_batch=_TIMES,
     head_axes=_HEADS,
     result_heads=(2, 1),
@@ -106,7 +106,7 @@ register_op(
     autocast=(),
     triton="triton_attention_grad",
     library=library.BACKWARD,
-    refuse={"library": library.refuse_backward, "cpu": refuse_attention, "triton": _refuse_triton_backward},
+    refuse={"library": library.refuse_backward, "cpu": refuse_products, "triton": _refuse_triton_backward},
     without_batch=_TIMES,
     head_axes=_HEADS,
     result_heads=(2, 2, 2, 1),
@@ -117,8 +117,7 @@ register_op(
 
 def _refuse_merge(outs, *rest) -> str | None:
     # Of the gradient the first argument is grad_out.
-    wide = (outs[0] if isinstance(outs, list) else outs).dtype == torch.float64
-    return "float64 is for checks and runs the reference" if wide else None
+    return refuse_float64(outs[0] if isinstance(outs, list) else outs)
 
 
 def _merge_fake(outs, lses):

@@ -6,7 +6,7 @@ import torch
 
 from .. import testing
 from .._numerics import accumulate_dtype
-from . import reference
+from . import api, reference
 
 PLAIN = {
     "key_bias": None, "num_sinks": 0, "q_time": None, "k_time": None, "window": None,
@@ -116,3 +116,105 @@ def merge_attention_states_backward(make):
         out, lse = reference.merge_attention_states(outs, lses)
         grad_lse = None if label == "one" else make.randn(*lse.shape, dtype=lse.dtype)
         yield label, (make.randn(*out.shape), grad_lse, outs, lses, lse)
+
+
+ATTENTION = ("B Lq H 4", "B Lk H 4", "B Lk H 6")
+
+
+def attention_tensors(*more):
+    """Makes the tensors of `ATTENTION`, and of `more` (functions of Make and sizes)."""
+
+    def make(m, s):
+        qkv = [m.randn(s["B"], s[length], s["H"], c) for length, c in (("Lq", 4), ("Lk", 4), ("Lk", 6))]
+        return *qkv, *(f(m, s) for f in more)
+
+    return make
+
+
+def attend(*names, **options):
+    """A call of cross_attention whose tensors after q, k and v have names."""
+    return lambda q, k, v, *rest: api.cross_attention(q, k, v, **dict(zip(names, rest, strict=True)), **options)
+
+
+def blocks_of(m, s, heads=None, rows=4):
+    return m.randint(-1, -(-s["Lk"] // 3), (s["B"], heads or s["H"], -(-s["Lq"] // rows), s["K"]))
+
+
+def _bias(m, s):
+    return m.randn(s["B"], s["Lk"])
+
+
+def _q_times(m, s):
+    return torch.arange(s["Lq"])
+
+
+def _k_times(m, s):
+    return torch.arange(s["Lk"], dtype=torch.float32).repeat(s["B"], 1) / 2
+
+
+def _two_states(m, s):
+    outs = [m.randn(s["B"], s["L"], s["H"], s["D"]) for _ in range(2)]
+    return *outs, *(m.randn(s["B"], s["H"], s["L"], dtype=accumulate_dtype(m.dtype)) for _ in range(2))
+
+
+testing.public_call("cross_attention", "plain, lse", attend(return_lse=True), *ATTENTION)
+testing.public_call(
+    "cross_attention", "key_bias", attend("key_bias"), *ATTENTION, "B Lk", make=attention_tensors(_bias)
+)
+testing.public_call(
+    "cross_attention",
+    "key_bias a head",
+    attend("key_bias", return_lse=True),
+    *(*ATTENTION, "B H Lk"),
+    make=attention_tensors(lambda m, s: m.randn(s["B"], s["H"], s["Lk"])),
+)
+testing.public_call(
+    "cross_attention",
+    "window, sinks",
+    attend("q_time", "k_time", window=(1.25, math.inf), num_sinks=1),
+    *(*ATTENTION, "Lq", "B Lk"),
+    make=attention_tensors(_q_times, _k_times),
+    constant=(4,),
+    Lk=1,
+)
+testing.public_call(
+    "cross_attention",
+    "blocks",
+    attend("block_index", block_size=(4, 3), num_sinks=1),
+    *(*ATTENTION, "B H Lq/4 K"),
+    make=attention_tensors(blocks_of),
+    Lk=1,
+)
+testing.public_call(
+    "cross_attention",
+    "blocks of all heads",
+    attend("block_index", block_size=(4, 3)),
+    *(*ATTENTION, "B 1 Lq/4 K"),
+    make=attention_tensors(lambda m, s: blocks_of(m, s, heads=1)),
+)
+testing.public_call(
+    "cross_attention",
+    "all",
+    attend(
+        "key_bias",
+        "q_time",
+        "k_time",
+        "block_index",
+        window=(2, 1),
+        num_sinks=1,
+        block_size=(4, 3),
+        scale=0.5,
+        return_lse=True,
+    ),
+    *(*ATTENTION, "B Lk", "Lq", "B Lk", "B H Lq/4 K"),
+    make=attention_tensors(_bias, _q_times, _k_times, blocks_of),
+    constant=(5,),
+    Lk=1,
+)
+testing.public_call(
+    "merge_attention_states",
+    "two",
+    lambda a, b, c, d: api.merge_attention_states([a, b], [c, d]),
+    *("B L H D", "B L H D", "B H L", "B H L"),
+    make=_two_states,
+)

@@ -13,6 +13,11 @@ from .._numerics import accumulate_dtype
 from .._symbolic import saveable
 from .reference import FEATURE_MAPS
 
+__all__ = [
+    "LinearAttentionState",
+    "linear_attention",
+]
+
 
 @saveable
 class LinearAttentionState(NamedTuple):

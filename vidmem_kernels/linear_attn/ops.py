@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._extension import refuse_attention
 from .._numerics import accumulate_dtype
+from .._refusals import refuse_products
 from .._registry import register_op
 from . import reference
 
@@ -66,7 +66,7 @@ register_op(
     backward=_backward,
     autocast=("q", "k", "v"),
     triton="triton_outputs",
-    refuse={"cpu": refuse_attention, "triton": lambda q, k, v, *_: _refuse_triton(q, v)},
+    refuse={"cpu": refuse_products, "triton": lambda q, k, v, *_: _refuse_triton(q, v)},
     head_axes=_HEADS,
     result_heads=(2, 1, 1),
 )
@@ -84,7 +84,7 @@ register_op(
     fake=_backward_fake,
     autocast=(),
     triton="triton_gradients",
-    refuse={"cpu": refuse_attention, "triton": lambda grad_out, grad_S, grad_z, q, k, v, *_: _refuse_triton(q, v)},
+    refuse={"cpu": refuse_products, "triton": lambda grad_out, grad_S, grad_z, q, k, v, *_: _refuse_triton(q, v)},
     head_axes=_HEADS,
     result_heads=(2, 2, 2, 1, 1),
 )

@@ -1,7 +1,8 @@
 """Sample inputs of the linear attention ops."""
 
 from .._numerics import accumulate_dtype
-from ..testing import sample_inputs
+from ..testing import public_call, sample_inputs
+from . import api
 
 
 def _cases(make):
@@ -53,3 +54,36 @@ def linear_attention_backward(make):
         grad_S = make.randn(batch, heads, size, v.shape[3], dtype=wide)
         grad_z = make.randn(batch, heads, size, dtype=wide)
         yield label, (make.randn(*v.shape), grad_S, grad_z, q, k, v, *rest)
+
+
+def _state(m, s):
+    sums = accumulate_dtype(m.dtype)
+    head = s["B"], s["L"], s["H"]
+    q, k, v = m.randn(*head, s["D"]), m.randn(*head, s["D"]), m.randn(*head, s["E"])
+    S = m.randn(s["B"], s["H"], s["D"], s["E"], dtype=sums)
+    return q, k, v, S, m.rand(s["B"], s["H"], s["D"], dtype=sums)
+
+
+QKV = ("B L H 4", "B L H 4", "B L H 6")
+
+
+def attend(feature_map, block):
+    """A call of linear_attention, causal between blocks of so many tokens; 0 for not causal."""
+    options = {"feature_map": feature_map, "causal": block > 0, "block_size": block or 1}
+    return lambda q, k, v: api.linear_attention(q, k, v, normalize=feature_map != "identity", **options)
+
+
+for _map in ("relu", "elu1", "identity"):
+    public_call("linear_attention", _map, attend(_map, 0), *QKV)
+    public_call("linear_attention", f"{_map}, causal in blocks of 4", attend(_map, 4), *QKV)
+public_call(
+    "linear_attention",
+    "state, channels",
+    lambda q, k, v, S, z: api.linear_attention(
+        q, k, v, causal=True, state=api.LinearAttentionState(S, z), return_state=True
+    ),
+    *("B L H D", "B L H D", "B L H E", "B H D E", "B H D"),
+    make=_state,
+    D=1,
+    E=1,
+)

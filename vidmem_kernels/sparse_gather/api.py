@@ -21,6 +21,16 @@ from .._checks import (
 from .._fast import fast
 from .._symbolic import saveable, unguarded
 
+__all__ = [
+    "QuantizedRows",
+    "SelectResult",
+    "gather_tokens",
+    "quantize_rows",
+    "scatter_add_tokens",
+    "select_tokens",
+    "topk_blocks",
+]
+
 
 @saveable
 class QuantizedRows(NamedTuple):

@@ -3,7 +3,8 @@
 import torch
 
 from .._numerics import accumulate_dtype
-from ..testing import sample_inputs
+from ..testing import public_call, sample_inputs
+from . import api
 
 
 @sample_inputs("gather_tokens")
@@ -97,3 +98,57 @@ def topk_blocks(make):
     yield "nearest of many", (make.randn(1, 130, 1, 65), make.randn(1, 301, 1, 65), 1, 1, 1)
     tied = make.randint(-1, 2, (1, 120, 2, 6)).to(make.dtype)
     yield "equal scores", (tied[:, :50], tied, 1, 1, 33)
+
+
+def _bank(m, s, dtype=None):
+    """A bank with an index into it; of codes, with their scale too."""
+    index = m.randint(-1, s["M"], (s["B"], s["K"]))
+    if dtype is None:
+        return m.randn(s["B"], s["M"], s["C"]), index
+    rows, scale = api.quantize_rows(m.randn(s["B"], s["M"], s["C"]), dtype)
+    return rows, index, scale
+
+
+public_call("gather_tokens", "own bank", api.gather_tokens, "B M C", "B K", make=_bank)
+public_call(
+    "gather_tokens",
+    "shared bank, int64",
+    api.gather_tokens,
+    *("1 M C", "B K"),
+    make=lambda m, s: (m.randn(1, s["M"], s["C"]), m.randint(-1, s["M"], (s["B"], s["K"]), torch.int64)),
+)
+for _dtype in (torch.int8, torch.float8_e4m3fn):
+    public_call(
+        "gather_tokens",
+        f"{_dtype}".removeprefix("torch."),
+        lambda bank, index, scale: api.gather_tokens(bank, index, scale=scale),
+        *("B M C", "B K", "B M"),
+        make=lambda m, s, dtype=_dtype: _bank(m, s, dtype),
+    )
+    public_call(
+        "quantize_rows", f"{_dtype}".removeprefix("torch."), lambda x, d=_dtype: api.quantize_rows(x, d), "B M C"
+    )
+public_call("quantize_rows", "two dimensions", api.quantize_rows, "M C")
+public_call("quantize_rows", "five dimensions", api.quantize_rows, "B T H M C")
+public_call(
+    "scatter_add_tokens",
+    "into 40",
+    lambda src, index: api.scatter_add_tokens(src, index, 40),
+    *("B K C", "B K"),
+    make=lambda m, s: (m.randn(s["B"], s["K"], s["C"]), m.randint(-1, 40, (s["B"], s["K"]))),
+)
+public_call("select_tokens", "some", lambda x: api.select_tokens(x, 4), "B N 5", N=6)
+public_call(
+    "select_tokens",
+    "half by score",
+    lambda x, score: api.select_tokens(x, x.shape[1] // 2, score=score),
+    *("B N 5", "B N"),
+    constant=(1,),
+)
+public_call(
+    "topk_blocks",
+    "some",
+    lambda q, k: api.topk_blocks(q, k, block_size=(4, 3), topk=2),
+    *("B Lq H D", "B Lk H D"),
+    Lk=6,
+)

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from .._call import call
-from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor
+from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor, is_number
 from .._fast import fast
 from .._numerics import accumulate_dtype
 from .._symbolic import require, require_same, saveable
 from .._transforms import check_values
 from .reference import group_by_row
+
+__all__ = [
+    "MergePlan",
+    "MergeResult",
+    "match_neighbors",
+    "match_tokens",
+    "merge_tokens",
+    "unmerge_tokens",
+]
 
 
 @saveable
@@ -201,7 +210,7 @@ def match_neighbors(
         num_merge = sources
     check_int(op, "num_merge", num_merge, 0, sources)
     if threshold is not None:
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float | torch.SymFloat):
+        if not is_number(threshold):
             raise TypeError(f"{op}: threshold must be a float, got {type(threshold).__name__}")
         if not -1 <= threshold <= 1:
             raise ValueError(f"{op}: threshold must be in [-1, 1], got {threshold}")

@@ -3,8 +3,8 @@
 import torch
 
 from .._numerics import accumulate_dtype
-from ..testing import sample_inputs
-from . import reference
+from ..testing import public_call, sample_inputs
+from . import api, reference
 
 
 @sample_inputs("match_tokens")
@@ -149,3 +149,42 @@ def unmerge_tokens(make):
 def sum_groups(make):
     for label, x, _, assignment, order, offsets in _merges(make):
         yield label, (x, assignment, order, offsets)
+
+
+def _plan(m, sizes):
+    """Tensors of a plan that merges N tokens to R."""
+    return tuple(api.MergePlan.from_assignment(m.randint(0, sizes["R"], (sizes["B"], sizes["N"])), sizes["R"]))
+
+
+def _sized(m, s):
+    size = m.rand(s["B"], s["N"], dtype=accumulate_dtype(m.dtype))
+    return m.randn(s["B"], s["N"], s["C"]), size, *_plan(m, s)
+
+
+PLAN = ("B N", "B R", "B N", "B R+1")
+public_call("match_tokens", "half", lambda x: api.match_tokens(x, x.shape[1] // 2), "B N 5")
+public_call("match_tokens", "grid", lambda x: api.match_tokens(x, 20, grid=(3, 4, 4), window=(1, 0, 1)), "B 48 5")
+public_call("match_neighbors", "grid", lambda x: api.match_neighbors(x, 11, grid=(3, 4, 5)), "B 60 5")
+public_call(
+    "merge_tokens",
+    "plan given, sizes",
+    lambda x, size, *plan: api.merge_tokens(x, api.MergePlan(*plan), size),
+    *("B N C", "B N", *PLAN),
+    make=_sized,
+    R=1,
+)
+public_call(
+    "unmerge_tokens",
+    "plan given",
+    lambda y, *plan: api.unmerge_tokens(y, api.MergePlan(*plan)),
+    *("B R C", *PLAN),
+    make=lambda m, s: (m.randn(s["B"], s["R"], s["C"]), *_plan(m, s)),
+    R=1,
+)
+public_call(
+    "MergePlan",
+    "from_assignment",
+    lambda assignment: api.MergePlan.from_assignment(assignment, 7),
+    "B N",
+    make=lambda m, s: (m.randint(0, 7, (s["B"], s["N"])),),
+)

@@ -12,7 +12,7 @@ from backend_helpers import CAPABILITIES, compiled
 
 from vidmem_kernels import testing
 
-# float32 does not run on the baseline: see refuse_attention.
+# float32 does not run on the baseline: see refuse_products.
 FUSED = [name for name in CAPABILITIES if name != "baseline"]
 pytestmark = [compiled, pytest.mark.parametrize("capability", FUSED, indirect=True)]
 

@@ -1,0 +1,134 @@
+"""What is known of an op, and the table of all of them; nothing here runs a kernel.
+
+`_registry.register_op` fills the table. `_dispatch`, `_fast`, `_autograd`, `_transforms` and `_sharding` read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import _extension, _verified
+
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that computes an op on some kinds of device.
+
+    Attributes:
+        name: as `explain` shows it.
+        devices: device types it is for.
+        call: function of the op's arguments that returns its results.
+        refuse: function of the op's arguments that returns why it cannot run them, or None.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    call: Callable[..., Any]
+    refuse: Callable[..., str | None]
+
+
+@dataclass(eq=False)
+class Op:
+    """What the registry knows of one op; see `_registry.register_op` for the fields."""
+
+    name: str
+    family: str
+    arguments: tuple[str, ...]
+    tensors: tuple[int, ...]  # which arguments are tensors or lists of them
+    defaults: tuple[Any, ...]
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None] | None
+    backward: Callable[..., Any] | None
+    autocast: tuple[str, ...]
+    triton: str | None
+    library: tuple[Library, ...] | None
+    refuse: dict[str, Callable[..., str | None]] = field(default_factory=dict)
+    batch: str = ""
+    broadcasts: tuple[str, ...] = ()
+    without_batch: dict[str, int] = field(default_factory=dict)
+    result_batch: int = 0
+    head_axes: dict[str, int] = field(default_factory=dict)
+    result_heads: tuple[int, ...] = ()
+    function: type[torch.autograd.Function] | None = None  # its gradient: see `_autograd.make_function`
+
+    def __post_init__(self) -> None:
+        self.overload: torch._ops.OpOverload = getattr(torch.ops.vidmem, self.name).default
+        self.has_lists = any("List[Tensor]" in str(a.type) for a in self.overload._schema.arguments)
+        self.remembered: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+        self.differentiable = self._differentiable()
+
+    def _differentiable(self) -> Callable[..., Any]:
+        def differentiable(*args):
+            """The reference with the op's autocast: what transforms differentiate."""
+            device = self.device(args)
+            if self.autocast and torch.is_autocast_enabled(device.type):
+                args = self.cast(args, torch.get_autocast_dtype(device.type))
+            with torch._C._DisableAutocast():
+                return self.run_reference(*args)
+
+        return differentiable
+
+    def cast(self, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        """The arguments as autocast to `dtype` wants them: float64 stays, as in torch's own autocast."""
+
+        def lower(tensor: torch.Tensor) -> torch.Tensor:
+            lowers = tensor.is_floating_point() and tensor.dtype != torch.float64
+            return tensor.to(dtype) if lowers else tensor
+
+        cast = [
+            a if name not in self.autocast else pytree.tree_map_only(torch.Tensor, lower, a)
+            for name, a in zip(self.arguments, args, strict=True)
+        ]
+        return tuple(cast)
+
+    def apply(self, args: tuple[Any, ...], backend: str, run: Callable[..., Any]) -> Any:
+        """`run(*args)`, recorded by autograd."""
+        if self.has_lists:
+            leaves, structure = pytree.tree_flatten(args)
+            return self.function.apply(*leaves, structure, backend, run)
+        return self.function.apply(*args, backend, run)
+
+    def fill(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
+        """(arguments, backend); the dispatcher drops trailing arguments that equal their default."""
+        *filled, backend = args + self.defaults[len(args) :]
+        return tuple(filled), backend
+
+    def complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a call, defaults added."""
+        return args + self.defaults[len(args) : -1]
+
+    @property
+    def launch(self) -> str:
+        """Name of the function that launches the op's Triton kernels."""
+        forward = self.name.removesuffix("_backward")
+        return f"launch_{forward}_{'fwd' if forward == self.name else 'bwd'}"
+
+    def verified_on(self, backend: str) -> _verified.Verified | None:
+        """The run on a GPU that a kernel passed, or None where it never did or there is no such kernel."""
+        if backend == "triton" and self.triton:
+            now = _verified.triton_fingerprint(self.family.rpartition(".")[2], self.triton)
+        else:
+            now = _extension.cuda_fingerprint(self.name) if backend == "cuda" else None
+        return _verified.verified_on(self.name, backend, now)
+
+    def device(self, args: tuple[Any, ...]) -> torch.device:
+        """Where the call runs: on an accelerator if any tensor is there (a bank may stay on the host)."""
+        found = None
+        for i in self.tensors:
+            for tensor in (args[i],) if isinstance(args[i], torch.Tensor) else args[i] or ():
+                found = tensor.device
+                if found.type != "cpu":
+                    return found
+        return found
+
+    def run_reference(self, *args: Any) -> Any:
+        """The reference, with the contiguous results that the fake promises."""
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, self.reference(*args))
