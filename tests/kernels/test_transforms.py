@@ -22,7 +22,7 @@ def flat(results):
     return torch.cat(parts)
 
 
-SIZES = {"B": 1, "N": 6, "Lk": 6, "M": 6, "C": 4}  # all others 2 or what a call needs at least
+SIZES = {"B": 1, "N": 6, "L": 5, "Lq": 5, "Lk": 6, "M": 6, "C": 4}  # all others 2 or what a call needs at least
 
 
 def of_floats(call, dtype):
@@ -428,7 +428,10 @@ def in_threes(call):
 
     Indices are one argument: those of a plan make no sense beside those of another.
     """
-    sizes = {name: {"B": 2, "N": 6, "Lk": 6, "C": 4}.get(name, max(3, call.least.get(name, 0))) for name in call.names}
+    sizes = {
+        name: {"B": 2, "N": 6, "L": 6, "Lq": 6, "Lk": 9, "C": 4}.get(name, max(3, call.least.get(name, 0)))
+        for name in call.names
+    }
     drawn = [torch.stack(each) for each in zip(*(call.make(Make(seed=i), sizes) for i in range(3)), strict=True)]
     alone = [[i] for i, t in enumerate(drawn) if t.is_floating_point()]
     indices = [i for i, t in enumerate(drawn) if not t.is_floating_point()]
