@@ -16,7 +16,7 @@ import json
 import math
 import reprlib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,10 +136,15 @@ def within(least: float, most: float, below: bool = False) -> Range:
 
 
 class OneOf:
-    """One of a few names."""
+    """One of a few names, which are given one by one or as the keys of a mapping."""
 
-    def __init__(self, *choices: str) -> None:
-        self.choices = choices
+    def __init__(self, *choices: str | Mapping[str, Any]) -> None:
+        self._choices = choices[0] if isinstance(choices[0], Mapping) else choices
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names."""
+        return tuple(self._choices)
 
     def problem(self, value: Any) -> str | None:
         """What `value` must be and is not, or None."""

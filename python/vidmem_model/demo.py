@@ -18,7 +18,7 @@ import torch
 
 from vidmem_kernels import Choice, recording
 
-from .checks import MOST_SEED, Checked, PathName, not_negative, positive
+from .checks import MOST_SEED, Checked, Entries, PathName, not_negative, positive
 from .errors import UserError
 from .evaluate.baselines import compress_alike
 from .evaluate.metrics import psnr, ssim
@@ -27,7 +27,7 @@ from .machine import describe_device, versions
 from .measure.attention import ProfileConfig, check_room, profile
 from .measure.peak import process_peak, timed
 from .measure.stages import Stages
-from .memory import METHODS, trained, untrained
+from .memory import METHODS, MethodName, trained, untrained
 from .memory.compressor import CompressedMemory, compress
 from .memory.config import CompressorConfig
 from .memory.file import read_memory, write_memory
@@ -70,7 +70,7 @@ class DemoConfig(Checked):
     frames: Annotated[int, positive(10_000)] = 8
     seed: Annotated[int, not_negative(MOST_SEED)] = 0
     compression: Compression = Compression()
-    trained: tuple[str, ...] = ()
+    trained: Annotated[tuple[MethodName, ...], Entries(0, 100)] = ()
     profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
 
 

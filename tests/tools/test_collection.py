@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import PACKAGES
-from paths import TESTS
+from paths import HELPERS, TESTS
 
 # Python imports it before anything else, pytest and its plugins among that.
 WITHOUT = """
@@ -26,7 +26,7 @@ PathFinder.find_spec = classmethod(without)
 def collect(tmp_path, packages, *arguments):
     """pytest's exit code, what it prints, and the number of tests of every file, where `packages` are missing."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(packages=set(packages)))
-    path = os.pathsep.join([str(tmp_path), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(tmp_path), str(TESTS), str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-rsE", "-p", "no:cacheprovider"]
     command += ["-p", "no:hypothesispytest", *arguments]
     result = subprocess.run(

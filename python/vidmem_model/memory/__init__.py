@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..checks import OneOf
 from ..shipped import DEFAULT_MODEL
@@ -85,12 +85,5 @@ def listed(words: Iterable[str], last: str) -> str:
     return f"{', '.join(others)} {last} {end}" if others else end
 
 
-class _OfMethods:
-    """The bound of a name: one of those that METHODS has when it is checked."""
-
-    def problem(self, value: Any) -> str | None:
-        """What `value` must be and is not, or None."""
-        return OneOf(*METHODS).problem(value)
-
-
-MethodName = Annotated[str, _OfMethods()]
+# Looked up when a name is checked: METHODS may have got another one since.
+MethodName = Annotated[str, OneOf(METHODS)]
