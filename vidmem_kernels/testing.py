@@ -74,6 +74,15 @@ def sample_inputs(op: str) -> Callable:
     return register
 
 
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Says what an error inside was of."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+
+
 def samples(op: str, make: Make | None = None) -> list[Sample]:
     """All samples of an op.
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 import vidmem_kernels
 from vidmem_kernels import _dispatch, testing
 from vidmem_kernels._registry import OPS, register_op
-from vidmem_kernels.testing import Make, float_leaves, gradients, run, samples, with_grad
+from vidmem_kernels.testing import Make, float_leaves, gradients, naming, run, samples, with_grad
 
 ALL_OPS = sorted(OPS)
 ALL_CHECKS = (
@@ -78,39 +78,41 @@ def test_incomplete_op_is_found():
 def test_opcheck(name, device):
     op = OPS[name]
     for sample in samples(name, Make(device=device)):
-        args = with_grad(sample.args)
-        differentiable = op.backward is not None and float_leaves(args)
-        # torch's own test_schema and test_aot_dispatch compare inputs in ways that float8 lacks, and the latter
-        # adds up results in place, which fails for a float that follows an integer.
-        results = pytree.tree_leaves(run(op, sample.args))
-        has_float8 = any(getattr(t, "dtype", None) == torch.float8_e4m3fn for t in (*args, *results))
-        unsummable = has_float8 or (differentiable and not results[0].is_floating_point())
-        utils = ("test_autograd_registration", "test_faketensor") if unsummable else ALL_CHECKS
-        opcheck(op.overload, (*(args if differentiable else sample.args), "auto"), test_utils=utils)
+        with naming(f"{name}[{sample.label}]"):
+            args = with_grad(sample.args)
+            differentiable = op.backward is not None and float_leaves(args)
+            # torch's own test_schema and test_aot_dispatch compare inputs in ways that float8 lacks, and the latter
+            # adds up results in place, which fails for a float that follows an integer.
+            results = pytree.tree_leaves(run(op, sample.args))
+            has_float8 = any(getattr(t, "dtype", None) == torch.float8_e4m3fn for t in (*args, *results))
+            unsummable = has_float8 or (differentiable and not results[0].is_floating_point())
+            utils = ("test_autograd_registration", "test_faketensor") if unsummable else ALL_CHECKS
+            opcheck(op.overload, (*(args if differentiable else sample.args), "auto"), test_utils=utils)
 
 
 @pytest.mark.parametrize("name", [n for n in ALL_OPS if OPS[n].backward is not None])
 def test_gradcheck(name):
     for sample in samples(name, Make(torch.float64)):
-        args = with_grad(sample.args)
-        # Scales stay float32 by contract; finite differences need float64, so they are checked by value elsewhere.
-        tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-        for t in tensors:
-            if t.requires_grad and t.dtype != torch.float64:
-                t.requires_grad_(False)
-        if not any(t.requires_grad for t in tensors):
-            continue
+        with naming(f"{name}[{sample.label}]"):
+            args = with_grad(sample.args)
+            # Scales stay float32 by contract; finite differences need float64, so they are checked by value elsewhere.
+            tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+            for t in tensors:
+                if t.requires_grad and t.dtype != torch.float64:
+                    t.requires_grad_(False)
+            if not any(t.requires_grad for t in tensors):
+                continue
 
-        # gradcheck sees no tensors in lists, and takes infinity minus infinity (lse of rows that see nothing).
-        flat, spec = pytree.tree_flatten(args)
+            # gradcheck sees no tensors in lists, and takes infinity minus infinity (lse of rows that see nothing).
+            flat, spec = pytree.tree_flatten(args)
 
-        def call(*flat, name=name, spec=spec):
-            results = float_leaves(run(OPS[name], pytree.tree_unflatten(flat, spec)))
-            results = [t for t in results if t.requires_grad and t.dtype == torch.float64]
-            return tuple(t.masked_fill(t.isinf(), 0) for t in results)
+            def call(*flat, name=name, spec=spec):
+                results = float_leaves(run(OPS[name], pytree.tree_unflatten(flat, spec)))
+                results = [t for t in results if t.requires_grad and t.dtype == torch.float64]
+                return tuple(t.masked_fill(t.isinf(), 0) for t in results)
 
-        if call(*flat):
-            assert torch.autograd.gradcheck(call, flat, fast_mode=True), sample.label
+            if call(*flat):
+                assert torch.autograd.gradcheck(call, flat, fast_mode=True), sample.label
 
 
 @pytest.mark.parametrize("name", [n for n in ALL_OPS if n.endswith("_backward")])
@@ -130,17 +132,18 @@ def test_compile_equals_eager(name):
         return run(op, args)
 
     for sample in samples(name):
-        torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-        eager_args = compiled_args = sample.args
-        if op.backward is not None:  # else AOTAutograd would trace the derivative that is refused
-            eager_args, compiled_args = with_grad(sample.args), with_grad(sample.args)
-        eager, traced = call(*eager_args), compiled(*compiled_args)
-        torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
-        if op.backward is None:
-            continue
-        grads = gradients(compiled_args, traced), gradients(eager_args, eager)
-        torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
+        with naming(f"{name}[{sample.label}]"):
+            torch._dynamo.reset()
+            compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+            eager_args = compiled_args = sample.args
+            if op.backward is not None:  # else AOTAutograd would trace the derivative that is refused
+                eager_args, compiled_args = with_grad(sample.args), with_grad(sample.args)
+            eager, traced = call(*eager_args), compiled(*compiled_args)
+            torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
+            if op.backward is None:
+                continue
+            grads = gradients(compiled_args, traced), gradients(eager_args, eager)
+            torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ALL_OPS)

@@ -69,7 +69,10 @@ def test_every_op_is_drawn(implementation):
     implementation(noting)
     public = public_functions()
     lacking = ", ".join(public - set(run.all_ops()))
-    assert not lacking, f"write a generator in tests/fuzzing, or declare public_call(…, moves=True) if so: {lacking}"
+    assert not lacking, (
+        f"{lacking}: write a Case and, of the function's name, a @generator in tests/fuzzing/<family's file>.py "
+        "(Unmerge is a short one), or declare public_call(…, moves=True) if results are elements of the tensors"
+    )
     seen, case = set(), 0
     while (seen < public or reached < ops_in_use()) and case < 1000:
         seen.add(run.draw_case(0, case)[0])
@@ -225,6 +228,7 @@ def test_finds_planted_fault(op, fault, implementation):
     implementation(planting)
     best = f"cpu/{_extension.module.available_cpu_capabilities()[-1]}"
     caller = CALLERS.get(op, op.removesuffix("_backward"))
+    assert caller in run.all_ops(), f"{caller} has no generator in tests/fuzzing"
     ran = 0
     for case in range(20_000):
         if run.draw_case(0, case)[0] == caller:

@@ -1,8 +1,12 @@
-"""Who imports whom in vidmem_kernels: no circles, and families that know nothing of each other."""
+"""Who knows whom: imports in vidmem_kernels without circles, families apart, and C++ that is what the schemas say."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
+from paths import ROOT
 
 import vidmem_kernels
 from vidmem_kernels._op import OPS
@@ -47,3 +51,44 @@ def test_what_every_family_shares_knows_none():
     shared = [path for path in PACKAGE.glob("_*.py") if path.name != "__init__.py"]
     for path in shared:
         assert not {name for name in imported(path) if "." in name}, path.name
+
+
+# Type in a schema -> in C++. torch's stable ABI compares neither names nor types.
+CPP_TYPES = {
+    "Tensor": "const Tensor&",
+    "Tensor?": "const std::optional<Tensor>&",
+    "Tensor[]": "std::vector<Tensor>",
+    "SymInt": "int64_t",
+    "int": "int64_t",
+    "SymInt[]": "std::vector<int64_t>",
+    "int[]": "std::vector<int64_t>",
+    "SymInt[]?": "std::optional<std::vector<int64_t>>",
+    "int[]?": "std::optional<std::vector<int64_t>>",
+    "float": "double",
+    "float[]?": "std::optional<std::vector<double>>",
+    "Scalar": "double",
+    "bool": "bool",
+    "str": "std::string",
+    "ScalarType": "ScalarType",
+    "ScalarType?": "std::optional<ScalarType>",
+}
+IMPLEMENTED = [
+    (str(path.relative_to(ROOT)), *found)
+    for path in sorted((ROOT / "csrc").rglob("*.c*"))
+    for found in re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)', path.read_text())
+]
+
+
+def test_all_implementations_are_seen():
+    count = sum(path.read_text().count("m.impl(") for path in (ROOT / "csrc").rglob("*.c*"))
+    assert len(IMPLEMENTED) == count >= len(OPS)
+
+
+@pytest.mark.parametrize(("path", "name", "function"), IMPLEMENTED, ids=lambda value: Path(value).name)
+def test_an_implementation_takes_what_its_schema_says(path, name, function):
+    assert name in OPS, f"{path} implements {name}, which no ops.py registers"
+    (given,) = re.findall(rf"^[\w:<>, ]*\b{function}\(([^{{;]*)\) {{", (ROOT / path).read_text(), re.MULTILINE)
+    types = [re.sub(r"\s*\w+$", "", each.strip()) for each in re.split(r",(?![^<]*>)", " ".join(given.split()))]
+    types = [each.replace("OptionalTensor", "std::optional<Tensor>") for each in types]
+    schema = re.search(r"\((.*), str backend", str(OPS[name].overload._schema)).group(1)
+    assert types == [CPP_TYPES[argument.split()[0]] for argument in re.split(r", (?![^\[]*\])", schema)], path

@@ -67,3 +67,14 @@ def test_links_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
             if "://" not in link:
                 assert (folder / link).exists(), f"{name}: {link}"
+
+
+def test_paths_that_are_named_are_there():
+    """Those without a placeholder; the walk-through makes some."""
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/adding_an_op.md", "docs/transforms.md"):
+        named = re.findall(
+            r"`((?:tests|vidmem_kernels|csrc|benchmarks|docs|examples|python)/[\w./]+)", (ROOT / name).read_text()
+        )
+        made = re.findall(r"^`(\S+)`:$", (ROOT / name).read_text(), re.MULTILINE)
+        lost = [path for path in named if not (ROOT / path).exists() and path not in made]
+        assert not lost, f"{name} names {lost}"
