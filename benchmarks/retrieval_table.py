@@ -74,11 +74,8 @@ def write_recipes(base: Path, out: Path, rows: tuple[Row, ...]) -> list[Path]:
     for seed, name, row in sorted(runs, key=lambda run: run[0]):
         mine = copy.deepcopy(recipe)
         model = {"preset": mine["model"]} if isinstance(mine["model"], str) else mine["model"]
-        encoder = {
-            **(model.get("encoders") or [{}])[0],
-            "compression": asdict(row.compression),
-            "branches": row.branches,
-        }
+        encoder = dict((model.get("encoders") or [{}])[0], branches=row.branches, compression=asdict(row.compression))
+        encoder.pop("rate", None)  # the earlier name of compression
         mine["model"] = {**model, "encoders": [encoder]}
         mine["output"] = str(out / name)
         mine["optimisation"] = {**mine.get("optimisation", {}), "seed": seed, "threads": 1}

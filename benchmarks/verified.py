@@ -21,7 +21,7 @@ import torch
 from record import describe
 
 from vidmem_kernels import _dispatch, _extension, _verified
-from vidmem_kernels._registry import OPS, Op
+from vidmem_kernels._op import OPS, Op
 
 ROOT = Path(__file__).resolve().parents[1]
 _COMPARISON = re.compile(r"test_backends_agree_with_reference\[cuda-(\w+)-\w+\]")

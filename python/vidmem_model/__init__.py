@@ -12,9 +12,12 @@ _requirements.check(__version__)
 
 _EXPORTS = {
     "ClipSpec": "video.clip",
+    "Compression": "model.config",
     "CompressorConfig": "memory.config",
     "GenerateConfig": "generation.generator",
+    "History": "model.encoder",
     "MemoryModel": "model.memory_model",
+    "UserError": "errors",
     "compress": "memory.compressor",
     "generate": "generation.generator",
     "load_model": "model.file",

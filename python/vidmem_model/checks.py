@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import reprlib
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -321,13 +322,13 @@ def build(kind: type, values: Any, where: str = "") -> Any:
     name = where or kind.__name__
     if not isinstance(values, dict):
         raise FieldError(f"{name}: must be a mapping of keys to values, got {show(values)}", where)
-    values = renewed(kind, values, where)
+    values, given_as = _renamed(kind, values, where)
     types = _types(kind)
     for key in values:
         if key not in types:
             place = f"{where}.{key}".lstrip(".") if isinstance(key, str) else where
             raise FieldError(f"{name}: keys must be among {sorted(types)}, got {show(key)}", place)
-    places = {key: f"{where}.{key}".lstrip(".") for key in values}
+    places = {key: f"{where}.{given_as.get(key, key)}".lstrip(".") for key in values}
     given = {key: conform(types[key], value, places[key], places[key]) for key, value in values.items()}
     missing = [
         field.name
@@ -339,7 +340,8 @@ def build(kind: type, values: Any, where: str = "") -> Any:
     try:
         return kind(**given)
     except FieldError as error:  # out of bounds: the class knows its field, this place the way to it
-        place = f"{where}.{error.place}".lstrip(".")
+        field = re.match(r"\w*", error.place).group()
+        place = f"{where}.{given_as.get(field, field)}{error.place[len(field) :]}".lstrip(".")
         raise FieldError(f"{place}: {error}", place) from error
     except ValueError as error:  # a rule between fields
         raise FieldError(f"{where}: {error}" if where else str(error), where) from error
@@ -373,22 +375,28 @@ def renewed(kind: type, values: Any, where: str = "") -> Any:
         return [renewed(kind, value, f"{where}[{i}]") for i, value in enumerate(values)]
     if not isinstance(values, dict):
         return values
-    former, parts, made = getattr(kind, "FORMER", {}), _parts(kind), {}
+    parts = _parts(kind)
+    made, _ = _renamed(kind, values, where)
+    return {k: renewed(parts[k], v, f"{where}.{k}".lstrip(".")) if k in parts else v for k, v in made.items()}
+
+
+def _renamed(kind: type, values: dict[Any, Any], where: str) -> tuple[dict[Any, Any], dict[str, str]]:
+    """The fields of a dataclass by their present names, and the former names of those that were given by them."""
+    former, made, given_as = getattr(kind, "FORMER", {}), {}, {}
     for key, value in values.items():
-        place = f"{where}.{key}".lstrip(".")
-        if key in former:
-            name = former[key].name
-            if name in values:
-                raise FieldError(f"{place}: is the earlier name of {name}; give one of them, got both", place)
-            try:
-                value = former[key].convert(value)
-            except ValueError as error:
-                raise FieldError(f"{place}: {error}", place) from error
-            if name is not None:
-                made[name] = value
-        else:
-            made[key] = renewed(parts[key], value, place) if key in parts else value
-    return made
+        if key not in former:
+            made[key] = value
+            continue
+        name, place = former[key].name, f"{where}.{key}".lstrip(".")
+        if name is not None and name in values:
+            raise FieldError(f"{place}: is the earlier name of {name}; give one of them, got both", place)
+        try:
+            value = former[key].convert(value)
+        except ValueError as error:
+            raise FieldError(f"{place}: {error}", place) from error
+        if name is not None:
+            made[name], given_as[name] = value, key
+    return made, given_as
 
 
 @functools.cache

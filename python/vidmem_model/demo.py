@@ -18,7 +18,7 @@ import torch
 
 from vidmem_kernels import Choice, recording
 
-from .checks import MOST_SEED, Checked, Entries, PathName, not_negative, positive
+from .checks import MOST_SEED, Checked, Entries, PathName, not_negative, positive, require
 from .errors import UserError
 from .evaluate.baselines import compress_alike
 from .evaluate.metrics import psnr, ssim
@@ -27,7 +27,7 @@ from .machine import describe_device, versions
 from .measure.attention import ProfileConfig, check_room, profile
 from .measure.peak import process_peak, timed
 from .measure.stages import Stages
-from .memory import METHODS, MethodName, trained, untrained
+from .memory import METHODS, MethodName, listed, trained, untrained
 from .memory.compressor import CompressedMemory, compress
 from .memory.config import CompressorConfig
 from .memory.file import read_memory, write_memory
@@ -72,6 +72,11 @@ class DemoConfig(Checked):
     compression: Compression = Compression()
     trained: Annotated[tuple[MethodName, ...], Entries(0, 100)] = ()
     profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        have = f"DemoConfig: trained must be of the methods that run a model ({listed(trained(), 'and')})"
+        require(set(self.trained) <= set(trained()), have, self.trained)
 
 
 def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -135,7 +140,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     sources = clip.frames[chosen]
     result = {
         "format": "vidmem.demo",
-        "version": 1,
+        "version": 2,
         "video": _describe(clip, config.clip.start),
         "config": {"seed": config.seed, "frames": config.frames, "compression": asdict(config.compression)},
         "context_tokens_before": context_tokens(clip.size, DCTCodec.stride),

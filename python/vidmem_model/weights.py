@@ -253,14 +253,3 @@ def _unpacked_shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[
         if dtype == "I8" and stored.get(name + _SCALE) != ("F32", shape[:1]):
             raise ValueError(f"{shorten(name, 80)} has no float32 scale a row")
     return shapes
-
-
-def read_tensors(file: Path, kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file of a given format: its tensors, unpacked, and its header.
-
-    Raises:
-        UserError: it is missing.
-        MemoryFormatError: it is damaged, of another format or another version.
-    """
-    weights = WeightsFile(file, kind, version)
-    return weights.read(), weights.header

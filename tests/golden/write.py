@@ -1,4 +1,5 @@
-"""Wrote the golden files, at commit 22d47fd: python tests/golden/write.py, PYTHONPATH being the tree, python and tests.
+"""Wrote the golden files, at commit 22d47fd: python tests/golden/write.py, PYTHONPATH being the tree, python and
+what is now tests/helpers.
 
 Kept to tell how they came about. It is not to be run over them again, and refuses to: they are what the code of that
 day wrote. Files of a later day get a writer of their own, and names that are not taken. The recipes and captions in

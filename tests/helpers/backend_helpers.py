@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from vidmem_kernels import _dispatch, _extension
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 CAPABILITIES = _extension.module.available_cpu_capabilities() if _extension.module else []
 BACKENDS = ["reference", *CAPABILITIES, "triton"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _dispatch, quantize_rows
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 BANK_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
 QUANTIZED = BANK_DTYPES[3:]

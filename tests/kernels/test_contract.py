@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 import vidmem_kernels
 from vidmem_kernels import _dispatch, testing
-from vidmem_kernels._registry import OPS, register_op
+from vidmem_kernels._op import OPS
+from vidmem_kernels._registry import register_op
 from vidmem_kernels.testing import Make, float_leaves, gradients, naming, run, samples, with_grad
 
 ALL_OPS = sorted(OPS)

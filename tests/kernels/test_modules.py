@@ -11,7 +11,7 @@ from torch import nn
 
 import vidmem_kernels as vk
 from vidmem_kernels import LinearAttention, MemoryCrossAttention, _dispatch, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 INF = math.inf
 NORMS = (None, "rms_norm", "rms_norm_across_heads")

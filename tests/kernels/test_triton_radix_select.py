@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _dispatch
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 pytest.importorskip("triton")
 

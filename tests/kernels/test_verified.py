@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from paths import ROOT
 
 from vidmem_kernels import _extension, _verified, info
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 RECORDS = sorted((ROOT / "vidmem_kernels" / "verified").glob("*.json"))
 TRITON = sorted(name for name, op in OPS.items() if op.triton)

@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from vidmem_kernels import testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.testing import HALF, Make, float_leaves, gradients, samples, to_float64, with_grad, yardstick
 
 COMPOSED = ["cross_attention", "cross_attention_backward", "linear_attention", "linear_attention_backward"]

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import GOLDEN
 
 from vidmem_model.checks import FieldError, build, renewed
 from vidmem_model.errors import UserError
+from vidmem_model.generation.generator import _fingerprint
 from vidmem_model.model.config import PRESETS, Compression, EncoderConfig, ModelConfig
+from vidmem_model.model.file import load_model
 from vidmem_model.train import checkpoint
 from vidmem_model.train import loop as training
 from vidmem_model.train.config import TrainConfig
@@ -147,6 +150,56 @@ def test_a_recipe_of_stage_two(tmp_path):
 
 
 def test_shipped_recipes_have_the_present_names():
-    for path in (Path(training.__file__).parents[1] / "recipes").glob("*.yaml"):
+    recipes = sorted((Path(training.__file__).parents[1] / "recipes").glob("*.yaml"))
+    assert len(recipes) >= 3
+    for path in recipes:
         text = path.read_text()
         assert not any(f" {name}:" in text for name in ("rate", "warmup", "clip_norm", "most_change", "patch")), path
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        (
+            "optimisation:\n  steps: 3\n  clip_norm: -1\n",
+            5,
+            "optimisation.clip_norm: TrainConfig: max_grad_norm must be",
+        ),
+        ("optimisation:\n  steps: 3\n  warmup: abc\n", 5, "optimisation.warmup: must be of type int, got 'abc'"),
+        (
+            "model:\n  preset: tiny\n  encoders:\n    - {}\n    - rate: [4, 4]\n",
+            7,
+            "model.encoders[1].rate: must have 3 entries",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_by_the_name_that_the_file_has(text, line, says, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"output: run\n{'' if text.startswith('model') else 'model: tiny'}\n{text}")
+    with pytest.raises(UserError) as error:
+        read_pretrain(tmp_path / "a.yaml")
+    assert str(error.value).startswith(f"{tmp_path}/a.yaml:{line}: {says}")
+
+
+def test_a_key_that_is_none_is_unknown():
+    with pytest.raises(ValueError, match="dit: keys must be among"):
+        ModelConfig.from_dict({"dit": {"patch": 2, None: 3}})
+
+
+@pytest.mark.parametrize("values", [(0, 1, 1), (1, 129, 1), (1, 1, -1), (1, True, 1), (1, 2.5, 1), (1, "2", 1)])
+def test_bounds_of_a_compression(values, tmp_path):
+    names = ("time", "height", "width")
+    with pytest.raises(ValueError, match=r"Compression: (time|height|width):? must be "):
+        Compression(*values)
+    (tmp_path / "a.yaml").write_text(
+        yaml.safe_dump(
+            {"output": "run", "model": {"encoders": [{"compression": dict(zip(names, values, strict=True))}]}}
+        )
+    )
+    with pytest.raises(UserError, match=r"a\.yaml:\d+: model\.encoders\[0\]\.compression\.(time|height|width): "):
+        read_pretrain(tmp_path / "a.yaml")
+
+
+def test_a_video_of_before_goes_on():
+    """Its settings have the fingerprint of its model, which the first versions took of the names of that day."""
+    model = load_model(GOLDEN / "models" / "tiny.safetensors")
+    assert _fingerprint(model).startswith("4e8f0477279a8fec")

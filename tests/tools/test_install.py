@@ -77,7 +77,7 @@ else:
 
 
 def test_info_json_lists_every_op():
-    from vidmem_kernels._registry import OPS
+    from vidmem_kernels._op import OPS
 
     result = subprocess.run(
         [sys.executable, "-m", "vidmem_kernels.info", "--json"], capture_output=True, text=True, check=True
@@ -98,7 +98,7 @@ def test_every_instruction_set(capability):
     """The kernels compiled for each instruction set pass the tests that compare backends."""
     if capability not in _extension.module.available_cpu_capabilities():
         pytest.skip(reason=f"this processor lacks {capability}")
-    from vidmem_kernels._registry import OPS
+    from vidmem_kernels._op import OPS
     from vidmem_kernels.testing import check_backend
 
     before = _extension.module.cpu_capability()

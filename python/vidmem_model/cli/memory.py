@@ -42,8 +42,9 @@ def demo(
     Frames are scaled to cover the size and centre-cropped: a portrait clip is best given a portrait --size.
     """
     at_default = (size, fps, rate) == (None, None, None)
-    shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
+    shape, fps_ = parse_size(size or "480x832"), parse_fps(fps or "24")
     lengths_ = parse_lengths(lengths)
+    rate_ = parse_rate(rate or "4x4x2")
     from ..demo import FILES, SAMPLE_START, DemoConfig, run_demo
     from ..files import outputs
     from ..measure.attention import ProfileConfig
@@ -102,7 +103,8 @@ def compress(
     model = METHODS[method].model if method in METHODS else None
     if model and given:
         raise UserError(f"{given[0]} is for {_ANY_SIZE}; {METHODS[method].about} has its own")
-    shape, rate_, fps_ = parse_size(size or "480x832"), parse_rate(rate or "4x4x2"), parse_fps(fps or "24")
+    shape, fps_ = parse_size(size or "480x832"), parse_fps(fps or "24")
+    rate_ = parse_rate(rate or "4x4x2")
     from ..files import outputs
     from ..memory.config import CompressorConfig
     from ..shipped import shipped

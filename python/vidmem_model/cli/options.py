@@ -51,10 +51,15 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
 
 
 def parse_rate(text: str) -> Compression:
-    from ..model.config import Compression
+    """Height, width and time, as in "4x4x2". It imports torch, if the text is right: call it after the others.
 
+    Raises:
+        OptionError, UserError: it is not of that form, or a number is not in [1, 128].
+    """
     numbers = parse_numbers("--rate", text, "4x4x2", int)
     height, width, time = checked(Annotated[tuple[int, int, int], positive(128)], "--rate", numbers)
+    from ..model.config import Compression
+
     return Compression(time, height, width)
 
 
@@ -72,10 +77,7 @@ def parse_lengths(text: str) -> tuple[float, ...]:
 
 
 Video = Annotated[Path, typer.Argument(help="A video file.")]
-Size = Annotated[str, typer.Option(help="Height x width, or source; scaled to cover, centre cropped.")]
-Fps = Annotated[str, typer.Option(help="Frames per second, or source.")]
 Seconds = Annotated[float, typer.Option(help="Length to take.")]
-Rate = Annotated[str, typer.Option(help="Patch tokens per memory token: height x width x time.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
 
 

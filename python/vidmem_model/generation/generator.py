@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -399,7 +400,10 @@ def _settings(
 
 
 def _fingerprint(part: Any) -> str:
-    kind = part.config if hasattr(part, "config") else part.channels
+    kind = repr(part.config) if hasattr(part, "config") else part.channels
+    if isinstance(part, MemoryModel):  # as the first versions wrote it, so that their videos go on
+        kind = re.sub(r"compression=Compression\(time=(\d+), height=(\d+), width=(\d+)\)", r"rate=(\2, \3, \1)", kind)
+        kind = re.sub(r"(mlp=\d+), ", r"\1, patch=2, ", kind)
     digest = hashlib.sha256(f"{type(part).__name__} {kind}".encode())
     for name, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

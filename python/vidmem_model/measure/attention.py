@@ -291,7 +291,7 @@ def profile(
         pass
     return {
         "format": "vidmem.memory_vs_context",
-        "version": 1,
+        "version": 2,
         "what": (
             "One attention layer, batch 1, queries of one latent frame. held_bytes: K/V (or the "
             "linear-attention state and the newest frame's K/V) kept between calls. peak_bytes: "

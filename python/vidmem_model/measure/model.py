@@ -138,7 +138,7 @@ def profile_model(
         pass
     return {
         "format": "vidmem.model_cost",
-        "version": 1,
+        "version": 2,
         "what": " ".join(__doc__.split()),
         "memory_measured_with": probe.method,
         "device": describe_device(device),

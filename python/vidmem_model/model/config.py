@@ -77,7 +77,11 @@ class Compression(Checked):
 
     @classmethod
     def of_rate(cls, rate: Any) -> dict[str, int]:
-        """The fields of what earlier versions wrote as the list `rate`: height, width, time."""
+        """The fields of what earlier versions wrote as the list `rate`: height, width, time.
+
+        Raises:
+            ValueError: it is no list of three such numbers.
+        """
         try:
             height, width, time = rate
             return dataclasses.asdict(cls(time, height, width))

@@ -23,6 +23,9 @@ def encode_block(frames: torch.Tensor, vae: VideoCodec, compression: Compression
     Returns:
         float16 (C, T', H', W'), scaled; for a compression T' is what is left of the latent frames of the
         frames themselves when those that fill no box are cropped.
+
+    Raises:
+        ValueError: the frames fill no box.
     """
     if compression is None:
         pieces = (frames_to_float(piece) for piece in _pieces(frames, vae))

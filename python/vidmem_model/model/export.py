@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..model.file import VAE_FILE, load_model, save_model
-from ..model.lora import LORA_FILE, attach_lora, check_base
 from ..vae import load_vae
 from ..weights import pack, write_tensors
+from .file import VAE_FILE, load_model, save_model
+from .lora import LORA_FILE, attach_lora, check_base
 
 
 def store(run: str | Path, output: Path, dtype: str, base: str | None = None) -> list[Path]:

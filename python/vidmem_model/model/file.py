@@ -1,4 +1,4 @@
-"""The whole model: text encoder, memory encoders and DiT, and its file."""
+"""The file of a model, and the files beside it."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def attach_lora(path: str | Path, output: Path, base: str, dtype: str) -> None:
 
     Args:
         path: a file that save_lora wrote.
-        output: the new file, which `model.load_model` reads.
+        output: the new file, which `file.load_model` reads.
         base: name of the model's file, in the folder of `output`.
         dtype: see `weights.pack`.
 

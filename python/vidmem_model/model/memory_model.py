@@ -69,7 +69,7 @@ class MemoryModel(nn.Module):
             x: (B, C, K, H, W) noisy latents.
             t: (B,) or (B, K) times.
             prompts: B texts.
-            given: frames, memory, window, window_frames, cache; see DiT.forward.
+            given: frames, memory, window, window_frames, cache, memory_cross_attention; see DiT.forward.
 
         Returns:
             (B, C, K, H, W).

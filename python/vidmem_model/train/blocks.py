@@ -14,8 +14,9 @@ from ..model.config import Compression, ModelConfig
 from ..model.encode import filled_frames, filled_latents
 from ..model.encoder import History
 from ..vae import VideoCodec
-from ..video.clip import ClipSpec
+from ..video.clip import ClipSpec, remarks
 from ..video.films import DataConfig
+from ..video.read import iter_frames, probe, read_clip
 from ..video.scenes import stretches
 
 
@@ -73,11 +74,10 @@ def enlarged(row: dict[str, Any], model: ModelConfig) -> torch.Tensor:
     Returns:
         uint8 (T, H, W, 3).
     """
-    from .. import video as data
 
     height, width = (round(row["zoom"] * n) for n in (model.height, model.width))
     spec = ClipSpec(height, width, model.fps, row["start"], row["frames"] / model.fps)
-    frames = data.read_clip(row["film"], spec).frames
+    frames = read_clip(row["film"], spec).frames
     generator = seeded(row["name"])
     top, left = (
         int(torch.randint(n - m + 1, (), generator=generator))
@@ -104,16 +104,15 @@ def cut_films(
     Returns:
         Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
     """
-    from .. import video as data
     from ..progress import note
 
     number = -1
     for f, film in enumerate(films):
-        note(data.remarks(film, data.probe(film), ClipSpec(model.height, model.width)))
+        note(remarks(film, probe(film), ClipSpec(model.height, model.width)))
         for first, seconds, split in config.parts():
             if only and split and split != only:
                 continue
-            chunks = data.iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
+            chunks = iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
             for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
                 # A scene that had to be broken stays on one side of the split.
                 number += 0 if stretch.continues else 1

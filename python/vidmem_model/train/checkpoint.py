@@ -188,7 +188,11 @@ def step_of(path: Path) -> int:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """Settings that a checkpoint was written with."""
+    """Settings that a checkpoint was written with.
+
+    Raises:
+        UserError: they are damaged.
+    """
     try:
         settings = parse_json((path / _SETTINGS).read_text(), "settings")
         require(isinstance(settings, dict), "settings must be a mapping of keys to values", settings)

@@ -1,4 +1,4 @@
-"""The loss curve of a training run: its CSV, its plot, and the progress shown while it grows."""
+"""The loss curve of a training run: its CSV."""
 
 from __future__ import annotations
 

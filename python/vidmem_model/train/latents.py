@@ -1,4 +1,4 @@
-"""Training data: films cut into scenes, blocks of scenes encoded once, and what is drawn from them."""
+"""Training data: blocks of films encoded once, and what is drawn from them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from ..checks import (
 )
 from ..errors import MemoryFormatError, UserError
 from ..files import locked, reason, written
-from ..model.config import ModelConfig
+from ..model.config import Compression, ModelConfig
 from ..model.encode import encode_block, filled_latents
 from ..vae import PATCH, VideoCodec
 from ..video.films import Caption, DataConfig, film_paths, read_captions
+from ..video.sample import cache_dir
 from ..weights import WeightsFile, save_file
 from .blocks import Block, cut_films, enlarged
 
-Compression = tuple[int, int, int]
 _INDEX = "index.json"
 _FORMAT = 3
 
@@ -90,12 +90,11 @@ def prepare(
     Raises:
         UserError: a film or the captions cannot be read, or the cache cannot be written.
     """
-    from .. import video as data
 
     compressions = list(dict.fromkeys(compressions))
     captions = read_captions(Path(config.captions)) if config.captions else ()
     films = film_paths(config)
-    root = Path(config.cache) if config.cache else data.cache_dir() / "latents"
+    root = Path(config.cache) if config.cache else cache_dir() / "latents"
     folder = root / _fingerprint(config, films, model, vae)
     try:
         folder.mkdir(parents=True, exist_ok=True)

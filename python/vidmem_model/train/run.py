@@ -13,13 +13,12 @@ from typing import Any
 from ..checks import FieldError, renewed
 from ..errors import UserError
 from ..files import locked, make_folder, outputs, replacing
-from ..model.config import ModelConfig
+from ..model.config import Compression, ModelConfig
 from ..model.file import MODEL_FILE, VAE_FILE, save_model
 from ..model.lora import LORA_FILE
 from ..model.memory_model import MemoryModel
 from ..vae import VideoCodec
 from ..video.films import SAMPLE, DataConfig
-from .blocks import Compression
 from .curve import read_curve
 from .distributed import first_then_others, rank
 from .latents import Latents, prepare

@@ -23,6 +23,7 @@ from ..checks import (
     within,
 )
 from ..errors import UserError
+from .sample import fetch_sample_clip
 
 SAMPLE = "sample"
 
@@ -106,9 +107,8 @@ class Caption(Checked):
 
 def film_paths(config: DataConfig) -> list[Path]:
     """Paths of the videos, the sample film fetched if it is among them."""
-    from .. import video as data
 
-    return [data.fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
+    return [fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
 
 
 def read_captions(path: Path) -> tuple[Caption, ...]:

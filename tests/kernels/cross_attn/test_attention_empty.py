@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _dispatch, cross_attention, merge_attention_states
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 AXES = ("batch", "queries", "keys", "heads", "size", "value_size")
 HUGE = 2**62

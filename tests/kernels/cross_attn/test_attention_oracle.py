@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vidmem_kernels import _dispatch, cross_attention, linear_attention, merge_attention_states, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 INF, F64 = math.inf, torch.float64
 HALF = (torch.bfloat16, torch.float16)

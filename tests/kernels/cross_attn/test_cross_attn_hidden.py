@@ -13,7 +13,7 @@ from attention_helpers import visible
 from backend_helpers import CAPABILITIES, backend_called
 
 from vidmem_kernels import _dispatch, cross_attention
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.cross_attn import reference
 
 INF, NAN = math.inf, math.nan

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, _extension, cross_attention, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.cross_attn import library, reference
 from vidmem_kernels.cross_attn.samples import PLAIN
 

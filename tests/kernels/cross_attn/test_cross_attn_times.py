@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _dispatch, cross_attention
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 INF = math.inf
 LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max

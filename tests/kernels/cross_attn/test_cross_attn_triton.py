@@ -7,7 +7,7 @@ import torch
 from attention_helpers import arguments, by_sdpa
 
 from vidmem_kernels import _dispatch, cross_attention, explain, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 pytest.importorskip("triton")
 

@@ -8,7 +8,7 @@ from backend_helpers import CAPABILITIES, backend_called, compiled
 
 import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, cross_attention, merge_attention_states, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.cross_attn import reference
 from vidmem_kernels.testing import Make
 

@@ -15,7 +15,7 @@ from backend_helpers import CAPABILITIES
 from paths import HELPERS
 
 from vidmem_kernels import _dispatch, linear_attention, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 SIZES = {"B": 2, "L": 70, "H": 1, "D": 5, "Dv": 4}
 FAR = 2**62

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _dispatch, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.testing import Make
 
 pytest.importorskip("triton")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vidmem_kernels import LinearAttention, LinearAttentionState, _dispatch, linear_attention, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.linear_attn import reference
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

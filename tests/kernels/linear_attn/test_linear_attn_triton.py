@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _dispatch, linear_attention, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.linear_attn import reference
 from vidmem_kernels.testing import Make
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidmem_kernels import LinearAttentionState, _dispatch, linear_attention, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 F64 = torch.float64
 MAPS = {"relu": torch.relu, "elu1": lambda x: torch.where(x > 0, x + 1, x.exp()), "identity": lambda x: x}

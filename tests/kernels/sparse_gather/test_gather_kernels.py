@@ -8,7 +8,7 @@ import torch
 from backend_helpers import compiled
 
 from vidmem_kernels import _dispatch, gather_tokens, scatter_add_tokens
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.testing import Make
 
 ROW = torch.zeros(1, 1, dtype=torch.int32)

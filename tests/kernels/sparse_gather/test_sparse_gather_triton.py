@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vidmem_kernels import _dispatch, explain, quantize_rows, scatter_add_tokens, select_tokens, topk_blocks
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 from vidmem_kernels.sparse_gather import reference
 
 pytest.importorskip("triton")

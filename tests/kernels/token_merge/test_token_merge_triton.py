@@ -5,7 +5,7 @@ import torch
 
 import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, testing
-from vidmem_kernels._registry import OPS
+from vidmem_kernels._op import OPS
 
 pytest.importorskip("triton")
 

@@ -426,3 +426,22 @@ def test_installed_command():
         pytest.skip(reason="the package is not installed in this environment")
     done = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("vidmem ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "a.mp4", "-o", "b", "--fps", "fast"],
+        ["compress", "a.mp4", "-o", "b", "--rate", "4x4"],
+        ["compress", "a.mp4", "-o", "b", "--rate", "0x1x1"],
+        ["demo", "--fps", "fast"],
+        ["demo", "--lengths", "x"],
+        ["demo", "--rate", "4"],
+        ["profile", "--lengths", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_in_an_option_is_told_before_torch_is_imported(arguments):
+    code = f"import sys; from vidmem_model.cli import main; print(main({arguments}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr

@@ -213,7 +213,8 @@ def test_by_default_the_shipped_model_on_what_it_was_not_trained_on(tmp_path, qu
     save_model(tmp_path / "demo.safetensors", tiny_model(), {"training": {"data": data, "sampling": {"history": 2}}})
     monkeypatch.setattr(shipped, "CHECKPOINTS", tmp_path)
     decoded = []
-    monkeypatch.setattr("vidmem_model.video.iter_frames", lambda v, spec: decoded.append(spec) or iter_frames(v, spec))
+    seen = lambda v, spec: decoded.append(spec) or iter_frames(v, spec)  # noqa: E731
+    monkeypatch.setattr("vidmem_model.train.blocks.iter_frames", seen)
     found = tmp_path / "found.json"
     assert cli.main(["evaluate", "retrieval", "--steps", "1", "--clips", "20", "--json", str(found)]) == 0
     assert "both 2×2×2" in capfd.readouterr().out

@@ -13,7 +13,7 @@ from vidmem_model.errors import UserError
 from vidmem_model.evaluate.metrics import stlpips
 
 pytest.importorskip("av")
-module = importlib.import_module("vidmem_model.metrics.stlpips")
+module = importlib.import_module("vidmem_model.evaluate.metrics.stlpips")
 
 
 @pytest.fixture(scope="module")
