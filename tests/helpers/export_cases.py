@@ -12,6 +12,11 @@ from vidmem_kernels.linear_attn.samples import attend as attend_linear
 from vidmem_kernels.testing import named_call, public_calls
 
 CASES = public_calls()
+# They compute nothing, or live on files.
+NOT_TRACED = {
+    "BackendError", "Choice", "LinearAttentionState", "MemoryBank", "MemoryFileError", "MergeResult", "QuantizedRows",
+    "SelectResult", "explain", "recording", "use_backend",
+}  # fmt: skip
 
 
 def case(*args, **options):

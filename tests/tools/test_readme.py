@@ -41,6 +41,7 @@ def test_table_has_the_row_of_every_public_op():
     wrong = [right for name, right in rows.items() if ROWS.get(name) != right]
     assert not wrong, "\n".join(["README.md must have, under Ops:", *wrong])
     assert ROWS.keys() == rows.keys() | {"MemoryBank"} and len(rows) > 10
+    assert all(TEXT.count(f"\n| `{name}` |") == 1 for name in ROWS)
 
 
 def test_code_runs():
