@@ -92,10 +92,14 @@ def remove_leftovers(folder: Path) -> None:
                 os.close(handle)
 
 
-def _temporary(folder: Path, mode: int | None) -> tuple[Path, int]:
-    """A new file of a mode, or folder, under a name of its own, locked so that others leave it alone."""
+def _temporary(folder: Path, mode: int | None, names: list[Path]) -> tuple[Path, int]:
+    """A new file of a mode, or folder, under a name of its own, locked so that others leave it alone.
+
+    `names` gets every name before anything has it: a signal may come at any moment.
+    """
     while True:
         path = folder / f".vidmem-{secrets.token_hex(8)}.tmp"
+        names.append(path)
         if mode is None:
             path.mkdir()
         try:
@@ -120,25 +124,31 @@ def temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """
     remove_leftovers(target.parent)
     # Nobody reads what replaces a private file before it has that one's mode.
-    path, handle = _temporary(target.parent, 0o666 if found(target) is None else 0o600)
+    names: list[Path] = []
     try:
+        path, handle = _temporary(target.parent, 0o666 if found(target) is None else 0o600, names)
         with os.fdopen(handle, "w+b") as file:
             yield path, file
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
 
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Give a temporary folder; it is removed at the end, if it still has its name."""
     remove_leftovers(parent)
-    path, handle = _temporary(parent, None)
+    names: list[Path] = []
+    handle = -1
     try:
+        path, handle = _temporary(parent, None, names)
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+        for name in names:
+            shutil.rmtree(name, ignore_errors=True)
+        if handle >= 0:
+            os.close(handle)
 
 
 def put(file: Path, target: Path) -> None:
