@@ -1,13 +1,15 @@
 """Compiles every Triton kernel and every CUDA file ahead of time, without a GPU, and tabulates what they use.
 
     python benchmarks/compile_kernels.py [--only triton|cuda] [--archs 80 90 100] [--json FILE] [--table FILE]
-                                         [--sample N] [--kernels NAME]
+                                         [--sample N] [--kernels NAME] [--candidates]
 
-Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers or needs more shared
-memory than the architecture has. Must not run under TRITON_INTERPRET=1.
+Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers, needs more shared
+memory than the architecture has, when ptxas serialises its tensor-core instructions, or when it should have specialised
+warps and has none. Must not run under TRITON_INTERPRET=1.
 
-An entry of an AOT table is (pointer types, constants, warps), for every architecture, or (pointer types, constants,
-warps, architectures) where tiles depend on it.
+An entry of an AOT table is (pointer types, constants, how), for every architecture, or (pointer types, constants, how,
+architectures). `how` is a number of warps, or (Tunable, fields): then every tile that may be launched is compiled, the
+kernel's default and the one of the table of that architecture (with --candidates all that tuning tries).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import random
 import re
 import shutil
@@ -22,16 +25,17 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks import ptxas  # noqa: E402
 
 
 class Usage(NamedTuple):
-    """Resources of one compiled kernel; spills in bytes a thread, shared memory in bytes a block."""
+    """Resources of one compiled kernel: registers and spilled bytes a thread, shared memory a block; what is wrong."""
 
     kernel: str
     variant: str
@@ -39,6 +43,7 @@ class Usage(NamedTuple):
     registers: int
     spills: int
     shared: int
+    faults: list[str]
 
 
 def cuobjdump() -> str:
@@ -74,9 +79,21 @@ class Job(NamedTuple):
     variant: int
     arch: int
     integer: str  # type of sizes and strides: i32, or i64 as they are from 2**31 on
+    tile: dict  # constants that the entry leaves open, num_warps, num_stages
 
 
-def compile_triton(job: Job, folder: Path) -> Usage:
+def tiles_of(how, arch: int, candidates: bool) -> list[dict]:
+    """The tiles of an entry: see the AOT tables."""
+    if isinstance(how, int):
+        return [{"num_warps": how}]
+    tunable, fields = how
+    tiles = tunable.shipped(arch, **fields)
+    if candidates:
+        tiles += [tile for tile in tunable.candidates(arch, **fields) if tile not in tiles]
+    return tiles
+
+
+def compile_triton(job: Job) -> Usage:
     """Compiles one variant as a call with aligned pointers and sizes would."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -84,22 +101,29 @@ def compile_triton(job: Job, folder: Path) -> Usage:
 
     module = importlib.import_module(job.module)
     kernel = getattr(module, job.kernel)
-    pointers, constants, num_warps, *_ = module.AOT[job.kernel][job.variant]
+    pointers, fixed, how, *_ = module.AOT[job.kernel][job.variant]
+    options = {name: value for name, value in job.tile.items() if name in ("num_warps", "num_stages")}
+    constants = fixed | {name: value for name, value in job.tile.items() if name not in options}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, job.integer) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options={"num_warps": num_warps})
+        with ptxas.listening() as log:
+            compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+        report = ptxas.read(log.getvalue())[job.kernel][-1]
     except Exception as error:  # Triton's own do not survive the way out of a process
         raise RuntimeError(f"{job}: {error}") from None
     strides = {name for name in names if "_stride_" in name}
     strided = ["strided"] if strides and not strides & constants.keys() else []  # none is known to be 1
     variant = " ".join([*(t.lstrip("*") for t in pointers.values()), *strided, job.integer])
-    binary = folder / f"{job.kernel}-{job.variant}-{job.integer}-{job.arch}.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    _, registers, spills, _ = resource_usage(binary)[0]
-    return Usage(job.kernel, variant, job.arch, registers, spills, compiled.metadata.shared)
+    if not isinstance(how, int):
+        variant = f"{how[0].key(**how[1])} {job.integer}: {' '.join(f'{k}={v}' for k, v in job.tile.items())}"
+    shared = compiled.metadata.shared
+    threads = ptxas.threads_of(compiled.asm["ptx"])
+    specialised = bool(job.tile.get("WARP_SPECIALIZE"))
+    faults = ptxas.faults(report, shared, threads, job.arch, job.tile["num_warps"], specialised)
+    return Usage(job.kernel, variant, job.arch, report.registers, report.spills, shared, faults)
 
 
 def drawn(jobs: list, sample: int | None) -> list:
@@ -107,7 +131,8 @@ def drawn(jobs: list, sample: int | None) -> list:
     return jobs if sample is None else random.Random(0).sample(jobs, min(sample, len(jobs)))
 
 
-def all_triton(archs: list[int], folder: Path, sample: int | None, part: str = "") -> list[Usage]:
+def triton_jobs(archs: list[int], part: str = "", candidates: bool = False) -> list[Job]:
+    """Every compilation of the kernels with `part` in their name."""
     jobs = []
     for module in triton_modules():
         jitted = {name: f for name, f in vars(module).items() if name.endswith("_kernel") and hasattr(f, "arg_names")}
@@ -117,18 +142,24 @@ def all_triton(archs: list[int], folder: Path, sample: int | None, part: str = "
             raise SystemExit(f"{module.__name__}: no AOT entry for {', '.join(lacking)}")
         targets = [(arch, "i32") for arch in archs] + [(archs[-1], "i64")]
         jobs += [
-            Job(module.__name__, kernel, variant, *target)
+            Job(module.__name__, kernel, variant, arch, integer, tile)
             for kernel, variants in entries.items()
             if part in kernel
-            for variant, (*_, held) in enumerate(variants)
-            for target in targets
-            if not isinstance(held, tuple) or target[0] in held
+            for variant, (_, _, how, *held) in enumerate(variants)
+            for arch, integer in targets
+            if not held or arch in held[0]
+            for tile in tiles_of(how, arch, candidates)
         ]
     if not jobs:
         raise SystemExit(f"--kernels: no Triton kernel has {part!r} in its name")
-    jobs = drawn(jobs, sample)
-    with ProcessPoolExecutor(2) as pool:
-        return list(pool.map(compile_triton, jobs, repeat(folder), chunksize=len(jobs) // 16 + 1))
+    return jobs
+
+
+def all_triton(jobs: list[Job]) -> list[Usage]:
+    with tempfile.TemporaryDirectory() as cache:  # of its own: ptxas says nothing of what Triton's cache has
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(compile_triton, jobs, chunksize=min(8, len(jobs) // 16 + 1)))
 
 
 def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
@@ -145,7 +176,8 @@ def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
     largest: dict[str, Usage] = {}
     for mangled, registers, spills, shared in resource_usage(binary):
         name = re.search(r"\d+([a-z_]+_kernel)", mangled).group(1)
-        row = Usage(name, source.name, arch, registers, spills, shared)
+        faults = ptxas.faults(ptxas.Report(registers, spills, ()), shared, 0, arch, 0, False)
+        row = Usage(name, source.name, arch, registers, spills, shared, faults)
         if name not in largest or (spills, registers) > (largest[name].spills, largest[name].registers):
             largest[name] = row
     return list(largest.values())
@@ -185,16 +217,17 @@ def heading() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["triton", "cuda"])
-    parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--archs", type=int, nargs="+", default=list(ptxas.SHARED_LIMIT), choices=ptxas.SHARED_LIMIT)
     parser.add_argument("--sample", type=int, metavar="N", help="compile N variants of Triton kernels and N CUDA files")
     parser.add_argument("--kernels", metavar="NAME", default="", help="only Triton kernels with this in their name")
+    parser.add_argument("--candidates", action="store_true", help="also the tiles that tuning tries")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--table", type=Path, help="also write the table, with what compiled it, to this file")
     args = parser.parse_args()
     usages: list[Usage] = []
     with tempfile.TemporaryDirectory() as folder:
         if args.only != "cuda":
-            usages += all_triton(args.archs, Path(folder), args.sample, args.kernels)
+            usages += all_triton(drawn(triton_jobs(args.archs, args.kernels, args.candidates), args.sample))
         if args.only != "triton" and not args.kernels:
             if shutil.which("nvcc") is None:
                 raise SystemExit("nvcc is not on PATH; --only triton compiles the rest")
@@ -204,9 +237,9 @@ def main() -> int:
         args.table.write_text(heading() + table(usages) + "\n")
     if args.json:
         args.json.write_text(json.dumps([u._asdict() for u in usages], indent=1))
-    bad = [u for u in usages if u.spills or u.shared > SHARED_LIMIT.get(u.arch, 101_376)]
+    bad = [u for u in usages if u.faults]
     for u in bad:
-        print(f"{u.kernel} ({u.variant}) sm_{u.arch}: spills {u.spills} B, shared {u.shared} B", file=sys.stderr)
+        print(f"{u.kernel} ({u.variant}) sm_{u.arch}: {'; '.join(u.faults)}", file=sys.stderr)
     return 1 if bad else 0
 
 
