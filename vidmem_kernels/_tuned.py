@@ -31,6 +31,7 @@ INTERPRETED = 80  # the interpreter takes the defaults of Ampere
 # Compute capability -> the class whose table it reads. H100 and H200 (and GH200) are one, and so are B200 and B300.
 _CLASSES = {80: "sm80", 86: "sm89", 89: "sm89", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm120", 121: "sm120"}
 TUNABLES: dict[str, Tunable] = {}
+_watchers: list[list[tuple[Tunable, dict[str, Any]]]] = []
 
 
 class Chosen(NamedTuple):
@@ -72,6 +73,8 @@ class Tunable:
 
     def tile(self, device: torch.device, **fields: Any) -> Tile:
         """The tile of a launch on `device`."""
+        for asked in _watchers:
+            asked.append((self, fields))
         if self._forced:
             return self._forced[-1]
         return self._chosen(arch_of(device), **fields).tile
@@ -116,6 +119,17 @@ class Tunable:
         return Chosen(self.kernel, key, tile, name)
 
 
+@contextmanager
+def watching() -> Iterator[list[tuple[Tunable, dict[str, Any]]]]:
+    """Collects which tiles the launches in the context ask for: (Tunable, fields)."""
+    asked: list[tuple[Tunable, dict[str, Any]]] = []
+    _watchers.append(asked)
+    try:
+        yield asked
+    finally:
+        _watchers.remove(asked)
+
+
 @cache
 def arch_of(device: torch.device) -> int:
     """Compute capability of a GPU, as in 90; Ampere's for the interpreter."""
@@ -132,13 +146,16 @@ def class_of(arch: int) -> str | None:
 
 @cache
 def document(name: str) -> dict[str, Any]:
-    """A table as it was written, with the device, versions and date of its measurements; {} where there is none."""
+    """A table as benchmarks/tune.py wrote it; {} where there is none."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def table(name: str) -> dict[str, dict[str, Any]]:
-    """kernel -> key -> {"tile": …, "ms": …, "default_ms": …} of a class of GPUs."""
+    """kernel -> key -> {"tile": …, "ms": …, "default_ms": …, "call": …, "on": …} of a class of GPUs.
+
+    The times are those of the whole call, with the tile and with the default; `on` tells GPU, date and Triton.
+    """
     return document(name).get("kernels", {})
 
 
