@@ -30,7 +30,7 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(PYTEST) -m "not long"
 
-test-long: $(VENV)/built
+test-long: $(VENV)/built build/triton-3.6.0
 	$(PYTEST) -m long
 	$(if $(wildcard tests/fuzz.py),$(MAKE) fuzz)
 
@@ -54,6 +54,10 @@ $(VENV)/installed: pyproject.toml python/pyproject.toml
 	$(PIP) install --quiet "$(TORCH)" "setuptools>=64" wheel pybind11 numpy
 	VIDMEM_BUILD=0 $(PIP) install --quiet --no-build-isolation -e . -e "./python[dev]"
 	touch $@
+
+# Triton of the oldest torch that is supported: every kernel is compiled by it too.
+build/triton-3.6.0: $(VENV)/installed
+	$(PIP) install --quiet --no-deps --target $@ triton==3.6.0
 
 # Apart from the packages, so that an edit of csrc/ compiles only what changed.
 $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import _env, _extension
 from ._op import Library, Op
+from ._tuned import Chosen
 
 logger = logging.getLogger("vidmem_kernels")
 
@@ -189,7 +190,9 @@ def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[...
 class Choice:
     """One op of an explained call: the backend that runs it and why the ones before it do not.
 
-    Where the backend is "library", `library` names it, and `refused` has those before it as "library <name>".
+    Where the backend is "library", `library` names it, and `refused` has those before it as "library <name>". Where it
+    is "triton", `tiles` has the tiles that its kernels are launched with and where they are from: the table of this
+    class of GPUs or the kernel's default.
     """
 
     op: str
@@ -197,10 +200,12 @@ class Choice:
     backend: str
     refused: dict[str, str] = field(default_factory=dict)
     library: str | None = None
+    tiles: list[Chosen] = field(default_factory=list)
 
     def __str__(self) -> str:
         which = f" ({self.library})" if self.library else ""
         lines = [f"{self.op} on {self.device}: {self.backend}{which}"]
+        lines += [f"  tile {tile}" for tile in self.tiles]
         lines += [f"  not {name}: {why}" for name, why in self.refused.items()]
         return "\n".join(lines)
 
@@ -250,6 +255,10 @@ def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, re
         library, others = first_library(op, device, args)
         choice.library = library.name
         choice.refused = refused | {f"library {name}": why for name, why in others.items()}
+    if chosen == "triton":
+        module = importlib.import_module(f"{op.family}.{op.triton}")
+        tiles = getattr(module, op.launch.replace("launch_", "tiles_"), None)  # not every kernel has any to choose
+        choice.tiles = tiles(*args) if tiles else []
     return choice
 
 

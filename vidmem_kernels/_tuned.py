@@ -53,8 +53,8 @@ class Tunable:
 
     Attributes:
         kernel: name of the @triton.jit function.
-        fields: what the choice depends on besides the GPU, e.g. ("dtype", "size", "features"). Values are strings, numbers
-            or booleans; no length of a sequence, which changes from call to call.
+        fields: what the choice depends on besides the GPU, e.g. ("dtype", "size", "features"). Values are strings,
+            numbers or booleans; no length of a sequence, which changes from call to call.
         default: `default(arch, **fields)` is the tile where no table has one; `arch` as in 90.
         candidates: `candidates(arch, **fields)` are the tiles that tuning tries; the default is always tried too.
     """

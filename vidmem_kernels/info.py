@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _dispatch, _env, _extension
+from . import __version__, _dispatch, _env, _extension, _tuned
 from ._op import OPS, Op
 
 
@@ -65,8 +65,9 @@ def collect() -> dict[str, Any]:
 
     Returns:
         "versions", "build", "devices", "environment", "ops": op -> device -> {"auto": the first backend that can,
-        "backends": backend -> None if it can, else why not}, and "verified_on": op -> each backend of GPUs that it has
-        a kernel for -> the run of the tests that the kernel passed last, None if it never did.
+        "backends": backend -> None if it can, else why not}, "verified_on": op -> each backend of GPUs that it has
+        a kernel for -> the run of the tests that the kernel passed last, None if it never did, and "tuned": name of a
+        table of tiles -> the GPUs here that read it, how many tiles it has, and what they were measured on.
     """
     devices = _devices()
     device_types = list(dict.fromkeys(d["type"] for d in devices))
@@ -95,7 +96,20 @@ def collect() -> dict[str, Any]:
         },
         "ops": ops,
         "verified_on": {name: _verified_on(op) for name, op in sorted(OPS.items())},
+        "tuned": _tables(),
     }
+
+
+def _tables() -> dict[str, Any]:
+    """Every table that is shipped."""
+    found = {}
+    for path in sorted(_tuned.FOLDER.glob("*.json")):
+        entries = [entry for keys in _tuned.table(path.stem).values() for entry in keys.values()]
+        devices = range(torch.cuda.device_count())
+        here = [i for i in devices if _tuned.class_of(_tuned.arch_of(torch.device("cuda", i))) == path.stem]
+        measured = sorted({entry["on"] for entry in entries})
+        found[path.stem] = {"devices": here, "tiles": len(entries), "measured_on": measured}
+    return found
 
 
 def _verified_on(op: Op) -> dict[str, Any]:
@@ -131,6 +145,10 @@ def render(info: dict[str, Any]) -> str:
         lines += _table(info["ops"], device, columns)
     lines += ["", "Kernels for GPUs: the run of their tests that they passed last"]
     lines += _runs(info["verified_on"])
+    lines += ["", "Tuned tiles of Triton kernels (others have their defaults)"]
+    for name, table in info["tuned"].items():
+        read = f"read by cuda {', '.join(map(str, table['devices']))}" if table["devices"] else "read by no GPU here"
+        lines.append(f"  {name}: {table['tiles']} tiles ({'; '.join(table['measured_on'])}); {read}")
     return "\n".join(part for line in lines for part in _wrapped(line, columns))
 
 
