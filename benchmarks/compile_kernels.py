@@ -46,25 +46,6 @@ class Usage(NamedTuple):
     faults: list[str]
 
 
-def cuobjdump() -> str:
-    """The one on PATH, else the one inside Triton's package."""
-    found = shutil.which("cuobjdump")
-    if found:
-        return found
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-
-
-def resource_usage(binary: Path) -> list[tuple[str, int, int, int]]:
-    """(mangled name, registers, local memory, shared memory) of every kernel in a cubin or object file."""
-    command = [cuobjdump(), "--dump-resource-usage", str(binary)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    pattern = r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    found = re.findall(pattern, text)
-    return [(name, int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found]
-
-
 def triton_modules() -> list:
     """The modules of Triton kernels: every family's and those that families share."""
     paths = sorted((ROOT / "vidmem_kernels").rglob("*triton_*.py"))
@@ -169,16 +150,16 @@ def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
     binary = folder / f"{source.stem}-{arch}.o"
     command = ["nvcc", "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *[f"-I{p}" for p in include_paths()]]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", str(binary)]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-c", str(source), "-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"nvcc fails on {source.name} for sm_{arch}:\n{done.stderr}")
     largest: dict[str, Usage] = {}
-    for mangled, registers, spills, shared in resource_usage(binary):
+    for mangled, (report,) in ptxas.read(done.stderr).items():
         name = re.search(r"\d+([a-z_]+_kernel)", mangled).group(1)
-        faults = ptxas.faults(ptxas.Report(registers, spills, ()), shared, 0, arch, 0, False)
-        row = Usage(name, source.name, arch, registers, spills, shared, faults)
-        if name not in largest or (spills, registers) > (largest[name].spills, largest[name].registers):
+        faults = ptxas.faults(report, report.shared, 0, arch, 0, False)
+        row = Usage(name, source.name, arch, report.registers, report.spills, report.shared, faults)
+        if name not in largest or (row.spills, row.registers) > (largest[name].spills, largest[name].registers):
             largest[name] = row
     return list(largest.values())
 

@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may use
-SPILL_LIMIT = 0  # bytes a thread
+SPILL_LIMIT = 16  # bytes a thread: four registers, outside of loops nothing that one could measure
 # C7510: wgmma.mma_async instructions are serialised; C7512: its registers are, for want of a wait.
 SERIALISED = ("C7510", "C7512")
 
 
 class Report(NamedTuple):
-    """Of one kernel: registers a thread, bytes of its stack frame (spills are there), complaints that cost speed."""
+    """Of one kernel: registers a thread, bytes of them that are spilled to memory, complaints that cost speed, and the
+    shared memory that is known at compile time (Triton's is not), bytes a block.
+    """
 
     registers: int
     spills: int
-    complaints: tuple[str, ...]
+    complaints: tuple[str, ...] = ()
+    shared: int = 0
 
 
 @contextlib.contextmanager
@@ -34,16 +37,16 @@ def listening() -> Iterator[io.StringIO]:
 
 
 def read(log: str) -> dict[str, list[Report]]:
-    """Kernel -> a report each time that it was compiled, of a log of `ptxas -v`."""
+    """Kernel -> a report each time that it was compiled, of a log of `ptxas -v` (or ptxas-blackwell)."""
     found: dict[str, list[Report]] = {}
-    for part in re.split(r"(?=ptxas info\s+: \d+ bytes gmem)", log):
-        name = re.search(r"Compiling entry function '(\w+)'", part)
-        if name is None:
-            continue
-        registers = re.search(r"Used (\d+) registers", part)
-        stack = re.search(r"(\d+) bytes stack frame", part)
-        complaints = tuple(sorted({code for code in SERIALISED if code in part}))
-        found.setdefault(name.group(1), []).append(Report(int(registers.group(1)), int(stack.group(1)), complaints))
+    for run in re.split(r"(?=ptxas\S* info\s+: \d+ bytes gmem)", log):
+        complaints = tuple(code for code in SERIALISED if code in run)
+        for part in run.split("Compiling entry function '")[1:]:
+            registers = int(re.search(r"Used (\d+) registers", part).group(1))
+            spills = max(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part))
+            shared = re.search(r"(\d+) bytes smem", part)
+            report = Report(registers, spills, complaints, int(shared.group(1)) if shared else 0)
+            found.setdefault(part[: part.index("'")], []).append(report)
     return found
 
 

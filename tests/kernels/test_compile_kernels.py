@@ -12,7 +12,6 @@ import sys
 import pytest
 from paths import ROOT
 
-
 ARCHS = (80, 89, 90, 100, 120)
 OLDEST = ROOT / "build" / "triton-3.6.0"  # of the oldest torch that is supported; `make test-long` puts it there
 

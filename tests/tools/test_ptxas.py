@@ -48,7 +48,7 @@ def test_every_kernel_of_a_log(seed, tool):
 
 @pytest.mark.parametrize("arch", ptxas.SHARED_LIMIT)
 def test_faults(arch):
-    clean = ptxas.Report(255, 0, ())
+    clean = ptxas.Report(255, ptxas.SPILL_LIMIT)
     limit = ptxas.SHARED_LIMIT[arch]
     assert ptxas.faults(clean, limit, 128, arch, 4, False) == []
     assert ptxas.faults(clean, 0, 384, arch, 4, True) == []
@@ -56,6 +56,6 @@ def test_faults(arch):
     assert ptxas.faults(clean, limit + 1, 128, arch, 4, False) == [
         f"needs {limit + 1} B of shared memory, sm_{arch} has {limit}"
     ]
-    bad = ptxas.faults(ptxas.Report(255, 8, ("C7510", "C7512")), 0, 128, arch, 4, False)
-    assert bad[0] == "spills 8 B a thread"
+    bad = ptxas.faults(ptxas.Report(255, ptxas.SPILL_LIMIT + 4, ("C7510", "C7512")), 0, 128, arch, 4, False)
+    assert bad[0] == f"spills {ptxas.SPILL_LIMIT + 4} B a thread"
     assert [why.split(":")[0] for why in bad[1:]] == ["ptxas C7510", "ptxas C7512"]
