@@ -43,7 +43,8 @@ class Verified:
     current: bool
 
     def __str__(self) -> str:
-        return f"{'' if self.current else 'changed since '}{self.device}, {self.date} ({self.commit})"
+        passed = f"{self.device}, {self.date} ({self.commit})"
+        return passed if self.current else f"compiled, not run since it changed; before, it passed on {passed}"
 
 
 def verified_on(op: str, backend: str, fingerprint: str | None) -> Verified | None:

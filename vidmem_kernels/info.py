@@ -146,6 +146,7 @@ def render(info: dict[str, Any]) -> str:
     lines += ["", "Kernels for GPUs: the run of their tests that they passed last"]
     lines += _runs(info["verified_on"])
     lines += ["", "Tuned tiles of Triton kernels (others have their defaults)"]
+    lines += [] if info["tuned"] else ["  none"]
     for name, table in info["tuned"].items():
         read = f"read by cuda {', '.join(map(str, table['devices']))}" if table["devices"] else "read by no GPU here"
         lines.append(f"  {name}: {table['tiles']} tiles ({'; '.join(table['measured_on'])}); {read}")
@@ -164,7 +165,7 @@ def _runs(verified_on: dict[str, Any]) -> list[str]:
     kernels: dict[str, list[str]] = {}
     for name, backends in verified_on.items():
         for backend, run in backends.items():
-            kernels.setdefault(run["what"] if run else "none", []).append(f"{name} ({backend})")
+            kernels.setdefault(run["what"] if run else "compiled, not run", []).append(f"{name} ({backend})")
     return [f"  {run}: {', '.join(names)}" for run, names in sorted(kernels.items())]
 
 

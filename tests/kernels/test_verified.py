@@ -124,7 +124,7 @@ def test_the_last_run_of_the_present_sources_counts(records):
 def test_a_changed_kernel_goes_stale_by_itself(records):
     records(("A", "2026-01-01", "first"), ("B", "2026-01-02", "second"))
     found = _verified.verified_on("op", "triton", "now")
-    assert (found.device, found.current) == ("B", False) and str(found).startswith("changed since B")
+    assert (found.device, found.current) == ("B", False) and str(found).startswith("compiled, not run")
     assert _verified.verified_on("op", "cuda", "now") is None
     assert not _verified.verified_on("op", "triton", None).current
 
