@@ -34,6 +34,7 @@ _autocast, _jit_trace = torch._C._is_any_autocast_enabled, torch._C._get_tracing
 _has_dispatch_key = torch._C._dispatch_tls_is_dispatch_key_included
 _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _deterministic = torch._C._get_deterministic_algorithms
+_deterministic_warns = torch._C._get_deterministic_algorithms_warn_only
 _cudnn_sdpa, _flash_sdpa = torch._C._get_cudnn_sdp_enabled, torch._C._get_flash_sdp_enabled
 _compiling = torch.compiler.is_compiling
 _SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype})
@@ -63,6 +64,7 @@ def _surroundings() -> list[Any]:
         _grad(),
         _inference(),
         _deterministic(),
+        _deterministic_warns(),
         _env.dispatch_state(),
         _dispatch.of_this_thread(),
         module and module.cpu_capability(),

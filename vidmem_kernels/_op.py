@@ -57,6 +57,7 @@ class Op:
     result_batch: int = 0
     head_axes: dict[str, int] = field(default_factory=dict)
     result_heads: tuple[int, ...] = ()
+    varies: tuple[str, ...] = ()
     function: type[torch.autograd.Function] | None = None  # its gradient: see `_autograd.make_function`
 
     def __post_init__(self) -> None:

@@ -45,6 +45,7 @@ def register_op(
     result_batch: int = 0,
     head_axes: dict[str, int] | None = None,
     result_heads: tuple[int, ...] = (),
+    varies: tuple[str, ...] = (),
 ) -> Op:
     """Registers torch.ops.vidmem.<op>.
 
@@ -64,6 +65,8 @@ def register_op(
         without_batch: names of tensors that may lack the batch axis, with their number of dimensions then.
         result_batch: axis of the batch in the results.
         head_axes, result_heads: axes of the heads in tensor arguments and in the results, which DTensor may shard.
+        varies: backends whose results on a GPU may differ in the last bits from run to run, unless
+            torch.use_deterministic_algorithms(True); see docs/determinism.md.
 
     Returns:
         The `Op`; its family is the package that `reference` lives in.
@@ -97,6 +100,7 @@ def register_op(
         result_batch=result_batch,
         head_axes=head_axes or {},
         result_heads=result_heads,
+        varies=varies,
     )
     op.function = _autograd.make_function(op)
     OPS[name] = op

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import _dispatch
 from ._op import OPS, Op
+from ._poison import poisoned_memory as poisoned_memory
 
 _SAMPLES: dict[str, Callable[[Make], Iterator[tuple[str, tuple]]]] = {}
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {}
@@ -306,21 +307,6 @@ def assert_within_budget(actual: Any, at_dtype: Any, exact: Any, what: str = "")
         budget = 2 * (r - e)[finite].abs().max() + rounding
         error = (a - e)[finite].abs().max()
         assert error <= budget, f"{where}: error {error:.3e} over the budget {budget:.3e}"
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fills every new uninitialised tensor with NaN (integers: the maximum), in C++ too."""
-    was = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def run(op: Op, args: tuple[Any, ...], backend: str = "auto") -> Any:
