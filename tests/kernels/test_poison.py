@@ -1,4 +1,4 @@
-"""`testing.poisoned_memory`: memory that nobody wrote shows, in Python and in C++, with every switch of torch as it was."""
+"""`testing.poisoned_memory`: memory that nobody wrote shows, in Python and in C++, with no switch of torch touched."""
 
 import threading
 import warnings
