@@ -130,16 +130,29 @@ def unavailable(op: Op, backend: str, device_type: str) -> str | None:
 
 
 def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Library | None, dict[str, str]]:
-    """The first library of `op` that can run a call (None if none can), and why those before it cannot."""
+    """The library of `op` that runs a call (None if none can), and why others do not.
+
+    It is the first one that can, but one that others are faster than only if it is the last: then its reason is there.
+    """
     refused: dict[str, str] = {}
+    slow = None
     for library in op.library:
         if device.type not in library.devices:
             continue
         reason = library.refuse(*args)
         if reason is None:
-            return library, refused
+            reason = library.avoid(*args)
+            if reason is None:
+                return library, refused
+            slow = slow or library
         refused[library.name] = reason
-    return None, refused
+    return slow, refused
+
+
+def _avoided(op: Op, device: torch.device, args: Sequence[Any]) -> str | None:
+    """Why the library that would run a call is slower than other backends, or None."""
+    library, refused = first_library(op, device, args)
+    return refused.get(library.name)
 
 
 def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> str | None:
@@ -223,11 +236,17 @@ def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> s
                 f"{op.name}: backend {backend!r} cannot run this call: {reason}; these can: {', '.join(others)}"
             )
     else:
+        slow = None
         for chosen in LADDERS.get(device.type, ("reference",)):
             reason = refusal(op, chosen, device, args)
+            if reason is None and chosen == "library":
+                slow = reason = _avoided(op, device, args)
             if reason is None:
                 break
             refused[chosen] = reason
+        if chosen == "reference" and slow is not None:
+            chosen = "library"
+            del refused[chosen]
     if chosen == "reference" and refused:
         _log_fallback(op.name, refused)
     if is_recording():
@@ -254,6 +273,7 @@ def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, re
     if chosen == "library":
         library, others = first_library(op, device, args)
         choice.library = library.name
+        others.pop(library.name, None)
         choice.refused = refused | {f"library {name}": why for name, why in others.items()}
     if chosen == "triton":
         module = importlib.import_module(f"{op.family}.{op.triton}")
@@ -305,7 +325,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
         *args, **kwargs: its arguments. Tensors are replaced by fakes of their shape, dtype and device.
 
     Returns:
-        One `Choice(op, device, backend, refused)` for each op called; `print` shows it readably.
+        One `Choice(op, device, backend, refused)` for each op called; `print` shows it readably. The gradient's ops
+        follow where a tensor among the arguments requires one.
 
     Example:
         >>> print(*explain(gather_tokens, bank, index), sep="\\n")
@@ -323,5 +344,17 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
 
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))
     with fakes, recording() as choices:
-        function(*fake_args, **fake_kwargs)
+        results = function(*fake_args, **fake_kwargs)
+        _differentiate(results, (fake_args, fake_kwargs))
     return choices
+
+
+def _differentiate(results: Any, args: Any) -> None:
+    """Computes the gradients of a call, on this thread and for its arguments alone."""
+    outputs, inputs = (
+        [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.requires_grad]
+        for tree in (results, args)
+    )
+    if outputs and inputs:
+        with torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)

@@ -26,12 +26,15 @@ class Library:
         devices: device types it is for.
         call: function of the op's arguments that returns its results.
         refuse: function of the op's arguments that returns why it cannot run them, or None.
+        avoid: function of the op's arguments that returns why other backends are faster, or None. It runs the call
+            where it is asked for, or nothing else but the reference can.
     """
 
     name: str
     devices: tuple[str, ...]
     call: Callable[..., Any]
     refuse: Callable[..., str | None]
+    avoid: Callable[..., str | None] = lambda *args: None
 
 
 @dataclass(eq=False)

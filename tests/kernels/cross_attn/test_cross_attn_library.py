@@ -1,22 +1,17 @@
 """The libraries of cross-attention: which one runs, why others do not, what they are called with, what they return."""
 
 import sys
-import types
 
 import pytest
 import torch
 from backend_helpers import compiled
-from torch._subclasses.fake_tensor import FakeTensorMode
+from library_helpers import MODULES, chosen, flash_attn_functions
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidmem_kernels as vk
 from vidmem_kernels import _dispatch, _extension, cross_attention, testing
-from vidmem_kernels._op import OPS
-from vidmem_kernels.cross_attn import library, reference
+from vidmem_kernels.cross_attn import library, library_packages, reference
 from vidmem_kernels.cross_attn.samples import PLAIN
-
-NAMES = ["FA3", "fa3-fwd", "SDPA cuDNN", "flash-attn", "SDPA flash"]
-MODULES = {"FA3": "flash_attn_interface", "fa3-fwd": "fa3_fwd_interface", "flash-attn": "flash_attn"}
 
 
 def qkv(queries=70, keys=90, size=16, value_size=None, dtype=torch.float32, grad=False):
@@ -24,49 +19,12 @@ def qkv(queries=70, keys=90, size=16, value_size=None, dtype=torch.float32, grad
     return [torch.randn(s).to(dtype).requires_grad_(grad) for s in shapes]
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    """Pretends to a GPU of a compute capability, and to have exactly the packages named so far."""
-    installed = set()
-    monkeypatch.setattr(library, "_installed", installed.__contains__)
-    library._load.cache_clear()
-
-    def pretend(capability=(9, 0), cudnn=91900, **modules):
-        monkeypatch.setattr(library, "_capability", lambda device: capability)
-        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-        for name, function in modules.items():
-            installed.add(name)
-            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-            sys.modules[name].flash_attn_func = function
-
-    yield pretend
-    library._load.cache_clear()
-
-
 def test_what_is_installed_is_found_without_importing_it():
-    assert library._installed("this") and "this" not in sys.modules
-    assert not library._installed("flash_attn_of_tomorrow")
-
-
-def chosen(size=128, dtype=torch.bfloat16, queries=64, keys=256, **options):
-    """The choice for a call on a GPU that need not be there."""
-    with FakeTensorMode(), _dispatch.recording() as choices:
-        q, k = (torch.empty(1, n, 2, size, dtype=dtype, device="cuda") for n in (queries, keys))
-        cross_attention(q, k, k, **options)
-    return choices[-1]
-
-
-def fake_flash_attn(calls, returns=2):
-    """flash_attn_func as FlashAttention documents it, in torch; notes what it is called with."""
-
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False, **options):
-        calls.append((causal, return_attn_probs, softmax_scale, options))
-        q, k, v = (t.transpose(1, 2).double() for t in (q, k, v))
-        scores = q @ k.mT * softmax_scale
-        out = (scores.softmax(-1) @ v).transpose(1, 2).bfloat16()  # not contiguous
-        return (out, scores.logsumexp(-1).float(), None)[:returns] if return_attn_probs else out
-
-    return flash_attn_func
+    installed = library_packages._installed
+    assert installed("this") and "this" not in sys.modules
+    assert installed("wsgiref.validate") and "wsgiref" not in sys.modules
+    assert not installed("flash_attn_of_tomorrow") and not installed("flash_attn_of_tomorrow.cute")
+    assert not installed("wsgiref.cute")
 
 
 def exact_and_reference(args):
@@ -78,7 +36,7 @@ def exact_and_reference(args):
 @pytest.mark.parametrize("name", list(MODULES))
 def test_packages_are_called_as_documented(machine, name):
     calls = []
-    machine(**{MODULES[name]: fake_flash_attn(calls, 3 if name == "flash-attn" else 2)})
+    machine(modules={MODULES[name]: flash_attn_functions(calls, name)})
     (found,) = (one for one in library.FORWARD if one.name == name)
     q, k, v = qkv(dtype=torch.bfloat16)
     options = {**PLAIN, "scale": 0.25}
@@ -93,21 +51,22 @@ def test_packages_are_called_as_documented(machine, name):
 def test_packages_in_order_of_speed(machine):
     """Each is taken when those before it are missing."""
     machine()
-    expected = {f"library {name}": f"{MODULES[name]} is not installed" for name in ("FA3", "fa3-fwd")}
+    expected = {f"library {name}": f"{MODULES[name]} is not installed" for name in ("FA3", "fa3-fwd", "FA4")}
     choice = chosen()
     assert (choice.backend, choice.library, choice.refused) == ("library", "SDPA cuDNN", expected)
     assert str(choice).splitlines() == [
         "cross_attention on cuda:0: library (SDPA cuDNN)",
         "  not library FA3: flash_attn_interface is not installed",
         "  not library fa3-fwd: fa3_fwd_interface is not installed",
+        "  not library FA4: flash_attn.cute is not installed",
     ]
-    for name in ("fa3-fwd", "FA3"):
-        machine(**{MODULES[name]: fake_flash_attn([])})
+    for name in ("FA4", "fa3-fwd", "FA3"):
+        machine(modules={MODULES[name]: flash_attn_functions([], name)})
         assert chosen().library == name
 
 
 def test_what_each_library_refuses(machine):
-    machine(**{module: fake_flash_attn([]) for module in MODULES.values()})
+    machine(modules={module: flash_attn_functions([], name) for name, module in MODULES.items()})
     assert chosen().library == "FA3"
     choice = chosen(256)
     assert choice.library == "FA3"
@@ -117,21 +76,14 @@ def test_what_each_library_refuses(machine):
     assert choice.refused == {
         "library FA3": "needs compute capability 9.0",
         "library fa3-fwd": "needs compute capability 9.0",
+        "library FA4": "needs compute capability 9.0 or 10.0 or 10.3",
         "library SDPA cuDNN": "needs compute capability 9.0, 10.0 or 10.3",
     }
     assert chosen(dtype=torch.float16).refused["library fa3-fwd"] == "needs bfloat16, got float16"
     machine((10, 0))
-    assert chosen().library == "SDPA cuDNN"
+    assert chosen().library == "FA4"
+    assert chosen(192).refused["library FA4"] == "D=192 is over 128 and not 256"
     assert chosen(192).refused["library SDPA cuDNN"] == "D=192 is over 128"
-    assert chosen(queries=1).refused["library SDPA cuDNN"] == "a length is 1"
-    machine((10, 0), cudnn=91002)
-    assert chosen().refused["library SDPA cuDNN"] == "needs cuDNN 9.15.1, got 91002"
-    machine((10, 0))
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        assert "enable_cudnn_sdp(False)" in chosen().refused["library SDPA cuDNN"]
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_calls_that_no_library_takes(machine):
@@ -144,23 +96,29 @@ def test_calls_that_no_library_takes(machine):
 
 
 def test_a_broken_or_old_package_is_passed_over(machine):
-    machine((8, 0), flash_attn=lambda q, k, v, softmax_scale=None: None)
+    module = MODULES["flash-attn"]
+    machine((8, 0), modules={module: {"flash_attn_func": lambda q, k, v, softmax_scale=None: None}})
     choice = chosen()
     assert choice.library == "SDPA flash"
-    assert choice.refused["library flash-attn"] == "flash_attn is too old: flash_attn_func has no return_attn_probs"
-    library._load.cache_clear()
-    del sys.modules["flash_attn"].flash_attn_func
-    assert "flash_attn does not load: module 'flash_attn' has no" in chosen().refused["library flash-attn"]
+    assert choice.refused["library flash-attn"] == f"{module} is too old: flash_attn_func has no return_attn_probs"
+    library_packages._load.cache_clear()
+    del sys.modules[module].flash_attn_func
+    assert f"{module} does not load: module '{module}' has no" in chosen().refused["library flash-attn"]
 
 
-def test_gradient_takes_its_own_library(machine):
-    machine()
-    backward = OPS["cross_attention_backward"]
-    with FakeTensorMode():
-        q, out = (torch.empty(1, 64, 2, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        args = (out, None, q, q, q, None, out, torch.empty(1, 2, 64, device="cuda"), *list(PLAIN.values())[1:])
-        assert _dispatch.select(backward, q.device, args, "auto") == "library"
-        assert _dispatch.first_library(backward, q.device, args)[0].name == "SDPA flash"
+def test_what_cudnn_refuses(machine):
+    machine((10, 0))
+    assert chosen().library == "SDPA cuDNN"
+    assert chosen(192).refused["library SDPA cuDNN"] == "D=192 is over 128"
+    assert chosen(queries=1).refused["library SDPA cuDNN"] == "a length is 1"
+    machine((10, 0), cudnn=91002)
+    assert chosen().refused["library SDPA cuDNN"] == "needs cuDNN 9.15.1, got 91002"
+    machine((10, 0))
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        assert "enable_cudnn_sdp(False)" in chosen().refused["library SDPA cuDNN"]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_choice_on_the_cpu():
@@ -214,7 +172,7 @@ def test_a_plain_call_takes_few_steps():
         cross_attention(*args, backend="library")
     finally:
         sys.setprofile(None)
-    assert "_flash" in steps and len(steps) <= 40, steps
+    assert "flash" in steps and len(steps) <= 40, steps
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
