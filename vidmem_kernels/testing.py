@@ -309,6 +309,20 @@ def assert_within_budget(actual: Any, at_dtype: Any, exact: Any, what: str = "")
         assert error <= budget, f"{where}: error {error:.3e} over the budget {budget:.3e}"
 
 
+FLAGS = ("off", "on", "warn only")
+
+
+@contextmanager
+def determinism(flag: str) -> Iterator[None]:
+    """torch.use_deterministic_algorithms as one of `FLAGS` says, for the whole process."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(flag != "off", warn_only=flag == "warn only")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+
+
 def run(op: Op, args: tuple[Any, ...], backend: str = "auto") -> Any:
     """Calls torch.ops.vidmem.<op>."""
     return op.overload(*args, backend=backend)

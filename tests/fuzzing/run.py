@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import vidmem_kernels as vk
 from vidmem_kernels import _env, _extension
-from vidmem_kernels.testing import poisoned_memory
+from vidmem_kernels.testing import determinism, poisoned_memory
 
 from . import attention, gathering, merging, moving  # noqa: F401  (register their generators)
 from .bounds import Num, truncating, worst
@@ -150,6 +150,7 @@ class _Trial:
         self.grad = {n for n in case.differentiable if draw.chance(0.8)} if draw.chance(0.8) else set()
         self.poisoned = draw.chance(0.5)
         self.threads = 3 if draw.chance(THREADS_SHARE) else 1
+        self.flag = draw.pick("off", "off", "on", "warn only")  # torch.use_deterministic_algorithms
         self.cotangents: dict[str, Tensor] = {}
         self.kinds = {n: draw.pick("normal", "normal", "expanded", "layout", "none") for n in ("out", "other")}
         self.twin = case.twin()
@@ -157,7 +158,7 @@ class _Trial:
         self.memory = [(t, _bytes(t).clone()) for t in tensors]
 
     def __str__(self) -> str:
-        return f"gradients of {', '.join(sorted(self.grad)) or 'none'}"
+        return f"gradients of {', '.join(sorted(self.grad)) or 'none'}, deterministic: {self.flag}"
 
     def on(self, backend: str) -> None:
         """Raises `Wrong`, or whatever the call raises; BackendError where the backend refuses the call."""
@@ -167,6 +168,7 @@ class _Trial:
         with (
             _capability(capability) if capability else nullcontext(),
             _threads(self.threads),
+            determinism(self.flag),
             poisoned_memory() if self.poisoned else nullcontext(),
             truncating(torch.bfloat16) if backend == "triton" else nullcontext(),
         ):
@@ -185,8 +187,9 @@ class _Trial:
         seen = self._judge(results)
         if leaves:
             self._gradients(results, seen, leaves)
-        if backend == "auto":
-            self._judge(case.call(backend, swap))  # what was called before may go another, faster way
+        if backend == "auto" or self.flag == "on":
+            again = self._judge(case.call(backend, swap))  # what was called before may go another, faster way
+            must(self.flag != "on" or all(_same(t, seen[n]) for n, t in again.items()), "runs differ")
         if self.twin is not None:
             others = {i: _moved(t, device) for i, t in self.twin.items()}
             if backend == "triton":  # which promises it of numbers, and of the rest in tiles that no query sees

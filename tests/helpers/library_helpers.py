@@ -108,7 +108,7 @@ def chosen_gradient(
     biased=False,
     heads=2,
     with_lse=False,
-    scale=0.1,
+    bias_dtype=torch.float32,
     backend="auto",
 ) -> _dispatch.Choice:
     """The choice for the gradient of a call, likewise. Not by autograd, which needs the GPU of a tensor."""

@@ -108,7 +108,7 @@ def test_results_of_c_plus_plus_were_poisoned(name, monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("flag", testing.FLAGS)
 def test_a_row_that_is_not_written_is_found(flag, monkeypatch):
     """With the kernels that run by default, and past the dispatcher too, where dispatch modes do not reach."""
     implementation = _dispatch.implementation
@@ -130,9 +130,7 @@ def test_a_row_that_is_not_written_is_found(flag, monkeypatch):
     with testing.poisoned_memory():
         testing.check_backend(OPS["gather_tokens"], "cpu", torch.float32)
     monkeypatch.setattr(_dispatch, "implementation", forgetful)
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(flag)
-    try:
+    with testing.determinism(flag):
         with pytest.raises(AssertionError, match="NaN or infinity differ"):
             testing.check_backend(OPS["gather_tokens"], "cpu", torch.float32)
         for table in _fast._tables:
@@ -141,7 +139,5 @@ def test_a_row_that_is_not_written_is_found(flag, monkeypatch):
         with testing.poisoned_memory():
             for _ in range(2):  # the second one is served by the fast path
                 assert vk.gather_tokens(bank, index)[0, -1].isnan().all()
-    finally:
-        torch.use_deterministic_algorithms(was)
-        for table in _fast._tables:
-            table.clear()
+    for table in _fast._tables:
+        table.clear()

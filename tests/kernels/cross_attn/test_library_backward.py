@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from flag_helpers import determinism
 from library_helpers import (
     MODULES,
     attention,
@@ -19,6 +18,7 @@ from vidmem_kernels import _dispatch, testing
 from vidmem_kernels._op import OPS
 from vidmem_kernels.cross_attn import library, library_sdpa
 from vidmem_kernels.cross_attn.samples import PLAIN
+from vidmem_kernels.testing import FLAGS, determinism
 
 BACKWARD = {one.name: one for one in library.BACKWARD}
 FA3 = {MODULES["FA3"]: flash_attn_functions([], "FA3")}
@@ -117,7 +117,7 @@ def assert_right(got, args, what):
     assert all(t.is_contiguous() for t in got)
 
 
-@pytest.mark.parametrize("flag", ["off", "on", "warn only"])
+@pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["FA3", "FA4", "FA4 with lse"])
 def test_packages_are_called_as_documented(machine, name, dtype, flag):
@@ -218,7 +218,7 @@ def test_flash_leaves_the_flag_alone(monkeypatch):
         return gradients(*args)
 
     monkeypatch.setattr(library_sdpa, "_flash_gradients", noting)
-    for flag in ("off", "on", "warn only"):
+    for flag in FLAGS:
         with determinism(flag):
             assert_right(BACKWARD["SDPA flash"].call(*args), args, "flash")
     assert seen == [False, True, True]
