@@ -37,6 +37,12 @@ def test_new_memory_is_poisoned(way):
             assert WAYS[way](torch.float32).isnan().all()
 
 
+def test_on_every_device(device):
+    with testing.poisoned_memory():
+        assert torch.empty(3, 4, device=device).isnan().all()
+        assert torch.empty_like(ONE.to(device)).isnan().all()
+
+
 def test_no_switch_is_touched_and_all_is_as_before():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of kernels that take another's place

@@ -149,6 +149,7 @@ def fa4_backward(
     """Gradients by FA4, that of lse in the same pass."""
     function = _load(*_FA4_BACKWARD)[0]
     warn_if_asked("FA4's gradient")
+    grad_out = grad_out.contiguous()  # .sum() gives one without strides
 
     def gradients(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return function(
@@ -175,7 +176,7 @@ def fa3_backward(grad_out, grad_lse, q, k, v, key_bias, out, lse, *options) -> G
     warn_if_asked("FA3's gradient")
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     _load(*_FA3_BACKWARD)[0](
-        dout=grad_out, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=grads[0], dk=grads[1], dv=grads[2],
+        dout=grad_out.contiguous(), q=q, k=k, v=v, out=out, softmax_lse=lse, dq=grads[0], dk=grads[1], dv=grads[2],
         softmax_scale=options[-1], deterministic=must_be_deterministic(),
     )  # fmt: skip
     return *grads, lse.new_empty(0)

@@ -201,17 +201,18 @@ def test_a_long_memory(queries, biased):
 @pytest.mark.parametrize("how", ["bias", "window", "blocks", "all rows"])
 def test_rows_that_see_nothing(how, dtype):
     """0, lse -inf and gradients of exactly 0; the other rows as ever."""
-    q, k, v = qkv(dtype=dtype)
+    batch = 12  # of a batch of 4 the largest error of the reference is a matter of luck
+    q, k, v = qkv(batch, dtype=dtype)
     if how == "window":
         q_time = torch.arange(50.0)
         q_time[20:30] = 1e6
         options = {"q_time": q_time, "k_time": torch.arange(90.0), "window": (9, 9)}
     elif how == "blocks":
-        index = torch.randint(0, 8, (4, 3, 4, 4))
+        index = torch.randint(0, 8, (batch, 3, 4, 4))
         index[:, :, 1] = -1
         options = {"block_index": index, "block_size": (16, 12)}
     else:
-        bias = torch.randn(4, 3, 90)
+        bias = torch.randn(batch, 3, 90)
         bias[(1,) if how == "bias" else ()] = -INF
         options = {"key_bias": bias}
     for backend in backends_for(q, k, v, options):

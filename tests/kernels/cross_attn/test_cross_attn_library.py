@@ -91,6 +91,7 @@ def test_calls_that_no_library_takes(machine):
     assert chosen().refused["library"] == "needs compute capability 8.0 or later"
     machine()
     assert chosen(dtype=torch.float32).refused["library"] == "needs bfloat16 or float16 on cuda, got float32"
+    assert chosen(scale=-1.0).refused["library"] == "scale=-1.0 is not positive"
     assert chosen(36).refused["library"] == "D=36 is not a multiple of 8 up to 256"
     assert chosen(264).refused["library"] == "D=264 is not a multiple of 8 up to 256"
 

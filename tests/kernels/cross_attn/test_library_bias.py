@@ -137,6 +137,35 @@ def test_gradients(packages, name, dtype):
             assert (grad.transpose(1, 2)[hidden] == 0).all()
 
 
+def on_gpu(value):
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", NAMES)
+def test_libraries_on_a_gpu(name, dtype):
+    """Every one that there is and that takes the call, its gradient too."""
+    q, k, v, bias, scale = draw(name, dtype, 1)  # D = 128
+    args = tuple(map(on_gpu, arguments(q, k.nan_to_num(1, 1, 1), v.nan_to_num(1, 1, 1), bias.to(dtype), scale)))
+    exact = OPS["cross_attention"].reference(*testing.to_float64(args))
+    at_dtype = testing.yardstick("cross_attention", args)(*args)
+    ran = [one for one in library.FORWARD if "cuda" in one.devices and one.refuse(*args) is None]
+    if library.refuse(*args) is not None or not ran:
+        pytest.skip(reason="no library takes a key bias here")
+    for one in ran:
+        testing.assert_within_budget(one.call(*args), at_dtype, exact, f"{name}, {one.name}")
+    out, lse = at_dtype
+    gradient = torch.randn(out.shape, device="cuda").to(dtype), None, *args[:4], out.contiguous(), lse, *args[4:]
+    op = OPS["cross_attention_backward"]
+    exact = op.reference(*testing.to_float64(gradient))
+    at_dtype = testing.yardstick(op.name, gradient)(*gradient)
+    for one in library.BACKWARD:
+        if "cuda" in one.devices and one.refuse(*gradient) is None:
+            testing.assert_within_budget(one.call(*gradient), at_dtype, exact, f"gradient, {name}, {one.name}")
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_parts_sum_to_the_bias(dtype):
     """Within 2^-24 of it, from the smallest to the largest that is of use."""
