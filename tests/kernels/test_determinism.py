@@ -58,7 +58,7 @@ def test_what_the_flag_asks():
 
 
 @pytest.mark.parametrize("flag", ["on", "warn only"])
-@pytest.mark.parametrize(("name", "backend"), cases())
+@pytest.mark.parametrize(("name", "backend"), list(cases()))
 def test_right_whatever_the_flag(name, backend, flag, device):
     """As test_backends_agree_with_reference has it without the flag."""
     skip_unless_available(name, backend, device)
@@ -71,7 +71,7 @@ def test_right_whatever_the_flag(name, backend, flag, device):
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-@pytest.mark.parametrize(("name", "backend"), cases())
+@pytest.mark.parametrize(("name", "backend"), list(cases()))
 def test_runs_agree_to_the_bit(name, backend, flag, device):
     """With the flag on, and by default but for what the table has."""
     skip_unless_available(name, backend, device)
