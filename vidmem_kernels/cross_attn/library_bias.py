@@ -53,9 +53,9 @@ def avoid(q: Tensor, k: Tensor) -> str | None:
     return None if scores >= _WORTH else "too few scores to pay for key bias channels"
 
 
-def width(size: int, step: int = 16) -> int:
-    """Channels of q and k with a bias and its gradient, a multiple of `step`."""
-    return math.ceil((size + PARTS + 1) / step) * step
+def width(size: int) -> int:
+    """Channels of q and k with a bias and its gradient, a multiple of 16."""
+    return math.ceil((size + PARTS + 1) / 16) * 16
 
 
 def _split(key_bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
