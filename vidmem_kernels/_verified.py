@@ -44,7 +44,7 @@ class Verified:
 
     def __str__(self) -> str:
         passed = f"{self.device}, {self.date} ({self.commit})"
-        return passed if self.current else f"compiled, not run since it changed; before, it passed on {passed}"
+        return passed if self.current else f"compiled, not run; changed since {passed}"
 
 
 def verified_on(op: str, backend: str, fingerprint: str | None) -> Verified | None:
