@@ -126,6 +126,7 @@ def position_features(positions: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 (B or 1, N, FEATURES).
     """
-    periods = torch.tensor(PERIODS, device=positions.device)
+    # Made on the device: a copy to it could not be captured as a CUDA graph.
+    periods = 1 << torch.arange(1, 1 + len(PERIODS), device=positions.device)
     angle = positions[..., None].to(torch.float32) * (2 * math.pi / periods)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +13,18 @@ from torch import nn
 from ..checks import shorten
 from ..errors import UserError
 from .config import TextConfig
+
+
+class Words(NamedTuple):
+    """Prompts cut into words.
+
+    Attributes:
+        rows: int64 (B, S), of the table.
+        mask: bool (B, S), False where a shorter prompt is padded.
+    """
+
+    rows: torch.Tensor
+    mask: torch.Tensor
 
 
 class TextEncoder(nn.Module):
@@ -40,11 +53,11 @@ class TextEncoder(nn.Module):
         elif path is not None:
             self.tokenizer, self.pretrained = _load_pretrained(Path(path), config)
 
-    def forward(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, prompts: list[str] | Words) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode prompts.
 
         Args:
-            prompts: B texts.
+            prompts: B texts, or what `cut` made of them.
 
         Returns:
             tokens (B, S, dim), and bool (B, S), False where a shorter prompt is padded.
@@ -71,13 +84,25 @@ class TextEncoder(nn.Module):
             self.pretrained.eval()
         return self
 
-    def _words(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def cut(self, prompts: list[str], length: int | None = None) -> Words:
+        """Cut prompts into words, for `words` alone.
+
+        Args:
+            prompts: B texts.
+            length: S to pad to; by default that of the longest prompt.
+
+        Returns:
+            Words, on the CPU.
+        """
         rows = [word_rows(prompt, self.config.vocabulary)[: self.config.max_tokens] for prompt in prompts]
-        longest = max(map(len, rows), default=1)
+        longest = length or max(map(len, rows), default=1)
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
-        mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
+        return Words(padded, torch.tensor([[i < len(row) for i in range(longest)] for row in rows]))
+
+    def _words(self, prompts: list[str] | Words) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, mask = prompts if isinstance(prompts, Words) else self.cut(prompts)
         device = self.places.device
-        return self.words(padded.to(device)) + self.places[:longest], mask.to(device)
+        return self.words(rows.to(device)) + self.places[: rows.shape[1]], mask.to(device)
 
 
 def require_encoder(config: TextConfig, path: str | Path | None, how: str) -> None:

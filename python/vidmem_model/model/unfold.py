@@ -31,6 +31,8 @@ class Unfold(nn.Module):
         super().__init__()
         self.span, self.places, self.channels = tuple(compression), compression.count, channels
         self.projection = nn.Linear(dim, self.places * channels)
+        # On the device with the weights: a copy to it in the middle of a step could not be captured as a CUDA graph.
+        self.register_buffer("_box", torch.tensor(self.span), persistent=False)
 
     def forward(self, memory: MemoryTokens, places: torch.Tensor) -> torch.Tensor:
         """Read.
@@ -45,7 +47,7 @@ class Unfold(nn.Module):
         weight = self.projection.weight
         if not memory.tokens.shape[1]:
             return weight.new_zeros(*places.shape[:2], self.channels)
-        span = torch.tensor(self.span, device=places.device)
+        span = self._box
         last = torch.floor(memory.positions[:, :, 0].amax(1) + (self.span[0] - 1) / 2)
         places = torch.cat([places[..., :1].minimum(last[:, None, None]), places[..., 1:]], -1)
         box = torch.floor(places / span)

@@ -20,11 +20,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from ..checks import parse_json, require
-from ..errors import UserError
+from ..errors import MemoryFormatError, UserError
 from ..files import reason
-from .distributed import local
+from ..weights import WeightsFile, write_tensors
+from .distributed import local, sharded_as
 
 _SETTINGS = "settings.json"
+_BEGINNING = "beginning.safetensors"
 # What torch's description of a checkpoint of tensors is made of, by module.
 _DESCRIBES = {
     "torch": {"Size"},
@@ -129,8 +131,61 @@ def clean(folder: Path, everything: bool = False) -> None:
     """Remove what killed processes left of checkpoints that were not complete, or all of them."""
     for path in folder.glob(".step-*.part"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in _complete(folder) if everything else ():
-        shutil.rmtree(path)
+    if everything:
+        for path in _complete(folder):
+            shutil.rmtree(path)
+        (folder / _BEGINNING).unlink(missing_ok=True)
+
+
+def begin_with(folder: Path, step: int, weights: dict[str, torch.Tensor]) -> None:
+    """Let a run that has no checkpoint go on from weights and a count of steps alone, as another machine left them.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: optimisation steps done.
+        weights: those that are trained, by name.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    write_tensors(folder / _BEGINNING, weights, {"step": str(step)})
+
+
+def first_step(folder: Path) -> int:
+    """Step that `begin_with` was given; 0 without that.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    path = folder / _BEGINNING
+    try:
+        return int(WeightsFile(path).header["step"]) if path.exists() else 0
+    except (MemoryFormatError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+
+
+def begin(folder: Path, state: dict[str, torch.Tensor]) -> int:
+    """Set the weights of `state` and their moving averages to what `begin_with` was given, if it was. Moments stay zero.
+
+    Returns:
+        The step to go on from.
+
+    Raises:
+        UserError: the file is damaged, or of another model.
+    """
+    path = folder / _BEGINNING
+    step = first_step(folder)
+    try:
+        weights = WeightsFile(path).read() if step else {}
+    except MemoryFormatError as error:
+        raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+    given = {f"{key}.{name}": tensor for name, tensor in weights.items() for key in ("weight", "ema")}
+    wanted = {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "ema."))}
+    if step and {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise UserError(f"{path}: holds the weights of another model; --restart begins anew")
+    for name, tensor in given.items():
+        state[name].copy_(sharded_as(tensor.to(state[name].device), state[name]))
+    return step
 
 
 class _Unpickler(pickle.Unpickler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from ..checks import MOST_SEED, Checked, Former, OneOf, not_negative, positive, within
+from ..checks import MOST_SECONDS, MOST_SEED, Checked, Former, OneOf, not_negative, positive, within
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class TrainConfig(Checked):
         precision: "float32", "bfloat16" by autocast, or "auto": bfloat16 where the device multiplies it in
             hardware. Where it does not, a product in bfloat16 can take a hundred times as long.
         checkpoint_every, log_every: in steps.
+        max_seconds: train for so long at most in one call, which then ends with what it has, a checkpoint and the
+            model; another call goes on. The preparation before the first step does not count. Null for no limit.
+        draw_ahead: threads that draw batches while others are trained on; 0 draws each when its step begins.
+        cuda_graph: launch the forward and backward pass of a step as one CUDA graph instead of op by op; for one
+            process, and for a text encoder that is trained with the model.
         threads: of the CPU; null leaves them as they are.
         device: "cpu", "cuda", or "auto".
 
@@ -52,5 +57,8 @@ class TrainConfig(Checked):
     precision: Annotated[str, OneOf("float32", "bfloat16", "auto")] = "float32"
     checkpoint_every: Annotated[int, positive(1_000_000_000)] = 500
     log_every: Annotated[int, positive(1_000_000_000)] = 50
+    max_seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
+    draw_ahead: Annotated[int, not_negative(4096)] = 0
+    cuda_graph: bool = False
     threads: Annotated[int | None, positive(4096)] = None
     device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"

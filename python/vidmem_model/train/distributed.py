@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Stands beside those signals where the seconds of a run are over; no signal has this number.
+TIME_UP = -1
 
 
 class Interrupted(Exception):
@@ -120,14 +122,24 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def sharded_as(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that all processes have, sharded as another one is."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tensor, int]:
-    """Mean loss of all processes, and a signal that came to any of them: all must stop at one step."""
+    """Mean loss of all processes, and what is to stop any of them, a signal first: all must stop at one step."""
     if world == 1:
         return loss, stop[-1] if stop else 0
-    came = torch.tensor([float(number in stop) for number in STOPS], device=loss.device)
+    numbers = (*STOPS, TIME_UP)
+    came = torch.tensor([float(number in stop) for number in numbers], device=loss.device)
     both = torch.cat([(loss / world).view(1), came])
     dist.all_reduce(both)
-    return both[0], next((number for number, count in zip(STOPS, both[1:].tolist(), strict=True) if count), 0)
+    return both[0], next((number for number, count in zip(numbers, both[1:].tolist(), strict=True) if count), 0)
 
 
 @contextmanager

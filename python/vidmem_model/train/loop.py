@@ -18,19 +18,23 @@ from torch import nn
 
 from ..checks import show
 from ..errors import UserError
-from ..files import cannot_write
+from ..files import cannot_write, write_json
 from ..model.encoder import History
 from ..model.flow import interpolate, velocity_loss
 from ..model.memory_model import MemoryModel
+from ..model.text import Words
 from ..progress import progress
 from ..show.curve import write_curve_plot
 from ..show.plots import plots_missing
 from . import checkpoint
+from .ahead import ahead
 from .config import TrainConfig
 from .curve import Curve, read_curve
-from .distributed import Interrupted, agree, full, local, rank, shard, signals
+from .distributed import TIME_UP, Interrupted, agree, full, local, rank, shard, signals
 from .optimizers import optimizers
-from .run import CURVE, PLOT, as_now, flat
+from .run import CURVE, PLOT, SPEED, as_now, flat
+from .speed import Speed
+from .step import CapturedPass, Pass, change_tensors
 
 
 class Batch(NamedTuple):
@@ -42,7 +46,7 @@ class Batch(NamedTuple):
         noise: of the size of `target`.
         t: (B,) times in (0, 1).
         frames: (B, K) positions of the targets, in latent frames from the history's start.
-        prompts: B texts.
+        prompts: B texts, or what the text encoder cuts them into.
         window, window_frames: clean frames beside the memory and their positions, or None.
     """
 
@@ -51,18 +55,13 @@ class Batch(NamedTuple):
     noise: torch.Tensor
     t: torch.Tensor
     frames: torch.Tensor
-    prompts: list[str]
+    prompts: list[str] | Words
     window: torch.Tensor | None = None
     window_frames: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-        history, *others = self
-        return Batch(history.map(move), *map(move, others))
+        return change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class FlowMatching(nn.Module):
@@ -80,6 +79,13 @@ class FlowMatching(nn.Module):
         """Modules whose weights are gathered one at a time."""
         return [*self.model.dit.blocks, *self.model.encoders]
 
+    def fixed(self, batch: Batch) -> Batch:
+        """The batch with nothing in it but tensors, whose shapes do not depend on what its prompts say."""
+        text = self.model.text
+        if text.config.kind != "words":
+            raise UserError("optimisation.cuda_graph needs a text encoder that is trained with the model (kind words)")
+        return batch._replace(prompts=text.cut(batch.prompts, text.config.max_tokens))
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Mean squared error of the predicted velocity, a float32 scalar."""
         memory = self.model.remember(batch.history)
@@ -89,14 +95,20 @@ class FlowMatching(nn.Module):
         return velocity_loss(velocity, batch.target, batch.noise).mean()
 
 
-def schedule(config: TrainConfig, step: int) -> float:
-    """Learning rate of step number `step`, from 0, as a share of its peak."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
+def schedule(config: TrainConfig, step: int, first: int = 0) -> float:
+    """Learning rate of step number `step` as a share of its peak.
+
+    Args:
+        config: of the run.
+        step: from 0.
+        first: step at which the optimizers had no moments: the rate rises from there.
+    """
+    since = step - first
+    rise = (since + 1) / config.warmup_steps if since < config.warmup_steps else 1.0
+    if step < config.warmup_steps or config.schedule == "constant":
+        return rise
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+    return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def fit(
@@ -111,7 +123,8 @@ def fit(
 ) -> Any:
     """Train a model, going on from the last checkpoint if there is one.
 
-    Writes checkpoints/, curve.csv and, with matplotlib, curve.png to `folder`.
+    Writes checkpoints/, curve.csv, speed.json and, with matplotlib, curve.png to `folder`. Without a checkpoint it goes
+    on from the weights and the step of another machine's run, if `folder` holds them (checkpoint.begin_with).
 
     Args:
         build: makes the model before its first step, the same in every call and process; weights
@@ -123,7 +136,8 @@ def fit(
         device: of this process.
         restart: forget an earlier run in this folder.
         objective_of: makes the module whose output for a batch is the loss; it has the attribute
-            `model` and says by `parts` what FSDP shards apart. By default FlowMatching.
+            `model`, says by `parts` what FSDP shards apart, and by `fixed` makes batches ready for a CUDA graph. By
+            default FlowMatching.
 
     Returns:
         A model with the moving average of the weights, on the CPU.
@@ -141,32 +155,47 @@ def fit(
     ema = {name: p.detach().clone() for name, p in trained.items()}
     state = checkpoint.training_state(trained, ema, used)
     done = _resume(folder, state, settings, restart)
+    first = checkpoint.first_step(folder / "checkpoints")
 
     averages, weights = [local(ema[name]) for name in trained], [local(p) for p in trained.values()]
     world = dist.get_world_size() if dist.is_initialized() else 1
     share = config.batch // world
     samples = range(rank() * share, (rank() + 1) * share)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    run = _pass(objective, config, dtype, device)
+
+    def draw(step: int) -> Any:
+        batch = batches(step, samples)
+        if run.captures:
+            batch = objective.fixed(batch)
+        return change_tensors(batch, torch.Tensor.pin_memory) if device.type == "cuda" else batch
+
     curve = Curve(folder / CURVE, done) if rank() == 0 else None
-    with signals() as stop, progress(config.steps, done, rank() == 0) as tell:
-        for step in range(done, config.steps):
-            began = time.perf_counter()
-            share_of_peak = schedule(config, step)
+    speed = Speed(device, done, run)
+    deadline = time.monotonic() + (math.inf if config.max_seconds is None else config.max_seconds)
+    steps = range(done, config.steps)
+    with (
+        signals() as stop,
+        progress(config.steps, done, rank() == 0) as tell,
+        ahead(draw, steps, config.draw_ahead) as drawn,
+    ):
+        began = time.perf_counter()
+        for step, batch in zip(steps, drawn, strict=True):
+            share_of_peak = schedule(config, step, first)
             for group in groups:
                 group["lr"] = share_of_peak * group["peak"]
-            batch = batches(step, samples).to(device)
-            with amp:
-                loss = objective(batch)
-            loss.backward()
+            loss = run(batch.to(device))
             norm = full(nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm))
             for optimizer in used:
                 optimizer.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=not config.cuda_graph)
             decay = min(config.ema_decay, (step + 1) / (step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 1 - decay)
-            mean, stopped = agree(loss.detach(), stop, world)
+            if time.monotonic() >= deadline and not stop:
+                stop.append(TIME_UP)
+            mean, stopped = agree(loss, stop, world)
             at = step + 1
+            speed.add(at)
             if curve:
                 curve.add(at, mean, norm, config.lr * share_of_peak, time.perf_counter() - began)
             keeps = at % config.checkpoint_every == 0 or at == config.steps or stopped
@@ -174,15 +203,30 @@ def fit(
                 tell(at, *curve.flush())
             if keeps:
                 checkpoint.save(folder / "checkpoints", at, state, settings)
+            if stopped == TIME_UP:
+                break
             if stopped and at < config.steps:
                 raise Interrupted(at, stopped)
+            began = time.perf_counter()
 
+    if curve:
+        write_json(folder / SPEED, speed.result(dtype))
     if curve and plots_missing() is None:
         write_curve_plot(folder / PLOT, read_curve(folder / CURVE))
     torch.manual_seed(config.seed)
     final = build()
     final.load_state_dict({name: full(value).cpu() for name, value in ema.items()}, strict=False)
     return final
+
+
+def _pass(objective: nn.Module, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Pass:
+    """Forward and backward pass of a step, as a CUDA graph if that is asked for."""
+    if not config.cuda_graph:
+        return Pass(objective, dtype, device)
+    if device.type != "cuda" or dist.is_initialized():
+        where = "by several processes" if dist.is_initialized() else f"on {device.type}"
+        raise UserError(f"optimisation.cuda_graph needs one process with a CUDA device, got a training {where}")
+    return CapturedPass(objective, dtype, device)
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -198,7 +242,7 @@ def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, Any], restart: bool) -> int:
-    """Load the last checkpoint into `state`, if there is one; the step to go on from."""
+    """Load the last checkpoint into `state`, or what the run begins with, if there is one; the step to go on from."""
     checkpoints = folder / "checkpoints"
     if rank() == 0:
         try:
@@ -212,7 +256,7 @@ def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, An
         dist.barrier()
     last = checkpoint.newest(checkpoints)
     if last is None:
-        return 0
+        return checkpoint.begin(checkpoints, state)
     defaults = getattr(settings, "defaults", {})
     before, now = (
         {**defaults, **each} for each in (as_now(checkpoint.settings_of(last), settings), dict(flat(settings)))

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import torch
 
+from .distributed import sharded_as
+
 # Coefficients of the iteration x -> a x + b (x x^T) x + c (x x^T)^2 x, which takes singular values to about 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
@@ -87,14 +89,5 @@ class Muon(torch.optim.Optimizer):
                 counts = [len(whole) for _, whole in pairs]
                 for (p, _), part in zip(pairs, parts.split(counts), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    step = _as_sharded(part.reshape(p.shape).to(p.dtype), p)
+                    step = sharded_as(part.reshape(p.shape).to(p.dtype), p)
                     p.add_(step, alpha=-_UPDATE * group["lr"] * max(shape) ** 0.5)
-
-
-def _as_sharded(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that all processes have, sharded as another one is."""
-    if not hasattr(like, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

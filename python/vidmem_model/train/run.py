@@ -25,10 +25,14 @@ from .latents import Latents, prepare
 
 CURVE = "curve.csv"
 PLOT = "curve.png"
+SPEED = "speed.json"
 # Names of what a run writes beside its checkpoints.
-_WRITTEN = (MODEL_FILE, VAE_FILE, LORA_FILE, CURVE, PLOT)
+_WRITTEN = (MODEL_FILE, VAE_FILE, LORA_FILE, CURVE, PLOT, SPEED)
 # A run may go on with other values of these.
-_FREE = ("checkpoint_every", "log_every", "threads", "device", "output", "cache")
+_FREE = (
+    *("checkpoint_every", "log_every", "max_seconds", "draw_ahead", "cuda_graph", "threads", "device"),
+    *("output", "cache"),
+)
 
 
 class RunSettings(dict[str, Any]):

@@ -118,7 +118,7 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
 
         batches = ClipSampler(blocks, CausalVAE(config.model.vae), config.frames, config.optimisation.seed)
         settings = run_settings(config)
-        vae = fit(build, batches, config.optimisation, output, settings, device, restart, Reconstruction)
+        vae = fit(build, batches.draw, config.optimisation, output, settings, device, restart, Reconstruction)
         if rank() != 0:
             return None
         measure_latents(vae.eval(), blocks, config.frames)

@@ -33,6 +33,22 @@ class Clips(NamedTuple):
         return Clips(self.frames.to(device), self.noise.to(device))
 
 
+class Drawn(NamedTuple):
+    """Clips as they are drawn, a quarter of the bytes: uint8 frames (B, T, H, W, 3), to be shrunk or not, and noise."""
+
+    frames: torch.Tensor
+    noise: torch.Tensor
+    small: bool
+
+    def to(self, device: torch.device) -> Clips:
+        """Return the clips on a device, made there."""
+        frames = self.frames.to(device, non_blocking=True).permute(0, 4, 1, 2, 3)
+        clips = frames.to(torch.float32).div_(127.5).sub_(1.0)
+        if self.small:
+            clips = F.avg_pool3d(clips, (1, SMALL, SMALL))
+        return Clips(clips, self.noise.to(device, non_blocking=True))
+
+
 class ClipSampler:
     """Clips of film, a function of seed, step and number of the sample.
 
@@ -58,20 +74,23 @@ class ClipSampler:
 
     def __call__(self, step: int, samples: Sequence[int]) -> Clips:
         """Return the batch of these samples of a step."""
-        small = torch.randint(_SMALL_ONE_IN, (), generator=seeded(self.seed, step)) == 0
-        drawn = [self._sample(seeded(self.seed, step, number), bool(small)) for number in samples]
+        return self.draw(step, samples).to(torch.device("cpu"))
+
+    def draw(self, step: int, samples: Sequence[int]) -> Drawn:
+        """Return the same as it is on its way to a device."""
+        small = bool(torch.randint(_SMALL_ONE_IN, (), generator=seeded(self.seed, step)) == 0)
+        drawn = [self._sample(seeded(self.seed, step, number), small) for number in samples]
         frames, noise = zip(*drawn, strict=True)
-        return Clips(torch.cat(frames), torch.cat(noise))
+        return Drawn(torch.stack(frames), torch.cat(noise), small)
 
     def _sample(self, generator: torch.Generator, small: bool) -> tuple[torch.Tensor, torch.Tensor]:
         block = int(torch.multinomial(self.starts, 1, generator=generator))
         start = int(torch.randint(int(self.starts[block]), (), generator=generator))
-        clip = frames_to_float(self.blocks[block][start : start + self.frames])
+        clip = self.blocks[block][start : start + self.frames]
         if torch.rand((), generator=generator) < 0.5:
-            clip = clip.flip(-1)
-        if small:
-            clip = F.avg_pool3d(clip, (1, SMALL, SMALL))
-        size = [n // s for n, s in zip(clip.shape[2:], self.stride, strict=True)]
+            clip = clip.flip(2)
+        shrunk = (1, SMALL, SMALL) if small else (1, 1, 1)
+        size = [n // m // s for n, m, s in zip(clip.shape[:3], shrunk, self.stride, strict=True)]
         return clip, torch.randn((1, self.channels, *size), generator=generator)
 
 
@@ -89,6 +108,10 @@ class Reconstruction(nn.Module):
     def parts(self) -> list[nn.Module]:
         """Modules whose weights are gathered one at a time."""
         return [*self.model.encoder, *self.model.decoder]
+
+    def fixed(self, batch: Drawn) -> Drawn:
+        """The batch itself, which is nothing but tensors."""
+        return batch
 
     def forward(self, clips: Clips) -> torch.Tensor:
         """Loss of a batch, a float32 scalar."""
