@@ -184,7 +184,7 @@ def results(folder: Path) -> dict[str, object]:
             found[name] = None
         elif path.name == "curve.csv":
             found[name] = [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
-        elif path.name.startswith("memory_vs_context"):
+        elif path.name == "speed.json" or path.name.startswith("memory_vs_context"):
             found[name] = None
         elif path.suffix == ".json":
             found[name] = _kept(json.loads(path.read_text()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..model.config import Compression, ModelConfig
 from ..model.encode import filled_frames, filled_latents
 from ..model.encoder import History
@@ -18,6 +19,7 @@ from ..video.clip import ClipSpec, remarks
 from ..video.films import DataConfig
 from ..video.read import iter_frames, probe, read_clip
 from ..video.scenes import stretches
+from .bundle import is_bundle, read_bundle
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def cut_films(
 
     Args:
         config: how they are cut.
-        films: paths of videos.
+        films: paths of videos, or of bundles of blocks (bundle.write_bundle), which are as they were cut then.
         model: height, width and rate of the frames.
         vae: its stride says which frames fill whole latent frames.
         only: "train" or "test", for the blocks of one split; parts of a film that cannot hold any are not
@@ -108,6 +110,12 @@ def cut_films(
 
     number = -1
     for f, film in enumerate(films):
+        if is_bundle(film):
+            if config.zooms:
+                raise UserError(f"{film}: a bundle holds frames of one size; data.zooms must be empty")
+            for row, frames in read_bundle(film, model, vae, only):
+                yield {**row, "name": f"{f:02d}-{row['name']}"}, frames
+            continue
         note(remarks(film, probe(film), ClipSpec(model.height, model.width)))
         for first, seconds, split in config.parts():
             if only and split and split != only:

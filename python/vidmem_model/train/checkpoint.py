@@ -165,10 +165,10 @@ def first_step(folder: Path) -> int:
 
 
 def begin(folder: Path, state: dict[str, torch.Tensor]) -> int:
-    """Set the weights of `state` and their moving averages to what `begin_with` was given, if it was. Moments stay zero.
+    """Set the weights of `state` and their moving averages to what `begin_with` was given, if it was.
 
     Returns:
-        The step to go on from.
+        The step to go on from; the optimizers begin there without moments.
 
     Raises:
         UserError: the file is damaged, or of another model.

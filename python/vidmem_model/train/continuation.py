@@ -195,7 +195,7 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
         vae = load_vae(start.config.vae, weights)
         encoders = start.config.encoders
         compressions = [each for each in low_compressions(encoders) if each]
-        latents = prepare_latents(config.data, start.config, vae, compressions)
+        latents = prepare_latents(config.data, start.config, vae.to(device), compressions)
         require_batch(latents, config.optimisation.batch, config.sampling.history + config.sampling.targets)
         seed, shift = config.optimisation.seed, start.config.shift
         batches = Continuations(latents.split("train"), encoders, config.sampling, seed, shift)

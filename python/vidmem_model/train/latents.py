@@ -8,25 +8,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..checks import (
-    MOST_SECONDS,
-    Checked,
-    FileName,
-    OneOf,
-    at_least,
-    build,
-    not_negative,
-    parse_json,
-    positive,
-    require,
-    shorten,
-)
+from ..checks import build, parse_json, shorten
 from ..errors import MemoryFormatError, UserError
 from ..files import locked, reason, written
 from ..model.config import Compression, ModelConfig
@@ -36,6 +24,7 @@ from ..video.films import Caption, DataConfig, film_paths, read_captions
 from ..video.sample import cache_dir
 from ..weights import WeightsFile, save_file
 from .blocks import Block, cut_films, enlarged
+from .bundle import Row
 
 _INDEX = "index.json"
 _FORMAT = 3
@@ -130,29 +119,11 @@ def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae:
     return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Row(Checked):
-    """A row of the index: what the name of a block's files is, and how a Block came about."""
-
-    name: FileName
-    film: FileName
-    start: Annotated[float, not_negative(MOST_SECONDS)]
-    frames: Annotated[int, positive(1 << 31)]
-    scenes: Annotated[int, positive(1 << 31)]
-    split: Annotated[str, OneOf("train", "test")]
-    mirrored: bool
-    zoom: Annotated[float, at_least(1, 16)]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(Path(self.name).name == self.name, "_Row: name must be that of a file", self.name)
-
-
 def _read_index(folder: Path, compressions: list[Compression]) -> list[dict[str, Any]] | None:
     """Rows of all blocks, or None where not all of them are encoded or the index cannot be used."""
     try:
         rows = parse_json((folder / _INDEX).read_text(), "the index")
-        rows = [dataclasses.asdict(build(_Row, row)) for row in rows]
+        rows = [dataclasses.asdict(build(Row, row)) for row in rows]
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return rows if all(_file(folder, row, each).exists() for row in rows for each in (None, *compressions)) else None

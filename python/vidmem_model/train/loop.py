@@ -209,7 +209,7 @@ def fit(
                 raise Interrupted(at, stopped)
             began = time.perf_counter()
 
-    if curve:
+    if curve and (done < config.steps or not (folder / SPEED).exists()):
         write_json(folder / SPEED, speed.result(dtype))
     if curve and plots_missing() is None:
         write_curve_plot(folder / PLOT, read_curve(folder / CURVE))

@@ -249,7 +249,7 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
         encoders = config.model.encoders
         compressions = [each for each in low_compressions(encoders) if each]
-        latents = prepare_latents(config.data, config.model, vae, compressions)
+        latents = prepare_latents(config.data, config.model, vae.to(device), compressions)
         require_batch(latents, config.optimisation.batch, config.sampling.history)
         seed, shift = config.optimisation.seed, config.model.shift
         batches = FrameQueries(latents.split("train"), encoders, config.sampling, seed, shift)

@@ -121,7 +121,7 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
         vae = fit(build, batches.draw, config.optimisation, output, settings, device, restart, Reconstruction)
         if rank() != 0:
             return None
-        measure_latents(vae.eval(), blocks, config.frames)
+        measure_latents(vae.to(device).eval(), blocks, config.frames)
         file = output / VAE_FILE
-        write_tensors(file, vae.state_dict(), {})
+        write_tensors(file, vae.cpu().state_dict(), {})
         return file

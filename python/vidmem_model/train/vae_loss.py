@@ -131,7 +131,7 @@ def measure_latents(vae: CausalVAE, blocks: Sequence[torch.Tensor], frames: int 
     the brightness of a block, for the diffusion's noise and for the loss.
     """
     latents = [
-        vae.encode(frames_to_float(block[start : start + frames])).transpose(0, 1).flatten(1)
+        vae.encode(frames_to_float(block[start : start + frames]).to(vae.device)).transpose(0, 1).flatten(1)
         for block in blocks
         for start in range(0, len(block) - frames + 1, 4 * frames)
     ]

@@ -1,0 +1,34 @@
+"""A stand-in for PyAV on a machine that has none, for scripts that read no video."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+
+class _Absent(ModuleType):
+    """A module of which any name is a class that nothing is made of."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"__init__": _refuse})
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise ModuleNotFoundError("PyAV is missing here: pip install av", name="av")
+
+
+def stand_in() -> bool:
+    """Let vidmem_model be imported without PyAV, before it is; whether that was needed."""
+    if importlib.util.find_spec("av") is not None:
+        return False
+    names = ("av", "av.video", "av.video.reformatter", "av.codec", "av.codec.codec", "av.format")
+    modules = {name: _Absent(name) for name in names}
+    modules["av"].__version__ = "15.0"  # the least that vidmem_model asks for
+    modules["av"].open = _refuse
+    sys.modules.update(modules)
+    return True
