@@ -25,7 +25,7 @@ PYTHON=${PYTHON:-python3}
 unset TRITON_INTERPRET VIDMEM_BACKEND
 
 case " $* " in
-  *" --device cpu "*) ;;
+  *" --device cpu "* | *" --device=cpu "*) ;;
   *)
     if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
       echo "no CUDA GPU, or no torch: nothing trained (--device cpu tries it out)" >&2

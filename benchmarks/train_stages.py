@@ -73,7 +73,7 @@ class Plan:
     @property
     def data(self) -> DataConfig:
         """The bundle, as all stages see it."""
-        recipe = read_pretrain("demo").data if self.preset == "demo" else DataConfig()
+        recipe = read_pretrain(Path("demo")).data if self.preset == "demo" else DataConfig()
         return dataclasses.replace(recipe, videos=(str(self.bundle),), cache=str(self.work / "latents"))
 
     def config(self, stage: str, seconds: float | None = None) -> Any:

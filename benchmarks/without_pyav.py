@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from types import ModuleType
 
@@ -24,7 +23,11 @@ def _refuse(*_: object, **__: object) -> None:
 
 def stand_in() -> bool:
     """Let vidmem_model be imported without PyAV, before it is; whether that was needed."""
-    if importlib.util.find_spec("av") is not None:
+    try:
+        import av  # noqa: F401
+    except ModuleNotFoundError:
+        pass
+    else:
         return False
     names = ("av", "av.video", "av.video.reformatter", "av.codec", "av.codec.codec", "av.format")
     modules = {name: _Absent(name) for name in names}
