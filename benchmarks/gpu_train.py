@@ -113,7 +113,10 @@ def train(given: argparse.Namespace, began: float) -> int:
             waiting = [each for each in STAGES if each not in state["done"]]
             seconds = max(1.0, left * SHARES[stage] / sum(SHARES[each] for each in waiting))
             print(f"{stage}: {seconds:.0f} s from step {plan.steps_done(stage)}", flush=True)
-            state["stages"][stage] = run_stage(plan, stage, seconds, gemm)
+            if stage in state["stages"] and plan.complete(stage):
+                state["stages"][stage]["steps"] = 2 * [plan.steps_done(stage)]
+            else:
+                state["stages"][stage] = run_stage(plan, stage, seconds, gemm)
             state["done"].append(stage)
             state["stages"][stage]["held_out"] = measure(held_out, stage, plan, device)
             state["rounds"].append(summary(state, stage))

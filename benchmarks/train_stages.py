@@ -88,7 +88,7 @@ class Plan:
             batch=self.batch,
             checkpoint_every=1000 if cuda else 10,
             max_seconds=seconds,
-            draw_ahead=max(1, (os.cpu_count() or 1) // 2) if cuda else 0,
+            draw_ahead=max(1, (os.cpu_count() or 1) - 4) if cuda else 0,
             cuda_graph=cuda and self.graph,
             device=self.device,
         )
@@ -101,9 +101,14 @@ class Plan:
             changes |= _tiny(stage, recipe)
         return dataclasses.replace(recipe, **changes)
 
+    def complete(self, stage: str) -> bool:
+        """Whether a stage has all its steps, and has written what they led to."""
+        made = {self._weights(stage), self.folder(stage) / (VAE_FILE if stage == "vae" else MODEL_FILE)}
+        return self.steps_done(stage) >= self.config(stage).optimisation.steps and all(map(Path.is_file, made))
+
     def train(self, stage: str, seconds: float) -> None:
-        """Train a stage for so long, unless it has all its steps."""
-        if self.steps_done(stage) < self.config(stage).optimisation.steps or not self._weights(stage).is_file():
+        """Train a stage for so long, unless it is complete."""
+        if not self.complete(stage):
             _TRAIN[stage](self.config(stage, seconds))
 
     def steps_done(self, stage: str) -> int:

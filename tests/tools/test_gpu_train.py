@@ -171,6 +171,18 @@ def test_another_machine_goes_on_without_pyav(bundle, whole, tmp_path):
     assert len(list(out.iterdir())) <= 8
 
 
+def test_stages_that_have_all_their_steps_are_left_alone(bundle, whole, tmp_path, monkeypatch):
+    """Here, and on another machine, to which the last one comes as adapters alone."""
+    monkeypatch.setattr(train_stages, "_TRAIN", {"continuation": train_stages.finetune})
+    for work in (shutil.copytree(whole[1], tmp_path / "here"), tmp_path / "there"):
+        out = shutil.copytree(whole[0], tmp_path / f"out-{work.name}")
+        assert gpu_train.main([str(out), *options(bundle, work)]) == 0
+        report = report_of(out)
+        assert report["round"] == 2 and [each["steps"] for each in report["stages"].values()] == [[STEPS, STEPS]] * 3
+        if work.name == "here":
+            assert report["pieces"] == report_of(whole[0])["pieces"]
+
+
 def test_what_is_here_and_further_goes_first(bundle, whole, tmp_path):
     out, work = shutil.copytree(whole[0], tmp_path / "out"), shutil.copytree(whole[1], tmp_path / "work")
     given = gpu_train.parse([str(out), *options(bundle, work)])

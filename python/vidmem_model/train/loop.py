@@ -6,6 +6,7 @@ with another number of processes, takes exactly the same samples.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -147,7 +148,9 @@ def fit(
         UserError: the folder holds a run with other settings, or cannot be written.
     """
     torch.manual_seed(config.seed)
-    objective = shard((objective_of or FlowMatching)(build()).to(device).train(), device)
+    model = build()
+    final = copy.deepcopy(model)  # made anew in the end it might take minutes: a start can be fitted to the films
+    objective = shard((objective_of or FlowMatching)(model).to(device).train(), device)
     trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
     dtype = _dtype(config, device)
     used = optimizers(objective.model, config, dtype)
@@ -213,8 +216,6 @@ def fit(
         write_json(folder / SPEED, speed.result(dtype))
     if curve and plots_missing() is None:
         write_curve_plot(folder / PLOT, read_curve(folder / CURVE))
-    torch.manual_seed(config.seed)
-    final = build()
     final.load_state_dict({name: full(value).cpu() for name, value in ema.items()}, strict=False)
     return final
 
