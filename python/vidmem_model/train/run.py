@@ -176,11 +176,11 @@ def run_folder(config: Any, *read: str | Path | None) -> Iterator[Path]:
 def run_extra(output: Path, config: Any) -> dict[str, Any]:
     """What a trained model's file says of its training: configuration, steps and last loss.
 
-    Where the run lay is left out: equal runs give equal files.
+    Where the run lay and how long a call of it might take is left out: equal runs give equal files.
     """
     last = read_curve(output / CURVE)[-1]
     training = _plain(dataclasses.asdict(config))
-    del training["output"], training["data"]["cache"]
+    del training["output"], training["data"]["cache"], training["optimisation"]["max_seconds"]
     return {"training": training, "steps": last["step"], "loss": last["loss"]}
 
 
