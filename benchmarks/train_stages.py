@@ -118,13 +118,13 @@ class Plan:
         return checkpoint.step_of(last) if last else checkpoint.first_step(folder)
 
     def export(self, stages: dict[str, Any], scratch: Path) -> dict[str, Path]:
-        """Weights and curves of stages by the names they leave with; the memory's in 16 bits, in `scratch`."""
+        """Weights and curves of stages by the names they leave with; the memory's in 8 bits, in `scratch`."""
         files = {}
         for stage in stages:
             file = self._weights(stage)
             if stage == "memory":
                 model = load_model(file)
-                file = save_model(scratch / MODEL_FILE, model, model.extra, dtype="float16")
+                file = save_model(scratch / MODEL_FILE, model, model.extra, dtype="int8")
             files[_WEIGHTS[stage]] = file
             files[f"{stage}.{CURVE}"] = self.folder(stage) / CURVE
         return files
