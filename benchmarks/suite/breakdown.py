@@ -64,7 +64,7 @@ def split(prepare: Prepare, device: torch.device, kernels: Sequence[str]) -> dic
 def _part(name: str, kernels: Sequence[str]) -> str:
     if name in kernels or "vidmem" in name:
         return "kernels_ms"
-    return "planning_ms" if _TORCH.search(name) or name.startswith("aten::") else "library_ms"
+    return "planning_ms" if _TORCH.search(name) or name.startswith(("aten::", "autograd::")) else "library_ms"
 
 
 def _by_name(profiler: profile, on_device: bool) -> dict[str, tuple[float, int]]:
