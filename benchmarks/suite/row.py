@@ -142,14 +142,13 @@ class Session:
                 del results
             else:
                 expected = expect(bench, x, sizes, row.which, dtype)
-                other = self._contender(bench, sizes, contender)
-            results, _, first = self._call(bench, other, x, row.which, dtype)
+            verified = other if sizes == s else self._contender(bench, sizes, contender)
+            results, _, first = self._call(bench, verified, x, row.which, dtype)
             yield {"first_call_ms": MS * first}
             check_baseline(bench, results, expected, x, sizes, row.which, dtype)
             yield {"verified_at": sizes, "verified_by": "ours" if ours_is_right else "reference in float64"}
             del results, expected
-            if sizes != s:
-                x, other = self._make(bench, s, dtype), self._contender(bench, s, contender)
+            x = x if sizes == s else self._make(bench, s, dtype)
             timed = {"ours": mine, contender: other} if ours_is_right else {contender: other}
             calls = {name: partial(_prepared, bench, c, x, row.which, dtype) for name, c in timed.items()}
             times, errors = interleave(self.clock, calls, 1, seconds)
