@@ -105,6 +105,7 @@ class Benchmark:
         differentiable: inputs whose gradients the passes "bwd" and "fwd+bwd" compute; none: forward only.
         selects: results are choices among near ties; `comparable` gives the float64 scores of what was chosen, and
             ours may be off by SELECTION_TOLERANCE.
+        by_frame: its lengths are of whole frames.
         tolerance: largest error of a baseline, as a fraction of the largest magnitude; default by dtype.
     """
 
@@ -112,6 +113,7 @@ class Benchmark:
     covers: str
     differentiable: tuple[str, ...] = ()
     selects = False
+    by_frame = False
     tolerance: float | None = None
 
     def make(self, s: Sizes, dtype: torch.dtype, device: str, rng: torch.Generator) -> Inputs:
@@ -144,7 +146,7 @@ class Benchmark:
 
     def verified_at(self, s: Sizes) -> Iterator[Sizes]:
         """Sizes at which results may be verified, smaller ones first; the last are `s` themselves."""
-        found = [smaller(s, most) for most in VERIFIED_AT]
+        found = [smaller(s, *most, self.by_frame) for most in VERIFIED_AT]
         yield from (small for i, small in enumerate(found) if small != s and small not in found[:i])
         yield s
 

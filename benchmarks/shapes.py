@@ -34,16 +34,17 @@ class Shape(NamedTuple):
 CPU, GPU, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 SMOKE = "smallest that has every code path; for tests"
 
-# Of about so many tokens, the smaller of which is tried first, are the inputs that results are verified on.
-VERIFIED_AT = (4096, 16_384)
-_RESIDUE = 1024  # a multiple of every tile and of what Triton compiles a length for
+# Of about so many tokens and at most so many heads are the inputs that results are verified on, what takes less first.
+VERIFIED_AT = ((4096, 2), (4096, 64), (16_384, 2), (16_384, 64))
+_RESIDUE = 4096  # a multiple of every tile, of its pieces by 16, and of what Triton compiles a length for
 
 
-def smaller(sizes: dict[str, Any], most: int) -> dict[str, Any]:
+def smaller(sizes: dict[str, Any], most: int, heads: int, by_frame: bool = False) -> dict[str, Any]:
     """The same task of about `most` tokens: sizes from which kernels choose their code stay, or are alike.
 
-    Channels, head sizes, blocks and topk stay. Lengths keep their remainder by 1,024, clips their pictures (fewer of
-    them, an odd number where it was odd), windows their frames (of fewer tokens), a choice its share. At most 2 heads.
+    Channels, head sizes, blocks and topk stay. Lengths keep their remainder by 4,096, clips their pictures (fewer of
+    them, the same number by 8), windows their frames (of fewer tokens), a choice its share. At most `heads` heads;
+    `by_frame`: of whole frames.
     """
     small = dict(sizes)
 
@@ -51,9 +52,9 @@ def smaller(sizes: dict[str, Any], most: int) -> dict[str, Any]:
         return n if n <= most else most // _RESIDUE * _RESIDUE + n % _RESIDUE
 
     def whole(count: int, size: int) -> int:
-        """At least four and about most / size of `count` parts, odd or even as there were."""
+        """At least four and about most / size of `count` parts, as many by 8 as there were."""
         fewer = max(4, most // size)
-        return count if count <= fewer else fewer + (count - fewer) % 2
+        return count if count <= fewer else min(count, fewer + (count - fewer) % 8)
 
     if "grid" in sizes:
         frames, height, width = sizes["grid"]
@@ -63,14 +64,14 @@ def smaller(sizes: dict[str, Any], most: int) -> dict[str, Any]:
         frame = sizes["Lk"] // sizes["frames"]
         fewer = max(1, most // sizes["frames"] // 128) * 128 + frame % 128
         small |= {name: sizes[name] // frame * min(frame, fewer) for name in ("Lq", "Lk")}
-    elif sizes.get("frame") and sizes["L"] % sizes["frame"] == 0:
+    elif by_frame and sizes["L"] % sizes["frame"] == 0:
         small["L"] = whole(sizes["L"] // sizes["frame"], sizes["frame"]) * sizes["frame"]
     else:
         small |= {name: length(sizes[name]) for name in ("N", "L", "Lq", "Lk", "K", "M") if name in sizes}
     if "keep" in sizes:
         small["keep"] = sizes["keep"] * small["N"] // sizes["N"]
     if "H" in sizes:
-        small["H"] = min(2, sizes["H"])
+        small["H"] = min(heads, sizes["H"])
     return small
 
 

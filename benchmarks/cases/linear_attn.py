@@ -153,6 +153,8 @@ class LinearAttention(Linear):
 
 @benchmark("linear_attention_frames", covers="linear_attention")
 class LinearAttentionFrames(Linear):
+    by_frame = True
+
     def options(self, s):
         return {"causal": True, "block_size": s["frame"]}
 

@@ -150,7 +150,9 @@ class Bench:
         self._add(step, self._do(self.timer, step, limit, **more, ours_is_right=right))
         if right:
             mine = self.rows[step.row, "vidmem (auto)"]
-            others = [r for (row, _), r in self.rows.items() if row == step.row and "over_ours" in r]
+            others = [
+                r for (row, _), r in self.rows.items() if row == step.row and "over_ours" in r and r["status"] == "ok"
+            ]
             if best := min(others, key=lambda r: r["over_ours"], default=None):
                 mine |= {"best_baseline": best["contender"], "speedup": best["over_ours"]}
 
@@ -222,9 +224,9 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(result, args.output, pool, args.round_seconds)
         bench.write()
         try:
+            bench.measure_rates(args.dtypes, RATES_SECONDS)
             if args.warm > 0:
                 bench.warm(todo, args.device, args.warm, min(WARM_SECONDS, WARM_SHARE * args.seconds))
-            bench.measure_rates(args.dtypes, RATES_SECONDS)
             for step, limit in plan(todo, end - monotonic(), monotonic):
                 print(f"{end - monotonic():6.1f} s left  {step.kind:8} {step.row} {step.contender}", file=sys.stderr)
                 bench.take(step, limit)

@@ -44,7 +44,7 @@ class Session:
     """Does the jobs of a process; the device is not touched before the first."""
 
     def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         self._clock: Any = None
 
     @property
@@ -72,14 +72,14 @@ class Session:
     def warm(self, row: Row, passes: Sequence[str], contender: str | None) -> Iterator[dict[str, Any]]:
         """Calls ours, or an alternative, for what it compiles to be on disk when it is measured."""
         bench, s, dtype = self._of(row)
-        for sizes in (s,) if contender else (s, next(bench.verified_at(s))):
-            x = self._make(bench, sizes, dtype)
-            called = self._contender(bench, sizes, contender)
-            for which in passes:
-                with failures(called):
-                    seconds = self._call(bench, called, x, which, dtype)[2]
-                    if sizes == s:
-                        yield {which: MS * seconds}
+        x = self._make(bench, s, dtype)
+        called = self._contender(bench, s, contender)
+        for which in passes:
+            with failures(called):
+                _, path, seconds = self._call(bench, called, x, which, dtype)
+                yield {which: MS * seconds}
+                if path is not None:
+                    self._alike(bench, s, x, which, dtype, path)
         if called.status == "error":
             raise RuntimeError(called.reason)
 
@@ -92,7 +92,10 @@ class Session:
             results, path, first = self._call(bench, contender, x, row.which, dtype)
             del results
             yield {"first_call_ms": MS * first, "backend": contender.backend, "path": _told(path)}
-            yield self._verify(bench, s, x, row.which, dtype, path)
+            sizes, small, results, elsewhere = self._alike(bench, s, x, row.which, dtype, path)
+            check_ours(bench, results, expect(bench, small, sizes, row.which, dtype), small, sizes, row.which)
+            yield {"verified_at": sizes, "other_path_at": elsewhere}
+            del small, results
             call = partial(_prepared, bench, contender, x, row.which, dtype)
             times, errors = interleave(self.clock, {"ours": call}, 1, seconds)
             if errors:
@@ -101,27 +104,28 @@ class Session:
             yield {"peak_bytes": self.clock.peak_bytes(partial(call, 0))}
         yield {"status": contender.status, "reason": contender.reason}
 
-    def _verify(
+    def _alike(
         self, bench: Benchmark, s: Sizes, x: Inputs, which: str, dtype: torch.dtype, path: Taken
-    ) -> dict[str, Any]:
-        """Checks ours where a smaller shape takes the same path, else at the full one."""
-        elsewhere = []
+    ) -> tuple[Sizes, Inputs, Any, list[dict[str, Any]]]:
+        """Calls ours at the smallest sizes that take the path of the full ones.
+
+        Returns:
+            (those sizes, inputs, results, the sizes that were tried before with what differs there).
+        """
+        elsewhere: list[dict[str, Any]] = []
         for sizes in bench.verified_at(s):
-            contender = ours(bench, sizes)
             small = x if sizes == s else self._make(bench, sizes, dtype)
             try:
-                results, taken, _ = self._call(bench, contender, small, which, dtype)
+                results, taken, _ = self._call(bench, ours(bench, sizes), small, which, dtype)
+                differs = [] if sizes == s else differences(path, taken)
             except ValueError as error:  # such sizes are refused: fewer blocks than are to be chosen, say
                 if sizes == s:
                     raise
-                elsewhere.append({"sizes": sizes, "differs": [explain(error)]})
-                continue
-            differs = [] if sizes == s else differences(path, taken)
+                differs = [explain(error)]
             if not differs:
-                check_ours(bench, results, expect(bench, small, sizes, which, dtype), small, sizes, which)
                 break
             elsewhere.append({"sizes": sizes, "differs": differs[:5]})
-        return {"verified_at": sizes, "other_path_at": elsewhere}
+        return sizes, small, results, elsewhere
 
     def baseline(
         self, row: Row, contender: str, rates: Any, seconds: float, ours_is_right: bool
