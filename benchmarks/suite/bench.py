@@ -83,9 +83,9 @@ class Bench:
         }
         self.write()
 
-    def measure_rates(self, dtypes: Sequence[str], limit: float) -> None:
+    def measure_rates(self, dtypes: Sequence[str], compiler: bool, limit: float) -> None:
         """Measures what the floor is divided by; the first to use the GPU, and so to see that forks cannot."""
-        job = {"kind": RATES, "dtypes": dtypes}
+        job = {"kind": RATES, "dtypes": dtypes, "compiler": compiler}
         outcome = self.timer.do(job, limit)
         if outcome.status != "ok":
             print(f"a forked process cannot use the device ({outcome.reason}): new ones instead", file=sys.stderr)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(result, args.output, pool, args.round_seconds)
         bench.write()
         try:
-            bench.measure_rates(args.dtypes, RATES_SECONDS)
+            bench.measure_rates(args.dtypes, args.compile, RATES_SECONDS)
             if args.warm > 0:
                 bench.warm(todo, args.device, args.warm, min(WARM_SECONDS, WARM_SHARE * args.seconds))
             for step, limit in plan(todo, end - monotonic(), monotonic):

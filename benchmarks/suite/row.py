@@ -8,6 +8,7 @@ verified by what ours gives at the full shape, which needs no second compilation
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -65,8 +66,10 @@ class Session:
             except RuntimeError:  # an illegal access, say: all later calls would fail too
                 yield {"spent": True}
 
-    def rates(self, dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Bandwidth and matrix product rates: the floor's denominators."""
+    def rates(self, dtypes: Sequence[str], compiler: bool) -> Iterator[dict[str, Any]]:
+        """Bandwidth and matrix product rates: the floor's denominators. Imports `compiler`, torch's, or not."""
+        if compiler:  # seconds, which the first alternative that is compiled would be charged
+            importlib.import_module("torch._inductor.compile_fx")
         yield {"rates": measure_rates(self.clock, self.device, {name: DTYPES[name] for name in dtypes})}
 
     def warm(self, row: Row, passes: Sequence[str], contender: str | None) -> Iterator[dict[str, Any]]:
