@@ -19,6 +19,7 @@ from .parts import DEFAULT, LEFT_OUT, PARTS, WHEELS_SECONDS, Context
 from .process import OUT_OF_TIME
 
 LOG_BYTES = 1_000_000
+INTERRUPTED = 130
 RESULTS_OF_A_PART = 3  # files that a part adds at most: its log and its results
 
 
@@ -74,12 +75,20 @@ class Suite:
         """Runs a part; what it cannot finish is in the table."""
         part = PARTS[name]
         log = self.out / (part.log or f"{name}.log")
-        for old in (log, *(self.out / result for result in part.results)):
+        for old in (log, *(self.out / result for result in part.results if not part.goes_on)):
             old.unlink(missing_ok=True)
         here = Context(self.out, scratch, self.device, self.seconds or part.seconds, log)
         print(f"{name}: at most {here.seconds:g} s", flush=True)
-        code = part.run(here)
-        words = {0: "passed", LEFT_OUT: "left out", OUT_OF_TIME: "out of time"}
+        code = INTERRUPTED
+        try:
+            code = part.run(here)
+        finally:  # an interrupted part is told of, too
+            self._tell(name, code, here)
+
+    def _tell(self, name: str, code: int, here: Context) -> None:
+        """Notes how a part ended, and shows the last of its log if that was badly."""
+        part, log = PARTS[name], here.log
+        words = {0: "passed", LEFT_OUT: "left out", OUT_OF_TIME: "out of time", INTERRUPTED: "interrupted"}
         self.told.append(
             {
                 "part": name,
@@ -93,7 +102,7 @@ class Suite:
         if log.is_file():
             text = log.read_bytes()
             log.write_bytes(text[-LOG_BYTES:])
-            if code not in (0, LEFT_OUT):
+            if code not in (0, LEFT_OUT, INTERRUPTED):
                 print(
                     f"--- last lines of {log.name}", *text.decode(errors="replace").splitlines()[-15:], "---", sep="\n"
                 )
@@ -157,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{summary(json.loads(report.read_text()))}")
     suite.pack()
     print(f"\n{suite.table()}\ntotal {monotonic() - suite.started:.0f} s; everything is in {args.out}")
-    return 130 if interrupted else 0 if suite.passed else 1
+    return INTERRUPTED if interrupted else 0 if suite.passed else 1
 
 
 if __name__ == "__main__":

@@ -143,12 +143,21 @@ def train(here: Context) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """A part: what it runs, its default seconds, the JSON files that it leaves."""
+    """A part.
+
+    Attributes:
+        run: what it does; returns an exit code, or LEFT_OUT.
+        seconds: that it may take by default.
+        results: names of the JSON files that it leaves.
+        log: name of its log; default: its own.
+        goes_on: from the results of before, which are removed else.
+    """
 
     run: Callable[[Context], int]
     seconds: float
     results: tuple[str, ...] = ()
-    log: str | None = None  # default: its name
+    log: str | None = None
+    goes_on: bool = False
 
 
 PARTS = {
@@ -158,7 +167,9 @@ PARTS = {
     "tune": Part(tune, 240, ("tuned.json",)),
     "profile": Part(profile, 120, ("profile.json", "lengths.json")),
     "sanitize": Part(sanitized, 180, ("sanitize.json",)),
-    "train": Part(train, 240, ("train.json",), "gpu_train.log"),  # train.log is what gpu_train.sh keeps itself
+    "train": Part(
+        train, 240, ("train.json",), "gpu_train.log", goes_on=True
+    ),  # train.log is what gpu_train.sh keeps itself
 }
 DEFAULT = ("build", "tests", "bench")  # with the wheels at most 8 minutes
 WHEELS_SECONDS = 30.0

@@ -123,7 +123,30 @@ def test_a_part_begins_with_none_of_its_own_results_of_before(tmp_path, steps):
     steps["setup.py"] = (KeyboardInterrupt(), {})
     assert suite.main([str(tmp_path), "build", "tests", "--device", "cpu"]) == 130
     assert not (tmp_path / "info.json").exists() and "of before" not in (tmp_path / "build.log").read_text()
-    assert (tmp_path / "verified.json").exists() and json.loads((tmp_path / "summary.json").read_text())["parts"] == []
+    assert (tmp_path / "verified.json").exists()
+    told = json.loads((tmp_path / "summary.json").read_text())
+    assert [(p["part"], p["status"]) for p in told["parts"]] == [("build", "interrupted")] and not told["passed"]
+
+
+def test_training_goes_on_from_what_it_left(tmp_path, monkeypatch):
+    """Also where other parts' files have sent its weights into the archive."""
+    left = {"train.json": "{}", **{f"weights.{i}": str(i) for i in range(6)}}
+    for name in left:
+        (tmp_path / name).write_text(left[name])
+    for i in range(5):
+        (tmp_path / f"{i}.json").write_text("")
+    outbox.pack(tmp_path)
+    seen = {}
+
+    def run(command, seconds, log, **options):
+        seen.update({name: (tmp_path / name).read_text() for name in left}, command=command)
+        return 0
+
+    monkeypatch.setattr(parts, "run", run)
+    monkeypatch.setattr(parts.Path, "is_file", lambda self: self.name == "gpu_train.sh" or os.path.isfile(self))
+    assert suite.main([str(tmp_path), "train", "--device", "cpu", "--seconds", "240"]) == 0
+    assert seen.pop("command")[:4] == ["benchmarks/gpu_train.sh", str(tmp_path), "--minutes", "3.50"] and seen == left
+    assert len(os.listdir(tmp_path)) <= outbox.MOST_FILES
 
 
 @pytest.mark.parametrize("has_xdist", [True, False])
