@@ -13,7 +13,7 @@
 #   sanitize   compute-sanitizer over some tests        sanitize.json
 #   train      gpu_train.sh                             weights, curves
 #
-# Each part may take N seconds (default: 75 to 240, see --help), and loses nothing of the others if it fails or runs out
+# Each part may take N seconds (default: 70 to 240, see --help), and loses nothing of the others if it fails or runs out
 # of them. What it finds is written as it comes; OUT ends with at most 8 files of at most 16 MiB, what is more lies in
 # more.tar.gz (in pieces: cat more.tar.gz.* | tar xz). Exit code: 0 all parts passed, 1 some failed, 2 nothing was run.
 #

@@ -1,6 +1,6 @@
 """The part bench: every row of `targets` and then all others, within so many seconds, whatever hangs.
 
-    python -m benchmarks.suite.bench -o bench.json --seconds 210
+    python -m benchmarks.suite.bench -o bench.json --seconds 170
     python -m benchmarks.suite.bench -o bench.json --seconds 30 --device cpu --shape smoke --ops gather_tokens
 
 First all that compiles is called once in parallel processes, so that its code lies on disk; then come the steps of
@@ -183,7 +183,7 @@ def _who(step: Step) -> dict[str, str]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.suite.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--seconds", type=float, default=210.0, help="for everything; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=170.0, help="for everything; default: %(default)s")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="default: all")
     parser.add_argument("--shape", help="one shape for all; default: those of the device")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="default: float32 on cpu, bfloat16 on cuda")

@@ -161,15 +161,13 @@ class Part:
 
 
 PARTS = {
-    "build": Part(build, 75, ("info.json",)),
-    "tests": Part(tests, 180, ("verified.json",)),
-    "bench": Part(bench, 195, ("bench.json",)),
+    "build": Part(build, 70, ("info.json",)),
+    "tests": Part(tests, 195, ("verified.json",)),
+    "bench": Part(bench, 185, ("bench.json",)),
     "tune": Part(tune, 240, ("tuned.json",)),
     "profile": Part(profile, 120, ("profile.json", "lengths.json")),
     "sanitize": Part(sanitized, 180, ("sanitize.json",)),
-    "train": Part(
-        train, 240, ("train.json",), "gpu_train.log", goes_on=True
-    ),  # train.log is what gpu_train.sh keeps itself
+    "train": Part(train, 240, ("train.json",), "gpu_train.log", goes_on=True),  # beside gpu_train.sh's own train.log
 }
 DEFAULT = ("build", "tests", "bench")  # with the wheels at most 8 minutes
 WHEELS_SECONDS = 30.0
