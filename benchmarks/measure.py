@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,9 +42,67 @@ class Contender:
         self.status, self.reason = status, reason
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """Class and first lines of an error, short enough for a table."""
     return f"{type(error).__name__}: {error}".strip()[:500]
+
+
+def ours(bench: Benchmark, s: Sizes, backend: str = "auto") -> Contender:
+    """Our public function on a backend; "reference" is a contender of its own kind where it stands beside another."""
+    return Contender(f"vidmem ({backend})", "ours", partial(_call_ours, bench, s, backend))
+
+
+def alternative(bench: Benchmark, b: Baseline, s: Sizes) -> Contender:
+    """A baseline, compiled if it is to be; skipped where it lacks a package."""
+    function = partial(b.function, bench, s=s)
+    if b.is_compiled:
+        function = torch.compile(function, dynamic=False, fullgraph=True)
+    contender = Contender(b.name, "baseline", function)
+    missing = b.missing()
+    if missing:
+        contender.out("skipped", missing)
+    return contender
+
+
+@contextmanager
+def failures(contender: Contender) -> Iterator[None]:
+    """What is raised within puts a contender out: wrong results and crashes alike are a row without a speed."""
+    try:
+        yield
+    except (Unsupported, _dispatch.BackendError) as error:
+        contender.out("skipped", str(error))
+    except torch.OutOfMemoryError:
+        contender.out("error" if contender.kind == "ours" else "skipped", "out of memory")
+        torch.cuda.empty_cache()
+    except Exception as error:
+        contender.out("error", explain(error))
+
+
+@contextmanager
+def choices_of_backends() -> Iterator[list[_dispatch.Choice]]:
+    """The choices that ops make within; backward runs on this thread, for choices are recorded by thread."""
+    with _dispatch.recording() as choices, torch.autograd.set_multithreading_enabled(False):
+        yield choices
+
+
+def speed(bench: Benchmark, s: Sizes, dtype: str, which: str, rates: Rates, seconds: list[float]) -> Row:
+    """The part of a row that tells how fast: times of all rounds, rates of the required work, the floor."""
+    work = bench.work_of(which, s, DTYPES[dtype].itemsize)
+    floor = rates.floor(work, dtype)
+    times = summarise(seconds)
+    return {
+        "rounds": len(seconds),
+        "median_ms": times.median,
+        "p20_ms": times.p20,
+        "p80_ms": times.p80,
+        "best_ms": times.best,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "gb_s": work.bytes / times.median / 1e6,
+        "tflop_s": work.flops / times.median / 1e9,
+        "floor_ms": 1e3 * floor,
+        "floor_fraction": 1e3 * floor / times.median,
+    }
 
 
 class Runner:
@@ -71,7 +130,7 @@ class Runner:
             inputs = [self._make(bench, s, dtype, seed=0)]
             inputs += [self._make(bench, s, dtype, seed) for seed in range(1, self.clock.copies(inputs[0]))]
         except Exception as error:  # the other ops must still run
-            yield row | {"pass": None, "contender": None, "kind": None, "status": "error", "reason": _explain(error)}
+            yield row | {"pass": None, "contender": None, "kind": None, "status": "error", "reason": explain(error)}
             return
         for which in passes:
             yield from self._measure_pass(bench, inputs, s, dtype_name, which, row | {"pass": which})
@@ -83,24 +142,10 @@ class Runner:
     def _contenders(self, bench: Benchmark, s: Sizes) -> list[Contender]:
         if self.compiled:
             torch._dynamo.reset()  # each shape is compiled anew, and after a few Dynamo would give up
-        contenders = [
-            Contender(f"vidmem ({backend})", "ours", partial(_call_ours, bench, s, backend))
-            for backend in self.backends
-        ]
+        contenders = [ours(bench, s, backend) for backend in self.backends]
         if self.reference:
             contenders.append(Contender("reference", "reference", partial(_call_ours, bench, s, "reference")))
-        baselines = [self._baseline(bench, b, s) for b in bench.baselines(self.device.type, self.compiled)]
-        return contenders + baselines
-
-    def _baseline(self, bench: Benchmark, b: Baseline, s: Sizes) -> Contender:
-        function = partial(b.function, bench, s=s)
-        if b.is_compiled:
-            function = torch.compile(function, dynamic=False, fullgraph=True)
-        contender = Contender(b.name, "baseline", function)
-        missing = b.missing()
-        if missing:
-            contender.out("skipped", missing)
-        return contender
+        return contenders + [alternative(bench, b, s) for b in bench.baselines(self.device.type, self.compiled)]
 
     def _measure_pass(
         self, bench: Benchmark, inputs: list[Inputs], s: Sizes, dtype_name: str, which: str, row: Row
@@ -110,7 +155,7 @@ class Runner:
         try:
             expected = expect(bench, inputs[0], s, which, dtype)
         except Exception as error:  # nothing can be verified, so nothing is timed
-            yield row | {"contender": None, "kind": None, "status": "error", "reason": f"reference: {_explain(error)}"}
+            yield row | {"contender": None, "kind": None, "status": "error", "reason": f"reference: {explain(error)}"}
             return
 
         def prepared(contender: Contender, copy: int) -> Callable[[], Any]:
@@ -145,9 +190,8 @@ class Runner:
         dtype: torch.dtype,
     ) -> None:
         """Runs a contender once, checks it, and notes its peak memory and, of ours, the backends it took."""
-        try:
-            # Backward on this thread, for choices are recorded by thread.
-            with _dispatch.recording() as choices, torch.autograd.set_multithreading_enabled(False):
+        with failures(contender):
+            with choices_of_backends() as choices:
                 call = prepared(contender, 0)
                 if which == "bwd":
                     choices.clear()
@@ -156,23 +200,13 @@ class Runner:
                 check_baseline(bench, results, expected, x, s, which, dtype)
             else:
                 check_ours(bench, results, expected, x, s, which)
-                contender.backend = _backends(choices)
+                contender.backend = backends(choices)
             del results, call
             contender.peak_bytes = self.clock.peak_bytes(lambda: prepared(contender, 0))
-        except (Unsupported, _dispatch.BackendError) as error:
-            contender.out("skipped", str(error))
-        except torch.OutOfMemoryError:
-            status = "error" if contender.kind == "ours" else "skipped"
-            contender.out(status, "out of memory")
-            torch.cuda.empty_cache()
-        except Exception as error:  # wrong results and crashes alike: a row without a speed
-            contender.out("error", _explain(error))
 
     def _rows(
         self, bench: Benchmark, contenders: list[Contender], s: Sizes, dtype_name: str, which: str, row: Row
     ) -> Iterator[Row]:
-        work = bench.work_of(which, s, DTYPES[dtype_name].itemsize)
-        floor = self.rates.floor(work.bytes, work.flops, dtype_name)
         others = [c for c in contenders if c.kind != "ours" and c.status == "ok"]
         first = next((c for c in contenders if c.kind == "ours" and c.status == "ok"), None)
         best = min(others, key=lambda c: summarise(c.seconds).median, default=None)
@@ -181,21 +215,7 @@ class Runner:
             if c.status != "ok":
                 yield made | {"reason": c.reason}
                 continue
-            times = summarise(c.seconds)
-            made |= {
-                "rounds": len(c.seconds),
-                "median_ms": times.median,
-                "p20_ms": times.p20,
-                "p80_ms": times.p80,
-                "best_ms": times.best,
-                "bytes": work.bytes,
-                "flops": work.flops,
-                "gb_s": work.bytes / times.median / 1e6,
-                "tflop_s": work.flops / times.median / 1e9,
-                "peak_bytes": c.peak_bytes,
-                "floor_ms": 1e3 * floor,
-                "floor_fraction": 1e3 * floor / times.median,
-            }
+            made |= speed(bench, s, dtype_name, which, self.rates, c.seconds) | {"peak_bytes": c.peak_bytes}
             if c.kind == "ours" and best is not None:
                 made |= {"best_baseline": best.name, "speedup": speedup(c.seconds, best.seconds)}
             if c.kind != "ours" and first is not None:
@@ -207,7 +227,7 @@ def _call_ours(bench: Benchmark, s: Sizes, backend: str, x: Inputs) -> Any:
     return bench.call(x, s, backend)
 
 
-def _backends(choices: list[_dispatch.Choice]) -> str:
+def backends(choices: list[_dispatch.Choice]) -> str:
     """ "cpu" if all ops took it, else "gather_tokens: cpu, scatter_add_tokens: reference"."""
     taken = {c.op: c.backend for c in choices}
     names = set(taken.values())

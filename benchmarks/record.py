@@ -26,10 +26,15 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _commit(root: Path) -> dict[str, Any]:
-    """Revision, and whether the code that runs differs from it; "unknown" outside git."""
+    """Revision, and whether the code that runs differs from it.
+
+    Outside git it is what VIDMEM_COMMIT or a file COMMIT at the root says, else "unknown".
+    """
     revision = _git(root, "rev-parse", "--short=10", "HEAD")
     if revision is None:
-        return {"commit": "unknown", "dirty": None}
+        file = root / "COMMIT"
+        told = os.environ.get("VIDMEM_COMMIT") or (file.read_text().strip() if file.is_file() else "")
+        return {"commit": told[:10] or "unknown", "dirty": None}
     changed = _git(root, "status", "--porcelain", "--", "csrc", "vidmem_kernels", "benchmarks", "setup.py")
     return {"commit": revision, "dirty": None if changed is None else bool(changed)}
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .shapes import SHAPES, Shape
+from .shapes import SHAPES, VERIFIED_AT, Shape, smaller
 
 Inputs = dict[str, Any]
 Sizes = dict[str, Any]
@@ -30,13 +30,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Work(NamedTuple):
-    """What the task itself requires: every input read and every result written once, and the arithmetic."""
+    """What the task itself requires: every input read and every result written once, and the arithmetic.
+
+    `host_bytes` are those that a GPU reads from the host's memory.
+    """
 
     bytes: float
     flops: float = 0.0
+    host_bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.bytes + other.bytes, self.flops + other.flops)
+        return Work(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
 class Unsupported(Exception):
@@ -51,7 +55,7 @@ class Baseline(NamedTuple):
         function: (benchmark, inputs, sizes) -> results, comparable with those of `call`.
         devices: where it exists.
         compiled: also run it under torch.compile, where that is asked for.
-        needs: module that must be installed.
+        needs: module that must be installed, as in "fla" or "flash_attn.cute".
         on_request: device types where it runs only where compilation is asked for: it takes long to compile there, or
             another that runs is known to be faster.
         is_compiled: this is the compiled one.
@@ -67,9 +71,13 @@ class Baseline(NamedTuple):
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
-        if self.needs and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
-        return None
+        if self.needs is None:
+            return None
+        try:
+            found = importlib.util.find_spec(self.needs)
+        except ModuleNotFoundError:  # the package around it
+            found = None
+        return None if found else f"{self.needs} is not installed"
 
 
 def baseline(
@@ -97,6 +105,7 @@ class Benchmark:
         differentiable: inputs whose gradients the passes "bwd" and "fwd+bwd" compute; none: forward only.
         selects: results are choices among near ties; `comparable` gives the float64 scores of what was chosen, and
             ours may be off by SELECTION_TOLERANCE.
+        by_frame: its lengths are of whole frames.
         tolerance: largest error of a baseline, as a fraction of the largest magnitude; default by dtype.
     """
 
@@ -104,6 +113,7 @@ class Benchmark:
     covers: str
     differentiable: tuple[str, ...] = ()
     selects = False
+    by_frame = False
     tolerance: float | None = None
 
     def make(self, s: Sizes, dtype: torch.dtype, device: str, rng: torch.Generator) -> Inputs:
@@ -133,6 +143,12 @@ class Benchmark:
     def comparable(self, results: Any, x: Inputs, s: Sizes) -> Any:
         """Results in the form in which ours, the reference's and the baselines' are compared."""
         return results
+
+    def verified_at(self, s: Sizes) -> Iterator[Sizes]:
+        """Sizes at which results may be verified, smaller ones first; the last are `s` themselves."""
+        found = [smaller(s, *most, self.by_frame) for most in VERIFIED_AT]
+        yield from (small for i, small in enumerate(found) if small != s and small not in found[:i])
+        yield s
 
     @property
     def shapes(self) -> dict[str, Shape]:

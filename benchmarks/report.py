@@ -15,6 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.targets import TARGETS  # noqa: E402
+
 Row = dict[str, Any]
 
 
@@ -110,17 +115,50 @@ def lengths(result: Row) -> str:
     return "\n".join([sizes, "", _markdown(header, lines), "", *says])
 
 
+def targets(result: Row) -> str:
+    """A line for every row of targets.py that was measured: where its time goes, and what is still wanting."""
+    header = ["target", "pass", "ours", "floor", "best alternative", "speed-up", "kernels", "library", "planning"]
+    header += ["host", "first call", "side stream", "CUDA graph", "still wanting"]
+    lines = []
+    for target in TARGETS:
+        here = [r for r in result["rows"] if (r["op"], r["shape"], r["pass"]) == target.key() and r["status"] == "ok"]
+        for row in (r for r in here if r["kind"] == "ours"):
+            others = [r for r in here if "over_ours" in r and r["dtype"] == row["dtype"]]
+            best = min(others, key=lambda r: r["over_ours"], default=None)
+            split = row.get("split", {})
+            parts = [split.get(part) for part in ("kernels_ms", "library_ms", "planning_ms", "host_ms")]
+            line = [target.title, target.which, _time(row["median_ms"]), _time(row["floor_ms"])]
+            line += [f"{best['contender']}, {_time(best['median_ms'])}" if best else ""]
+            line += [f"{best['over_ours']:.2f}x" if best else ""]
+            line += ["" if ms is None else _time(ms) for ms in parts]
+            line += [_time(row["first_call_ms"]) if "first_call_ms" in row else ""]
+            line += [_works(row.get(name, {})) for name in ("side_stream", "graph")]
+            lines.append([*line, "; ".join(target.unmet(row, others)) or "nothing"])
+    return _markdown(header, lines) if lines else ""
+
+
+def _works(told: Row) -> str:
+    """What breakdown.py found of a side stream or a graph."""
+    if told.get("works"):
+        return "equal" if told.get("equal") else f"differs by {told['difference']:.1g}"
+    return " ".join(str(told.get("reason", "")).split())[:60]
+
+
 def notes(result: Row) -> str:
     """What was measured as floor, what failed, what was left out."""
     lines = [result["note"]] if result["note"] else []
     if "rates" in result:
         gemm = ", ".join(f"{name} {rate:.3g}" for name, rate in result["rates"]["gemm_tflop_s"].items())
         lines.append(f"Measured in this run: copy {result['rates']['copy_gb_s']:.3g} GB/s; matmul TFLOP/s: {gemm}.")
-    for status in ("error", "skipped"):
+    for status in ("error", "hung", "skipped"):
         for row in result["rows"]:
             if row["status"] == status:
                 reason = " ".join(str(row["reason"]).split())
                 lines.append(f"- {status}: {' '.join(_where(row))} {row['contender'] or ''}: {reason}")
+    reasons: dict[str, list[str]] = {}
+    for left in result.get("left_out", []):
+        reasons.setdefault(left["reason"], []).append(f"{' '.join(_where(left))} {left['contender']}")
+    lines += [f"- left out, {reason}: {'; '.join(names)}" for reason, names in reasons.items()]
     if result["not_begun"]:
         lines.append(f"- not begun within the time limit: {'; '.join(result['not_begun'])}")
     elif not result["complete"]:
@@ -132,8 +170,8 @@ def summary(result: Row, every_contender: bool = False) -> str:
     """What run.py and lengths.py print."""
     if "break_even" in result:
         return "\n\n".join([title(result), lengths(result)])
-    body = [table(result), contenders(result)] if every_contender else [table(result)]
-    return "\n\n".join([title(result), *body, notes(result)])
+    body = [targets(result), table(result), contenders(result) if every_contender else ""]
+    return "\n\n".join([title(result), *filter(None, body), notes(result)])
 
 
 def main() -> int:

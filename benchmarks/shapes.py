@@ -34,6 +34,46 @@ class Shape(NamedTuple):
 CPU, GPU, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 SMOKE = "smallest that has every code path; for tests"
 
+# Of about so many tokens and at most so many heads are the inputs that results are verified on, what takes less first.
+VERIFIED_AT = ((4096, 2), (4096, 64), (16_384, 2), (16_384, 64))
+_RESIDUE = 4096  # a multiple of every tile, of its pieces by 16, and of what Triton compiles a length for
+
+
+def smaller(sizes: dict[str, Any], most: int, heads: int, by_frame: bool = False) -> dict[str, Any]:
+    """The same task of about `most` tokens: sizes from which kernels choose their code stay, or are alike.
+
+    Channels, head sizes, blocks and topk stay. Lengths keep their remainder by 4,096, clips their pictures (fewer of
+    them, the same number by 8), windows their frames (of fewer tokens), a choice its share. At most `heads` heads;
+    `by_frame`: of whole frames.
+    """
+    small = dict(sizes)
+
+    def length(n: int) -> int:
+        return n if n <= most else most // _RESIDUE * _RESIDUE + n % _RESIDUE
+
+    def whole(count: int, size: int) -> int:
+        """At least four and about most / size of `count` parts, as many by 8 as there were."""
+        fewer = max(4, most // size)
+        return count if count <= fewer else min(count, fewer + (count - fewer) % 8)
+
+    if "grid" in sizes:
+        frames, height, width = sizes["grid"]
+        small["grid"] = (whole(frames, height * width), height, width)
+        small["N"] = prod(small["grid"])
+    elif "frames" in sizes:
+        frame = sizes["Lk"] // sizes["frames"]
+        fewer = max(1, most // sizes["frames"] // 128) * 128 + frame % 128
+        small |= {name: sizes[name] // frame * min(frame, fewer) for name in ("Lq", "Lk")}
+    elif by_frame and sizes["L"] % sizes["frame"] == 0:
+        small["L"] = whole(sizes["L"] // sizes["frame"], sizes["frame"]) * sizes["frame"]
+    else:
+        small |= {name: length(sizes[name]) for name in ("N", "L", "Lq", "Lk", "K", "M") if name in sizes}
+    if "keep" in sizes:
+        small["keep"] = sizes["keep"] * small["N"] // sizes["N"]
+    if "H" in sizes:
+        small["H"] = min(heads, sizes["H"])
+    return small
+
 
 def _clip(grid: tuple[int, int, int], channels: int, **more: Any) -> dict[str, Any]:
     return {"N": prod(grid), "C": channels, "grid": grid, **more}
@@ -93,6 +133,11 @@ _CROSS = {
 SHAPES: dict[str, dict[str, Shape]] = {
     "gather_tokens": _GATHER,
     "gather_tokens_int8": _GATHER,
+    "gather_tokens_fp8": _GATHER,
+    "gather_tokens_pinned": {
+        "smoke": Shape({"M": 96, "C": 24, "K": 64}, SMOKE),
+        "history20s": Shape({"M": N20S, "C": 3072, "K": 5120}, "5,120 tokens of 20 s that lie on the host", BOTH),
+    },
     "scatter_add_tokens": {
         "smoke": Shape({"K": 200, "M": 40, "C": 24}, SMOKE),
         "history20s-c128": Shape({"K": N20S, "M": MEMORY_20S, "C": 128}, "20 s of keys summed into a memory", CPU),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from vidmem_kernels.peak_memory import PeakMemory
+
+from .registry import Work
 
 MIN_ROUNDS, MAX_ROUNDS, MAX_COPIES = 3, 60, 8
 COPY_BYTES = 2**28  # all copies of the inputs together, on the CPU
@@ -164,14 +167,16 @@ class Rates(NamedTuple):
 
     bytes_per_second: float
     flops_per_second: dict[str, float]
+    host_bytes_per_second: float = inf  # from pinned memory of the host to a GPU
 
-    def floor(self, size: float, flops: float, dtype: str) -> float:
+    def floor(self, work: Work, dtype: str) -> float:
         """Least seconds for so many bytes and operations."""
-        return max(size / self.bytes_per_second, flops / self.flops_per_second[dtype])
+        rates = (self.bytes_per_second, self.flops_per_second[dtype], self.host_bytes_per_second)
+        return max(amount / rate for amount, rate in zip(work, rates, strict=True))
 
 
 def measure_rates(clock: CpuClock | CudaClock, device: torch.device, dtypes: dict[str, torch.dtype]) -> Rates:
-    """Copy bandwidth, reads and writes counted, and matrix product rate of each dtype."""
+    """Copy bandwidth, reads and writes counted, matrix product rate of each dtype, and of a GPU that from the host."""
     on_cuda = device.type == "cuda"
     source = torch.ones(2**28 if on_cuda else 2**26, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
@@ -184,7 +189,12 @@ def measure_rates(clock: CpuClock | CudaClock, device: torch.device, dtypes: dic
     if not on_cuda:
         # Where a processor has no units of a dtype, torch's product is slower than that of float32 tiles.
         rates = {name: max(rate, rates["float32"]) for name, rate in rates.items()}
-    return Rates(2 * source.nbytes / copy, rates)
+    from_host = inf
+    if on_cuda:
+        host = torch.ones(2**26, dtype=torch.float32, pin_memory=True)
+        part = target[: host.numel()]
+        from_host = host.nbytes / min(_repeat(clock, lambda: part.copy_(host, non_blocking=True), times=5))
+    return Rates(2 * source.nbytes / copy, rates, from_host)
 
 
 def _repeat(clock: CpuClock | CudaClock, call: Callable[[], Any], times: int = 15) -> list[float]:

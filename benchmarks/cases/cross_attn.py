@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 
 import torch
@@ -43,11 +44,22 @@ def _chunked(x, bias=None):
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _flash(attention, x):
-    if x["q"].dtype == torch.float32:
+def _flash(module, q, k, v, **options):
+    """flash_attn_func of a package, of (B, L, H, D)."""
+    if q.dtype == torch.float32:
         raise Unsupported("takes no float32")
-    out = attention(x["q"], x["k"], x["v"])
+    if module == "fa3_fwd_interface" and torch.is_grad_enabled():
+        raise Unsupported("has no backward")
+    out = importlib.import_module(module).flash_attn_func(q, k, v, **options)
     return out[0] if isinstance(out, tuple) else out
+
+
+def _with_bias(x, s):
+    """q and k of (B, L, H, D + 8): the bias is a channel of the keys that meets a one in the queries; 8, since flash
+    wants multiples."""
+    bias = (x["key_bias"] * s["D"] ** 0.5)[:, :, None, None].expand(-1, -1, s["H"], -1)
+    q = F.pad(F.pad(x["q"], (0, 1), value=1.0), (0, 7))
+    return q, torch.cat([x["k"], F.pad(bias, (0, 7))], dim=3)
 
 
 class Cross(Benchmark):
@@ -90,17 +102,21 @@ class CrossAttention(Cross):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return self.sdpa(x, s)
 
-    @baseline("flash-attn", devices=("cuda",), needs="flash_attn")
+    @baseline("flash-attn", devices=("cuda",), needs="flash_attn.flash_attn_interface")
     def flash_attn(self, x, s):
-        from flash_attn import flash_attn_func
-
-        return _flash(flash_attn_func, x)
+        return _flash("flash_attn", x["q"], x["k"], x["v"])
 
     @baseline("FlashAttention-3", devices=("cuda",), needs="flash_attn_interface")
     def flash_attn_3(self, x, s):
-        from flash_attn_interface import flash_attn_func
+        return _flash("flash_attn_interface", x["q"], x["k"], x["v"])
 
-        return _flash(flash_attn_func, x)
+    @baseline("fa3-fwd", devices=("cuda",), needs="fa3_fwd_interface")
+    def fa3_fwd(self, x, s):
+        return _flash("fa3_fwd_interface", x["q"], x["k"], x["v"])
+
+    @baseline("FlashAttention-4", devices=("cuda",), needs="flash_attn.cute")
+    def flash_attn_4(self, x, s):
+        return _flash("flash_attn.cute", x["q"], x["k"], x["v"])
 
     @baseline("chunked", devices=("cpu",), on_request=("cpu",))
     def chunked(self, x, s):
@@ -125,13 +141,17 @@ class CrossAttentionBias(Cross):
 
     @baseline("SDPA, bias as 8 more channels")
     def channels(self, x, s):
-        """The bias becomes one channel of the keys that meets a one in the queries; 8, since flash wants multiples."""
-        q, k, v = _heads_first(x)
-        bias = (x["key_bias"] * s["D"] ** 0.5)[:, None, :, None].expand(-1, s["H"], -1, -1)
-        q = F.pad(F.pad(q, (0, 1), value=1.0), (0, 7))
-        k = torch.cat([k, F.pad(bias, (0, 7))], dim=3)
-        out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), scale=s["D"] ** -0.5)
-        return out[..., : s["D"]].transpose(1, 2)
+        q, k = (t.transpose(1, 2) for t in _with_bias(x, s))
+        v = F.pad(x["v"].transpose(1, 2), (0, 8))
+        return F.scaled_dot_product_attention(q, k, v, scale=s["D"] ** -0.5)[..., : s["D"]].transpose(1, 2)
+
+    @baseline("fa3-fwd, bias as 8 more channels", devices=("cuda",), needs="fa3_fwd_interface")
+    def fa3_channels(self, x, s):
+        return _flash("fa3_fwd_interface", *_with_bias(x, s), x["v"], softmax_scale=s["D"] ** -0.5)
+
+    @baseline("FlashAttention-4, bias as 8 more channels", devices=("cuda",), needs="flash_attn.cute")
+    def fa4_channels(self, x, s):
+        return _flash("flash_attn.cute", *_with_bias(x, s), x["v"], softmax_scale=s["D"] ** -0.5)
 
     @baseline("chunked", devices=("cpu",))
     def chunked(self, x, s):
@@ -179,16 +199,29 @@ class CrossAttentionWindow(Cross):
     def sdpa(self, x, s):
         return F.scaled_dot_product_attention(*_heads_first(x), attn_mask=x["mask"]).transpose(1, 2)
 
-    @baseline("SDPA of each frame")
-    def frames(self, x, s):
+    def by_frame(self, x, attention):
         """Without a mask: only where queries and keys lie in the order of time."""
-        q, k, v = _heads_first(x)
-        queries = q.split([rows.stop - rows.start for rows, _ in x["slices"]], dim=2)
+        queries = x["q"].split([rows.stop - rows.start for rows, _ in x["slices"]], dim=1)
         parts = [
-            F.scaled_dot_product_attention(part, k[:, :, seen], v[:, :, seen])
+            attention(part, x["k"][:, seen], x["v"][:, seen])
             for part, (_, seen) in zip(queries, x["slices"], strict=True)
         ]
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        return torch.cat(parts, dim=1)
+
+    @baseline("SDPA of each frame")
+    def frames(self, x, s):
+        def sdpa(*qkv):
+            return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
+
+        return self.by_frame(x, sdpa)
+
+    @baseline("fa3-fwd of each frame", devices=("cuda",), needs="fa3_fwd_interface")
+    def fa3_frames(self, x, s):
+        return self.by_frame(x, lambda *qkv: _flash("fa3_fwd_interface", *qkv))
+
+    @baseline("FlashAttention-4 of each frame", devices=("cuda",), needs="flash_attn.cute")
+    def fa4_frames(self, x, s):
+        return self.by_frame(x, lambda *qkv: _flash("flash_attn.cute", *qkv))
 
     @baseline("FlexAttention, BlockMask", on_request=("cpu", "cuda"))
     def flex(self, x, s):

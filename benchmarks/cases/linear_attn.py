@@ -136,7 +136,7 @@ class LinearAttention(Linear):
         total = q @ k.sum(dim=2).unsqueeze(3)
         return ((q @ (k.mT @ v)) / (total + EPS)).transpose(1, 2)
 
-    @baseline("einsum form")
+    @baseline("einsum form", compiled=True)
     def einsum(self, x, s):
         q, k, v = F.relu(x["q"]), F.relu(x["k"]), x["v"]
         out = torch.einsum("blhd,bhde->blhe", q, torch.einsum("blhd,blhe->bhde", k, v))
@@ -153,6 +153,8 @@ class LinearAttention(Linear):
 
 @benchmark("linear_attention_frames", covers="linear_attention")
 class LinearAttentionFrames(Linear):
+    by_frame = True
+
     def options(self, s):
         return {"causal": True, "block_size": s["frame"]}
 

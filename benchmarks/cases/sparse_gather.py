@@ -35,10 +35,43 @@ class GatherTokens(Benchmark):
         return x["bank"].gather(1, x["index64"].unsqueeze(2).expand(-1, -1, s["C"]))
 
 
+@benchmark("gather_tokens_pinned", covers="gather_tokens")
+class GatherTokensPinned(Benchmark):
+    """A bank in the host's memory, pinned where a GPU reads it; on the CPU the same as any other."""
+
+    def make(self, s, dtype, device, rng):
+        index = randint(rng, s["M"], 1, s["K"])
+        bank = randn(rng, dtype, 1, s["M"], s["C"]).cpu()
+        bank = bank.pin_memory() if index.is_cuda else bank
+        return {"bank": bank, "index": index, "index64": index.long(), "on_host": index.long().cpu()}
+
+    def call(self, x, s, backend):
+        bank = x["bank"].to(x["index"].device) if backend == "reference" else x["bank"]
+        return vk.gather_tokens(bank, x["index"], backend=backend)
+
+    def work(self, s, itemsize):
+        size = s["K"] * s["C"] * itemsize
+        return Work(2 * size, host_bytes=size)
+
+    @baseline("index_select on the host, copy")
+    def index_select(self, x, s):
+        """Not pinned: torch would pin a new result by every call, which takes longer than to copy without."""
+        return x["bank"][0].index_select(0, x["on_host"][0]).to(x["index"].device).unsqueeze(0)
+
+    @baseline("index_select into pinned memory, copy", devices=("cuda",))
+    def staged(self, x, s):
+        if "staging" not in x:
+            x["staging"] = x["bank"].new_empty(s["K"], s["C"], pin_memory=True)
+        staging = torch.index_select(x["bank"][0], 0, x["on_host"][0], out=x["staging"])
+        return staging.to(x["index"].device, non_blocking=True).unsqueeze(0)
+
+
 @benchmark("gather_tokens_int8", covers="gather_tokens")
 class GatherTokensInt8(Benchmark):
+    stored = torch.int8
+
     def make(self, s, dtype, device, rng):
-        rows, scale = vk.quantize_rows(randn(rng, dtype, 1, s["M"], s["C"]), backend="reference")
+        rows, scale = vk.quantize_rows(randn(rng, dtype, 1, s["M"], s["C"]), self.stored, backend="reference")
         index = randint(rng, s["M"], 1, s["K"])
         return {"rows": rows, "scale": scale, "index": index, "index64": index.long(), "dtype": dtype}
 
@@ -54,8 +87,13 @@ class GatherTokensInt8(Benchmark):
     @baseline("index_select, multiply", compiled=True)
     def index_select(self, x, s):
         index = x["index64"][0]
-        rows = x["rows"][0].index_select(0, index).float()
+        rows = x["rows"][0].view(torch.int8).index_select(0, index).view(self.stored).float()  # CPUs select no fp8
         return (rows * x["scale"][0].index_select(0, index).unsqueeze(1)).to(x["dtype"]).unsqueeze(0)
+
+
+@benchmark("gather_tokens_fp8", covers="gather_tokens")
+class GatherTokensFp8(GatherTokensInt8):
+    stored = torch.float8_e4m3fn
 
 
 @benchmark("scatter_add_tokens")

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shlex
-import subprocess
 import sys
 
 import pytest
@@ -325,78 +323,15 @@ def test_rounds_interleave_and_a_failure_drops_out():
     assert timing.summarise([0.001, 0.002, 0.003, 0.004, 0.005, 0.006]) == pytest.approx((3.5, 2.0, 5.0, 1.0))
 
 
-def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):
+def test_commit_is_told_outside_git(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("VIDMEM_COMMIT", raising=False)
     result = record.describe(tmp_path, torch.device("cpu"), [])
     assert result["commit"] == "unknown" and result["dirty"] is None
     path = record.result_path(None, tmp_path, result)
     assert path.parent.parent == tmp_path / "benchmarks" / "results" and path.parent.name.startswith("cpu-")
     assert path.name.endswith("-unknown.json")
-
-
-def gpu_suite(out, python=sys.executable, **environment):
-    script = ROOT / "benchmarks" / "gpu_suite.sh"
-    return subprocess.run(
-        [str(script), str(out)],
-        env=os.environ | {"PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""} | environment,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-def test_gpu_suite_without_a_gpu(tmp_path):
-    done = gpu_suite(tmp_path / "out")
-    assert done.returncode == 2 and done.stderr.strip() == "no CUDA GPU: nothing measured"
-    assert os.listdir(tmp_path / "out") == []
-
-
-def test_gpu_suite_refuses_an_unknown_part(tmp_path):
-    done = gpu_suite(tmp_path / "out", GPU_SUITE_PARTS="build benches")
-    assert done.returncode == 2 and "got benches" in done.stderr
-
-
-@pytest.mark.parametrize("has_xdist", [True, False])
-def test_gpu_suite_runs_tests_in_parallel_where_it_can(has_xdist, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in\n'
-        f"  '-c import xdist') exit {0 if has_xdist else 1} ;;\n"
-        "  '-m pytest '*) echo \"threads $OMP_NUM_THREADS, called with $*\" ;;\n"
-        "esac\n"
-    )
-    python.chmod(0o755)
-    assert gpu_suite(tmp_path, python, GPU_SUITE_DEVICE="cpu", GPU_SUITE_PARTS="tests").returncode == 0
-    log = (tmp_path / "tests.log").read_text()
-    assert "threads 1, called with -m pytest -m not gpu" in log
-    assert (f" -n {len(os.sched_getaffinity(0))} tests/tools/test_install.py" in log) == has_xdist
-    assert ("pytest-xdist is missing" in log) != has_xdist
-
-
-def test_gpu_suite_part_that_fails_loses_nothing_of_the_others(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in\n'
-        "  *setup.py*) echo cannot compile >&2; exit 1 ;;\n"
-        "  '-m pytest '*) exit 124 ;;\n"
-        "  '-m vidmem_model '*) exit 9 ;;\n"
-        "esac\n"
-        f'exec {shlex.quote(sys.executable)} "$@"\n'
-    )
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    done = gpu_suite(out, python, GPU_SUITE_DEVICE="cpu")
-    assert done.returncode == 1
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["passed"] is False
-    assert {p["part"]: (p["status"], p["exit_code"], p["json"]) for p in summary["parts"]} == {
-        "build": ("failed", 1, "info.json"),
-        "tests": ("out of time", 124, ""),
-        "bench": ("passed", 0, "bench.json"),
-        "profile": ("failed", 1, ""),
-    }
-    assert "cannot compile" in (out / "build.log").read_text()
-    assert json.loads((out / "info.json").read_text())["ops"]
-    assert {r["status"] for r in json.loads((out / "bench.json").read_text())["rows"]} == {"ok"}
-    assert len(os.listdir(out)) <= 8
-    assert "out of time" in done.stdout and "| op " in done.stdout
+    (tmp_path / "COMMIT").write_text("0123456789abcdef\n")
+    assert record.describe(tmp_path, torch.device("cpu"), [])["commit"] == "0123456789"
+    monkeypatch.setenv("VIDMEM_COMMIT", "fedcba9876543210")
+    assert record.describe(tmp_path, torch.device("cpu"), [])["commit"] == "fedcba9876"

@@ -1,0 +1,69 @@
+"""Runs commands within a limit, and ends all that they started with them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+GRACE_SECONDS = 8.0  # between asking a command to end and ending it
+OUT_OF_TIME = 124  # exit code, as of `timeout`
+
+
+def run(
+    command: Sequence[str],
+    seconds: float,
+    log: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    ask: signal.Signals = signal.SIGTERM,
+    output: Path | None = None,
+) -> int:
+    """Runs a command in a process group of its own.
+
+    Args:
+        command: program and arguments.
+        seconds: at most; GRACE_SECONDS before they are over (or half way, if that is later) it is asked to end.
+        log: file to append stdout and stderr to.
+        environment: variables besides those of this process.
+        ask: the signal that asks; a pytest reports at SIGINT what it has.
+        output: file for stdout alone.
+
+    Returns:
+        Its exit code, 128 + n if signal n ended it, OUT_OF_TIME if that was for its seconds, 127 if there is no such
+        program.
+    """
+    with contextlib.ExitStack() as files:
+        told = files.enter_context(log.open("ab"))
+        out = files.enter_context(output.open("wb")) if output else told
+        try:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=told, env=os.environ | (environment or {}), start_new_session=True
+            )
+        except OSError as error:
+            told.write(f"{command[0]}: {error}\n".encode())
+            return 127
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(max(seconds - GRACE_SECONDS, seconds / 2))
+            return 128 - code if code < 0 else code
+        _signal(process, ask)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(GRACE_SECONDS, seconds / 2))
+        return OUT_OF_TIME
+    except BaseException:  # an interrupt: the command may still write what it has
+        _signal(process, ask)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        raise
+    finally:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
