@@ -5,7 +5,8 @@
 Runs the benchmarks' calls at their true shapes, notes which tiles their kernels ask for, compiles the candidates beside
 each kernel in parallel processes, drops what spills, serialises its tensor-core instructions, fails or gives other
 results than the default tile, and times the rest. Writes vidmem_kernels/tuned/<class>.json, or FILE, after every call:
-what was tuned replaces its entries, the others stay. Exits 1 if nothing could be tuned.
+what was tuned replaces its entries, the others stay (in a new FILE those of the shipped table, so that it can take its
+place). Exits 1 if nothing could be tuned.
 
 A dry run without a GPU: TRITON_INTERPRET=1 python benchmarks/tune.py --device cpu --shapes smoke -o FILE
 """
@@ -34,6 +35,7 @@ from benchmarks import cases, ptxas  # noqa: E402, F401  (cases: registers the b
 from benchmarks.compile_kernels import triton_modules  # noqa: E402
 from benchmarks.record import write_json  # noqa: E402
 from benchmarks.registry import BENCHMARKS, DTYPES, choose, prepare  # noqa: E402
+from benchmarks.targets import BY_KEY  # noqa: E402
 from benchmarks.timing import clock_of, interleave, summarise  # noqa: E402
 from vidmem_kernels import _tuned  # noqa: E402
 from vidmem_kernels._tuned import Tile, Tunable  # noqa: E402
@@ -76,7 +78,7 @@ class Task(NamedTuple):
 
 
 def calls(device: str, ops: list[str], shapes: list[str] | None, dtypes: list[str]) -> list[Call]:
-    """The benchmarks' calls at the shapes that are default on a device, or at the named ones."""
+    """The benchmarks' calls at the shapes that are default on a device, or at the named ones; targets first."""
     found = []
     for op in ops:
         bench = BENCHMARKS[op]
@@ -84,7 +86,9 @@ def calls(device: str, ops: list[str], shapes: list[str] | None, dtypes: list[st
             if name in shapes if shapes else device in shape.devices:
                 passes = [which for which in ("fwd", "bwd") if which in bench.passes]
                 found += [Call(op, name, dtype, which) for dtype in dtypes for which in passes]
-    return found
+    wanted = list(BY_KEY)
+    rank = {call: wanted.index(key) for call in found if (key := (call.op, call.shape, call.which)) in BY_KEY}
+    return sorted(found, key=lambda call: rank.get(call, len(wanted)))
 
 
 def asked(call: Call, device: str) -> list[tuple[Tunable, dict[str, Any]]]:
@@ -291,7 +295,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    document = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    shipped = _tuned.FOLDER / f"{_tuned.class_of(_tuned.arch_of(torch.device(args.device)))}.json"
+    begun = next((path for path in (args.output, shipped) if path.is_file()), None)
+    document = json.loads(begun.read_text()) if begun else {}
     tuner = Tuner(args.device, args.seconds, document, args.workers)
     for line in tuner.tune(calls(args.device, args.ops, args.shapes, args.dtypes), args.kernels):
         print(f"{perf_counter() - tuner.started:6.1f} s  {line}", flush=True)
