@@ -94,7 +94,7 @@ register_op(
     setup_context=_scatter_setup,
     backward=_scatter_backward,
     autocast=(),
-    triton="triton_gather",
+    triton="triton_scatter",
 )
 
 # --- quantize_rows ---

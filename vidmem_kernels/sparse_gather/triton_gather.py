@@ -1,4 +1,4 @@
-"""Triton kernels of gather and scatter-add."""
+"""Triton kernel of gather."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._numerics import accumulate_dtype
-from .._triton_tiles import tile_of
+from .._triton_tiles import RowMove, tile_of, vector_of
+from .._tuned import Chosen, Tile, Tunable, arch_of, dtype_name
 
-# Elements of a tile: 16 a thread at 4 warps keeps a gather free of spills with several loads in flight.
-_TILE = 2048
+# Two warps read 512 channels of bfloat16, which divides the rows of real models; 4 loads of 16 bytes in each thread
+# are on their way before the first is used, and registers leave room for 40 warps a multiprocessor.
+_MOVE = RowMove(warps=4, across=2, loads=4)
+_MOVES = [_MOVE, *(RowMove(*m) for m in ((4, 1, 4), (4, 4, 2), (4, 4, 4), (4, 2, 8), (1, 1, 4), (1, 1, 8), (8, 2, 4)))]
 
-# Sources that one program adds up.
-_PIECE = 256
+
+def _gather_tile(arch: int, bank: str, out: str, width: int) -> Tile:
+    return _MOVE.tile("BLOCK_K", width, vector_of(bank, out))
+
+
+def _gather_tiles(arch: int, bank: str, out: str, width: int) -> list[Tile]:
+    return [move.tile("BLOCK_K", width, vector_of(bank, out)) for move in _MOVES]
+
+
+GATHER = Tunable("_gather_tokens_fwd_kernel", ("bank", "out", "width"), _gather_tile, _gather_tiles)
+
+_HAS_FLOAT8 = 89  # compute capability from which GPUs convert e4m3fn
 
 
 @triton.jit
@@ -46,19 +58,25 @@ def _gather_tokens_fwd_kernel(
     scale_stride_m,
     HAS_SCALE: tl.constexpr,
     IS_FLOAT8: tl.constexpr,
+    HAS_FLOAT8: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """HAS_FLOAT8: the GPU converts e4m3fn by itself."""
     # Offsets in int64: a bank may hold more than 2**31 elements.
     batch, k = tile_of(K, BLOCK_K)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    bits: tl.constexpr = max(bank.dtype.element_ty.primitive_bitwidth, out.dtype.element_ty.primitive_bitwidth)
+    # Loads and stores keep one layout: see `vector_of`.
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.max_contiguous(tl.arange(0, BLOCK_C), 128 // bits)
     in_k = k < K
     row = tl.load(index + batch * index_stride_b + k * index_stride_k, in_k, other=-1).to(tl.int64)
     valid = (row >= 0) & (row < M)
     mask = valid[:, None] & (c < C)[None, :]
     where = bank + batch * bank_stride_b + row[:, None] * bank_stride_m + c[None, :] * bank_stride_c
     value = tl.load(where, mask, other=0)
-    if IS_FLOAT8:
+    if HAS_FLOAT8:
+        value = value.to(tl.float8e4nv, bitcast=True)
+    elif IS_FLOAT8:
         value = _decode_float8_e4m3fn(value)
     if HAS_SCALE:
         factor = tl.load(scale + batch * scale_stride_b + row * scale_stride_m, valid, other=0.0)
@@ -71,21 +89,28 @@ def _gather_tokens_fwd_kernel(
     tl.store(target, value.to(out.dtype.element_ty), in_k[:, None] & (c < C)[None, :])
 
 
+def _gather_fields(bank: Tensor, out_dtype: torch.dtype) -> dict[str, str | int]:
+    width = triton.next_power_of_2(bank.shape[2])
+    return {"bank": dtype_name(bank.dtype), "out": dtype_name(out_dtype), "width": width}
+
+
+def _out_dtype(bank: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
+    return out_dtype or (bank.dtype if scale is None else torch.float32)
+
+
 def launch_gather_tokens_fwd(
     bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None
 ) -> Tensor:
     """(B, K, C) rows of `bank`; see `vidmem_kernels.gather_tokens`."""
     batch, count = index.shape
     shared, rows, channels = bank.shape[0] == 1, bank.shape[1], bank.shape[2]
-    if out_dtype is None:
-        out_dtype = bank.dtype if scale is None else torch.float32
+    out_dtype = _out_dtype(bank, scale, out_dtype)
     out = torch.empty(batch, count, channels, dtype=out_dtype, device=index.device)
     if out.numel() == 0:
         return out
     is_float8 = bank.dtype == torch.float8_e4m3fn
-    block_c = min(_TILE, triton.next_power_of_2(channels))
-    block_k = _TILE // block_c
-    grid = (triton.cdiv(count, block_k) * batch, triton.cdiv(channels, block_c))
+    tile = GATHER.tile(index.device, **_gather_fields(bank, out_dtype))
+    grid = (triton.cdiv(count, tile["BLOCK_K"]) * batch, triton.cdiv(channels, tile["BLOCK_C"]))
     _gather_tokens_fwd_kernel[grid](
         bank.view(torch.uint8) if is_float8 else bank,
         index,
@@ -103,212 +128,55 @@ def launch_gather_tokens_fwd(
         0 if scale is None else scale.stride(1),
         HAS_SCALE=scale is not None,
         IS_FLOAT8=is_float8,
-        BLOCK_K=block_k,
-        BLOCK_C=block_c,
-        num_warps=4,
+        HAS_FLOAT8=is_float8 and arch_of(index.device) >= _HAS_FLOAT8,
+        **tile,
     )
     return out
 
 
-@triton.jit
-def _sum_sources(
-    src, order, begin, end, c, C, src_stride_k, src_stride_c, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Sum of the rows of `src` that `order` names from `begin` to `end`."""
-    sum_dtype: tl.constexpr = tl.float64 if src.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros([BLOCK_C], dtype=sum_dtype)
-    for first in range(begin, end, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        source = tl.load(order + k, k < end, other=0)
-        where = src + source[:, None] * src_stride_k + c[None, :] * src_stride_c
-        value = tl.load(where, (k < end)[:, None] & (c < C)[None, :], other=0)
-        total += tl.sum(value.to(sum_dtype), axis=0)
-    return total
-
-
-@triton.jit
-def _sum_pieces_fwd_kernel(
-    src,
-    order,
-    keys,
-    offsets,
-    pieces,
-    K,
-    M,
-    C,
-    src_stride_b,
-    src_stride_k,
-    src_stride_c,
-    PIECE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One slot and channel block a program: the piece of a group of more than PIECE sources that belongs there.
-
-    Slot 2 i holds the piece that begins in the i-th PIECE of sorted positions and is not the first of its group, slot
-    2 i + 1 the one that is. There is one of each at most, for only groups longer than PIECE have pieces.
-    """
-    slots = 2 * tl.cdiv(K, PIECE)
-    batch = (tl.program_id(0) // slots).to(tl.int64)
-    slot = (tl.program_id(0) % slots).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_first = slot % 2
-    low = slot // 2 * PIECE
-    high = tl.minimum(low + PIECE, K)
-    # A long group that begins here holds the last position, any other one the first.
-    row = tl.load(keys + batch * K + tl.where(is_first > 0, high - 1, low)).to(tl.int64)
-    group = offsets + batch * (M + 1) + tl.minimum(row, M - 1)
-    start = tl.load(group)
-    end = tl.load(group + 1)
-    begin = start + tl.cdiv(tl.maximum(low - start, 0), PIECE) * PIECE
-    here = (
-        (row < M)
-        & (end - start > PIECE)
-        & (begin < tl.minimum(high, end))
-        & ((begin == start).to(tl.int64) == is_first)
-    )
-    end = tl.where(here, tl.minimum(begin + PIECE, end), begin)
-    lane = src + batch * src_stride_b
-    total = _sum_sources(lane, order + batch * K, begin, end, c, C, src_stride_k, src_stride_c, BLOCK_K, BLOCK_C)
-    tl.store(pieces + (batch * slots + slot) * C + c, total, c < tl.where(here, C, 0))
-
-
-@triton.jit
-def _sum_rows_fwd_kernel(
-    src,
-    order,
-    offsets,
-    pieces,
-    out,
-    K,
-    M,
-    C,
-    src_stride_b,
-    src_stride_k,
-    src_stride_c,
-    HAS_PIECES: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One output row and channel block a program: its group of source rows, or of their pieces, summed in order."""
-    batch = (tl.program_id(0) // M).to(tl.int64)
-    row = (tl.program_id(0) % M).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = tl.load(offsets + batch * (M + 1) + row)
-    end = tl.load(offsets + batch * (M + 1) + row + 1)
-    last = end
-    if HAS_PIECES:
-        last = tl.where(end - start > PIECE, start, end)
-    lane = src + batch * src_stride_b
-    total = _sum_sources(lane, order + batch * K, start, last, c, C, src_stride_k, src_stride_c, BLOCK_K, BLOCK_C)
-    if HAS_PIECES:
-        slots = 2 * tl.cdiv(K, PIECE)
-        for begin in range(last, end, PIECE):
-            slot = batch * slots + 2 * (begin // PIECE) + (begin == start).to(tl.int64)
-            total += tl.load(pieces + slot * C + c, c < C, other=0)
-    tl.store(out + (batch * M + row) * C + c, total.to(out.dtype.element_ty), c < C)
-
-
-def _group_keys(index: Tensor, num_rows: int) -> Tensor:
-    """What sorts sources by their output row, contiguous: the row, or `num_rows` for those that are dropped."""
-    if num_rows > torch.iinfo(index.dtype).max:
-        index = index.to(torch.int64)
-    index = index.contiguous()  # sort keeps strides, the kernel reads rows
-    return torch.where((index < 0) | (index >= num_rows), num_rows, index)
-
-
-def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """(B, num_rows, C) sums; see `vidmem_kernels.scatter_add_tokens`.
-
-    A stable sort groups the sources by row, so that each row is summed by one program, in order, without atomics. A row
-    of more than _PIECE sources is summed in pieces of as many, by programs of their own, and then over these.
-    """
-    batch, count, channels = src.shape
-    out = torch.empty(batch, num_rows, channels, dtype=src.dtype, device=src.device)
-    if out.numel() == 0:
-        return out
-    key, order = torch.sort(_group_keys(index, num_rows), dim=1, stable=True)
-    bounds = torch.arange(num_rows + 1, device=src.device, dtype=key.dtype)
-    offsets = torch.searchsorted(key, bounds.expand(batch, -1).contiguous())
-    block_c = min(512, triton.next_power_of_2(channels))
-    blocks_c = triton.cdiv(channels, block_c)
-    sizes = (count, num_rows, channels, *src.stride())
-    options = {"PIECE": _PIECE, "BLOCK_K": 4, "BLOCK_C": block_c, "num_warps": 4}
-    pieces = None
-    if count > _PIECE:
-        slots = 2 * triton.cdiv(count, _PIECE)
-        pieces = torch.empty(batch, slots, channels, dtype=accumulate_dtype(src.dtype), device=src.device)
-        _sum_pieces_fwd_kernel[(batch * slots, blocks_c)](src, order, key, offsets, pieces, *sizes, **options)
-    _sum_rows_fwd_kernel[(num_rows * batch, blocks_c)](
-        src, order, offsets, pieces, out, *sizes, HAS_PIECES=pieces is not None, **options
-    )
-    return out
+def tiles_gather_tokens_fwd(
+    bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None
+) -> list[Chosen]:
+    """The tiles that `launch_gather_tokens_fwd` takes."""
+    return [GATHER.chosen(index.device, **_gather_fields(bank, _out_dtype(bank, scale, out_dtype)))]
 
 
 # What benchmarks/compile_kernels.py compiles ahead of time, per kernel: pointer types, constants (an argument that is
-# None or 1 is one, as at run time) and warps of the calls that real shapes make; where a call is compiled otherwise on
-# other architectures, also those it is for, as in (80, 90).
+# None or 1 is one, as at run time) and (Tunable, fields) or warps, of the calls that real shapes make; where a call is
+# compiled otherwise on other architectures, also those it is for, as in (80, 90).
 _UNIT = {"bank_stride_c": 1, "index_stride_k": 1}
-_ROW = {"BLOCK_K": 1, "BLOCK_C": _TILE}
-_SUM = {"PIECE": _PIECE, "BLOCK_K": 4, "BLOCK_C": 512}
+_PLAIN = {"scale": None, "HAS_SCALE": False, "IS_FLOAT8": False, "HAS_FLOAT8": False}
+
+
+def _aot_scaled(bank: str, index: str, out: str, constants: dict, *archs: tuple[int, ...]) -> tuple:
+    float8 = {"IS_FLOAT8": bank == "fp8", "HAS_FLOAT8": archs == (_CONVERTING,)}
+    constants = {"HAS_SCALE": True, **float8, **constants}
+    pointers = {"bank": "*u8" if bank == "fp8" else "*i8", "index": f"*{index}", "scale": "*fp32", "out": f"*{out}"}
+    return pointers, constants, (GATHER, {"bank": bank, "out": out, "width": 4096}), *archs
+
+
+_CONVERTING = (89, 90, 100, 120)
+_SCALED = {"scale_stride_m": 1, **_UNIT}
 AOT = {
     "_gather_tokens_fwd_kernel": [
         (
             {"bank": f"*{bank}", "index": f"*{index}", "out": f"*{out}"},
-            {"scale": None, "HAS_SCALE": False, "IS_FLOAT8": False, **unit, **_ROW},
-            4,
+            {**_PLAIN, **unit},
+            (GATHER, {"bank": bank, "out": out, "width": width}),
         )
-        for bank, index, out, unit in (
-            ("bf16", "i32", "bf16", _UNIT),
-            ("bf16", "i64", "bf16", _UNIT),
-            ("bf16", "i32", "bf16", {}),
-            ("fp32", "i32", "fp32", _UNIT),
-            ("fp64", "i64", "fp64", _UNIT),
-        )
-    ]
-    + [
-        (
-            {"bank": f"*{bank}", "index": f"*{index}", "scale": "*fp32", "out": f"*{out}"},
-            {"HAS_SCALE": True, "IS_FLOAT8": bank == "u8", **unit, **_ROW},
-            4,
-        )
-        for bank, index, out, unit in (
-            ("i8", "i32", "bf16", {"scale_stride_m": 1, **_UNIT}),
-            ("u8", "i32", "bf16", {"scale_stride_m": 1, **_UNIT}),
-            ("u8", "i64", "fp32", {}),
-        )
-    ],
-    "_sum_pieces_fwd_kernel": [
-        (
-            {"src": f"*{src}", "order": "*i64", "keys": f"*{key}", "offsets": "*i64", "pieces": f"*{pieces}"},
-            {**unit, **_SUM},
-            4,
-        )
-        for src, key, pieces, unit in (
-            ("bf16", "i32", "fp32", {"src_stride_c": 1}),
-            ("fp64", "i64", "fp64", {"src_stride_c": 1}),
-            ("bf16", "i64", "fp32", {}),
-        )
-    ],
-    "_sum_rows_fwd_kernel": [
-        (
-            {"src": f"*{src}", "order": "*i64", "offsets": "*i64", "pieces": f"*{pieces}", "out": f"*{src}"},
-            {**unit, **_SUM, "HAS_PIECES": True},
-            4,
-        )
-        for src, pieces, unit in (
-            ("bf16", "fp32", {"src_stride_c": 1}),
-            ("fp32", "fp32", {"src_stride_c": 1}),
-            ("fp64", "fp64", {"src_stride_c": 1}),
-            ("bf16", "fp32", {}),
+        for bank, index, out, width, unit in (
+            ("bf16", "i32", "bf16", 4096, _UNIT),
+            ("bf16", "i64", "bf16", 128, _UNIT),
+            ("bf16", "i32", "bf16", 4096, {}),
+            ("bf16", "i32", "fp32", 4096, _UNIT),
+            ("fp32", "i32", "fp32", 4096, _UNIT),
+            ("fp64", "i64", "fp64", 4096, _UNIT),
         )
     ]
     + [
-        (
-            {"src": "*bf16", "order": "*i64", "offsets": "*i64", "out": "*bf16"},
-            {"src_stride_c": 1, **_SUM, "pieces": None, "HAS_PIECES": False},
-            4,
-        )
+        _aot_scaled("i8", "i32", "bf16", _SCALED),
+        _aot_scaled("i8", "i32", "fp32", _SCALED),
+        *(_aot_scaled("fp8", "i32", "bf16", _SCALED, archs) for archs in ((80,), _CONVERTING)),
+        *(_aot_scaled("fp8", "i64", "fp32", {}, archs) for archs in ((80,), _CONVERTING)),
     ],
 }

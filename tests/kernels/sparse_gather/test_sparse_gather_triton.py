@@ -11,7 +11,7 @@ from vidmem_kernels.sparse_gather import reference
 
 pytest.importorskip("triton")
 
-from vidmem_kernels.sparse_gather import triton_gather, triton_topk
+from vidmem_kernels.sparse_gather import triton_scatter, triton_topk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROWS = [torch.int8, torch.float8_e4m3fn]
@@ -230,12 +230,22 @@ def test_scatter_sums_long_groups_in_pieces(count, backend, device):
     same(got, reference.scatter_add_tokens(src, index, 6))
 
 
-@pytest.mark.parametrize("rows", [5, 2**31 - 1, 2**31, 2**33])
-def test_scatter_keys_hold_the_number_of_rows(rows, device):
-    """An int32 index stays one unless the key of what is dropped, the number of rows, does not fit."""
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        (5, torch.int16),
+        (2**15 - 1, torch.int16),
+        (2**15, torch.int32),
+        (2**31 - 1, torch.int32),
+        (2**31, torch.int64),
+        (2**33, torch.int64),
+    ],
+)
+def test_scatter_keys_hold_the_number_of_rows(rows, dtype, device):
+    """In the narrowest dtype that also holds the key of what is dropped, the number of rows: it sorts fastest."""
     index = torch.tensor([[3, -1, 2**31 - 1, -7]], dtype=torch.int32, device=device)
-    keys = triton_gather._group_keys(index, rows)
-    assert keys.dtype == (torch.int32 if rows < 2**31 else torch.int64)
+    keys = triton_scatter._group_keys(index, rows)
+    assert keys.dtype == dtype
     assert keys.tolist() == [[3, rows, min(rows, 2**31 - 1), rows]]
 
 
