@@ -8,10 +8,38 @@ import triton.language as tl
 from torch import Tensor
 
 from .._numerics import accumulate_dtype
+from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .reference import QUANTIZED_MAX, scale_limits
 
 # The widest row that a program keeps in registers; wider ones are read twice.
 _WIDEST_TILE = 8192
+
+
+def _tile(width: int, widest: int, warps: int, elements: int = 16) -> Tile:
+    """Rows of at most `widest` channels at a time, so many that a thread has `elements` of them, or one row."""
+    block_c = min(widest, width)
+    return {"BLOCK_M": max(1, 32 * warps * elements // block_c), "BLOCK_C": block_c, "num_warps": warps}
+
+
+def _forward_tile(arch: int, dtype: str, rows: str, width: int) -> Tile:
+    return _tile(width, _WIDEST_TILE, 8 if width > 4096 else 4)
+
+
+def _forward_tiles(arch: int, dtype: str, rows: str, width: int) -> list[Tile]:
+    # Narrower blocks read a row again, from the first level of the cache.
+    return [_tile(width, widest, warps) for widest in (_WIDEST_TILE, 1024) for warps in (1, 2, 4, 8)]
+
+
+def _backward_tile(arch: int, dtype: str, width: int) -> Tile:
+    return _tile(width, 2048, 4)
+
+
+def _backward_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
+    return [_tile(width, widest, warps) for widest in (1024, 2048, 4096) for warps in (2, 4)]
+
+
+QUANTIZE = Tunable("_quantize_rows_fwd_kernel", ("dtype", "rows", "width"), _forward_tile, _forward_tiles)
+QUANTIZE_GRAD = Tunable("_quantize_rows_bwd_kernel", ("dtype", "width"), _backward_tile, _backward_tiles)
 
 
 @triton.jit
@@ -62,9 +90,11 @@ def _quantize(value, scale, IS_FLOAT8: tl.constexpr):
     if IS_FLOAT8:
         return _encode_float8_e4m3fn(quotient.to(tl.float32))
     else:
-        # Adding 1.5 * 2**mantissa leaves no fraction: rounds to nearest, ties to even.
-        shift: tl.constexpr = 6755399441055744.0 if scale.dtype == tl.float64 else 12582912.0
-        return ((quotient + shift) - shift).to(tl.int32).to(tl.int8)
+        # Adding 1.5 * 2**mantissa leaves no fraction: rounds to nearest, ties to even, and the lowest byte is the code.
+        if scale.dtype == tl.float64:
+            return (quotient + 6755399441055744.0).to(tl.int64, bitcast=True).to(tl.int8)
+        else:
+            return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -120,6 +150,14 @@ def _limits(dtype: torch.dtype, scale_dtype: torch.dtype) -> dict[str, float]:
     return {"QMAX": QUANTIZED_MAX[dtype], "SMALLEST": smallest, "LARGEST": largest}
 
 
+def _width(x: Tensor) -> int:
+    return triton.next_power_of_2(max(1, x.shape[2]))
+
+
+def _forward_fields(x: Tensor, dtype: torch.dtype) -> dict[str, str | int]:
+    return {"dtype": dtype_name(x.dtype), "rows": dtype_name(dtype), "width": _width(x)}
+
+
 def launch_quantize_rows_fwd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, scale) of (B, M, C); see `vidmem_kernels.quantize_rows`."""
     batch, rows, channels = x.shape
@@ -127,9 +165,8 @@ def launch_quantize_rows_fwd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     out = torch.empty(x.shape, dtype=torch.uint8 if is_float8 else dtype, device=x.device)
     scale = torch.empty(batch, rows, dtype=accumulate_dtype(x.dtype), device=x.device)
     if scale.numel() > 0:
-        block_c = min(_WIDEST_TILE, triton.next_power_of_2(max(1, channels)))
-        block_m = max(1, 2048 // block_c)
-        _quantize_rows_fwd_kernel[(triton.cdiv(scale.numel(), block_m),)](
+        tile = QUANTIZE.tile(x.device, **_forward_fields(x, dtype))
+        _quantize_rows_fwd_kernel[(triton.cdiv(scale.numel(), tile["BLOCK_M"]),)](
             x,
             out,
             scale,
@@ -141,12 +178,15 @@ def launch_quantize_rows_fwd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
             x.stride(2),
             **_limits(dtype, scale.dtype),
             IS_FLOAT8=is_float8,
-            ONE_TILE=channels <= block_c,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            num_warps=8 if block_c > 4096 else 4,
+            ONE_TILE=channels <= tile["BLOCK_C"],
+            **tile,
         )
     return (out.view(dtype) if is_float8 else out), scale
+
+
+def tiles_quantize_rows_fwd(x: Tensor, dtype: torch.dtype) -> list[Chosen]:
+    """The tiles that `launch_quantize_rows_fwd` takes."""
+    return [QUANTIZE.chosen(x.device, **_forward_fields(x, dtype))]
 
 
 @triton.jit
@@ -206,9 +246,8 @@ def launch_quantize_rows_bwd(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) 
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if grad.numel() == 0:
         return grad
-    block_c = min(2048, triton.next_power_of_2(channels))
-    block_m = 2048 // block_c
-    _quantize_rows_bwd_kernel[(triton.cdiv(grad_scale.numel(), block_m),)](
+    tile = QUANTIZE_GRAD.tile(x.device, dtype=dtype_name(x.dtype), width=_width(x))
+    _quantize_rows_bwd_kernel[(triton.cdiv(grad_scale.numel(), tile["BLOCK_M"]),)](
         grad_scale,
         x,
         grad,
@@ -221,31 +260,32 @@ def launch_quantize_rows_bwd(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) 
         x.stride(1),
         x.stride(2),
         **_limits(dtype, grad_scale.dtype),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        num_warps=4,
+        **tile,
     )
     return grad
 
 
 def _aot(dtype: torch.dtype, rows: torch.dtype, width: int, **constants):
     """A call on rows of `width`; constants may override it."""
-    block_c = min(_WIDEST_TILE, width)
     wide = accumulate_dtype(dtype)
-    pointers = {"x": _POINTER[dtype], "out": "*u8" if rows == torch.float8_e4m3fn else "*i8", "scale": _POINTER[wide]}
-    blocks = {"BLOCK_M": max(1, 2048 // block_c), "BLOCK_C": block_c, "ONE_TILE": width <= block_c}
-    constants = {"IS_FLOAT8": rows == torch.float8_e4m3fn, **blocks, **_limits(rows, wide), **constants}
-    return pointers, constants, 8 if block_c > 4096 else 4
+    pointers = {"x": _pointer(dtype), "out": "*u8" if rows == torch.float8_e4m3fn else "*i8", "scale": _pointer(wide)}
+    constants = {"IS_FLOAT8": rows == torch.float8_e4m3fn, "ONE_TILE": width <= _WIDEST_TILE, **constants}
+    how = QUANTIZE, {"dtype": dtype_name(dtype), "rows": dtype_name(rows), "width": width}
+    return pointers, {**constants, **_limits(rows, wide)}, how
 
 
-_POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+def _pointer(dtype: torch.dtype) -> str:
+    return f"*{dtype_name(dtype)}"
+
+
 _UNIT = {"x_stride_c": 1}
-_ROW = {**_UNIT, "grad_scale_stride_m": 1, "BLOCK_M": 1, "BLOCK_C": 2048}
+_ROW = {**_UNIT, "grad_scale_stride_m": 1}
 # See triton_gather.AOT.
 AOT = {
     "_quantize_rows_fwd_kernel": [
         _aot(torch.bfloat16, torch.int8, 4096, **_UNIT),
         _aot(torch.bfloat16, torch.float8_e4m3fn, 4096, **_UNIT),
+        _aot(torch.bfloat16, torch.int8, 128, **_UNIT),
         _aot(torch.float32, torch.float8_e4m3fn, _WIDEST_TILE, **_UNIT),
         _aot(torch.float32, torch.int8, 2 * _WIDEST_TILE, **_UNIT),
         _aot(torch.float64, torch.int8, 4096, **_UNIT),
@@ -253,9 +293,9 @@ AOT = {
     ],
     "_quantize_rows_bwd_kernel": [
         (
-            {"grad_scale": _POINTER[accumulate_dtype(dtype)], "x": _POINTER[dtype], "grad": _POINTER[dtype]},
-            {**_limits(torch.int8, accumulate_dtype(dtype)), **unit, "BLOCK_M": 1, "BLOCK_C": 2048},
-            4,
+            {"grad_scale": _pointer(accumulate_dtype(dtype)), "x": _pointer(dtype), "grad": _pointer(dtype)},
+            {**_limits(torch.int8, accumulate_dtype(dtype)), **unit},
+            (QUANTIZE_GRAD, {"dtype": dtype_name(dtype), "width": 4096}),
         )
         for dtype, unit in ((torch.bfloat16, _ROW), (torch.float64, _ROW), (torch.float32, {}))
     ],

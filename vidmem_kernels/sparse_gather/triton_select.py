@@ -9,8 +9,24 @@ from torch import Tensor
 
 from .._numerics import accumulate_dtype
 from .._triton_radix_select import TILE, chosen_of_tile, count_keys, order_key, programs
-from .._triton_tiles import tile_of
-from .triton_gather import launch_gather_tokens_fwd
+from .._triton_tiles import RowMove, tile_of, vector_of
+from .._tuned import Chosen, Tile, Tunable, dtype_name
+from .triton_gather import launch_gather_tokens_fwd, tiles_gather_tokens_fwd
+
+# A thread adds up the squares of 2 loads of 16 bytes at a time.
+_MOVE = RowMove(warps=4, across=4, loads=2)
+_MOVES = [_MOVE, *(RowMove(*m) for m in ((4, 4, 1), (4, 2, 4), (4, 1, 4), (2, 2, 2), (1, 1, 4), (8, 8, 1)))]
+
+
+def _norm_tile(arch: int, dtype: str, width: int) -> Tile:
+    return _MOVE.tile("BLOCK_N", width, vector_of(dtype))
+
+
+def _norm_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
+    return [move.tile("BLOCK_N", width, vector_of(dtype)) for move in _MOVES]
+
+
+NORM_KEYS = Tunable("_norm_keys_kernel", ("dtype", "width"), _norm_tile, _norm_tiles)
 
 
 @triton.jit
@@ -91,16 +107,19 @@ def _score_keys_kernel(score, key, N, score_stride_b, score_stride_n, BLOCK: tl.
     tl.store(key + batch * N + n, order_key(value), n < N)
 
 
+def _norm_fields(x: Tensor) -> dict[str, str | int]:
+    return {"dtype": dtype_name(x.dtype), "width": triton.next_power_of_2(max(1, x.shape[2]))}
+
+
 def _keys(x: Tensor, score: Tensor | None) -> Tensor:
     """(B, N) keys of scores, or of the norms of the rows of x."""
     batch, rows, channels = x.shape
     wide = accumulate_dtype(x.dtype if score is None else score.dtype)
     key = torch.empty(batch, rows, dtype=torch.int64 if wide == torch.float64 else torch.int32, device=x.device)
     if score is None:
-        block_c = min(2048, triton.next_power_of_2(max(1, channels)))
-        block_n = 2048 // block_c
-        _norm_keys_kernel[(triton.cdiv(batch * rows, block_n),)](
-            x, key, batch * rows, rows, channels, *x.stride(), BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4
+        tile = NORM_KEYS.tile(x.device, **_norm_fields(x))
+        _norm_keys_kernel[(triton.cdiv(batch * rows, tile["BLOCK_N"]),)](
+            x, key, batch * rows, rows, channels, *x.stride(), **tile
         )
     else:
         _score_keys_kernel[programs(key)](score, key, rows, *score.stride(), BLOCK=TILE, num_warps=4)
@@ -125,14 +144,21 @@ def launch_select_tokens_fwd(x: Tensor, keep: int, score: Tensor | None) -> tupl
     return launch_gather_tokens_fwd(x, index, None, None), index
 
 
+def tiles_select_tokens_fwd(x: Tensor, keep: int, score: Tensor | None) -> list[Chosen]:
+    """The tiles that `launch_select_tokens_fwd` takes."""
+    keys = [NORM_KEYS.chosen(x.device, **_norm_fields(x))] if score is None else []
+    return keys + tiles_gather_tokens_fwd(x, x, None, None)
+
+
 # See triton_gather.AOT.
 AOT = {
     "_norm_keys_kernel": [
-        ({"x": f"*{x}", "key": f"*{key}"}, {**unit, "BLOCK_N": 1, "BLOCK_C": 2048}, 4)
-        for x, key, unit in (
-            ("bf16", "i32", {"x_stride_c": 1}),
-            ("fp64", "i64", {"x_stride_c": 1}),
-            ("bf16", "i32", {}),
+        ({"x": f"*{x}", "key": f"*{key}"}, unit, (NORM_KEYS, {"dtype": x, "width": width}))
+        for x, key, width, unit in (
+            ("bf16", "i32", 4096, {"x_stride_c": 1}),
+            ("bf16", "i32", 128, {"x_stride_c": 1}),
+            ("fp64", "i64", 4096, {"x_stride_c": 1}),
+            ("bf16", "i32", 4096, {}),
         )
     ],
     "_score_keys_kernel": [
