@@ -6,7 +6,6 @@ Scores are compared tile by tile, in registers, and never stored; see triton_row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,8 +13,48 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _env
+from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_plan import destinations_before, plan_from_keys, source_keys
 from .triton_rows import Layout, is_unit_rows, layout_of, prepare_rows
+
+
+def _tile(m: int, n: int, c: int, warps: int, stages: int) -> Tile:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "num_warps": warps, "num_stages": stages}
+
+
+def _default_tile(dtype: str, width: int, narrow: bool) -> Tile:
+    """Sources x destinations x channels; `narrow`: few destinations at a time, of what a box sees."""
+    if dtype == "fp32":
+        return _tile(64, 32 if narrow and width <= 16 else 64, min(32, width), 4, 3)
+    if width <= 128:
+        return _tile(128, 32 if narrow and width <= 64 else 64, width, 8, 3)
+    return _tile(128, 64, 64, 8, 3)
+
+
+def _all_tile(arch: int, dtype: str, width: int) -> Tile:
+    return _default_tile(dtype, width, narrow=False)
+
+
+def _all_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
+    # Running maxima and where they were take two registers an element: 128 x 128 needs 16 warps.
+    sizes = ((128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 32, 4), (64, 128, 4), (128, 128, 16))
+    if dtype == "fp32":
+        return [_tile(m, n, min(c, width), 4, 3) for m, n in ((64, 64), (128, 32), (32, 64)) for c in (16, 32)]
+    return [_tile(m, n, min(c, width), w, s) for m, n, w in sizes for c in {64, min(128, width)} for s in (2, 3)]
+
+
+def _window_tile(arch: int, dtype: str, width: int) -> Tile:
+    return _default_tile(dtype, width, narrow=True)
+
+
+def _window_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
+    if dtype == "fp32":
+        return [_tile(m, n, min(32, width), 4, 2) for m, n in ((64, 64), (64, 32), (32, 64))]
+    return [_tile(m, n, min(128, width), w, s) for m, n, w in ((128, 64, 8), (128, 32, 4), (64, 64, 4)) for s in (2, 3)]
+
+
+MATCH_ALL = Tunable("_match_all_kernel", ("dtype", "width"), _all_tile, _all_tiles)
+MATCH_WINDOW = Tunable("_match_window_kernel", ("dtype", "width"), _window_tile, _window_tiles)
 
 NO_SIMILARITY = tl.constexpr(-2.0)
 # Below any product, above -inf, which marks what a source does not see.
@@ -192,25 +231,6 @@ def _match_window_kernel(
     tl.store(column + target, found, in_s)
 
 
-class Blocks(NamedTuple):
-    """Tile of sources x destinations x channels, and warps."""
-
-    m: int
-    n: int
-    c: int
-    warps: int
-
-
-def _blocks(dtype: torch.dtype, channels: int, windowed: bool) -> Blocks:
-    is_unit = is_unit_rows(dtype, channels)
-    channels = max(16, triton.next_power_of_2(channels))
-    if is_unit:
-        return Blocks(64, 32 if windowed and channels <= 16 else 64, min(32, channels), 4)
-    if channels <= 128:
-        return Blocks(128, 32 if windowed and channels <= 64 else 64, channels, 8)
-    return Blocks(128, 64, 64, 8)
-
-
 def _programs(device: torch.device) -> int:
     """How many programs keep a device busy."""
     if device.type != "cuda":
@@ -218,13 +238,13 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _match_all(rows: Tensor, factor: Tensor, layout: Layout, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def _match_all(rows: Tensor, factor: Tensor, layout: Layout, tile: Tile) -> tuple[Tensor, Tensor]:
     """Scores and columns of the sources, (splits, B, S)."""
     batch, tokens, width = *factor.shape, rows.shape[1]
     destinations = layout.destinations
     count = tokens - destinations
-    tiles = triton.cdiv(count, blocks.m) * batch
-    columns = triton.cdiv(destinations, blocks.n)
+    tiles = triton.cdiv(count, tile["BLOCK_M"]) * batch
+    columns = triton.cdiv(destinations, tile["BLOCK_N"])
     per_split = triton.cdiv(columns, min(columns, max(1, _programs(rows.device) // tiles)))
     splits = triton.cdiv(columns, per_split)
     score = torch.empty(splits, batch, count, dtype=torch.float32, device=rows.device)
@@ -239,13 +259,10 @@ def _match_all(rows: Tensor, factor: Tensor, layout: Layout, blocks: Blocks) -> 
         width,
         batch,
         splits,
-        per_split * blocks.n,
-        HOLD=width == blocks.c,
+        per_split * tile["BLOCK_N"],
+        HOLD=width == tile["BLOCK_C"],
         INTERPRET=_env.triton_interpret(),
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_C=blocks.c,
-        num_warps=blocks.warps,
+        **tile,
     )
     return score, column
 
@@ -271,18 +288,18 @@ def box_edges(layout: Layout, window: Sequence[int], rows: int) -> list[int]:
 
 
 def _match_window(
-    rows: Tensor, factor: Tensor, layout: Layout, window: Sequence[int], blocks: Blocks
+    rows: Tensor, factor: Tensor, layout: Layout, window: Sequence[int], tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """Scores and columns of the sources, (1, B, S)."""
     batch, tokens, width = *factor.shape, rows.shape[1]
     window = [min(w, n) for w, n in zip(window, layout.cells, strict=True)]
-    edge = box_edges(layout, window, blocks.m)
+    edge = box_edges(layout, window, tile["BLOCK_M"])
     size, boxes = 1, 1
     for e, s, n in zip(edge, layout.stride, layout.cells, strict=True):
         size, boxes = size * e * s, boxes * triton.cdiv(n, e)
     score = torch.empty(1, batch, tokens - layout.destinations, dtype=torch.float32, device=rows.device)
     column = torch.empty_like(score, dtype=torch.int32)
-    _match_window_kernel[(triton.cdiv(size, blocks.m) * boxes * batch,)](
+    _match_window_kernel[(triton.cdiv(size, tile["BLOCK_M"]) * boxes * batch,)](
         rows,
         factor,
         score,
@@ -295,14 +312,17 @@ def _match_window(
         *layout.cells,
         *window,
         *edge,
-        HOLD=width == blocks.c,
+        HOLD=width == tile["BLOCK_C"],
         INTERPRET=_env.triton_interpret(),
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_C=blocks.c,
-        num_warps=blocks.warps,
+        **tile,
     )
     return score, column
+
+
+def _fields(metric: Tensor) -> dict[str, str | int]:
+    channels = metric.shape[2]
+    dtype = "fp32" if is_unit_rows(metric.dtype, channels) else dtype_name(metric.dtype)
+    return {"dtype": dtype, "width": max(16, triton.next_power_of_2(channels))}
 
 
 def launch_match_tokens_fwd(
@@ -313,37 +333,42 @@ def launch_match_tokens_fwd(
     if num_merge == 0 or batch == 0:
         return plan_from_keys(None, None, metric, num_merge)
     layout = layout_of(tokens, grid, stride)
-    blocks = _blocks(metric.dtype, metric.shape[2], window is not None)
-    rows, factor = prepare_rows(metric, layout, blocks.c)
+    tile = (MATCH_ALL if window is None else MATCH_WINDOW).tile(metric.device, **_fields(metric))
+    rows, factor = prepare_rows(metric, layout, tile["BLOCK_C"])
     if window is None:
-        score, column = _match_all(rows, factor, layout, blocks)
+        score, column = _match_all(rows, factor, layout, tile)
     else:
-        score, column = _match_window(rows, factor, layout, window, blocks)
+        score, column = _match_window(rows, factor, layout, window, tile)
     key, target = source_keys(score, column, layout.grid, layout.stride, layout.phase, layout.cells)
     return plan_from_keys(key, target, metric, num_merge)
 
 
+def tiles_match_tokens_fwd(
+    metric: Tensor, num_merge: int, grid: Sequence[int] | None, stride: Sequence[int], window: Sequence[int] | None
+) -> list[Chosen]:
+    """The tiles that `launch_match_tokens_fwd` takes."""
+    return [(MATCH_ALL if window is None else MATCH_WINDOW).chosen(metric.device, **_fields(metric))]
+
+
 # See sparse_gather.triton_gather.AOT.
-def _aot_match(windowed: bool) -> list[tuple[dict, dict, int]]:
+def _aot_match(tunable: Tunable) -> list[tuple]:
     variants = []
-    for dtype, name, channels in (
-        (torch.bfloat16, "bf16", 128),
-        (torch.bfloat16, "bf16", 64),
-        (torch.bfloat16, "bf16", 1024),
-        (torch.bfloat16, "bf16", 32),
-        (torch.float16, "fp16", 128),
-        (torch.float32, "fp32", 128),
-        (torch.float32, "fp32", 16),
+    for dtype, width in (
+        ("bf16", 128),
+        ("bf16", 64),
+        ("bf16", 1024),
+        ("bf16", 32),
+        ("fp16", 128),
+        ("fp32", 128),
+        ("fp32", 16),
     ):
-        blocks = _blocks(dtype, channels, windowed)
-        pointers = {"rows": f"*{name}", "factor": "*fp32", "score": "*fp32", "column": "*i32"}
-        constants = {"HOLD": channels <= blocks.c, "INTERPRET": False}
-        constants |= {"BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_C": blocks.c}
-        variants.append((pointers, constants, blocks.warps))
+        pointers = {"rows": f"*{dtype}", "factor": "*fp32", "score": "*fp32", "column": "*i32"}
+        held = width == tunable.default(80, dtype=dtype, width=width)["BLOCK_C"]
+        variants.append((pointers, {"HOLD": held, "INTERPRET": False}, (tunable, {"dtype": dtype, "width": width})))
     return variants
 
 
 AOT = {
-    "_match_all_kernel": _aot_match(windowed=False),
-    "_match_window_kernel": _aot_match(windowed=True),
+    "_match_all_kernel": _aot_match(MATCH_ALL),
+    "_match_window_kernel": _aot_match(MATCH_WINDOW),
 }

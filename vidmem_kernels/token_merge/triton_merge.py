@@ -10,11 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_tiles import tile_of
-from .triton_sums import group_totals, sum_groups
+from .._triton_tiles import RowMove, tile_of, vector_of
+from .._tuned import Chosen, Tile, Tunable, dtype_name
+from .triton_sums import sum_groups, tiles_sum_groups
+from .triton_totals import group_totals
 
-# Elements of a tile, at 4 warps: several loads of 16 bytes a thread.
-_TILE = 4096
+# As a gather; where rows of x are read beside those of y, one load of each at a time.
+_MOVE, _BESIDE = RowMove(warps=4, across=2, loads=4), RowMove(warps=4, across=4, loads=1)
+_MOVES = [_MOVE, _BESIDE, *(RowMove(*m) for m in ((4, 1, 4), (4, 4, 4), (4, 4, 2), (4, 2, 2), (1, 1, 4), (1, 1, 2)))]
+
+
+def _spread_tile(arch: int, dtype: str, width: int, beside: bool) -> Tile:
+    return (_BESIDE if beside else _MOVE).tile("BLOCK_N", width, vector_of(dtype))
+
+
+def _spread_tiles(arch: int, dtype: str, width: int, beside: bool) -> list[Tile]:
+    return [move.tile("BLOCK_N", width, vector_of(dtype)) for move in _MOVES if move.loads <= (2 if beside else 4)]
+
+
+SPREAD = Tunable("_spread_rows_kernel", ("dtype", "width", "beside"), _spread_tile, _spread_tiles)
 
 
 @triton.jit
@@ -74,6 +88,10 @@ def _spread_rows_kernel(
         tl.store(along + batch * N + n, product, in_n)
 
 
+def _spread_fields(y: Tensor, beside: bool) -> dict[str, str | int | bool]:
+    return {"dtype": dtype_name(y.dtype), "width": triton.next_power_of_2(max(1, y.shape[2])), "beside": beside}
+
+
 def _spread_rows(
     y: Tensor, x: Tensor | None, size: Tensor | None, total: Tensor | None, assignment: Tensor, along: Tensor | None
 ) -> Tensor:
@@ -82,10 +100,9 @@ def _spread_rows(
     out = torch.empty(batch, tokens, channels, dtype=y.dtype, device=y.device)
     if batch * tokens == 0 or (channels == 0 and x is None):
         return out
-    block_c = min(1024, triton.next_power_of_2(max(1, channels)))
-    block_n = min(64, (_TILE if x is None else _TILE // 4) // block_c)
-    blocks = 1 if x is not None else triton.cdiv(channels, block_c)
-    _spread_rows_kernel[(triton.cdiv(tokens, block_n) * batch, blocks)](
+    tile = SPREAD.tile(y.device, **_spread_fields(y, x is not None))
+    blocks = 1 if x is not None else triton.cdiv(channels, tile["BLOCK_C"])
+    _spread_rows_kernel[(triton.cdiv(tokens, tile["BLOCK_N"]) * batch, blocks)](
         y,
         x,
         size,
@@ -100,9 +117,7 @@ def _spread_rows(
         *(x.stride() if x is not None else (0, 0, 0)),
         *(size.stride() if size is not None else (0, 0)),
         *assignment.stride(),
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
-        num_warps=4,
+        **tile,
     )
     return out
 
@@ -192,16 +207,38 @@ def launch_sum_groups_fwd(x: Tensor, assignment: Tensor, order: Tensor, offsets:
     return sum_groups(x, None, None, None, assignment, order, offsets)
 
 
+def tiles_merge_tokens_fwd(
+    x: Tensor, size: Tensor | None, assignment: Tensor, order: Tensor, offsets: Tensor
+) -> list[Chosen]:
+    """The tiles that `launch_merge_tokens_fwd` takes."""
+    return tiles_sum_groups(x, mean=True)
+
+
+def tiles_unmerge_tokens_fwd(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> list[Chosen]:
+    """The tiles that `launch_unmerge_tokens_fwd` takes."""
+    return [SPREAD.chosen(y.device, **_spread_fields(y, beside=False))]
+
+
+def tiles_sum_groups_fwd(x: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> list[Chosen]:
+    """The tiles that `launch_sum_groups_fwd` takes."""
+    return tiles_sum_groups(x, mean=False)
+
+
 # See sparse_gather.triton_gather.AOT. Contiguous inputs of many channels, int32 plans.
 _SPREAD = {"y_stride_c": 1, "x_stride_c": 1, "size_stride_n": 1, "assignment_stride_n": 1}
-_SPREAD |= {"BLOCK_N": 4, "BLOCK_C": 1024}
+
+
+def _spread(dtype: str, beside: bool = False) -> tuple[Tunable, dict]:
+    return SPREAD, {"dtype": dtype, "width": 4096, "beside": beside}
+
+
 AOT = {
     "_spread_rows_kernel": [
         *(
             (
                 {"y": f"*{t}", "assignment": f"*{index}", "out": f"*{t}"},
                 {"x": None, "size": None, "total": None, "along": None, **_SPREAD},
-                4,
+                _spread(t),
             )
             for t, index in (("bf16", "i32"), ("fp32", "i32"), ("fp64", "i32"), ("bf16", "i64"))
         ),
@@ -209,7 +246,7 @@ AOT = {
             (
                 {"y": f"*{t}", "size": "*fp32", "total": "*fp32", "assignment": "*i32", "out": f"*{t}"},
                 {"x": None, "along": None, **_SPREAD},
-                4,
+                _spread(t),
             )
             for t in ("bf16", "fp32")
         ),
@@ -224,8 +261,8 @@ AOT = {
                     "out": f"*{t}",
                     "along": "*fp32",
                 },
-                {**_SPREAD, "BLOCK_N": 1},
-                4,
+                _SPREAD,
+                _spread(t, beside=True),
             )
             for t in ("bf16", "fp32")
         ),

@@ -11,9 +11,22 @@ from torch import Tensor
 
 from .._triton_radix_select import order_key
 from .._triton_tiles import tile_of
+from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_match import NO_SIMILARITY
 from .triton_plan import count_at_least, plan_from_keys
 from .triton_rows import launch_prepare, layout_of
+
+
+def _tile(arch: int, dtype: str, width: int, block_c: int = 128, elements: int = 8) -> Tile:
+    block_c = min(block_c, width)
+    return {"BLOCK_N": max(1, 128 * elements // block_c), "BLOCK_C": block_c, "num_warps": 4}
+
+
+def _tiles(arch: int, dtype: str, width: int) -> list[Tile]:
+    return [_tile(arch, dtype, width, block_c, elements) for block_c in (64, 128, 256) for elements in (8, 16)]
+
+
+NEIGHBORS = Tunable("_match_neighbors_kernel", ("dtype", "width"), _tile, _tiles)
 
 
 @triton.jit
@@ -92,16 +105,28 @@ def _match_neighbors_kernel(
     tl.store(target + batch * N + other, other, other < N)
 
 
+def _fields(metric: Tensor) -> dict[str, str | int]:
+    return {"dtype": dtype_name(metric.dtype), "width": triton.next_power_of_2(metric.shape[2])}
+
+
 def _neighbor_keys(metric: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     batch, tokens, channels = metric.shape
-    block_c = min(128, triton.next_power_of_2(channels))
+    tile = NEIGHBORS.tile(metric.device, **_fields(metric))
     norm = torch.empty(batch, tokens, dtype=torch.float32, device=metric.device)
     scale = torch.empty_like(norm)
     key = torch.empty(batch, tokens, dtype=torch.int32, device=metric.device)
     target = torch.empty_like(key)
-    launch_prepare(metric, None, norm, scale, layout_of(tokens, grid, (1, 1, 1)), channels, False, block_c)
-    block_n = max(1, 1024 // block_c)
-    _match_neighbors_kernel[(triton.cdiv(triton.cdiv(tokens, 2), block_n) * batch,)](
+    launch_prepare(
+        metric,
+        None,
+        norm,
+        scale,
+        layout_of(tokens, grid, (1, 1, 1)),
+        channels,
+        False,
+        min(128, triton.next_power_of_2(channels)),
+    )
+    _match_neighbors_kernel[(triton.cdiv(triton.cdiv(tokens, 2), tile["BLOCK_N"]) * batch,)](
         metric,
         scale,
         norm,
@@ -111,9 +136,7 @@ def _neighbor_keys(metric: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]
         channels,
         *grid,
         *metric.stride(),
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
-        num_warps=4,
+        **tile,
     )
     return key, target
 
@@ -125,6 +148,11 @@ def launch_match_neighbors_fwd(
     if num_merge == 0 or metric.shape[0] == 0:
         return plan_from_keys(None, None, metric, num_merge)
     return plan_from_keys(*_neighbor_keys(metric, grid), metric, num_merge)
+
+
+def tiles_match_neighbors_fwd(metric: Tensor, num_merge: int, grid: Sequence[int]) -> list[Chosen]:
+    """The tiles that `launch_match_neighbors_fwd` takes."""
+    return [NEIGHBORS.chosen(metric.device, **_fields(metric))]
 
 
 def launch_count_neighbors_fwd(metric: Tensor, grid: Sequence[int], threshold: float) -> Tensor:
@@ -139,8 +167,8 @@ AOT = {
     "_match_neighbors_kernel": [
         (
             {"x": f"*{x}", "scale": "*fp32", "norm": "*fp32", "key": "*i32", "target": "*i32"},
-            {"x_stride_c": 1, "BLOCK_N": 8, "BLOCK_C": 128},
-            4,
+            {"x_stride_c": 1},
+            (NEIGHBORS, {"dtype": x, "width": 128}),
         )
         for x in ("bf16", "fp32")
     ],

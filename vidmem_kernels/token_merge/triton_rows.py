@@ -15,9 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton_tiles import tile_of
+from .._tuned import Tile, Tunable, dtype_name
 from .triton_plan import destinations_before
 
 _SPARE_ROWS = 128  # as a tile has at most
+
+
+def _tile(arch: int, dtype: str, block_c: int, elements: int = 16) -> Tile:
+    return {"BLOCK_N": max(1, 128 * elements // block_c), "num_warps": 4}
+
+
+def _tiles(arch: int, dtype: str, block_c: int) -> list[Tile]:
+    return [_tile(arch, dtype, block_c, elements) for elements in (8, 16, 32)]
+
+
+PREPARE = Tunable("_prepare_kernel", ("dtype", "block_c"), _tile, _tiles)
 
 
 class Layout(NamedTuple):
@@ -146,10 +158,10 @@ def prepare_rows(metric: Tensor, layout: Layout, block_c: int) -> tuple[Tensor, 
 
 def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c):
     batch, tokens, channels = metric.shape
-    block_n = max(1, 2048 // block_c)
+    tile = PREPARE.tile(metric.device, dtype=dtype_name(metric.dtype), block_c=block_c)
     # The largest exponent of float16, so that its subnormals keep every bit; 1 for the wide ones.
     largest = 269 if metric.dtype == torch.float16 else 255
-    _prepare_kernel[(triton.cdiv(tokens, block_n) * batch,)](
+    _prepare_kernel[(triton.cdiv(tokens, tile["BLOCK_N"]) * batch,)](
         metric,
         rows,
         factor,
@@ -166,24 +178,26 @@ def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c):
         *metric.stride(),
         UNIT=unit,
         LARGEST=largest,
-        BLOCK_N=block_n,
         BLOCK_C=block_c,
-        num_warps=4,
+        **tile,
     )
 
 
-def _aot() -> list[tuple[dict, dict, int]]:
-    constants = {"x_stride_c": 1, "LARGEST": 255, "BLOCK_N": 16, "BLOCK_C": 128}
-    rows = [
-        ({"x": f"*{x}", "rows": f"*{x}", "factor": "*fp32"}, {"scale": None, "UNIT": x == "fp32", **constants}, 4)
-        for x in ("bf16", "fp32")
+def _aot() -> list[tuple]:
+    constants = {"x_stride_c": 1, "LARGEST": 255, "BLOCK_C": 128}
+    strided = {"scale": None, "UNIT": False, "LARGEST": 255, "BLOCK_C": 128}
+    calls = [
+        *(
+            ({"x": f"*{x}", "rows": f"*{x}"}, {"scale": None, "UNIT": x == "fp32", **constants})
+            for x in ("bf16", "fp32")
+        ),
+        *(({"x": f"*{x}", "scale": "*fp32"}, {"rows": None, "UNIT": False, **constants}) for x in ("bf16", "fp32")),
+        ({"x": "*bf16", "rows": "*bf16"}, strided),
     ]
-    lengths = [
-        ({"x": f"*{x}", "factor": "*fp32", "scale": "*fp32"}, {"rows": None, "UNIT": False, **constants}, 4)
-        for x in ("bf16", "fp32")
+    return [
+        ({**pointers, "factor": "*fp32"}, fixed, (PREPARE, {"dtype": pointers["x"][1:], "block_c": 128}))
+        for pointers, fixed in calls
     ]
-    strided = {"scale": None, "UNIT": False, "LARGEST": 255, "BLOCK_N": 16, "BLOCK_C": 128}
-    return [*rows, *lengths, ({"x": "*bf16", "rows": "*bf16", "factor": "*fp32"}, strided, 4)]
 
 
 AOT = {"_prepare_kernel": _aot()}

@@ -12,123 +12,45 @@ import triton.language as tl
 from torch import Tensor
 
 from .._numerics import accumulate_dtype
-from .._triton_tiles import tile_of
+from .._triton_tiles import tile_of, vector_of
+from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_means import add_deviations, add_tokens, load_origins, mean_of, negative_zero
+from .triton_totals import group_bounds
 
-# Elements of a tile, at 4 warps: one row of many channels. Tokens that are loaded at once: most groups are pairs.
-_TILE = 1024
-_PAIR, _RUN = 2, 4
 # Groups of more tokens are summed by several programs: of a still clip, all tokens may be one group.
 _WINDOW = 128
 _LARGEST = torch.finfo(torch.float32).max
 
 
-@triton.jit
-def _group_bounds(offsets, row, valid, stride, N):
-    """Begin and end of the groups of rows, in bounds, and whether they were."""
-    begin = tl.load(offsets + row * stride, valid, other=0).to(tl.int64)
-    end = tl.load(offsets + (row + 1) * stride, valid, other=0).to(tl.int64)
-    in_range = (begin >= 0) & (begin <= end) & (end <= N)
-    return tl.where(in_range, begin, 0).to(tl.int32), tl.where(in_range, end, 0).to(tl.int32), in_range
+def _groups_tile(arch: int, dtype: str, width: int, mean: bool, warps: int = 4, rows: int = 1, tokens: int = 2) -> Tile:
+    """`rows` loads of 16 bytes a thread of each of the tokens that are read at once; most groups are pairs."""
+    vector = vector_of(dtype)
+    block_c = min(32 * warps * vector, width)
+    return {
+        "BLOCK_M": min(64, rows * 32 * warps * vector // block_c),
+        "BLOCK_C": block_c,
+        "UNROLL": tokens,
+        "num_warps": warps,
+    }
 
 
-@triton.jit
-def _group_totals_kernel(
-    value,
-    size,
-    size_total,
-    order,
-    offsets,
-    total,
-    origin,
-    N,
-    M,
-    value_stride_b,
-    value_stride_n,
-    size_stride_b,
-    size_stride_n,
-    order_stride_b,
-    order_stride_n,
-    offsets_stride_b,
-    offsets_stride_n,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """float32 sum of a value per token over each group; with `size_total`, weighted by the tokens' shares of it.
-
-    Without `value` it is 1, without `size` that is 1. Into `origin`, if given, goes the first token of each group's
-    largest value. Summed in float64: the order of a sum over an axis is the
-    compiler's choice, which differs between strides and types of index, and must not show in the result.
-    """
-    batch, row = tile_of(M, BLOCK_M)
-    begin, end, in_range = _group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
-    if size_total is not None:
-        whole = tl.load(size_total + batch * M + row, row < M, other=0)[:, None]
-        divisor = tl.broadcast_to(tl.where(whole == 0, 1.0, whole), [BLOCK_M, BLOCK_K])
-    result = tl.zeros([BLOCK_M], dtype=tl.float64)
-    best = tl.full([BLOCK_M], -0.5, dtype=tl.float32)
-    best_place = begin
-    for first in range(0, tl.max(end - begin, axis=0), BLOCK_K):
-        k = begin[:, None] + first + tl.arange(0, BLOCK_K)[None, :]
-        member = k < end[:, None]
-        n = tl.load(order + batch * order_stride_b + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
-        valid = (n >= 0) & (n < N)
-        one = tl.full([BLOCK_M, BLOCK_K], 1.0, dtype=tl.float32)
-        term = one
-        if value is not None:
-            term = tl.load(value + batch * value_stride_b + n * value_stride_n, member & valid, other=0)
-        if size_total is not None:
-            share = one
-            if size is not None:
-                share = tl.load(size + batch * size_stride_b + n * size_stride_n, member & valid, other=0)
-            share = tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
-            term = tl.where(share == 0, 0.0, term * share)  # a NaN of size 0 counts for no other token
-        if origin is not None:
-            known = tl.where(member & valid & (term == term), term, -1.0)
-            largest = tl.max(known, axis=1)
-            place = tl.min(tl.where(known == largest[:, None], k, 2147483647), axis=1)
-            best_place = tl.where(largest > best, place, best_place)
-            best = tl.maximum(largest, best)
-        result += tl.sum(tl.where(member, tl.where(valid, term, float("nan")), 0.0).to(tl.float64), axis=1)
-    tl.store(total + batch * M + row, tl.where(in_range, result.to(tl.float32), float("nan")), row < M)
-    if origin is not None:
-        where = order + batch * order_stride_b + best_place.to(tl.int64) * order_stride_n
-        tl.store(origin + batch * M + row, tl.load(where, begin < end, other=0).to(tl.int32), row < M)
+def _groups_tiles(arch: int, dtype: str, width: int, mean: bool) -> list[Tile]:
+    choices = ((4, 1, 2), (2, 1, 2), (1, 1, 2), (4, 1, 1), (4, 2, 2), (2, 2, 2), (4, 1, 4), (8, 1, 2))
+    return [_groups_tile(arch, dtype, width, mean, *choice) for choice in choices]
 
 
-def group_totals(
-    value: Tensor | None,
-    size: Tensor | None,
-    size_total: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    origin: Tensor | None = None,
-) -> Tensor:
-    batch, tokens = order.shape
-    rows = offsets.shape[1] - 1
-    total = torch.empty(batch, rows, dtype=torch.float32, device=order.device)
-    # Wide enough that a group of a whole clip takes few steps, with rows enough for groups of two.
-    block_m, block_k = 4, 128
-    if total.numel():
-        _group_totals_kernel[(triton.cdiv(rows, block_m) * batch,)](
-            value,
-            size,
-            size_total,
-            order,
-            offsets,
-            total,
-            origin,
-            tokens,
-            rows,
-            *(value.stride() if value is not None else (0, 0)),
-            *(size.stride() if size is not None else (0, 0)),
-            *order.stride(),
-            *offsets.stride(),
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            num_warps=4,
-        )
-    return total
+def _windows_tile(arch: int, dtype: str, width: int, mean: bool, warps: int = 4, tokens: int = 4) -> Tile:
+    return {"BLOCK_C": min(32 * warps * vector_of(dtype), width), "UNROLL": tokens, "num_warps": warps}
+
+
+def _windows_tiles(arch: int, dtype: str, width: int, mean: bool) -> list[Tile]:
+    return [_windows_tile(arch, dtype, width, mean, warps, tokens) for warps in (2, 4) for tokens in (2, 4)]
+
+
+_FIELDS = ("dtype", "width", "mean")
+SUM_GROUPS = Tunable("_sum_groups_kernel", _FIELDS, _groups_tile, _groups_tiles)
+SUM_WINDOWS = Tunable("_sum_windows_kernel", _FIELDS, _windows_tile, _windows_tiles)
+JOIN_WINDOWS = Tunable("_join_windows_kernel", _FIELDS, _windows_tile, _windows_tiles)
 
 
 @triton.jit
@@ -138,7 +60,7 @@ def _group_at(place, assignment, order, offsets, assignment_stride_n, order_stri
     known = (n >= 0) & (n < N)
     row = tl.load(assignment + n * assignment_stride_n, known, other=0).to(tl.int64)
     known &= (row >= 0) & (row < M)
-    begin, end, in_range = _group_bounds(offsets, row, known, offsets_stride_n, N)
+    begin, end, in_range = group_bounds(offsets, row, known, offsets_stride_n, N)
     return row, begin, end, known & in_range & (begin <= place) & (place < end)
 
 
@@ -332,7 +254,7 @@ def _sum_groups_kernel(
     """Sums of groups; with `total`, the size of each, means, `origin` being the tokens that they are measured from."""
     batch, row = tile_of(M, BLOCK_M)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    begin, end, in_range = _group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
+    begin, end, in_range = group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
     sum_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     # Longer groups are left to `_join_windows_kernel`, or stay NaN where the plan contradicts itself.
     in_range = in_range & (end - begin <= WINDOW)
@@ -370,6 +292,16 @@ def _sum_groups_kernel(
     tl.store(target, result.to(out.dtype.element_ty), (row < M)[:, None] & (c < C)[None, :])
 
 
+def _fields(x: Tensor, mean: bool) -> dict[str, str | int | bool]:
+    return {"dtype": dtype_name(x.dtype), "width": triton.next_power_of_2(max(1, x.shape[2])), "mean": mean}
+
+
+def tiles_sum_groups(x: Tensor, mean: bool) -> list[Chosen]:
+    """The tiles that `sum_groups` takes."""
+    kernels = [SUM_GROUPS] if x.shape[1] <= _WINDOW else [SUM_GROUPS, SUM_WINDOWS, JOIN_WINDOWS]
+    return [kernel.chosen(x.device, **_fields(x, mean)) for kernel in kernels]
+
+
 def sum_groups(
     x: Tensor,
     size: Tensor | None,
@@ -385,12 +317,12 @@ def sum_groups(
     out = torch.empty(batch, rows, channels, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    block_c = min(_TILE, triton.next_power_of_2(channels))
-    block_m = min(64, _TILE // block_c)
-    blocks = triton.cdiv(channels, block_c)
+    fields = _fields(x, total is not None)
+    tile = SUM_GROUPS.tile(x.device, **fields)
     sizes = *x.stride(), *(size.stride() if size is not None else (0, 0))
     places = *order.stride(), *offsets.stride()
-    _sum_groups_kernel[(triton.cdiv(rows, block_m) * batch, blocks)](
+    grid = (triton.cdiv(rows, tile["BLOCK_M"]) * batch, triton.cdiv(channels, tile["BLOCK_C"]))
+    _sum_groups_kernel[grid](
         x,
         size,
         total,
@@ -405,10 +337,7 @@ def sum_groups(
         *places,
         LARGEST=_LARGEST,
         WINDOW=_WINDOW,
-        UNROLL=_PAIR,
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        num_warps=4,
+        **tile,
     )
     if tokens <= _WINDOW:  # no group is longer
         return out
@@ -416,8 +345,8 @@ def sum_groups(
     parts = 1 if total is None else 2
     partial = torch.empty(parts, batch, windows, 2, channels, dtype=accumulate_dtype(x.dtype), device=x.device)
     plan = assignment, order, offsets
-    options = {"WINDOW": _WINDOW, "UNROLL": _RUN, "BLOCK_C": block_c, "num_warps": 4}
-    _sum_windows_kernel[(windows * batch, blocks)](
+    tile = SUM_WINDOWS.tile(x.device, **fields)
+    _sum_windows_kernel[(windows * batch, triton.cdiv(channels, tile["BLOCK_C"]))](
         x,
         size,
         total,
@@ -430,9 +359,11 @@ def sum_groups(
         *sizes,
         *assignment.stride(),
         *places,
-        **options,
+        WINDOW=_WINDOW,
+        **tile,
     )
-    _join_windows_kernel[(windows * batch, blocks)](
+    tile = JOIN_WINDOWS.tile(x.device, **fields)
+    _join_windows_kernel[(windows * batch, triton.cdiv(channels, tile["BLOCK_C"]))](
         partial,
         x,
         total,
@@ -446,25 +377,17 @@ def sum_groups(
         *assignment.stride(),
         *places,
         LARGEST=_LARGEST,
-        **options,
+        WINDOW=_WINDOW,
+        **tile,
     )
     return out
 
 
 # See sparse_gather.triton_gather.AOT. Contiguous inputs of many channels.
-_UNIT = {"size_stride_n": 1, "order_stride_n": 1, "offsets_stride_n": 1}
-_TOTALS = {**_UNIT, "value_stride_n": 1, "BLOCK_M": 4, "BLOCK_K": 128}
-_WINDOWS = {
-    **_UNIT,
-    "assignment_stride_n": 1,
-    "x_stride_c": 1,
-    "WINDOW": _WINDOW,
-    "UNROLL": _RUN,
-    "BLOCK_C": _TILE,
-}
-_JOIN = {**{k: v for k, v in _WINDOWS.items() if k != "size_stride_n"}, "LARGEST": _LARGEST}
-_STRIDED = {"LARGEST": _LARGEST, "WINDOW": _WINDOW, "UNROLL": _PAIR, "BLOCK_M": 1, "BLOCK_C": _TILE}
-_SUMS = {**_UNIT, "x_stride_c": 1, **_STRIDED}
+_UNIT = {"size_stride_n": 1, "order_stride_n": 1, "offsets_stride_n": 1, "x_stride_c": 1, "WINDOW": _WINDOW}
+_JOIN = {"order_stride_n": 1, "offsets_stride_n": 1, "assignment_stride_n": 1, "x_stride_c": 1, "WINDOW": _WINDOW}
+_JOIN |= {"LARGEST": _LARGEST}
+_SUMS = {**_UNIT, "LARGEST": _LARGEST}
 _MEAN = {"size": "*fp32", "total": "*fp32", "origin": "*i32"}
 _NO_MEAN = {"size": None, "total": None, "origin": None}
 
@@ -475,30 +398,29 @@ def _pointers(dtype: str, index: str, **more: str) -> dict[str, str]:
     return {"x": f"*{dtype}", **more, **plan, "partial": wide, "out": f"*{dtype}"}
 
 
+def _how(tunable: Tunable, pointers: dict[str, str], width: int = 4096) -> tuple[Tunable, dict]:
+    return tunable, {"dtype": pointers["x"][1:], "width": width, "mean": "total" in pointers}
+
+
 _VARIANTS = [
     *((_pointers(dtype, index, **_MEAN), {}) for dtype, index in (("bf16", "i32"), ("fp32", "i32"), ("bf16", "i64"))),
     *((_pointers(dtype, "i32"), _NO_MEAN) for dtype in ("bf16", "fp32", "fp64")),
 ]
-_PLAN = {"order": "*i32", "offsets": "*i32"}
-_NO_SIZE = {"size": None, "size_total": None}
+_JOINS = [
+    *((_pointers(dtype, "i32"), {"total": None, "origin": None}) for dtype in ("bf16", "fp32", "fp64")),
+    *((_pointers(dtype, "i32", total="*fp32", origin="*i32"), {}) for dtype in ("bf16", "fp32")),
+]
 AOT = {
-    "_group_totals_kernel": [
-        ({**_PLAN, "total": "*fp32", "origin": "*i32"}, {"value": None, **_NO_SIZE, **_TOTALS}, 4),
-        ({"value": "*fp32", **_PLAN, "total": "*fp32", "origin": "*i32"}, {**_NO_SIZE, **_TOTALS}, 4),
-        (
-            {"value": "*fp32", "size": "*fp32", "size_total": "*fp32", **_PLAN, "total": "*fp32"},
-            {"origin": None, **_TOTALS},
-            4,
-        ),
+    "_sum_windows_kernel": [
+        (pointers, {**_UNIT, "assignment_stride_n": 1, **fixed}, _how(SUM_WINDOWS, pointers))
+        for pointers, fixed in _VARIANTS
     ],
-    "_sum_windows_kernel": [(pointers, {**_WINDOWS, **constants}, 4) for pointers, constants in _VARIANTS],
     "_join_windows_kernel": [
-        *((_pointers(dtype, "i32"), {**_JOIN, "total": None, "origin": None}, 4) for dtype in ("bf16", "fp32", "fp64")),
-        *((_pointers(dtype, "i32", total="*fp32", origin="*i32"), _JOIN, 4) for dtype in ("bf16", "fp32")),
+        (pointers, {**_JOIN, **fixed}, _how(JOIN_WINDOWS, pointers)) for pointers, fixed in _JOINS
     ],
     "_sum_groups_kernel": [
-        *((pointers, {**_SUMS, **constants}, 4) for pointers, constants in _VARIANTS),
-        (_pointers("bf16", "i32"), {**_SUMS, **_NO_MEAN, "BLOCK_M": 8, "BLOCK_C": 128}, 4),
-        (_pointers("bf16", "i32", total="*fp32", origin="*i32"), {**_STRIDED, "size": None}, 4),
+        *((pointers, {**_SUMS, **fixed}, _how(SUM_GROUPS, pointers)) for pointers, fixed in _VARIANTS),
+        (_VARIANTS[3][0], {**_SUMS, **_NO_MEAN}, _how(SUM_GROUPS, _VARIANTS[3][0], width=128)),
+        (_JOINS[3][0], {"LARGEST": _LARGEST, "WINDOW": _WINDOW, "size": None}, _how(SUM_GROUPS, _JOINS[3][0])),
     ],
 }
