@@ -1,8 +1,9 @@
-"""Radix select in Triton: which keys of a row are its largest.
+"""Select in Triton: which keys of a row are its largest.
 
-A pass for each digit, the highest first, counts the keys that share the digits already known, and so finds the last
-key chosen; one more counts what each tile holds of the chosen ones, so that tiles can go on independently. All counts
-are integers: deterministic. No step waits for the GPU.
+What decides is the cut: the last key chosen, and how many of its equals are. One program holds a row of up to _HELD
+tiles of 32-bit keys in its registers and bisects. Of other rows a pass for each digit, the highest first, counts the
+keys that share the digits already known (a radix select). Both also count what each tile holds of the chosen keys, so
+that tiles can go on independently. All counts are integers: deterministic. No step waits for the GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from ._triton_tiles import tile_of
 
 TILE = 1024  # keys of a program
+_HELD = 32  # tiles of a row that one program holds: 32 keys a thread
 # Values of a digit: fewer than TILE, for each program scans all of them and adds its counts to those in memory.
 _BINS = tl.constexpr(256)
 
@@ -71,31 +73,62 @@ def _histogram_kernel(key, bins, N, want, digit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _compare(key, bins, N, want, BLOCK: tl.constexpr):
-    """Which keys of a tile are above the `want`-th largest, which equal it, and how many of the latter are wanted."""
+def _compare(key, last, N, BLOCK: tl.constexpr):
+    """Which keys of a tile are above the last one chosen, and which equal it."""
     batch, n = tile_of(N, BLOCK)
-    last, wanted = _narrow(key, bins, batch, want, key.dtype.element_ty.primitive_bitwidth // 8)
     value = tl.load(key + batch * N + n, n < N, other=0)
-    return ((n < N) & (value > last)).to(tl.int32), ((n < N) & (value == last)).to(tl.int32), wanted
+    return ((n < N) & (value > last)).to(tl.int32), ((n < N) & (value == last)).to(tl.int32)
 
 
 @triton.jit
-def _count_kernel(key, bins, counts, N, want, BLOCK: tl.constexpr):
-    """Per tile, the keys above the `want`-th largest and those that equal it."""
-    above, equal, _ = _compare(key, bins, N, want, BLOCK)
+def _count_kernel(key, bins, cut, counts, N, want, BLOCK: tl.constexpr):
+    """The cut, and per tile the keys above it and those that equal it."""
+    batch = (tl.program_id(0) // tl.cdiv(N, BLOCK)).to(tl.int64)
+    last, wanted = _narrow(key, bins, batch, want, key.dtype.element_ty.primitive_bitwidth // 8)
+    above, equal = _compare(key, last, N, BLOCK)
     counts += tl.program_id(0).to(tl.int64) * 2
     tl.store(counts, tl.sum(above, axis=0))
     tl.store(counts + 1, tl.sum(equal, axis=0))
+    is_first = tl.program_id(0) % tl.cdiv(N, BLOCK) == 0
+    tl.store(cut + batch * 2, last, is_first)
+    tl.store(cut + batch * 2 + 1, wanted.to(last.dtype), is_first)
 
 
 @triton.jit
-def chosen_of_tile(key, bins, counts, N, want, BLOCK: tl.constexpr):
-    """Whether the keys of a program's tile are among the `want` largest, and how many such keys come before each.
+def _bisect_kernel(key, cut, counts, N, want, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """As `_count_kernel`, of a row of up to TILES tiles of BLOCK int32 keys a program."""
+    batch = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    n = tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    key += batch * N
+    value = tl.load(key + n, n < N, other=-(2**31))
+    keys = tl.reshape(value, [TILES * BLOCK], can_reorder=True)
+    low, high = tl.min(keys, axis=0), tl.max(keys, axis=0)
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up; without overflow
+        enough = tl.sum((keys >= middle).to(tl.int32), axis=0) >= want
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+    above = tl.sum((value > low).to(tl.int32), axis=1)
+    equal = tl.sum(((n < N) & (value == low)).to(tl.int32), axis=1)
+    tiles = tl.cdiv(N, BLOCK)
+    target = counts + (batch * tiles + tile) * 2
+    tl.store(target, above, tile < tiles)
+    tl.store(target + 1, equal, tile < tiles)
+    tl.store(cut + batch * 2, low)
+    tl.store(cut + batch * 2 + 1, want - tl.sum(above, axis=0))
 
-    Of equal keys the first ones are chosen. `bins` and `counts` are those of `count_keys`, BLOCK is TILE.
+
+@triton.jit
+def chosen_of_tile(key, cut, counts, N, BLOCK: tl.constexpr):
+    """Whether the keys of a program's tile are among the largest, and how many such keys come before each.
+
+    Of equal keys the first ones are chosen. `cut` and `counts` are those of `find_cut`, BLOCK is TILE.
     """
-    above, equal, wanted = _compare(key, bins, N, want, BLOCK)
-    tile = tl.program_id(0) % tl.cdiv(N, BLOCK)
+    tiles = tl.cdiv(N, BLOCK)
+    tile = tl.program_id(0) % tiles
+    cut += (tl.program_id(0) // tiles).to(tl.int64) * 2
+    wanted = tl.load(cut + 1).to(tl.int32)
+    above, equal = _compare(key, tl.load(cut), N, BLOCK)
     counts += (tl.program_id(0) - tile).to(tl.int64) * 2
     above_before, equal_before = tl.zeros([BLOCK], dtype=tl.int32), tl.zeros([BLOCK], dtype=tl.int32)
     for first in range(0, tile, BLOCK):
@@ -112,21 +145,33 @@ def programs(key: Tensor) -> tuple[int]:
     return (key.shape[0] * triton.cdiv(key.shape[1], TILE),)
 
 
-def count_keys(key: Tensor, want: int) -> tuple[Tensor, Tensor]:
+def find_cut(key: Tensor, want: int) -> tuple[Tensor, Tensor]:
     """What `chosen_of_tile` needs to know of contiguous keys (B, N), of which 1 <= want <= N are chosen."""
-    digits = key.element_size()
-    bins = torch.zeros(key.shape[0], digits, _BINS.value, dtype=torch.int32, device=key.device)
+    batch, count = key.shape
+    cut = torch.empty(batch, 2, dtype=key.dtype, device=key.device)
     counts = torch.empty(*programs(key), 2, dtype=torch.int32, device=key.device)
+    if key.dtype == torch.int32 and count <= _HELD * TILE:
+        # Two sizes, whatever N is.
+        tiles, warps = (4, 8) if count <= 4 * TILE else (_HELD, 32)
+        _bisect_kernel[(batch,)](key, cut, counts, count, want, TILES=tiles, BLOCK=TILE, num_warps=warps)
+        return cut, counts
+    digits = key.element_size()
+    bins = torch.zeros(batch, digits, _BINS.value, dtype=torch.int32, device=key.device)
     for digit in range(digits):
-        _histogram_kernel[programs(key)](key, bins, key.shape[1], want, digit, BLOCK=TILE, num_warps=4)
-    _count_kernel[programs(key)](key, bins, counts, key.shape[1], want, BLOCK=TILE, num_warps=4)
-    return bins, counts
+        _histogram_kernel[programs(key)](key, bins, count, want, digit, BLOCK=TILE, num_warps=4)
+    _count_kernel[programs(key)](key, bins, cut, counts, count, want, BLOCK=TILE, num_warps=4)
+    return cut, counts
 
 
 # See sparse_gather.triton_gather.AOT.
+_KEYS = ("i32", "i64")
 AOT = {
-    "_histogram_kernel": [({"key": f"*{key}", "bins": "*i32"}, {"BLOCK": TILE}, 4) for key in ("i32", "i64")],
+    "_histogram_kernel": [({"key": f"*{key}", "bins": "*i32"}, {"BLOCK": TILE}, 4) for key in _KEYS],
     "_count_kernel": [
-        ({"key": f"*{key}", "bins": "*i32", "counts": "*i32"}, {"BLOCK": TILE}, 4) for key in ("i32", "i64")
+        ({"key": f"*{key}", "bins": "*i32", "cut": f"*{key}", "counts": "*i32"}, {"BLOCK": TILE}, 4) for key in _KEYS
+    ],
+    "_bisect_kernel": [
+        ({"key": "*i32", "cut": "*i32", "counts": "*i32"}, {"TILES": tiles, "BLOCK": TILE}, warps)
+        for tiles, warps in ((4, 8), (_HELD, 32))
     ],
 }

@@ -29,6 +29,7 @@ def major_of(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
+FIRST_WITH_FLOAT8 = 89  # compute capability from which GPUs convert e4m3fn by an instruction
 _ITEMSIZE = {dtype_name(d): d.itemsize for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _ITEMSIZE |= {dtype_name(d): d.itemsize for d in (torch.int8, torch.float8_e4m3fn)}
 

@@ -99,8 +99,8 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
         a.columns = columns;
         a.rows = bank.size(1);
         a.channels = channels;
-        constexpr int kVector = 16 / sizeof(In);
-        const unsigned int grid = grid_size(batch * columns);
+        constexpr int kVector = kRowVector<In, Out>;
+        const unsigned int grid = grid_size((batch * columns + kThreads / 32 - 1) / (kThreads / 32));
         if (vectorizes(a.bank, sizeof(In), a.bank_batch_stride, a.bank_row_stride, a.bank_channel_stride, channels,
                        kVector)) {
           gather_rows_kernel<In, Out, Index, kVector><<<grid, kThreads, 0, launch.stream()>>>(a);

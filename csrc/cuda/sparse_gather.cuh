@@ -1,7 +1,7 @@
 // CUDA kernels of sparse gathering on raw pointers; strides count elements.
 //
-// Why beside Triton: the bank may lie in pinned host memory, where each row is fetched over PCIe. 16-byte loads of
-// whole warps make full-size requests there, and no staging copy is needed.
+// Why beside Triton: the bank may lie in pinned host memory, where each row is fetched over PCIe. Loads of whole warps,
+// 256 bytes side by side or more, make full-size requests there, and no staging copy is needed.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -20,34 +20,53 @@ struct GatherRows {
   int64_t batches, columns, rows, channels;
 };
 
-// A block takes one output row at a time; its threads take kVector neighbouring channels each.
-// kVector > 1 requires channel stride 1, channels a multiple of it and 16-byte (or vector-size) aligned rows.
+// Channels that a lane reads and writes side by side: 16 bytes of the wider type, so that neighbouring lanes' stores
+// leave no gaps between them either.
+template <class In, class Out>
+constexpr int kRowVector = 16 / (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
+
+constexpr int kLoads = 4;  // of a lane, on their way at once
+
+// A warp takes one output row at a time; a lane takes kVector neighbouring channels each time.
+// kVector > 1 requires channel stride 1, channels a multiple of it and rows aligned to as many elements.
 template <class In, class Out, class Index, int kVector>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRows<In, Out, Index> a) {
-  struct alignas(sizeof(Out) * kVector < 16 ? sizeof(Out) * kVector : 16) Stored { Out value[kVector]; };
-  for (int64_t i = blockIdx.x; i < a.batches * a.columns; i += gridDim.x) {
+  struct alignas(sizeof(Out) * kVector) Stored { Out value[kVector]; };
+  const int lane = threadIdx.x % 32;
+  const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
+  for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < a.batches * a.columns; i += warps) {
     const int64_t batch = i / a.columns, column = i % a.columns;
     const int64_t row = a.index[batch * a.index_batch_stride + column * a.index_column_stride];
     Out* out = a.out + i * a.channels;
     if (row < 0 || row >= a.rows) {
       // -1 asks for zeros; any other row outside the bank is an error that a kernel can only mark.
       const Out fill = Narrow<Out, float>::of(row == -1 ? 0.f : __int_as_float(0x7fc00000));
-      for (int64_t c = threadIdx.x; c < a.channels; c += blockDim.x) out[c] = fill;
+      for (int64_t c = lane; c < a.channels; c += 32) out[c] = fill;
       continue;
     }
     const In* in = a.bank + batch * a.bank_batch_stride + row * a.bank_row_stride;
     const bool scaled = a.scale != nullptr;
     const float scale = scaled ? a.scale[batch * a.scale_batch_stride + row * a.scale_row_stride] : 1.f;
-    for (int64_t c = int64_t(threadIdx.x) * kVector; c < a.channels; c += int64_t(blockDim.x) * kVector) {
-      const auto loaded = Vector<In, kVector>::load(in, c, a.bank_channel_stride);
-      Stored stored;
+    for (int64_t first = int64_t(lane) * kVector; first < a.channels; first += 32 * kVector * kLoads) {
+      Vector<In, kVector> loaded[kLoads];
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        const auto value = widen(loaded.value[v]);
-        using Wide = decltype(widen(loaded.value[v]));
-        stored.value[v] = Narrow<Out, Wide>::of(scaled ? value * scale : value);
+      for (int l = 0; l < kLoads; ++l) {
+        const int64_t c = first + 32 * kVector * l;
+        if (c < a.channels) loaded[l] = Vector<In, kVector>::load(in, c, a.bank_channel_stride);
       }
-      *reinterpret_cast<Stored*>(out + c) = stored;
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        const int64_t c = first + 32 * kVector * l;
+        if (c >= a.channels) break;
+        Stored stored;
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          const auto value = widen(loaded[l].value[v]);
+          using Wide = decltype(widen(loaded[l].value[v]));
+          stored.value[v] = Narrow<Out, Wide>::of(scaled ? value * scale : value);
+        }
+        *reinterpret_cast<Stored*>(out + c) = stored;
+      }
     }
   }
 }

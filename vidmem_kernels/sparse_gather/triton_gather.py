@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_tiles import RowMove, tile_of, vector_of
+from .._triton_tiles import FIRST_WITH_FLOAT8, RowMove, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, arch_of, dtype_name
 
 # Two warps read 512 channels of bfloat16, which divides the rows of real models; 4 loads of 16 bytes in each thread
@@ -25,8 +25,6 @@ def _gather_tiles(arch: int, bank: str, out: str, width: int) -> list[Tile]:
 
 
 GATHER = Tunable("_gather_tokens_fwd_kernel", ("bank", "out", "width"), _gather_tile, _gather_tiles)
-
-_HAS_FLOAT8 = 89  # compute capability from which GPUs convert e4m3fn
 
 
 @triton.jit
@@ -128,7 +126,7 @@ def launch_gather_tokens_fwd(
         0 if scale is None else scale.stride(1),
         HAS_SCALE=scale is not None,
         IS_FLOAT8=is_float8,
-        HAS_FLOAT8=is_float8 and arch_of(index.device) >= _HAS_FLOAT8,
+        HAS_FLOAT8=is_float8 and arch_of(index.device) >= FIRST_WITH_FLOAT8,
         **tile,
     )
     return out

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._numerics import accumulate_dtype
-from .._triton_radix_select import TILE, chosen_of_tile, count_keys, order_key, programs
+from .._triton_radix_select import TILE, chosen_of_tile, find_cut, order_key, programs
 from .._triton_tiles import RowMove, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_gather import launch_gather_tokens_fwd, tiles_gather_tokens_fwd
@@ -127,9 +127,9 @@ def _keys(x: Tensor, score: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _positions_kernel(key, bins, counts, index, N, keep, BLOCK: tl.constexpr):
+def _positions_kernel(key, cut, counts, index, N, keep, BLOCK: tl.constexpr):
     batch, n = tile_of(N, BLOCK)
-    kept, slot = chosen_of_tile(key, bins, counts, N, keep, BLOCK)
+    kept, slot = chosen_of_tile(key, cut, counts, N, BLOCK)
     tl.store(index + batch * keep + slot, n.to(tl.int32), kept)
 
 
@@ -138,9 +138,9 @@ def launch_select_tokens_fwd(x: Tensor, keep: int, score: Tensor | None) -> tupl
     if x.shape[0] * keep == 0:
         return x.new_empty(x.shape[0], keep, x.shape[2]), x.new_empty(x.shape[0], keep, dtype=torch.int32)
     key = _keys(x, score)
-    bins, counts = count_keys(key, keep)
+    cut, counts = find_cut(key, keep)
     index = torch.empty(x.shape[0], keep, dtype=torch.int32, device=x.device)
-    _positions_kernel[programs(key)](key, bins, counts, index, x.shape[1], keep, BLOCK=TILE, num_warps=4)
+    _positions_kernel[programs(key)](key, cut, counts, index, x.shape[1], keep, BLOCK=TILE, num_warps=4)
     return launch_gather_tokens_fwd(x, index, None, None), index
 
 
@@ -171,7 +171,7 @@ AOT = {
         )
     ],
     "_positions_kernel": [
-        ({"key": f"*{key}", "bins": "*i32", "counts": "*i32", "index": "*i32"}, {"BLOCK": TILE}, 4)
+        ({"key": f"*{key}", "cut": f"*{key}", "counts": "*i32", "index": "*i32"}, {"BLOCK": TILE}, 4)
         for key in ("i32", "i64")
     ],
 }

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_radix_select import TILE, chosen_of_tile, count_keys, order_key, programs
+from .._triton_radix_select import TILE, chosen_of_tile, find_cut, order_key, programs
 from .._triton_tiles import tile_of
 
 
@@ -98,10 +98,10 @@ def source_keys(
 
 
 @triton.jit
-def _rank_kernel(key, target, bins, counts, row, kept, N, num_merge, BLOCK: tl.constexpr):
+def _rank_kernel(key, target, cut, counts, row, kept, N, num_merge, BLOCK: tl.constexpr):
     """Row of every token that stays, ~destination of every other one, and the positions of the rows."""
     batch, n = tile_of(N, BLOCK)
-    merges, merged_before = chosen_of_tile(key, bins, counts, N, num_merge, BLOCK)
+    merges, merged_before = chosen_of_tile(key, cut, counts, N, BLOCK)
     rank = n.to(tl.int32) - merged_before
     destination = tl.load(target + batch * N + n, n < N, other=0)
     tl.store(row + batch * N + n, tl.where(merges, ~destination, rank), n < N)
@@ -109,11 +109,15 @@ def _rank_kernel(key, target, bins, counts, row, kept, N, num_merge, BLOCK: tl.c
 
 
 @triton.jit
-def _assign_kernel(row, assignment, N, BLOCK: tl.constexpr):
+def _assign_kernel(row, assignment, narrow, N, BLOCK: tl.constexpr):
+    """`narrow` gets a copy that sorts faster, where rows fit int16."""
     batch, n = tile_of(N, BLOCK)
     own = tl.load(row + batch * N + n, n < N, other=0)
     joined = tl.load(row + batch * N + ~own, (n < N) & (own < 0), other=0)
-    tl.store(assignment + batch * N + n, tl.where(own < 0, joined, own), n < N)
+    joined = tl.where(own < 0, joined, own)
+    tl.store(assignment + batch * N + n, joined, n < N)
+    if narrow is not None:
+        tl.store(narrow + batch * N + n, joined.to(tl.int16), n < N)
 
 
 @triton.jit
@@ -121,8 +125,8 @@ def _groups_kernel(grouped, token, order, offsets, N, num_rows, BLOCK: tl.conste
     """CSR of the tokens sorted by row; no row is empty, so each begins where the row changes."""
     batch, i = tile_of(N, BLOCK)
     tl.store(order + batch * N + i, tl.load(token + batch * N + i, i < N, other=0).to(tl.int32), i < N)
-    row = tl.load(grouped + batch * N + i, i < N, other=0)
-    previous = tl.load(grouped + batch * N + i - 1, (i > 0) & (i < N), other=-1)
+    row = tl.load(grouped + batch * N + i, i < N, other=0).to(tl.int32)
+    previous = tl.load(grouped + batch * N + i - 1, (i > 0) & (i < N), other=-1).to(tl.int32)
     offsets += batch * (num_rows + 1)
     tl.store(offsets + row, i.to(tl.int32), (i < N) & (row != previous))
     tl.store(offsets + num_rows + i, tl.zeros([BLOCK], dtype=tl.int32) + N, i == 0)
@@ -146,12 +150,14 @@ def plan_from_keys(
     if batch == 0:
         return assignment, kept, order, offsets
     row = torch.empty_like(assignment)
-    bins, counts = count_keys(key, num_merge)
+    cut, counts = find_cut(key, num_merge)
     tiles = programs(key)
-    _rank_kernel[tiles](key, target, bins, counts, row, kept, tokens, num_merge, BLOCK=TILE, num_warps=4)
-    _assign_kernel[tiles](row, assignment, tokens, BLOCK=TILE, num_warps=4)
-    # The library's radix sort: a group may be as large as the clip, where own counting would have to be quadratic.
-    grouped, token = torch.sort(assignment, dim=1, stable=True)
+    _rank_kernel[tiles](key, target, cut, counts, row, kept, tokens, num_merge, BLOCK=TILE, num_warps=4)
+    narrow = torch.empty_like(assignment, dtype=torch.int16) if rows <= 2**15 else None
+    _assign_kernel[tiles](row, assignment, narrow, tokens, BLOCK=TILE, num_warps=4)
+    # The library's radix sort, 8 bits of a key a pass: a group may be as large as the clip, where own counting would
+    # have to be quadratic.
+    grouped, token = torch.sort(assignment if narrow is None else narrow, dim=1, stable=True)
     _groups_kernel[tiles](grouped, token, order, offsets, tokens, rows, BLOCK=TILE, num_warps=4)
     return assignment, kept, order, offsets
 
@@ -170,8 +176,14 @@ AOT = {
         ({"score": "*fp32", "column": _I32, "key": _I32, "target": _I32}, {"BLOCK": TILE}, 4),
     ],
     "_rank_kernel": [
-        ({name: _I32 for name in ("key", "target", "bins", "counts", "row", "kept")}, {"BLOCK": TILE}, 4),
+        ({name: _I32 for name in ("key", "target", "cut", "counts", "row", "kept")}, {"BLOCK": TILE}, 4),
     ],
-    "_assign_kernel": [({"row": _I32, "assignment": _I32}, {"BLOCK": TILE}, 4)],
-    "_groups_kernel": [({"grouped": _I32, "token": "*i64", "order": _I32, "offsets": _I32}, {"BLOCK": TILE}, 4)],
+    "_assign_kernel": [
+        ({"row": _I32, "assignment": _I32, "narrow": "*i16"}, {"BLOCK": TILE}, 4),
+        ({"row": _I32, "assignment": _I32}, {"narrow": None, "BLOCK": TILE}, 4),
+    ],
+    "_groups_kernel": [
+        ({"grouped": grouped, "token": "*i64", "order": _I32, "offsets": _I32}, {"BLOCK": TILE}, 4)
+        for grouped in ("*i16", _I32)
+    ],
 }
