@@ -14,9 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_tiles import tile_of
+from ._tuned import Tunable
 
 TILE = 1024  # keys of a program
 _HELD = 32  # tiles of a row that one program holds: 32 keys a thread
+BISECT = Tunable(
+    "_bisect_kernel",
+    ("tiles",),
+    default=lambda arch, tiles: {"num_warps": min(32, 2 * tiles)},
+    candidates=lambda arch, tiles: [{"num_warps": warps} for warps in (4, 8, 16, 32) if warps >= tiles // 2],
+)
 # Values of a digit: fewer than TILE, for each program scans all of them and adds its counts to those in memory.
 _BINS = tl.constexpr(256)
 
@@ -151,15 +158,15 @@ def find_cut(key: Tensor, want: int) -> tuple[Tensor, Tensor]:
     cut = torch.empty(batch, 2, dtype=key.dtype, device=key.device)
     counts = torch.empty(*programs(key), 2, dtype=torch.int32, device=key.device)
     if key.dtype == torch.int32 and count <= _HELD * TILE:
-        # Two sizes, whatever N is.
-        tiles, warps = (4, 8) if count <= 4 * TILE else (_HELD, 32)
-        _bisect_kernel[(batch,)](key, cut, counts, count, want, TILES=tiles, BLOCK=TILE, num_warps=warps)
+        tiles = 4 if count <= 4 * TILE else _HELD  # two sizes, whatever N is
+        tile = BISECT.tile(key.device, tiles=tiles)
+        _bisect_kernel[(batch,)](key, cut, counts, count, want, TILES=tiles, BLOCK=TILE, **tile)
         return cut, counts
     digits = key.element_size()
     bins = torch.zeros(batch, digits, _BINS.value, dtype=torch.int32, device=key.device)
     for digit in range(digits):
-        _histogram_kernel[programs(key)](key, bins, count, want, digit, BLOCK=TILE, num_warps=4)
-    _count_kernel[programs(key)](key, bins, cut, counts, count, want, BLOCK=TILE, num_warps=4)
+        _histogram_kernel[programs(key)](key, bins, count, want, digit, BLOCK=TILE)
+    _count_kernel[programs(key)](key, bins, cut, counts, count, want, BLOCK=TILE)
     return cut, counts
 
 
@@ -171,7 +178,7 @@ AOT = {
         ({"key": f"*{key}", "bins": "*i32", "cut": f"*{key}", "counts": "*i32"}, {"BLOCK": TILE}, 4) for key in _KEYS
     ],
     "_bisect_kernel": [
-        ({"key": "*i32", "cut": "*i32", "counts": "*i32"}, {"TILES": tiles, "BLOCK": TILE}, warps)
-        for tiles, warps in ((4, 8), (_HELD, 32))
+        ({"key": "*i32", "cut": "*i32", "counts": "*i32"}, {"TILES": tiles, "BLOCK": TILE}, (BISECT, {"tiles": tiles}))
+        for tiles in (4, _HELD)
     ],
 }

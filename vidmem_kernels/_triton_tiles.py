@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -54,3 +55,12 @@ class RowMove(NamedTuple):
         block_c = min(32 * self.across * vector, width)
         block_rows = max(1, self.loads * 32 * self.warps * vector // block_c)
         return {rows: block_rows, "BLOCK_C": block_c, "num_warps": self.warps}
+
+
+def distinct(tiles: Iterable[Tile]) -> list[Tile]:
+    """Every tile once, in order: where rows are narrow, several candidates are the same."""
+    found: list[Tile] = []
+    for tile in tiles:
+        if tile not in found:
+            found.append(tile)
+    return found

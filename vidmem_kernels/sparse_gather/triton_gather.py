@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_tiles import FIRST_WITH_FLOAT8, RowMove, tile_of, vector_of
+from .._triton_tiles import FIRST_WITH_FLOAT8, RowMove, distinct, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, arch_of, dtype_name
 
 # Two warps read 512 channels of bfloat16, which divides the rows of real models; 4 loads of 16 bytes in each thread
@@ -21,7 +21,7 @@ def _gather_tile(arch: int, bank: str, out: str, width: int) -> Tile:
 
 
 def _gather_tiles(arch: int, bank: str, out: str, width: int) -> list[Tile]:
-    return [move.tile("BLOCK_K", width, vector_of(bank, out)) for move in _MOVES]
+    return distinct(move.tile("BLOCK_K", width, vector_of(bank, out)) for move in _MOVES)
 
 
 GATHER = Tunable("_gather_tokens_fwd_kernel", ("bank", "out", "width"), _gather_tile, _gather_tiles)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _env
 from .._numerics import accumulate_dtype
-from .._triton_tiles import FIRST_WITH_FLOAT8
+from .._triton_tiles import FIRST_WITH_FLOAT8, distinct
 from .._tuned import Chosen, Tile, Tunable, arch_of, dtype_name
 from .reference import QUANTIZED_MAX, scale_limits
 
@@ -29,7 +29,7 @@ def _forward_tile(arch: int, dtype: str, rows: str, width: int) -> Tile:
 
 def _forward_tiles(arch: int, dtype: str, rows: str, width: int) -> list[Tile]:
     # Narrower blocks read a row again, from the first level of the cache.
-    return [_tile(width, widest, warps) for widest in (_WIDEST_TILE, 1024) for warps in (1, 2, 4, 8)]
+    return distinct(_tile(width, widest, warps) for widest in (_WIDEST_TILE, 1024) for warps in (1, 2, 4, 8))
 
 
 def _backward_tile(arch: int, dtype: str, width: int) -> Tile:
@@ -37,7 +37,7 @@ def _backward_tile(arch: int, dtype: str, width: int) -> Tile:
 
 
 def _backward_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
-    return [_tile(width, widest, warps) for widest in (1024, 2048, 4096) for warps in (2, 4)]
+    return distinct(_tile(width, widest, warps) for widest in (1024, 2048, 4096) for warps in (2, 4))
 
 
 QUANTIZE = Tunable("_quantize_rows_fwd_kernel", ("dtype", "rows", "width"), _forward_tile, _forward_tiles)

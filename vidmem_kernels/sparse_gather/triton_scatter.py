@@ -163,7 +163,7 @@ def _group_keys(index: Tensor, num_rows: int) -> Tensor:
     key = torch.empty(index.shape, dtype=dtype, device=index.device)
     if key.numel() > 0:
         _group_keys_kernel[(triton.cdiv(key.numel(), _BLOCK),)](
-            index, key, key.numel(), key.shape[1], num_rows, *index.stride(), BLOCK=_BLOCK, num_warps=4
+            index, key, key.numel(), key.shape[1], num_rows, *index.stride(), BLOCK=_BLOCK
         )
     return key
 
@@ -173,7 +173,7 @@ def _group_offsets(key: Tensor, num_rows: int) -> Tensor:
     batch, count = key.shape
     offsets = torch.empty(batch, num_rows + 1, dtype=torch.int64, device=key.device)
     _group_offsets_kernel[(triton.cdiv(num_rows + 1, _BLOCK) * batch,)](
-        key, offsets, count, num_rows, count.bit_length(), BLOCK=_BLOCK, num_warps=4
+        key, offsets, count, num_rows, count.bit_length(), BLOCK=_BLOCK
     )
     return offsets
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._numerics import accumulate_dtype
 from .._triton_radix_select import TILE, chosen_of_tile, find_cut, order_key, programs
-from .._triton_tiles import RowMove, tile_of, vector_of
+from .._triton_tiles import RowMove, distinct, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_gather import launch_gather_tokens_fwd, tiles_gather_tokens_fwd
 
@@ -23,7 +23,7 @@ def _norm_tile(arch: int, dtype: str, width: int) -> Tile:
 
 
 def _norm_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
-    return [move.tile("BLOCK_N", width, vector_of(dtype)) for move in _MOVES]
+    return distinct(move.tile("BLOCK_N", width, vector_of(dtype)) for move in _MOVES)
 
 
 NORM_KEYS = Tunable("_norm_keys_kernel", ("dtype", "width"), _norm_tile, _norm_tiles)
@@ -122,7 +122,7 @@ def _keys(x: Tensor, score: Tensor | None) -> Tensor:
             x, key, batch * rows, rows, channels, *x.stride(), **tile
         )
     else:
-        _score_keys_kernel[programs(key)](score, key, rows, *score.stride(), BLOCK=TILE, num_warps=4)
+        _score_keys_kernel[programs(key)](score, key, rows, *score.stride(), BLOCK=TILE)
     return key
 
 
@@ -140,7 +140,7 @@ def launch_select_tokens_fwd(x: Tensor, keep: int, score: Tensor | None) -> tupl
     key = _keys(x, score)
     cut, counts = find_cut(key, keep)
     index = torch.empty(x.shape[0], keep, dtype=torch.int32, device=x.device)
-    _positions_kernel[programs(key)](key, cut, counts, index, x.shape[1], keep, BLOCK=TILE, num_warps=4)
+    _positions_kernel[programs(key)](key, cut, counts, index, x.shape[1], keep, BLOCK=TILE)
     return launch_gather_tokens_fwd(x, index, None, None), index
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _env
 from .._numerics import accumulate_dtype
 from .._triton_radix_select import order_key
-from .._triton_tiles import vector_of
+from .._triton_tiles import distinct, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_quantize import _divide
 
@@ -35,7 +35,7 @@ def _means_tile(arch: int, dtype: str, width: int, warps: int = 4, loads: int = 
 
 
 def _means_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
-    return [_means_tile(arch, dtype, width, warps, loads) for warps in (1, 2, 4) for loads in (1, 2)]
+    return distinct(_means_tile(arch, dtype, width, warps, loads) for warps in (1, 2, 4) for loads in (1, 2))
 
 
 def _dot_tile(arch: int, dtype: str, width: int) -> Tile:
@@ -47,9 +47,14 @@ def _dot_tile(arch: int, dtype: str, width: int) -> Tile:
 def _dot_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
     if dtype in ("bf16", "fp16"):
         sizes = ((128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8), (128, 32, 4))
-        return [_dot(q, k, min(d, width), warps, 3) for q, k, warps in sizes for d in (64, 128)]
+        return [_dot(q, k, d, warps, 3) for q, k, warps in sizes for d in {min(64, width), min(128, width)}]
     sizes = ((64, 64, 8), (64, 64, 4), (128, 64, 8), (64, 32, 4))
-    return [_dot(q, k, min(d, width), warps, 3) for q, k, warps in sizes for d in (16, 32)]
+    return [_dot(q, k, d, warps, 3) for q, k, warps in sizes for d in {16, min(32, width)}]
+
+
+def _nearest_tile(arch: int, dtype: str, width: int) -> Tile:
+    # Running maxima and where they were take two registers an element, besides what exact float32 products take.
+    return _dot_tile(arch, dtype, width) if dtype in ("bf16", "fp16") else _dot(64, 32, min(16, width), 8, 3)
 
 
 def _dot(q: int, k: int, d: int, warps: int, stages: int) -> Tile:
@@ -68,10 +73,19 @@ def _best_tiles(arch: int, columns: int) -> list[Tile]:
     return [{"BLOCK_R": rows, "num_warps": warps} for rows, warps in choices]
 
 
+def _sort_tile(arch: int, columns: int, warps: int = 1) -> Tile:
+    return {"BLOCK_R": warps * _SORTED_AT_ONCE // columns, "num_warps": warps}
+
+
+def _sort_tiles(arch: int, columns: int) -> list[Tile]:
+    return [_sort_tile(arch, columns, warps) for warps in (1, 2, 4)]
+
+
 BLOCK_MEANS = Tunable("_block_means_kernel", ("dtype", "width"), _means_tile, _means_tiles)
 BLOCK_SCORES = Tunable("_block_scores_kernel", ("dtype", "width"), _dot_tile, _dot_tiles)
-NEAREST = Tunable("_nearest_blocks_kernel", ("dtype", "width"), _dot_tile, _dot_tiles)
+NEAREST = Tunable("_nearest_blocks_kernel", ("dtype", "width"), _nearest_tile, _dot_tiles)
 BEST_COLUMNS = Tunable("_best_columns_kernel", ("columns",), _best_tile, _best_tiles)
+SORT_COLUMNS = Tunable("_sort_columns_kernel", ("columns",), _sort_tile, _sort_tiles)
 
 
 @triton.jit
@@ -285,9 +299,9 @@ def _best_columns(scores: Tensor, k: int, out: Tensor) -> None:
         values, columns, count = keys, found, slots
     if key_dtype == torch.int32 and k <= _SORTED_AT_ONCE:
         width = triton.next_power_of_2(k)
-        block_r = _SORTED_AT_ONCE // width
-        _sort_columns_kernel[(triton.cdiv(rows, block_r),)](
-            values, columns, out, rows, k, out.stride(0), step, BLOCK_R=block_r, BLOCK_N=width, num_warps=1
+        tile = SORT_COLUMNS.tile(scores.device, columns=width)
+        _sort_columns_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
+            values, columns, out, rows, k, out.stride(0), step, BLOCK_N=width, **tile
         )
     else:
         order = values.sort(dim=1, stable=True).indices
@@ -405,7 +419,7 @@ AOT = {
         for width in (256, 4096)
     ],
     "_sort_columns_kernel": [
-        ({"keys": "*i32", "columns": "*i32", "out": "*i32"}, {"BLOCK_R": 256 // width, "BLOCK_N": width}, 1)
+        ({"keys": "*i32", "columns": "*i32", "out": "*i32"}, {"BLOCK_N": width}, (SORT_COLUMNS, {"columns": width}))
         for width in (8, 64, 256)
     ],
 }

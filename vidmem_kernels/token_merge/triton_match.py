@@ -39,8 +39,10 @@ def _all_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
     # Running maxima and where they were take two registers an element: 128 x 128 needs 16 warps.
     sizes = ((128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 32, 4), (64, 128, 4), (128, 128, 16))
     if dtype == "fp32":
-        return [_tile(m, n, min(c, width), 4, 3) for m, n in ((64, 64), (128, 32), (32, 64)) for c in (16, 32)]
-    return [_tile(m, n, min(c, width), w, s) for m, n, w in sizes for c in {64, min(128, width)} for s in (2, 3)]
+        return [_tile(m, n, c, 4, 3) for m, n in ((64, 64), (128, 32), (32, 64)) for c in {16, min(32, width)}]
+    return [
+        _tile(m, n, min(c, width), w, s) for m, n, w in sizes for c in {min(64, width), min(128, width)} for s in (2, 3)
+    ]
 
 
 def _window_tile(arch: int, dtype: str, width: int) -> Tile:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_tiles import RowMove, tile_of, vector_of
+from .._triton_tiles import RowMove, distinct, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_sums import sum_groups, tiles_sum_groups
 from .triton_totals import group_totals
@@ -25,7 +25,8 @@ def _spread_tile(arch: int, dtype: str, width: int, beside: bool) -> Tile:
 
 
 def _spread_tiles(arch: int, dtype: str, width: int, beside: bool) -> list[Tile]:
-    return [move.tile("BLOCK_N", width, vector_of(dtype)) for move in _MOVES if move.loads <= (2 if beside else 4)]
+    moves = (move for move in _MOVES if move.loads <= (2 if beside else 4))
+    return distinct(move.tile("BLOCK_N", width, vector_of(dtype)) for move in moves)
 
 
 SPREAD = Tunable("_spread_rows_kernel", ("dtype", "width", "beside"), _spread_tile, _spread_tiles)
@@ -192,7 +193,6 @@ def launch_merge_tokens_bwd(
         *grad_size.stride(),
         *assignment.stride(),
         BLOCK_N=1024,
-        num_warps=4,
     )
     return grad_x, slope
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton_radix_select import order_key
-from .._triton_tiles import tile_of
+from .._triton_tiles import distinct, tile_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_match import NO_SIMILARITY
 from .triton_plan import count_at_least, plan_from_keys
@@ -23,7 +23,7 @@ def _tile(arch: int, dtype: str, width: int, block_c: int = 128, elements: int =
 
 
 def _tiles(arch: int, dtype: str, width: int) -> list[Tile]:
-    return [_tile(arch, dtype, width, block_c, elements) for block_c in (64, 128, 256) for elements in (8, 16)]
+    return distinct(_tile(arch, dtype, width, block_c, elements) for block_c in (64, 128, 256) for elements in (8, 16))
 
 
 NEIGHBORS = Tunable("_match_neighbors_kernel", ("dtype", "width"), _tile, _tiles)

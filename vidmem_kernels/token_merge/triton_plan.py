@@ -92,7 +92,6 @@ def source_keys(
         phase,
         *cells[1:],
         BLOCK=TILE,
-        num_warps=4,
     )
     return key, target
 
@@ -152,13 +151,13 @@ def plan_from_keys(
     row = torch.empty_like(assignment)
     cut, counts = find_cut(key, num_merge)
     tiles = programs(key)
-    _rank_kernel[tiles](key, target, cut, counts, row, kept, tokens, num_merge, BLOCK=TILE, num_warps=4)
+    _rank_kernel[tiles](key, target, cut, counts, row, kept, tokens, num_merge, BLOCK=TILE)
     narrow = torch.empty_like(assignment, dtype=torch.int16) if rows <= 2**15 else None
-    _assign_kernel[tiles](row, assignment, narrow, tokens, BLOCK=TILE, num_warps=4)
+    _assign_kernel[tiles](row, assignment, narrow, tokens, BLOCK=TILE)
     # The library's radix sort, 8 bits of a key a pass: a group may be as large as the clip, where own counting would
     # have to be quadratic.
     grouped, token = torch.sort(assignment if narrow is None else narrow, dim=1, stable=True)
-    _groups_kernel[tiles](grouped, token, order, offsets, tokens, rows, BLOCK=TILE, num_warps=4)
+    _groups_kernel[tiles](grouped, token, order, offsets, tokens, rows, BLOCK=TILE)
     return assignment, kept, order, offsets
 
 

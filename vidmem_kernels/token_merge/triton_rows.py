@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_tiles import tile_of
+from .._triton_tiles import distinct, tile_of
 from .._tuned import Tile, Tunable, dtype_name
 from .triton_plan import destinations_before
 
@@ -26,7 +26,7 @@ def _tile(arch: int, dtype: str, block_c: int, elements: int = 16) -> Tile:
 
 
 def _tiles(arch: int, dtype: str, block_c: int) -> list[Tile]:
-    return [_tile(arch, dtype, block_c, elements) for elements in (8, 16, 32)]
+    return distinct(_tile(arch, dtype, block_c, elements) for elements in (8, 16, 32))
 
 
 PREPARE = Tunable("_prepare_kernel", ("dtype", "block_c"), _tile, _tiles)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._numerics import accumulate_dtype
-from .._triton_tiles import tile_of, vector_of
+from .._triton_tiles import distinct, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_means import add_deviations, add_tokens, load_origins, mean_of, negative_zero
 from .triton_totals import group_bounds
@@ -36,7 +36,7 @@ def _groups_tile(arch: int, dtype: str, width: int, mean: bool, warps: int = 4, 
 
 def _groups_tiles(arch: int, dtype: str, width: int, mean: bool) -> list[Tile]:
     choices = ((4, 1, 2), (2, 1, 2), (1, 1, 2), (4, 1, 1), (4, 2, 2), (2, 2, 2), (4, 1, 4), (8, 1, 2))
-    return [_groups_tile(arch, dtype, width, mean, *choice) for choice in choices]
+    return distinct(_groups_tile(arch, dtype, width, mean, *choice) for choice in choices)
 
 
 def _windows_tile(arch: int, dtype: str, width: int, mean: bool, warps: int = 4, tokens: int = 4) -> Tile:
@@ -44,7 +44,7 @@ def _windows_tile(arch: int, dtype: str, width: int, mean: bool, warps: int = 4,
 
 
 def _windows_tiles(arch: int, dtype: str, width: int, mean: bool) -> list[Tile]:
-    return [_windows_tile(arch, dtype, width, mean, warps, tokens) for warps in (2, 4) for tokens in (2, 4)]
+    return distinct(_windows_tile(arch, dtype, width, mean, warps, tokens) for warps in (2, 4) for tokens in (2, 4))
 
 
 _FIELDS = ("dtype", "width", "mean")
