@@ -53,8 +53,10 @@ def _dot_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 
 def _nearest_tile(arch: int, dtype: str, width: int) -> Tile:
-    # Running maxima and where they were take two registers an element, besides what exact float32 products take.
-    return _dot_tile(arch, dtype, width) if dtype in ("bf16", "fp16") else _dot(64, 32, min(16, width), 8, 3)
+    # Running maxima and where they were take two registers an element: with 4 warps, 3 programs share a multiprocessor,
+    # and one multiplies while another compares.
+    half = dtype in ("bf16", "fp16")
+    return _dot(64, 64, min(64, width), 4, 3) if half else _dot(64, 32, min(16, width), 8, 3)
 
 
 def _dot(q: int, k: int, d: int, warps: int, stages: int) -> Tile:
