@@ -24,11 +24,12 @@ def _tile(m: int, n: int, c: int, warps: int, stages: int) -> Tile:
 
 def _default_tile(dtype: str, width: int, narrow: bool) -> Tile:
     """Sources x destinations x channels; `narrow`: few destinations at a time, of what a box sees."""
+    stages = 2 if narrow else 3  # of a box's few steps, one load ahead is enough
     if dtype == "fp32":
-        return _tile(64, 32 if narrow and width <= 16 else 64, min(32, width), 4, 3)
+        return _tile(64, 32 if narrow and width <= 16 else 64, min(32, width), 4, stages)
     if width <= 128:
-        return _tile(128, 32 if narrow and width <= 64 else 64, width, 8, 3)
-    return _tile(128, 64, 64, 8, 3)
+        return _tile(128, 32 if narrow and width <= 64 else 64, width, 8, stages)
+    return _tile(128, 64, 64, 8, stages)
 
 
 def _all_tile(arch: int, dtype: str, width: int) -> Tile:
@@ -206,8 +207,7 @@ def _match_window_kernel(
     seen_w = tl.minimum(origin_w + edge_w + window_w, cells_w) - low_w
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     found = tl.full([BLOCK_M], 0, dtype=tl.int32)
-    # Few steps: one load ahead is enough.
-    for first in tl.range(0, seen_t * seen_h * seen_w, BLOCK_N, num_stages=2):
+    for first in range(0, seen_t * seen_h * seen_w, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
         cell_t = low_t + k // (seen_h * seen_w)
         cell_h = low_h + k // seen_w % seen_h
