@@ -109,11 +109,10 @@ def _bisect_kernel(key, cut, counts, N, want, TILES: tl.constexpr, BLOCK: tl.con
     n = tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     key += batch * N
     value = tl.load(key + n, n < N, other=-(2**31))
-    keys = tl.reshape(value, [TILES * BLOCK], can_reorder=True)
-    low, high = tl.min(keys, axis=0), tl.max(keys, axis=0)
+    low, high = tl.min(tl.min(value, axis=1), axis=0), tl.max(tl.max(value, axis=1), axis=0)
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # rounded up; without overflow
-        enough = tl.sum((keys >= middle).to(tl.int32), axis=0) >= want
+        enough = tl.sum(tl.sum((value >= middle).to(tl.int32), axis=1), axis=0) >= want
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
     above = tl.sum((value > low).to(tl.int32), axis=1)
     equal = tl.sum(((n < N) & (value == low)).to(tl.int32), axis=1)
