@@ -11,17 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_tiles import major_of
-from .triton_outputs import outputs
+from .._tuned import Chosen, Tile, Tunable
+from .triton_outputs import OUTPUTS, outputs
+from .triton_pairs import PAIRS, pair_gradients, takes_pairs
 from .triton_parts import (
     EPS,
+    FIELDS,
+    TENSOR_MEMORY,
     Plan,
     bounds_of,
-    chunk_of,
     divide,
     empty_states,
-    exp_negative,
+    factor,
     feature_columns,
+    fields_of,
     load_columns,
     load_rows,
     make_plan,
@@ -29,9 +32,12 @@ from .triton_parts import (
     product,
     program_of,
     sees,
+    steps_of,
+    times_derivative,
     tokens_to_walk,
+    whole_product,
 )
-from .triton_states import prefix_states, sum_pieces
+from .triton_states import SUMS, prefix_states, sum_pieces
 
 
 @triton.jit
@@ -106,11 +112,11 @@ def _linear_gradients_kernel(
     grad += (batch * L * H + head) * D
     if factors is not None:
         factors += lane * 2 * L
-    rounds: tl.constexpr = x.dtype.element_ty != tl.float32
+    dtype: tl.constexpr = x.dtype.element_ty
     # The factors of a query go into float32 sums, whatever its gradient is rounded to.
-    exact: tl.constexpr = (NORMALIZE and not REVERSE) or not rounds
+    exact: tl.constexpr = dtype == tl.float32 or (NORMALIZE and not REVERSE)
     # Of few channels hardly anything may be left of a query's difference.
-    wider: tl.constexpr = tl.float32 if rounds else tl.float64
+    wider: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
     weighted: tl.constexpr = factors is not None and REVERSE
     seen = states + (lane * PIECES + piece // PER_SPAN * PER_SPAN) * COUNT
     state = tl.load(seen + d[:, None] * DV + c[None, :], (d < D)[:, None] & (c < DV)[None, :], other=0.0)
@@ -128,10 +134,13 @@ def _linear_gradients_kernel(
                 values = load_rows(b, n, c, stop, DV, b_stride_l, b_stride_d)
                 if weighted:
                     others = others.to(tl.float32) * tl.load(factors + n, n < stop, other=0.0)[None, :]
-                    z -= tl.sum(others * tl.load(factors + L + n, n < stop, other=0.0)[None, :], axis=1)
+                others = factor(others, dtype)
+                if weighted:
+                    along = tl.load(factors + L + n, n < stop, other=0.0)
+                    z -= tl.sum(others.to(tl.float32) * along[None, :], axis=1)
                 elif NORMALIZE:
                     z += tl.sum(others.to(tl.float32), axis=1)
-                state = product(others, values, state, exact)
+                state = product(others, values, state, dtype, exact)
         for i in tl.range(0, groups if MASKED else tl.cdiv(stop - start, BLOCK_N), num_stages=STAGES):
             if MASKED:
                 first = (begin + (groups - 1 - i if REVERSE else i) * GROUP).to(tl.int32)
@@ -140,37 +149,38 @@ def _linear_gradients_kernel(
                 first = start + i * BLOCK_N
             n = first + chunk
             given = load_columns(a, n, c, stop, DV, a_stride_l, a_stride_d)
-            t = product(state, given, tl.zeros([BLOCK_D, BLOCK_N], tl.float32), exact)
+            t = whole_product(state, given, tl.zeros([BLOCK_D, BLOCK_N], tl.float32), dtype, exact)
             visible = tl.zeros([BLOCK_D, BLOCK_N], tl.float32) + z[:, None]
             if MASKED:
                 others = load_columns(y, n, d, stop, D, y_stride_l, y_stride_d)
                 others = feature_columns(others, n, d, stop, D, MAP)
                 values = load_rows(b, n, c, stop, DV, b_stride_l, b_stride_d)
-                mask = sees(BLOCK_N, BLOCK, REVERSE)
-                scores = product(values, given, tl.zeros([BLOCK_N, BLOCK_N], tl.float32), exact)
+                mask = sees(BLOCK_N, BLOCK, BACK=REVERSE)  # (others, tokens)
+                scores = product(values, given, tl.zeros([BLOCK_N, BLOCK_N], tl.float32), dtype, exact)
                 if weighted:
                     inverse = tl.load(factors + n, n < stop, other=0.0)
                     along = tl.load(factors + L + n, n < stop, other=0.0)
                     scores = (scores - along[:, None]) * inverse[:, None]
-                t = product(others, tl.where(mask, scores, 0.0), t, exact)
+                    weighed = factor(others.to(tl.float32) * inverse[None, :], dtype)
+                others = factor(others, dtype)
+                t = whole_product(others, tl.where(mask, scores, 0.0), t, dtype, exact)
                 if NORMALIZE and not REVERSE:
-                    seen_by = mask.to(tl.float32).to(x.dtype.element_ty)
-                    visible = product(others, seen_by, visible, exact)
+                    seen_by = mask.to(tl.float32).to(dtype)
+                    visible = product(others, seen_by, visible, dtype, exact)
                 if weighted:
-                    others = others.to(tl.float32) * inverse[None, :]
-                    z -= tl.sum(others * along[None, :], axis=1)
+                    others = weighed
+                    z -= tl.sum(others.to(tl.float32) * along[None, :], axis=1)
                 elif NORMALIZE:
                     z += tl.sum(others.to(tl.float32), axis=1)
-                state = product(others, values, state, exact)
-            argument = load_columns(x, n, d, stop, D, x_stride_l, x_stride_d)
-            wide = argument.to(tl.float32)
+                state = product(others, values, state, dtype, exact)
+            phi = load_columns(x, n, d, stop, D, x_stride_l, x_stride_d)
+            phi = feature_columns(phi, n, d, stop, D, MAP).to(tl.float32)
             if REVERSE:
                 t += visible
             elif NORMALIZE:
-                phi = feature_columns(argument, n, d, stop, D, MAP).to(wider)
                 t, visible = t.to(wider), visible.to(wider)
-                along = tl.sum(phi * t, axis=0)
-                total = tl.sum(phi * visible, axis=0)
+                along = tl.sum(phi.to(wider) * t, axis=0)
+                total = tl.sum(phi.to(wider) * visible, axis=0)
                 if partial is not None:
                     at = partial + lane * 2 * L + n
                 if FACTORS_ONLY:
@@ -193,40 +203,46 @@ def _linear_gradients_kernel(
             else:
                 t *= scale
             if not FACTORS_ONLY:
-                if MAP == "relu":
-                    t *= (wide > 0).to(tl.float32)
-                elif MAP == "elu1":
-                    t *= exp_negative(tl.where(wide > 0, 0.0, wide))
+                t = times_derivative(t, phi, MAP)
                 target = grad + n.to(tl.int64)[None, :] * H * D + d[:, None]
                 tl.store(target, t.to(grad.dtype.element_ty), (n < stop)[None, :] & (d < D)[:, None])
 
 
-def gradient_config(
-    size: int, value_size: int, plan: Plan, reverse: bool, dtype: torch.dtype, major: int
-) -> dict[str, int]:
-    """Tile of a program, see triton_outputs.output_config; products of float32 tokens take registers.
+def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
+    """Half tokens of up to 128 channels have all of S in one tile, so that nothing is computed twice for FACTORS_ONLY.
 
-    Half tokens of heads of up to 128 channels have S in one tile, so that nothing is computed twice for FACTORS_ONLY.
-    With 32,760 tokens of 12 heads of 128 bfloat16 channels, the backward pass took an H200 1.23 ms so, rather than 3.42
-    with tiles of 4,096 elements (8,192: 1.77), causal 5.37 rather than 12.57 (8,192: 10.1); measured before products
-    were EXACT. Elsewhere than on sm_90 that spills beside masked scores or parts of TF32 (on sm_90 16 bytes, for elu1).
+    Before products of half factors had one part, an H200 took 1.23 ms so for the gradients of 32,760 bfloat16 tokens
+    of 12 heads of 128 channels, rather than 3.42 with tiles of 4,096 elements; causal 5.37 rather than 12.57.
     """
-    block_v = padded(value_size)
-    single = dtype == torch.float32
-    if single or max(size, value_size) > 128:
-        tile = 2048 if reverse and plan.is_masked else 4096
+    reverse = walk == "scan" and direction == "reverse"
+    if dtype == "fp32" or max(size, value_size) > 128:
+        tile = 2048 if reverse else 4096
+        block_n = 16 if size > 128 or walk == "scan" else 32
     else:
-        tile = 8192 if major != 9 and (plan.is_masked or dtype == torch.float16) else 16384
+        tile = 16384
+        block_n = 16 if walk == "scan" and (dtype == "fp16" or arch not in (90, *TENSOR_MEMORY)) else 32
+        if reverse and dtype == "bf16":  # without what a query sees of z
+            block_n = 64 if arch in TENSOR_MEMORY or arch == 90 else 16 if arch == 120 else 32
+    block_d = max(16, min(size, tile // value_size))
     return {
-        "BLOCK_N": plan.chunk if plan.is_masked else 32 if size <= 128 else 16,
-        "BLOCK_D": max(16, min(padded(size), tile // block_v)),
-        "BLOCK_V": block_v,
-        "STAGES": 2 if reverse and not single else 1,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "STAGES": 2 if direction == "reverse" and (dtype == "bf16" or arch in (90, *TENSOR_MEMORY)) else 1,
+        "num_warps": 8 if dtype == "fp32" or block_d * value_size > 2048 else 4,
     }
 
 
-def gradient_warps(config: dict[str, int], single: bool) -> int:
-    return 8 if single or config["BLOCK_D"] * config["BLOCK_V"] > 2048 else 4
+def _candidates(arch: int, **fields) -> list[Tile]:
+    if fields["dtype"] == "fp32" or max(fields["size"], fields["value_size"]) > 128:
+        return []
+    return [
+        {"BLOCK_N": tokens, "BLOCK_D": block_d, "STAGES": stages, "num_warps": warps}
+        for block_d, warps in ((fields["size"], 8), (fields["size"], 4), (max(16, fields["size"] // 2), 4))
+        for tokens, stages in ((32, 1), (32, 2), (64, 1), (64, 2))
+    ]
+
+
+GRADIENTS = Tunable("_linear_gradients_kernel", FIELDS, _default, _candidates)
 
 
 def _gradients(
@@ -246,8 +262,9 @@ def _gradients(
     """Gradient of queries, which with `normalize` fills `factors`, or of keys, which reads them where there are any."""
     batch, length, heads, size = x.shape
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    config = gradient_config(size, a.shape[3], plan, reverse, x.dtype, major_of(x.device))
-    splits = max(1, triton.cdiv(size, config["BLOCK_D"]))
+    tile = GRADIENTS.tile(x.device, **fields_of(x, a, feature_map, plan, reverse))
+    splits = max(1, triton.cdiv(size, tile["BLOCK_D"]))
+    group, block, masked = steps_of(plan, block, tile["BLOCK_N"])
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
         return grad
@@ -274,8 +291,8 @@ def _gradients(
             plan.span,
             plan.per_span,
             plan.piece,
-            plan.group,
-            min(block, plan.chunk),
+            group,
+            block,
             states.shape[2],
             splits,
             *x.stride(),
@@ -284,12 +301,12 @@ def _gradients(
             *b.stride(),
             MAP=feature_map,
             SCAN=plan.is_scan,
-            MASKED=plan.is_masked,
+            MASKED=masked,
             NORMALIZE=normalize,
             REVERSE=reverse,
             FACTORS_ONLY=factors_only,
-            **config,
-            num_warps=gradient_warps(config, x.element_size() == 4),
+            BLOCK_V=padded(a.shape[3]),
+            **tile,
         )
     return grad
 
@@ -312,7 +329,7 @@ def launch_linear_attention_bwd(
     """Gradients of q, k, v, S and z."""
     batch, _, heads, size = q.shape
     tokens = tokens_to_walk(q, v)
-    plan = make_plan(tokens, causal, block_size, chunk_of(size, wide=True))
+    plan = make_plan(tokens, causal, block_size, batch * heads, q.device)
     states = empty_states(q, v, plan)
     last_S = torch.empty(batch, heads, size, v.shape[3], dtype=torch.float32, device=q.device)
     last_z = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
@@ -329,41 +346,68 @@ def launch_linear_attention_bwd(
     # In reverse: what a token's queries and those after it make of the state.
     sum_pieces(q, grad_out, factors, states, plan, feature_map, with_z=normalize)
     prefix_states(states, grad_S, grad_z, last_S, last_z, plan, reverse=True)
-    grad_k = _gradients(k, v, q, grad_out, factors, states, *options, reverse=True)
-    grad_v = outputs(k, q, grad_out, factors, states, plan, feature_map, block_size, False, 1.0, reverse=True)
+    if takes_pairs(q, v, plan):
+        grad_k, grad_v = pair_gradients(k, v, states, plan, feature_map)
+    else:
+        grad_k = _gradients(k, v, q, grad_out, factors, states, *options, reverse=True)
+        grad_v = outputs(k, q, grad_out, factors, states, plan, feature_map, block_size, False, 1.0, reverse=True)
     return grad_q, grad_k, grad_v, last_S, last_z
 
 
-def _entry(dtype: str, size: int, feature_map: str, block: int, reverse: bool, factors_only: bool = False, majors=()):
-    plan = make_plan(32760, True, block, chunk_of(size, wide=True))
-    single = dtype == "fp32"
-    tokens = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    config = gradient_config(size, size, plan, reverse, tokens, 9 if majors == (9,) else 8)
+def tiles_linear_attention_bwd(
+    grad_out: Tensor,
+    grad_S: Tensor,
+    grad_z: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor | None,
+    z: Tensor | None,
+    feature_map: str,
+    causal: bool,
+    block_size: int,
+    normalize: bool,
+    scale: float = 1.0,
+) -> list[Chosen]:
+    """The tiles of `launch_linear_attention_bwd`, for `explain`."""
+    plan = make_plan(tokens_to_walk(q, v), causal, block_size, q.shape[0] * q.shape[2], q.device)
+    ahead, reverse = (fields_of(q, v, feature_map, plan, way) for way in (False, True))
+    launches = [(SUMS, ahead), (GRADIENTS, ahead), (SUMS, reverse if normalize or scale != 1 else ahead)]
+    if takes_pairs(q, v, plan):
+        launches += [(PAIRS, reverse)]
+    else:
+        launches += [(GRADIENTS, reverse), (OUTPUTS, reverse)]
+    return [tunable.chosen(q.device, **fields) for tunable, fields in launches]
+
+
+def _entry(dtype: str, size: int, feature_map: str, walk: str, masked: bool, reverse: bool, factors_only: bool = False):
+    fields = {"dtype": dtype, "size": size, "value_size": size, "walk": walk}
+    fields |= {"features": "elu1" if feature_map == "elu1" else "", "direction": "reverse" if reverse else ""}
     pointers = {**{name: f"*{dtype}" for name in ("x", "a", "y", "b", "grad")}, "states": "*fp32"}
     pointers |= {"factors": "*fp32", "scale": "fp32"}
     constants = {f"{name}_stride_d": 1 for name in "xayb"}
-    constants |= {"MAP": feature_map, "SCAN": plan.is_scan, "MASKED": plan.is_masked}
-    constants |= {"NORMALIZE": True, "REVERSE": reverse, "FACTORS_ONLY": factors_only, **config}
+    constants |= {"MAP": feature_map, "SCAN": walk == "scan", "MASKED": masked, "BLOCK_V": size}
+    constants |= {"NORMALIZE": True, "REVERSE": reverse, "FACTORS_ONLY": factors_only}
     if factors_only:
-        pointers["partial"] = "*fp64" if single else "*fp32"
+        pointers["partial"] = "*fp64" if dtype == "fp32" else "*fp32"
     else:
         constants["partial"] = None
-    held = (tuple(10 * major for major in majors),) if majors else ()
-    return pointers, constants, gradient_warps(config, single), *held
+    return pointers, constants, (GRADIENTS, fields)
 
 
 # float32 at D = 128 spills only for sm_100 with strides of 64 bits.
 AOT = {
     "_linear_gradients_kernel": [
-        *(_entry("bf16", 128, "relu", 1, reverse, majors=(9,)) for reverse in (False, True)),
-        _entry("bf16", 128, "relu", 1, reverse=False, factors_only=True, majors=(8, 10)),
-        _entry("bf16", 128, "relu", 1, reverse=True, majors=(8, 10)),
-        *(_entry("bf16", 128, "relu", 40_000, reverse) for reverse in (False, True)),
-        _entry("bf16", 64, "relu", block=390, reverse=False),
-        _entry("bf16", 256, "relu", block=1, reverse=False, factors_only=True),
-        _entry("fp16", 128, "elu1", 40_000, reverse=True, majors=(9,)),
-        _entry("fp16", 128, "elu1", 40_000, reverse=True, majors=(8, 10)),
-        _entry("fp32", 64, "elu1", block=1, reverse=False),
-        _entry("fp32", 64, "elu1", block=1, reverse=True),
+        _entry("bf16", 128, "relu", "scan", masked=True, reverse=False),
+        _entry("bf16", 128, "relu", "scan", masked=True, reverse=True),
+        _entry("bf16", 128, "relu", "", masked=False, reverse=False),
+        _entry("bf16", 128, "elu1", "scan", masked=True, reverse=False),
+        _entry("bf16", 64, "relu", "scan", masked=False, reverse=False),
+        _entry("bf16", 256, "relu", "scan", masked=True, reverse=False, factors_only=True),
+        _entry("fp16", 128, "elu1", "scan", masked=True, reverse=True),
+        _entry("fp16", 128, "elu1", "", masked=False, reverse=True),
+        _entry("bf16", 128, "relu", "", masked=False, reverse=True),
+        _entry("fp32", 64, "elu1", "scan", masked=True, reverse=False),
+        _entry("fp32", 64, "elu1", "scan", masked=True, reverse=True),
     ]
 }

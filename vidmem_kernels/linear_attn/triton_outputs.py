@@ -7,15 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tuned import Chosen, Tile, Tunable
 from .triton_parts import (
     EPS,
+    FIELDS,
+    ONES,
+    TENSOR_MEMORY,
     Plan,
     bounds_of,
-    chunk_of,
     divide,
     empty_states,
+    factor,
     feature_columns,
     feature_rows,
+    fields_of,
+    first_column,
+    is_wide,
     load_columns,
     load_rows,
     make_plan,
@@ -23,9 +30,10 @@ from .triton_parts import (
     product,
     program_of,
     sees,
+    steps_of,
     tokens_to_walk,
 )
-from .triton_states import prefix_states, sum_pieces
+from .triton_states import SUMS, prefix_states, sum_pieces
 
 
 @triton.jit
@@ -73,8 +81,10 @@ def _linear_outputs_kernel(
 ):
     """phi(q) S of a piece's tokens, and in REVERSE that of keys, with what later queries have summed up.
 
-    Everything is transposed, (channels, tokens): the running state is then the left factor of its product and goes
-    there from the registers it is summed in. `factors` weigh the features of k: scale by denominator.
+    Scores are of rows, and so a left factor in the registers that they were computed in; keys are loaded transposed.
+    Denominators are what values of one would have: z and the sums of scores come from products, too, of the same
+    rounded factors, so that the mean of equal values is that value. `factors` weigh the features of k: scale by
+    denominator.
     """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
@@ -86,10 +96,12 @@ def _linear_outputs_kernel(
     v += batch * v_stride_b + head * v_stride_h
     lane = batch * H + head
     out += (batch * L * H + head) * DV
-    exact: tl.constexpr = q.dtype.element_ty == tl.float32
+    dtype: tl.constexpr = q.dtype.element_ty
+    exact: tl.constexpr = dtype == tl.float32
     seen = states + (lane * PIECES + piece // PER_SPAN * PER_SPAN) * COUNT
-    state = tl.load(seen + d[None, :] * DV + c[:, None], (d < D)[None, :] & (c < DV)[:, None], other=0.0)
-    z = tl.load(seen + D * DV + d, d < D, other=0.0)
+    state = tl.load(seen + d[:, None] * DV + c[None, :], (d < D)[:, None] & (c < DV)[None, :], other=0.0)
+    z = tl.load(seen + D * DV + d[:, None] + tl.zeros([1, ONES], tl.int32), (d < D)[:, None], other=0.0)
+    ones = tl.full([BLOCK_N, ONES], 1.0, dtype)
     groups = tl.cdiv(end - begin, GROUP)
     # Masked groups are the steps of the inner loop, so that loads run ahead there.
     for g in tl.range(0, 1 if MASKED else groups):
@@ -98,12 +110,15 @@ def _linear_outputs_kernel(
         if SCAN and not MASKED:
             for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
                 n = first + chunk
-                y = feature_rows(load_rows(k, n, d, stop, D, k_stride_l, k_stride_d), n, d, stop, D, MAP)
-                w = load_columns(v, n, c, stop, DV, v_stride_l, v_stride_d)
+                y = load_columns(k, n, d, stop, D, k_stride_l, k_stride_d)
+                y = feature_columns(y, n, d, stop, D, MAP)
                 if factors is not None:
-                    y = y.to(tl.float32) * tl.load(factors + lane * 2 * L + n, n < stop, other=0.0)[:, None]
-                state = product(w, y, state, exact)
-                z += tl.sum(y.to(tl.float32), axis=0)
+                    y = y.to(tl.float32) * tl.load(factors + lane * 2 * L + n, n < stop, other=0.0)[None, :]
+                y = factor(y, dtype)
+                w = load_rows(v, n, c, stop, DV, v_stride_l, v_stride_d)
+                state = product(y, w, state, dtype, exact)
+                if NORMALIZE:
+                    z = product(y, ones, z, dtype, exact)
         for i in tl.range(0, groups if MASKED else tl.cdiv(stop - start, BLOCK_N), num_stages=STAGES):
             if MASKED:
                 first = (begin + (groups - 1 - i if REVERSE else i) * GROUP).to(tl.int32)
@@ -111,43 +126,68 @@ def _linear_outputs_kernel(
             else:
                 first = start + i * BLOCK_N
             n = first + chunk
-            x = feature_columns(load_columns(q, n, d, stop, D, q_stride_l, q_stride_d), n, d, stop, D, MAP)
-            divisor = tl.sum(x.to(tl.float32) * z[:, None], axis=0)
-            if MASKED:
-                y = feature_rows(load_rows(k, n, d, stop, D, k_stride_l, k_stride_d), n, d, stop, D, MAP)
-                w = load_columns(v, n, c, stop, DV, v_stride_l, v_stride_d)
+            held, held_z = state, z
+            if MASKED:  # first of all, since keys as a left factor take registers
+                y = load_columns(k, n, d, stop, D, k_stride_l, k_stride_d)
+                y = feature_columns(y, n, d, stop, D, MAP)
                 if factors is not None:
-                    y = y.to(tl.float32) * tl.load(factors + lane * 2 * L + n, n < stop, other=0.0)[:, None]
-                scores = product(y, x, tl.zeros([BLOCK_N, BLOCK_N], tl.float32), exact)
-                scores = tl.where(sees(BLOCK_N, BLOCK, REVERSE), scores, 0.0)
-                divisor += tl.sum(scores, axis=0)
-                total = product(w, scores, tl.zeros([BLOCK_V, BLOCK_N], tl.float32), exact)
-                total = product(state, x, total, exact)
-                state = product(w, y, state, exact)
-                z += tl.sum(y.to(tl.float32), axis=0)
-            else:
-                total = product(state, x, tl.zeros([BLOCK_V, BLOCK_N], tl.float32), exact)
+                    y = y.to(tl.float32) * tl.load(factors + lane * 2 * L + n, n < stop, other=0.0)[None, :]
+                y = factor(y, dtype)
+                w = load_rows(v, n, c, stop, DV, v_stride_l, v_stride_d)
+                held = factor(state, dtype)
+                state = product(y, w, state, dtype, exact)
+                if NORMALIZE:
+                    z = product(y, ones, z, dtype, exact)
+            x = factor(feature_rows(load_rows(q, n, d, stop, D, q_stride_l, q_stride_d), n, d, stop, D, MAP), dtype)
+            total = product(x, held, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), dtype, exact)
+            if NORMALIZE:
+                divisor = product(x, held_z, tl.zeros([BLOCK_N, ONES], tl.float32), dtype, exact)
+            if MASKED:
+                scores = product(x, y, tl.zeros([BLOCK_N, BLOCK_N], tl.float32), dtype, exact)
+                scores = factor(tl.where(sees(BLOCK_N, BLOCK, BACK=not REVERSE), scores, 0.0), dtype)
+                total = product(scores, w, total, dtype, exact)
+                if NORMALIZE:
+                    divisor = product(scores, ones, divisor, dtype, exact)
             total *= scale
             if NORMALIZE:
-                total = divide(total, (divisor * scale + EPS)[None, :], exact)
-            target = out + n.to(tl.int64)[None, :] * H * DV + c[:, None]
-            tl.store(target, total.to(out.dtype.element_ty), (n < stop)[None, :] & (c < DV)[:, None])
+                total = divide(total, (first_column(divisor, ONES) * scale + EPS)[:, None], exact)
+            target = out + n.to(tl.int64)[:, None] * H * DV + c[None, :]
+            tl.store(target, total.to(out.dtype.element_ty), (n < stop)[:, None] & (c < DV)[None, :])
 
 
-def output_config(size: int, value_size: int, plan: Plan, wide: bool) -> dict[str, int]:
-    """Tile of a program: half as much of the state where scores need registers too, or operands are float32."""
-    block_d = padded(size)
-    tile = 16384 >> (plan.is_masked + wide)
-    return {
-        "BLOCK_N": plan.chunk if plan.is_masked else 32 if wide or size > 128 else 64,
-        "BLOCK_D": block_d,
-        "BLOCK_V": max(16, min(padded(value_size), tile // block_d)),
-        "STAGES": 2,
-    }
+def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
+    """As much of the state as registers hold. A scan of half tokens has half of 128 values a program, of which two fit
+    on a multiprocessor; before sm_90, and on sm_120, factors of products are in registers too.
+    """
+    wide = is_wide(dtype, features, direction)
+    roomy = arch in TENSOR_MEMORY or arch == 90
+    stages = 2
+    if walk != "scan":
+        block_n, block_v = 32 if wide or size > 128 else 64, (8192 if wide else 16384) // size
+    elif dtype == "fp32" or size > 128 or (wide and not roomy):
+        block_n, block_v, stages = 16, 4096 // size, 1
+    elif wide:
+        block_n, block_v = 32, 4096 // size
+    elif roomy:
+        block_n, block_v, stages = 64, 64, 1 if direction == "reverse" and arch == 90 else 2
+    else:
+        block_n, block_v = 16 if arch == 120 else 32, 64 if direction == "reverse" else 32
+    block_v = max(16, min(value_size, block_v))
+    warps = 8 if size * block_v > (2048 if walk != "scan" or stages == 1 and block_n == 16 else 8192) else 4
+    return {"BLOCK_N": block_n, "BLOCK_V": block_v, "STAGES": stages, "num_warps": warps}
 
 
-def output_warps(config: dict[str, int]) -> int:
-    return 8 if config["BLOCK_D"] * config["BLOCK_V"] > 2048 else 4
+def _candidates(arch: int, **fields) -> list[Tile]:
+    if fields["dtype"] == "fp32":
+        return []
+    return [
+        {"BLOCK_N": tokens, "BLOCK_V": block_v, "STAGES": stages, "num_warps": warps}
+        for block_v in {min(128, fields["value_size"]), max(16, min(128, fields["value_size"]) // 2)}
+        for tokens, stages, warps in ((32, 3, 4), (32, 2, 8), (64, 2, 4), (64, 1, 8), (64, 2, 8), (64, 3, 8))
+    ]
+
+
+OUTPUTS = Tunable("_linear_outputs_kernel", FIELDS, _default, _candidates)
 
 
 def outputs(
@@ -166,9 +206,9 @@ def outputs(
     """(B, L, H, Dv): what tokens q find in the states, and in the keys and values of their piece."""
     batch, length, heads, size = q.shape
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    wide = q.element_size() == 4 or feature_map == "elu1" or factors is not None
-    config = output_config(size, v.shape[3], plan, wide)
-    splits = max(1, triton.cdiv(v.shape[3], config["BLOCK_V"]))
+    tile = OUTPUTS.tile(q.device, **fields_of(q, v, feature_map, plan, reverse))
+    splits = max(1, triton.cdiv(v.shape[3], tile["BLOCK_V"]))
+    group, block, masked = steps_of(plan, block, tile["BLOCK_N"])
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
         return out
@@ -188,8 +228,8 @@ def outputs(
         plan.span,
         plan.per_span,
         plan.piece,
-        plan.group,
-        min(block, plan.chunk),  # as far as a masked group knows
+        group,
+        block,
         states.shape[2],
         splits,
         *q.stride(),
@@ -197,11 +237,11 @@ def outputs(
         *v.stride(),
         MAP=feature_map,
         SCAN=plan.is_scan,
-        MASKED=plan.is_masked,
+        MASKED=masked,
         NORMALIZE=normalize,
         REVERSE=reverse,
-        **config,
-        num_warps=output_warps(config),
+        BLOCK_D=padded(size),
+        **tile,
     )
     return out
 
@@ -220,8 +260,7 @@ def launch_linear_attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `vidmem_kernels.linear_attention`."""
     batch, _, heads, size = q.shape
-    chunk = chunk_of(size, q.element_size() == 4 or feature_map == "elu1")
-    plan = make_plan(tokens_to_walk(q, v), causal, block_size, chunk)
+    plan = make_plan(tokens_to_walk(q, v), causal, block_size, batch * heads, q.device)
     last_S = torch.empty(batch, heads, size, v.shape[3], dtype=torch.float32, device=q.device)
     last_z = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
     states = empty_states(q, v, plan)
@@ -231,28 +270,48 @@ def launch_linear_attention_fwd(
     return out, last_S, last_z
 
 
-def _entry(dtype: str, size: int, feature_map: str, causal: bool, block: int = 1, reverse: bool = False):
-    wide = dtype == "fp32" or feature_map == "elu1" or reverse
-    plan = make_plan(32760, causal, block, chunk_of(size, wide))
-    config = output_config(size, size, plan, wide)
+def tiles_linear_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor | None,
+    z: Tensor | None,
+    feature_map: str,
+    causal: bool,
+    block_size: int,
+    normalize: bool,
+    scale: float = 1.0,
+) -> list[Chosen]:
+    """The tiles of `launch_linear_attention_fwd`, for `explain`."""
+    plan = make_plan(tokens_to_walk(q, v), causal, block_size, q.shape[0] * q.shape[2], q.device)
+    fields = fields_of(q, v, feature_map, plan)
+    return [SUMS.chosen(q.device, **fields), OUTPUTS.chosen(q.device, **fields)]
+
+
+def _entry(dtype: str, size: int, feature_map: str, walk: str = "", masked: bool = False, reverse: bool = False):
+    fields = {"dtype": dtype, "size": size, "value_size": size, "walk": walk}
+    fields |= {"features": "elu1" if feature_map == "elu1" else "", "direction": "reverse" if reverse else ""}
     pointers = {**{name: f"*{dtype}" for name in ("q", "k", "v", "out")}, "states": "*fp32", "scale": "fp32"}
     constants = {f"{name}_stride_d": 1 for name in "qkv"}
-    constants |= {"MAP": feature_map, "SCAN": plan.is_scan, "MASKED": plan.is_masked}
+    constants |= {"MAP": feature_map, "SCAN": walk == "scan", "MASKED": masked, "BLOCK_D": size}
     constants |= {"NORMALIZE": not reverse, "REVERSE": reverse}
     if reverse:
         pointers["factors"] = "*fp32"
     else:
         constants["factors"] = None
-    return pointers, {**constants, **config}, output_warps(config)
+    return pointers, constants, (OUTPUTS, fields)
 
 
 AOT = {
     "_linear_outputs_kernel": [
-        _entry("bf16", 128, "relu", causal=False),
-        _entry("bf16", 128, "relu", causal=True),
-        _entry("bf16", 256, "relu", causal=True),
-        _entry("fp32", 64, "elu1", causal=True),
-        _entry("bf16", 64, "relu", causal=True, block=390),
-        _entry("bf16", 128, "relu", causal=True, reverse=True),
+        _entry("bf16", 128, "relu"),
+        _entry("bf16", 128, "relu", "scan", masked=True),
+        _entry("bf16", 256, "relu", "scan", masked=True),
+        _entry("fp32", 64, "elu1", "scan", masked=True),
+        _entry("bf16", 64, "relu", "scan"),
+        _entry("bf16", 128, "relu", "scan", masked=True, reverse=True),
+        _entry("bf16", 128, "relu", reverse=True),
+        _entry("fp16", 128, "elu1", "scan", masked=True),
+        _entry("bf16", 128, "elu1", "scan", masked=True),
     ]
 }

@@ -6,7 +6,8 @@ pieces come first (triton_states), then the state that every piece begins with, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,11 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _env
+from .._tuned import dtype_name
 
-PIECE = 1024  # tokens that share one float32 state in memory, 64 KiB at D = Dv = 128, beside 1 MiB of bfloat16 tokens
-CHUNK = 32  # tokens of a masked tile of scores beside a state, see `chunk_of`
+PIECE = 256  # least tokens of a piece: 256 KiB of bfloat16 at D = Dv = 128, beside 64 KiB of float32 state
+SCANNED = 512  # tokens of the largest blocks of which a piece holds several
 EPS = tl.constexpr(1e-10)
-# The interpreter multiplies the bits of bfloat16.
+ONES = tl.constexpr(16)  # columns, all the same, of sums of features: as few as a product may have
+FIELDS = ("dtype", "size", "value_size", "features", "walk", "direction")  # what the tiles of all kernels depend on
+TENSOR_MEMORY = (100, 103)  # GPUs that hold sums of products there, not in registers
+# The interpreter multiplies the bits of bfloat16, and cuts rather than rounds to it.
 _INTERPRETED = tl.constexpr(_env.triton_interpret())
 
 
@@ -29,31 +34,71 @@ class Plan(NamedTuple):
     span: int  # tokens whose queries see the same, or those of a piece
     per_span: int  # pieces of a span
     piece: int
-    group: int  # tokens that a scan goes on by
     is_scan: bool  # a piece holds several blocks
-    is_masked: bool  # a group holds several blocks
-    chunk: int  # tokens of a masked tile
 
 
-def chunk_of(size: int, wide: bool) -> int:
-    """Tokens of a masked tile: those for which registers are left beside the running state."""
-    return CHUNK // 2 if wide or size > 128 else CHUNK
+def slots_of(device: torch.device, per_multiprocessor: int) -> int:
+    """Programs that a GPU runs at a time; under the interpreter as many as a small GPU's."""
+    if device.type != "cuda":
+        return 16 * per_multiprocessor
+    return torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
 
 
-def make_plan(length: int, causal: bool, block: int, chunk: int) -> Plan:
-    """Pieces of whole small blocks, which are walked along; or of part of a large one, whose state all of it sees."""
-    if causal and block <= PIECE // 2:
-        masked = block <= chunk
-        group = chunk // block * block if masked else block
-        piece = PIECE // group * group
-        return Plan(triton.cdiv(length, piece), piece, 1, piece, group, True, masked, chunk)
+@functools.lru_cache(1024)
+def _count(length: int, lanes: int, slots: int, least: int) -> int:
+    """Pieces of each of `lanes` sequences with which `slots` programs at a time are done first."""
+    most = max(1, min(triton.cdiv(length, least), 2 * triton.cdiv(slots, max(1, lanes))))
+    # A state is written, summed up and read: the time of about 128 tokens.
+    return min(
+        range(1, most + 1), key=lambda count: triton.cdiv(lanes * count, slots) * (triton.cdiv(length, count) + 128)
+    )
+
+
+def make_plan(length: int, causal: bool, block: int, lanes: int, device: torch.device) -> Plan:
+    """Pieces of whole small blocks, which are walked along; or of part of a large one, whose state all of it sees.
+
+    As many as keep a GPU busy: one program a multiprocessor that walks, with its state in registers, else two.
+    """
+    if causal and block <= SCANNED:
+        unit = max(1, 64 // block) * block
+        count = _count(length, lanes, slots_of(device, 1), PIECE)
+        piece = max(1, triton.cdiv(triton.cdiv(length, count), unit)) * unit
+        return Plan(triton.cdiv(length, piece), piece, 1, piece, True)
     span = min(block, length) if causal else length
     if span == 0:
-        return Plan(0, 1, 1, 1, 1, False, False, chunk)
-    even = triton.cdiv(span, triton.cdiv(span, PIECE))
-    piece = triton.cdiv(even, 64) * 64
+        return Plan(0, 1, 1, 1, False)
+    spans = triton.cdiv(length, span)
+    count = _count(span, lanes * spans, slots_of(device, 2), PIECE)
+    piece = triton.cdiv(triton.cdiv(span, count), 64) * 64
     per_span = triton.cdiv(span, piece)
-    return Plan(triton.cdiv(length, span) * per_span, span, per_span, piece, piece, False, False, chunk)
+    return Plan(spans * per_span, span, per_span, piece, False)
+
+
+def steps_of(plan: Plan, block: int, chunk: int) -> tuple[int, int, bool]:
+    """Tokens of a group and of a block, as far as a step of `chunk` tokens knows, and whether a group holds several.
+
+    A group is what a scan goes on by: whole small blocks, whose scores are a masked tile, or one larger block.
+    """
+    if plan.is_scan and block <= chunk:
+        return chunk // block * block, block, True
+    return (block if plan.is_scan else plan.piece), chunk, False
+
+
+def fields_of(q: Tensor, v: Tensor, feature_map: str, plan: Plan, reverse: bool = False) -> dict[str, Any]:
+    """What the tile of a launch depends on. In reverse, features have weights, and states come from what is behind."""
+    return {
+        "dtype": dtype_name(q.dtype),
+        "size": padded(q.shape[3]),
+        "value_size": padded(v.shape[3]),
+        "features": "elu1" if feature_map == "elu1" else "",  # the others are exact
+        "walk": "scan" if plan.is_scan else "",
+        "direction": "reverse" if reverse else "",
+    }
+
+
+def is_wide(dtype: str, features: str, direction: str) -> bool:
+    """Whether features are factors of four bytes: see `factor`."""
+    return dtype == "fp32" or (dtype == "fp16" and (features == "elu1" or direction == "reverse"))
 
 
 def tokens_to_walk(q: Tensor, v: Tensor) -> int:
@@ -132,13 +177,40 @@ def exp_negative(x):
 
 
 @triton.jit
+def _rounded(x, BITS: tl.constexpr):
+    """float32 rounded, to even, to one whose last BITS are 0."""
+    raised = x.to(tl.int32, bitcast=True)
+    raised += ((raised >> BITS) & 1) + ((1 << (BITS - 1)) - 1)
+    return tl.where(x == x, (raised & (-1 << BITS)).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def factor(x, DTYPE: tl.constexpr):
+    """x as a factor of a product, where the tokens are of DTYPE: rounded to it once.
+
+    Sums and features outgrow float16's range, so beside float16 they are float32 of as many bits, which is TF32.
+    """
+    if x.dtype != tl.float32 or DTYPE == tl.float32:  # noqa: SIM300
+        return x
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        return _rounded(x, 13)
+    elif _INTERPRETED:
+        return _rounded(x, 16)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
 def features(x, mask, MAP: tl.constexpr):
     """Exact, so in the dtype of the tokens; elu1's in float32. 0 where `mask` is not set, NaN of NaN."""
     if MAP == "identity":
         return x
     elif MAP == "relu":
-        wide = x.to(tl.float32)
-        return tl.where(wide <= 0, 0.0, wide).to(x.dtype)
+        if _INTERPRETED:
+            wide = x.to(tl.float32)
+            return tl.where(wide <= 0, 0.0, wide).to(x.dtype)
+        else:
+            return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         wide = x.to(tl.float32)
         return tl.where(mask, tl.where(wide > 0, wide + 1, exp_negative(tl.where(wide > 0, 0.0, wide))), 0.0)
@@ -155,82 +227,64 @@ def feature_columns(x, n, c, end, C, MAP: tl.constexpr):
 
 
 @triton.jit
-def _rest(x, part):
-    """What rounding left; of infinity nothing."""
-    rest = x - part.to(tl.float32)
-    return tl.where(rest == rest, rest, 0.0)
-
-
-@triton.jit
-def _leading(x, DTYPE: tl.constexpr):
-    """x to as many bits as a tensor core takes of a factor beside one of DTYPE: bfloat16, or float32 cut to TF32."""
-    if DTYPE != tl.bfloat16:  # noqa: SIM300
-        cut = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where(x == x, cut, x)
+def times_derivative(t, phi, MAP: tl.constexpr):
+    """t times the derivative of the feature map where phi is its value, in float32."""
+    if MAP == "relu":
+        return t * (phi > 0).to(tl.float32)
+    elif MAP == "elu1":
+        return t * tl.where(phi > 1, 1.0, phi)  # exp(x) up to 0, then 1
     else:
-        return x.to(tl.bfloat16)
+        return t
 
 
 @triton.jit
-def _dot(a, b, acc):
-    """acc + a b of factors that a tensor core takes unrounded."""
-    if _INTERPRETED or a.dtype != b.dtype:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32")
-    else:
-        return tl.dot(a, b, acc, input_precision="tf32")
-
-
-@triton.jit
-def _apart(a, b):
-    """a b of such factors, which stays apart from what it is added to."""
-    if _INTERPRETED or a.dtype != b.dtype:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32", max_num_imprecise_acc=1)
-    else:
-        return tl.dot(a, b, max_num_imprecise_acc=1)
-
-
-@triton.jit
-def product(a, b, acc, EXACT: tl.constexpr):
-    """acc + a b; EXACT where float32 results come of it, else where they are rounded to a shorter dtype.
+def product(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    """acc + a b, where the tokens are of DTYPE; EXACT where float32 results come of it.
 
     A tensor core multiplies exactly, but cuts off, rather than rounds, each sum of some 16 products and the
     accumulator: over 1,024 tokens of one sign up to float32's last six bits. So with EXACT a tile's products are summed
     by themselves and added in registers, as in DeepSeek-V3's float8 products. Triton makes of `acc + tl.dot(a, b)` a
-    sum in the tensor core again, unless the dot has an accumulator of its own that is not 0, or max_num_imprecise_acc
-    is set (which otherwise matters to float8 alone).
+    sum in the tensor core again, unless max_num_imprecise_acc is set (which otherwise matters to float8 alone).
 
-    float32 tokens are multiplied without tensor cores: three products of TF32 parts err more than float32 may. Of a
-    float32 factor beside one of the tokens' dtype three parts are taken with EXACT, all its bits, else two.
+    float32 tokens are multiplied without tensor cores: three products of TF32 parts err more than float32 may.
+
+    No factor is the transpose of a product: of `dot(trans(dot(...)), x)` Triton 3.4 to 3.7.0 makes wrong code for
+    Hopper at tiles of 64. What has to be transposed is computed transposed, or loaded so.
     """
-    if a.dtype == tl.float32 and b.dtype == tl.float32:
-        if EXACT:
-            acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
-        else:
-            acc = tl.dot(a, b, acc, input_precision="tf32x3")
-    elif a.dtype == b.dtype:
-        if EXACT:
-            acc += _apart(a, b)
-        else:
-            acc = _dot(a, b, acc)
-    elif a.dtype == tl.float32:
-        high = _leading(a, b.dtype)
-        rest = _rest(a, high)
-        low = _leading(rest, b.dtype)
-        if EXACT:
-            acc += _apart(high, b)
-            acc += _dot(_leading(_rest(rest, low), b.dtype), b, _apart(low, b))
-        else:
-            acc = _dot(low, b, _dot(high, b, acc))
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+    left, right = factor(a, DTYPE), factor(b, DTYPE)
+    if _INTERPRETED or left.dtype != right.dtype:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    if EXACT:
+        return acc + tl.dot(left, right, input_precision="tf32", max_num_imprecise_acc=1)
     else:
-        high = _leading(b, a.dtype)
-        rest = _rest(b, high)
-        low = _leading(rest, a.dtype)
-        if EXACT:
-            acc += _apart(a, high)
-            acc += _dot(a, _leading(_rest(rest, low), a.dtype), _apart(a, low))
-        else:
-            acc = _dot(a, low, _dot(a, high, acc))
+        return tl.dot(left, right, acc, input_precision="tf32")
+
+
+@triton.jit
+def _rest(x, DTYPE: tl.constexpr):
+    """What rounding to a factor leaves; of infinity nothing."""
+    rest = x - factor(x, DTYPE).to(tl.float32)
+    return tl.where(rest == rest, rest, 0.0)
+
+
+@triton.jit
+def whole_product(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    """`product` which, with EXACT, has also what rounding leaves of a float32 factor: all but a float32's last bits."""
+    if EXACT and DTYPE != tl.float32:  # noqa: SIM300
+        if a.dtype == tl.float32:
+            acc = product(_rest(a, DTYPE), b, acc, DTYPE, EXACT)
+        if b.dtype == tl.float32:
+            acc = product(a, _rest(b, DTYPE), acc, DTYPE, EXACT)
+    acc = product(a, b, acc, DTYPE, EXACT)
     return acc
+
+
+@triton.jit
+def first_column(x, ONES: tl.constexpr):
+    """Of a (rows, ONES) tile."""
+    return tl.sum(tl.where((tl.arange(0, ONES) == 0)[None, :], x, 0.0), axis=1)
 
 
 @triton.jit
@@ -246,10 +300,10 @@ def divide(x, y, EXACT: tl.constexpr):
 
 
 @triton.jit
-def sees(CHUNK: tl.constexpr, BLOCK, REVERSE: tl.constexpr):
-    """(others, tokens): whether a token of a group finds another one, of its own block or of those already walked."""
+def sees(CHUNK: tl.constexpr, BLOCK, BACK: tl.constexpr):
+    """(tokens, tokens) of a group: those of a row's own block and, with BACK, of earlier ones; else of later ones."""
     block = (tl.arange(0, CHUNK) // BLOCK).to(tl.int32)
-    if REVERSE:
+    if BACK:
         return block[:, None] >= block[None, :]
     else:
         return block[:, None] <= block[None, :]

@@ -1,7 +1,8 @@
 """Triton kernels of linear attention's states: the sums of pieces, the states before them.
 
-With B * H = 12, L = 32,760 and D = Dv = 128, sums of 1,024 tokens are 25 MiB of float32: they are written, read and
-written again by the prefix, and read by what comes after. The bfloat16 keys and values are 2 * 96 MiB.
+With B * H = 12, L = 32,760 and D = Dv = 128, the 22 pieces of a head on a GPU of 132 multiprocessors have 17 MiB of
+float32 sums: they are written, read and written again by the prefix, and read by what comes after. The bfloat16 keys
+and values are 2 * 96 MiB.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tuned import Tile, Tunable
 from .triton_parts import (
+    FIELDS,
     Plan,
     bounds_of,
+    factor,
     feature_columns,
+    fields_of,
+    is_wide,
     load_columns,
     load_rows,
     padded,
-    product,
     program_of,
+    whole_product,
 )
 
 
@@ -62,20 +68,23 @@ def _linear_sums_kernel(
     k += batch * k_stride_b + head * k_stride_h
     v += batch * v_stride_b + head * v_stride_h
     lane = batch * H + head
+    dtype: tl.constexpr = v.dtype.element_ty
     state = tl.zeros([BLOCK_D, BLOCK_V], tl.float32)
     keys = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)  # summed over tokens once, at the end
     for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = first + tl.arange(0, BLOCK_N)
         y = feature_columns(load_columns(k, n, d, end, D, k_stride_l, k_stride_d), n, d, end, D, MAP)
         w = load_rows(v, n, c, end, DV, v_stride_l, v_stride_d)
+        # The same factors in S and z: equal values have their mean, and of a gradient the two all but cancel.
         if factors is not None:
             at = factors + lane * 2 * L + n
-            # The same rounded product in S and z, whose parts of a gradient all but cancel.
             y = y.to(tl.float32) * tl.load(at, n < end, other=0.0)[None, :]
             keys -= y * tl.load(at + L, n < end, other=0.0)[None, :]
-        elif WITH_Z:
-            keys += y.to(tl.float32)
-        state = product(y, w, state, EXACT=True)
+        else:
+            y = factor(y, dtype)
+            if WITH_Z:
+                keys += y.to(tl.float32)
+        state = whole_product(y, w, state, dtype, EXACT=True)
     target = states + (lane * PIECES + piece) * COUNT
     in_d = d < D
     tl.store(target + d[:, None] * DV + c[None, :], state, in_d[:, None] & (c < DV)[None, :])
@@ -139,20 +148,34 @@ def _linear_prefix_kernel(
     tl.store(last_z + lane * D + at - D * DV, state, in_z)
 
 
-def sum_config(size: int, value_size: int, wide: bool, single: bool) -> dict[str, int]:
-    """Tile of a program; `wide` is float32 features, `single` float32 tokens, whose products take registers."""
-    block_d = padded(size)
-    block_v = min(padded(value_size), (8192 if wide or size > 128 else 16384) // block_d)
+def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
+    """Products of float32 tokens take registers, and so do both parts of a weighted feature."""
+    wide = is_wide(dtype, features, direction)
+    block_v = min(value_size, (8192 if wide or size > 128 else 16384) // size)
     return {
-        "BLOCK_N": 16 if single else 32 if wide else 64,
-        "BLOCK_D": block_d,
+        "BLOCK_N": 16 if dtype == "fp32" else 32 if wide or direction == "reverse" else 64,
         "BLOCK_V": block_v,
         "STAGES": 3,
+        "num_warps": 8 if size * block_v > 4096 else 4,
     }
 
 
-def _warps(config: dict[str, int]) -> int:
-    return 8 if config["BLOCK_D"] * config["BLOCK_V"] > 4096 else 4
+def _candidates(arch: int, **fields) -> list[Tile]:
+    """Half of the values at a time leave room for two programs a multiprocessor, which both read the keys."""
+    if fields["dtype"] == "fp32":
+        return []
+    widest = _default(arch, **fields)["BLOCK_V"]
+    return [
+        {"BLOCK_N": tokens, "BLOCK_V": block_v, "STAGES": stages, "num_warps": warps}
+        for tokens, block_v, stages, warps in (
+            (32, widest, 4, 8), (64, widest, 2, 8), (64, widest, 4, 8), (128, widest, 2, 8),
+            (64, widest // 2, 3, 8), (64, widest // 2, 3, 4), (128, widest // 2, 2, 8), (128, widest // 2, 2, 4),
+        )
+        if block_v >= 16
+    ]  # fmt: skip
+
+
+SUMS = Tunable("_linear_sums_kernel", FIELDS, _default, _candidates)
 
 
 def sum_pieces(
@@ -160,10 +183,8 @@ def sum_pieces(
 ) -> None:
     """Fills `states` with the sums of the pieces; without `with_z`, their z is 0."""
     batch, length, heads, size = k.shape
-    single = k.element_size() == 4
-    wide = single or feature_map == "elu1" or factors is not None
-    config = sum_config(size, v.shape[3], wide, single)
-    splits = max(1, triton.cdiv(v.shape[3], config["BLOCK_V"]))  # z also has to be summed beside no values
+    tile = SUMS.tile(k.device, **fields_of(k, v, feature_map, plan, reverse=factors is not None))
+    splits = max(1, triton.cdiv(v.shape[3], tile["BLOCK_V"]))  # z also has to be summed beside no values
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
         return
@@ -186,8 +207,8 @@ def sum_pieces(
         *v.stride(),
         MAP=feature_map,
         WITH_Z=with_z,
-        **config,
-        num_warps=_warps(config),
+        BLOCK_D=padded(size),
+        **tile,
     )
 
 
@@ -224,15 +245,15 @@ def prefix_states(
 
 
 def _entry(dtype: str, size: int, feature_map: str, weighted: bool = False):
-    single = dtype == "fp32"
-    config = sum_config(size, size, single or feature_map == "elu1" or weighted, single)
+    fields = {"dtype": dtype, "size": size, "value_size": size, "walk": ""}
+    fields |= {"features": "elu1" if feature_map == "elu1" else "", "direction": "reverse" if weighted else ""}
     pointers = {"k": f"*{dtype}", "v": f"*{dtype}", "states": "*fp32"}
-    constants = {"k_stride_d": 1, "v_stride_d": 1, "MAP": feature_map, "WITH_Z": True, **config}
+    constants = {"k_stride_d": 1, "v_stride_d": 1, "MAP": feature_map, "WITH_Z": True, "BLOCK_D": size}
     if weighted:
         pointers["factors"] = "*fp32"
     else:
         constants["factors"] = None
-    return pointers, constants, _warps(config)
+    return pointers, constants, (SUMS, fields)
 
 
 # See sparse_gather.triton_gather.AOT.

@@ -1,19 +1,22 @@
 """What the contract's samples miss of linear attention's Triton kernels: several pieces, tiles and splits of heads."""
 
-import itertools
+import ast
+import inspect
+import random
 
 import pytest
 import torch
 
-from vidmem_kernels import _dispatch, linear_attention, testing
+from vidmem_kernels import _dispatch, _tuned, linear_attention, testing
 from vidmem_kernels._op import OPS
 from vidmem_kernels.linear_attn import reference
 from vidmem_kernels.testing import Make
 
 pytest.importorskip("triton")
 
-from vidmem_kernels.linear_attn import triton_parts
+from vidmem_kernels.linear_attn import triton_gradients, triton_outputs, triton_pairs, triton_parts, triton_states
 
+MODULES = (triton_parts, triton_states, triton_outputs, triton_gradients, triton_pairs)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -88,21 +91,105 @@ def test_whole_pieces(device):
     check("linear_attention", (*args, "relu", True, 390, True))
 
 
-def test_plans_cover_every_token_once():
-    for length, block in itertools.product((0, 1, 63, 64, 1023, 1025, 5000), (1, 3, 26, 33, 64, 390, 512, 513, 1560)):
-        for causal in (True, False):
-            plan = triton_parts.make_plan(length, causal, block, 32)
-            covered, spans = [], set()
-            for piece in range(plan.pieces):
-                first = piece // plan.per_span * plan.span
-                begin = first + piece % plan.per_span * plan.piece
-                end = min(begin + plan.piece, first + plan.span, length)
-                covered += range(begin, end)
-                spans.add(first)
-            assert covered == list(range(length))
-            assert not causal or all(first % block == 0 for first in spans)
-            assert not plan.is_scan or (plan.piece % plan.group == 0 and plan.group % block == 0)
-            assert plan.piece <= triton_parts.PIECE
+def test_plans_cover_every_token_once(monkeypatch):
+    rng = random.Random(1)
+    for _ in range(200):
+        slots = rng.choice((1, 16, 132))
+        monkeypatch.setattr(triton_parts, "slots_of", lambda device, count, slots=slots: slots * count)
+        length, lanes = rng.choice((0, 1, 63, 64, 1023, 1025, 5000, 20000)), rng.choice((0, 1, 3, 12, 200))
+        block, causal = rng.choice((1, 3, 26, 33, 64, 390, 512, 513, 1560)), rng.random() < 0.7
+        plan = triton_parts.make_plan(length, causal, block, lanes, "cpu")
+        covered, spans = [], set()
+        for piece in range(plan.pieces):
+            first = piece // plan.per_span * plan.span
+            begin = first + piece % plan.per_span * plan.piece
+            end = min(begin + plan.piece, first + plan.span, length)
+            covered += range(begin, end)
+            spans.add(first)
+        assert covered == list(range(length))
+        assert not causal or all(first % block == 0 for first in spans)
+        assert plan.is_scan == (causal and block <= triton_parts.SCANNED)
+        assert not plan.is_scan or plan.piece % block == 0
+        assert lanes * plan.pieces <= max(lanes * len(spans), 4 * slots + 2 * lanes)
+        for chunk in (16, 64):
+            group, inside, masked = triton_parts.steps_of(plan, block, chunk)
+            assert masked == (plan.is_scan and block <= chunk)
+            assert (
+                group <= chunk and group % inside == 0 if masked else group == (block if plan.is_scan else plan.piece)
+            )
+
+
+@pytest.mark.parametrize("causal, pieces", [(True, 11), (False, 22)])
+def test_pieces_fill_a_gpu(causal, pieces, monkeypatch):
+    """12 heads of 32,760 tokens on 132 multiprocessors: a program each that walks, two each that do not."""
+    monkeypatch.setattr(triton_parts, "slots_of", lambda device, count: 132 * count)
+    assert triton_parts.make_plan(32760, causal, 1, 12, "cuda").pieces == pieces
+
+
+FIELDS = {"dtype": "bf16", "size": 32, "value_size": 32, "features": ""}
+CANDIDATES = [
+    (name, walk, direction, i)
+    for name, tunable in sorted(_tuned.TUNABLES.items())
+    if name.startswith("_linear_")
+    for walk, direction in (("", ""), ("scan", ""), ("scan", "reverse"))
+    for i in range(len(tunable.candidates(80, **FIELDS, walk=walk, direction=direction)))
+]
+
+
+@pytest.mark.sample(12)
+@pytest.mark.parametrize("name, walk, direction, index", CANDIDATES, ids=lambda value: str(value))
+def test_tiles_that_tuning_tries(name, walk, direction, index, short_pieces, device):
+    tunable = _tuned.TUNABLES[name]
+    make = Make(BF16, device)
+    args = arguments(make, 150, 20, 32, heads=1)
+    feature_map, block = random.Random(f"{name} {index}").choice([("relu", 1), ("elu1", 3), ("relu", 40), ("elu1", 70)])
+    with tunable.forced(tunable.candidates(80, **FIELDS, walk=walk, direction=direction)[index]):
+        check_both(make, args, (feature_map, walk == "scan", block, True))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tiles_that_explain_tells_are_those_of_the_launches(seed, short_pieces, device, monkeypatch):
+    rng = random.Random(seed)
+    make, taken, tile = Make(rng.choice((F32, BF16, F16)), device), [], _tuned.Tunable.tile
+
+    def noted(tunable, device, **fields):
+        taken.append(tunable.chosen(device, **fields))
+        return tile(tunable, device, **fields)
+
+    monkeypatch.setattr(_tuned.Tunable, "tile", noted)
+    args = arguments(make, 40, *rng.choice(((16, 20), (40, 16), (130, 16))), heads=1)
+    grads = arguments(make, 40, *args[3].shape[2:], heads=1)[2:]
+    options = rng.choice(("relu", "elu1")), rng.random() < 0.5, rng.choice((1, 30, 600)), rng.random() < 0.7, 1.0
+    for name, module, given in (
+        ("linear_attention", triton_outputs, (*args, *options)),
+        (
+            "linear_attention_backward",
+            triton_gradients,
+            (*grads, *args, *options),
+        ),
+    ):
+        taken.clear()
+        testing.run(OPS[name], given, "triton")
+        tiles = getattr(module, f"tiles_{name.replace('_backward', '')}_{'bwd' if 'backward' in name else 'fwd'}")
+        assert tiles(*given) == taken
+
+
+def test_no_transposed_product_is_a_factor():
+    """What Triton 3.4 to 3.7.0 compiles wrongly for Hopper, see triton_parts.product: here nothing is transposed."""
+    for module in MODULES:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("trans", "T", "permute")), module.__name__
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("block", [0, 1, 30, 100])
+def test_mean_of_ones(dtype, block, short_pieces, device):
+    """One, to a rounding: numerator and denominator are sums of the same rounded factors."""
+    make = Make(dtype, device)
+    q, k = make.randn(1, 200, 1, 20).exp(), make.randn(1, 200, 1, 20).exp()
+    ones = torch.ones(1, 200, 1, 24, dtype=dtype, device=device)
+    out = linear_attention(q, k, ones, feature_map="elu1", causal=block > 0, block_size=block or 1, backend="triton")
+    assert (out - ones).abs().max() <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("block, cut", [(1, 70), (3, 150), (50, 100), (150, 150)])
