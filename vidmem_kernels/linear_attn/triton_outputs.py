@@ -37,6 +37,24 @@ from .triton_states import SUMS, prefix_states, sum_pieces
 
 
 @triton.jit
+def _sum_features(z, y, ones, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    """z plus the features y (D, tokens) of all tokens; z is (D,), or (D, ONES) for a product to sum."""
+    if len(z.shape) == 1:
+        return z + tl.sum(y.to(tl.float32), axis=1)
+    else:
+        return product(y, ones, z, DTYPE, EXACT)
+
+
+@triton.jit
+def _weigh_features(x, z, ones, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    """x z of rows x, of the factors that a product would have: (tokens,), or (tokens, ONES) by a product."""
+    if len(z.shape) == 1:
+        return tl.sum(x.to(tl.float32) * factor(z, DTYPE).to(tl.float32)[None, :], axis=1)
+    else:
+        return product(x, z, tl.zeros_like(ones).to(tl.float32), DTYPE, EXACT)
+
+
+@triton.jit
 def _linear_outputs_kernel(
     q,
     k,
@@ -82,9 +100,10 @@ def _linear_outputs_kernel(
     """phi(q) S of a piece's tokens, and in REVERSE that of keys, with what later queries have summed up.
 
     Scores are of rows, and so a left factor in the registers that they were computed in; keys are loaded transposed.
-    Denominators are what values of one would have: z and the sums of scores come from products, too, of the same
-    rounded factors, so that the mean of equal values is that value. `factors` weigh the features of k: scale by
-    denominator.
+    Denominators are what values of one would have: z and the sums of scores are of the same rounded factors, so that
+    the mean of equal values is that value. They come from products too, but for float32, whose products take no
+    tensor cores, and where heads are so large that columns of ones would spill. `factors` weigh the features of k:
+    scale by denominator.
     """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
@@ -100,7 +119,10 @@ def _linear_outputs_kernel(
     exact: tl.constexpr = dtype == tl.float32
     seen = states + (lane * PIECES + piece // PER_SPAN * PER_SPAN) * COUNT
     state = tl.load(seen + d[:, None] * DV + c[None, :], (d < D)[:, None] & (c < DV)[None, :], other=0.0)
-    z = tl.load(seen + D * DV + d[:, None] + tl.zeros([1, ONES], tl.int32), (d < D)[:, None], other=0.0)
+    if exact or BLOCK_D > 128:
+        z = tl.load(seen + D * DV + d, d < D, other=0.0)
+    else:
+        z = tl.load(seen + D * DV + d[:, None] + tl.zeros([1, ONES], tl.int32), (d < D)[:, None], other=0.0)
     ones = tl.full([BLOCK_N, ONES], 1.0, dtype)
     groups = tl.cdiv(end - begin, GROUP)
     # Masked groups are the steps of the inner loop, so that loads run ahead there.
@@ -118,7 +140,7 @@ def _linear_outputs_kernel(
                 w = load_rows(v, n, c, stop, DV, v_stride_l, v_stride_d)
                 state = product(y, w, state, dtype, exact)
                 if NORMALIZE:
-                    z = product(y, ones, z, dtype, exact)
+                    z = _sum_features(z, y, ones, dtype, exact)
         for i in tl.range(0, groups if MASKED else tl.cdiv(stop - start, BLOCK_N), num_stages=STAGES):
             if MASKED:
                 first = (begin + (groups - 1 - i if REVERSE else i) * GROUP).to(tl.int32)
@@ -137,20 +159,24 @@ def _linear_outputs_kernel(
                 held = factor(state, dtype)
                 state = product(y, w, state, dtype, exact)
                 if NORMALIZE:
-                    z = product(y, ones, z, dtype, exact)
+                    z = _sum_features(z, y, ones, dtype, exact)
             x = factor(feature_rows(load_rows(q, n, d, stop, D, q_stride_l, q_stride_d), n, d, stop, D, MAP), dtype)
             total = product(x, held, tl.zeros([BLOCK_N, BLOCK_V], tl.float32), dtype, exact)
             if NORMALIZE:
-                divisor = product(x, held_z, tl.zeros([BLOCK_N, ONES], tl.float32), dtype, exact)
+                divisor = _weigh_features(x, held_z, ones, dtype, exact)
             if MASKED:
                 scores = product(x, y, tl.zeros([BLOCK_N, BLOCK_N], tl.float32), dtype, exact)
                 scores = factor(tl.where(sees(BLOCK_N, BLOCK, BACK=not REVERSE), scores, 0.0), dtype)
                 total = product(scores, w, total, dtype, exact)
-                if NORMALIZE:
+                if NORMALIZE and len(z.shape) == 1:
+                    divisor += tl.sum(scores.to(tl.float32), axis=1)
+                elif NORMALIZE:
                     divisor = product(scores, ones, divisor, dtype, exact)
             total *= scale
             if NORMALIZE:
-                total = divide(total, (first_column(divisor, ONES) * scale + EPS)[:, None], exact)
+                if len(z.shape) == 2:
+                    divisor = first_column(divisor, ONES)
+                total = divide(total, (divisor * scale + EPS)[:, None], exact)
             target = out + n.to(tl.int64)[:, None] * H * DV + c[None, :]
             tl.store(target, total.to(out.dtype.element_ty), (n < stop)[:, None] & (c < DV)[None, :])
 
