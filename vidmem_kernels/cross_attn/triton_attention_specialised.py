@@ -1,8 +1,8 @@
 """The loop of cross_attention's forward kernel with warps of their own for loads, for sm_90 and sm_100.
 
 Triton specialises the warps of one loop without branches whose every load is by descriptor, on sm_90 with num_warps=4,
-of which it makes 12; anything else it leaves as it is, silently. Hence no masks but the one of the last keys: windows and sinks,
-and blocks that tiles do not divide, keep to pointers. Compiled, never run on a GPU: no default.
+of which it makes 12; anything else it leaves as it is, silently. Hence no masks but the one of the last keys: windows
+and sinks, and blocks that tiles do not divide, keep to pointers. Compiled, never run on a GPU: no default.
 """
 
 from __future__ import annotations
