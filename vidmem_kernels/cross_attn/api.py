@@ -148,7 +148,8 @@ def cross_attention(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
-        IndexError: a block index outside [-1, ceil(Lk/bk) - 1].
+        IndexError: a block index outside [-1, ceil(Lk/bk) - 1]. Where Triton's kernels run on a GPU, on which checking
+            would cost a synchronisation, the queries with such a block are NaN instead; nothing outside is read.
 
     Equivalent PyTorch:
         bias = key_bias.view(B, -1, 1, Lk).expand(B, H, Lq, Lk).masked_fill(~visible, -inf)

@@ -1,36 +1,40 @@
 """Triton kernels of the gradient of cross_attention.
 
-Weights are recomputed from lse. One kernel sums over keys and one over queries, each in its own order: no atomics.
+Weights are recomputed from lse. In two passes one kernel sums over keys and one over queries, each in its own order. In
+one pass, with five products a pair instead of seven, the kernel that sums over queries adds its shares of the gradient
+of queries by atomics, in any order: only where no deterministic algorithms are asked for.
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_attention import (
-    FEW,
+from .._determinism import must_be_deterministic, warn_if_asked
+from .._tuned import Chosen, Tile, arch_of
+from .triton_attention import check_blocks, constants, strides
+from .triton_attention_keys import ROWS, TENSORS, _cross_attention_grad_kv_kernel
+from .triton_attention_parts import (
     as_operand,
-    check_blocks,
-    constants,
     dot_rows,
     dot_split,
     entry_of,
-    exp_minus,
     lane_of,
     load_rows,
     range_of,
+    seen_by_any,
     span_of,
-    span_of_windows,
-    strides,
     tiles_in,
+    unit_of,
     visible,
+    weights_of,
 )
-from .triton_attention_keys import ROWS, TENSORS, _cross_attention_grad_kv_kernel
 from .triton_plan import Call
-from .triton_tiles import WANTED, pick, variants
+from .triton_tiles import FEW, GRAD_KV, GRAD_Q, fields_of, variants
 
 
 @triton.jit
@@ -52,12 +56,12 @@ def _cross_attention_delta_kernel(
     grad_stride_l,
     grad_stride_h,
     grad_stride_d,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What all keys of a query share: delta, the gradient of its lse taken off, and the base of its weights.
-
-    The base of a query that sees nothing is +inf, which makes every weight 0.
+    """What all keys of a query share: delta, the gradient of its lse taken off, and the base of its weights, in the
+    units of scores. The base of a query that sees nothing is +inf, which makes every weight 0.
     """
     batch, head, tile = lane_of(tl.cdiv(LQ, BLOCK_M), H)
     row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -73,7 +77,7 @@ def _cross_attention_delta_kernel(
         total -= tl.load(grad_lse + where, row < LQ, other=0.0)
     log_sum = tl.load(lse + where, row < LQ, other=0.0)
     tl.store(delta + where, total, row < LQ)
-    tl.store(base + where, tl.where(log_sum == float("-inf"), float("inf"), log_sum), row < LQ)
+    tl.store(base + where, tl.where(log_sum == float("-inf"), float("inf"), log_sum * unit_of(PRECISION)), row < LQ)
 
 
 @triton.jit
@@ -86,11 +90,9 @@ def _tile_of_keys(
     k,
     v,
     bias,
-    rank,
+    when,
     low,
     high,
-    span_low,
-    span_high,
     entries,
     i,
     LK,
@@ -125,26 +127,26 @@ def _tile_of_keys(
     first = tl.cast(start, tl.int64)
     key = start + n
     inside = key < stop
-    there = inside
-    key_rank = None
-    row_rank = None
-    if MASKED:
-        if rank is not None:
-            key_rank = tl.load(rank + first + n, inside, other=0)
-            row_rank = key_rank[None, :]
-        there = visible(key, stop, listed, key_rank, span_low, span_high, SINKS, HAS_BLOCKS, HAS_SINKS)
-    at = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
-    keys = as_operand(load_rows(at, there, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
+    at_k = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
+    keys = as_operand(load_rows(at_k, inside, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
     at = v + first * v_stride_l + (n.to(tl.int64)[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d)
-    values = as_operand(load_rows(at, there, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
-    score = dot_rows(held, keys, PRECISION) * SCALE
+    values = as_operand(load_rows(at, inside, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
+    key_bias = None
     if bias is not None:
         at_bias = bias + (first + n) * bias_stride_k
-        score += (tl.load(at_bias, inside, other=0.0) if MASKED else tl.load(at_bias))[None, :]
+        key_bias = (tl.load(at_bias, inside, other=0.0) if MASKED else tl.load(at_bias))[None, :]
+    product = dot_rows(held, keys, PRECISION)
     if MASKED:
-        seen = visible(key[None, :], stop, listed, row_rank, low, high, SINKS, HAS_BLOCKS, HAS_SINKS)
-        score = tl.where(seen, score, float("-inf"))
-    weight = exp_minus(score, base[:, None], PRECISION, INTERPRET)
+        times = None
+        if when is not None:
+            times = tl.load(when + first + n, inside, other=0)[None, :]
+        seen = visible(key[None, :], stop, listed, times, low, high, SINKS, HAS_BLOCKS, HAS_SINKS)
+        if when is not None or HAS_SINKS:
+            there = seen_by_any(seen, product)
+            keys = as_operand(load_rows(at_k, there, d, D, EVEN, True), k.dtype.element_ty, INTERPRET)
+    weight = weights_of(product, key_bias, base[:, None], SCALE, PRECISION, INTERPRET)
+    if MASKED:
+        weight = tl.where(seen, weight, 0.0)
     grad_score = weight * (dot_rows(held_grad, values, PRECISION) - delta[:, None])
     if MASKED:  # 0 where a key is hidden, be the gradient NaN
         grad_score = tl.where(weight != 0.0, grad_score, 0.0)
@@ -160,7 +162,7 @@ def _cross_attention_grad_q_kernel(
     base,
     delta,
     bias,
-    rank,
+    when,
     low,
     high,
     ranges,
@@ -194,7 +196,7 @@ def _cross_attention_grad_q_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_k,
-    rank_stride_b,
+    when_stride_b,
     low_stride_b,
     tiles_stride_b,
     tiles_stride_h,
@@ -235,33 +237,32 @@ def _cross_attention_grad_q_kernel(
         bias += batch * bias_stride_b + head * bias_stride_h
     row_low = None
     row_high = None
-    span_low = None
-    span_high = None
-    if rank is not None:
-        rank += batch * rank_stride_b
-        row_low = tl.load(low + batch * low_stride_b + row64, row < stop, other=0)[:, None]
+    if when is not None:  # rows past the end have an empty window
+        when += batch * when_stride_b
+        row_low = tl.load(low + batch * low_stride_b + row64, row < stop, other=1)[:, None]
         row_high = tl.load(high + batch * low_stride_b + row64, row < stop, other=0)[:, None]
-        span_low, span_high = span_of_windows(row_low, row_high)
     lane = batch * tiles_stride_b + head * tiles_stride_h
     begin, middle, end = range_of(ranges, lane * count + tile, LK // BLOCK_N, tl.cdiv(LK, BLOCK_N))
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total = _tile_of_keys(
-            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, span_low, span_high,
-            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k,
-            False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            total, held, held_grad, row_base, row_delta, k, v, bias, when, row_low, row_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS,
+            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-    for i in tl.range(middle, end, num_stages=STAGES if ranges is not None else 1, disable_licm=not HOIST):
+    for i in tl.range(middle, end, num_stages=1, disable_licm=not HOIST):
         total = _tile_of_keys(
-            total, held, held_grad, row_base, row_delta, k, v, bias, rank, row_low, row_high, span_low, span_high,
-            entries, i, LK, D, DV, SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k,
-            True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            total, held, held_grad, row_base, row_delta, k, v, bias, when, row_low, row_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
+            HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
+    total = tl.where(end < begin, float("nan"), total)  # a block that is out of range
     grad_q += ((batch * LQ + row64[:, None]) * H + head) * D + d[None, :]
     tl.store(grad_q, (total * SCALE).to(grad_q.dtype.element_ty), (row < stop)[:, None] & (d < D)[None, :])
 
 
-_DELTA = {"BLOCK_M": 16}
+_DELTA = {"BLOCK_M": 16}  # the kernel is bound by memory
+_DELTA_WARPS = {"num_warps": 4}
 
 
 def launch_cross_attention_bwd(
@@ -307,30 +308,63 @@ def launch_cross_attention_bwd(
             value_size,
             *out.stride(),
             *grad_out.stride(),
+            PRECISION=fixed["PRECISION"],
             **_DELTA,
             BLOCK_V=fixed["BLOCK_V"],
-            num_warps=4,
+            **_DELTA_WARPS,
         )
-        split = half and keys < FEW
-        block_m, block_n, warps, stages, hoist = pick("grad_q", q, v, split, call.windowed)
-        block_m, block_n = call.limits(block_m, block_n)
-        _cross_attention_grad_q_kernel[(batch * heads * call.query_tiles(block_m),)](
+    kv_tile, _ = _kv_tile_of(call, q, v)
+    sums = delta  # stands for a sum that is not asked for
+    if kv_tile["ONE_PASS"]:
+        warn_if_asked("cross_attention_backward on triton")
+        sums = torch.zeros(q.shape, dtype=torch.float32, **like)
+    elif base.numel() > 0:
+        tile = call.limited(GRAD_Q.tile(q.device, **fields_of(q, v, call.features, keys < FEW)))
+        _cross_attention_grad_q_kernel[(batch * heads * call.query_tiles(tile["BLOCK_M"]),)](
             q, k, v, grad_out, base, delta, grad_q=grad_q, **shared, **by_axis, **fixed,
-            **call.arguments(block_m, block_n, by_key=False), SPLIT=split,
-            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, HOIST=hoist, num_warps=warps,
+            **call.arguments(tile, by_key=False), SPLIT=half and keys < FEW, **tile,
         )  # fmt: skip
     if batch * heads * keys > 0:
-        split = half and queries < FEW
-        block_m, block_n, warps, stages, hoist = pick("grad_kv", q, v, split, call.windowed)
-        block_m, block_n = call.limits(block_m, block_n)
-        _cross_attention_grad_kv_kernel[(batch * heads * call.key_tiles(block_n),)](
-            q, k, v, grad_out, base, delta, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias, **shared, **by_axis,
-            **fixed, **call.arguments(block_m, block_n, by_key=True), SPLIT=split,
-            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, HOIST=hoist, num_warps=warps,
+        _cross_attention_grad_kv_kernel[(batch * heads * call.key_tiles(kv_tile["BLOCK_N"]),)](
+            q, k, v, grad_out, base, delta, grad_k=grad_k, grad_v=grad_v, grad_bias=grad_bias, grad_q=sums, **shared,
+            **by_axis, **fixed, **call.arguments(kv_tile, by_key=True), SPLIT=half and queries < FEW, **kv_tile,
         )  # fmt: skip
+    if kv_tile["ONE_PASS"]:
+        grad_q = sums.to(q.dtype)
     if key_bias is not None:
         grad_bias = (grad_bias.sum(1) if key_bias.dim() == 2 else grad_bias).to(key_bias.dtype)
     return grad_q, grad_k, grad_v, grad_bias
+
+
+def one_pass_allowed(arch: int, version: str = triton.__version__) -> bool:
+    """Whether this Triton compiles the product with a transposed product right: 3.4 to 3.7.0 do not on Hopper (tiles of
+    64; flash-linear-attention issues 640 and 983). No other kernel of attention transposes a product."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+    return not (arch == 90 and (3, 4) <= numbers < (3, 7, 1))
+
+
+def _kv_tile_of(call: Call, q: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
+    """The tile of the gradient of keys, fitted to the call's blocks, and what it was chosen from."""
+    fields = fields_of(q, v, call.features, call.queries < FEW)
+    # In one pass the gradient of a query is summed in the order in which programs come.
+    fixed = must_be_deterministic() or not one_pass_allowed(arch_of(q.device))
+    fixed = fixed or fields["dtype"] == "fp32" or min(call.queries, call.keys) < FEW
+    fields["order"] = "fixed" if fixed else "any"
+    tile, chosen = GRAD_KV.tile(q.device, **fields), GRAD_KV.chosen(q.device, **fields)
+    if fixed and tile["ONE_PASS"]:  # forced, for no table has it
+        tile = GRAD_KV.default(arch_of(q.device), **fields)
+    return call.limited(tile), chosen
+
+
+def tiles_cross_attention_bwd(
+    grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index, block_size, scale
+) -> list[Chosen]:
+    """The tiles that `launch_cross_attention_bwd` takes for the same arguments."""
+    call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
+    tile, of_keys = _kv_tile_of(call, q, v)
+    if tile["ONE_PASS"]:
+        return [of_keys]
+    return [GRAD_Q.chosen(q.device, **fields_of(q, v, call.features, call.keys < FEW)), of_keys]
 
 
 # See sparse_gather.triton_gather.AOT.
@@ -338,10 +372,10 @@ AOT = {
     "_cross_attention_delta_kernel": [
         (
             {"out": "*bf16", "grad": "*bf16", "grad_lse": "*fp32", "lse": "*fp32", **ROWS},
-            {"out_stride_d": 1, "grad_stride_d": 1, **_DELTA, "BLOCK_V": size},
+            {"out_stride_d": 1, "grad_stride_d": 1, "PRECISION": "tf32", **_DELTA, "BLOCK_V": size},
             4,
         )
         for size in (128, 256)
     ],
-    "_cross_attention_grad_q_kernel": variants("grad_q", (*TENSORS, "grad_q"), ROWS, WANTED),
+    "_cross_attention_grad_q_kernel": variants(GRAD_Q, (*TENSORS, "grad_q"), ROWS),
 }

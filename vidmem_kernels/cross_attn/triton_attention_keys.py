@@ -8,20 +8,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_attention import (
+from .triton_attention_parts import (
     as_operand,
     dot_rows,
     dot_split,
     entry_of,
-    exp_minus,
     lane_of,
     load_rows,
     range_of,
+    seen_by_any,
     span_of,
     tiles_in,
     visible,
+    weights_of,
 )
-from .triton_tiles import WANTED, variants
+from .triton_tiles import GRAD_KV, variants
 
 TENSORS = ("q", "k", "v", "grad")
 ROWS = {"base": "*fp32", "delta": "*fp32"}
@@ -35,18 +36,16 @@ def _tile_of_queries(
     keys,
     values,
     key,
-    key_first,
     key_stop,
     key_bias,
-    key_rank,
-    least,
-    most,
+    times,
     q,
     grad,
     base,
     delta,
     low,
     high,
+    grad_q,
     entries,
     i,
     LQ,
@@ -59,6 +58,7 @@ def _tile_of_queries(
     q_stride_d,
     grad_stride_l,
     grad_stride_d,
+    grad_q_stride_l,
     MASKED: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -67,6 +67,7 @@ def _tile_of_queries(
     INTERPRET: tl.constexpr,
     EVEN: tl.constexpr,
     EVEN_V: tl.constexpr,
+    ONE_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -79,34 +80,29 @@ def _tile_of_queries(
     dv = tl.arange(0, BLOCK_V)
     first = tl.cast(start, tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
-    there = start + m < stop
-    row_low = None
-    row_high = None
-    if MASKED and key_rank is not None:  # a query that sees no key of the tile is not loaded: see span_of_windows
-        low_of = tl.load(low + first + m, there, other=0)
-        high_of = tl.load(high + first + m, there, other=0)
-        row_low = low_of[None, :]
-        row_high = high_of[None, :]
-        within = (low_of < high_of) & (low_of <= most) & (high_of > least)
-        if HAS_BLOCKS and HAS_SINKS:
-            within = within & (listed + tl.zeros_like(m) > 0)
-        if HAS_SINKS:
-            within = within | (key_first + tl.zeros_like(m) < SINKS)
-        there = there & within
-    at = q + first * q_stride_l + (m.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d)
-    queries = as_operand(load_rows(at, there, d, D, EVEN, True), dtype, INTERPRET)
+    inside = start + m < stop
+    at_q = q + first * q_stride_l + (m.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d)
+    queries = as_operand(load_rows(at_q, inside, d, D, EVEN, True), dtype, INTERPRET)
+    row_base = tl.load(base + first + m, inside, other=float("inf"))
+    row_delta = tl.load(delta + first + m, inside, other=0.0)
+    product = dot_rows(keys, queries, PRECISION)
+    there = inside
+    if MASKED:
+        row_low = None
+        row_high = None
+        if times is not None:
+            row_low = tl.load(low + first + m, inside, other=1)[None, :]
+            row_high = tl.load(high + first + m, inside, other=0)[None, :]
+        seen = visible(key, key_stop, listed, times, row_low, row_high, SINKS, HAS_BLOCKS, HAS_SINKS) & inside[None, :]
+        if times is not None:
+            there = seen_by_any(seen, product) & (row_base != float("inf"))
+            queries = as_operand(load_rows(at_q, there, d, D, EVEN, True), dtype, INTERPRET)
     at = grad + first * grad_stride_l
     at = at + (m.to(tl.int64)[:, None] * grad_stride_l + dv.to(tl.int64)[None, :] * grad_stride_d)
     gradient = as_operand(load_rows(at, there, dv, DV, EVEN_V, True), dtype, INTERPRET)
-    row_base = tl.load(base + first + m, there, other=float("inf"))
-    row_delta = tl.load(delta + first + m, there, other=0.0)
-    score = dot_rows(keys, queries, PRECISION) * SCALE
-    if key_bias is not None:
-        score += key_bias
+    weight = weights_of(product, key_bias, row_base[None, :], SCALE, PRECISION, INTERPRET)
     if MASKED:
-        seen = visible(key, key_stop, listed, key_rank, row_low, row_high, SINKS, HAS_BLOCKS, HAS_SINKS)
-        score = tl.where(seen, score, float("-inf"))
-    weight = exp_minus(score, row_base[None, :], PRECISION, INTERPRET)
+        weight = tl.where(seen, weight, 0.0)
     grad_v = dot_split(weight, gradient, grad_v, dtype, SPLIT, PRECISION, INTERPRET)
     grad_score = weight * (dot_rows(values, gradient, PRECISION) - row_delta[None, :])
     if MASKED:  # 0 where a key is hidden, be it NaN
@@ -114,6 +110,15 @@ def _tile_of_queries(
     if key_bias is not None:
         grad_bias += tl.sum(grad_score, axis=1)
     grad_k = dot_split(grad_score, queries, grad_k, dtype, SPLIT, PRECISION, INTERPRET)
+    if ONE_PASS:
+        rounded = as_operand(grad_score, dtype, INTERPRET)
+        factor = keys
+        if MASKED and (times is not None or HAS_SINKS):  # keys that no query of the tile sees are no factor
+            factor = tl.where(tl.max(seen.to(tl.int32), axis=1)[:, None] > 0, keys, tl.zeros_like(keys))
+        # trans(dot) is what Triton 3.4 to 3.7.0 miscompile on Hopper: see `one_pass_allowed`.
+        share = tl.dot(tl.trans(rounded), factor, input_precision=PRECISION) * SCALE
+        at = grad_q + first * grad_q_stride_l + m.to(tl.int64)[:, None] * grad_q_stride_l + d[None, :]
+        tl.atomic_add(at, share, inside[:, None] & (d < D)[None, :], sem="relaxed")
     return grad_k, grad_v, grad_bias
 
 
@@ -126,7 +131,7 @@ def _cross_attention_grad_kv_kernel(
     base,
     delta,
     bias,
-    rank,
+    when,
     low,
     high,
     ranges,
@@ -134,6 +139,7 @@ def _cross_attention_grad_kv_kernel(
     grad_k,
     grad_v,
     grad_bias,
+    grad_q,
     LQ,
     LK,
     H,
@@ -162,7 +168,7 @@ def _cross_attention_grad_kv_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_k,
-    rank_stride_b,
+    when_stride_b,
     low_stride_b,
     tiles_stride_b,
     tiles_stride_h,
@@ -179,8 +185,12 @@ def _cross_attention_grad_kv_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
     HOIST: tl.constexpr,
+    ONE_PASS: tl.constexpr,
 ):
-    """grad_k (B, Lk, H, D), grad_v (B, Lk, H, Dv) and grad_bias (B, H, Lk) of one tile of keys."""
+    """grad_k (B, Lk, H, D), grad_v (B, Lk, H, Dv) and grad_bias (B, H, Lk) of one tile of keys.
+
+    In ONE_PASS its share of grad_q (B, Lq, H, D), in float32, is added to what other tiles of keys add.
+    """
     count = tiles_in(LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
     batch, head, tile = lane_of(count, H)
     start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
@@ -202,16 +212,12 @@ def _cross_attention_grad_kv_kernel(
     if bias is not None:
         at_bias = bias + batch * bias_stride_b + head * bias_stride_h
         key_bias = tl.load(at_bias + key64 * bias_stride_k, key < stop, other=0.0)[:, None]
-    key_rank = None
-    least = None
-    most = None
-    if rank is not None:
-        ranks = tl.load(rank + batch * rank_stride_b + key64, key < stop, other=2147483647)
-        key_rank = ranks[:, None]
-        least = tl.min(ranks)
-        most = tl.max(tl.where(ranks == 2147483647, -1, ranks))  # keys of no time have that rank
+    times = None
+    if when is not None:
+        times = tl.load(when + batch * when_stride_b + key64, key < stop, other=0)[:, None]
         low += batch * low_stride_b
         high += batch * low_stride_b
+    grad_q += (batch * LQ * H + head) * D
     lane = batch * tiles_stride_b + head * tiles_stride_h
     whole = tl.cdiv(LQ, BLOCK_M)  # keys past the end are 0, and what they add to nobody's sums is not stored
     begin, middle, end = range_of(ranges, lane * count + tile, whole, whole)
@@ -220,17 +226,17 @@ def _cross_attention_grad_kv_kernel(
     total_bias = tl.zeros([BLOCK_N], tl.float32)
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         total_k, total_v, total_bias = _tile_of_queries(
-            total_k, total_v, total_bias, keys, values, key[:, None], start, stop, key_bias, key_rank, least, most, q,
-            grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d,
-            grad_stride_l, grad_stride_d, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V,
+            total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, times, q, grad, base, delta, low,
+            high, grad_q, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+            grad_stride_d, H * D, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, ONE_PASS,
             BLOCK_M, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     if ranges is not None:
-        for i in tl.range(middle, end, num_stages=STAGES, disable_licm=not HOIST):
+        for i in tl.range(middle, end, num_stages=1, disable_licm=not HOIST):
             total_k, total_v, total_bias = _tile_of_queries(
-                total_k, total_v, total_bias, keys, values, key[:, None], start, stop, key_bias, key_rank, least, most,
-                q, grad, base, delta, low, high, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d,
-                grad_stride_l, grad_stride_d, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V,
+                total_k, total_v, total_bias, keys, values, key[:, None], stop, key_bias, times, q, grad, base, delta,
+                low, high, grad_q, entries, i, LQ, D, DV, SIZE_Q, SINKS, SCALE, q_stride_l, q_stride_d, grad_stride_l,
+                grad_stride_d, H * D, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, ONE_PASS,
                 BLOCK_M, BLOCK_D, BLOCK_V,
             )  # fmt: skip
     inside = (key < stop)[:, None]
@@ -246,6 +252,6 @@ def _cross_attention_grad_kv_kernel(
 # See sparse_gather.triton_gather.AOT.
 AOT = {
     "_cross_attention_grad_kv_kernel": variants(
-        "grad_kv", (*TENSORS, "grad_k", "grad_v"), {**ROWS, "grad_bias": "*fp32"}, WANTED
+        GRAD_KV, (*TENSORS, "grad_k", "grad_v"), {**ROWS, "grad_bias": "*fp32", "grad_q": "*fp32"}
     ),
 }

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tuned import Chosen, Tile, Tunable, dtype_name
+
 _GROUP = 4
 _ELEMENTS = 1024  # of a tile
 
@@ -164,9 +166,45 @@ def _merge_states_lse_backward_kernel(
         at += N
 
 
-def _blocks(channels: int) -> dict[str, int]:
-    block_d = min(256, triton.next_power_of_2(max(1, channels)))
-    return {"BLOCK_N": max(1, _ELEMENTS // block_d), "BLOCK_D": block_d}
+def _width(channels: int) -> int:
+    """Channels at a time."""
+    return min(256, triton.next_power_of_2(max(1, channels)))
+
+
+def _tile(elements: int, channels: int, warps: int) -> Tile:
+    return {"BLOCK_N": max(1, elements // channels), "BLOCK_D": channels, "num_warps": warps}
+
+
+def _tunable(kernel: str) -> Tunable:
+    """`channels`: at a time."""
+    return Tunable(
+        kernel,
+        ("dtype", "channels"),
+        default=lambda arch, dtype, channels: _tile(_ELEMENTS, channels, 4),
+        candidates=lambda arch, dtype, channels: [
+            _tile(elements, channels, warps) for elements in (512, 1024, 2048, 4096) for warps in (2, 4, 8)
+        ],
+    )
+
+
+MERGE = _tunable("_merge_states_kernel")
+MERGE_GRAD = _tunable("_merge_states_part_backward_kernel")
+_LSE = {"BLOCK": _ELEMENTS}
+_LSE_WARPS = {"num_warps": 4}
+
+
+def _fields(x: Tensor) -> dict[str, object]:
+    return {"dtype": dtype_name(x.dtype), "channels": _width(x.shape[-1])}
+
+
+def tiles_merge_attention_states_fwd(outs: list[Tensor], lses: list[Tensor]) -> list[Chosen]:
+    """The tile that `launch_merge_attention_states_fwd` takes for the same arguments."""
+    return [MERGE.chosen(outs[0].device, **_fields(outs[0]))]
+
+
+def tiles_merge_attention_states_bwd(grad_out: Tensor, *rest) -> list[Chosen]:
+    """The tile that `launch_merge_attention_states_bwd` takes for the same arguments."""
+    return [MERGE_GRAD.chosen(grad_out.device, **_fields(grad_out))]
 
 
 def launch_merge_attention_states_fwd(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -177,13 +215,13 @@ def launch_merge_attention_states_fwd(outs: list[Tensor], lses: list[Tensor]) ->
     rows = lse.numel()
     if rows == 0:
         return out, lse
-    blocks = _blocks(channels)
+    tile = MERGE.tile(out.device, **_fields(out))
     stacked = torch.stack(lses)
     sums = out if len(outs) <= _GROUP else torch.empty(out.shape, dtype=torch.float32, device=out.device)
     for first in range(0, len(outs), _GROUP):
         parts = [part.contiguous() for part in outs[first : first + _GROUP]]
         last = first + _GROUP >= len(outs)
-        _merge_states_kernel[(triton.cdiv(rows, blocks["BLOCK_N"]),)](
+        _merge_states_kernel[(triton.cdiv(rows, tile["BLOCK_N"]),)](
             *parts,
             *[None] * (_GROUP - len(parts)),
             stacked,
@@ -198,8 +236,7 @@ def launch_merge_attention_states_fwd(outs: list[Tensor], lses: list[Tensor]) ->
             channels,
             COUNT=len(parts),
             ADDS=first > 0,
-            **blocks,
-            num_warps=4,
+            **tile,
         )
     return out, lse
 
@@ -214,10 +251,10 @@ def launch_merge_attention_states_bwd(
     rows = lse.numel()
     if rows == 0:
         return grad_outs, grad_lses
-    blocks = _blocks(channels)
+    tile = MERGE_GRAD.tile(grad_out.device, **_fields(grad_out))
     stacked, lse, grad_out = torch.stack(lses), lse.contiguous(), grad_out.contiguous()
     for i, part in enumerate(outs):
-        _merge_states_part_backward_kernel[(triton.cdiv(rows, blocks["BLOCK_N"]),)](
+        _merge_states_part_backward_kernel[(triton.cdiv(rows, tile["BLOCK_N"]),)](
             grad_out,
             part.contiguous(),
             stacked[i],
@@ -228,8 +265,7 @@ def launch_merge_attention_states_bwd(
             length,
             heads,
             channels,
-            **blocks,
-            num_warps=4,
+            **tile,
         )
     _merge_states_lse_backward_kernel[(triton.cdiv(rows, _ELEMENTS),)](
         stacked,
@@ -239,8 +275,8 @@ def launch_merge_attention_states_bwd(
         len(lses),
         rows,
         HAS_GRAD=grad_lse is not None,
-        BLOCK=_ELEMENTS,
-        num_warps=4,
+        **_LSE,
+        **_LSE_WARPS,
     )
     return grad_outs, grad_lses
 
@@ -253,9 +289,8 @@ AOT = {
         (
             {f"part{i}": f"*{dtype}" for i in range(count)}
             | {**_SUMS, "group_lses": "*fp32", "sums": "*fp32", "out": f"*{out}"},
-            {f"part{i}": None for i in range(count, _GROUP)}
-            | {"COUNT": count, "ADDS": adds, "BLOCK_N": _ELEMENTS // block_d, "BLOCK_D": block_d},
-            4,
+            {f"part{i}": None for i in range(count, _GROUP)} | {"COUNT": count, "ADDS": adds},
+            (MERGE, {"dtype": dtype, "channels": block_d}),
         )
         for dtype, out, count, adds, block_d in (
             ("bf16", "bf16", 2, False, 128),
@@ -269,8 +304,8 @@ AOT = {
     "_merge_states_part_backward_kernel": [
         (
             {"grad_out": f"*{dtype}", "part": f"*{dtype}", "grad_part": f"*{dtype}", **_SUMS, "along": "*fp32"},
-            {"BLOCK_N": _ELEMENTS // block_d, "BLOCK_D": block_d},
-            4,
+            {},
+            (MERGE_GRAD, {"dtype": dtype, "channels": block_d}),
         )
         for dtype, block_d in (("bf16", 128), ("fp16", 64), ("fp32", 128), ("fp32", 256))
     ],

@@ -1,141 +1,261 @@
-"""Which tiles of keys a tile of queries needs, listed in torch before a kernel of cross-attention runs.
+"""Which tiles of keys a tile of queries needs, listed by small kernels before a kernel of cross-attention runs.
 
-A window is compared as ranks of the key times, in the type that the reference compares them in. No step here waits for
-a GPU.
+Times become integers of the same order, so that a window compares as the reference's does: in int64, float32 or
+float64. `_attention_times_kernel` makes them, and what every tile spans; the kernels in triton_lists.py list tiles.
+A window or a block list costs one or two launches, both together three at most; none waits for a GPU.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from .times import window_bounds
+from .triton_lists import LIST, _block_queries_kernel, _block_tiles_kernel, _window_tiles_kernel
 
-_NEVER = 2**31 - 1  # a rank that no window holds
-_DROPPED = 2**63 - 1
+_LEAST = tl.constexpr(-(2**63))
+_MOST = tl.constexpr(2**63 - 1)
+_SPANS = {"num_warps": 4}
+
+
+@triton.jit
+def _ordered(x, WIDE: tl.constexpr):
+    """Integers that order as numbers do, those of NaN beyond infinity's, and which are numbers."""
+    known = x == x
+    if x.dtype.is_floating():
+        x = tl.where(x == 0.0, 0.0, x)  # -0.0 too
+        if WIDE:
+            bits = x.to(tl.int64, bitcast=True)
+            x = tl.where(known, bits ^ ((bits >> 63) & _MOST), _MOST)
+        else:
+            bits = x.to(tl.int32, bitcast=True)
+            x = tl.where(known, bits ^ ((bits >> 31) & 2147483647), 2147483647)
+    return x, known
+
+
+@triton.jit
+def _moved(time, side, UP: tl.constexpr):
+    """time + side or time - side in int64, or the type's limit where that is beyond; `side` are bits of a uint64."""
+    limit = tl.full(time.shape, _MOST if UP else _LEAST, tl.int64)
+    room = limit - time if UP else time - limit
+    beyond = side.to(tl.uint64, bitcast=True) > room.to(tl.uint64, bitcast=True)
+    return tl.where(beyond, limit, time + side if UP else time - side)
+
+
+@triton.jit
+def _as(x, INTEGER: tl.constexpr, WIDE: tl.constexpr):
+    """Times in the type that they are compared in."""
+    return x.to(tl.int64) if INTEGER else (x.to(tl.float64) if WIDE else x.to(tl.float32))
+
+
+@triton.jit
+def _rows_of(tile, L, SIZE, parts, BLOCK: tl.constexpr):
+    """Rows of a tile, which lies in one block of SIZE, and which of them there are."""
+    begin = tile // parts * SIZE
+    row = begin + tile % parts * BLOCK + tl.arange(0, BLOCK)
+    return row.to(tl.int64), row < tl.minimum(begin + SIZE, L)
+
+
+@triton.jit
+def _span_queries(
+    q_time, left, right, low, high, spans, tile, LQ, SIZE, INTEGER: tl.constexpr, WIDE: tl.constexpr,
+    stride_l, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Windows of a tile of queries: low, high and [least low, most low, least high, most high]."""
+    most: tl.constexpr = _MOST if WIDE else 2147483647
+    least: tl.constexpr = _LEAST if WIDE else -2147483648
+    row, inside = _rows_of(tile, LQ, SIZE, tl.cdiv(SIZE, BLOCK), BLOCK)
+    time = _as(tl.load(q_time + row * stride_l, inside, other=0), INTEGER, WIDE)
+    before = tl.zeros_like(row) + left
+    after = tl.zeros_like(row) + right
+    if INTEGER:
+        first = _moved(time, before, False)
+        last = _moved(time, after, True)
+        some = inside
+    else:
+        first, known = _ordered(time - _as(before.to(tl.float64, bitcast=True), False, WIDE), WIDE)
+        last, also = _ordered(time + _as(after.to(tl.float64, bitcast=True), False, WIDE), WIDE)
+        some = known & also & inside
+    first = tl.where(some, first, most)
+    last = tl.where(some, last, least)
+    tl.store(low + row, first, inside)
+    tl.store(high + row, last, inside)
+    tl.store(spans, tl.min(first))
+    tl.store(spans + 1, tl.max(tl.where(inside, first, least)))
+    tl.store(spans + 2, tl.min(tl.where(inside, last, most)))
+    tl.store(spans + 3, tl.max(last))
+
+
+@triton.jit
+def _span_keys(
+    k_time, when, spans, tile, LK, SIZE, stride_l, INTEGER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Times of a tile of keys, and [least, most, whether all are numbers]."""
+    most: tl.constexpr = _MOST if WIDE else 2147483647
+    least: tl.constexpr = _LEAST if WIDE else -2147483648
+    row, inside = _rows_of(tile, LK, SIZE, tl.cdiv(SIZE, BLOCK), BLOCK)
+    time, known = _ordered(_as(tl.load(k_time + row * stride_l, inside, other=0), INTEGER, WIDE), WIDE)
+    tl.store(when + row, time, inside)
+    tl.store(spans, tl.min(tl.where(known & inside, time, most)))
+    tl.store(spans + 1, tl.max(tl.where(known & inside, time, least)))
+    tl.store(spans + 2, tl.min(tl.where(inside, known, True).to(tl.int32)).to(when.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["left", "right"])
+def _attention_times_kernel(
+    q_time,
+    k_time,
+    left,
+    right,
+    low,
+    high,
+    when,
+    q_spans,
+    k_spans,
+    LQ,
+    LK,
+    SIZE_Q,
+    SIZE_K,
+    tiles_q,
+    tiles_k,
+    q_programs,
+    q_stride_b,
+    q_stride_l,
+    k_stride_b,
+    k_stride_l,
+    INTEGER: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Times of one tile, of queries or of keys. Key j is in query i's window iff low[i] <= when[j] <= high[i]."""
+    program = tl.program_id(0)
+    if program < q_programs:
+        batch = (program // tiles_q).to(tl.int64)
+        _span_queries(
+            q_time + batch * q_stride_b, left, right, low + batch * LQ, high + batch * LQ,
+            q_spans + program.to(tl.int64) * 4, program % tiles_q, LQ, SIZE_Q, INTEGER, WIDE, q_stride_l, BLOCK_M,
+        )  # fmt: skip
+    else:
+        other = program - q_programs
+        lane = (other // tiles_k).to(tl.int64)
+        _span_keys(
+            k_time + lane * k_stride_b, when + lane * LK, k_spans + other.to(tl.int64) * 3, other % tiles_k, LK, SIZE_K,
+            k_stride_l, INTEGER, WIDE, BLOCK_N,
+        )  # fmt: skip
+
+
+def _bits(side: float, integer: bool) -> int:
+    """A side of a window as the kernel takes it: bits of a uint64 or of a float64, as those of an int64."""
+    if integer:
+        side = 0 if side < 0 else 2**64 - 1 if side >= 2**64 else math.floor(side)
+        return side - 2**64 if side >= 2**63 else side
+    return struct.unpack("<q", struct.pack("<d", side))[0]
 
 
 @dataclass
-class Tiles:
-    """Entries 2 * tile + listed; those of row r of a lane are entries[begin:middle], where all is visible, and
-    entries[middle:end]. `listed` is 0 where a block is there for its sinks alone.
-    """
+class Windows:
+    """Windows and times as ordered integers, and what they span in every tile."""
 
-    entries: Tensor  # int32
-    ranges: Tensor  # (lanes, rows, 3) int64: begin, middle, end
-    batch_stride: int  # in lanes
-    head_stride: int
-
-
-def rank_times(q_time: Tensor, k_time: Tensor, window: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """rank (B|1, Lk), low and high (B|1, Lq), int32: key j is in query i's window iff low[i] <= rank[j] < high[i]."""
-    first, last, keys = window_bounds(q_time, k_time, window)
-    missing = keys != keys  # NaN
-    keys = keys.masked_fill(missing, torch.inf) if keys.is_floating_point() else keys
-    ordered = keys.sort(dim=1).values
-    if ordered.shape[0] == 1:
-        low, high = (torch.searchsorted(ordered[0], t, right=r) for t, r in ((first, False), (last, True)))
-    else:
-        first, last = (t.expand(ordered.shape[0], -1).contiguous() for t in (first, last))
-        low, high = (torch.searchsorted(ordered, t, right=r) for t, r in ((first, False), (last, True)))
-    rank = torch.searchsorted(ordered, keys.contiguous()).masked_fill(missing, _NEVER)
-    low = low.masked_fill((first != first) | (last != last), _NEVER)
-    return rank.int(), low.int(), high.int()
-
-
-def _tiled(x: Tensor, size: int, block: int, fill: int) -> Tensor:
-    """(B, L) as (B, tiles, block): tiles of blocks of `size`, the ends filled up."""
-    batch, length = x.shape
-    blocks, parts = triton.cdiv(length, size), triton.cdiv(size, block)
-    x = F.pad(x, (0, blocks * size - length), value=fill).view(batch, blocks, size)
-    return F.pad(x, (0, parts * block - size), value=fill).view(batch, blocks * parts, block)
+    low: Tensor  # (B|1, Lq)
+    high: Tensor  # (B|1, Lq)
+    when: Tensor  # (B|1, Lk)
+    q_spans: Tensor  # (B|1, tiles, 4)
+    k_spans: Tensor  # (B|1, tiles, 3)
 
 
 @dataclass
 class Visibility:
-    """What hides keys: ranks of times or a block index (or both), with sinks."""
+    """What hides keys: windows of times or a block index (or both), with sinks."""
 
     queries: int
     keys: int
     sinks: int
-    ranks: tuple[Tensor, Tensor, Tensor] | None
-    block_index: Tensor | None  # int64
+    times: tuple[Tensor, Tensor] | None  # of queries and keys
+    window: list[float] | None
+    block_index: Tensor | None
     size_q: int
     size_k: int
 
-    def tiles(self, block_m: int, block_n: int, by_key: bool) -> Tiles:
-        """The tiles of keys of every tile of queries; `by_key` the tiles of queries of every tile of keys."""
-        parts_k = triton.cdiv(self.size_k, block_n)
-        tiles_q = triton.cdiv(self.queries, self.size_q) * triton.cdiv(self.size_q, block_m)
-        tiles_k = triton.cdiv(self.keys, self.size_k) * parts_k
-        tile, listed, kept = self._candidates(tiles_q, tiles_k, parts_k)
-        start = tile // parts_k * self.size_k + tile % parts_k * block_n
-        stop = ((tile // parts_k + 1) * self.size_k).clamp(max=self.keys)
-        every = some = listed
-        if self.ranks is not None:
-            in_full, in_part = self._in_window(tile, block_m, block_n)
-            every, some = every & in_full, some & in_part
-        full = (start + block_n <= stop) & (every | (start + block_n <= self.sinks))
-        kept = kept & (start < stop) & (some | (start < self.sinks))
-        batch, heads = kept.shape[:2]
-        lane = torch.arange(batch * heads, device=kept.device).view(batch, heads, 1, 1)
-        query = torch.arange(tiles_q, device=kept.device).view(-1, 1)
-        rows, row, others, other = (tiles_k, tile, tiles_q, query) if by_key else (tiles_q, query, tiles_k, tile)
-        order = (((lane * rows + row) * 2 + ~full) * others + other) * 2 + listed
-        order = order.masked_fill(~kept, _DROPPED).flatten().sort().values
-        bounds = torch.arange(batch * heads * rows * 2 + 1, device=kept.device) * (2 * others)
-        at = torch.searchsorted(order, bounds)
-        ranges = torch.stack([at[:-1:2], at[1::2], at[2::2]], dim=1)
-        entries = (order % max(1, 2 * others)).int()
-        return Tiles(entries, ranges, heads if batch > 1 else 0, 1 if heads > 1 else 0)
+    def _windows(self, block_m: int, block_n: int, tiles_q: int, tiles_k: int) -> Windows:
+        q_time, k_time = (torch.atleast_2d(t) for t in self.times)
+        dtypes = {q_time.dtype, k_time.dtype}
+        integer = not any(d.is_floating_point for d in dtypes)
+        wide = dtypes != {torch.float32}
+        dtype = {"dtype": torch.int64 if wide else torch.int32, "device": q_time.device}
+        low, high, when = (torch.empty(t.shape, **dtype) for t in (q_time, q_time, k_time))
+        q_spans = torch.empty(q_time.shape[0], tiles_q, 4, **dtype)
+        k_spans = torch.empty(k_time.shape[0], tiles_k, 3, **dtype)
+        q_programs = q_time.shape[0] * tiles_q
+        _attention_times_kernel[(q_programs + k_time.shape[0] * tiles_k,)](
+            q_time, k_time, *(_bits(side, integer) for side in self.window), low, high, when, q_spans, k_spans,
+            self.queries, self.keys, self.size_q, self.size_k, tiles_q, tiles_k, q_programs,
+            *q_time.stride(), *k_time.stride(),
+            INTEGER=integer, WIDE=wide, BLOCK_M=block_m, BLOCK_N=block_n, **_SPANS,
+        )  # fmt: skip
+        return Windows(low, high, when, q_spans, k_spans)
 
-    def _candidates(self, tiles_q: int, tiles_k: int, parts_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B|1, H|1, tiles of queries, candidates): tile of keys, whether its block is listed, whether it counts."""
+    def arguments(self, block_m: int, block_n: int, by_key: bool) -> dict[str, object]:
+        """Windows, and the tiles of keys of every tile of queries; `by_key` the tiles of queries of every tile of keys.
+
+        Entries are 2 * tile + listed; those of row r of a lane are entries[begin:middle], where all is visible, and
+        entries[middle:end]. `listed` is 0 where a block is there for its sinks alone.
+        """
+        parts_q, parts_k = triton.cdiv(self.size_q, block_m), triton.cdiv(self.size_k, block_n)
+        blocks_q, blocks_k = triton.cdiv(self.queries, self.size_q), triton.cdiv(self.keys, self.size_k)
+        tiles_q, tiles_k = blocks_q * parts_q, blocks_k * parts_k
+        found: dict[str, object] = {"SIZE_Q": self.size_q, "SIZE_K": self.size_k}
+        spans: dict[str, object] = {"q_spans": None, "k_spans": None, "q_spans_stride_b": 0, "k_spans_stride_b": 0}
+        batch, heads, device = 1, 1, self.device
+        if self.times is not None:
+            windows = self._windows(block_m, block_n, tiles_q, tiles_k)
+            batch = max(windows.low.shape[0], windows.when.shape[0])
+            found |= {"low": windows.low, "high": windows.high, "when": windows.when}
+            found |= {"low_stride_b": _stride(windows.low), "when_stride_b": _stride(windows.when)}
+            for name in ("q_spans", "k_spans"):
+                spans |= {name: getattr(windows, name), f"{name}_stride_b": _stride(getattr(windows, name))}
+        sizes = {"LQ": self.queries, "LK": self.keys, "SIZE_Q": self.size_q, "SIZE_K": self.size_k, "SINKS": self.sinks}
+        shared = {**spans, **sizes, "BLOCK_M": block_m, "BLOCK_N": block_n, **LIST}
+        rows, others = (tiles_k, tiles_q) if by_key else (tiles_q, tiles_k)
         if self.block_index is None:
-            rank, low, _ = self.ranks
-            tile = torch.arange(tiles_k, device=rank.device)
-            tile = tile.expand(max(rank.shape[0], low.shape[0]), 1, tiles_q, tiles_k)
-            return tile, torch.ones_like(tile, dtype=torch.bool), torch.ones_like(tile, dtype=torch.bool)
-        index = self.block_index
-        sinks = torch.arange(triton.cdiv(self.sinks, self.size_k), device=index.device) * 2 + 1
-        # A listed block sorts before the same one as a sink's; the first of equal ones is kept.
-        codes = torch.cat([index.masked_fill(index < 0, _NEVER) * 2, sinks.expand(*index.shape[:3], -1)], dim=3)
-        codes = codes.sort(dim=3).values
-        block, listed = codes >> 1, codes % 2 == 0
-        kept = block != _NEVER
-        kept[..., 1:] &= block[..., 1:] != block[..., :-1]
-        block = block.masked_fill(~kept, 0)
-        tile = block[..., None] * parts_k + torch.arange(parts_k, device=index.device)
-        each = [t[..., None].expand_as(tile).flatten(3) for t in (listed, kept)]
-        rows = index.shape[2]
-        row = torch.arange(tiles_q, device=index.device) // (tiles_q // rows if rows else 1)
-        return tile.flatten(3)[:, :, row], each[0][:, :, row], each[1][:, :, row]
+            capacity = rows * others
+        else:
+            index = self.block_index
+            batch, heads = index.shape[:2]
+            sinks = triton.cdiv(self.sinks, self.size_k)
+            capacity = tiles_q * min(tiles_k, (index.shape[3] + sinks) * parts_k)
+            shared |= {"block_index": index, "TOPK": index.shape[3], "HEADS": heads}
+            shared |= {f"index_stride_{axis}": s for axis, s in zip("bhqk", index.stride(), strict=True)}
+        lanes = batch * heads
+        entries = torch.empty(lanes * capacity, dtype=torch.int32, device=device)
+        ranges = torch.empty(lanes * rows, 3, dtype=torch.int64, device=device)
+        grid = (lanes * rows,)
+        if self.block_index is None:
+            _window_tiles_kernel[grid](entries=entries, ranges=ranges, BY_KEY=by_key, **shared)
+        elif not by_key:
+            _block_tiles_kernel[grid](entries=entries, ranges=ranges, **shared)
+        else:
+            counts = torch.empty(lanes * rows, 2, dtype=torch.int32, device=device)
+            for counting in (True, False):
+                _block_queries_kernel[grid](
+                    entries=entries, ranges=ranges, counts=counts, CAPACITY=capacity, COUNT=counting, **shared
+                )
+        found |= {"ranges": ranges, "entries": entries}
+        return found | {"tiles_stride_b": heads if batch > 1 else 0, "tiles_stride_h": 1 if heads > 1 else 0}
 
-    def _in_window(self, tile: Tensor, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
-        """Whether all queries of a tile see all its keys, and whether any may see one."""
-        rank, low, high = self.ranks
-        low_most = _tiled(low, self.size_q, block_m, -1).amax(2)[:, None, :, None]
-        high_least = _tiled(high, self.size_q, block_m, _NEVER).amin(2)[:, None, :, None]
-        least = _tiled(rank, self.size_k, block_n, _NEVER).amin(2)
-        most = _tiled(rank, self.size_k, block_n, -1).amax(2)
-        least, most = (
-            t[:, None, None].expand(*tile.shape[:1], *tile.shape[1:3], -1).gather(3, tile) for t in (least, most)
-        )
-        full = (least >= low_most) & (most < high_least)
-        # Of the windows that begin by the last of the keys, the one that ends last. Those of a tile may leave a gap.
-        begins, order = _tiled(low, self.size_q, block_m, _NEVER).sort(2)
-        ends = _tiled(high, self.size_q, block_m, -1).gather(2, order).cummax(2).values
-        ends = F.pad(ends, (1, 0), value=-1)
-        shape = (most.shape[0], *begins.shape[1:])
-        begun = torch.searchsorted(
-            begins.expand(shape)[:, None].expand(-1, most.shape[1], -1, -1).contiguous(), most, right=True
-        )
-        last = ends.expand(shape[0], -1, -1)[:, None].expand(-1, most.shape[1], -1, -1).gather(3, begun)
-        return full, last > least
+    @property
+    def device(self) -> torch.device:
+        return self.block_index.device if self.times is None else self.times[0].device
+
+
+def _stride(x: Tensor) -> int:
+    """Of the batch of a contiguous tensor, 0 where there is one for all."""
+    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 @dataclass
@@ -157,23 +277,29 @@ class Call:
         if (window is None and block_index is None) or 0 in (queries, keys):
             return cls(queries, keys, key_bias, None, 0)
         size_q, size_k = queries, keys
-        ranks = None if window is None else rank_times(q_time, k_time, window)
         if block_index is not None:
             size_q, size_k = min(size_q, block_size[0]), min(size_k, block_size[1])
-            block_index = block_index.to(torch.int64)
-        seen = Visibility(queries, keys, num_sinks, ranks, block_index, size_q, size_k)
+        times = None if window is None else (q_time, k_time)
+        seen = Visibility(queries, keys, num_sinks, times, window, block_index, size_q, size_k)
         return cls(queries, keys, key_bias, seen, num_sinks)
 
     @property
-    def windowed(self) -> bool:
-        return self.visibility is not None and self.visibility.ranks is not None
+    def features(self) -> str:
+        """What a tile depends on: "bias", "window" and "blocks", those that there are."""
+        seen = self.visibility
+        has = {
+            "bias": self.key_bias is not None,
+            "window": seen is not None and seen.times is not None,
+            "blocks": seen is not None and seen.block_index is not None,
+        }
+        return " ".join(name for name, there in has.items() if there)
 
-    def limits(self, block_m: int, block_n: int) -> tuple[int, int]:
-        """Tile sizes of at most these that waste least on the blocks of queries and keys."""
+    def limited(self, tile: dict[str, object]) -> dict[str, object]:
+        """`tile` with sizes of at most its own that waste least on the blocks of queries and keys."""
         if self.visibility is None:
-            return block_m, block_n
-        sizes = (self.visibility.size_q, self.visibility.size_k)
-        return tuple(min(b, max(16, triton.next_power_of_2(s))) for b, s in zip((block_m, block_n), sizes, strict=True))
+            return tile
+        sizes = {"BLOCK_M": self.visibility.size_q, "BLOCK_N": self.visibility.size_k}
+        return tile | {name: min(tile[name], max(16, triton.next_power_of_2(s))) for name, s in sizes.items()}
 
     def query_tiles(self, block: int) -> int:
         """Tiles of queries, each in one block."""
@@ -185,25 +311,41 @@ class Call:
         size = max(1, self.keys) if self.visibility is None else self.visibility.size_k
         return triton.cdiv(self.keys, size) * triton.cdiv(size, block)
 
-    def arguments(self, block_m: int, block_n: int, by_key: bool) -> dict[str, object]:
-        """Those that all kernels share."""
-        found = dict.fromkeys(("bias", "rank", "low", "high", "ranges", "entries"))
-        names = ("bias_stride_b", "bias_stride_h", "bias_stride_k", "rank_stride_b", "low_stride_b")
+    def arguments(self, tile: dict[str, object], by_key: bool) -> dict[str, object]:
+        """Those that all kernels share; lists the tiles of the call."""
+        found = dict.fromkeys(("bias", "when", "low", "high", "ranges", "entries"))
+        names = ("bias_stride_b", "bias_stride_h", "bias_stride_k", "when_stride_b", "low_stride_b")
         found |= dict.fromkeys((*names, "tiles_stride_b", "tiles_stride_h"), 0)
         found |= {"SIZE_Q": 1, "SIZE_K": 1, "SINKS": self.sinks, "HAS_SINKS": self.sinks > 0, "HAS_BLOCKS": False}
         if self.key_bias is not None:
             batch, head, key = self.key_bias.stride()
             found |= {"bias": self.key_bias, "bias_stride_b": batch, "bias_stride_k": key}
             found["bias_stride_h"] = head if self.key_bias.shape[1] > 1 else 0
-        seen = self.visibility
-        if seen is not None:
-            tiles = seen.tiles(block_m, block_n, by_key)
-            found |= {"ranges": tiles.ranges, "entries": tiles.entries}
-            found |= {"tiles_stride_b": tiles.batch_stride, "tiles_stride_h": tiles.head_stride}
-            found |= {"SIZE_Q": seen.size_q, "SIZE_K": seen.size_k, "HAS_BLOCKS": seen.block_index is not None}
-            if seen.ranks is not None:
-                rank, low, high = (t.contiguous() for t in seen.ranks)
-                found |= {"rank": rank, "low": low, "high": high}
-                found["rank_stride_b"] = rank.shape[1] if rank.shape[0] > 1 else 0
-                found["low_stride_b"] = low.shape[1] if low.shape[0] > 1 else 0
+        if self.visibility is not None:
+            found |= self.visibility.arguments(tile["BLOCK_M"], tile["BLOCK_N"], by_key)
+            found["HAS_BLOCKS"] = self.visibility.block_index is not None
         return found
+
+
+_TIMES = {"low": "*i64", "high": "*i64", "when": "*i64", "q_spans": "*i64", "k_spans": "*i64"}
+_SIDES = {"left": "i64", "right": "i64"}
+# See sparse_gather.triton_gather.AOT.
+AOT = {
+    "_attention_times_kernel": [
+        (
+            {"q_time": "*i64", "k_time": "*i64", **_SIDES, **_TIMES},
+            {"INTEGER": True, "WIDE": True, "BLOCK_M": 128, "BLOCK_N": 64},
+            4,
+        ),
+        (
+            {"q_time": "*fp32", "k_time": "*fp32", **_SIDES, **dict.fromkeys(_TIMES, "*i32")},
+            {"INTEGER": False, "WIDE": False, "BLOCK_M": 128, "BLOCK_N": 64},
+            4,
+        ),
+        (
+            {"q_time": "*i32", "k_time": "*fp64", **_SIDES, **_TIMES},
+            {"INTEGER": False, "WIDE": True, "BLOCK_M": 64, "BLOCK_N": 128},
+            4,
+        ),
+    ]
+}

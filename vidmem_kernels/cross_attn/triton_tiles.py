@@ -1,55 +1,46 @@
-"""Tile sizes of cross_attention's Triton kernels, by architecture, dtype and head size."""
+"""Tile sizes of cross_attention's Triton kernels: the defaults, and what tuning may try."""
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from .._tuned import Tile, Tunable, dtype_name
 
-class Tile(NamedTuple):
-    """What one launch of a kernel is compiled for; `hoist`: what a loop does not change is computed before it."""
+FEW = 256  # terms of a sum, as of which roundings to half precision average out
+_SIZES = (64, 128, 256)  # head sizes that tiles are kept for
 
-    queries: int
-    keys: int
-    warps: int
-    stages: int  # of the pipeline
-    hoist: bool
-
-
-# Tiles without spills, whatever the masks and bias. The forward of 128 with bias compiles to 250 registers and
-# 90,624 bytes of shared memory on sm_80, 240 and 131,584 on sm_90, 204 and 132,128 on sm_100. On sm_90 its loop is
-# HGMMA 64x64x16 (queries and keys from shared memory) and 64x128x16 (weights from registers): 32 FLOPs a byte of shared
-# memory, as many as the SM can feed, where 64 x 64 has 26; 128 x 128 spills 128 bytes. sm_100 has UTCHMMA, LDTM, STTM.
-# Half precision: kernel -> compute capability (major) -> head size at most -> queries, keys, warps, stages.
+# A tile of the tables below: queries, keys, warps, stages of the pipeline. Half precision: kernel -> architecture ->
+# head size at most. They spill nothing, whatever the masks and the bias. sm_89 and sm_120 have Ampere's tensor cores
+# and 101,376 bytes of shared memory; where they have no entry, Ampere's fit.
 _HALF = {
     "fwd": {
-        8: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},
-        9: {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        10: {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        80: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},
+        90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     },
     "grad_q": {
-        8: {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        9: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        10: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        80: {64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        90: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        100: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
     },
     "grad_kv": {
-        8: {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (64, 32, 8, 1)},
-        9: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
-        10: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
+        80: {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (64, 32, 8, 1)},
+        90: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
+        100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
     },
 }
 # Where offsets kept from step to step would spill and are computed again; elsewhere it is the other way round.
-_RECOMPUTED = {("fwd", 9), ("fwd", 10), ("grad_q", 9), ("grad_kv", 9), ("grad_kv", 10)}
-# With a window, whose ranks and masks take registers, where those tiles would spill.
+_RECOMPUTED = {("fwd", 90), ("fwd", 100), ("grad_q", 90), ("grad_kv", 90), ("grad_kv", 100)}
+# With a window, whose times and masks take registers, where those tiles would spill.
 _WINDOWED = {
-    ("fwd", 8, 128): (64, 32, 4, 3),
-    ("fwd", 8, 256): (64, 32, 8, 2),
-    ("grad_kv", 9, 128): (64, 64, 8, 2),
-    ("grad_kv", 9, 256): (32, 32, 8, 1),
+    ("fwd", 80, 128): (64, 32, 4, 3),
+    ("fwd", 80, 256): (64, 32, 8, 2),
+    ("grad_kv", 90, 128): (64, 64, 8, 2),
+    ("grad_kv", 90, 256): (32, 32, 8, 1),
 }
 # Single precision has no tensor cores to feed: kernel -> head size at most -> the same on every architecture.
 _SINGLE = {
@@ -57,36 +48,104 @@ _SINGLE = {
     "grad_q": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
     "grad_kv": {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
+# What tuning tries in half precision besides the default: what a sweep on an H200 found good, and its neighbours.
+_TRIED = {
+    "fwd": [
+        (64, 64, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 64, 8, 4),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+    ],
+    "grad_q": [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 1), (64, 128, 4, 1), (64, 32, 4, 2)],
+    "grad_kv": [(32, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 1), (64, 64, 8, 2)],
+}
+_ONE_PASS = [(32, 128, 8, 1), (64, 128, 8, 1), (64, 64, 8, 1), (32, 64, 4, 1), (64, 128, 8, 2)]
+SPECIALISED = (90, 100, 103)  # architectures whose warps may be given loads or products of their own
 
 
-def tile_of(kernel: str, half: bool, major: int, size: int, split: bool, windowed: bool) -> Tile:
-    """The entry of the smallest head size that holds `size`; of Ampere where an architecture has none.
+def _tile(numbers: tuple[int, int, int, int], hoist: bool) -> Tile:
+    queries, keys, warps, stages = numbers
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "STAGES": stages, "HOIST": hoist, "num_warps": warps}
 
-    `split`: factors in two parts, for which a tile of queries has fewer registers left; likewise `windowed`.
-    """
-    major = major if major in _HALF[kernel] else 8
-    table = _HALF[kernel][major] if half else _SINGLE[kernel]
-    held = min(s for s in table if s >= size)
-    queries, keys, warps, stages = table[held]
-    if half and windowed and not split:
-        queries, keys, warps, stages = _WINDOWED.get((kernel, major, held), table[held])
-    if split and size > 128:
+
+def _base(kernel: str, arch: int) -> int:
+    """The architecture whose tiles one takes."""
+    return 100 if arch == 103 else arch if arch in _HALF[kernel] else 80
+
+
+def _default(kernel: str, arch: int, dtype: str, size: int, features: str) -> Tile:
+    """`features`: "few" terms have factors in two parts, for which a tile of queries has fewer registers left."""
+    half, few, base = dtype != "fp32", "few" in features, _base(kernel, arch)
+    numbers = _HALF[kernel][base][size] if half else _SINGLE[kernel][size]
+    if half and "window" in features and not few:
+        numbers = _WINDOWED.get((kernel, base, size), numbers)
+    queries, keys, warps, stages = numbers
+    if few and size > 128:
         queries = keys = 32
-    elif split and kernel != "grad_kv":
+    elif few and kernel != "grad_kv":
         keys = max(32, keys // 2)
-    recomputed = (kernel, major) in _RECOMPUTED if half else size > 128 and kernel != "fwd"
-    return Tile(queries, keys, warps, stages, hoist=not recomputed)
+    recomputed = (kernel, base) in _RECOMPUTED if half else size > 128 and kernel != "fwd"
+    return _tile((queries, keys, warps, stages), hoist=not recomputed)
 
 
-@functools.cache
-def _major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+def _tried(kernel: str, arch: int, dtype: str, size: int, features: str) -> list[Tile]:
+    if dtype == "fp32" or "few" in features:
+        return []
+    if size > 128:
+        return [_tile(numbers, hoist) for numbers in ((64, 32, 4, 1), (64, 64, 8, 1)) for hoist in (True, False)]
+    return [_tile(numbers, hoist) for numbers in _TRIED[kernel] for hoist in (True, False)]
 
 
-def pick(kernel: str, q: Tensor, v: Tensor, split: bool, windowed: bool) -> Tile:
-    """The tile of a call."""
-    size = max(q.shape[3], v.shape[3])
-    return tile_of(kernel, q.dtype != torch.float32, _major(q.device), size, split, windowed)
+def _fwd_default(arch: int, **fields: Any) -> Tile:
+    return _default("fwd", arch, **fields) | {"WARP_SPECIALIZE": False}
+
+
+def _fwd_tried(arch: int, dtype: str, size: int, features: str) -> list[Tile]:
+    tried = [t | {"WARP_SPECIALIZE": False} for t in _tried("fwd", arch, dtype, size, features)]
+    if arch in SPECIALISED and tried and size <= 128 and "window" not in features:
+        # Specialised warps were compiled, never run: tuning takes them where they are right and faster.
+        # sm_100 spills with 4 warps, and 128 keys need 360 bytes more than it has.
+        warps, held = (4, (128, 64)) if arch == 90 else (8, (64,))
+        tried += [
+            _tile((128, keys, warps, 2), True) | {"WARP_SPECIALIZE": True}
+            for keys in held
+            if keys == 64 or "blocks" not in features
+        ]
+    return tried
+
+
+def _grad_kv_default(arch: int, order: str, **fields: Any) -> Tile:
+    return _default("grad_kv", arch, **fields) | {"ONE_PASS": False}
+
+
+def _grad_kv_tried(arch: int, order: str, dtype: str, size: int, features: str) -> list[Tile]:
+    tried = [t | {"ONE_PASS": False} for t in _tried("grad_kv", arch, dtype, size, features)]
+    if tried and size <= 128 and order == "any":
+        tried += [_tile(numbers, False) | {"ONE_PASS": True} for numbers in _ONE_PASS]
+    return tried
+
+
+_FIELDS = ("dtype", "size", "features")
+FORWARD = Tunable("_cross_attention_fwd_kernel", _FIELDS, default=_fwd_default, candidates=_fwd_tried)
+GRAD_Q = Tunable(
+    "_cross_attention_grad_q_kernel",
+    _FIELDS,
+    default=lambda arch, **fields: _default("grad_q", arch, **fields),
+    candidates=lambda arch, **fields: _tried("grad_q", arch, **fields),
+)
+# order: "any" where the gradient of a query may be summed in any order, "fixed" where it must not.
+GRAD_KV = Tunable(
+    "_cross_attention_grad_kv_kernel", (*_FIELDS, "order"), default=_grad_kv_default, candidates=_grad_kv_tried
+)
+
+
+def fields_of(q: Tensor, v: Tensor, features: str, few: bool) -> dict[str, Any]:
+    """What the tile of a call depends on; `few`: its sums have few terms."""
+    size = min(s for s in _SIZES if s >= max(q.shape[3], v.shape[3]))
+    words = [features, "few"] if few and q.dtype != torch.float32 else [features]
+    return {"dtype": dtype_name(q.dtype), "size": size, "features": " ".join(w for w in words if w)}
 
 
 def padded(size: int) -> int:
@@ -94,39 +153,38 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-_NONE = ("bias", "rank", "low", "high", "ranges", "entries")
+_NONE = ("bias", "when", "low", "high", "ranges", "entries")
 _LIST = {"ranges": "*i64", "entries": "*i32"}
-_WINDOW = {"rank": "*i32", "low": "*i32", "high": "*i32", **_LIST}
+_WINDOW = {"when": "*i64", "low": "*i64", "high": "*i64", **_LIST}
+_EVERY = (80, 89, 90, 100, 120)
+_LARGE = (80, 90, 100)  # those with the shared memory that D = 256 needs
 # The calls that AOT tables hold: dtype, head size, features, architectures.
 WANTED = (
     ("bf16", 64, "", (80,)),
-    ("bf16", 64, "bias", (90, 100)),
+    ("bf16", 64, "bias", _EVERY),
     ("bf16", 128, "", (90,)),
-    ("bf16", 128, "bias", (90,)),
+    ("bf16", 128, "bias", _EVERY),
     ("bf16", 128, "bias few", (90,)),
     ("bf16", 128, "blocks", (90,)),
-    ("bf16", 128, "bias window sinks", (80, 90, 100)),
+    ("bf16", 128, "window", (90,)),
+    ("bf16", 128, "bias window sinks", _EVERY),
     ("bf16", 256, "", (80,)),
-    ("bf16", 256, "bias", (90, 100)),
-    ("fp32", 128, "", (90,)),
+    ("bf16", 256, "bias", _LARGE),
+    ("fp32", 128, "", (89, 90)),
 )
 
 
-def variants(kernel: str, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple) -> list:
-    """Entries of an AOT table, of (dtype, head size, features, architectures), with the tile that `pick` gives."""
-    entries: dict[tuple, list[int]] = {}
-    for dtype, size, features, archs in wanted:
-        for arch in archs:
-            tile = tile_of(kernel, dtype != "fp32", arch // 10, size, "few" in features, "window" in features)
-            entries.setdefault((dtype, size, features, tile), []).append(arch)
-    return [_entry(tensors, others, *key, tuple(archs)) for key, archs in entries.items()]
+def variants(tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], **constants: object) -> list:
+    """Entries of an AOT table for the calls that are wanted."""
+    return [_entry(tunable, tensors, others, constants, *call) for call in WANTED]
 
 
-def _entry(tensors, others, dtype, size, features, tile, archs):
+def _entry(tunable, tensors, others, constants, dtype, size, features, archs):
     given = ({"bias": "*fp32"} if "bias" in features else {}) | (_WINDOW if "window" in features else {})
     given |= _LIST if "blocks" in features else {}
     even = size == padded(size)
     fixed = {
+        **constants,
         **{name: None for name in _NONE if name not in given},
         **{f"{name}_stride_d": 1 for name in ("q", "k", "v", "grad") if name in tensors},
         "HAS_BLOCKS": "blocks" in features,
@@ -136,11 +194,12 @@ def _entry(tensors, others, dtype, size, features, tile, archs):
         "INTERPRET": False,
         "EVEN": even,
         "EVEN_V": even,
-        "BLOCK_M": tile.queries,
-        "BLOCK_N": tile.keys,
         "BLOCK_D": padded(size),
         "BLOCK_V": padded(size),
-        "STAGES": tile.stages,
-        "HOIST": tile.hoist,
     }
-    return {**dict.fromkeys(tensors, f"*{dtype}"), **given, "SCALE": "fp32", **others}, fixed, tile.warps, archs
+    words = " ".join(w for w in features.split() if w != "sinks")
+    fields = {"dtype": dtype, "size": size, "features": words}
+    if "order" in tunable.fields:
+        fields["order"] = "any"
+    given = {**dict.fromkeys(tensors, f"*{dtype}"), **given, "SCALE": "fp32", **others}
+    return given, fixed, (tunable, fields), archs

@@ -1,6 +1,8 @@
 """The Triton kernels of cross-attention: features, shapes, special values, skipped tiles, against a dense mask."""
 
 import math
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,11 @@ from vidmem_kernels import _dispatch, cross_attention, explain, testing
 from vidmem_kernels._op import OPS
 
 pytest.importorskip("triton")
+from vidmem_kernels._tuned import arch_of  # noqa: E402
+from vidmem_kernels.cross_attn import triton_attention, triton_attention_grad  # noqa: E402
+from vidmem_kernels.cross_attn import triton_attention_specialised as specialised  # noqa: E402
+from vidmem_kernels.cross_attn.triton_attention_grad import one_pass_allowed, tiles_cross_attention_bwd  # noqa: E402
+from vidmem_kernels.cross_attn.triton_tiles import FORWARD, GRAD_KV, GRAD_Q  # noqa: E402
 
 INF, F64 = math.inf, torch.float64
 FEATURES = ["", "bias", "window", "blocks", "sinks window", "sinks blocks", "bias sinks window blocks"]
@@ -210,8 +217,23 @@ def test_tiles_that_no_query_sees_are_not_loaded(which, device):
 def test_bad_blocks_are_an_error(device):
     *args, options = arguments("blocks", 1, 40, 60, 1, 4, 4)
     options["block_index"][0, 0, 0, 0] = 3
-    with pytest.raises(IndexError, match=r"block_index must be in \[-1, 2\], got 3"):
-        run(args, options, device)
+    if device == "cpu":
+        with pytest.raises(IndexError, match=r"block_index must be in \[-1, 2\], got 3"):
+            run(args, options, device)
+
+
+@pytest.mark.parametrize("bad", [3, -2, 2**31 - 1])
+def test_bad_blocks_are_no_number_where_looking_would_wait(bad, device, monkeypatch):
+    for module in (triton_attention, triton_attention_grad):
+        monkeypatch.setattr(module, "check_blocks", lambda *_: None)
+    *args, options = arguments("blocks sinks", 1, 70, 60, 2, 4, 4)
+    (out, lse), _ = run(args, options, device)
+    options["block_index"][0, 1, 1, 2] = bad  # queries 32 to 63 of head 1
+    (other, other_lse), grads = run(args, options, device)
+    assert other[0, 32:64, 1].isnan().all() and other_lse[0, 1, 32:64].isnan().all()
+    assert grads[0][0, 32:64, 1].isnan().all()
+    other[0, 32:64, 1], other_lse[0, 1, 32:64] = out[0, 32:64, 1], lse[0, 1, 32:64]
+    assert torch.equal(other, out) and torch.equal(other_lse, lse)
 
 
 def test_refusals(device):
@@ -224,3 +246,114 @@ def test_refusals(device):
     assert "float64 is for checks and runs the reference" in why(F64)
     assert "needs D and Dv of 1 to 256, got 257 and 8" in why(size=257)
     assert "needs D and Dv of 1 to 256, got 8 and 0" in why(value_size=0)
+
+
+def all_of(tunable, arch, **fields):
+    return [tunable.default(arch, **fields), *tunable.candidates(arch, **fields)]
+
+
+@pytest.mark.parametrize("which", ["", "bias", "blocks bias"])
+def test_specialised_warps(which, device, monkeypatch):
+    """The form with descriptors is right wherever it is taken, and not taken where a descriptor cannot be."""
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "STAGES": 2, "HOIST": True, "num_warps": 4, "WARP_SPECIALIZE": True}
+    taken = []
+    launch = specialised.launch
+    monkeypatch.setattr(specialised, "launch", lambda *args: taken.append(args) or launch(*args))
+    for queries, keys, size, value_size, dtype in (
+        (70, 160, 16, 8, torch.bfloat16),
+        (64, 260, 16, 16, torch.float16),
+        (33, 300, 24, 40, torch.bfloat16),
+    ):
+        *args, options = arguments("", 1, queries, keys, 2, size, value_size, dtype)
+        if "bias" in which:
+            bias = torch.randn(1, 2, -(-keys // 4) * 4)  # rows of it start at multiples of 16 bytes
+            bias[:, :, ::5] = -INF
+            options["key_bias"] = bias[..., :keys]
+        if "blocks" in which:
+            shape = (1, 2, -(-queries // 32), 3)
+            options |= {"block_index": torch.randint(-1, -(-keys // 64), shape), "block_size": [32, 64]}
+        with FORWARD.forced(tile):
+            taken.clear()
+            check(args, options, device, f"{which} {queries} {keys}")
+            assert taken, (which, queries, keys)
+    with FORWARD.forced(tile):
+        for unfit in ("window", "sinks blocks", "blocks"):  # blocks of 24 keys are not made of tiles of 32
+            *args, options = arguments(unfit, 1, 70, 150, 2, 16, 8, torch.bfloat16)
+            taken.clear()
+            check(args, options, device, unfit)
+            assert not taken
+        *args, options = arguments("", 1, 70, 150, 2, 17, 8, torch.bfloat16)  # rows of 34 bytes
+        check(args, options, device)
+        assert not taken
+
+
+def test_a_tile_that_is_not_specialised_is_taken_once(monkeypatch, caplog):
+    """Triton leaves such a kernel as it is, silently: the compiled kernel says so by its warps."""
+    tile = {"num_warps": 4}
+    left, right = (SimpleNamespace(metadata=SimpleNamespace(num_warps=n)) for n in (4, 12))
+    monkeypatch.setattr(specialised, "unspecialised", set())
+    device = torch.device("cpu")
+    specialised.launch(lambda: right, tile, "bf16 128", device)
+    assert not specialised.unspecialised and not caplog.messages
+    specialised.launch(lambda: left, tile, "bf16 128 bias", device)
+    assert specialised.unspecialised == {"bf16 128 bias"} and "specialised no warps" in caplog.text
+    q = torch.zeros(1, 4, 1, 8)
+    assert "specialises no warps" in specialised.why_not(None, tile, "bf16 128 bias", q, q, q)
+
+
+def test_negative_and_zero_scale(device):
+    """Where scores are not scaled by a positive number their maximum is not that of the products."""
+    for scale in (-0.3, 0.0):
+        for which in ("", "bias sinks window blocks"):
+            *args, options = arguments(which, 1, 40, 280, 2, 8, 8, torch.bfloat16)
+            got, _ = run(args, options | {"scale": scale}, device)
+            expected, _ = yardstick(args, options | {"scale": scale})
+            torch.testing.assert_close(on("cpu", got), list(expected), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("which", ["bias", "window", "sinks blocks", "bias sinks window blocks"])
+def test_gradient_in_one_pass(which, device):
+    """Within the same budget as in two."""
+    if not one_pass_allowed(arch_of(torch.device(device))):
+        pytest.skip(reason="this Triton compiles it wrong")
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "STAGES": 1, "HOIST": False, "num_warps": 4, "ONE_PASS": True}
+    *args, options = arguments(which, 1, 300, 270, 2, 8, 8, torch.bfloat16)
+    with GRAD_KV.forced(tile), GRAD_Q.forced({}):  # the other kernel cannot run
+        check(args, options, device, which)
+
+
+def test_when_a_gradient_may_take_one_pass(device):
+    def order(dtype, keys=300):
+        q, k, v = (torch.zeros(1, n, 1, 8, dtype=dtype, device=device) for n in (300, keys, keys))
+        *_, chosen = tiles_cross_attention_bwd(
+            q, None, q, k, v, None, q, q, 0, None, None, None, None, [128, 64], 1.0
+        )  # fmt: skip
+        return chosen.key.split()[-1]
+
+    free = "any" if one_pass_allowed(arch_of(torch.device(device))) else "fixed"
+    assert order(torch.bfloat16) == free
+    assert order(torch.float32) == order(torch.bfloat16, keys=100) == "fixed"
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert order(torch.bfloat16) == "fixed"
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert order(torch.bfloat16) == free
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [one_pass_allowed(90, v) for v in ("3.3.1", "3.4.0", "3.6.0", "3.7.0", "3.7.1", "3.9.0+git1")] == [
+        True, False, False, False, True, True,
+    ]  # fmt: skip
+    assert one_pass_allowed(100, "3.6.0")
+
+
+@pytest.mark.parametrize("tunable", [FORWARD, GRAD_Q, GRAD_KV], ids=lambda t: t.kernel)
+def test_tiles_have_the_same_constants(tunable):
+    features = ("", "bias window", "bias few")
+    for arch, dtype, size, words in product((80, 89, 90, 100, 103, 120), ("bf16", "fp32"), (64, 128, 256), features):
+        fields = {"dtype": dtype, "size": size, "features": words}
+        orders = ("any", "fixed") if "order" in tunable.fields else (None,)
+        for order in orders:
+            tiles = all_of(tunable, arch, **fields, **({"order": order} if order else {}))
+            assert len({tuple(tile) for tile in tiles}) == 1
+            assert order != "fixed" or not any(tile["ONE_PASS"] for tile in tiles)
+            assert len(tiles) <= 20
