@@ -190,6 +190,8 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
     stages = 2
     if walk != "scan":
         block_n, block_v = 32 if wide or size > 128 else 64, (8192 if wide else 16384) // size
+    elif dtype == "fp32" and arch == 120:  # with 64-bit strides other tiles spill kilobytes there
+        block_n, block_v, stages = 32, 2048 // size, 1
     elif dtype == "fp32" or size > 128 or (wide and not roomy):
         block_n, block_v, stages = 16, 4096 // size, 1
     elif wide:
@@ -199,7 +201,8 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
     else:
         block_n, block_v = 16 if arch == 120 else 32, 64 if direction == "reverse" else 32
     block_v = max(16, min(value_size, block_v))
-    warps = 8 if size * block_v > (2048 if walk != "scan" or stages == 1 and block_n == 16 else 8192) else 4
+    narrow = walk == "scan" and dtype != "fp32" and (stages > 1 or block_n > 16)
+    warps = 8 if size * block_v > (8192 if narrow else 2048) or (dtype == "fp32" and arch == 120) else 4
     return {"BLOCK_N": block_n, "BLOCK_V": block_v, "STAGES": stages, "num_warps": warps}
 
 
