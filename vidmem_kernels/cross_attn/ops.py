@@ -106,7 +106,7 @@ register_op(
     autocast=(),
     triton="triton_attention_grad",
     library=library.BACKWARD,
-    varies=("library",),
+    varies=("library", "triton"),
     refuse={"library": library.refuse_backward, "cpu": refuse_products, "triton": _refuse_triton_backward},
     without_batch=_TIMES,
     head_axes=_HEADS,
