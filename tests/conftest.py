@@ -41,6 +41,15 @@ DEVICES = [
 ]
 
 
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends to a GPU and to packages of attention; see library_helpers.pretending."""
+    from library_helpers import pretending
+
+    with pretending(monkeypatch) as pretend:
+        yield pretend
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     """Every device there is; the CUDA runs carry the marker `gpu`."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidmem_kernels import _dispatch, cross_attention
 from vidmem_kernels._op import OPS
+from vidmem_kernels.cross_attn import library, library_packages, library_sdpa
 from vidmem_kernels.cross_attn.samples import PLAIN
 
 MODULES = {
@@ -16,6 +21,27 @@ MODULES = {
     "FA4": "flash_attn.cute",
     "flash-attn": "flash_attn.flash_attn_interface",
 }
+
+
+@contextmanager
+def pretending(monkeypatch):
+    """Pretends to a GPU of a compute capability, and to have exactly the packages named so far."""
+    installed = set()
+    monkeypatch.setattr(library_packages, "_installed", installed.__contains__)
+    library_packages._load.cache_clear()
+
+    def pretend(capability=(9, 0), cudnn=91900, modules=()):
+        """`modules`: name -> its functions by name."""
+        for module in (library, library_packages, library_sdpa):
+            monkeypatch.setattr(module, "capability", lambda device: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        for name, functions in dict(modules).items():
+            installed.add(name)
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+            vars(sys.modules[name]).update(functions)
+
+    yield pretend
+    library_packages._load.cache_clear()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

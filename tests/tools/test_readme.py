@@ -31,7 +31,7 @@ def row(name: str) -> str:
     in_cuda = name in cuda_fingerprints(ROOT / "csrc")
     cpu = told(cpu, {"C++": f'm.impl("{name}"' in sources, "SDPA": op.library is not None})
     gpu = told(gpu, {"Triton": op.triton is not None, "CUDA C++": in_cuda})
-    runs = {str(op.verified_on(backend) or "not yet") for backend in ("triton", "cuda")[: 1 + in_cuda]}
+    runs = {str(op.verified_on(backend) or "compiled, not run") for backend in ("triton", "cuda")[: 1 + in_cuda]}
     return f"| `{name}` | {cpu} | {gpu} | {dtypes} | {backward} | {'; '.join(sorted(runs))} |"
 
 
