@@ -40,7 +40,7 @@ def _means_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 def _dot_tile(arch: int, dtype: str, width: int) -> Tile:
     if dtype in ("bf16", "fp16"):
-        return _dot(128, 64, min(64, width), 8, 3)
+        return _dot(64 if arch in (100, 103) else 128, 64, min(64, width), 8, 3)  # 128 spill there
     return _dot(64, 64, min(32, width), 8, 3)
 
 

@@ -47,6 +47,8 @@ def _all_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 
 def _window_tile(arch: int, dtype: str, width: int) -> Tile:
+    if dtype == "fp32" and width <= 16 and arch >= 120:
+        return _tile(32, 32, width, 4, 2)  # 64 sources spill there
     return _default_tile(dtype, width, narrow=True)
 
 
