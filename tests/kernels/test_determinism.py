@@ -18,13 +18,12 @@ ALL_OPS = sorted(OPS)
 
 
 def cases():
-    """Every op on every backend; the interpreter, which is slow and knows no flag, only where the flag decides."""
+    """Every op on every backend; the interpreter is slow."""
     for name in ALL_OPS:
         for backend in _dispatch.BACKENDS:
             if (backend, None) in (("library", OPS[name].library), ("triton", OPS[name].triton)):
                 continue
-            slow = backend == "triton" and "triton" not in OPS[name].varies
-            yield pytest.param(name, backend, marks=pytest.mark.long if slow else ())
+            yield pytest.param(name, backend, marks=pytest.mark.long if backend == "triton" else ())
 
 
 def skip_unless_available(name, backend, device):
