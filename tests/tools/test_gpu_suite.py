@@ -221,8 +221,12 @@ def test_an_interrupt_asks_the_command_to_end(tmp_path):
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     script = "trap 'echo kept; exit' TERM; while true; do sleep 0.05; done"
-    with pytest.raises(KeyboardInterrupt):
-        process.run(["bash", "-c", script], 60, log)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            process.run(["bash", "-c", script], 60, log)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "kept" in log.read_text()
 
 

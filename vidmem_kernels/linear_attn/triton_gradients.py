@@ -115,6 +115,8 @@ def _linear_gradients_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     # The factors of a query go into float32 sums, whatever its gradient is rounded to.
     exact: tl.constexpr = dtype == tl.float32 or (NORMALIZE and not REVERSE)
+    # Of a few tokens' float16 gradients, TF32's rounding of the state alone is more than the yardstick has.
+    whole: tl.constexpr = exact or (dtype == tl.float16 and not SCAN)
     # Of few channels hardly anything may be left of a query's difference.
     wider: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
     weighted: tl.constexpr = factors is not None and REVERSE
@@ -149,7 +151,7 @@ def _linear_gradients_kernel(
                 first = start + i * BLOCK_N
             n = first + chunk
             given = load_columns(a, n, c, stop, DV, a_stride_l, a_stride_d)
-            t = whole_product(state, given, tl.zeros([BLOCK_D, BLOCK_N], tl.float32), dtype, exact)
+            t = whole_product(state, given, tl.zeros([BLOCK_D, BLOCK_N], tl.float32), dtype, whole)
             visible = tl.zeros([BLOCK_D, BLOCK_N], tl.float32) + z[:, None]
             if MASKED:
                 others = load_columns(y, n, d, stop, D, y_stride_l, y_stride_d)
@@ -219,7 +221,8 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
         tile = 2048 if reverse else 4096
         block_n = 16 if size > 128 or walk == "scan" else 32
     else:
-        tile = 16384
+        # Of float16 the state of a whole sequence is two factors.
+        tile = 8192 if dtype == "fp16" and direction == "reverse" and walk != "scan" else 16384
         block_n = 16 if walk == "scan" and (dtype == "fp16" or arch not in (90, *TENSOR_MEMORY)) else 32
         if reverse and dtype == "bf16":  # without what a query sees of z
             block_n = 64 if arch in TENSOR_MEMORY or arch == 90 else 16 if arch == 120 else 32

@@ -240,7 +240,6 @@ def prefix_states(
         SCAN=plan.is_scan,
         REVERSE=reverse,
         BLOCK=_PREFIX_BLOCK,
-        num_warps=4,
     )
 
 

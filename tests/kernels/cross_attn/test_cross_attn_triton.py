@@ -287,17 +287,17 @@ def test_specialised_warps(which, device, monkeypatch):
         assert not taken
 
 
-def test_a_tile_that_is_not_specialised_is_taken_once(monkeypatch, caplog):
+def test_a_tile_that_is_not_specialised_is_taken_once(monkeypatch, caplog, device):
     """Triton leaves such a kernel as it is, silently: the compiled kernel says so by its warps."""
     tile = {"num_warps": 4}
     left, right = (SimpleNamespace(metadata=SimpleNamespace(num_warps=n)) for n in (4, 12))
     monkeypatch.setattr(specialised, "unspecialised", set())
-    device = torch.device("cpu")
+    device = torch.device(device)
     specialised.launch(lambda: right, tile, "bf16 128", device)
     assert not specialised.unspecialised and not caplog.messages
     specialised.launch(lambda: left, tile, "bf16 128 bias", device)
     assert specialised.unspecialised == {"bf16 128 bias"} and "specialised no warps" in caplog.text
-    q = torch.zeros(1, 4, 1, 8)
+    q = torch.zeros(1, 4, 1, 8, device=device)
     assert "specialises no warps" in specialised.why_not(None, tile, "bf16 128 bias", q, q, q)
 
 
