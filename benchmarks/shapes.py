@@ -35,7 +35,8 @@ CPU, GPU, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 SMOKE = "smallest that has every code path; for tests"
 
 # Of about so many tokens and at most so many heads are the inputs that results are verified on, what takes less first.
-VERIFIED_AT = ((4096, 2), (4096, 64), (16_384, 2), (16_384, 64))
+# The last are beyond what int16 indexes, even where half of the tokens merge.
+VERIFIED_AT = ((4096, 2), (4096, 64), (16_384, 2), (16_384, 64), (81_920, 64))
 _RESIDUE = 4096  # a multiple of every tile, of its pieces by 16, and of what Triton compiles a length for
 
 
@@ -43,7 +44,7 @@ def smaller(sizes: dict[str, Any], most: int, heads: int, by_frame: bool = False
     """The same task of about `most` tokens: sizes from which kernels choose their code stay, or are alike.
 
     Channels, head sizes, blocks and topk stay. Lengths keep their remainder by 4,096, clips their pictures (fewer of
-    them, the same number by 8), windows their frames (of fewer tokens), a choice its share. At most `heads` heads;
+    them, the same number by 16), windows their frames (of fewer tokens), a choice its share. At most `heads` heads;
     `by_frame`: of whole frames.
     """
     small = dict(sizes)
@@ -52,9 +53,9 @@ def smaller(sizes: dict[str, Any], most: int, heads: int, by_frame: bool = False
         return n if n <= most else most // _RESIDUE * _RESIDUE + n % _RESIDUE
 
     def whole(count: int, size: int) -> int:
-        """At least four and about most / size of `count` parts, as many by 8 as there were."""
+        """At least four and about most / size of `count` parts, as many by 16 as there were."""
         fewer = max(4, most // size)
-        return count if count <= fewer else min(count, fewer + (count - fewer) % 8)
+        return count if count <= fewer else min(count, fewer + (count - fewer) % 16)
 
     if "grid" in sizes:
         frames, height, width = sizes["grid"]
