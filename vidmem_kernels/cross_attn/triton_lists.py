@@ -11,7 +11,8 @@ import triton.language as tl
 
 _ROWS = tl.constexpr(16)  # of a block index at a time, where they are searched for one block
 _BAD = tl.constexpr(-1)  # stands for the end of the list of queries with a block that is out of range
-LIST = {"CHUNK": 32, "num_warps": 4}  # of 64 a program spills on sm_100
+LIST = {"CHUNK": 64, "num_warps": 4}
+OF_BLOCKS = {"CHUNK": 32, "num_warps": 4}  # for _block_tiles_kernel: of 64 it spills on sm_100
 
 
 @triton.jit
@@ -297,16 +298,16 @@ def _entries(names: tuple[str, ...], **fixed: object) -> list:
     given = {"entries": "*i32", "ranges": "*i64", **{name: "*i32" for name in names}}
     sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": LIST["CHUNK"]}
     spans = [{"q_spans": f"*{t}", "k_spans": f"*{t}"} for t in ("i64", "i32")]
-    found = [(given | of, {**fixed, **sizes}, LIST["num_warps"]) for of in spans]
+    found = [(given | of, {**sizes, **fixed}, LIST["num_warps"]) for of in spans]
     if names:
-        found.append((given, {**fixed, **sizes, "q_spans": None, "k_spans": None}, LIST["num_warps"]))
+        found.append((given, {**sizes, **fixed, "q_spans": None, "k_spans": None}, LIST["num_warps"]))
     return found
 
 
 # See sparse_gather.triton_gather.AOT.
 AOT = {
     "_window_tiles_kernel": [*_entries((), BY_KEY=False), *_entries((), BY_KEY=True)],
-    "_block_tiles_kernel": _entries(("block_index",)),
+    "_block_tiles_kernel": _entries(("block_index",), CHUNK=OF_BLOCKS["CHUNK"]),
     "_block_queries_kernel": [
         *_entries(("block_index", "counts"), COUNT=True),
         *_entries(("block_index", "counts"), COUNT=False),

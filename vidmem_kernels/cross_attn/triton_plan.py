@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_lists import LIST, _block_queries_kernel, _block_tiles_kernel, _window_tiles_kernel
+from .triton_lists import LIST, OF_BLOCKS, _block_queries_kernel, _block_tiles_kernel, _window_tiles_kernel
 
 _LEAST = tl.constexpr(-(2**63))
 _MOST = tl.constexpr(2**63 - 1)
@@ -238,7 +238,7 @@ class Visibility:
         if self.block_index is None:
             _window_tiles_kernel[grid](entries=entries, ranges=ranges, BY_KEY=by_key, **shared)
         elif not by_key:
-            _block_tiles_kernel[grid](entries=entries, ranges=ranges, **shared)
+            _block_tiles_kernel[grid](entries=entries, ranges=ranges, **shared | OF_BLOCKS)
         else:
             counts = torch.empty(lanes * rows, 2, dtype=torch.int32, device=device)
             for counting in (True, False):
