@@ -33,6 +33,9 @@ FOUND = [
     (BF16, 300, 1, 2, 2, "elu1", True, 5, True),
     (BF16, 2100, 1, 16, 16, "relu", True, 1560, True),
     (F16, 7, 2, 4, 4, "relu", False, 1, True),
+    # Heads so large that denominators are summed without a product.
+    (BF16, 70, 1, 144, 24, "elu1", True, 3, True),
+    (F16, 70, 1, 130, 40, "relu", False, 1, True),
 ]
 
 
