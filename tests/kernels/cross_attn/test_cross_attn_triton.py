@@ -72,6 +72,7 @@ def check(args, options, device, what="", derived=True):
     return got, grads
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("which", FEATURES)
 def test_features(which, dtype, device):
@@ -89,6 +90,7 @@ def test_shapes(queries, keys, size, value_size, device):
         check(args, options, device, f"{dtype}", derived=False)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "queries, keys, block_size",
     [(9, 11, (1, 1)), (30, 40, (7, 5)), (160, 190, (150, 90)), (160, 190, (200, 300))],
@@ -103,6 +105,7 @@ def test_blocks_of_any_size(queries, keys, block_size, device):
     check(args, options, device, derived=False)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, F64], ids=str)
 def test_window_of_shuffled_times(dtype, device):
     *args, options = arguments("", 2, 70, 90, 1, 8, 8)
@@ -189,6 +192,7 @@ def test_runs_agree_to_the_bit(device):
     assert all(map(torch.equal, (*first[0], *first[1]), (*second[0], *second[1])))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("which", ["window", "blocks"])
 def test_tiles_that_no_query_sees_are_not_loaded(which, device):
     *args, options = arguments("sinks", 1, 130, 640, 1, 8, 8)
@@ -222,6 +226,7 @@ def test_bad_blocks_are_an_error(device):
             run(args, options, device)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bad", [3, -2, 2**31 - 1])
 def test_bad_blocks_are_no_number_where_looking_would_wait(bad, device, monkeypatch):
     for module in (triton_attention, triton_attention_grad):
@@ -252,6 +257,7 @@ def all_of(tunable, arch, **fields):
     return [tunable.default(arch, **fields), *tunable.candidates(arch, **fields)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("which", ["", "bias", "blocks bias"])
 def test_specialised_warps(which, device, monkeypatch):
     """The form with descriptors is right wherever it is taken, and not taken where a descriptor cannot be."""
@@ -311,6 +317,7 @@ def test_negative_and_zero_scale(device):
             torch.testing.assert_close(on("cpu", got), list(expected), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("which", ["bias", "window", "sinks blocks", "bias sinks window blocks"])
 def test_gradient_in_one_pass(which, device):
     """Within the same budget as in two."""
