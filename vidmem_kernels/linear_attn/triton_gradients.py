@@ -358,19 +358,7 @@ def launch_linear_attention_bwd(
 
 
 def tiles_linear_attention_bwd(
-    grad_out: Tensor,
-    grad_S: Tensor,
-    grad_z: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    S: Tensor | None,
-    z: Tensor | None,
-    feature_map: str,
-    causal: bool,
-    block_size: int,
-    normalize: bool,
-    scale: float = 1.0,
+    grad_out, grad_S, grad_z, q, k, v, S, z, feature_map, causal, block_size, normalize, scale=1.0
 ) -> list[Chosen]:
     """The tiles of `launch_linear_attention_bwd`, for `explain`."""
     plan = make_plan(tokens_to_walk(q, v), causal, block_size, q.shape[0] * q.shape[2], q.device)

@@ -299,18 +299,7 @@ def launch_linear_attention_fwd(
     return out, last_S, last_z
 
 
-def tiles_linear_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    S: Tensor | None,
-    z: Tensor | None,
-    feature_map: str,
-    causal: bool,
-    block_size: int,
-    normalize: bool,
-    scale: float = 1.0,
-) -> list[Chosen]:
+def tiles_linear_attention_fwd(q, k, v, S, z, feature_map, causal, block_size, *options) -> list[Chosen]:
     """The tiles of `launch_linear_attention_fwd`, for `explain`."""
     plan = make_plan(tokens_to_walk(q, v), causal, block_size, q.shape[0] * q.shape[2], q.device)
     fields = fields_of(q, v, feature_map, plan)
