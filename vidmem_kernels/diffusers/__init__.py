@@ -1,0 +1,32 @@
+"""Adapters that put this package into diffusers' video models, and take it out again: the optional extra `diffusers`.
+
+Nothing here is imported by `import vidmem_kernels`, and a name's file only when the name is first asked for.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+_FILES = {
+    "Family": "families",
+    "family_of": "families",
+    "register_family": "families",
+    "TokenMerging": "token_merging",
+    "TokenMergingConfig": "token_merging",
+    "apply_token_merging": "token_merging",
+}
+
+__all__ = sorted(_FILES)
+
+
+def __getattr__(name: str):
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec("diffusers") is None:
+        raise ImportError(
+            f'{__name__}.{name} needs diffusers (not installed); run: pip install "vidmem-kernels[diffusers]"'
+        )
+    return getattr(import_module(f".{_FILES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
