@@ -148,6 +148,7 @@ def test_a_killed_round_is_taken_up(bundle, whole, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.long
 def test_another_machine_goes_on_without_pyav(bundle, whole, tmp_path):
     """From OUT alone, by the script: a second round takes the counts of steps and the curves further."""
     out = shutil.copytree(whole[0], tmp_path / "out")

@@ -144,7 +144,7 @@ def compiler_that_may_not_run(folder):
 COMPILERS = [no_compiler, broken_compiler, launcher_without_compiler, compiler_that_may_not_run]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_without_a_compiler_the_references_are_installed(python, tree, tmp_path, compiler):
     cxx, why = compiler(tmp_path)
@@ -174,7 +174,7 @@ def test_build_in_place_replaces_what_an_earlier_one_left(python, tmp_path):
     assert (package / "_C_not_built.txt").read_text().startswith("/nonexistent was not found")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["VIDMEM_BUILD", "VIDMEM_BUILD_CUDA", "VIDMEM_CUDA_ARCHS", "MAX_JOBS"])
 def test_bad_setting_is_one_line(python, tree, name):
     env = {"VIDMEM_BUILD_CUDA": "1"} if name == "VIDMEM_CUDA_ARCHS" else {"VIDMEM_BUILD_CUDA": "0"}
