@@ -12,7 +12,7 @@ from .._call import call
 from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor, is_number
 from .._fast import fast
 from .._numerics import accumulate_dtype
-from .._symbolic import require, require_same, saveable
+from .._symbolic import require, require_same, saveable, unguarded
 from .._transforms import check_values
 from .reference import group_by_row
 
@@ -224,8 +224,12 @@ def match_neighbors(
     return MergePlan(*call("match_neighbors", metric, num_merge, grid, backend=backend))
 
 
-def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> None:
-    """Checks a plan's own shapes and that it fits `tensor`, (B, M, C) if `of_rows`, else (B, N, C)."""
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1  # a symbolic size never stands for 1
+
+
+def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> MergePlan:
+    """The plan, checked and of the batch of `tensor`, which is (B, M, ...) if `of_rows`, else (B, N, ...)."""
     if not isinstance(plan, MergePlan):
         raise TypeError(f"{op}: plan must be a MergePlan, got {type(plan).__name__}")
     for field, value in plan._asdict().items():
@@ -239,13 +243,28 @@ def _check_plan(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool)
         message = f"{op}: plan.{field} must have shape"
         require_same(found, shape, lambda m=message, f=found, s=shape: f"{m} {s}, got {f}")
     count, what = (rows, "rows") if of_rows else (tokens, "tokens")
+    shared = _is_one(batch) and not _is_one(tensor.shape[0])
     require_same(
-        tensor.shape[:2],
-        (batch, count),
+        tensor.shape[1:2] if shared else tensor.shape[:2],
+        (count,) if shared else (batch, count),
         lambda: (
-            f"{op}: {name} must have the batch of {batch} and the {count} {what} of plan, got {tuple(tensor.shape)}"
+            f"{op}: {name} must have {'' if shared else f'the batch of {batch} and '}the {count} {what} of plan, "
+            f"got {tuple(tensor.shape)}"
         ),
     )
+    return MergePlan(*(field.expand(tensor.shape[0], -1) for field in plan)) if shared else plan
+
+
+def _check_tokens(op: str, name: str, tensor: Tensor, shape: str) -> Tensor:
+    """Checks a float tensor of that shape or with more axes at its end; returns it with these as one, C."""
+    if isinstance(tensor, Tensor) and tensor.dim() > 3:
+        tensor = tensor.flatten(2)
+    return check_tensor(op, name, tensor, shape)
+
+
+def _with_axes_of(tensor: Tensor, tokens: Tensor) -> Tensor:
+    """(B, N, C) as (B, N, ...) with the further axes of `tensor`."""
+    return unguarded(Tensor.reshape, tokens, (*tokens.shape[:2], *tensor.shape[2:]))
 
 
 @fast
@@ -253,15 +272,16 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
     """Merges each group of a plan into its size-weighted mean.
 
     Args:
-        x: (B, N, C) float tokens.
-        plan: of `match_tokens`, `match_neighbors` or `MergePlan.from_assignment`, for B and N.
-        size: (B, N) float32 (float64 when x is float64) weights, not negative: how many tokens each one already
+        x: (B, N, C) float tokens; or with more axes, (B, N, H, D), which merge as (B, N, H * D) do.
+        plan: of `match_tokens`, `match_into`, `match_neighbors` or `MergePlan.from_assignment`, for N and the batch
+            of x, or of batch 1 for all of it.
+        size: (B|1, N) float32 (float64 when x is float64) weights, not negative: how many tokens each one already
             stands for. By default 1. A token of size 0 adds nothing, even if it holds a NaN; a group of total size 0
             gives a row of zeros.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        `MergeResult`: tokens (B, M, C) of the dtype of x, summed in float32 in order of the tokens, and size (B, M)
+        `MergeResult`: tokens (B, M, C), or (B, M, H, D), of the dtype of x, summed in float32 in order of the tokens, and size (B, M)
         of the dtype of `size`. Equal tokens merge to that very token, one alone in its group to its own bits, and 3, 4,
         5 to exactly 4; the mean of finite tokens is finite, even of the largest ones. An infinity gives infinity, two
         of opposite signs or a NaN give NaN. Tokens are differentiable in x and in `size`, the new size in `size`.
@@ -281,15 +301,17 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
     Source: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461.
     """
     op = "merge_tokens"
-    check_tensor(op, "x", x, "B, N, C")
-    _check_plan(op, plan, "x", x, of_rows=False)
+    flat = _check_tokens(op, "x", x, "B, N, C")
+    plan = _plan_for(op, plan, "x", x, of_rows=False)
     if size is not None:
         dtype = accumulate_dtype(x.dtype)
         check_tensor(op, "size", size, "B, N", (dtype,))
+        if _is_one(size.shape[0]) and not _is_one(x.shape[0]):
+            size = size.expand(x.shape[0], -1)
         check_same(op, "size must have the first two sizes of x", size.shape, x.shape[:2])
         check_same(op, "size must be on the device of x", size.device, x.device)
-    merged = call("merge_tokens", x, size, plan.assignment, plan.order, plan.offsets, backend=backend)
-    return MergeResult(*merged)
+    tokens, total = call("merge_tokens", flat, size, plan.assignment, plan.order, plan.offsets, backend=backend)
+    return MergeResult(tokens if flat is x else _with_axes_of(x, tokens), total)
 
 
 @fast
@@ -297,12 +319,12 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) ->
     """Gives every token the row that it was merged into.
 
     Args:
-        y: (B, M, C) float rows.
-        plan: the plan they were merged by.
+        y: (B, M, C) float rows; or with more axes, (B, M, H, D).
+        plan: the plan they were merged by, of the batch of y or of batch 1.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (B, N, C) of the dtype of y, differentiable: gradients are summed over each group in float32, in order of
+        (B, N, C), or (B, N, H, D), of the dtype of y, differentiable: gradients are summed over each group in float32, in order of
         the tokens.
 
     Raises:
@@ -316,6 +338,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) ->
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604.
     """
     op = "unmerge_tokens"
-    check_tensor(op, "y", y, "B, M, C")
-    _check_plan(op, plan, "y", y, of_rows=True)
-    return call("unmerge_tokens", y, plan.assignment, plan.order, plan.offsets, backend=backend)
+    flat = _check_tokens(op, "y", y, "B, M, C")
+    plan = _plan_for(op, plan, "y", y, of_rows=True)
+    tokens = call("unmerge_tokens", flat, plan.assignment, plan.order, plan.offsets, backend=backend)
+    return tokens if flat is y else _with_axes_of(y, tokens)

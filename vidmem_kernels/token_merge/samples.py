@@ -162,6 +162,7 @@ def _sized(m, s):
 
 
 PLAN = ("B N", "B R", "B N", "B R+1")
+SHARED = ("1 N", "1 R", "1 N", "1 R+1")
 public_call("match_tokens", "half", lambda x: api.match_tokens(x, x.shape[1] // 2), "B N 5")
 public_call("match_tokens", "grid", lambda x: api.match_tokens(x, 20, grid=(3, 4, 4), window=(1, 0, 1)), "B 48 5")
 public_call("match_neighbors", "grid", lambda x: api.match_neighbors(x, 11, grid=(3, 4, 5)), "B 60 5")
@@ -171,6 +172,26 @@ public_call(
     lambda x, size, *plan: api.merge_tokens(x, api.MergePlan(*plan), size),
     *("B N C", "B N", *PLAN),
     make=_sized,
+    R=1,
+)
+public_call(
+    "merge_tokens",
+    "heads, one plan and size for a batch",
+    lambda x, size, *plan: api.merge_tokens(x, api.MergePlan(*plan), size),
+    *("B N H D", "1 N", *SHARED),
+    make=lambda m, s: (
+        m.randn(s["B"], s["N"], s["H"], s["D"]),
+        m.rand(1, s["N"], dtype=accumulate_dtype(m.dtype)),
+        *_plan(m, s | {"B": 1}),
+    ),
+    R=1,
+)
+public_call(
+    "unmerge_tokens",
+    "heads, one plan for a batch",
+    lambda y, *plan: api.unmerge_tokens(y, api.MergePlan(*plan)),
+    *("B R H D", *SHARED),
+    make=lambda m, s: (m.randn(s["B"], s["R"], s["H"], s["D"]), *_plan(m, s | {"B": 1})),
     R=1,
 )
 public_call(
