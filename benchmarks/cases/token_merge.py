@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import vidmem_kernels as vk
 
 from ..registry import Benchmark, Unsupported, Work, baseline, benchmark, randn
+from ..shapes import CPU, GPU, MEMORY_20S, N240, N480, SMOKE, Shape
 
 STRIDE, WINDOW = (2, 2, 2), (1, 1, 1)
 SCORE_BYTES = 2**33  # a baseline that holds all scores is not asked to hold more
@@ -34,29 +35,37 @@ class Match(Benchmark):
     def num_merge(self, s):
         return s["N"] // 4
 
+    def tokens(self, s):
+        """How many tokens the plan is of."""
+        return s["N"]
+
     def comparable(self, results, x, s):
         # A baseline gives (merged sources, their destinations) as positions; a plan says the same of every token.
         if isinstance(results, vk.MergePlan):
             target = results.kept.long().gather(1, results.assignment.long())[0]
         else:
             source, destination = results
-            target = torch.arange(s["N"], device=source.device)
+            target = torch.arange(self.tokens(s), device=source.device)
             target[source[0]] = destination[0]
-        source = (target != torch.arange(s["N"], device=target.device)).nonzero()[:, 0]
+        source = (target != torch.arange(self.tokens(s), device=target.device)).nonzero()[:, 0]
         destination = target[source]
         assert len(source) == self.num_merge(s), f"{len(source)} tokens merge, not {self.num_merge(s)}"
         is_source = self.is_source(s, source.device)
         assert is_source[source].all() and not is_source[destination].any(), "a pair is no source and destination"
         self.check_pairs(source, destination, s)
-        unit = F.normalize(x["metric"][0].double(), dim=1)
+        unit = F.normalize(self.metric(x)[0].double(), dim=1)
         return (unit[source] * unit[destination]).sum(1).sort().values
+
+    def metric(self, x):
+        """(1, N, C) of the tokens that the plan is of."""
+        return x["metric"]
 
     def check_pairs(self, source, destination, s):
         """Asserts that sources may merge with these destinations."""
 
     def bytes(self, s, itemsize):
-        rows = s["N"] - self.num_merge(s)
-        return s["N"] * s["C"] * itemsize + 4 * (2 * s["N"] + 2 * rows)
+        tokens, rows = self.tokens(s), self.tokens(s) - self.num_merge(s)
+        return tokens * s["C"] * itemsize + 4 * (2 * tokens + 2 * rows)
 
 
 @benchmark("match_tokens")
@@ -141,6 +150,45 @@ class MatchTokensWindow(Match):
         t, h, w = t + neighbour // 9 - 1, h + neighbour // 3 % 3 - 1, w + neighbour % 3 - 1
         destination = (2 * t * grid[1] + 2 * h) * grid[2] + 2 * w
         return numbers.flatten()[merged].unsqueeze(0), destination.unsqueeze(0)
+
+
+_INTO = {
+    "smoke": Shape({"N": 60, "M": 43, "C": 24}, SMOKE),
+    "clip240p-memory": Shape({"N": N240, "M": N240 // 2, "C": 128}, "a clip into a memory of half its size", CPU),
+    "clip480p-memory": Shape({"N": N480, "M": MEMORY_20S, "C": 128}, "a 480 x 832 clip into 20 s of memory", GPU),
+}
+
+
+@benchmark("match_into", shapes=_INTO)
+class MatchInto(Match):
+    def make(self, s, dtype, device, rng):
+        return {"metric": randn(rng, dtype, 1, s["N"], s["C"]), "memory": randn(rng, dtype, 1, s["M"], s["C"])}
+
+    def call(self, x, s, backend):
+        return vk.match_into(x["metric"], x["memory"], self.num_merge(s), backend=backend)
+
+    def num_merge(self, s):
+        return s["N"] // 2
+
+    def tokens(self, s):
+        return s["M"] + s["N"]
+
+    def metric(self, x):
+        return torch.cat([x["memory"], x["metric"]], dim=1)
+
+    def is_source(self, s, device):
+        return torch.arange(self.tokens(s), device=device) >= s["M"]
+
+    def work(self, s, itemsize):
+        return Work(self.bytes(s, itemsize), 2 * s["N"] * s["M"] * s["C"])
+
+    @baseline("product and maximum, 1,024 tokens at a time", compiled=True)
+    def chunked(self, x, s):
+        memory = F.normalize(x["memory"], dim=-1).transpose(1, 2)
+        best = [(a @ memory).max(dim=-1) for a in F.normalize(x["metric"], dim=-1).split(1024, dim=1)]
+        score, destination = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+        source = score.topk(self.num_merge(s), dim=1, sorted=False).indices
+        return s["M"] + source, destination.gather(1, source)
 
 
 @benchmark("match_neighbors")

@@ -52,7 +52,12 @@ def grid_match(dtype, B, T, H, W, num_merge, window):
     tokens = T * H * W
     cells = -(-T // 2) * -(-H // 2) * -(-W // 2)
     merged = min(num_merge, tokens - cells)
-    return floats(B, tokens, 3, dtype=dtype), merged, (T, H, W), (2, 2, 2), (1, 0, 1) if window else None
+    window = (1, 0, 1) if window else None
+    return floats(B, tokens, 3, dtype=dtype), merged, (T, H, W), (2, 2, 2), window, False, -1, None
+
+
+def match(dtype, B, N, num_merge):
+    return floats(B, N, 3, dtype=dtype), min(num_merge, N // 2), None, (2, 2, 2), None, False, -1, None
 
 
 def index_of(B, K, M):
@@ -80,10 +85,7 @@ def plan_call(function):
 
 OF_PLAN = {"B": 2, "N": 7, "M": 4, "C": 5}
 CASES = {
-    "match_tokens": Op(
-        {"B": 2, "N": 9, "num_merge": 4},
-        lambda dtype, B, N, num_merge: (floats(B, N, 3, dtype=dtype), min(num_merge, N // 2), None, (2, 2, 2), None),
-    ),
+    "match_tokens": Op({"B": 2, "N": 9, "num_merge": 4}, match),
     "match_tokens on a grid": Op({"B": 2, "T": 2, "H": 3, "W": 4, "num_merge": 5, "window": 1}, grid_match),
     "match_neighbors": Op(
         {"B": 2, "T": 2, "H": 3, "W": 4, "num_merge": 5},

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from .._call import call
-from .._checks import INDEX_DTYPES, check_int, check_same, check_tensor, is_number
+from .._checks import INDEX_DTYPES, check_int, check_number, check_same, check_tensor, is_number
 from .._fast import fast
 from .._numerics import accumulate_dtype
 from .._symbolic import require, require_same, saveable, unguarded
 from .._transforms import check_values
 from .reference import group_by_row
+from .splits import Split, order_by_mask, plan_of_order
 
 __all__ = [
     "MergePlan",
     "MergeResult",
+    "match_into",
     "match_neighbors",
     "match_tokens",
     "merge_tokens",
@@ -78,10 +80,14 @@ class MergeResult(NamedTuple):
     size: Tensor
 
 
-def _check_metric(op: str, metric: Tensor) -> None:
-    check_tensor(op, "metric", metric, "B, N, C")
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1  # a symbolic size never stands for 1
+
+
+def _check_metric(op: str, metric: Tensor, name: str = "metric", shape: str = "B, N, C") -> None:
+    check_tensor(op, name, metric, shape)
     if metric.shape[2] < 1:
-        raise ValueError(f"{op}: metric must have at least one channel, got {tuple(metric.shape)}")
+        raise ValueError(f"{op}: {name} must have at least one channel, got {tuple(metric.shape)}")
 
 
 def _check_three(op: str, name: str, value: object, low: int) -> tuple[int, int, int]:
@@ -101,11 +107,65 @@ def _check_grid(op: str, metric: Tensor, grid: object) -> tuple[int, int, int]:
     return t, h, w
 
 
+def _check_mask(op: str, name: str, mask: object, metric: Tensor) -> None:
+    check_tensor(op, name, mask, "B, N", (torch.bool,))
+    check_same(op, f"{name} must be on the device of metric", mask.device, metric.device)
+    batch = mask.shape[0] if _is_one(mask.shape[0]) else metric.shape[0]
+    require_same(
+        mask.shape,
+        (batch, metric.shape[1]),
+        lambda: f"{op}: {name} must have shape (1 or {metric.shape[0]}, {metric.shape[1]}), got {tuple(mask.shape)}",
+    )
+
+
+def _count_merges(op: str, num_merge: object, ratio: object, sources: int) -> int:
+    """How many tokens merge, of so many that may."""
+    if (num_merge is None) == (ratio is None):
+        found = "neither" if ratio is None else f"{num_merge} and {ratio}"
+        raise ValueError(f"{op}: one of num_merge and ratio must be given, got {found}")
+    if ratio is None:
+        check_int(op, "num_merge", num_merge, 0, sources)
+        return num_merge
+    check_number(op, "ratio", ratio)
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"{op}: ratio must be in [0, 1], got {ratio}")
+    return torch.sym_int(ratio * sources)
+
+
+def _read_fewest(counts: Tensor, limit: int) -> int:
+    """The smallest of the counts (B,) and the limit, read back from the device."""
+    # The limit is one more count, so that an empty batch has a smallest one.
+    fewest = torch.cat([counts, counts.new_full((1,), limit)]).amin().item()
+    torch._check(fewest >= 0)
+    torch._check(fewest <= limit)
+    return fewest
+
+
+def _read_destinations(op: str, destinations: Tensor) -> int:
+    """How many tokens a mask marks in every batch element, read back from the device."""
+    batch, tokens = destinations.shape
+    if batch == 0:
+        return torch.sym_min(tokens, 1)  # the fewest that anything could merge with
+    counts = destinations.sum(dim=1)
+    fewest, most = torch.stack([counts.amin(), counts.amax()]).tolist()
+    require(
+        fewest == most,
+        lambda: f"{op}: destinations must be as many in every batch element, got {fewest} to {most}",
+    )
+    torch._check(fewest >= 0)
+    torch._check(fewest <= tokens)
+    return fewest
+
+
 @fast
 def match_tokens(
     metric: Tensor,
-    num_merge: int,
+    num_merge: int | None = None,
     *,
+    ratio: float | None = None,
+    protect: Tensor | None = None,
+    destinations: Tensor | None = None,
+    border: str = "own",
     grid: Sequence[int] | None = None,
     stride: Sequence[int] = (2, 2, 2),
     window: Sequence[int] | None = None,
@@ -118,8 +178,18 @@ def match_tokens(
     NaN similarity, which every vector with a NaN or an infinity has, counts as below all others.
 
     Args:
-        metric: (B, N, C) what tokens are compared by, for example attention keys averaged over heads.
-        num_merge: number of tokens to merge away, in [0, number of sources].
+        metric: (B, N, C) what tokens are compared by, for example attention keys averaged over heads. One of batch 1
+            makes a plan of batch 1, which `merge_tokens` applies to a whole batch.
+        num_merge: number of tokens to merge away, in [0, number of sources], of those that see a destination.
+        ratio: in place of `num_merge`, the part of these sources to merge, in [0, 1], rounded down.
+        protect: (B|1, N) bool, tokens that stay alone: they merge into nothing and nothing merges into them. What
+            `num_merge` may be and `ratio` is of are the sources that may still merge, in the batch element with the
+            fewest. Goes with everything.
+        destinations: (B|1, N) bool, which tokens are destinations, in place of the odd ones; all others are sources.
+            As many in every batch element. Without a grid, whose cells say themselves which tokens are.
+        border: "own": cells that the grid cuts at its far border have a destination as all others. "none": they have
+            none, and their tokens join those of whole cells, as in tomesd; without a whole cell in their window they
+            cannot merge. With a grid only.
         grid: (T, H, W) of the tokens, T * H * W = N, W fastest. The first token of every cell of `stride` is a
             destination, all others are sources. Without it even positions are sources, odd ones destinations.
         stride: (t, h, w) size of a cell, used with `grid` only; cells at the far border may be partial.
@@ -128,10 +198,14 @@ def match_tokens(
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        `MergePlan` with M = N - num_merge rows. Indices carry no gradient. Scores are never held all at once.
+        `MergePlan` with M = N - num_merge rows. Indices carry no gradient. Scores are never held all at once. How many
+        tokens `protect` leaves and `destinations` marks is read back from the device, and under `torch.compile` that
+        breaks the graph unless `torch._dynamo.config.capture_scalar_outputs` is set; without the two nothing is read.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit.
+        ValueError, TypeError: arguments that do not fit. A `num_merge` beyond the sources that may merge is told the
+            most that can be.
+        RuntimeError: `protect` or `destinations` under vmap.
 
     Equivalent PyTorch:
         a, b = normalize(metric, dim=-1)[:, ::2], normalize(metric, dim=-1)[:, 1::2]
@@ -144,21 +218,99 @@ def match_tokens(
     """
     op = "match_tokens"
     _check_metric(op, metric)
-    tokens = metric.shape[1]
     stride = _check_three(op, "stride", stride, 1)
     if grid is not None:
         grid = _check_grid(op, metric, grid)
-        cells = [(n + s - 1) // s for n, s in zip(grid, stride, strict=True)]
-        sources = tokens - cells[0] * cells[1] * cells[2]
-    else:
-        sources = (tokens + 1) // 2 * torch.sym_min(tokens // 2, 1)  # one token has nothing to merge into
     if window is not None:
         window = _check_three(op, "window", window, 0)
         if grid is None:
             raise ValueError(f"{op}: window must come with a grid, got window {window} and no grid")
-    check_int(op, "num_merge", num_merge, 0, sources)
-    plan = call("match_tokens", metric, num_merge, grid, stride, window, backend=backend)
-    return MergePlan(*plan)
+    if border not in ("own", "none"):
+        raise ValueError(f"{op}: border must be 'own' or 'none', got {border!r}")
+    if border == "none" and grid is None:
+        raise ValueError(f"{op}: border must be 'own' where there is no grid, got 'none'")
+    split = Split(metric.shape[1], grid, stride, window, border == "none")
+    for name, mask in (("protect", protect), ("destinations", destinations)):
+        if mask is not None:
+            _check_mask(op, name, mask, metric)
+            check_values(op, f"how many tokens may merge depends on {name}")
+    if destinations is not None:
+        if grid is not None:
+            raise ValueError(f"{op}: destinations must come without a grid and a window, got {grid} and {window}")
+        split = split._replace(num_destinations=_read_destinations(op, destinations))
+        order = order_by_mask(destinations)
+        metric = torch.take_along_dim(metric.detach(), order.unsqueeze(2), dim=1)
+        protect = None if protect is None else torch.take_along_dim(protect, order, dim=1)
+    sources = split.count_sources()
+    if protect is not None:
+        sources = _read_fewest(split.count_unprotected(protect), sources)
+        # Another tensor than was given: the fast path cannot take this call, which depends on values, for the same.
+        protect = protect.expand(metric.shape[0], -1)
+    num_merge = _count_merges(op, num_merge, ratio, sources)
+    plan = call("match_tokens", metric, num_merge, *split.arguments, protect, backend=backend)
+    return MergePlan(*(plan if destinations is None else plan_of_order(plan, order)))
+
+
+@fast
+def match_into(
+    metric: Tensor,
+    memory_metric: Tensor,
+    num_merge: int | None = None,
+    *,
+    ratio: float | None = None,
+    backend: str | None = None,
+) -> MergePlan:
+    """Plans a merge of new tokens into the rows of a memory: each token's most similar row, the best pairs merge.
+
+    Every row of the memory is kept and stays where it is; tokens merge into rows, never into each other. Similarity,
+    ties and NaN as in `match_tokens`. The plan is over the memory followed by the tokens:
+
+        plan = match_into(key(tokens), key(memory), ratio=0.5)
+        memory, size = merge_tokens(cat([memory, tokens], dim=1), plan, cat([size, ones(B, N)], dim=1))
+
+    after which row m < M of the memory is the mean of what it was and of the tokens that it took, weighted by how many
+    each stands for, and the tokens that were like no row are appended in their order.
+
+    Args:
+        metric: (B, N, C) what the tokens are compared by.
+        memory_metric: (B|1, M, C) the same of the rows of the memory, of the same dtype; of batch 1 for a whole batch.
+        num_merge: number of tokens to merge away, in [0, N], or 0 where the memory is empty.
+        ratio: in place of `num_merge`, the part of the tokens to merge, in [0, 1], rounded down.
+        backend: see `vidmem_kernels.use_backend`.
+
+    Returns:
+        `MergePlan` over M + N tokens, with M + N - num_merge rows: `assignment` of row m of the memory is m. Indices
+        carry no gradient. Scores are never held all at once; on a GPU the two metrics are, as one tensor.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Equivalent PyTorch:
+        score, row = (normalize(metric, dim=-1) @ normalize(memory_metric, dim=-1).transpose(1, 2)).max(dim=-1)
+        merged = score.argsort(dim=-1, descending=True, stable=True)[:, :num_merge]
+        # token M + merged joins row.gather(1, merged); all others stay
+
+    Source: the matching of Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, between two sets.
+    """
+    op = "match_into"
+    _check_metric(op, metric)
+    _check_metric(op, memory_metric, "memory_metric", "B, M, C")
+    check_same(op, "memory_metric must have the dtype of metric", memory_metric.dtype, metric.dtype)
+    check_same(op, "memory_metric must be on the device of metric", memory_metric.device, metric.device)
+    batch, tokens, channels = metric.shape
+    rows = memory_metric.shape[1]
+    fits = (memory_metric.shape[0] if _is_one(memory_metric.shape[0]) else batch, rows, channels)
+    require_same(
+        memory_metric.shape,
+        fits,
+        lambda: (
+            f"{op}: memory_metric must have batch 1 or {batch} and {channels} channels as metric, "
+            f"got {tuple(memory_metric.shape)}"
+        ),
+    )
+    split = Split(rows + tokens, num_destinations=rows)
+    num_merge = _count_merges(op, num_merge, ratio, split.count_sources())
+    return MergePlan(*call("match_into", metric, memory_metric, num_merge, backend=backend))
 
 
 @fast
@@ -216,16 +368,8 @@ def match_neighbors(
             raise ValueError(f"{op}: threshold must be in [-1, 1], got {threshold}")
         check_values(op, "the number of rows depends on the values with a threshold")
         counts = call("count_neighbors", metric, grid, float(threshold), backend=backend)
-        # The limit is one more count, so that an empty batch has a smallest one.
-        limit = counts.new_full((1,), num_merge)
-        num_merge = torch.cat([counts, limit]).amin().item()
-        torch._check(num_merge >= 0)
-        torch._check(num_merge <= sources)
+        num_merge = _read_fewest(counts, num_merge)
     return MergePlan(*call("match_neighbors", metric, num_merge, grid, backend=backend))
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1  # a symbolic size never stands for 1
 
 
 def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> MergePlan:
@@ -281,10 +425,11 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        `MergeResult`: tokens (B, M, C), or (B, M, H, D), of the dtype of x, summed in float32 in order of the tokens, and size (B, M)
-        of the dtype of `size`. Equal tokens merge to that very token, one alone in its group to its own bits, and 3, 4,
-        5 to exactly 4; the mean of finite tokens is finite, even of the largest ones. An infinity gives infinity, two
-        of opposite signs or a NaN give NaN. Tokens are differentiable in x and in `size`, the new size in `size`.
+        `MergeResult`: tokens (B, M, C) or (B, M, H, D) of the dtype of x, summed in float32 in order of the tokens,
+        and size (B, M) of the dtype of `size`. Equal tokens merge to that very token, one alone in its group to its own
+        bits, and 3, 4, 5 to exactly 4; the mean of finite tokens is finite, even of the largest ones. An infinity gives
+        infinity, two of opposite signs or a NaN give NaN. Tokens are differentiable in x and in `size`, the new size in
+        `size`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
@@ -324,8 +469,8 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) ->
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (B, N, C), or (B, N, H, D), of the dtype of y, differentiable: gradients are summed over each group in float32, in order of
-        the tokens.
+        (B, N, C) or (B, N, H, D) of the dtype of y, differentiable: gradients are summed over each group in float32, in
+        order of the tokens.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.

@@ -16,15 +16,19 @@ from . import reference
 # --- matching ---
 
 
-def _plan_fake(metric, num_merge):
-    batch, tokens, _ = metric.shape
+def _plan_fake(metric, num_merge, memory_rows=0):
+    batch, tokens = metric.shape[0], memory_rows + metric.shape[1]
     rows = minus(tokens, num_merge)
     sizes = (tokens, rows, tokens, rows + 1)
     return tuple(metric.new_empty(batch, size, dtype=torch.int32) for size in sizes)
 
 
-def _match_tokens_fake(metric, num_merge, grid, stride, window):
+def _match_tokens_fake(metric, num_merge, grid, stride, window, whole_cells, num_destinations, protect):
     return _plan_fake(metric, num_merge)
+
+
+def _match_into_fake(metric, memory_metric, num_merge):
+    return _plan_fake(metric, num_merge, memory_metric.shape[1])
 
 
 def _match_neighbors_fake(metric, num_merge, grid):
@@ -41,10 +45,21 @@ def _match_refuse_triton(metric, *_):
 
 register_op(
     "match_tokens(Tensor metric, SymInt num_merge, SymInt[]? grid=None, SymInt[] stride=[2, 2, 2], "
-    "SymInt[]? window=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[]? window=None, bool whole_cells=False, SymInt num_destinations=-1, Tensor? protect=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.match_tokens,
     fake=_match_tokens_fake,
     autocast=(),
+    triton="triton_match",
+    refuse={"triton": _match_refuse_triton},
+)
+
+register_op(
+    "match_into(Tensor metric, Tensor memory_metric, SymInt num_merge) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.match_into,
+    fake=_match_into_fake,
+    autocast=(),
+    broadcasts=("memory_metric",),
     triton="triton_match",
     refuse={"triton": _match_refuse_triton},
 )

@@ -46,8 +46,11 @@ def _best_column(rows: Tensor, columns: Tensor, hidden: Tensor | None = None) ->
     return score, column
 
 
-def _match_all(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarity and number of the best destination of every source, in chunks of the batch and of sources."""
+def _match_all(sources: Tensor, destinations: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Similarity and number of the best destination of every source, in chunks of the batch and of sources.
+
+    `hidden` (B, D): destinations that no source sees.
+    """
     count = destinations.shape[1]
     score = sources.new_empty(sources.shape[:2])
     column = torch.empty_like(score, dtype=torch.int64)
@@ -56,16 +59,18 @@ def _match_all(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     for b in range(0, sources.shape[0], lanes):
         for s in range(0, sources.shape[1], rows):
             part = slice(b, b + lanes), slice(s, s + rows)
-            score[part], column[part] = _best_column(sources[part], destinations[b : b + lanes])
+            unseen = None if hidden is None else hidden[b : b + lanes].unsqueeze(1)
+            score[part], column[part] = _best_column(sources[part], destinations[b : b + lanes], unseen)
     return score, column
 
 
 def _tiles(
-    grid: Sequence[int], stride: Sequence[int], window: Sequence[int], lanes: int
+    grid: Sequence[int], stride: Sequence[int], window: Sequence[int], ends: Sequence[int], lanes: int
 ) -> Iterator[tuple[list[slice], list[slice]]]:
-    """Boxes of cells that cover the grid: per axis, the tokens of a box and the cells that any of them sees."""
+    """Boxes of cells that cover the grid: per axis, the tokens of a box and the cells before `ends` that any sees."""
     cells = [-(-n // s) for n, s in zip(grid, stride, strict=True)]
     edge = [min(_TILE, n) for n in cells]
+    last = [-(-n // s) for n, s in zip(ends, stride, strict=True)]
 
     def scores() -> int:
         total = lanes
@@ -77,7 +82,7 @@ def _tiles(
         longest = edge.index(max(edge))
         edge[longest] = -(-edge[longest] // 2)
     for origin in product(*(range(0, n, e) for n, e in zip(cells, edge, strict=True))):
-        axes = list(zip(origin, edge, grid, stride, window, cells, strict=True))
+        axes = list(zip(origin, edge, grid, stride, window, last, strict=True))
         own = [slice(o * s, min((o + e) * s, size)) for o, e, size, s, _, _ in axes]
         seen = [slice(max(o - w, 0), min(o + e + w, n)) for o, e, _, _, w, n in axes]
         yield own, seen
@@ -96,22 +101,32 @@ def _hidden(
     return hidden
 
 
-def _match_window(x: Tensor, stride: Sequence[int], window: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W): similarity and position of the best destination in the window of every token of a grid."""
+def _match_window(
+    x: Tensor, stride: Sequence[int], window: Sequence[int], ends: Sequence[int], protect: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(B, T, H, W): similarity and position of the best destination in the window of every token of a grid.
+
+    `ends`: as of `_cell_ends`; `protect` (B, N): tokens that no source sees. Without any in sight it is -inf and 0.
+    """
     batch, *grid, _ = x.shape
-    cells = x[:, :: stride[0], :: stride[1], :: stride[2]]
-    positions = torch.arange(grid[0] * grid[1] * grid[2], device=x.device).view(grid)
-    positions = positions[:: stride[0], :: stride[1], :: stride[2]]
-    score = x.new_empty(batch, *grid)
-    destination = positions.new_empty(batch, *grid)
-    for own, seen in _tiles(grid, stride, window, batch):
-        rows = x[:, own[0], own[1], own[2]]
-        columns = cells[:, seen[0], seen[1], seen[2]]
+    every = slice(None)
+    first_of_cell = [slice(0, end, s) for end, s in zip(ends, stride, strict=True)]
+    cells = x[(every, *first_of_cell)]
+    positions = torch.arange(grid[0] * grid[1] * grid[2], device=x.device).view(grid)[tuple(first_of_cell)]
+    hidden_cells = None if protect is None else protect.reshape(batch, *grid)[(every, *first_of_cell)]
+    score = x.new_full((batch, *grid), float("-inf"))
+    destination = positions.new_zeros(batch, *grid)
+    for own, seen in _tiles(grid, stride, window, ends, batch):
+        rows = x[(every, *own)]
+        columns = cells[(every, *seen)].flatten(1, 3)
+        if columns.shape[1] == 0:
+            continue
         hidden = _hidden(own, seen, stride, window, x.device)
-        best, column = _best_column(rows.flatten(1, 3), columns.flatten(1, 3), hidden)
-        score[:, own[0], own[1], own[2]] = best.view(rows.shape[:4])
-        found = positions[seen[0], seen[1], seen[2]].flatten()[column]
-        destination[:, own[0], own[1], own[2]] = found.view(rows.shape[:4])
+        if hidden_cells is not None:
+            hidden = hidden | hidden_cells[(every, *seen)].flatten(1).unsqueeze(1)
+        best, column = _best_column(rows.flatten(1, 3), columns, hidden)
+        score[(every, *own)] = best.view(rows.shape[:4])
+        destination[(every, *own)] = positions[tuple(seen)].flatten()[column].view(rows.shape[:4])
     return score, destination
 
 
@@ -146,35 +161,74 @@ def _plan(
     return assignment.to(torch.int32), kept.to(torch.int32), order, offsets
 
 
+def _cell_ends(grid: Sequence[int], stride: Sequence[int], whole_cells: bool) -> list[int]:
+    """Per axis, where the cells end that have a destination."""
+    return [n // s * s if whole_cells else n for n, s in zip(grid, stride, strict=True)]
+
+
+def mark_destinations(
+    tokens: int,
+    grid: Sequence[int] | None,
+    stride: Sequence[int],
+    whole_cells: bool,
+    num_destinations: int,
+    device: torch.device,
+) -> Tensor:
+    """(N,) bool: which tokens are destinations; arguments as of `match_tokens`."""
+    position = torch.arange(tokens, device=device)
+    if num_destinations >= 0:
+        return position < num_destinations
+    if grid is None:
+        return position % 2 == 1
+    marks = torch.zeros(tuple(grid), dtype=torch.bool, device=device)
+    marks[tuple(slice(0, end, s) for end, s in zip(_cell_ends(grid, stride, whole_cells), stride, strict=True))] = True
+    return marks.flatten()
+
+
 def match_tokens(
     metric: Tensor,
     num_merge: int,
     grid: Sequence[int] | None,
     stride: Sequence[int],
     window: Sequence[int] | None,
+    whole_cells: bool = False,
+    num_destinations: int = -1,
+    protect: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `vidmem_kernels.match_tokens`."""
+    """See `vidmem_kernels.match_tokens`.
+
+    Args:
+        metric, num_merge, grid, stride, window: as there.
+        whole_cells: cells that the grid cuts have no destination.
+        num_destinations: not negative: the first so many tokens are destinations, without a grid only.
+        protect: (B, N) bool, tokens that stay alone. `num_merge` must leave out the sources that can join none.
+    """
     batch, tokens, channels = metric.shape
+    is_destination = mark_destinations(tokens, grid, stride, whole_cells, num_destinations, metric.device)
     position = torch.arange(tokens, device=metric.device)
-    is_source = position % 2 == 0
-    if grid is not None:
-        position = position.view(*grid)
-        is_source = torch.ones_like(position, dtype=torch.bool)
-        is_source[:: stride[0], :: stride[1], :: stride[2]] = False
-        position, is_source = position.flatten(), is_source.flatten()
-    source = position[is_source]
+    source = position[~is_destination]
     if num_merge == 0:  # also where there is nothing to match with
         score = metric.new_zeros(batch, source.shape[0], dtype=torch.float32)
         return _plan(score, source, score.to(torch.int64), 0, tokens)
     x = _unit_vectors(metric)
     if window is not None:
-        score, destination = _match_window(x.view(batch, *grid, channels), stride, window)
+        ends = _cell_ends(grid, stride, whole_cells)
+        score, destination = _match_window(x.view(batch, *grid, channels), stride, window, ends, protect)
         score = score.view(batch, tokens)[:, source]
         destination = destination.view(batch, tokens)[:, source]
     else:
-        score, column = _match_all(x[:, source], x[:, ~is_source])
-        destination = position[~is_source][column]
+        hidden = None if protect is None else protect[:, is_destination]
+        score, column = _match_all(x[:, source], x[:, is_destination], hidden)
+        destination = position[is_destination][column]
+    if protect is not None:
+        score = score.masked_fill(protect[:, source], float("-inf"))
     return _plan(score, source, destination, num_merge, tokens)
+
+
+def match_into(metric: Tensor, memory_metric: Tensor, num_merge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `vidmem_kernels.match_into`."""
+    both = torch.cat([memory_metric.expand(metric.shape[0], -1, -1), metric], dim=1)
+    return match_tokens(both, num_merge, None, (1, 1, 1), None, num_destinations=memory_metric.shape[1])
 
 
 def _match_neighbors(metric: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,20 @@ from ..testing import public_call, sample_inputs
 from . import api, reference
 
 
+def _every(make, batch, tokens, step):
+    """(B, N) bool: every so many tokens, from another one on in each batch element."""
+    position = torch.arange(tokens) + torch.arange(batch).unsqueeze(1)
+    return (position % step == 1).to(make.device)
+
+
 @sample_inputs("match_tokens")
 def match_tokens(make):
+    for label, args in _matches(make):
+        yield label, args + (False, -1, None)[len(args) - 5 :]
+
+
+def _matches(make):
+    """Arguments of match_tokens, those that come last only where they are not the default."""
     default = (2, 2, 2)
     yield "half and half", (make.randn(2, 16, 5), 5, None, default, None)
     yield "odd count, all sources", (make.randn(2, 17, 5), 9, None, default, None)
@@ -39,6 +51,44 @@ def match_tokens(make):
     mixed[:, ::4] = 0
     mixed[:, 1::8] = float("inf")
     yield "window 0, zero and infinite vectors", (mixed, 45, (3, 4, 5), default, (0, 0, 0))
+    cut = make.randn(2, 105, 6)
+    yield "whole cells", (cut, 70, (3, 5, 7), default, None, True)
+    yield "whole cells, window", (cut, 70, (3, 5, 7), default, (1, 0, 2), True)
+    yield "whole cells, window 0", (cut, 40, (3, 5, 7), default, (0, 0, 0), True)
+    yield "no whole cell", (cut, 0, (3, 5, 7), (2, 6, 2), (1, 1, 1), True)
+    yield "first ones are destinations", (make.randn(2, 60, 5), 33, None, default, None, False, 21)
+    yield "one destination, nan", (nan, 47, None, default, None, False, 1)
+    yield "no destination", (make.randn(2, 9, 5), 0, None, default, None, False, 0)
+    yield "every token a destination by count", (make.randn(2, 9, 5), 0, None, default, None, False, 9)
+    alone = _every(make, 2, 105, 4)
+    yield "protected", (cut, 20, None, default, None, False, -1, alone)
+    yield "protected, grid", (cut, 50, (3, 5, 7), default, None, True, -1, alone)
+    yield "protected, window", (cut, 30, (3, 5, 7), default, (0, 1, 1), False, -1, alone)
+    yield "protected, first ones are destinations", (cut, 50, None, default, None, False, 30, alone)
+    spoilt = make.randn(2, 105, 6)
+    spoilt[:, ::3] = float("nan")
+    yield "protected, window, nan", (spoilt, 30, (3, 5, 7), default, (0, 1, 1), True, -1, make.strided(alone))
+    yield "protected, nan", (spoilt, 26, None, default, None, False, -1, alone)
+
+
+@sample_inputs("match_into")
+def match_into(make):
+    x, memory = make.randn(2, 33, 5), make.randn(2, 21, 5)
+    yield "half", (x, memory, 16)
+    yield "all tokens", (x, memory, 33)
+    yield "nothing merged", (x, memory, 0)
+    yield "one memory for a batch", (make.randn(3, 20, 6), make.randn(1, 7, 6), 11)
+    yield "strided", (make.strided(x), make.strided(memory), 12)
+    yield "one row", (x, memory[:, :1], 9)
+    yield "no row", (x, memory[:, :0], 0)
+    yield "no token", (x[:, :0], memory, 0)
+    yield "no batch", (x[:0], memory[:0], 7)
+    yield "no batch, one memory", (x[:0], memory[:1], 7)
+    yield "equal tokens", (x[:, :1].repeat(1, 30, 1), x[:, :1].repeat(1, 9, 1), 8)
+    spoilt = memory.clone()
+    spoilt[:, ::2] = float("nan")
+    yield "nan", (x, spoilt, 20)
+    yield "several tiles", (make.randn(1, 150, 40), make.randn(1, 140, 40), 60)
 
 
 @sample_inputs("match_neighbors")
@@ -165,6 +215,22 @@ PLAN = ("B N", "B R", "B N", "B R+1")
 SHARED = ("1 N", "1 R", "1 N", "1 R+1")
 public_call("match_tokens", "half", lambda x: api.match_tokens(x, x.shape[1] // 2), "B N 5")
 public_call("match_tokens", "grid", lambda x: api.match_tokens(x, 20, grid=(3, 4, 4), window=(1, 0, 1)), "B 48 5")
+public_call("match_tokens", "ratio", lambda x: api.match_tokens(x, ratio=0.3), "B N 5")
+public_call(
+    "match_tokens",
+    "whole cells, ratio",
+    lambda x: api.match_tokens(x, ratio=0.5, grid=(3, 5, 7), window=(0, 1, 1), border="none"),
+    "B 105 5",
+)
+public_call("match_into", "half", lambda x, memory: api.match_into(x, memory, x.shape[1] // 2), "B N 5", "B M 5", M=1)
+public_call(
+    "match_into",
+    "one memory for a batch",
+    lambda x, memory: api.match_into(x, memory, ratio=0.3),
+    "B N 5",
+    "1 M 5",
+    M=1,
+)
 public_call("match_neighbors", "grid", lambda x: api.match_neighbors(x, 11, grid=(3, 4, 5)), "B 60 5")
 public_call(
     "merge_tokens",

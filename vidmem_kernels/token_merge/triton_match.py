@@ -47,7 +47,7 @@ def _all_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 
 def _window_tile(arch: int, dtype: str, width: int) -> Tile:
-    if dtype == "fp32" and width <= 16 and arch >= 120:
+    if dtype == "fp32" and width <= 16 and arch >= 100:
         return _tile(32, 32, width, 4, 2)  # 64 sources spill there
     return _default_tile(dtype, width, narrow=True)
 
@@ -102,12 +102,16 @@ def _match_all_kernel(
     splits,
     span,
     HOLD: tl.constexpr,
+    PROTECT: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of sources against one span of all destinations."""
+    """A tile of sources against one span of all destinations.
+
+    PROTECT: tokens of negative factor stay alone. Without a destination a source gets a score of -inf.
+    """
     count = N - DESTINATIONS
     tiles = tl.cdiv(count, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -124,9 +128,12 @@ def _match_all_kernel(
     wide = tl.zeros([], dtype=tl.int64)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype=tl.float32)
     at = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32) + begin
+    unprotected = tl.full([], _LAST, dtype=tl.int32)  # the first destination that takes tokens
     for first in range(begin, end, BLOCK_N):
         d = first + tl.arange(0, BLOCK_N)
         inverse = tl.load(factor + batch * N + d, d < DESTINATIONS, other=float("nan"))
+        if PROTECT:
+            unprotected = tl.minimum(unprotected, tl.min(tl.where(inverse >= 0, d, _LAST), axis=0))
         destinations = lane + (wide + first) * row_size + tl.arange(0, BLOCK_N) * row_size
         value = _products(sources, held, destinations, WIDTH, HOLD, INTERPRET, BLOCK_C) * inverse[None, :]
         # False for NaN, which comes last: it needs no care until nothing else is there.
@@ -140,7 +147,11 @@ def _match_all_kernel(
     in_s = s < count
     own = tl.load(factor + batch * N + DESTINATIONS + s, in_s, other=0.0)
     target = (split * B + batch) * count + s
-    tl.store(score + target, tl.where(top == float("-inf"), NO_SIMILARITY, top * own), in_s)
+    similarity = tl.where(top == float("-inf"), NO_SIMILARITY, top * own)
+    if PROTECT:
+        similarity = tl.where((own < 0) | (unprotected == _LAST), float("-inf"), similarity)
+        found = tl.where(top == float("-inf"), tl.where(unprotected == _LAST, 0, unprotected), found)
+    tl.store(score + target, similarity, in_s)
     tl.store(column + target, found, in_s)
 
 
@@ -169,17 +180,22 @@ def _match_window_kernel(
     edge_h,
     edge_w,
     HOLD: tl.constexpr,
+    PROTECT: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sources of a box of edge_t x edge_h x edge_w cells against the box of the cells that any of them sees."""
+    """Sources of a box of edge_t x edge_h x edge_w cells against the box of the cells that any of them sees.
+
+    Boxes cover the cells that the grid cuts, too, which may have no destination: cells_t, cells_h and cells_w count
+    those that have. Scores and PROTECT as in `_match_all_kernel`.
+    """
     inner_h, inner_w = edge_h * stride_h, edge_w * stride_w
     size = edge_t * stride_t * inner_h * inner_w
     blocks = tl.cdiv(size, BLOCK_M)
-    boxes_h, boxes_w = tl.cdiv(cells_h, edge_h), tl.cdiv(cells_w, edge_w)
-    boxes = tl.cdiv(cells_t, edge_t) * boxes_h * boxes_w
+    boxes_h, boxes_w = tl.cdiv(tl.cdiv(H, stride_h), edge_h), tl.cdiv(tl.cdiv(W, stride_w), edge_w)
+    boxes = tl.cdiv(tl.cdiv(T, stride_t), edge_t) * boxes_h * boxes_w
     box = tl.program_id(0) // blocks % boxes
     batch = (tl.program_id(0) // blocks // boxes).to(tl.int64)
     origin_t = box // (boxes_h * boxes_w) * edge_t
@@ -190,7 +206,7 @@ def _match_window_kernel(
     t = origin_t * stride_t + r // (inner_h * inner_w)
     h = origin_h * stride_h + r // inner_w % inner_h
     w = origin_w * stride_w + r % inner_w
-    is_destination, before = destinations_before(t, h, w, stride_t, stride_h, stride_w, 0, cells_h, cells_w)
+    is_destination, before = destinations_before(t, h, w, stride_t, stride_h, stride_w, 0, cells_t, cells_h, cells_w)
     s = (t * H + h) * W + w - before
     in_s = (r < size) & (t < T) & (h < H) & (w < W) & (is_destination == 0)
     s = tl.where(in_s, s, 0)
@@ -204,9 +220,9 @@ def _match_window_kernel(
         tl.maximum(origin_h - window_h, 0),
         tl.maximum(origin_w - window_w, 0),
     )
-    seen_t = tl.minimum(origin_t + edge_t + window_t, cells_t) - low_t
-    seen_h = tl.minimum(origin_h + edge_h + window_h, cells_h) - low_h
-    seen_w = tl.minimum(origin_w + edge_w + window_w, cells_w) - low_w
+    seen_t = tl.maximum(tl.minimum(origin_t + edge_t + window_t, cells_t) - low_t, 0)
+    seen_h = tl.maximum(tl.minimum(origin_h + edge_h + window_h, cells_h) - low_h, 0)
+    seen_w = tl.maximum(tl.minimum(origin_w + edge_w + window_w, cells_w) - low_w, 0)
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     found = tl.full([BLOCK_M], 0, dtype=tl.int32)
     for first in range(0, seen_t * seen_h * seen_w, BLOCK_N):
@@ -224,6 +240,8 @@ def _match_window_kernel(
         sees = (cell_t[None, :] - first_t[:, None]).to(tl.uint32) <= 2 * window_t
         sees &= (cell_h[None, :] - first_h[:, None]).to(tl.uint32) <= 2 * window_h
         sees &= (cell_w[None, :] - first_w[:, None]).to(tl.uint32) <= 2 * window_w
+        if PROTECT:
+            sees &= (inverse >= 0)[None, :]
         value = tl.where(sees & in_d[None, :], value, float("-inf"))
         top = tl.max(value, axis=1)
         at = tl.min(tl.where(value == top[:, None], d[None, :], _LAST), axis=1)
@@ -231,7 +249,11 @@ def _match_window_kernel(
         best = tl.maximum(top, best)
     own = tl.load(factor + batch * N + DESTINATIONS + s)
     target = batch * (N - DESTINATIONS) + s
-    tl.store(score + target, tl.where(best <= _NAN_PRODUCT, NO_SIMILARITY, best * own), in_s)
+    similarity = tl.where(best <= _NAN_PRODUCT, NO_SIMILARITY, best * own)
+    alone = best == float("-inf")
+    if PROTECT:
+        alone |= own < 0
+    tl.store(score + target, tl.where(alone, float("-inf"), similarity), in_s)
     tl.store(column + target, found, in_s)
 
 
@@ -242,7 +264,7 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _match_all(rows: Tensor, factor: Tensor, layout: Layout, tile: Tile) -> tuple[Tensor, Tensor]:
+def _match_all(rows: Tensor, factor: Tensor, layout: Layout, protects: bool, tile: Tile) -> tuple[Tensor, Tensor]:
     """Scores and columns of the sources, (splits, B, S)."""
     batch, tokens, width = *factor.shape, rows.shape[1]
     destinations = layout.destinations
@@ -265,6 +287,7 @@ def _match_all(rows: Tensor, factor: Tensor, layout: Layout, tile: Tile) -> tupl
         splits,
         per_split * tile["BLOCK_N"],
         HOLD=width == tile["BLOCK_C"],
+        PROTECT=protects,
         INTERPRET=_env.triton_interpret(),
         **tile,
     )
@@ -292,15 +315,15 @@ def box_edges(layout: Layout, window: Sequence[int], rows: int) -> list[int]:
 
 
 def _match_window(
-    rows: Tensor, factor: Tensor, layout: Layout, window: Sequence[int], tile: Tile
+    rows: Tensor, factor: Tensor, layout: Layout, window: Sequence[int], protects: bool, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """Scores and columns of the sources, (1, B, S)."""
     batch, tokens, width = *factor.shape, rows.shape[1]
     window = [min(w, n) for w, n in zip(window, layout.cells, strict=True)]
     edge = box_edges(layout, window, tile["BLOCK_M"])
     size, boxes = 1, 1
-    for e, s, n in zip(edge, layout.stride, layout.cells, strict=True):
-        size, boxes = size * e * s, boxes * triton.cdiv(n, e)
+    for e, s, n in zip(edge, layout.stride, layout.grid, strict=True):
+        size, boxes = size * e * s, boxes * triton.cdiv(triton.cdiv(n, s), e)
     score = torch.empty(1, batch, tokens - layout.destinations, dtype=torch.float32, device=rows.device)
     column = torch.empty_like(score, dtype=torch.int32)
     _match_window_kernel[(triton.cdiv(size, tile["BLOCK_M"]) * boxes * batch,)](
@@ -317,6 +340,7 @@ def _match_window(
         *window,
         *edge,
         HOLD=width == tile["BLOCK_C"],
+        PROTECT=protects,
         INTERPRET=_env.triton_interpret(),
         **tile,
     )
@@ -330,28 +354,50 @@ def _fields(metric: Tensor) -> dict[str, str | int]:
 
 
 def launch_match_tokens_fwd(
-    metric: Tensor, num_merge: int, grid: Sequence[int] | None, stride: Sequence[int], window: Sequence[int] | None
+    metric: Tensor,
+    num_merge: int,
+    grid: Sequence[int] | None,
+    stride: Sequence[int],
+    window: Sequence[int] | None,
+    whole_cells: bool,
+    num_destinations: int,
+    protect: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `vidmem_kernels.match_tokens`."""
+    """See the reference."""
     batch, tokens, _ = metric.shape
     if num_merge == 0 or batch == 0:
         return plan_from_keys(None, None, metric, num_merge)
-    layout = layout_of(tokens, grid, stride)
+    layout = layout_of(tokens, grid, stride, whole_cells, num_destinations)
+    protects = protect is not None
     tile = (MATCH_ALL if window is None else MATCH_WINDOW).tile(metric.device, **_fields(metric))
-    rows, factor = prepare_rows(metric, layout, tile["BLOCK_C"])
+    rows, factor = prepare_rows(metric, layout, tile["BLOCK_C"], protect)
     if window is None:
-        score, column = _match_all(rows, factor, layout, tile)
+        score, column = _match_all(rows, factor, layout, protects, tile)
     else:
-        score, column = _match_window(rows, factor, layout, window, tile)
-    key, target = source_keys(score, column, layout.grid, layout.stride, layout.phase, layout.cells)
+        score, column = _match_window(rows, factor, layout, window, protects, tile)
+    key, target = source_keys(score, column, tokens, layout.grid, layout.stride, layout.phase, layout.cells)
     return plan_from_keys(key, target, metric, num_merge)
 
 
 def tiles_match_tokens_fwd(
-    metric: Tensor, num_merge: int, grid: Sequence[int] | None, stride: Sequence[int], window: Sequence[int] | None
+    metric: Tensor, num_merge: int, grid: Sequence[int] | None, stride: Sequence[int], window: Sequence[int] | None, *_
 ) -> list[Chosen]:
     """The tiles that `launch_match_tokens_fwd` takes."""
     return [(MATCH_ALL if window is None else MATCH_WINDOW).chosen(metric.device, **_fields(metric))]
+
+
+def launch_match_into_fwd(
+    metric: Tensor, memory_metric: Tensor, num_merge: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `vidmem_kernels.match_into`."""
+    # One tensor: it costs a copy, where the products would otherwise need rows of two tensors prepared as one.
+    both = torch.cat([memory_metric.expand(metric.shape[0], -1, -1), metric], dim=1)
+    return launch_match_tokens_fwd(both, num_merge, None, (1, 1, 1), None, False, memory_metric.shape[1], None)
+
+
+def tiles_match_into_fwd(metric: Tensor, memory_metric: Tensor, num_merge: int) -> list[Chosen]:
+    """The tiles that `launch_match_into_fwd` takes."""
+    return [MATCH_ALL.chosen(metric.device, **_fields(metric))]
 
 
 # See sparse_gather.triton_gather.AOT.
@@ -368,7 +414,9 @@ def _aot_match(tunable: Tunable) -> list[tuple]:
     ):
         pointers = {"rows": f"*{dtype}", "factor": "*fp32", "score": "*fp32", "column": "*i32"}
         held = width == tunable.default(80, dtype=dtype, width=width)["BLOCK_C"]
-        variants.append((pointers, {"HOLD": held, "INTERPRET": False}, (tunable, {"dtype": dtype, "width": width})))
+        for protects in (False, True) if width == 128 else (False,):
+            constants = {"HOLD": held, "PROTECT": protects, "INTERPRET": False}
+            variants.append((pointers, constants, (tunable, {"dtype": dtype, "width": width})))
     return variants
 
 

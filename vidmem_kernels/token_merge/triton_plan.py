@@ -18,14 +18,14 @@ from .._triton_tiles import tile_of
 
 
 @triton.jit
-def destinations_before(t, h, w, stride_t, stride_h, stride_w, phase, cells_h, cells_w):
+def destinations_before(t, h, w, stride_t, stride_h, stride_w, phase, cells_t, cells_h, cells_w):
     """Whether a token is a destination, and how many destinations come before it."""
-    on_t = t % stride_t == 0
-    on_h = on_t & (h % stride_h == 0)
-    before = (t + stride_t - 1) // stride_t * (cells_h * cells_w)
-    before += tl.where(on_t, (h + stride_h - 1) // stride_h * cells_w, 0)
-    before += tl.where(on_h, (w - phase + stride_w - 1) // stride_w, 0)
-    return on_h & (w % stride_w == phase), before
+    on_t = (t % stride_t == 0) & (t // stride_t < cells_t)
+    on_h = on_t & (h % stride_h == 0) & (h // stride_h < cells_h)
+    before = tl.minimum((t + stride_t - 1) // stride_t, cells_t) * (cells_h * cells_w)
+    before += tl.where(on_t, tl.minimum((h + stride_h - 1) // stride_h, cells_h) * cells_w, 0)
+    before += tl.where(on_h, tl.minimum((w - phase + stride_w - 1) // stride_w, cells_w), 0)
+    return on_h & (w % stride_w == phase) & (w // stride_w < cells_w), before
 
 
 @triton.jit
@@ -44,6 +44,7 @@ def _source_keys_kernel(
     stride_h,
     stride_w,
     phase,
+    cells_t,
     cells_h,
     cells_w,
     BLOCK: tl.constexpr,
@@ -52,7 +53,7 @@ def _source_keys_kernel(
     batch, n = tile_of(N, BLOCK)
     n = n.to(tl.int32)  # divided below
     is_destination, before = destinations_before(
-        n // (H * W), n // W % H, n % W, stride_t, stride_h, stride_w, phase, cells_h, cells_w
+        n // (H * W), n // W % H, n % W, stride_t, stride_h, stride_w, phase, cells_t, cells_h, cells_w
     )
     is_source = (n < N) & (is_destination == 0)
     best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
@@ -70,11 +71,16 @@ def _source_keys_kernel(
 
 
 def source_keys(
-    score: Tensor, column: Tensor, grid: Sequence[int], stride: Sequence[int], phase: int, cells: Sequence[int]
+    score: Tensor,
+    column: Tensor,
+    tokens: int,
+    grid: Sequence[int],
+    stride: Sequence[int],
+    phase: int,
+    cells: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Keys and destinations' positions, (B, N), of scores (splits, B, S) and numbers of destinations."""
     splits, batch, _ = score.shape
-    tokens = grid[0] * grid[1] * grid[2]
     key = torch.empty(batch, tokens, dtype=torch.int32, device=score.device)
     target = torch.empty_like(key)
     _source_keys_kernel[programs(key)](
@@ -90,7 +96,7 @@ def source_keys(
         grid[2],
         *stride,
         phase,
-        *cells[1:],
+        *cells,
         BLOCK=TILE,
     )
     return key, target

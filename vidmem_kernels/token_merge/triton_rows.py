@@ -33,9 +33,10 @@ PREPARE = Tunable("_prepare_kernel", ("dtype", "block_c"), _tile, _tiles)
 
 
 class Layout(NamedTuple):
-    """How the tokens (t, h, w) split: destinations are where every axis is at a multiple of its stride.
+    """How the tokens (t, h, w) split: destinations are where every axis is at a multiple of its stride, in `cells`.
 
-    Without a grid the odd positions of one axis are destinations: a stride of 2 that starts at 1.
+    Without a grid the odd positions of one axis are destinations: a stride of 2 that starts at 1. Where the first ones
+    are, these are the first line of a grid. The last line of a grid may lack tokens.
     """
 
     grid: tuple[int, int, int]
@@ -48,11 +49,20 @@ class Layout(NamedTuple):
         return self.cells[0] * self.cells[1] * self.cells[2]
 
 
-def layout_of(tokens: int, grid: Sequence[int] | None, stride: Sequence[int]) -> Layout:
+def layout_of(
+    tokens: int,
+    grid: Sequence[int] | None,
+    stride: Sequence[int],
+    whole_cells: bool = False,
+    num_destinations: int = -1,
+) -> Layout:
     """The layout of `match_tokens`'s arguments."""
+    if num_destinations >= 0:
+        line = max(1, num_destinations)
+        return Layout((1, triton.cdiv(tokens, line), line), (1, 1, 1), 0, (1, 1, num_destinations))
     if grid is None:
         return Layout((1, 1, tokens), (1, 1, 2), 1, (1, 1, tokens // 2))
-    cells = tuple(triton.cdiv(n, s) for n, s in zip(grid, stride, strict=True))
+    cells = tuple(n // s if whole_cells else triton.cdiv(n, s) for n, s in zip(grid, stride, strict=True))
     return Layout(tuple(grid), tuple(stride), 0, cells)
 
 
@@ -62,6 +72,7 @@ def _prepare_kernel(
     rows,
     factor,
     scale,
+    protect,
     N,
     C,
     WIDTH,
@@ -72,6 +83,7 @@ def _prepare_kernel(
     stride_h,
     stride_w,
     phase,
+    cells_t,
     cells_h,
     cells_w,
     x_stride_b,
@@ -84,7 +96,8 @@ def _prepare_kernel(
 ):
     """Scaled rows with what to multiply their products by; or, without `rows`, the scales and lengths of tokens.
 
-    UNIT: rows are float32 unit vectors. LARGEST: exponent (biased) + 127 that a row's largest value gets.
+    UNIT: rows are float32 unit vectors. LARGEST: exponent (biased) + 127 that a row's largest value gets. Tokens that
+    `protect` marks get rows of NaN and a factor of -1.
     """
     batch, n = tile_of(N, BLOCK_N)
     n = n.to(tl.int32)  # divided below
@@ -118,12 +131,16 @@ def _prepare_kernel(
         tl.store(factor + batch * N + n, tl.where(bad > 0, float("nan"), norm), in_n)
     else:
         is_destination, before = destinations_before(
-            n // (H * W), n // W % H, n % W, stride_t, stride_h, stride_w, phase, cells_h, cells_w
+            n // (H * W), n // W % H, n % W, stride_t, stride_h, stride_w, phase, cells_t, cells_h, cells_w
         )
         slot = batch * N + tl.where(is_destination, before, DESTINATIONS + n - before)
         inverse = tl.full([BLOCK_N], 1.0, dtype=tl.float32)
         if not UNIT:
             inverse = tl.div_rn(inverse, norm)
+        if protect is not None:
+            alone = tl.load(protect + batch * N + n, in_n, other=0) != 0
+            inverse = tl.where(alone, -1.0, tl.where(bad > 0, 1.0, inverse))
+            bad = tl.where(alone, 1, bad)
         tl.store(factor + slot, inverse, in_n)
         for first in range(0, WIDTH, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -144,19 +161,22 @@ def is_unit_rows(dtype: torch.dtype, channels: int) -> bool:
     return dtype == torch.float32 or channels <= 16
 
 
-def prepare_rows(metric: Tensor, layout: Layout, block_c: int) -> tuple[Tensor, Tensor]:
-    """Rows (B N + spare, width), each element's destinations first, and what to multiply products by, (B, N)."""
+def prepare_rows(metric: Tensor, layout: Layout, block_c: int, protect: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (B N + spare, width), each element's destinations first, and what to multiply products by, (B, N).
+
+    Of tokens that `protect` (B, N) marks the latter is -1.
+    """
     batch, tokens, channels = metric.shape
     unit = is_unit_rows(metric.dtype, channels)
     width = triton.cdiv(channels, block_c) * block_c
     dtype = torch.float32 if unit else metric.dtype
     rows = torch.empty(batch * tokens + _SPARE_ROWS, width, dtype=dtype, device=metric.device)
     factor = torch.empty(batch, tokens, dtype=torch.float32, device=metric.device)
-    launch_prepare(metric, rows, factor, None, layout, width, unit, block_c)
+    launch_prepare(metric, rows, factor, None, layout, width, unit, block_c, protect)
     return rows, factor
 
 
-def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c):
+def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c, protect=None):
     batch, tokens, channels = metric.shape
     tile = PREPARE.tile(metric.device, dtype=dtype_name(metric.dtype), block_c=block_c)
     # The largest exponent of float16, so that its subnormals keep every bit; 1 for the wide ones.
@@ -166,6 +186,7 @@ def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c):
         rows,
         factor,
         scale,
+        None if protect is None else protect.contiguous().view(torch.uint8),
         tokens,
         channels,
         width,
@@ -174,7 +195,7 @@ def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c):
         layout.grid[2],
         *layout.stride,
         layout.phase,
-        *layout.cells[1:],
+        *layout.cells,
         *metric.stride(),
         UNIT=unit,
         LARGEST=largest,
@@ -184,8 +205,9 @@ def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c):
 
 
 def _aot() -> list[tuple]:
-    constants = {"x_stride_c": 1, "LARGEST": 255, "BLOCK_C": 128}
-    strided = {"scale": None, "UNIT": False, "LARGEST": 255, "BLOCK_C": 128}
+    constants = {"protect": None, "x_stride_c": 1, "LARGEST": 255, "BLOCK_C": 128}
+    strided = {"scale": None, "protect": None, "UNIT": False, "LARGEST": 255, "BLOCK_C": 128}
+    protected = {"scale": None, "x_stride_c": 1, "LARGEST": 255, "BLOCK_C": 128}
     calls = [
         *(
             ({"x": f"*{x}", "rows": f"*{x}"}, {"scale": None, "UNIT": x == "fp32", **constants})
@@ -193,6 +215,10 @@ def _aot() -> list[tuple]:
         ),
         *(({"x": f"*{x}", "scale": "*fp32"}, {"rows": None, "UNIT": False, **constants}) for x in ("bf16", "fp32")),
         ({"x": "*bf16", "rows": "*bf16"}, strided),
+        *(
+            ({"x": f"*{x}", "rows": f"*{x}", "protect": "*u8"}, {"UNIT": x == "fp32", **protected})
+            for x in ("bf16", "fp32")
+        ),
     ]
     return [
         ({**pointers, "factor": "*fp32"}, fixed, (PREPARE, {"dtype": pointers["x"][1:], "block_c": 128}))
