@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
-#include <utility>
 
 #include "common/tensor.h"
 #include "cpu/common/aligned_buffer.h"
@@ -70,47 +68,6 @@ TokenRows tokens_of(const Tensor& metric, DType dtype, int64_t b) {
   return {data, dtype, metric.stride(1), metric.stride(2), metric.size(2)};
 }
 
-// How tokens split: sources that may merge, and destinations, by ascending position.
-struct Split {
-  Three grid, stride;
-  Three cells;   // that have a destination
-  Three blocks;  // cells whose tokens see one, each a whole cell or cut by the grid
-  std::vector<int32_t> sources, destinations;
-};
-
-Split split_grid(const Three& grid, const Three& stride, const Three& window, bool whole_cells) {
-  Split split{grid, stride, {}, {}, {}, {}};
-  Three& blocks = split.blocks;
-  for (int axis = 0; axis < 3; ++axis) {
-    blocks[axis] = grid[axis] == 0 ? 0 : (grid[axis] - 1) / stride[axis] + 1;
-    split.cells[axis] = whole_cells ? grid[axis] / stride[axis] : blocks[axis];
-    if (window[axis] == 0) blocks[axis] = split.cells[axis];
-  }
-  for_grid(grid, [&](int64_t t, int64_t h, int64_t w, int32_t position) {
-    const Three cell{t / stride[0], h / stride[1], w / stride[2]};
-    const auto inside = [&](const Three& box) { return cell[0] < box[0] && cell[1] < box[1] && cell[2] < box[2]; };
-    const bool is_first = t % stride[0] == 0 && h % stride[1] == 0 && w % stride[2] == 0;
-    if (is_first && inside(split.cells)) {
-      split.destinations.push_back(position);
-    } else if (inside(blocks)) {
-      split.sources.push_back(position);
-    }
-  });
-  if (split.destinations.empty()) split.sources.clear();
-  return split;
-}
-
-// Without a grid: the first `num_destinations` tokens are destinations, if that is negative the odd ones.
-Split split_row(int64_t tokens, int64_t num_destinations) {
-  Split split{};
-  for (int32_t i = 0; i < tokens; ++i) {
-    const bool is_destination = num_destinations < 0 ? i % 2 == 1 : i < num_destinations;
-    (is_destination ? split.destinations : split.sources).push_back(i);
-  }
-  if (split.destinations.empty()) split.sources.clear();  // nothing to merge into
-  return split;
-}
-
 // Score and destination of every source, (batch, tokens); other tokens' are not set.
 struct Matches {
   Matches(DType dtype, int64_t batch, int64_t tokens)
@@ -133,41 +90,12 @@ std::vector<int32_t> pad_columns(const std::vector<int32_t>& destinations, int64
   return columns;
 }
 
-// Which tokens stay alone, none by default.
-struct Protected {
-  bool has(int64_t b, int64_t position) const { return data && data[b * batch_stride + position * token_stride]; }
-
-  const bool* data = nullptr;
-  int64_t batch_stride = 0, token_stride = 0;
-};
-
-// Positions of the destinations of every column, -1 for none: of each batch element where tokens are protected.
-struct Columns {
-  Columns(std::vector<int32_t> all, const Protected& alone, int64_t batch)
-      : count(all.size()), shared(!alone.data), position(std::move(all)) {
-    if (shared) return;
-    position.resize(batch * count);
-    for (int64_t b = batch - 1; b >= 0; --b) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int32_t destination = position[i];
-        position[b * count + i] = destination < 0 || alone.has(b, destination) ? -1 : destination;
-      }
-    }
-  }
-
-  const int32_t* of(int64_t b) const { return position.data() + (shared ? 0 : b * count); }
-
-  int64_t count;  // of one element
-  bool shared;
-  std::vector<int32_t> position;
-};
-
 // Packs the destinations of some batch elements and calls match(first element, count, panels, bytes of one's panels).
 template <class Match>
-void for_packed(const Tensor& metric, DType dtype, const Columns& columns, const Match& match) {
+void for_packed(const Tensor& metric, DType dtype, const std::vector<int32_t>& columns, const Match& match) {
   const int64_t batch = metric.size(0), channels = metric.size(2), size = element_size(dtype);
-  const int64_t num_panels = columns.count / kPanelColumns;
-  const int64_t bytes = columns.count * channels * size;
+  const int64_t num_panels = columns.size() / kPanelColumns;
+  const int64_t bytes = static_cast<int64_t>(columns.size()) * channels * size;
   const int64_t lanes = std::clamp<int64_t>(kPanelsBytes / std::max<int64_t>(1, bytes), 1, std::max<int64_t>(1, batch));
   const AlignedBuffer panels(std::min(lanes, batch) * bytes);
   const auto pack = pack_panels();
@@ -178,7 +106,7 @@ void for_packed(const Tensor& metric, DType dtype, const Columns& columns, const
       const AlignedBuffer scratch(kPanelColumns * padded_row(channels) * size);
       while (i < end) {
         const int64_t b = i / num_panels, stop = std::min(end, (b + 1) * num_panels);
-        pack({tokens_of(metric, dtype, first + b), columns.of(first + b), panels.at(b * bytes), scratch.data()},
+        pack({tokens_of(metric, dtype, first + b), columns.data(), panels.at(b * bytes), scratch.data()},
              i - b * num_panels, stop - b * num_panels);
         i = stop;
       }
@@ -188,19 +116,20 @@ void for_packed(const Tensor& metric, DType dtype, const Columns& columns, const
 }
 
 void match_all_tokens(const Tensor& metric, DType dtype, const std::vector<int32_t>& sources,
-                      const std::vector<int32_t>& destinations, const Protected& alone, const Matches& out) {
+                      const std::vector<int32_t>& destinations, const Matches& out) {
   const int64_t channels = metric.size(2), size = element_size(dtype), num_sources = sources.size();
   const int64_t units = (num_sources + kTileRows - 1) / kTileRows;
-  const Columns columns(pad_columns(destinations, destinations.size()), alone, metric.size(0));
+  const std::vector<int32_t> columns = pad_columns(destinations, destinations.size());
   const int64_t units_per_group =
       std::clamp<int64_t>(kGroupBytes / (kTileRows * channels * size), 1, std::max<int64_t>(1, units));
   const auto kernel = match_all();
   for_packed(metric, dtype, columns, [&](int64_t first, int64_t count, const AlignedBuffer& panels, int64_t bytes) {
     MatchAll common{};
-    common.num_panels = columns.count / kPanelColumns;
+    common.num_panels = columns.size() / kPanelColumns;
+    common.columns = columns.data();
     common.sources = sources.data();
     common.group = units_per_group * kTileRows;
-    const int64_t work = kTileRows * columns.count * channels;
+    const int64_t work = kTileRows * static_cast<int64_t>(columns.size()) * channels;
     torch::stable::parallel_for(0, count * units, grain(work, kTaskProducts), [&](int64_t i, int64_t end) {
       const AlignedBuffer scratch((kPanelColumns * padded_row(channels) + common.group * (channels + 2)) * size);
       MatchAll args = common;
@@ -208,7 +137,6 @@ void match_all_tokens(const Tensor& metric, DType dtype, const std::vector<int32
       while (i < end) {
         const int64_t b = i / units, stop = std::min(end, (b + 1) * units);
         args.rows = tokens_of(metric, dtype, first + b);
-        args.columns = columns.of(first + b);
         args.panels = panels.at(b * bytes);
         args.score = out.score_of(first + b);
         args.destination = out.destination_of(first + b);
@@ -219,27 +147,26 @@ void match_all_tokens(const Tensor& metric, DType dtype, const std::vector<int32
   });
 }
 
-void match_windows(const Tensor& metric, DType dtype, const Split& split, const Three& window, const Protected& alone,
-                   const Matches& out) {
+void match_windows(const Tensor& metric, DType dtype, const Three& grid, const Three& stride, const Three& window,
+                   const Three& cells, const std::vector<int32_t>& destinations, const Matches& out) {
   const int64_t channels = metric.size(2), size = element_size(dtype);
-  const auto& [grid, stride, cells, blocks, sources, destinations] = split;
-  const Columns columns(pad_columns(destinations, cells[2]), alone, metric.size(0));
+  const std::vector<int32_t> columns = pad_columns(destinations, cells[2]);
   MatchWindow common{};
+  common.columns = columns.data();
   int64_t cell_tokens = 1, seen = 1;
   for (int axis = 0; axis < 3; ++axis) {
     common.grid[axis] = grid[axis];
     common.stride[axis] = std::min(stride[axis], grid[axis]);
-    common.window[axis] = std::min(window[axis], blocks[axis] - 1);
+    common.window[axis] = std::min(window[axis], cells[axis] - 1);
     common.cells[axis] = cells[axis];
-    common.blocks[axis] = blocks[axis];
     cell_tokens *= common.stride[axis];
     seen *= std::min(cells[axis], 2 * common.window[axis] + 1);
   }
   // Cells along w whose sources fill a unit, shared out evenly.
   const int64_t most = std::max<int64_t>(1, kTileRows / std::max<int64_t>(1, cell_tokens - 1));
-  common.units_per_row = (blocks[2] + most - 1) / most;
-  common.cells_per_unit = (blocks[2] + common.units_per_row - 1) / common.units_per_row;
-  const int64_t units = blocks[0] * blocks[1] * common.units_per_row;
+  common.units_per_row = (cells[2] + most - 1) / most;
+  common.cells_per_unit = (cells[2] + common.units_per_row - 1) / common.units_per_row;
+  const int64_t units = cells[0] * cells[1] * common.units_per_row;
   const auto kernel = match_window();
   for_packed(metric, dtype, columns, [&](int64_t first, int64_t count, const AlignedBuffer& panels, int64_t bytes) {
     const int64_t work = cell_tokens * common.cells_per_unit * (seen + 8) * channels;
@@ -250,7 +177,6 @@ void match_windows(const Tensor& metric, DType dtype, const Split& split, const 
       while (i < end) {
         const int64_t b = i / units, stop = std::min(end, (b + 1) * units);
         args.rows = tokens_of(metric, dtype, first + b);
-        args.columns = columns.of(first + b);
         args.panels = panels.at(b * bytes);
         args.score = out.score_of(first + b);
         args.destination = out.destination_of(first + b);
@@ -261,58 +187,35 @@ void match_windows(const Tensor& metric, DType dtype, const Split& split, const 
   });
 }
 
-// Sources that merge with nothing get the lowest score; the others must be enough in every batch element.
-template <class T>
-void leave_alone(const Protected& alone, const std::vector<int32_t>& sources, int64_t batch, int64_t tokens,
-                 int64_t num_merge, T* score) {
-  for (int64_t b = 0; b < batch; ++b, score += tokens) {
-    int64_t may_merge = 0;
-    for (int32_t source : sources) {
-      if (alone.has(b, source)) score[source] = -std::numeric_limits<T>::infinity();
-      may_merge += score[source] >= -2;
-    }
-    check_num_merge("match_tokens", num_merge, may_merge);
-  }
-}
-
 MergePlan match_tokens(const Tensor& metric, int64_t num_merge, std::optional<std::vector<int64_t>> grid_or_none,
-                       std::vector<int64_t> stride_list, std::optional<std::vector<int64_t>> window_or_none,
-                       bool whole_cells, int64_t num_destinations, const std::optional<Tensor>& protect) {
+                       std::vector<int64_t> stride_list, std::optional<std::vector<int64_t>> window_or_none) {
   constexpr const char* op = "match_tokens";
   const DType dtype = check_metric(op, metric);
   const int64_t batch = metric.size(0), tokens = metric.size(1);
   const Three stride = check_three(op, "stride", stride_list, 1);
   VIDMEM_CHECK(grid_or_none || !window_or_none, op, "window must come with a grid, got none");
-  VIDMEM_CHECK(!grid_or_none || num_destinations < 0, op, "num_destinations must come without a grid, got ",
-               num_destinations);
-  VIDMEM_CHECK(num_destinations <= tokens, op, "num_destinations must be at most ", tokens, ", got ",
-               num_destinations);
-  const Three window = window_or_none ? check_three(op, "window", *window_or_none, 0) : Three{1, 1, 1};
-  const Split split = grid_or_none ? split_grid(check_grid(op, metric, *grid_or_none), stride, window, whole_cells)
-                                   : split_row(tokens, num_destinations);
-  check_num_merge(op, num_merge, split.sources.size());
-  Protected alone;
-  if (protect) {
-    check_cpu(*protect, op, "protect");
-    check_dtype(*protect, ScalarType::Bool, op, "protect");
-    check_shape(*protect, {batch, tokens}, op, "protect");
-    alone = {static_cast<const bool*>(protect->data_ptr()), protect->stride(0), protect->stride(1)};
+  const Three window = window_or_none ? check_three(op, "window", *window_or_none, 0) : Three{};
+  Three grid{}, cells{};
+  std::vector<int32_t> sources, destinations;
+  if (grid_or_none) {
+    grid = check_grid(op, metric, *grid_or_none);
+    for (int axis = 0; axis < 3; ++axis) cells[axis] = grid[axis] == 0 ? 0 : (grid[axis] - 1) / stride[axis] + 1;
+    for_grid(grid, [&](int64_t t, int64_t h, int64_t w, int32_t position) {
+      const bool is_first = t % stride[0] == 0 && h % stride[1] == 0 && w % stride[2] == 0;
+      (is_first ? destinations : sources).push_back(position);
+    });
+  } else {
+    for (int32_t i = 0; i < tokens; ++i) (i % 2 ? destinations : sources).push_back(i);
   }
+  if (destinations.empty()) sources.clear();  // one token has nothing to merge into
+  check_num_merge(op, num_merge, sources.size());
   const Matches matches(dtype, num_merge ? batch : 0, tokens);
   if (num_merge && window_or_none) {
-    match_windows(metric, dtype, split, window, alone, matches);
+    match_windows(metric, dtype, grid, stride, window, cells, destinations, matches);
   } else if (num_merge) {
-    match_all_tokens(metric, dtype, split.sources, split.destinations, alone, matches);
+    match_all_tokens(metric, dtype, sources, destinations, matches);
   }
-  if (num_merge && protect) {
-    void* score = matches.score.data();
-    if (dtype == DType::float64) {
-      leave_alone(alone, split.sources, batch, tokens, num_merge, static_cast<double*>(score));
-    } else {
-      leave_alone(alone, split.sources, batch, tokens, num_merge, static_cast<float*>(score));
-    }
-  }
-  return merge_plan(dtype, matches.score.data(), matches.destination_of(0), split.sources, batch, tokens, num_merge);
+  return merge_plan(dtype, matches.score.data(), matches.destination_of(0), sources, batch, tokens, num_merge);
 }
 
 Matches find_neighbors(const Tensor& metric, DType dtype, const Three& grid) {

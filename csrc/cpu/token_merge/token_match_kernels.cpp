@@ -6,7 +6,6 @@ namespace vidmem {
 namespace {
 
 constexpr float kNoSimilarity = -2.0f;  // stands for NaN: below every cosine
-constexpr float kUnseen = -__builtin_inff();  // of a source that sees no destination
 
 template <class T> struct Bits;
 template <> struct Bits<float> {
@@ -116,9 +115,6 @@ void run_match_all(const MatchAll& args, int64_t begin, int64_t end) {
   T* packs = scratch + kColumns * padded_row(channels);
   T* best = packs + args.group * channels;
   Int* index = reinterpret_cast<Int*>(best + args.group);
-  const int32_t* columns_end = args.columns + args.num_panels * kColumns;
-  const int32_t* some_column = args.columns;
-  while (some_column < columns_end && *some_column < 0) ++some_column;
 
   for (int64_t first = begin; first < end; first += args.group) {
     const int64_t count = end - first < args.group ? end - first : args.group;
@@ -139,10 +135,8 @@ void run_match_all(const MatchAll& args, int64_t begin, int64_t end) {
                     });
     for (int64_t s = 0; s < count; ++s) {
       const int32_t position = args.sources[first + s];
-      // Without a similarity to any, the first destination; without any destination, none.
-      const bool found = best[s] > kNoSimilarity, unseen = !found && some_column == columns_end;
-      static_cast<T*>(args.score)[position] = unseen ? kUnseen : best[s];
-      args.destination[position] = unseen ? 0 : found ? args.columns[index[s]] : *some_column;
+      static_cast<T*>(args.score)[position] = best[s];
+      args.destination[position] = args.columns[index[s]];
     }
   }
 }
@@ -185,20 +179,6 @@ inline Range seen_cells(int64_t cell, int64_t window, int64_t cells) {
   return {cell > window ? cell - window : 0, cell + window + 1 < cells ? cell + window + 1 : cells};
 }
 
-// The first column in a box of cells that has a destination, -1 without one.
-inline int64_t first_column(const MatchWindow& args, const Range& frames, const Range& lines, const Range& cells) {
-  const int64_t row_columns = panels_of(args.cells[2]) * kPanelColumns;
-  for (int64_t t = frames.begin; t < frames.end; ++t) {
-    for (int64_t h = lines.begin; h < lines.end; ++h) {
-      for (int64_t w = cells.begin; w < cells.end; ++w) {
-        const int64_t column = (t * args.cells[1] + h) * row_columns + w;
-        if (args.columns[column] >= 0) return column;
-      }
-    }
-  }
-  return -1;
-}
-
 // Up to kTileRows sources in one row of cells along w, by ascending cell.
 template <class T>
 void match_row(const MatchWindow& args, int64_t t, int64_t h, const int32_t* positions, const int32_t* cell,
@@ -208,6 +188,7 @@ void match_row(const MatchWindow& args, int64_t t, int64_t h, const int32_t* pos
   const int64_t row_panels = panels_of(width), row_columns = row_panels * kColumns;
   const Range frames = seen_cells(t, args.window[0], args.cells[0]);
   const Range lines = seen_cells(h, args.window[1], args.cells[1]);
+  const int64_t first_row = frames.begin * args.cells[1] + lines.begin;
   T* scratch = static_cast<T*>(args.scratch);
   T* packs = scratch + kColumns * padded_row(channels);
   pack_sources(args.rows, positions, count, scratch, packs);
@@ -218,7 +199,7 @@ void match_row(const MatchWindow& args, int64_t t, int64_t h, const int32_t* pos
       const int64_t own = cell[s + l < count ? s + l : count - 1];
       best[l] = kNoSimilarity;
       nearest[l] = static_cast<Int>(own - window);
-      index[l] = 0;
+      index[l] = static_cast<Int>(first_row * row_columns + seen_cells(own, window, width).begin);
     }
     const int64_t last = s + kLanes<T> < count ? s + kLanes<T> - 1 : count - 1;
     const int64_t begin = seen_cells(cell[s], window, width).begin / kColumns;
@@ -240,12 +221,8 @@ void match_row(const MatchWindow& args, int64_t t, int64_t h, const int32_t* pos
     }
     epilogue.write(best, index);
     for (int l = 0; l < kLanes<T> && s + l < count; ++l) {
-      int64_t column = index[l];
-      if (!(best[l] > kNoSimilarity)) {  // to none, so the first that it sees
-        column = first_column(args, frames, lines, seen_cells(cell[s + l], window, width));
-      }
-      static_cast<T*>(args.score)[positions[s + l]] = column < 0 ? kUnseen : best[l];
-      args.destination[positions[s + l]] = column < 0 ? 0 : args.columns[column];
+      static_cast<T*>(args.score)[positions[s + l]] = best[l];
+      args.destination[positions[s + l]] = args.columns[index[l]];
     }
   }
 }
@@ -256,18 +233,17 @@ template <class T>
 void run_match_window(const MatchWindow& args, int64_t begin, int64_t end) {
   const auto& [stride_t, stride_h, stride_w] = args.stride;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / args.units_per_row, t = row / args.blocks[1], h = row % args.blocks[1];
+    const int64_t row = unit / args.units_per_row, t = row / args.cells[1], h = row % args.cells[1];
     const int64_t first = unit % args.units_per_row * args.cells_per_unit;
     const int64_t end_t = smaller((t + 1) * stride_t, args.grid[0]), end_h = smaller((h + 1) * stride_h, args.grid[1]);
     int32_t positions[kTileRows], cell[kTileRows];
     int64_t count = 0;
-    for (int64_t w = first; w < smaller(first + args.cells_per_unit, args.blocks[2]); ++w) {
+    for (int64_t w = first; w < smaller(first + args.cells_per_unit, args.cells[2]); ++w) {
       const int64_t end_w = smaller((w + 1) * stride_w, args.grid[2]);
-      const bool has_destination = t < args.cells[0] && h < args.cells[1] && w < args.cells[2];
       for (int64_t i = t * stride_t; i < end_t; ++i) {
         for (int64_t j = h * stride_h; j < end_h; ++j) {
           for (int64_t k = w * stride_w; k < end_w; ++k) {
-            if (has_destination && i == t * stride_t && j == h * stride_h && k == w * stride_w) continue;
+            if (i == t * stride_t && j == h * stride_h && k == w * stride_w) continue;  // the destination
             positions[count] = static_cast<int32_t>((i * args.grid[1] + j) * args.grid[2] + k);
             cell[count] = static_cast<int32_t>(w);
             if (++count == kTileRows) {

@@ -28,11 +28,11 @@ struct MatchAll {
   TokenRows rows;
   const void* panels;
   int64_t num_panels;
-  const int32_t* columns;  // of the panels, -1: none
+  const int32_t* columns;
   const int32_t* sources;  // positions
   int64_t group;           // sources that are packed at a time, a multiple of kTileRows
   void* scratch;           // kPanelColumns padded rows, group x (channels + 2)
-  void* score;             // by position, of the sources; -infinity for one that sees no destination
+  void* score;             // by position, of the sources
   int32_t* destination;    // position, by position
 };
 
@@ -40,10 +40,7 @@ struct MatchWindow {
   TokenRows rows;
   const void* panels;      // of every row of cells along w in turn, padded to whole panels
   const int32_t* columns;
-  int64_t grid[3], stride[3];
-  int64_t cells[3];  // that have a destination
-  int64_t blocks[3];  // cells whose tokens see one; at most one more, which the grid cuts
-  int64_t window[3];  // < blocks
+  int64_t grid[3], stride[3], window[3], cells[3];  // window < cells
   int64_t cells_per_unit, units_per_row;
   void* scratch;  // kPanelColumns padded rows, kTileRows x channels
   void* score;
