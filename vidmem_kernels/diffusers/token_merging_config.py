@@ -25,8 +25,8 @@ class TokenMergingConfig:
     number, `{block: ratio}` (other blocks do not merge), or `fn(block, step)`.
 
     Attributes:
-        kv_ratio: share of the keys and values that are merged away, before the rotary embedding. A merged key has the
-            embedding of the token that was kept.
+        kv_ratio: share of the keys and values that are merged away, before the rotary embedding; a merged key is
+            turned by the mean rotation of its tokens.
         q_ratio: share of the queries; each gets the output of the query that it was merged into. Costs more
             accuracy than keys and values do.
         metric: what tokens are compared by: "hidden", the input of the attention, or "key", its keys, averaged over

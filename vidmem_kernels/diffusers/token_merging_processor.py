@@ -107,7 +107,7 @@ class MergingProcessor(nn.Module):
         if getattr(self.inner, "_parallel_config", None) is not None:
             raise NotImplementedError(f"{_APPLY}: the model must not be context-parallel, got a parallel config")
         config, record = self.state.config, rotary[2]
-        angles = _by_token(rotary[0]), _by_token(rotary[1])
+        angles = _angles(*rotary[:2])
         query, key, value, text = self.family.project(attn, hidden_states, encoder_hidden_states)
 
         def metric() -> Tensor:
@@ -122,22 +122,23 @@ class MergingProcessor(nn.Module):
         texts = 0 if text is None else text[1].shape[1]
         bias = None if attention_mask is None else _key_bias(attention_mask, key.shape[0], key.shape[1] + texts)
         if kv_plan is None:
-            keys, values = _rotated(key, *angles), value
+            keys, values = _rotated(key, angles), value
         else:
             keys, size = _merged_tokens(key, kv_plan, layout)
-            keys = _rotated(keys, *(_kept_tokens(x, kv_plan, layout) for x in angles))
+            keys = _rotated(keys, _merged_angles(angles, kv_plan, layout))
             values, _ = _merged_tokens(value, kv_plan, layout)
             if bias is not None:  # a merged key is seen where the token that was kept is
                 video, rest = bias[:, : key.shape[1], None], bias[:, key.shape[1] :]
-                bias = torch.cat([_kept_tokens(video, kv_plan, layout)[..., 0], rest], dim=1)
+                kept = gather_tokens(layout.free(video), kv_plan.kept)
+                bias = torch.cat([layout.fixed(video)[..., 0], kept[..., 0], rest], dim=1)
             if config.size_bias:
                 log_size = torch.nn.functional.pad(size.log(), (keys.shape[1] - size.shape[1], texts))
                 bias = log_size if bias is None else bias + log_size
         if q_plan is None:
-            queries = _rotated(query, *angles)
+            queries = _rotated(query, angles)
         else:
             queries, _ = _merged_tokens(query, q_plan, layout)
-            queries = _rotated(queries, *(_kept_tokens(x, q_plan, layout) for x in angles))
+            queries = _rotated(queries, _merged_angles(angles, q_plan, layout))
         if not torch.compiler.is_compiling():
             lengths = key.shape[1] + texts, queries.shape[1] + texts, keys.shape[1] + texts
             self.state.lengths[self.block] = lengths
@@ -160,15 +161,19 @@ def _num_merge(grid: Grid, stride: Grid, ratio: tuple[int, int]) -> int:
     return torch.sym_min(tokens * ratio[0] // ratio[1], tokens - destinations)
 
 
-def _by_token(angles: Tensor) -> Tensor:
-    """Cosines or sines (L, D), as HunyuanVideo has them, or (B or 1, L, 1, D), as Wan, as (B or 1, L, D)."""
-    return angles[None] if angles.dim() == 2 else angles.squeeze(2)
+def _angles(cos: Tensor, sin: Tensor) -> Tensor:
+    """(B or 1, L, D): cosines, then sines, of a pair of channels each.
+
+    HunyuanVideo has (L, D), Wan (B or 1, L, 1, D), both with every angle twice, for the two channels of its pair.
+    """
+    both = torch.cat([cos[..., 0::2], sin[..., 0::2]], dim=-1)
+    return both[None] if both.dim() == 2 else both.squeeze(2)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, L, H, D) turned by the angles of (B or 1, L, D), each of which stands twice, for a pair of channels."""
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """(B, L, H, D) turned by angles (B or 1, L, D)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, :, None, 0::2], sin[:, :, None, 0::2]
+    cos, sin = angles[:, :, None].chunk(2, dim=-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -193,10 +198,14 @@ def _merged_tokens(x: Tensor, plan: MergePlan, layout: TokenLayout) -> tuple[Ten
     return torch.cat([layout.fixed(x), merged.unflatten(2, x.shape[2:])], dim=1), size
 
 
-def _kept_tokens(x: Tensor, plan: MergePlan, layout: TokenLayout) -> Tensor:
-    """(B or 1, L, C) of the tokens that were kept, (B, ..., C)."""
-    kept = gather_tokens(layout.free(x), plan.kept)
-    return torch.cat([layout.fixed(x).expand(len(kept), -1, -1), kept], dim=1)
+def _merged_angles(angles: Tensor, plan: MergePlan, layout: TokenLayout) -> Tensor:
+    """The mean rotation of the tokens of every row: of what was tried, attention errs least with it.
+
+    Equal tokens that are merged behind their rotation have it; where tokens differ, merging before it errs less.
+    """
+    batch = plan.kept.shape[0]
+    merged, _ = merge_tokens(layout.free(angles).expand(batch, -1, -1), plan)
+    return torch.cat([layout.fixed(angles).expand(batch, -1, -1), merged], dim=1)
 
 
 def _unmerged_tokens(x: Tensor, plan: MergePlan, layout: TokenLayout) -> Tensor:
