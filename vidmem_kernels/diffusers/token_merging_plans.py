@@ -116,7 +116,13 @@ class MergingState:
         return ForwardRecord(grid, self._calls - 1)
 
     def plan(
-        self, record: ForwardRecord, key: PlanKey, metric: Callable[[], Tensor], grid: Grid, num_merge: int
+        self,
+        record: ForwardRecord,
+        key: PlanKey,
+        metric: Callable[[], Tensor],
+        hidden_states: Tensor,
+        grid: Grid,
+        num_merge: int,
     ) -> MergePlan:
         """The plan that an attention merges its tokens by.
 
@@ -124,6 +130,7 @@ class MergingState:
             record: of the forward.
             key: of the attention.
             metric: gives the (B, N, C) that tokens are compared by; called where a plan must be made.
+            hidden_states: of the attention, for its batch and device.
             grid: of the N tokens: without the protected frames.
             num_merge: how many of them to merge away.
         """
@@ -134,9 +141,9 @@ class MergingState:
         if plan is None and keeps:
             grid_before, plan = self._kept.get((record.call, key), (None, None))
             plan = plan if grid_before == record.grid else None
-        compared = metric()
-        batch = compared.shape[0]
-        if plan is None or plan.kept.shape[0] != (1 if shared else batch) or plan.kept.device != compared.device:
+        batch, device = hidden_states.shape[0], hidden_states.device
+        if plan is None or plan.kept.shape[0] != (1 if shared else batch) or plan.kept.device != device:
+            compared = metric()
             if shared:  # cosines of all samples' channels side by side: the mean of their cosines, by length
                 compared = compared.transpose(0, 1).flatten(1)[None]
             plan = match_tokens(compared.detach(), num_merge, grid=grid, stride=config.stride, window=config.window)

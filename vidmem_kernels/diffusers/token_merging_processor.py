@@ -115,7 +115,8 @@ class MergingProcessor(nn.Module):
 
         def plan_of(ratio: tuple[int, int]) -> MergePlan:
             count = _num_merge(layout.grid, config.stride, ratio)
-            return self.state.plan(record, PlanKey(self.group, *ratio), metric, layout.grid, count)
+            which = PlanKey(self.group, *ratio)
+            return self.state.plan(record, which, metric, hidden_states, layout.grid, count)
 
         kv_plan = plan_of(self.kv_ratio) if self.kv_ratio[0] else None
         q_plan = plan_of(self.q_ratio) if self.q_ratio[0] else None
