@@ -14,6 +14,7 @@ from torch import nn
 import vidmem_kernels as vk
 from vidmem_kernels.diffusers import Family, TokenMerging, TokenMergingConfig, apply_token_merging, register_family
 from vidmem_kernels.diffusers.families import WAN, family_of
+from vidmem_kernels.diffusers.token_merging_plans import ForwardRecord
 
 CASES = [(name, seed) for seed, name in enumerate(MODELS)]
 
@@ -44,8 +45,9 @@ def trace(model):
 @pytest.mark.parametrize("name, seed", CASES)
 def test_nothing_merged_and_removed_are_the_model_to_the_bit(name, seed):
     model, inputs = drawn(name, seed)
-    plain, before = run(model, inputs), trace(model)
+    plain, before, keys = run(model, inputs), trace(model), list(model.state_dict())
     with apply_token_merging(model, kv_ratio=0.0):
+        assert list(model.state_dict()) == keys
         assert torch.equal(run(model, inputs), plain)
     handle = apply_token_merging(model, q_ratio=0.5)
     merged = run(model, inputs)
@@ -291,6 +293,13 @@ def test_wrong_use():
     attn.set_processor(ours)
     with pytest.raises(RuntimeError, match="rotary embedding of block 0 must come from a forward of the model"):
         attn(torch.randn(1, 12, 24), image_rotary_emb=(torch.ones(12, 12), torch.ones(12, 12)))
+    angles = torch.ones(12, 12)
+    with pytest.raises(ValueError, match=r"grid must hold at most the 12 tokens of block 0, got \(2, 3, 4\)"):
+        attn(torch.randn(1, 12, 24), image_rotary_emb=(angles, angles, ForwardRecord((2, 3, 4), 0)))
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"attention mask must have shape \(B or 1, 1, 1, 12\), got \(1, 1, 12, 12\)"):
+        record = ForwardRecord((2, 2, 3), 0)
+        attn(torch.randn(1, 12, 24), attention_mask=mask, image_rotary_emb=(angles, angles, record))
     handle.remove()
     for use in (handle.remove, handle.stats, handle.reset, lambda: handle.enabled):
         with pytest.raises(RuntimeError, match="TokenMerging: the model must merge tokens, got one that does not"):

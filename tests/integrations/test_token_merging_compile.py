@@ -37,6 +37,18 @@ def test_one_graph_for_all_sizes_is_eager_mode_to_the_bit(name, options):
 
 
 @pytest.mark.long
+def test_blocks_compiled_alone():
+    """By one graph for all blocks, of which the first of a pair makes the plan."""
+    model = tiny_wan(layers=4)
+    inputs = [inputs_of(model, grid, batch) for grid, batch in SHAPES]
+    apply_token_merging(model, reuse_blocks=2)
+    with torch.no_grad():
+        expected = [model(**each)[0] for each in inputs]
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True, dynamic=True)
+        assert all(torch.equal(model(**each)[0], out) for each, out in zip(inputs, expected, strict=True))
+
+
+@pytest.mark.long
 def test_framepack():
     """Which reads back the lengths of its texts, and so is never one graph."""
     model = MODELS["framepack"](layers=1)

@@ -57,7 +57,9 @@ class Family:
         name: what errors and statistics call it.
         model_class: the class; subclasses belong to the family too.
         block_lists: attributes of the model that hold its blocks, in the order in which they run.
-        self_attention: attribute of a block: the attention in which the video's tokens are queries and keys.
+        self_attention: attribute of a block: the attention in which the video's tokens are queries and keys. It calls
+            its `processor` as diffusers' do: `(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)`
+            in that order, or by name with `image_rotary_emb` as the last; `set_processor` gives it another.
         cross_attention: attribute of a block: the attention to the text; None where both are one attention.
         patch_embedding: attribute of the model: the module that makes tokens of latents.
         patch_size: gives the (t, h, w) patch of a model.
