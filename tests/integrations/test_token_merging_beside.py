@@ -5,13 +5,15 @@ import torch
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
     LayerSkipConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
+    WanPipeline,
 )
 from diffusers.hooks import apply_group_offloading, apply_layer_skip
 from diffusers_helpers import MODELS, inputs_of, tiny_framepack, tiny_hunyuan, tiny_wan
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from vidmem_kernels.diffusers import apply_token_merging
 
@@ -90,6 +92,29 @@ def test_caches_before_and_after(make, cache):
     assert torch.equal(denoised(second, clock), plain)
 
 
+def test_a_pipeline_with_guidance_in_two_calls():
+    """Its two calls of a step are told as such, and a second video from the first step of it."""
+    model = tiny_wan(layers=1)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    handle = apply_token_merging(model, share_plan="batch", reuse_steps=2, steps=range(3))
+    seen = []
+
+    def after_step(pipeline, i, time, tensors):
+        stats = handle.stats()
+        seen.append((i, stats["step"], stats["forwards"], stats["plans_made"]))
+        return {}
+
+    for _ in range(2):
+        pipeline(
+            prompt_embeds=torch.randn(1, 6, 16), negative_prompt_embeds=torch.randn(1, 6, 16), height=48, width=64,
+            num_frames=9, num_inference_steps=5, output_type="latent", callback_on_step_end=after_step,
+        )  # fmt: skip
+    plans = (1, 1, 2, 2, 2, 3, 3, 4, 4, 4)
+    assert seen == [(i % 5, i % 5, 2 * i + 2, made) for i, made in enumerate(plans)]
+
+
 def with_lora(model):
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
@@ -114,6 +139,17 @@ def test_lora_before_and_after(make):
     assert all(w.grad is not None for name, w in after.named_parameters() if "lora" in name and "attn" in name)
     handle.remove()
     assert torch.equal(run(after, inputs), plain)
+
+
+def test_a_model_inside_wrappers():
+    plain = tiny_wan(layers=1)
+    inputs = inputs_of(plain, GRID)
+    wrapped = get_peft_model(tiny_wan(layers=1), LoraConfig(r=2, target_modules=["to_q"]))
+    with apply_token_merging(plain), apply_token_merging(wrapped) as handle:
+        assert torch.equal(run(wrapped, inputs), run(plain, inputs))
+        assert handle.stats()["forwards"] == 1
+    handle = apply_token_merging(torch.compile(plain))
+    assert handle.stats()["family"] == "wan" and apply_token_merging(wrapped.get_base_model()).enabled
 
 
 def test_fused_projections():
