@@ -174,7 +174,13 @@ def test_grids_with_little_to_merge(name, grid):
 def test_protected_frames_and_counts():
     model = tiny_wan(layers=2)
     inputs = inputs_of(model, (5, 4, 6), 1)
-    for protect, ratio, keys in (((), 0.5, 60), ((0,), 0.5, 72), ((0, -1), 0.25, 102), ((1, 3, 9), 0.75, 66)):
+    for protect, ratio, keys in (
+        ((), 0.5, 60),
+        ((0,), 0.5, 72),
+        ((0, -1), 0.25, 102),
+        ((1, 3, 9), 0.75, 66),
+        ((0,), 1 / 3, 88),
+    ):
         with apply_token_merging(model, kv_ratio={1: ratio}, protect_frames=protect) as handle:
             run(model, inputs)
             assert handle.stats()["blocks"] == {1: {"tokens": 120, "queries": 120, "keys": keys}}
@@ -248,7 +254,7 @@ WRONG = {
     "steps=[-1]": (ValueError, "steps must be at least 0"),
     "metric='value'": (ValueError, "metric must be one of 'hidden', 'key', got 'value'"),
     "share_plan='all'": (ValueError, "share_plan must be one of None, 'batch', got 'all'"),
-    "size_bias=1": (ValueError, "size_bias must be one of True, False, got 1"),
+    "size_bias=1": (TypeError, "size_bias must be a bool, got int"),
     "stride=(1, 2)": (ValueError, "stride must be three ints"),
     "stride=(1, 0, 2)": (ValueError, "stride must be at least 1"),
     "window=(0, 1.5, 1)": (TypeError, "window must be ints"),

@@ -73,7 +73,7 @@ class TokenMergingConfig:
             _check_ints(name, value, low)
             if len(value) != 3:
                 raise ValueError(f"{_NAME}: {name} must be three ints (t, h, w), got {value!r}")
-            object.__setattr__(self, name, tuple(value))  # copied: a list could be changed behind our back
+            object.__setattr__(self, name, tuple(value))  # copied: what is given may be changed later
         for name in ("protect_frames", "blocks", "steps"):
             value = getattr(self, name)
             if value is not None:
@@ -82,10 +82,12 @@ class TokenMergingConfig:
                 object.__setattr__(self, name, value if isinstance(value, range) else tuple(value))
         if self.protect_frames is None:
             raise TypeError(f"{_NAME}: protect_frames must be ints, got None")
-        for name, choices in (("metric", _METRICS), ("share_plan", _SHARES), ("size_bias", (True, False))):
-            value = getattr(self, name)
-            if value not in choices or (name == "size_bias" and not isinstance(value, bool)):
-                raise ValueError(f"{_NAME}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        for name, choices in (("metric", _METRICS), ("share_plan", _SHARES)):
+            if getattr(self, name) not in choices:
+                named = ", ".join(map(repr, choices))
+                raise ValueError(f"{_NAME}: {name} must be one of {named}, got {getattr(self, name)!r}")
+        if not isinstance(self.size_bias, bool):
+            raise TypeError(f"{_NAME}: size_bias must be a bool, got {type(self.size_bias).__name__}")
         check_int(_NAME, "reuse_steps", self.reuse_steps, 1)
         check_int(_NAME, "reuse_blocks", self.reuse_blocks, 1)
         for name in ("kv_ratio", "q_ratio"):
@@ -94,6 +96,7 @@ class TokenMergingConfig:
                 _check_ints(f"the blocks of {name}", list(value), None)
                 for block, ratio in value.items():
                     self._check_ratio(f"{name}[{block}]", ratio)
+                object.__setattr__(self, name, dict(value))
             elif not callable(value):
                 self._check_ratio(name, value)
 
@@ -104,7 +107,7 @@ class TokenMergingConfig:
         if not 0 <= ratio <= most:
             bounds = f"[0, {float(most):g}], what stride {self.stride} leaves"
             raise ValueError(f"{_NAME}: {name} must be in {bounds}, got {ratio}")
-        return Fraction(str(float(ratio)))  # as written: .3 is 3/10, so that 10 tokens give 3
+        return Fraction(str(float(ratio))).limit_denominator(10**6)  # as written: .3 of 10 tokens is 3
 
     def check_blocks(self, number: int) -> None:
         """Raises where `blocks`, or the keys of a ratio, name a block that a model of so many blocks does not have."""
