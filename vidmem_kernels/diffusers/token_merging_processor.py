@@ -119,15 +119,17 @@ class MergingProcessor(nn.Module):
             return self.state.plan(record, which, metric, hidden_states, layout.grid, count)
 
         kv_plan = plan_of(self.kv_ratio) if self.kv_ratio[0] else None
-        q_plan = plan_of(self.q_ratio) if self.q_ratio[0] else None
+        q_plan = kv_plan
+        if self.q_ratio != self.kv_ratio:
+            q_plan = plan_of(self.q_ratio) if self.q_ratio[0] else None
         texts = 0 if text is None else text[1].shape[1]
         bias = None if attention_mask is None else _key_bias(attention_mask, key.shape[0], key.shape[1] + texts)
-        if kv_plan is None:
-            keys, values = _rotated(key, angles), value
-        else:
+        queries, keys, values = query, key, value
+        query_angles = key_angles = angles
+        if kv_plan is not None:
             keys, size = _merged_tokens(key, kv_plan, layout)
-            keys = _rotated(keys, _merged_angles(angles, kv_plan, layout))
             values, _ = _merged_tokens(value, kv_plan, layout)
+            key_angles = _merged_angles(angles, kv_plan, layout)
             if bias is not None:  # a merged key is seen where the token that was kept is
                 video, rest = bias[:, : key.shape[1], None], bias[:, key.shape[1] :]
                 kept = gather_tokens(layout.free(video), kv_plan.kept)
@@ -135,11 +137,10 @@ class MergingProcessor(nn.Module):
             if config.size_bias:
                 log_size = torch.nn.functional.pad(size.log(), (keys.shape[1] - size.shape[1], texts))
                 bias = log_size if bias is None else bias + log_size
-        if q_plan is None:
-            queries = _rotated(query, angles)
-        else:
+        if q_plan is not None:
             queries, _ = _merged_tokens(query, q_plan, layout)
-            queries = _rotated(queries, _merged_angles(angles, q_plan, layout))
+            query_angles = _merged_angles(angles, q_plan, layout)
+        queries, keys = _rotated(queries, query_angles), _rotated(keys, key_angles)
         if not torch.compiler.is_compiling():
             lengths = key.shape[1] + texts, queries.shape[1] + texts, keys.shape[1] + texts
             self.state.lengths[self.block] = lengths
