@@ -5,6 +5,8 @@ Their parameters depend on neither the backend nor the device: a state_dict load
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -211,7 +213,13 @@ class MemoryCrossAttention(nn.Module):
             tokens = norm(groups.to(norm.weight.dtype)).flatten(2)
         return tokens.unflatten(2, (self.num_heads, -1))
 
-    def forward(
+    def _of_batch(self, name: str, x: Tensor, batch: int) -> Tensor:
+        """x with the batch of the tokens; a batch of 1 is not copied."""
+        if x.dim() and x.shape[0] not in (1, batch):
+            raise ValueError(f"{type(self).__name__}: {name} must have batch 1 or that of x, {batch}, got {x.shape[0]}")
+        return x.expand(batch, *x.shape[1:]) if x.dim() else x
+
+    def read(
         self,
         x: Tensor,
         memory: Tensor,
@@ -224,29 +232,49 @@ class MemoryCrossAttention(nn.Module):
         block_index: Tensor | None = None,
         block_size: tuple[int, int] = (128, 64),
     ) -> Tensor:
-        """Adds to the tokens x what they read from `memory`.
+        """What the tokens x read from `memory`: the addition of `forward` alone, for a sum that is made elsewhere.
 
         Args:
             x: (B, L, dim) video tokens.
-            memory: (B, M, memory_dim) tokens of the memory; M may be 0.
-            key_bias: (B, M) or (B, H, M), e.g. the log of the tokens' merged sizes: proportional attention.
+            memory: (B or 1, M, memory_dim) tokens of the memory; M may be 0. One of batch 1 is projected once.
+            key_bias: (B or 1, M) or (B or 1, H, M), e.g. the log of the tokens' merged sizes: proportional attention.
             num_sinks, q_time, k_time, window, block_index, block_size: which token of the memory a token sees; see
                 `vidmem_kernels.cross_attention`.
+
+        Returns:
+            (B, L, dim) of the dtype of x, also under autocast; zeros while the gate is closed.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or options that do not fit.
+            IndexError: a block index out of range.
+
+        Equivalent PyTorch:
+            self(x, memory, ...) - x
+        """
+        _check_tokens(self, "x", x, self.dim, "L")
+        _check_tokens(self, "memory", memory, self.memory_dim, "M")
+        check_same_dtype(type(self).__name__, x=x, memory=memory)
+        batch = x.shape[0]
+        k = self._of_batch("memory", self._heads(self.k(memory), self.norm_k), batch)
+        v = self._of_batch("memory", self._heads(self.v(memory)), batch)
+        if isinstance(key_bias, Tensor):
+            key_bias = self._of_batch("key_bias", key_bias, batch)
+        out = cross_attention(
+            self._heads(self.q(x), self.norm_q), k, v, key_bias=key_bias, num_sinks=num_sinks, q_time=q_time,
+            k_time=k_time, window=window, block_index=block_index, block_size=block_size, backend=self.backend,
+        )  # fmt: skip
+        return (self.gate.tanh() * self.o(out.flatten(2))).to(x.dtype)
+
+    def forward(self, x: Tensor, memory: Tensor, **options: Any) -> Tensor:
+        """Adds to the tokens x what they read from `memory`.
+
+        Args:
+            x, memory, **options: see `read`.
 
         Returns:
             (B, L, dim) of the dtype of x, also under autocast. While the gate is closed, x to the bit, but 0 for -0.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or options that do not fit.
-            IndexError: a block index out of range.
+            ValueError, TypeError, IndexError: see `read`.
         """
-        _check_tokens(self, "x", x, self.dim, "L")
-        _check_tokens(self, "memory", memory, self.memory_dim, "M")
-        check_same_dtype(type(self).__name__, x=x, memory=memory)
-        q = self._heads(self.q(x), self.norm_q)
-        k = self._heads(self.k(memory), self.norm_k)
-        out = cross_attention(
-            q, k, self._heads(self.v(memory)), key_bias=key_bias, num_sinks=num_sinks, q_time=q_time, k_time=k_time,
-            window=window, block_index=block_index, block_size=block_size, backend=self.backend,
-        )  # fmt: skip
-        return x + (self.gate.tanh() * self.o(out.flatten(2))).to(x.dtype)
+        return x + self.read(x, memory, **options)

@@ -138,6 +138,18 @@ def test_a_new_memory_changes_nothing(qk_norm, dtype):
             assert torch.equal(module(x, memory), x)
 
 
+def test_read_is_the_addition_alone_and_one_memory_serves_a_batch():
+    module = memory_attention()
+    x, memory = tokens()
+    bias = torch.randn(1, 3, 17)
+    assert torch.equal(module(x, memory, key_bias=bias), x + module.read(x, memory, key_bias=bias))
+    one = memory[:1].requires_grad_()
+    same_gradients(
+        module, module.read(x, one, key_bias=bias),
+        module.read(x, one.expand(2, -1, -1), key_bias=bias.expand(2, -1, -1)), one,
+    )  # fmt: skip
+
+
 def test_an_empty_memory_adds_nothing_after_training_either():
     module = memory_attention()
     x, memory = tokens()
@@ -355,7 +367,9 @@ def test_bad_inputs():
         (cross, (x, memory.long()), {}, TypeError, "MemoryCrossAttention: memory must be float32, bfloat16,"),
         (cross, (x, memory.bfloat16()), {}, ValueError,
          "MemoryCrossAttention: x and memory must have the same dtype, got torch.float32 and torch.bfloat16"),
-        (cross, (x, memory[:1]), {}, ValueError, "cross_attention: q and k must have the same B, H and D, got"),
+        (cross, (x[:1], memory), {}, ValueError, "MemoryCrossAttention: memory must have batch 1 or that of x, 1, got 2"),
+        (cross, (x, memory[:1]), {"key_bias": torch.zeros(3, 17)}, ValueError,
+         "MemoryCrossAttention: key_bias must have batch 1 or that of x, 2, got 3"),
         (cross, (x, memory), {"window": (1, 1)}, ValueError, "cross_attention: q_time, k_time and window must be"),
         (cross, (x, memory), {"key_bias": torch.zeros(2, 16)}, ValueError, "cross_attention: key_bias must have"),
     ]  # fmt: skip
