@@ -8,11 +8,14 @@ from importlib.util import find_spec
 
 _FILES = {
     "Family": "families",
+    "MemoryAttention": "memory_attention",
     "family_of": "families",
     "register_family": "families",
     "TokenMerging": "token_merging",
     "TokenMergingConfig": "token_merging",
+    "add_memory_attention": "memory_attention",
     "apply_token_merging": "token_merging",
+    "load_memory_adapter": "memory_attention",
 }
 
 __all__ = sorted(_FILES)
