@@ -84,7 +84,7 @@ def read(op: str, path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tenso
             if header["version"] != _VERSION:
                 raise MemoryFileError(f"{op}: {path} is of version {header['version']}; this program reads {_VERSION}")
             config = Config(**header["config"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise MemoryFileError(f"{op}: {path} is damaged ({error}); write it anew") from error
     if _checksum(weights) != header["checksum"] or _shapes(weights) != _expected(config):

@@ -109,7 +109,7 @@ class MemoryAttnProcessor(nn.Module):
         attention_mask: Tensor | None,
         image_rotary_emb: tuple | None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """What `inner` returns, with the reading added to the tokens of the video; (B, N, C) or a tuple with it first."""
+        """What `inner` returns, the video's tokens or a tuple that begins with them, with the reading added to them."""
         out = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         held = self.slot.get(encoder_hidden_states if image_rotary_emb is None else image_rotary_emb[0])
         if held is None:
@@ -120,6 +120,11 @@ class MemoryAttnProcessor(nn.Module):
 
 def _attention(family: Family, block: nn.Module) -> nn.Module:
     return getattr(block, family.cross_attention or family.self_attention)
+
+
+def _check_encoder(op: str, encoder: object) -> None:
+    if encoder is not None and not callable(encoder):
+        raise TypeError(f"{op}: encoder must be callable, got {type(encoder).__name__}")
 
 
 def _replace(owner: nn.Module, name: str, processor: Callable) -> None:
@@ -144,8 +149,7 @@ class MemoryAttention:
     """
 
     def __init__(self, model: nn.Module, encoder: Encoder | None = None):
-        if encoder is not None and not callable(encoder):
-            raise TypeError(f"MemoryAttention: encoder must be callable, got {type(encoder).__name__}")
+        _check_encoder("MemoryAttention", encoder)
         self.family, self.model, self.encoder = family_of(model), base_model(model), encoder
         self._attached("MemoryAttention")
 
@@ -335,6 +339,7 @@ def add_memory_attention(
     chosen = _chosen(op, family, inner, blocks)
     if memory_dim is not None:
         check_int(op, "memory_dim", memory_dim, 1)
+    _check_encoder(op, encoder)
     if any(isinstance(module, MemoryAttnProcessor) for module in inner.modules()):
         raise ValueError(f"{op}: model must have no memory attention, got one that has; remove() that first")
     slot = MemorySlot()
@@ -379,9 +384,7 @@ def load_memory_adapter(
             raise ValueError(f"{op}: model must {what} {wanted}, as in {os.fspath(path)}, got {got}")
     missing = [name for name in config.blocks if name not in numbers]
     if missing:
-        raise ValueError(
-            f"{op}: model must have the blocks of {os.fspath(path)}, got one without {', '.join(missing)}"
-        )
+        raise ValueError(f"{op}: model must have the blocks of {os.fspath(path)}, got one without {', '.join(missing)}")
     handle = add_memory_attention(inner, [numbers[name] for name in config.blocks], config.memory_dim, encoder=encoder)
     for name, *_, processor in handle._attached(op):
         mine = {key: weights[f"{name}.{key}"] for key in processor.reader.state_dict()}
