@@ -1,4 +1,4 @@
-"""diffusers' caches as the tests of adapters put them on a model, and some steps of denoising that fill and use them."""
+"""diffusers' caches as the tests of adapters put them on a model, and steps of denoising that fill and use them."""
 
 from contextlib import contextmanager
 
