@@ -48,6 +48,13 @@ def cache(model, name):
         model.disable_cache()
 
 
+def first_step(model, inputs):
+    """The output of a first step, without a reset of the caches."""
+    _step[0] = 0
+    with torch.no_grad(), model.cache_context("cond"):
+        return model(**inputs)[0]
+
+
 def denoise(model, grid=(2, 3, 3), batch=1, steps=4):
     """Outputs of some steps that differ a little, from empty caches on; (steps, B, C, F, height, width)."""
     model._reset_stateful_cache()

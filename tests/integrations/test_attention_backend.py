@@ -1,4 +1,4 @@
-"""The attention backend in diffusers: scoped to a model and a block of code, exact after it; what it cannot do it says."""
+"""The attention backend in diffusers: for one model and one block of code, exact after it; what it lacks it says."""
 
 import copy
 import threading

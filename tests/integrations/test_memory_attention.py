@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 from diffusers import FasterCacheConfig
 from diffusers_caches import CACHES, cache, denoise
-from diffusers_helpers import MODELS, draw_grid, inputs_of, tiny_framepack, tiny_hunyuan, tiny_wan
+from diffusers_checks import FAMILIES, out_of, said, skeleton
+from diffusers_helpers import MODELS, draw_grid, inputs_of, tiny_hunyuan, tiny_wan
 from torch import nn
 
 from vidmem_kernels import MemoryFileError
 from vidmem_kernels.diffusers import MemoryAttention, add_memory_attention, load_memory_adapter
 
-FAMILIES = {"wan": tiny_wan, "hunyuan": tiny_hunyuan, "framepack": tiny_framepack}
 every_layout = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 every_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 DIM = 10
@@ -34,11 +34,6 @@ def opened(model, **options):
     for parameter in m.parameters():
         nn.init.normal_(parameter, 0.0, 0.3)
     return m
-
-
-def out_of(model, inputs):
-    with torch.no_grad():
-        return model(**inputs)[0]
 
 
 @every_layout
@@ -243,16 +238,6 @@ def test_copies_have_a_memory_of_their_own(make):
     torch.testing.assert_close(out_of(averaged.module, inputs), after)
 
 
-def skeleton(model):
-    """Everything that may be left behind: attributes, modules, hooks of every module."""
-    kept = {}
-    for name, module in model.named_modules():
-        plain = {k: id(v) for k, v in vars(module).items() if not k.startswith("_") or k == "_diffusers_hook"}
-        hooks = {k: len(v) for k, v in vars(module).items() if k.endswith("_hooks") and v is not None}
-        kept[name] = (type(module), plain, hooks, [*module._modules], [*module._parameters], [*module._buffers])
-    return kept
-
-
 @every_family
 def test_many_cycles_leave_nothing(make, tmp_path):
     model = make(layers=1)
@@ -332,12 +317,6 @@ def test_autocast_and_half():
     m.set(memory_of(dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="MemoryCrossAttention: x and memory must have the same dtype"):
         out_of(model, inputs)
-
-
-def said(error, call, message):
-    with pytest.raises(error) as raised:
-        call()
-    assert message in str(raised.value) and "\n" not in str(raised.value), raised.value
 
 
 def test_wrong_use():

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterator
+from types import CodeType
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def copyable(tensor: Tensor | None) -> Tensor | None:
+    """A tensor as a copy or pickle of a model can have it: only leaves can be copied, and a copy is in no graph."""
+    return tensor if tensor is None or tensor.grad_fn is None else tensor.detach()
 
 
 def reset_caches(model: nn.Module) -> None:
@@ -18,11 +26,28 @@ def reset_caches(model: nn.Module) -> None:
             registry.reset_stateful_hooks(recurse=False)
 
 
-def forget_compiled() -> None:
-    """Makes torch.compile trace anew: it takes no notice of module hooks that come or go after it has traced.
+def forget_compiled(model: nn.Module) -> None:
+    """Makes torch.compile trace anew, if it has traced such a model: of module hooks that come or go later it takes no
+    notice (`torch._dynamo.config.skip_nnmodule_hook_guards`).
 
-    See `torch._dynamo.config.skip_nnmodule_hook_guards`. All compiled functions of the process are traced again when
-    they are called next; the compiled kernels come from Inductor's cache.
+    All compiled functions of the process are traced again when they are called next.
     """
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    if any(_debug_get_cache_entry_list(code) for code in {*_codes(model)}):
+        dynamo.reset()
+
+
+def _codes(model: nn.Module) -> Iterator[CodeType]:
+    """What a compiled graph of the model may begin with: the forwards of its modules, in all that is around them."""
+    for module in model.modules():
+        for function in (type(module).forward, vars(module).get("forward")):
+            while function is not None:
+                if isinstance(function, functools.partial):
+                    function = function.func
+                if hasattr(function, "__code__"):
+                    yield function.__code__
+                function = getattr(function, "__wrapped__", None)

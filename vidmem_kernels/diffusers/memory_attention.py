@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._checks import check_int, check_tensor
 from ..modules import MemoryCrossAttention
 from . import memory_adapter_file
-from .caches import reset_caches
+from .caches import copyable, reset_caches
 from .families import Family, base_model, family_of
 
 Encoder = Callable[[Any], Tensor | tuple[Tensor, Tensor]]
@@ -48,9 +48,7 @@ class MemorySlot:
         return self.held
 
     def __getstate__(self) -> dict[str, Held | None]:
-        # Only leaves can be copied; a copy of the model is no part of the graph that made the memory.
-        held = self.held and Held(*(x.detach() if x is not None and x.grad_fn else x for x in self.held))
-        return {"held": held}
+        return {"held": self.held and Held(*map(copyable, self.held))}
 
     def __setstate__(self, state: dict[str, Held | None]) -> None:
         self.__init__()
