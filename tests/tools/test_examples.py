@@ -42,6 +42,13 @@ def test_memory_in_block():
     assert len(losses) == 3 and losses[2] < 0.1 * losses[0]
 
 
+def test_memory_in_wan():
+    closed, *steps, loaded, removed = lines_of("memory_in_wan.py")
+    assert [float(line.split()[-1]) for line in (closed, loaded, removed)] == [0, 0, 0]
+    losses = [float(line.split()[-1]) for line in steps]
+    assert len(losses) == 3 and losses[2] < 0.1 * losses[0]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_every_example_is_tested(path):
     assert f'lines_of("{path.name}")' in Path(__file__).read_text()
