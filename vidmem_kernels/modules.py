@@ -14,6 +14,7 @@ from ._checks import check_finite, check_int, check_same_dtype, check_tensor
 from ._dispatch import check_backend
 from .cross_attn.api import cross_attention
 from .linear_attn.api import FEATURE_MAPS, LinearAttentionState, linear_attention
+from .rotary import Rotary, apply_rotary
 
 QK_NORMS = (None, "rms_norm", "rms_norm_across_heads")
 _NORM_EPS = 1e-6  # as in Wan and HunyuanVideo
@@ -224,6 +225,8 @@ class MemoryCrossAttention(nn.Module):
         x: Tensor,
         memory: Tensor,
         *,
+        q_rotary: Rotary | None = None,
+        k_rotary: Rotary | None = None,
         key_bias: Tensor | None = None,
         num_sinks: int = 0,
         q_time: Tensor | None = None,
@@ -237,6 +240,8 @@ class MemoryCrossAttention(nn.Module):
         Args:
             x: (B, L, dim) video tokens.
             memory: (B or 1, M, memory_dim) tokens of the memory; M may be 0. One of batch 1 is projected once.
+            q_rotary, k_rotary: positions of the L tokens and of the M of the memory, from `vidmem_kernels.rotary`, or
+                neither; of head_dim channels, with the batch of x and of the memory, of 1, or none.
             key_bias: (B or 1, M) or (B or 1, H, M), e.g. the log of the tokens' merged sizes: proportional attention.
             num_sinks, q_time, k_time, window, block_index, block_size: which token of the memory a token sees; see
                 `vidmem_kernels.cross_attention`.
@@ -254,13 +259,19 @@ class MemoryCrossAttention(nn.Module):
         _check_tokens(self, "x", x, self.dim, "L")
         _check_tokens(self, "memory", memory, self.memory_dim, "M")
         check_same_dtype(type(self).__name__, x=x, memory=memory)
+        if (q_rotary is None) != (k_rotary is None):
+            given = "q_rotary" if k_rotary is None else "k_rotary"
+            raise ValueError(f"{type(self).__name__}: q_rotary and k_rotary must be given together, got {given}")
+        q, k = self._heads(self.q(x), self.norm_q), self._heads(self.k(memory), self.norm_k)
+        if q_rotary is not None:
+            q, k = apply_rotary(q, q_rotary), apply_rotary(k, k_rotary)
         batch = x.shape[0]
-        k = self._of_batch("memory", self._heads(self.k(memory), self.norm_k), batch)
+        k = self._of_batch("memory", k, batch)
         v = self._of_batch("memory", self._heads(self.v(memory)), batch)
         if isinstance(key_bias, Tensor):
             key_bias = self._of_batch("key_bias", key_bias, batch)
         out = cross_attention(
-            self._heads(self.q(x), self.norm_q), k, v, key_bias=key_bias, num_sinks=num_sinks, q_time=q_time,
+            q, k, v, key_bias=key_bias, num_sinks=num_sinks, q_time=q_time,
             k_time=k_time, window=window, block_index=block_index, block_size=block_size, backend=self.backend,
         )  # fmt: skip
         return (self.gate.tanh() * self.o(out.flatten(2))).to(x.dtype)

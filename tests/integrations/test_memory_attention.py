@@ -17,6 +17,7 @@ from torch import nn
 
 from vidmem_kernels import MemoryFileError
 from vidmem_kernels.diffusers import MemoryAttention, add_memory_attention, load_memory_adapter
+from vidmem_kernels.rotary import rotary
 
 every_layout = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 every_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
@@ -71,6 +72,57 @@ def test_what_is_read_is_what_the_module_reads():
         expected = processor.inner(attn, *seen["args"]) + processor.reader.read(seen["x"], memory, key_bias=bias)
     assert torch.equal(seen["out"], expected)
     assert m.blocks == ["blocks.1"] and m.memory_dim == DIM
+
+
+@every_layout
+def test_with_positions_it_is_the_model_s_own_rotary_embedding(make, tmp_path):
+    """Memory at the positions of the tokens of the video: moved as one, the reading does not change."""
+    model = make()
+    grid = draw_grid(4)
+    inputs = inputs_of(model, grid, batch=2)
+    before = out_of(model, inputs)
+    start = int(inputs.get("indices_latents", torch.tensor([0]))[0])
+    m = opened(model, rope=True, blocks=[0])
+    positions = torch.tensor([[start, 0, 0], [start + 1, 2, 1], [start - 3, 0, 4]])
+    memory, bias = memory_of(3, batch=2), torch.randn(2, 3)
+    m.set(memory, bias, positions)
+    attn = model.blocks[0].attn2 if hasattr(model, "blocks") else model.transformer_blocks[0].attn
+    seen = {}
+    attn.register_forward_hook(
+        lambda _, args, kwargs, out: seen.update(args=args, kw=kwargs, out=out), with_kwargs=True
+    )
+    after = out_of(model, inputs)
+    x = seen["kw"]["hidden_states"] if seen["kw"] else seen["args"][0]
+    times = torch.arange(start, start + grid[0])
+    video = torch.cartesian_prod(times, torch.arange(grid[1]), torch.arange(grid[2]))
+    if "indices_latents_clean" in inputs:  # FramePack's tokens begin with the history: compare the video's alone
+        x = x[:, -len(video) :]
+    rope = model.rope
+    axes, theta = ((rope.t_dim, rope.h_dim, rope.w_dim), 1e4) if hasattr(rope, "t_dim") else (rope.rope_dim, rope.theta)
+    turned = {"q_rotary": rotary(video, axes, theta), "k_rotary": rotary(positions, axes, theta)}
+    with torch.no_grad():
+        expected = attn.processor.reader.read(x, memory, key_bias=bias, **turned)
+        plain = attn.processor.inner(attn, *seen["args"], **seen["kw"])
+    got = (seen["out"][0] - plain[0])[:, -len(video) :] if isinstance(plain, tuple) else seen["out"] - plain
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(after, before)
+
+    m.set(memory, bias, positions[[2, 1, 0]])
+    assert not torch.allclose(out_of(model, inputs), after, atol=1e-4)
+    m.save(tmp_path / "memory.safetensors")
+    m.remove()
+    assert torch.equal(out_of(model, inputs), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with load_memory_adapter(model, tmp_path / "memory.safetensors") as loaded:
+        loaded.encoder = lambda frames: (memory, bias.exp(), frames)
+        loaded.remember(positions.expand(2, -1, -1))
+        torch.testing.assert_close(out_of(model, inputs), after, rtol=1e-5, atol=1e-5)
+        said(ValueError, lambda: loaded.set(memory), "positions must be given, as rope is True, got None")
+        said(
+            ValueError, lambda: loaded.set(memory, None, positions[1:]), "positions must have shape (3, 3) or (2 or 1,"
+        )
+    m = opened(model)
+    said(ValueError, lambda: m.set(memory, None, positions), "positions must be None, as rope is False, got some")
 
 
 @every_family
@@ -142,17 +194,19 @@ def gradients(m, model, memory, calls, between=lambda: None):
 
 
 @every_family
-def test_checkpointing_changes_no_gradient_even_when_the_memory_changes_before_the_backward(make):
+@pytest.mark.parametrize("rope", [False, True])
+def test_checkpointing_changes_no_gradient_even_when_the_memory_changes_before_the_backward(make, rope):
     model = make().train()
     a, b = inputs_of(model, (2, 3, 5)), inputs_of(model, (2, 5, 3), seed=1)
     first, second = memory_of(), memory_of()
     first.requires_grad_()
-    m = opened(model)
+    m = opened(model, rope=rope)
+    positions = {"positions": torch.randint(-3, 3, (7, 3))} if rope else {}
 
     def calls():
-        m.set(first)
+        m.set(first, **positions)
         yield model(**a)[0]
-        m.set(second)
+        m.set(second, **positions)
         yield model(**b)[0]
 
     expected = gradients(m, model, first, calls)
@@ -331,6 +385,7 @@ def test_wrong_use():
     ]:
         said(error, lambda blocks=blocks: add_memory_attention(model, blocks), message)
     said(ValueError, lambda: add_memory_attention(model, memory_dim=0), "memory_dim must be at least 1, got 0")
+    said(TypeError, lambda: add_memory_attention(model, rope=1), "rope must be a bool, got int")
     said(TypeError, lambda: add_memory_attention(model, encoder=3), "encoder must be callable, got int")
     is_as = skeleton(model)
     m = add_memory_attention(model, memory_dim=DIM)

@@ -12,6 +12,7 @@ from torch import nn
 import vidmem_kernels as vk
 from vidmem_kernels import LinearAttention, MemoryCrossAttention, _dispatch, testing
 from vidmem_kernels._op import OPS
+from vidmem_kernels.rotary import apply_rotary, rotary
 
 INF = math.inf
 NORMS = (None, "rms_norm", "rms_norm_across_heads")
@@ -148,6 +149,27 @@ def test_read_is_the_addition_alone_and_one_memory_serves_a_batch():
         module, module.read(x, one, key_bias=bias),
         module.read(x, one.expand(2, -1, -1), key_bias=bias.expand(2, -1, -1)), one,
     )  # fmt: skip
+
+
+def test_positions_turn_queries_and_keys():
+    module = memory_attention(qk_norm="rms_norm")
+    x, memory = tokens()
+    here, there = torch.randn(11, 3) * 9, torch.randn(1, 17, 3) * 9
+    axes = 4, 2, 2
+
+    def read(shift=0.0):
+        turned = {"q_rotary": rotary(here + shift, axes), "k_rotary": rotary(there + shift, axes)}
+        return module.read(x, memory, **turned)
+
+    q, k = module._heads(module.q(x), module.norm_q), module._heads(module.k(memory), module.norm_k)
+    q, k = apply_rotary(q, rotary(here, axes)), apply_rotary(k, rotary(there, axes))
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, module._heads(module.v(memory)))))
+    expected = torch.tanh(module.gate) * module.o(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(read(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(read(5.0), expected, rtol=1e-4, atol=1e-5)  # what counts is where they are to each other
+    assert not torch.allclose(module.read(x, memory), expected, atol=1e-3)
+    with pytest.raises(ValueError, match="q_rotary and k_rotary must be given together, got k_rotary"):
+        module.read(x, memory, k_rotary=rotary(there, axes))
 
 
 def test_an_empty_memory_adds_nothing_after_training_either():

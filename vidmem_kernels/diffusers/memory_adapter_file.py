@@ -29,6 +29,7 @@ class Config:
         family: the name of the model's `Family`.
         dim, memory_dim: channels of the model's tokens and of the memory's.
         num_heads: heads.
+        rope: whether the readers know positions.
         blocks: names of the blocks that read.
     """
 
@@ -36,6 +37,7 @@ class Config:
     dim: int
     memory_dim: int
     num_heads: int
+    rope: bool
     blocks: list[str]
 
 

@@ -12,18 +12,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._checks import check_int, check_tensor
 from ..modules import MemoryCrossAttention
+from ..rotary import Rotary
 from . import memory_adapter_file
 from .caches import copyable, reset_caches
 from .families import Family, base_model, family_of
+from .video_rotary import FAMILIES, check_positions, rotary_tables
 
-Encoder = Callable[[Any], Tensor | tuple[Tensor, Tensor]]
+Encoder = Callable[[Any], Tensor | tuple[Tensor | None, ...]]
 
 
 class Held(NamedTuple):
-    """A memory: tokens (B or 1, M, memory_dim), and what is added to the scores of each, (B or 1, M)."""
+    """A memory.
+
+    Attributes:
+        memory: (B or 1, M, memory_dim) tokens.
+        key_bias: (B or 1, M) added to the scores of each.
+        cos, sin: (M, D) or (B or 1, M, D) tables of their positions.
+    """
 
     memory: Tensor
-    key_bias: Tensor | None
+    key_bias: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
 
 
 class MemorySlot:
@@ -65,11 +75,17 @@ class MemoryAttnProcessor(nn.Module):
         inner: the processor of the attention until now.
         reader: the cross-attention to the memory.
         slot: where the memory lies.
+        rope: whether tokens and memory know their positions.
     """
 
-    def __init__(self, inner: Callable, reader: MemoryCrossAttention, slot: MemorySlot):
+    def __init__(self, inner: Callable, reader: MemoryCrossAttention, slot: MemorySlot, rope: bool):
         super().__init__()
-        self.inner, self.reader, self.slot = inner, reader, slot
+        self.inner, self.reader, self.slot, self.rope = inner, reader, slot, rope
+        self.noted: tuple | None = None
+
+    def note_rotary(self, self_attention: nn.Module, args: tuple) -> None:
+        """Hook before the self-attention of the block, which alone is given the rotary embedding in Wan."""
+        self.noted = args[3]
 
     # diffusers sets these on the processor, by `hasattr`; the attention is computed by `inner`.
     @property
@@ -112,12 +128,29 @@ class MemoryAttnProcessor(nn.Module):
         held = self.slot.get(encoder_hidden_states if image_rotary_emb is None else image_rotary_emb[0])
         if held is None:
             return out
-        read = self.reader.read(hidden_states, held.memory, key_bias=held.key_bias)
+        positions = {}
+        if self.rope:
+            rotary = self.noted if image_rotary_emb is None else image_rotary_emb
+            positions = {
+                "q_rotary": Rotary(*map(_angles, rotary[:2])),
+                "k_rotary": Rotary(*map(_angles, (held.cos, held.sin))),
+            }
+            self.noted = None
+        read = self.reader.read(hidden_states, held.memory, key_bias=held.key_bias, **positions)
         return (out[0] + read, *out[1:]) if isinstance(out, tuple) else out + read
+
+
+def _angles(table: Tensor) -> Tensor:
+    """Every second column of a table (L, D), (B, L, D) or, of Wan's rope, (B, L, 1, D), which has each twice."""
+    return (table.squeeze(2) if table.dim() == 4 else table)[..., ::2]
 
 
 def _attention(family: Family, block: nn.Module) -> nn.Module:
     return getattr(block, family.cross_attention or family.self_attention)
+
+
+def _is_note(hook: object) -> bool:
+    return isinstance(getattr(hook, "__self__", None), MemoryAttnProcessor)
 
 
 def _check_encoder(op: str, encoder: object) -> None:
@@ -196,13 +229,15 @@ class MemoryAttention:
             parameter.requires_grad_(requires_grad)
         return self
 
-    def set(self, memory: Tensor, key_bias: Tensor | None = None) -> MemoryAttention:
+    def set(self, memory: Tensor, key_bias: Tensor | None = None, positions: Tensor | None = None) -> MemoryAttention:
         """Gives the model a memory to read, in place of the one it had; empties diffusers' caches.
 
         Args:
             memory: (B or 1, M, memory_dim) tokens of the dtype and on the device of the model's. One of batch 1 is read
                 by all samples: with guidance in one batch, by the conditional and the unconditional ones.
             key_bias: (B or 1, M) added to the scores, e.g. the log of the tokens' merged sizes.
+            positions: with `rope`, (M, 3) or (B or 1, M, 3): time, row and column of every token, in the model's
+                patches; below 0 for what was before the video.
 
         Returns:
             The handle.
@@ -220,15 +255,23 @@ class MemoryAttention:
             if key_bias.shape[1] != memory.shape[1] or key_bias.shape[0] not in (1, memory.shape[0]):
                 wanted = f"({memory.shape[0]} or 1, {memory.shape[1]}), as memory"
                 raise ValueError(f"{op}: key_bias must have shape {wanted}, got {tuple(key_bias.shape)}")
-        self._hold(attached, Held(memory, key_bias))
+        rope = attached[0][3].rope
+        if rope != (positions is not None):
+            wanted = "given, as rope is True" if rope else "None, as rope is False"
+            raise ValueError(f"{op}: positions must be {wanted}, got {'some' if not rope else 'None'}")
+        tables = ()
+        if rope:
+            check_positions(op, positions, memory, by_sample=True)
+            tables = rotary_tables(self.model, positions)
+        self._hold(attached, Held(memory, key_bias, *tables))
         return self
 
     def remember(self, frames: Any) -> MemoryAttention:
         """Sets what the encoder makes of `frames`, whose gradients go back to it unless under `torch.no_grad()`.
 
         Args:
-            frames: what the encoder takes. It returns tokens (B or 1, M, memory_dim), or those and their merged sizes
-                (B or 1, M): a token of size n then counts as n.
+            frames: what the encoder takes. It returns tokens (B or 1, M, memory_dim); or those and their merged sizes
+                (B or 1, M), of which a token of size n counts as n; or with sizes (or None) the positions, too.
 
         Raises:
             ValueError, TypeError: no encoder, or it returned what `set` does not take.
@@ -236,8 +279,8 @@ class MemoryAttention:
         if self.encoder is None:
             raise ValueError("MemoryAttention.remember: encoder must be given to add_memory_attention, got None")
         made = self.encoder(frames)
-        memory, size = made if isinstance(made, tuple) else (made, None)
-        return self.set(memory, None if size is None else size.float().log())
+        memory, size, positions = (*(made if isinstance(made, tuple) else (made,)), None, None)[:3]
+        return self.set(memory, None if size is None else size.float().log(), positions)
 
     def clear(self) -> None:
         """Takes the memory away: the model is as before it was set, to the bit."""
@@ -259,7 +302,7 @@ class MemoryAttention:
         reader = attached[0][3].reader
         config = memory_adapter_file.Config(
             family=self.family.name, dim=reader.dim, memory_dim=reader.memory_dim, num_heads=reader.num_heads,
-            blocks=self.blocks,
+            rope=attached[0][3].rope, blocks=self.blocks,
         )  # fmt: skip
         weights = {f"{name}.{key}": x for name, *_, p in attached for key, x in p.reader.state_dict().items()}
         memory_adapter_file.write(path, config, weights)
@@ -272,6 +315,10 @@ class MemoryAttention:
         """
         for _, attn, holder, processor in self._attached("MemoryAttention.remove"):
             _replace(holder, "processor" if holder is attn else "inner", processor.inner)
+        for block in self.family.blocks(self.model):
+            hooks = getattr(block.module, self.family.self_attention)._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if _is_note(hook)]:
+                del hooks[key]
         reset_caches(self.model)
 
     def __enter__(self) -> MemoryAttention:
@@ -315,8 +362,9 @@ def add_memory_attention(
         blocks: numbers of the blocks that read, in the order of the forward; default all. A block costs about
             4 * C**2 parameters for C channels.
         memory_dim: channels of the memory; default those of the model.
-        rope: not yet: must be False.
-        encoder: `frames -> tokens` or `frames -> (tokens, size)`, for `remember`.
+        rope: whether the tokens and the memory's meet by their positions, in the model's own rotary embedding, which
+            `set` is then given.
+        encoder: `frames -> tokens`, `(tokens, size)` or `(tokens, size, positions)`, for `remember`.
 
     Returns:
         A handle: `set`, `remember`, `clear`, `parameters`, `save`, `remove`.
@@ -332,8 +380,10 @@ def add_memory_attention(
     """
     op = "add_memory_attention"
     family, inner = family_of(model), base_model(model)
-    if rope:
-        raise ValueError(f"{op}: rope must be False, which is all there is so far, got {rope!r}")
+    if not isinstance(rope, bool):
+        raise TypeError(f"{op}: rope must be a bool, got {type(rope).__name__}")
+    if rope and family.name not in FAMILIES:
+        raise ValueError(f"{op}: rope must be False in families other than {', '.join(FAMILIES)}, got {family.name}")
     chosen = _chosen(op, family, inner, blocks)
     if memory_dim is not None:
         check_int(op, "memory_dim", memory_dim, 1)
@@ -347,7 +397,9 @@ def add_memory_attention(
             attn.to_q.in_features, attn.heads, memory_dim=memory_dim, device=next(attn.parameters()).device,
             dtype=inner.dtype,
         )  # fmt: skip
-        processor = MemoryAttnProcessor(attn.processor, reader, slot)
+        processor = MemoryAttnProcessor(attn.processor, reader, slot, rope)
+        if rope and family.cross_attention:
+            getattr(block.module, family.self_attention).register_forward_pre_hook(processor.note_rotary)
         _replace(attn, "processor", processor.train(attn.training))
     reset_caches(inner)
     return MemoryAttention(inner, encoder)
@@ -383,7 +435,8 @@ def load_memory_adapter(
     missing = [name for name in config.blocks if name not in numbers]
     if missing:
         raise ValueError(f"{op}: model must have the blocks of {os.fspath(path)}, got one without {', '.join(missing)}")
-    handle = add_memory_attention(inner, [numbers[name] for name in config.blocks], config.memory_dim, encoder=encoder)
+    blocks = [numbers[name] for name in config.blocks]
+    handle = add_memory_attention(inner, blocks, config.memory_dim, config.rope, encoder)
     for name, *_, processor in handle._attached(op):
         mine = {key: weights[f"{name}.{key}"] for key in processor.reader.state_dict()}
         processor.reader.load_state_dict(mine)

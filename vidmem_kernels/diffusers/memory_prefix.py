@@ -6,40 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
-from .._checks import FLOAT_DTYPES, check_tensor
+from .._checks import check_tensor
 from .caches import copyable, forget_compiled, reset_caches
 from .families import base_model, family_of
-
-_POSITIONS = (*FLOAT_DTYPES, torch.int32, torch.int64)
-_WAN_THETA = 10000.0  # which its constructor does not let choose
-
-
-def rotary_tables(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions as the model's own rotary embedding computes them, to the bit.
-
-    Args:
-        model: of one of the families of `MemoryPrefix`.
-        positions: (M, 3) or (B, M, 3) of time, row and column, in patches.
-
-    Returns:
-        (cos, sin), (M, D) or (B, M, D) float32 each, every column twice.
-    """
-    rope = model.rope
-    if hasattr(rope, "t_dim"):  # Wan
-        axes, theta = (rope.t_dim, rope.h_dim, rope.w_dim), _WAN_THETA
-        options = {"repeat_interleave_real": True, "freqs_dtype": torch.float64}
-        positions = positions.to(torch.float64)
-    else:
-        axes, theta, options = rope.rope_dim, rope.theta, {}
-        positions = positions.to(torch.float32)
-    tables = [
-        get_1d_rotary_pos_embed(size, positions[..., i].reshape(-1), theta, use_real=True, **options)
-        for i, size in enumerate(axes)
-    ]
-    return tuple(torch.cat(parts, -1).unflatten(0, positions.shape[:-1]) for parts in zip(*tables, strict=True))
+from .video_rotary import FAMILIES, check_positions, rotary_tables
 
 
 class _Held(NamedTuple):
@@ -280,8 +252,8 @@ class MemoryPrefix:
 
     def __init__(self, model: nn.Module, time: str = "step"):
         op, family, self.model = "MemoryPrefix", family_of(model), base_model(model)
-        if family.name not in _KINDS:
-            raise ValueError(f"{op}: model must be of family {', '.join(_KINDS)}, got {family.name}")
+        if family.name not in FAMILIES:
+            raise ValueError(f"{op}: model must be of family {', '.join(FAMILIES)}, got {family.name}")
         if time not in _TIMES:
             raise ValueError(f"{op}: time must be one of {', '.join(_TIMES)}, got {time!r}")
         if time == "zero" and family.name != "wan":
@@ -344,15 +316,7 @@ class MemoryPrefix:
         width = self.model.config.num_attention_heads * self.model.config.attention_head_dim
         if tokens.shape[2] != width:
             raise ValueError(f"{op}: tokens must have shape (B, M, {width}), got {tuple(tokens.shape)}")
-        by_sample = isinstance(positions, Tensor) and positions.dim() == 3
-        check_tensor(op, "positions", positions, "B, M, 3" if by_sample else "M, 3", _POSITIONS)
-        batches = (1, tokens.shape[0]) if prefix.batched_positions else ()
-        wanted = f"({tokens.shape[1]}, 3)" + (f" or ({tokens.shape[0]} or 1, {tokens.shape[1]}, 3)" if batches else "")
-        if positions.shape[-2:] != (tokens.shape[1], 3) or (by_sample and positions.shape[0] not in batches):
-            raise ValueError(f"{op}: positions must have shape {wanted}, got {tuple(positions.shape)}")
-        if positions.device != tokens.device:
-            got = f"{tokens.device} and {positions.device}"
-            raise ValueError(f"{op}: tokens and positions must be on the same device, got {got}")
+        check_positions(op, positions, tokens, by_sample=prefix.batched_positions)
         if size is not None:
             raise ValueError(f"{op}: size must be None, as attention gets no bias over keys here, got a tensor")
         prefix.held = _Held(tokens, *rotary_tables(self.model, positions))
@@ -400,8 +364,8 @@ def patch_tokens(model: nn.Module, latents: Tensor, start: int = 0) -> tuple[Ten
         ValueError, TypeError: a model of another family, latents that are no such tensor.
     """
     op, family, model = "patch_tokens", family_of(model), base_model(model)
-    if family.name not in _KINDS:
-        raise ValueError(f"{op}: model must be of family {', '.join(_KINDS)}, got {family.name}")
+    if family.name not in FAMILIES:
+        raise ValueError(f"{op}: model must be of family {', '.join(FAMILIES)}, got {family.name}")
     check_tensor(op, "latents", latents, "B, channels, frames, height, width")
     frames, height, width = family.grid(model, latents)
     tokens = getattr(model, family.patch_embedding).forward(latents)  # not the hooks, which would add the memory
