@@ -15,9 +15,8 @@ from diffusers_checks import FAMILIES, out_of, said, skeleton
 from diffusers_helpers import MODELS, draw_grid, inputs_of, tiny_hunyuan, tiny_wan
 from torch import nn
 
-from vidmem_kernels import MemoryFileError
+from vidmem_kernels import MemoryFileError, rotary
 from vidmem_kernels.diffusers import MemoryAttention, add_memory_attention, load_memory_adapter
-from vidmem_kernels.rotary import rotary
 
 every_layout = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 every_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers_checks import FAMILIES, out_of, said, skeleton
 from diffusers_helpers import HEAD_SIZE, HEADS, MODELS, draw_grid, inputs_of, tiny_framepack, tiny_hunyuan, tiny_wan
 from torch import nn
 
-from vidmem_kernels.diffusers import MemoryPrefix, add_memory_attention, patch_tokens
+from vidmem_kernels.diffusers import MemoryPrefix, add_memory_attention, attention_backend, patch_tokens
 
 every_layout = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 every_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
@@ -95,9 +96,10 @@ def test_clean_memory_has_time_zero(name):
 
 
 def out_of_without(model, p, inputs):
-    held, p._prefix("test").held = p._prefix("test").held, None
+    slot = p._prefix("test").slot
+    held, slot.held = slot.held, None
     out = out_of(model, inputs)
-    p._prefix("test").held = held
+    slot.held = held
     return out
 
 
@@ -137,6 +139,25 @@ def test_positions_of_every_sample():
         torch.testing.assert_close(whole[i : i + 1], out_of(model, single), rtol=1e-5, atol=1e-5)
     p.set(tokens[:1].expand(2, -1, -1), positions[:1])
     torch.testing.assert_close(out_of(model, inputs)[:1], whole[:1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-ti2v", "wan-i2v", "hunyuan", "hunyuan-i2v"])
+@pytest.mark.parametrize("backend", ["native", "vidmem"])
+def test_a_token_of_size_n_counts_as_n(name, backend):
+    model = MODELS[name]()
+    inputs = inputs_of(model, draw_grid(6), batch=2)
+    tokens, positions = memory_of(4, batch=2)
+    size = torch.tensor([1, 3, 1, 2])
+    p = MemoryPrefix(model).set(tokens.repeat_interleave(size, 1), positions.repeat_interleave(size, 0))
+    expected = out_of(model, inputs)
+    p.set(tokens, positions)
+    assert not torch.allclose(out_of(model, inputs), expected, atol=1e-4)
+    p.set(tokens, positions, size[None].float())
+    with attention_backend(model) if backend == "vidmem" else nullcontext():
+        assert relative(out_of(model, inputs), expected) < 2e-6
+    by_sample = torch.stack([size, torch.ones(4)]).float()
+    p.set(tokens, positions, by_sample)
+    torch.testing.assert_close(out_of(model, inputs)[:1], expected[:1], rtol=1e-4, atol=1e-5)
 
 
 @every_family
@@ -206,8 +227,10 @@ def test_gradients_reach_the_memory_with_checkpointing_too(make, time):
     tokens.requires_grad_()
     p = MemoryPrefix(model, time)
 
+    size = None if make is tiny_framepack else torch.rand(1, 6) + 0.5
+
     def gradients():
-        p.set(tokens, positions)
+        p.set(tokens, positions, size)
         loss = model(**a)[0].square().sum()
         p.set(*other)  # before the backward
         loss = loss + model(**b)[0].square().sum()
@@ -321,11 +344,15 @@ def test_wrong_use():
         ((tokens, positions[:, :2]), ValueError, "positions must have shape (6, 3)"),
         ((tokens, positions.expand(3, -1, -1)), ValueError, "positions must have shape (6, 3)"),
         ((tokens, None), TypeError, "positions must be a tensor"),
-        ((tokens, positions, torch.ones(1, 6)), ValueError, "size must be None"),
+        ((tokens, positions, torch.ones(1, 5)), ValueError, "size must have shape (1 or 1, 6), got (1, 5)"),
+        ((tokens, positions, torch.ones(6)), ValueError, "size must have shape (B, M)"),
+        ((tokens, positions, 2), TypeError, "size must be a tensor, got int"),
     ]:
         said(error, lambda args=args: p.set(*args), f"MemoryPrefix.set: {message}")
     hunyuan = MemoryPrefix(tiny_hunyuan(layers=1))
     said(ValueError, lambda: hunyuan.set(tokens, positions[None]), "positions must have shape (6, 3), got (1, 6, 3)")
+    framepack = MemoryPrefix(tiny_framepack(layers=1))
+    said(ValueError, lambda: framepack.set(tokens, positions, torch.ones(1, 6)), "size must be None in FramePack")
     p.remove()
     for call in (p.remove, p.clear, lambda: p.set(tokens, positions)):
         said(ValueError, call, "model must have a memory prefix, got one without, or from which it was removed")

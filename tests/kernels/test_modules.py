@@ -10,9 +10,8 @@ from gradient_helpers import same_gradients
 from torch import nn
 
 import vidmem_kernels as vk
-from vidmem_kernels import LinearAttention, MemoryCrossAttention, _dispatch, testing
+from vidmem_kernels import LinearAttention, MemoryCrossAttention, _dispatch, apply_rotary, rotary, testing
 from vidmem_kernels._op import OPS
-from vidmem_kernels.rotary import apply_rotary, rotary
 
 INF = math.inf
 NORMS = (None, "rms_norm", "rms_norm_across_heads")

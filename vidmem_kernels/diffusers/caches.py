@@ -7,12 +7,7 @@ import sys
 from collections.abc import Iterator
 from types import CodeType
 
-from torch import Tensor, nn
-
-
-def copyable(tensor: Tensor | None) -> Tensor | None:
-    """A tensor as a copy or pickle of a model can have it: only leaves can be copied, and a copy is in no graph."""
-    return tensor if tensor is None or tensor.grad_fn is None else tensor.detach()
+from torch import nn
 
 
 def reset_caches(model: nn.Module) -> None:

@@ -6,16 +6,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._checks import check_int, check_tensor
 from ..modules import MemoryCrossAttention
 from ..rotary import Rotary
 from . import memory_adapter_file
-from .caches import copyable, reset_caches
+from .caches import reset_caches
 from .families import Family, base_model, family_of
+from .memory_slot import MemorySlot
 from .video_rotary import FAMILIES, check_positions, rotary_tables
 
 Encoder = Callable[[Any], Tensor | tuple[Tensor | None, ...]]
@@ -34,35 +33,6 @@ class Held(NamedTuple):
     key_bias: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
-
-
-class MemorySlot:
-    """Where the memory lies that all blocks of a model read; copied and pickled with the model.
-
-    Gradient checkpointing runs a block again in the backward, when the user may long have set another memory. So the
-    slot notes which memory a forward read, by a tensor that each forward makes anew and hands to all its blocks.
-    """
-
-    def __init__(self) -> None:
-        self.held: Held | None = None
-        self._of_forward = WeakTensorKeyDictionary()
-
-    def get(self, forward: Tensor | None) -> Held | None:
-        """The memory of the forward that `forward` is a tensor of."""
-        # A compiled graph keeps the memory that it read, as any input.
-        if forward is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.held
-        if torch._C._current_graph_task_id() != -1:  # inside a backward
-            return self._of_forward.get(forward, self.held)
-        self._of_forward[forward] = self.held
-        return self.held
-
-    def __getstate__(self) -> dict[str, Held | None]:
-        return {"held": self.held and Held(*map(copyable, self.held))}
-
-    def __setstate__(self, state: dict[str, Held | None]) -> None:
-        self.__init__()
-        self.held = state["held"]
 
 
 class MemoryAttnProcessor(nn.Module):

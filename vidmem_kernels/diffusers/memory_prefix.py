@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_tensor
-from .caches import copyable, forget_compiled, reset_caches
+from .caches import forget_compiled, reset_caches
 from .families import base_model, family_of
+from .memory_slot import MemorySlot
 from .video_rotary import FAMILIES, check_positions, rotary_tables
 
 
 class _Held(NamedTuple):
-    """A memory: tokens (B or 1, M, C) and their tables, (M, D) or (B or 1, M, D)."""
+    """A memory: tokens (B or 1, M, C), their tables, (M, D) or (B or 1, M, D), and log sizes, (B or 1, M)."""
 
     tokens: Tensor
     cos: Tensor
     sin: Tensor
+    log_size: Tensor | None
 
     def of(self, out: Tensor) -> Tensor:
         """The tokens with the batch and dtype of the video's."""
@@ -43,13 +45,34 @@ class _Prefix:
 
     def __init__(self, model: nn.Module, time: str):
         self.time = time
-        self.held: _Held | None = None
+        self.slot = MemorySlot()
 
-    def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"held": self.held and _Held(*map(copyable, self.held))}
+    @property
+    def held(self) -> _Held | None:
+        """What is set. The hooks on attentions, which checkpointing runs again, ask the slot what was."""
+        return self.slot.held
 
     def hooks(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
         """(module, "forward" or "pre", hook) each."""
+        raise NotImplementedError
+
+    def weigh(self, attn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before an attention: the logarithm of a memory token's size is added to all scores of its key."""
+        named = "image_rotary_emb" in kwargs
+        held = self.slot.get((kwargs["image_rotary_emb"] if named else args[3])[0])
+        if held is None or held.log_size is None:
+            return None
+        x, text, mask = (kwargs.get(n) if named else args[i] for i, n in enumerate(_ARGUMENTS))
+        bias = self.beside(held.log_size.float(), x.shape[1] - held.log_size.shape[1])
+        bias = torch.nn.functional.pad(bias, (0, 0 if text is None else text.shape[1]))[:, None, None]
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        if named:
+            return args, kwargs | {_ARGUMENTS[2]: bias}
+        return (*args[:2], bias, *args[3:]), kwargs
+
+    def beside(self, log_size: Tensor, video: int) -> Tensor:
+        """Log sizes of all tokens: 0 for those of the video."""
         raise NotImplementedError
 
     def cut(self, norm_out: nn.Module, args: tuple) -> tuple | None:
@@ -65,7 +88,7 @@ class _Prefix:
 class _WanPrefix(_Prefix):
     """Before the video's tokens, of which each may have a time of its own (Wan 2.2-5B)."""
 
-    batched_positions = True
+    batched_positions = takes_size = True
 
     def __init__(self, model: nn.Module, time: str):
         super().__init__(model, time)
@@ -135,6 +158,9 @@ class _WanPrefix(_Prefix):
     def without(self, hidden_states: Tensor, length: int) -> Tensor:
         return hidden_states[:, length:]
 
+    def beside(self, log_size: Tensor, video: int) -> Tensor:
+        return torch.nn.functional.pad(log_size, (0, video))
+
 
 def _as_column(timestep: Tensor) -> Tensor:
     return timestep.unsqueeze(1) if timestep.dim() == 1 else timestep
@@ -143,7 +169,7 @@ def _as_column(timestep: Tensor) -> Tensor:
 class _HunyuanPrefix(_Prefix):
     """After the video's tokens: where the first frame is given (token_replace), the first tokens must be its."""
 
-    batched_positions = False
+    batched_positions, takes_size = False, True
 
     def hooks(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
         return [
@@ -164,11 +190,14 @@ class _HunyuanPrefix(_Prefix):
     def without(self, hidden_states: Tensor, length: int) -> Tensor:
         return hidden_states[:, : hidden_states.shape[1] - length]
 
+    def beside(self, log_size: Tensor, video: int) -> Tensor:
+        return torch.nn.functional.pad(log_size, (video, 0))
+
 
 class _FramePackPrefix(_Prefix):
     """Before the clean frames of the history, which stand before the video's tokens; the model itself cuts all off."""
 
-    batched_positions = False
+    batched_positions = takes_size = False  # where its tokens stand among the history's no attention can tell
 
     def __init__(self, model: nn.Module, time: str):
         super().__init__(model, time)
@@ -205,6 +234,7 @@ class _FramePackPrefix(_Prefix):
 
 _KINDS = {"wan": _WanPrefix, "hunyuan-video": _HunyuanPrefix, "framepack": _FramePackPrefix}
 _TIMES = ("step", "zero")
+_ARGUMENTS = ("hidden_states", "encoder_hidden_states", "attention_mask")  # of an attention, in that order
 
 
 def _hook_tables(model: nn.Module):
@@ -263,7 +293,11 @@ class MemoryPrefix:
         if _prefix_of(self.model) is not None:
             raise ValueError(f"{op}: model must have no memory prefix, got one that has; remove() that first")
         prefix = _KINDS[family.name](self.model, time)
-        for module, kind, hook in prefix.hooks(self.model):
+        hooks = prefix.hooks(self.model)
+        if prefix.takes_size:
+            attentions = (getattr(block.module, family.self_attention) for block in family.blocks(self.model))
+            hooks += [(attn, "pre", prefix.weigh) for attn in attentions]
+        for module, kind, hook in hooks:
             if kind == "forward":
                 module.register_forward_hook(hook, with_kwargs=True)
             else:
@@ -303,7 +337,9 @@ class MemoryPrefix:
             positions: (M, 3), in Wan also (B or 1, M, 3): time, row and column of every token, in patches; integers
                 or not, below 0 for what was before the video. The video itself is at 0, 1, … in time, in FramePack at
                 its `indices_latents`.
-            size: not possible: must be None. diffusers' attentions here take no bias over keys.
+            size: (B or 1, M) positive: a token of size n counts as n, as merged ones should. The attentions get a
+                mask of floats for it, which diffusers' native backend and "vidmem" take, and flash ones refuse. Not in
+                FramePack.
 
         Returns:
             The handle.
@@ -318,14 +354,20 @@ class MemoryPrefix:
             raise ValueError(f"{op}: tokens must have shape (B, M, {width}), got {tuple(tokens.shape)}")
         check_positions(op, positions, tokens, by_sample=prefix.batched_positions)
         if size is not None:
-            raise ValueError(f"{op}: size must be None, as attention gets no bias over keys here, got a tensor")
-        prefix.held = _Held(tokens, *rotary_tables(self.model, positions))
+            if not prefix.takes_size:
+                raise ValueError(f"{op}: size must be None in FramePack, got {type(size).__name__}")
+            check_tensor(op, "size", size, "B, M")
+            if size.shape[0] not in (1, tokens.shape[0]) or size.shape[1] != tokens.shape[1]:
+                wanted = f"({tokens.shape[0]} or 1, {tokens.shape[1]})"
+                raise ValueError(f"{op}: size must have shape {wanted}, got {tuple(size.shape)}")
+        log_size = None if size is None else size.float().log()
+        prefix.slot.held = _Held(tokens, *rotary_tables(self.model, positions), log_size)
         reset_caches(self.model)
         return self
 
     def clear(self) -> None:
         """Takes the memory away: the model is as without, to the bit."""
-        self._prefix("clear").held = None
+        self._prefix("clear").slot.held = None
         reset_caches(self.model)
 
     def remove(self) -> None:
