@@ -95,6 +95,16 @@ class MemoryAttnProcessor(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """What `inner` returns, the video's tokens or a tuple that begins with them, with the reading added to them."""
         out = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return self.add_to(out, hidden_states, encoder_hidden_states, image_rotary_emb)
+
+    def add_to(
+        self,
+        out: Tensor | tuple[Tensor, ...],
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        image_rotary_emb: tuple | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What an attention gave, by whatever computed it in the place of `inner`, with the reading added."""
         held = self.slot.get(encoder_hidden_states if image_rotary_emb is None else image_rotary_emb[0])
         if held is None:
             return out
