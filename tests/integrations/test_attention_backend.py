@@ -11,6 +11,8 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
+from diffusers_caches import CACHES, cache, denoise
+from diffusers_checks import out_of
 from diffusers_helpers import MODELS, draw_grid, inputs_of, tiny_hunyuan, tiny_wan
 from paths import ROOT
 from torch import nn
@@ -21,11 +23,6 @@ from vidmem_kernels.diffusers import add_memory_attention, attention_backend, re
 from vidmem_kernels.foreign_attention import attend
 
 every_layout = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-
-
-def out_of(model, inputs):
-    with torch.no_grad():
-        return model(**inputs)[0]
 
 
 def backends(model):
@@ -356,3 +353,26 @@ def test_the_plugin_of_vllm_omni():
         with pytest.raises(ValueError) as raised:
             vllm_omni.attention(q, k, v, params, **options)
         assert str(raised.value).startswith(f"vidmem_kernels.vllm_omni.attention: {message}")
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_beside_caches_in_either_order(name):
+    model = tiny_wan()
+    with cache(model, name), attention_backend(model):
+        inside = denoise(model)
+    with attention_backend(model), cache(model, name):
+        outside = denoise(model)
+    assert torch.equal(inside, outside)
+    with cache(model, name):
+        torch.testing.assert_close(inside, denoise(model), rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing():
+    model = tiny_wan().train()
+    inputs, leaves = inputs_of(model, (2, 3, 4)), [*model.parameters()]
+    grads = []
+    for _ in range(2):
+        with attention_backend(model):
+            grads.append(torch.autograd.grad(model(**inputs)[0].square().sum(), leaves, allow_unused=True))
+        model.enable_gradient_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True) if a is not None)

@@ -360,6 +360,31 @@ def test_an_encoder_remembers():
     torch.testing.assert_close(sized, out_of(model, inputs), rtol=1e-5, atol=1e-6)
 
 
+@every_family
+@pytest.mark.parametrize("first", ["memory", "casting"])
+def test_weights_in_eight_bits_and_offloaded_by_groups(make, first):
+    model = make(layers=1).to(torch.bfloat16)
+    inputs = {n: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+              for n, x in inputs_of(model, (2, 3, 3)).items()}  # fmt: skip
+
+    def cast():
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+    if first == "casting":
+        cast()
+    m = opened(model)
+    if first == "memory":
+        cast()
+    device = torch.device("cpu")
+    model.enable_group_offload(onload_device=device, offload_device=device, offload_type="leaf_level")
+    before = out_of(model, inputs)
+    m.set(memory_of(dtype=torch.bfloat16))
+    after = out_of(model, inputs)
+    assert after.isfinite().all() and not torch.equal(after, before)
+    m.remove()
+    assert torch.equal(out_of(model, inputs), before)
+
+
 def test_autocast_and_half():
     model = tiny_wan(layers=1)
     inputs = inputs_of(model, (2, 3, 3))

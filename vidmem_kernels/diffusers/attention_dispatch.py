@@ -177,7 +177,8 @@ def attention_backend(
     may be nested, the innermost counts, and may end in any order.
 
     Masks over keys, (B or 1, H or 1, 1, Lk), as HunyuanVideo's, are taken, and fewer heads of keys; dropout, causal
-    masks, masks of pairs and context parallelism raise where an attention asks for them.
+    masks, masks of pairs and context parallelism raise where an attention asks for them. With gradient checkpointing
+    the backward belongs into the block of code, too: it runs the attentions again.
 
     Args:
         model: any diffusers model whose attention processors ask for a backend.
