@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from diffusers import FasterCacheConfig
 from diffusers_caches import CACHES, cache, denoise
-from diffusers_checks import FAMILIES, out_of, said, skeleton
+from diffusers_checks import FAMILIES, compiled, out_of, said, same_compiled, skeleton
 from diffusers_helpers import MODELS, draw_grid, inputs_of, tiny_hunyuan, tiny_wan
 from torch import nn
 
@@ -467,28 +467,17 @@ def test_files_that_do_not_fit(tmp_path):
     assert skeleton(model) == is_as
 
 
-def compiled(model, backend):
-    torch._dynamo.reset()
-    return torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-
-
 @pytest.mark.long
 @every_family
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(make, backend):
     model = make(layers=1)
     fast = compiled(model, backend)
-    tolerance = {"rtol": 0, "atol": 0} if backend == "aot_eager" else {"rtol": 1e-5, "atol": 1e-5}
-    inputs = inputs_of(model, (2, 3, 5), batch=2)
-
-    def same():
-        with torch.no_grad():
-            torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], **tolerance)
-
-    same()
-    m = opened(model)  # after the first compilation
+    inputs = inputs_of(model, (2, 3, 7), batch=2)
+    same_compiled(fast, model, inputs, backend)
+    m = opened(model, rope=True)  # after the first compilation
     for length in (7, 5, 9):
-        m.set(memory_of(length))
-        same()
+        m.set(memory_of(length), positions=torch.randint(-4, 4, (length, 3)))
+        same_compiled(fast, model, inputs, backend)
     m.remove()
-    same()
+    same_compiled(fast, model, inputs, backend)

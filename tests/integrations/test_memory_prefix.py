@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from diffusers_caches import CACHES, cache, denoise, first_step
-from diffusers_checks import FAMILIES, out_of, said, skeleton
+from diffusers_checks import FAMILIES, compiled, out_of, said, same_compiled, skeleton
 from diffusers_helpers import HEAD_SIZE, HEADS, MODELS, draw_grid, inputs_of, tiny_framepack, tiny_hunyuan, tiny_wan
 from torch import nn
 
@@ -216,11 +216,10 @@ def test_beside_caches_in_either_order(make, name):
     assert not torch.equal(inside, computed) and not torch.equal(inside, alone)
 
 
-@every_family
-@pytest.mark.parametrize("time", ["step", "zero"])
+@pytest.mark.parametrize(
+    ("make", "time"), [(tiny_wan, "step"), (tiny_wan, "zero"), (tiny_hunyuan, "step"), (tiny_framepack, "step")]
+)
 def test_gradients_reach_the_memory_with_checkpointing_too(make, time):
-    if time == "zero" and make is not tiny_wan:
-        pytest.skip("Wan alone can")
     model = make().train()
     a, b = inputs_of(model, (2, 3, 5)), inputs_of(model, (2, 5, 3), seed=1)
     (tokens, positions), other = memory_of(), memory_of()
@@ -365,20 +364,13 @@ def test_wrong_use():
 @every_family
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(make, backend):
-    torch._dynamo.reset()
     model = make(layers=1)
-    fast = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-    tolerance = {"rtol": 0, "atol": 0} if backend == "aot_eager" else {"rtol": 1e-5, "atol": 1e-5}
-    inputs = inputs_of(model, (2, 3, 5), batch=2)
-
-    def same():
-        with torch.no_grad():
-            torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], **tolerance)
-
-    same()
+    fast = compiled(model, backend)
+    inputs = inputs_of(model, (2, 3, 7), batch=2)
+    same_compiled(fast, model, inputs, backend)
     p = MemoryPrefix(model, "zero" if make is tiny_wan else "step")  # after the first compilation
     for length in (7, 5, 9):
         p.set(*memory_of(length))
-        same()
+        same_compiled(fast, model, inputs, backend)
     p.remove()
-    same()
+    same_compiled(fast, model, inputs, backend)
