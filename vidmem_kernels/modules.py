@@ -5,6 +5,8 @@ Their parameters depend on neither the backend nor the device: a state_dict load
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from ._checks import check_finite, check_int, check_same_dtype, check_tensor
 from ._dispatch import check_backend
 from .cross_attn.api import cross_attention
 from .linear_attn.api import FEATURE_MAPS, LinearAttentionState, linear_attention
+from .rotary import Rotary, apply_rotary
 
 QK_NORMS = (None, "rms_norm", "rms_norm_across_heads")
 _NORM_EPS = 1e-6  # as in Wan and HunyuanVideo
@@ -211,11 +214,19 @@ class MemoryCrossAttention(nn.Module):
             tokens = norm(groups.to(norm.weight.dtype)).flatten(2)
         return tokens.unflatten(2, (self.num_heads, -1))
 
-    def forward(
+    def _of_batch(self, name: str, x: Tensor, batch: int) -> Tensor:
+        """x with the batch of the tokens; a batch of 1 is not copied."""
+        if x.dim() and x.shape[0] not in (1, batch):
+            raise ValueError(f"{type(self).__name__}: {name} must have batch 1 or that of x, {batch}, got {x.shape[0]}")
+        return x.expand(batch, *x.shape[1:]) if x.dim() else x
+
+    def read(
         self,
         x: Tensor,
         memory: Tensor,
         *,
+        q_rotary: Rotary | None = None,
+        k_rotary: Rotary | None = None,
         key_bias: Tensor | None = None,
         num_sinks: int = 0,
         q_time: Tensor | None = None,
@@ -224,29 +235,57 @@ class MemoryCrossAttention(nn.Module):
         block_index: Tensor | None = None,
         block_size: tuple[int, int] = (128, 64),
     ) -> Tensor:
-        """Adds to the tokens x what they read from `memory`.
+        """What the tokens x read from `memory`: the addition of `forward` alone, for a sum that is made elsewhere.
 
         Args:
             x: (B, L, dim) video tokens.
-            memory: (B, M, memory_dim) tokens of the memory; M may be 0.
-            key_bias: (B, M) or (B, H, M), e.g. the log of the tokens' merged sizes: proportional attention.
+            memory: (B or 1, M, memory_dim) tokens of the memory; M may be 0. One of batch 1 is projected once.
+            q_rotary, k_rotary: positions of the L tokens and of the M of the memory, from `vidmem_kernels.rotary`, or
+                neither; of head_dim channels, with the batch of x and of the memory, of 1, or none.
+            key_bias: (B or 1, M) or (B or 1, H, M), e.g. the log of the tokens' merged sizes: proportional attention.
             num_sinks, q_time, k_time, window, block_index, block_size: which token of the memory a token sees; see
                 `vidmem_kernels.cross_attention`.
+
+        Returns:
+            (B, L, dim) of the dtype of x, also under autocast; zeros while the gate is closed.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or options that do not fit.
+            IndexError: a block index out of range.
+
+        Equivalent PyTorch:
+            self(x, memory, ...) - x
+        """
+        _check_tokens(self, "x", x, self.dim, "L")
+        _check_tokens(self, "memory", memory, self.memory_dim, "M")
+        check_same_dtype(type(self).__name__, x=x, memory=memory)
+        if (q_rotary is None) != (k_rotary is None):
+            given = "q_rotary" if k_rotary is None else "k_rotary"
+            raise ValueError(f"{type(self).__name__}: q_rotary and k_rotary must be given together, got {given}")
+        q, k = self._heads(self.q(x), self.norm_q), self._heads(self.k(memory), self.norm_k)
+        if q_rotary is not None:
+            q, k = apply_rotary(q, q_rotary), apply_rotary(k, k_rotary)
+        batch = x.shape[0]
+        k = self._of_batch("memory", k, batch)
+        v = self._of_batch("memory", self._heads(self.v(memory)), batch)
+        if isinstance(key_bias, Tensor):
+            key_bias = self._of_batch("key_bias", key_bias, batch)
+        out = cross_attention(
+            q, k, v, key_bias=key_bias, num_sinks=num_sinks, q_time=q_time,
+            k_time=k_time, window=window, block_index=block_index, block_size=block_size, backend=self.backend,
+        )  # fmt: skip
+        return (self.gate.tanh() * self.o(out.flatten(2))).to(x.dtype)
+
+    def forward(self, x: Tensor, memory: Tensor, **options: Any) -> Tensor:
+        """Adds to the tokens x what they read from `memory`.
+
+        Args:
+            x, memory, **options: see `read`.
 
         Returns:
             (B, L, dim) of the dtype of x, also under autocast. While the gate is closed, x to the bit, but 0 for -0.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or options that do not fit.
-            IndexError: a block index out of range.
+            ValueError, TypeError, IndexError: see `read`.
         """
-        _check_tokens(self, "x", x, self.dim, "L")
-        _check_tokens(self, "memory", memory, self.memory_dim, "M")
-        check_same_dtype(type(self).__name__, x=x, memory=memory)
-        q = self._heads(self.q(x), self.norm_q)
-        k = self._heads(self.k(memory), self.norm_k)
-        out = cross_attention(
-            q, k, self._heads(self.v(memory)), key_bias=key_bias, num_sinks=num_sinks, q_time=q_time, k_time=k_time,
-            window=window, block_index=block_index, block_size=block_size, backend=self.backend,
-        )  # fmt: skip
-        return x + (self.gate.tanh() * self.o(out.flatten(2))).to(x.dtype)
+        return x + self.read(x, memory, **options)

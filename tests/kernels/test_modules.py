@@ -10,7 +10,7 @@ from gradient_helpers import same_gradients
 from torch import nn
 
 import vidmem_kernels as vk
-from vidmem_kernels import LinearAttention, MemoryCrossAttention, _dispatch, testing
+from vidmem_kernels import LinearAttention, MemoryCrossAttention, _dispatch, apply_rotary, rotary, testing
 from vidmem_kernels._op import OPS
 
 INF = math.inf
@@ -136,6 +136,39 @@ def test_a_new_memory_changes_nothing(qk_norm, dtype):
     if dtype == torch.float32:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(module(x, memory), x)
+
+
+def test_read_is_the_addition_alone_and_one_memory_serves_a_batch():
+    module = memory_attention()
+    x, memory = tokens()
+    bias = torch.randn(1, 3, 17)
+    assert torch.equal(module(x, memory, key_bias=bias), x + module.read(x, memory, key_bias=bias))
+    one = memory[:1].requires_grad_()
+    same_gradients(
+        module, module.read(x, one, key_bias=bias),
+        module.read(x, one.expand(2, -1, -1), key_bias=bias.expand(2, -1, -1)), one,
+    )  # fmt: skip
+
+
+def test_positions_turn_queries_and_keys():
+    module = memory_attention(qk_norm="rms_norm")
+    x, memory = tokens()
+    here, there = torch.randn(11, 3) * 9, torch.randn(1, 17, 3) * 9
+    axes = 4, 2, 2
+
+    def read(shift=0.0):
+        turned = {"q_rotary": rotary(here + shift, axes), "k_rotary": rotary(there + shift, axes)}
+        return module.read(x, memory, **turned)
+
+    q, k = module._heads(module.q(x), module.norm_q), module._heads(module.k(memory), module.norm_k)
+    q, k = apply_rotary(q, rotary(here, axes)), apply_rotary(k, rotary(there, axes))
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, module._heads(module.v(memory)))))
+    expected = torch.tanh(module.gate) * module.o(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(read(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(read(5.0), expected, rtol=1e-4, atol=1e-5)  # what counts is where they are to each other
+    assert not torch.allclose(module.read(x, memory), expected, atol=1e-3)
+    with pytest.raises(ValueError, match="q_rotary and k_rotary must be given together, got k_rotary"):
+        module.read(x, memory, k_rotary=rotary(there, axes))
 
 
 def test_an_empty_memory_adds_nothing_after_training_either():
@@ -355,7 +388,10 @@ def test_bad_inputs():
         (cross, (x, memory.long()), {}, TypeError, "MemoryCrossAttention: memory must be float32, bfloat16,"),
         (cross, (x, memory.bfloat16()), {}, ValueError,
          "MemoryCrossAttention: x and memory must have the same dtype, got torch.float32 and torch.bfloat16"),
-        (cross, (x, memory[:1]), {}, ValueError, "cross_attention: q and k must have the same B, H and D, got"),
+        (cross, (x[:1], memory), {}, ValueError,
+         "MemoryCrossAttention: memory must have batch 1 or that of x, 1, got 2"),
+        (cross, (x, memory[:1]), {"key_bias": torch.zeros(3, 17)}, ValueError,
+         "MemoryCrossAttention: key_bias must have batch 1 or that of x, 2, got 3"),
         (cross, (x, memory), {"window": (1, 1)}, ValueError, "cross_attention: q_time, k_time and window must be"),
         (cross, (x, memory), {"key_bias": torch.zeros(2, 16)}, ValueError, "cross_attention: key_bias must have"),
     ]  # fmt: skip

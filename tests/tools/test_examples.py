@@ -29,6 +29,13 @@ def test_memory_bank():
     assert float(line.split()[-1]) < 0.03  # half a step of a row whose largest value is about 3 to 4
 
 
+def test_memory_in_wan():
+    closed, *steps, loaded, removed = lines_of("memory_in_wan.py")
+    assert [float(line.split()[-1]) for line in (closed, loaded, removed)] == [0, 0, 0]
+    losses = [float(line.split()[-1]) for line in steps]
+    assert len(losses) == 3 and losses[2] < 0.1 * losses[0]
+
+
 def test_stream_attention():
     differences = [float(line.split()[-1]) for line in lines_of("stream_attention.py")]
     assert len(differences) == 2 and all(d < 1e-5 for d in differences)

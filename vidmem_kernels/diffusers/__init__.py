@@ -8,11 +8,18 @@ from importlib.util import find_spec
 
 _FILES = {
     "Family": "families",
+    "MemoryAttention": "memory_attention",
+    "MemoryPrefix": "memory_prefix",
     "family_of": "families",
+    "register_attention_backend": "attention_dispatch",
     "register_family": "families",
     "TokenMerging": "token_merging",
     "TokenMergingConfig": "token_merging",
+    "add_memory_attention": "memory_attention",
     "apply_token_merging": "token_merging",
+    "attention_backend": "attention_dispatch",
+    "load_memory_adapter": "memory_attention",
+    "patch_tokens": "memory_prefix",
 }
 
 __all__ = sorted(_FILES)

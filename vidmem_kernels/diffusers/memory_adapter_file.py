@@ -1,0 +1,103 @@
+"""The file of a memory attention: safetensors, with its configuration and a checksum in the header."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import files
+from ..modules import MemoryCrossAttention
+from ..sparse_gather.memory_file import MemoryFileError
+
+_KEY = "vidmem.memory_attention"
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a model must be like, and how its readers are made.
+
+    Attributes:
+        family: the name of the model's `Family`.
+        dim, memory_dim: channels of the model's tokens and of the memory's.
+        num_heads: heads.
+        rope: whether the readers know positions.
+        blocks: names of the blocks that read.
+    """
+
+    family: str
+    dim: int
+    memory_dim: int
+    num_heads: int
+    rope: bool
+    blocks: list[str]
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
+        digest.update(memoryview(weights[name].reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def write(path: str | os.PathLike[str], config: Config, weights: Mapping[str, Tensor]) -> None:
+    """Replaces the file at `path`, whole or not at all.
+
+    Raises:
+        OSError: the folder is missing, full or not writable.
+    """
+    target = files.target_of(path)
+    weights = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
+    header = {"version": _VERSION, "checksum": _checksum(weights), "config": dataclasses.asdict(config)}
+    content = safetensors.torch.save(weights, {_KEY: json.dumps(header)})
+    with files.temporary_file(target) as (temporary, file):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        files.put(temporary, target)
+    files.sync(target.parent)
+
+
+def read(op: str, path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and weights, as their config says they must be.
+
+    Raises:
+        MemoryFileError: no such file, or a damaged one.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb"):  # an error of its own kind where there is no file, or a folder
+        pass
+    path = os.fspath(path)
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(_KEY)
+            if header is None:
+                raise MemoryFileError(f"{op}: {path} is no memory adapter; give a file that MemoryAttention.save wrote")
+            header = json.loads(header)
+            if header["version"] != _VERSION:
+                raise MemoryFileError(f"{op}: {path} is of version {header['version']}; this program reads {_VERSION}")
+            config = Config(**header["config"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise MemoryFileError(f"{op}: {path} is damaged ({error}); write it anew") from error
+    if _checksum(weights) != header["checksum"] or _shapes(weights) != _expected(config):
+        raise MemoryFileError(f"{op}: {path} is damaged (not what was written); write it anew")
+    return config, weights
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in weights.items()}
+
+
+def _expected(config: Config) -> dict[str, torch.Size]:
+    reader = MemoryCrossAttention(config.dim, config.num_heads, memory_dim=config.memory_dim, device="meta")
+    return {f"{block}.{key}": x.shape for block in config.blocks for key, x in reader.state_dict().items()}

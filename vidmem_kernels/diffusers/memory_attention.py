@@ -1,0 +1,423 @@
+"""Cross-attention to a memory in the blocks of other people's video models, saved in a file of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .._checks import check_int, check_tensor
+from ..modules import MemoryCrossAttention
+from ..rotary import Rotary
+from . import memory_adapter_file
+from .caches import reset_caches
+from .families import Family, base_model, family_of
+from .memory_slot import MemorySlot
+from .video_rotary import FAMILIES, check_positions, rotary_tables
+
+Encoder = Callable[[Any], Tensor | tuple[Tensor | None, ...]]
+
+
+class Held(NamedTuple):
+    """A memory.
+
+    Attributes:
+        memory: (B or 1, M, memory_dim) tokens.
+        key_bias: (B or 1, M) added to the scores of each.
+        cos, sin: (M, D) or (B or 1, M, D) tables of their positions.
+    """
+
+    memory: Tensor
+    key_bias: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+class MemoryAttnProcessor(nn.Module):
+    """An attention processor that adds to what another gives what the video's tokens read from the memory.
+
+    It is a processor, not a hook, because processors run inside whatever caches of diffusers are put around attentions
+    and blocks, before or after it, and because torch.compile notices when one is exchanged.
+
+    Args:
+        inner: the processor of the attention until now.
+        reader: the cross-attention to the memory.
+        slot: where the memory lies.
+        rope: whether tokens and memory know their positions.
+    """
+
+    def __init__(self, inner: Callable, reader: MemoryCrossAttention, slot: MemorySlot, rope: bool):
+        super().__init__()
+        self.inner, self.reader, self.slot, self.rope = inner, reader, slot, rope
+        self.noted: tuple | None = None
+
+    def note_rotary(self, self_attention: nn.Module, args: tuple) -> None:
+        """Hook before the self-attention of the block, which alone is given the rotary embedding in Wan."""
+        self.noted = args[3]
+
+    # diffusers sets these on the processor, by `hasattr`; the attention is computed by `inner`.
+    @property
+    def _attention_backend(self) -> object:
+        return self.inner._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: object) -> None:
+        self.inner._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> object:
+        return self.inner._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: object) -> None:
+        self.inner._parallel_config = config
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        # diffusers' Attention hands over only what the signature of __call__ names.
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    def forward(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        image_rotary_emb: tuple | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What `inner` returns, the video's tokens or a tuple that begins with them, with the reading added to them."""
+        out = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return self.add_to(out, hidden_states, encoder_hidden_states, image_rotary_emb)
+
+    def add_to(
+        self,
+        out: Tensor | tuple[Tensor, ...],
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        image_rotary_emb: tuple | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What an attention gave, by whatever computed it in the place of `inner`, with the reading added."""
+        held = self.slot.get(encoder_hidden_states if image_rotary_emb is None else image_rotary_emb[0])
+        if held is None:
+            return out
+        positions = {}
+        if self.rope:
+            rotary = self.noted if image_rotary_emb is None else image_rotary_emb
+            positions = {
+                "q_rotary": Rotary(*map(_angles, rotary[:2])),
+                "k_rotary": Rotary(*map(_angles, (held.cos, held.sin))),
+            }
+            self.noted = None
+        read = self.reader.read(hidden_states, held.memory, key_bias=held.key_bias, **positions)
+        return (out[0] + read, *out[1:]) if isinstance(out, tuple) else out + read
+
+
+def _angles(table: Tensor) -> Tensor:
+    """Every second column of a table (L, D), (B, L, D) or, of Wan's rope, (B, L, 1, D), which has each twice."""
+    return (table.squeeze(2) if table.dim() == 4 else table)[..., ::2]
+
+
+def _attention(family: Family, block: nn.Module) -> nn.Module:
+    return getattr(block, family.cross_attention or family.self_attention)
+
+
+def _is_note(hook: object) -> bool:
+    return isinstance(getattr(hook, "__self__", None), MemoryAttnProcessor)
+
+
+def _check_encoder(op: str, encoder: object) -> None:
+    if encoder is not None and not callable(encoder):
+        raise TypeError(f"{op}: encoder must be callable, got {type(encoder).__name__}")
+
+
+def _replace(owner: nn.Module, name: str, processor: Callable) -> None:
+    delattr(owner, name)  # a module may not be replaced by what is none
+    setattr(owner, name, processor)
+
+
+class MemoryAttention:
+    """A handle on the memory attention of a model; made by `add_memory_attention` or `load_memory_adapter`.
+
+    What belongs to the model lies in the model: copies of it (deepcopy, pickle) have a memory attention of their own,
+    with the memory that was set, and `MemoryAttention(copy)` is a handle on that. As a context manager it is removed at
+    the end.
+
+    Args:
+        model: a model with memory attention.
+        encoder: see `add_memory_attention`.
+
+    Raises:
+        TypeError: a model of no known family.
+        ValueError: a model without memory attention.
+    """
+
+    def __init__(self, model: nn.Module, encoder: Encoder | None = None):
+        _check_encoder("MemoryAttention", encoder)
+        self.family, self.model, self.encoder = family_of(model), base_model(model), encoder
+        self._attached("MemoryAttention")
+
+    def _find(self) -> Iterator[tuple[str, nn.Module, nn.Module, MemoryAttnProcessor]]:
+        """Name of a block, its attention, what holds our processor (the attention or another processor), and that."""
+        for block in self.family.blocks(self.model):
+            attn = _attention(self.family, block.module)
+            holder, processor = attn, attn.processor
+            while processor is not None and not isinstance(processor, MemoryAttnProcessor):
+                holder, processor = processor, getattr(processor, "inner", None)  # of an adapter that came later
+            if processor is not None:
+                yield block.name, attn, holder, processor
+
+    def _attached(self, op: str) -> list[tuple[str, nn.Module, nn.Module, MemoryAttnProcessor]]:
+        found = list(self._find())
+        if not found:
+            raise ValueError(f"{op}: model must have memory attention, got one without, or from which it was removed")
+        return found
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks that read the memory."""
+        return [name for name, *_ in self._attached("MemoryAttention.blocks")]
+
+    @property
+    def memory_dim(self) -> int:
+        """Channels of the memory."""
+        return self._attached("MemoryAttention.memory_dim")[0][3].reader.memory_dim
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that were added, named by their block: "blocks.3.q.weight"."""
+        for name, *_, processor in self._attached("MemoryAttention.named_parameters"):
+            for key, parameter in processor.reader.named_parameters():
+                yield f"{name}.{key}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that were added, and nothing of the model: what an optimizer of the adapter takes.
+
+        PEFT's `add_adapter` freezes everything that is not its own; `m.requires_grad_()` after it thaws these.
+        """
+        return (parameter for _, parameter in self.named_parameters())
+
+    def requires_grad_(self, requires_grad: bool = True) -> MemoryAttention:
+        """Sets whether the parameters that were added are trained."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def set(self, memory: Tensor, key_bias: Tensor | None = None, positions: Tensor | None = None) -> MemoryAttention:
+        """Gives the model a memory to read, in place of the one it had; empties diffusers' caches.
+
+        Args:
+            memory: (B or 1, M, memory_dim) tokens of the dtype and on the device of the model's. One of batch 1 is read
+                by all samples: with guidance in one batch, by the conditional and the unconditional ones.
+            key_bias: (B or 1, M) added to the scores, e.g. the log of the tokens' merged sizes.
+            positions: with `rope`, (M, 3) or (B or 1, M, 3): time, row and column of every token, in the model's
+                patches; below 0 for what was before the video.
+
+        Returns:
+            The handle.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit.
+        """
+        op = "MemoryAttention.set"
+        attached = self._attached(op)
+        check_tensor(op, "memory", memory, "B, M, memory_dim")
+        if memory.shape[2] != self.memory_dim:
+            raise ValueError(f"{op}: memory must have shape (B, M, {self.memory_dim}), got {tuple(memory.shape)}")
+        if key_bias is not None:
+            check_tensor(op, "key_bias", key_bias, "B, M")
+            if key_bias.shape[1] != memory.shape[1] or key_bias.shape[0] not in (1, memory.shape[0]):
+                wanted = f"({memory.shape[0]} or 1, {memory.shape[1]}), as memory"
+                raise ValueError(f"{op}: key_bias must have shape {wanted}, got {tuple(key_bias.shape)}")
+        rope = attached[0][3].rope
+        if rope != (positions is not None):
+            wanted = "given, as rope is True" if rope else "None, as rope is False"
+            raise ValueError(f"{op}: positions must be {wanted}, got {'some' if not rope else 'None'}")
+        tables = ()
+        if rope:
+            check_positions(op, positions, memory, by_sample=True)
+            tables = rotary_tables(self.model, positions)
+        self._hold(attached, Held(memory, key_bias, *tables))
+        return self
+
+    def remember(self, frames: Any) -> MemoryAttention:
+        """Sets what the encoder makes of `frames`, whose gradients go back to it unless under `torch.no_grad()`.
+
+        Args:
+            frames: what the encoder takes. It returns tokens (B or 1, M, memory_dim); or those and their merged sizes
+                (B or 1, M), of which a token of size n counts as n; or with sizes (or None) the positions, too.
+
+        Raises:
+            ValueError, TypeError: no encoder, or it returned what `set` does not take.
+        """
+        if self.encoder is None:
+            raise ValueError("MemoryAttention.remember: encoder must be given to add_memory_attention, got None")
+        made = self.encoder(frames)
+        memory, size, positions = (*(made if isinstance(made, tuple) else (made,)), None, None)[:3]
+        return self.set(memory, None if size is None else size.float().log(), positions)
+
+    def clear(self) -> None:
+        """Takes the memory away: the model is as before it was set, to the bit."""
+        self._hold(self._attached("MemoryAttention.clear"), None)
+
+    def _hold(self, attached: list, held: Held | None) -> None:
+        attached[0][3].slot.held = held  # one slot for all
+        reset_caches(self.model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the added weights and what `load_memory_adapter` needs to know into one safetensors file.
+
+        The file at `path` is replaced whole or not at all. The model's weights and the memory are not in it.
+
+        Raises:
+            OSError: the folder is missing, full or not writable.
+        """
+        attached = self._attached("MemoryAttention.save")
+        reader = attached[0][3].reader
+        config = memory_adapter_file.Config(
+            family=self.family.name, dim=reader.dim, memory_dim=reader.memory_dim, num_heads=reader.num_heads,
+            rope=attached[0][3].rope, blocks=self.blocks,
+        )  # fmt: skip
+        weights = {f"{name}.{key}": x for name, *_, p in attached for key, x in p.reader.state_dict().items()}
+        memory_adapter_file.write(path, config, weights)
+
+    def remove(self) -> None:
+        """Takes the memory attention out: every attention has the processor that it had.
+
+        Raises:
+            ValueError: it was removed before.
+        """
+        for _, attn, holder, processor in self._attached("MemoryAttention.remove"):
+            _replace(holder, "processor" if holder is attn else "inner", processor.inner)
+        for block in self.family.blocks(self.model):
+            hooks = getattr(block.module, self.family.self_attention)._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if _is_note(hook)]:
+                del hooks[key]
+        reset_caches(self.model)
+
+    def __enter__(self) -> MemoryAttention:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if any(self._find()):
+            self.remove()
+
+
+def _chosen(op: str, family: Family, model: nn.Module, blocks: Iterable[int] | None) -> list:
+    everything = list(family.blocks(model))
+    if blocks is None:
+        return everything
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise TypeError(f"{op}: blocks must be numbers of blocks, got {blocks!r}")
+    numbers = list(blocks)
+    for number in numbers:
+        check_int(op, "blocks", number, 0, len(everything) - 1)
+    if not numbers:
+        raise ValueError(f"{op}: blocks must name at least one block, got none")
+    return [everything[number] for number in sorted(set(numbers))]
+
+
+def add_memory_attention(
+    model: nn.Module,
+    blocks: Iterable[int] | None = None,
+    memory_dim: int | None = None,
+    rope: bool = False,
+    encoder: Encoder | None = None,
+) -> MemoryAttention:
+    """Gives a video model cross-attention to a memory, whose gate starts closed: until trained, nothing changes.
+
+    In Wan the reading is added to what the cross-attention to the text gives. In HunyuanVideo and FramePack, whose text
+    and video share an attention, it is added to what that gives the tokens of the video, before the block's modulation
+    scales it (and, in blocks of a single stream, its output projection mixes it).
+
+    Args:
+        model: WanTransformer3DModel, HunyuanVideoTransformer3DModel, HunyuanVideoFramepackTransformer3DModel, or of a
+            family that `register_family` was given; compiled or not.
+        blocks: numbers of the blocks that read, in the order of the forward; default all. A block costs about
+            4 * C**2 parameters for C channels.
+        memory_dim: channels of the memory; default those of the model.
+        rope: whether the tokens and the memory's meet by their positions, in the model's own rotary embedding, which
+            `set` is then given.
+        encoder: `frames -> tokens`, `(tokens, size)` or `(tokens, size, positions)`, for `remember`.
+
+    Returns:
+        A handle: `set`, `remember`, `clear`, `parameters`, `save`, `remove`.
+
+    Raises:
+        TypeError: a model of no known family.
+        ValueError: it has memory attention; blocks or sizes that do not fit.
+
+    Example:
+        m = add_memory_attention(model, memory_dim=64)
+        m.set(memory)          # before each video; then train m.parameters() or generate
+        m.save("memory.safetensors")
+    """
+    op = "add_memory_attention"
+    family, inner = family_of(model), base_model(model)
+    if not isinstance(rope, bool):
+        raise TypeError(f"{op}: rope must be a bool, got {type(rope).__name__}")
+    if rope and family.name not in FAMILIES:
+        raise ValueError(f"{op}: rope must be False in families other than {', '.join(FAMILIES)}, got {family.name}")
+    chosen = _chosen(op, family, inner, blocks)
+    if memory_dim is not None:
+        check_int(op, "memory_dim", memory_dim, 1)
+    _check_encoder(op, encoder)
+    if any(isinstance(module, MemoryAttnProcessor) for module in inner.modules()):
+        raise ValueError(f"{op}: model must have no memory attention, got one that has; remove() that first")
+    slot = MemorySlot()
+    for block in chosen:
+        attn = _attention(family, block.module)
+        reader = MemoryCrossAttention(
+            attn.to_q.in_features, attn.heads, memory_dim=memory_dim, device=next(attn.parameters()).device,
+            dtype=inner.dtype,
+        )  # fmt: skip
+        processor = MemoryAttnProcessor(attn.processor, reader, slot, rope)
+        if rope and family.cross_attention:
+            getattr(block.module, family.self_attention).register_forward_pre_hook(processor.note_rotary)
+        _replace(attn, "processor", processor.train(attn.training))
+    reset_caches(inner)
+    return MemoryAttention(inner, encoder)
+
+
+def load_memory_adapter(
+    model: nn.Module, path: str | os.PathLike[str], encoder: Encoder | None = None
+) -> MemoryAttention:
+    """Gives a model the memory attention that `MemoryAttention.save` wrote.
+
+    Args:
+        model: a model of the family and width of the one it was trained in, with those blocks. The weights take its
+            dtype and device.
+        path: the file.
+        encoder: see `add_memory_attention`.
+
+    Returns:
+        A handle; see `add_memory_attention`.
+
+    Raises:
+        MemoryFileError: no such file of ours, or damaged.
+        ValueError, TypeError: a model that it does not fit, or that has memory attention.
+        FileNotFoundError: there is none; other OSErrors where it cannot be read.
+    """
+    op = "load_memory_adapter"
+    family, inner = family_of(model), base_model(model)
+    config, weights = memory_adapter_file.read(op, path)
+    numbers = {block.name: block.number for block in family.blocks(inner)}
+    width = _attention(family, next(family.blocks(inner)).module).to_q.in_features
+    for what, wanted, got in (("be of family", config.family, family.name), ("have width", config.dim, width)):
+        if wanted != got:
+            raise ValueError(f"{op}: model must {what} {wanted}, as in {os.fspath(path)}, got {got}")
+    missing = [name for name in config.blocks if name not in numbers]
+    if missing:
+        raise ValueError(f"{op}: model must have the blocks of {os.fspath(path)}, got one without {', '.join(missing)}")
+    blocks = [numbers[name] for name in config.blocks]
+    handle = add_memory_attention(inner, blocks, config.memory_dim, config.rope, encoder)
+    for name, *_, processor in handle._attached(op):
+        mine = {key: weights[f"{name}.{key}"] for key in processor.reader.state_dict()}
+        processor.reader.load_state_dict(mine)
+    return handle

@@ -1,0 +1,41 @@
+"""Where the memory of a model lies while gradients, copies and pickles of the model go their ways."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def _copyable(tensor: Tensor | None) -> Tensor | None:
+    """A tensor as a copy or pickle of a model can have it: only leaves can be copied, and a copy is in no graph."""
+    return tensor if tensor is None or tensor.grad_fn is None else tensor.detach()
+
+
+class MemorySlot:
+    """Where the memory lies that all blocks of a model read; copied and pickled with the model.
+
+    Gradient checkpointing runs a block again in the backward, when the user may long have set another memory. So the
+    slot notes which memory a forward read, by a tensor that each forward makes anew and hands to all its blocks.
+    """
+
+    def __init__(self) -> None:
+        self.held: tuple | None = None
+        self._of_forward = WeakTensorKeyDictionary()
+
+    def get(self, forward: Tensor | None) -> tuple | None:
+        """The memory of the forward that `forward` is a tensor of."""
+        # A compiled graph keeps the memory that it read, as any input.
+        if forward is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.held
+        if torch._C._current_graph_task_id() != -1:  # inside a backward
+            return self._of_forward.get(forward, self.held)
+        self._of_forward[forward] = self.held
+        return self.held
+
+    def __getstate__(self) -> dict[str, tuple | None]:
+        return {"held": self.held and type(self.held)(*map(_copyable, self.held))}
+
+    def __setstate__(self, state: dict[str, tuple | None]) -> None:
+        self.__init__()
+        self.held = state["held"]
