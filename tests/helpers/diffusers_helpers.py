@@ -14,6 +14,7 @@ from diffusers import (
 
 CHANNELS, TEXT, HEADS, HEAD_SIZE = 4, 16, 2, 12
 IMAGE_TOKENS = 5
+POOLED = 9  # odd, as no height and width is: torch.compile takes equal sizes for one
 
 
 def tiny_wan(layers=3, seed=0, **config):
@@ -35,7 +36,7 @@ def tiny_wan_ti2v(layers=3, seed=0):
 
 def tiny_wan_i2v(layers=3, seed=0):
     """With image context, of `IMAGE_TOKENS` tokens before the 512 of the text."""
-    return tiny_wan(layers, seed, image_dim=8, added_kv_proj_dim=HEADS * HEAD_SIZE, in_channels=2 * CHANNELS)
+    return tiny_wan(layers, seed, image_dim=POOLED, added_kv_proj_dim=HEADS * HEAD_SIZE, in_channels=2 * CHANNELS)
 
 
 def _hunyuan(model_class, layers, seed, **config):
@@ -43,7 +44,7 @@ def _hunyuan(model_class, layers, seed, **config):
     model = model_class(
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS, attention_head_dim=HEAD_SIZE,
         num_layers=layers, num_single_layers=layers, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=TEXT,
-        pooled_projection_dim=8, rope_axes_dim=(4, 4, 4), **config,
+        pooled_projection_dim=POOLED, rope_axes_dim=(4, 4, 4), **config,
     )  # fmt: skip
     return model.eval()
 
@@ -60,7 +61,7 @@ def tiny_hunyuan_i2v(layers=2, seed=0):
 def tiny_framepack(layers=2, seed=0):
     return _hunyuan(
         HunyuanVideoFramepackTransformer3DModel, layers, seed,
-        has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True,
+        has_image_proj=True, image_proj_dim=POOLED, has_clean_x_embedder=True,
     )  # fmt: skip
 
 
@@ -99,13 +100,13 @@ def _hunyuan_inputs(model, latents, batch, draw):
         "timestep": torch.randint(0, 1000, (batch,), generator=draw),
         "encoder_hidden_states": _randn(draw, batch, 7, TEXT),
         "encoder_attention_mask": (torch.arange(7) < lengths[:, None]).long(),
-        "pooled_projections": _randn(draw, batch, 8),
+        "pooled_projections": _randn(draw, batch, POOLED),
         "guidance": torch.full((batch,), 6.0),
     }
     if isinstance(model, HunyuanVideoFramepackTransformer3DModel):
         frames, height, width = latents.shape[2:]
         inputs |= {
-            "image_embeds": _randn(draw, batch, 3, 8),
+            "image_embeds": _randn(draw, batch, 3, POOLED),
             "indices_latents": torch.arange(9, 9 + frames),
             "latents_clean": _randn(draw, batch, CHANNELS, 2, height, width),
             "indices_latents_clean": torch.tensor([0, 8]),

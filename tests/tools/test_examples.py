@@ -42,6 +42,15 @@ def test_memory_in_block():
     assert len(losses) == 3 and losses[2] < 0.1 * losses[0]
 
 
+def test_merge_in_wan():
+    pytest.importorskip("diffusers")
+    plain, *merged, out = lines_of("merge_in_wan.py")
+    assert plain.startswith("Wan as it was: ") and out == "taken out: difference 0.0000"
+    assert [line.split(":")[0] for line in merged] == [f"{keys} keys of 1920" for keys in (1536, 1152, 768)]
+    differences = [float(line.split()[-1]) for line in merged]
+    assert 0 < differences[0] < differences[1] < differences[2] < 0.01
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_every_example_is_tested(path):
     assert f'lines_of("{path.name}")' in Path(__file__).read_text()

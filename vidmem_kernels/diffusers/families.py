@@ -57,7 +57,9 @@ class Family:
         name: what errors and statistics call it.
         model_class: the class; subclasses belong to the family too.
         block_lists: attributes of the model that hold its blocks, in the order in which they run.
-        self_attention: attribute of a block: the attention in which the video's tokens are queries and keys.
+        self_attention: attribute of a block: the attention in which the video's tokens are queries and keys. It calls
+            its `processor` as diffusers' do: `(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)`
+            in that order, or by name with `image_rotary_emb` as the last; `set_processor` gives it another.
         cross_attention: attribute of a block: the attention to the text; None where both are one attention.
         patch_embedding: attribute of the model: the module that makes tokens of latents.
         patch_size: gives the (t, h, w) patch of a model.
@@ -83,6 +85,10 @@ class Family:
     attach: Callable[[nn.Module, Callable[[Grid], object]], None]
     detach: Callable[[nn.Module], None]
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles of a model with adapters know their family by its name."""
+        return _family_named, (self.name,)
+
     def blocks(self, model: nn.Module) -> Iterator[Block]:
         """The transformer blocks in the order in which they run."""
         number = 0
@@ -97,6 +103,15 @@ class Family:
 
 
 _FAMILIES: list[Family] = []
+
+
+def _family_named(name: str) -> Family:
+    for family in _FAMILIES:
+        if family.name == name:
+            return family
+    raise LookupError(
+        f"family_of: the family {name!r} must be given to register_family before its models are unpickled"
+    )
 
 
 def register_family(family: Family) -> None:
@@ -211,6 +226,10 @@ def _wan_project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: 
     return Projections(*(x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)))
 
 
+def _wan_patch_size(model: nn.Module) -> Grid:
+    return tuple(model.config.patch_size)
+
+
 def _wan_output(attn: nn.Module, out: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
     return attn.to_out[1](attn.to_out[0](out))
 
@@ -257,7 +276,7 @@ WAN = Family(
     self_attention="attn1",
     cross_attention="attn2",
     patch_embedding="patch_embedding",
-    patch_size=lambda model: tuple(model.config.patch_size),
+    patch_size=_wan_patch_size,
     extra_tokens="before",
     project=_wan_project,
     output=_wan_output,
