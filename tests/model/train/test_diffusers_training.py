@@ -111,8 +111,8 @@ def test_without_memory_it_is_the_transformer(family):
         zeros = text.new_zeros(2, MODEL.text.max_tokens - text.shape[1], TEXT)
         given["encoder_hidden_states"] = torch.cat([given["encoder_hidden_states"], zeros], 1)
     else:
-        guidance = torch.full((2,), 6000.0)
-        given |= {"encoder_attention_mask": mask, "pooled_projections": torch.zeros(2, 8), "guidance": guidance}
+        guidance, pooled = torch.full((2,), 6000.0), torch.zeros(2, plain.config.pooled_projection_dim)
+        given |= {"encoder_attention_mask": mask, "pooled_projections": pooled, "guidance": guidance}
     with torch.no_grad():
         expected = plain(hidden_states=x, timestep=1000 * t, return_dict=False, **given)[0]
     torch.testing.assert_close(predict(model, x, t, prompts, frames), expected, rtol=0, atol=2e-6)
