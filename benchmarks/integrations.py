@@ -225,6 +225,12 @@ def measure_costs(name: str, latents: Tensor, device: torch.device, budget: floa
         }
 
 
+def _outlasts(rows: list[Row], name: str, frames: int, limit: float) -> bool:
+    """Whether a forward will take longer than so many seconds, by the square of the length after the last that ran."""
+    ran = [row for row in rows if row["kind"] == "cost" and row["model"] == name and not row["kv_ratio"]]
+    return bool(ran) and 1e-3 * ran[-1]["median_ms"] * (frames / ran[-1]["frames"]) ** 2 > limit
+
+
 def tables(result: Row) -> str:
     """The tables of the page, Markdown."""
     return "\n\n".join([*_error_tables(result["rows"]), *_cost_tables(result["rows"])])
@@ -285,6 +291,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", nargs="+", type=int, default=[2, 4, 8], help="latent frames that are timed")
     parser.add_argument("--error-frames", type=int, default=4, help="latent frames of the clips for errors")
     parser.add_argument("--seconds", type=float, default=1.0, help="of rounds for each length")
+    parser.add_argument("--limit", type=float, default=10.0, help="longest forward, in seconds; others are left out")
     parser.add_argument("--quick", action="store_true", help="drawn latents, the tiny model, in seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
@@ -305,6 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     device, started = torch.device(args.device), perf_counter()
     latents = drawn_latents if args.quick else film_latents
     result = describe(ROOT, device, sys.argv[1:] if argv is None else argv)
+    result["left_out"] = []
     result |= {"latents": "drawn" if args.quick else "sample film, vae.safetensors", "weights": "random"}
     longest = latents(CLIPS[0], max(*args.frames, args.error_frames))
     clips = {CLIPS[0]: longest[:, :, : args.error_frames]}
@@ -314,6 +322,9 @@ def main(argv: list[str] | None = None) -> int:
         # A clip takes the block of true width half a minute: it gets one.
         result["rows"] += measure_errors(name, clips if name == "tiny" else {CLIPS[0]: clips[CLIPS[0]]}, device)
         for frames in sorted(args.frames):
+            if _outlasts(result["rows"], name, frames, args.limit):
+                result["left_out"].append({"model": name, "frames": frames})
+                continue
             print(f"costs of {name}, {frames} latent frames", file=sys.stderr, flush=True)
             result["rows"] += measure_costs(name, longest[:, :, :frames], device, args.seconds)
     result |= {"complete": True, "seconds": perf_counter() - started}

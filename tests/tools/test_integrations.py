@@ -1,4 +1,4 @@
-"""The page on other people's models: its tables are those of the measurement, its recipe can be read, the script runs."""
+"""The page on other people's models has the tables of the measurement; its recipe can be read, and the script runs."""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ class DiffusersDiT(nn.Module):
 
     def added(self) -> list[nn.Parameter]:
         """What stays trained beside adapters: the cross-attention to the memory."""
-        return [p for name, p in self.named_parameters() if name not in self.pretrained]
+        # Adapters put the layers that they stand beside under the name base_layer.
+        names = {name: p for name, p in self.named_parameters() if ".lora_" not in name}
+        return [p for name, p in names.items() if name.replace(".base_layer.", ".") not in self.pretrained]
 
     def keep_update(self, name: str, b: torch.Tensor, a: torch.Tensor) -> None:
         """Note that the product b @ a was added to a layer's weight: a model's file holds that in the weight's place.
@@ -235,7 +237,7 @@ class WanDiT(DiffusersDiT):
     def _text(self, text: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor | None]:
         # Wan was trained on prompts that zeros fill up, and attends to them.
         text = text.masked_fill(~mask[..., None], 0)
-        return {"encoder_hidden_states": F.pad(text, (0, 0, 0, self.text_tokens - text.shape[1]))}
+        return {"encoder_hidden_states": F.pad(text, (0, 0, 0, max(0, self.text_tokens - text.shape[1])))}
 
 
 class HunyuanDiT(DiffusersDiT):

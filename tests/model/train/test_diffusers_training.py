@@ -216,7 +216,9 @@ def test_cross_attention_to_the_memory_learns_beside_adapters(family, tmp_path):
     assert torch.equal(predict(model, *inputs[:-1]), without)
     add_lora(model, 2)
     trained = {name for name, p in model.dit.named_parameters() if p.requires_grad}
-    assert {id(p) for p in model.dit.cross.parameters()} <= {id(p) for p in model.dit.parameters() if p.requires_grad}
+    readers = {id(p) for p in model.dit.cross.parameters()}
+    assert readers == {id(p) for p in model.dit.added()}
+    assert readers <= {id(p) for p in model.dit.parameters() if p.requires_grad}
     assert all(".lora_" in name or ".reader." in name for name in trained)
     training.FlowMatching(model)(stage(1, still(1))(0, range(2))).backward()
     for name, parameter in model.named_parameters():
