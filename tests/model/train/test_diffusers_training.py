@@ -337,6 +337,22 @@ def test_commands_from_a_folder_to_a_video(family, tmp_path, capsys, monkeypatch
     first, second = load_model(tmp_path / "one"), load_model(tmp_path / "two")
     assert (first.config.dit.lora_rank, second.config.dit.lora_rank) == (2, 4)
     assert second.config.dit.dim == second.encoders[0].dim == made.config.num_attention_heads * 12
+    # Stored in eight bits, it is found beside the same transformer.
+    assert main(["export", str(tmp_path / "two"), "-o", str(tmp_path / "small" / "memory.safetensors")]) == 0
+    stored, inputs = load_model(tmp_path / "small" / "memory.safetensors"), draw()
+    torch.testing.assert_close(predict(stored, *inputs), predict(second, *inputs), rtol=0, atol=1e-2)
+    # Adapters alone, where nothing else was trained in Stage II.
+    three = {**two, "output": str(tmp_path / "three"), "freeze_encoder": True}
+    (tmp_path / "three.yaml").write_text(yaml.safe_dump(three))
+    assert main(["finetune", str(tmp_path / "three.yaml")]) == 0
+    (tmp_path / "three" / "model.safetensors").rename(tmp_path / "three" / "whole.safetensors")
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "three" / "base.safetensors")
+    adapters = tmp_path / "three" / "adapters.safetensors"
+    assert main(["export", str(tmp_path / "three"), "-o", str(adapters), "--base", "base.safetensors"]) == 0
+    whole, added = load_model(tmp_path / "three" / "whole.safetensors"), load_model(adapters)
+    torch.testing.assert_close(predict(added, *inputs), predict(whole, *inputs), rtol=0, atol=1e-2)
+    assert added.dit.config.lora_rank == whole.config.dit.lora_rank == 4
+    capsys.readouterr()
     (tmp_path / "board.yaml").write_text("shots: [{at: 0, prompt: a rabbit}]")
     video = tmp_path / "made.mp4"
     generate = ["generate", str(tmp_path / "board.yaml"), "-o", str(video), "--model", str(tmp_path / "two")]
