@@ -16,6 +16,8 @@ from .machine import available_bytes
 
 # Weights, gradients, their moving average, and the two moments of AdamW.
 _TRAINED_COPIES = 5
+# Weights that stay as they are, in the model that is trained and in that with the moving average.
+_FROZEN_COPIES = 2
 
 
 class _NoValues(TorchFunctionMode):
@@ -49,7 +51,7 @@ def require_trainable(make: Callable[[int], nn.Module], depth: int, device: torc
     """Refuse a model whose training cannot fit into memory, before it is made.
 
     Args:
-        make: the model with so many equal blocks.
+        make: the model with so many equal blocks; what is frozen in it is there with any number.
         depth: how many it has.
         device: of the training. A GPU holds gradients, moments and averages, several processes share them; the
             weights are made on the CPU in any case.
@@ -59,11 +61,13 @@ def require_trainable(make: Callable[[int], nn.Module], depth: int, device: torc
     """
     try:
         numbers = count_numbers(make, depth)
+        frozen = sum(p.numel() for p in skeleton(lambda: make(1)).parameters() if not p.requires_grad)
     except ValueError as error:
         raise UserError(f"the model cannot be made ({shorten(error)})") from error
-    copies = 1 if device.type != "cpu" or dist.is_initialized() else _TRAINED_COPIES
+    on_cpu = device.type == "cpu" and not dist.is_initialized()
+    need = numbers + on_cpu * ((_TRAINED_COPIES - 1) * (numbers - frozen) + (_FROZEN_COPIES - 1) * frozen)
     what = f"training a model of {numbers:,} weights"
-    require_room(4.0 * numbers * copies, what, "choose a smaller model, or train it on several GPUs")
+    require_room(4.0 * need, what, "choose a smaller model, or train it on several GPUs")
 
 
 def require_room(need: float, what: str, instead: str) -> None:

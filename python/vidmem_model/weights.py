@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +187,15 @@ class WeightsFile:
             raise ValueError(f"{name} must be a mapping of keys to values, got {show(value)}")
         return value
 
-    def check(self, make: Callable[[], nn.Module], depth: int) -> None:
+    def check(
+        self, make: Callable[[], nn.Module], depth: int, stored: Callable[[Any], Container[str]] | None = None
+    ) -> None:
         """Check that these are the weights of a model, before either is made.
 
         Args:
             make: the model.
             depth: its blocks, of each of which the file must have weights: else it is not made at all.
+            stored: gives the names that the file holds of the model's state; by default all.
 
         Raises:
             ValueError: the model cannot be made.
@@ -200,7 +203,10 @@ class WeightsFile:
         """
         if depth > len(self.shapes):
             raise self._misfit(f"{depth:,} blocks, {len(self.shapes):,} weights")
-        expected = {name: tuple(tensor.shape) for name, tensor in skeleton(make).state_dict().items()}
+        model = skeleton(make)
+        state = model.state_dict()
+        held = state if stored is None else stored(model)
+        expected = {name: tuple(tensor.shape) for name, tensor in state.items() if name in held}
         missing = [f"no {name}" for name in expected if name not in self.shapes]
         unknown = [f"unknown {name}" for name in self.shapes if name not in expected]
         other = [

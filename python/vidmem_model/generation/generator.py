@@ -120,7 +120,7 @@ class SegmentGenerator:
         frames: latent frames of the history.
 
     Raises:
-        UserError: the configuration asks for cross-attention that the model lacks.
+        UserError: the configuration asks for cross-attention or a cache that the model lacks.
     """
 
     def __init__(self, model: MemoryModel, vae: VideoCodec, config: GenerateConfig) -> None:
@@ -129,10 +129,12 @@ class SegmentGenerator:
         own = model.config.dit
         if config.cross_attention and not own.memory_cross_attention:
             raise UserError("this model has no cross-attention to the memory; leave --cross-attention out")
+        if config.kv_cache and own.diffusers is not None:
+            raise UserError("a transformer of diffusers keeps no keys and values; leave --kv-cache out")
         self.cross_attention = own.memory_cross_attention and config.cross_attention is not False
         self.keep = config.kv_cache if config.kv_cache is not None else not own.history_sees_video
         self.window_length = own.window if config.window is None else config.window
-        self.device = model.dit.head_table.device
+        self.device = model.device
         self.memory = GrowingMemory(model, vae)
         self.cache: dict = {}  # of the VAE's decoder
         self.frames = 0
@@ -404,6 +406,8 @@ def _fingerprint(part: Any) -> str:
     if isinstance(part, MemoryModel):  # as the first versions wrote it, so that their videos go on
         kind = re.sub(r"compression=Compression\(time=(\d+), height=(\d+), width=(\d+)\)", r"rate=(\2, \3, \1)", kind)
         kind = re.sub(r"(mlp=\d+), ", r"\1, patch=2, ", kind)
+        for later in (", width=0", ", diffusers=None", ", memory_in_sequence=True", ", lora_rank=0"):
+            kind = kind.replace(later, "")
     digest = hashlib.sha256(f"{type(part).__name__} {kind}".encode())
     for name, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -13,6 +13,7 @@ from ..checks import (
     MOST_WIDTH,
     Checked,
     Entries,
+    FileName,
     Former,
     OneOf,
     build,
@@ -27,6 +28,8 @@ from ..vae.config import VAEConfig
 
 BRANCHES = ("both", "lr", "hr", "patchifier", "merge", "sparse")
 ATTENTION = ("causal", "window", "none")
+# Fields of DiTConfig that say what the transformer of this package is made of, and no other.
+OWN_LAYERS = ("prediction", "position_features", "unfold", "history_sees_video", "linear_blocks")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class EncoderConfig(Checked):
             whole box to the token, so that they learn what is missing in that; 0 for none. With it a small
             model learns sooner. If it is smaller than the token's width by the numbers of a patch token, what
             the low-resolution branch tells has directions of its own.
+        width: of the encoder's own tokens, which it then projects to the transformer's width; 0 makes them of
+            that width at once, the low-resolution branch with the transformer's first projection.
 
     Raises:
         ValueError: a value is out of range.
@@ -126,6 +131,7 @@ class EncoderConfig(Checked):
     window: Annotated[int, not_negative(1 << 20)] = 4
     heads: Annotated[int, positive(1024)] = 8
     shortcut: Annotated[int, not_negative(MOST_WIDTH)] = 0
+    width: Annotated[int, not_negative(MOST_WIDTH)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,6 +144,11 @@ class EncoderConfig(Checked):
             self.channels[-1] % self.heads == 0,
             f"EncoderConfig: the last of channels must be a multiple of heads ({self.heads})",
             self.channels,
+        )
+        require(
+            not self.width or self.branches not in ("merge", "sparse"),
+            "EncoderConfig: width must be 0 for branches that keep the transformer's own tokens",
+            self.width,
         )
 
     @property
@@ -176,6 +187,12 @@ class DiTConfig(Checked):
             gate that starts closed.
         linear_blocks: indices of blocks whose self-attention is linear attention.
         window: clean latent frames before the ones to be made.
+        diffusers: folder of a pretrained transformer of diffusers that stands in this one's place
+            (diffusers_dit.DiffusersDiT), or the name of its class where it is given in Python. Its weights stay
+            frozen and in their folder; `dit_config` reads dim, depth, heads and mlp from there.
+        memory_in_sequence: whether the memory's tokens join those of the video in self-attention; False, which needs
+            `memory_cross_attention`, for a transformer of diffusers only.
+        lora_rank: rank of the updates of its layers that a model's file holds; training sets it.
 
     Raises:
         ValueError: a value is out of range.
@@ -194,6 +211,9 @@ class DiTConfig(Checked):
     memory_cross_attention: bool = False
     linear_blocks: Annotated[tuple[int, ...], Entries(0, 10_000), not_negative(10_000)] = ()
     window: Annotated[int, not_negative(1 << 20)] = 3
+    diffusers: FileName | None = None
+    memory_in_sequence: bool = True
+    lora_rank: Annotated[int, not_negative(MOST_WIDTH)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,6 +228,19 @@ class DiTConfig(Checked):
             f"DiTConfig: linear_blocks must be in [0, {self.depth})",
             self.linear_blocks,
         )
+        require(
+            self.diffusers is not None or not self.lora_rank,
+            "DiTConfig: lora_rank must be 0 for a transformer whose weights are stored themselves",
+            self.lora_rank,
+        )
+        require(
+            self.memory_in_sequence or (self.diffusers is not None and self.memory_cross_attention),
+            "DiTConfig: memory_in_sequence must be True without memory_cross_attention and a transformer of diffusers",
+            self.memory_in_sequence,
+        )
+        for name in OWN_LAYERS if self.diffusers is not None else ():
+            value, plain = getattr(self, name), getattr(DiTConfig, name)
+            require(value == plain, f"DiTConfig: {name} must be {plain!r} for a transformer of diffusers", value)
 
 
 @dataclass(frozen=True)
@@ -268,7 +301,9 @@ class ModelConfig(Checked):
                 )
 
     def with_depth(self, depth: int) -> ModelConfig:
-        """The same with so many blocks, all with softmax attention; for counting weights."""
+        """The same with so many blocks of softmax attention, for counting weights; a folder's stay as they are."""
+        if self.dit.diffusers is not None:
+            return self
         return dataclasses.replace(self, dit=dataclasses.replace(self.dit, depth=depth, linear_blocks=()))
 
     def to_dict(self) -> dict[str, Any]:

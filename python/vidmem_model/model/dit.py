@@ -266,6 +266,14 @@ class DiT(nn.Module):
             for parameter in self.unfold.projection.parameters():
                 nn.init.zeros_(parameter.data.unflatten(0, (self.unfold.places, -1))[:, :cell])
 
+    def lora_layers(self) -> list[str]:
+        """Names of the layers that get adapters: all linear ones."""
+        return [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
+
+    def added(self) -> list[nn.Parameter]:
+        """What stays trained beside adapters: nothing."""
+        return []
+
     def patch_embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Project latents (B, C, T, H, W) to tokens (B, T * H/2 * W/2, D), frame by frame.
 
@@ -315,22 +323,9 @@ class DiT(nn.Module):
         Raises:
             ValueError: sizes that do not fit.
         """
-        if memory_cross_attention and not self.config.memory_cross_attention:
-            raise ValueError("DiT: memory_cross_attention must be False or None for a model that has none, got True")
-        if x.ndim != 5:
-            raise ValueError(f"DiT: x must be (B, C, K, H, W), got {tuple(x.shape)}")
+        check_inputs(self.config, x, t, text, text_mask, frames, memory, window, window_frames, memory_cross_attention)
         b, k = x.shape[0], x.shape[2]
         grid = (k, x.shape[3] // PATCH, x.shape[4] // PATCH)
-        _check_shape("frames", frames, (b, k))
-        _check_shape("t", t, (b, k) if t.ndim == 2 else (b,))
-        _check_shape("text_mask", text_mask, tuple(text.shape[:2]))
-        if (window is None) != (window_frames is None):
-            raise ValueError("DiT: window and window_frames must be given together, got one of them")
-        if window is not None:
-            _check_shape("window_frames", window_frames, (b, window.shape[2]))
-        if memory is not None:
-            _check_shape("memory.tokens", memory.tokens, (b, memory.tokens.shape[1], self.config.dim))
-
         times = t.to(torch.float32).view(b, -1).expand(b, k)
         # One row more than there are frames: the history is at time 0.
         rows = torch.cat([times.reshape(-1), times.new_zeros(1)])
@@ -422,6 +417,39 @@ class DiT(nn.Module):
         tokens = torch.cat([part[0] for part in parts], 1)
         positions = torch.cat([part[1].expand(batch, -1, -1) for part in parts], 1)
         return self._stream(tokens, positions, time)
+
+
+def check_inputs(
+    config: DiTConfig,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    text: torch.Tensor,
+    text_mask: torch.Tensor,
+    frames: torch.Tensor,
+    memory: MemoryTokens | None,
+    window: torch.Tensor | None,
+    window_frames: torch.Tensor | None,
+    memory_cross_attention: bool | None,
+) -> None:
+    """Check what DiT.forward is given.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    if memory_cross_attention and not config.memory_cross_attention:
+        raise ValueError("DiT: memory_cross_attention must be False or None for a model that has none, got True")
+    if x.ndim != 5:
+        raise ValueError(f"DiT: x must be (B, C, K, H, W), got {tuple(x.shape)}")
+    b, k = x.shape[0], x.shape[2]
+    _check_shape("frames", frames, (b, k))
+    _check_shape("t", t, (b, k) if t.ndim == 2 else (b,))
+    _check_shape("text_mask", text_mask, tuple(text.shape[:2]))
+    if (window is None) != (window_frames is None):
+        raise ValueError("DiT: window and window_frames must be given together, got one of them")
+    if window is not None:
+        _check_shape("window_frames", window_frames, (b, window.shape[2]))
+    if memory is not None:
+        _check_shape("memory.tokens", memory.tokens, (b, memory.tokens.shape[1], config.dim))
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from vidmem_kernels import match_tokens, merge_tokens, select_tokens
 
-from ..vae import PATCH
+from ..vae import PATCH, patchify
 from ..vae.config import VAEConfig
 from .config import Compression, EncoderConfig
 from .encoder_layers import HighResolution, HighState
@@ -153,7 +153,8 @@ class MemoryEncoder(nn.Module):
 
     Args:
         config: compression, branches, channels and attention.
-        dim: width D of the tokens, that of the diffusion transformer.
+        dim: width D of the tokens, that of the diffusion transformer. An encoder with a width of its own projects
+            its tokens to that.
         latent_channels: of the VAE.
     """
 
@@ -162,7 +163,11 @@ class MemoryEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, dim: int, latent_channels: int) -> None:
         super().__init__()
         self.config, self.dim, self.channels = config, dim, latent_channels
-        self.high = self.projection = self.shortcut = self.patchifier = None
+        self.high = self.projection = self.shortcut = self.patchifier = self.patches = self.output = None
+        if config.width:
+            dim, self.output = config.width, _linear(config.width, dim)
+            if config.reads_low:
+                self.patches = _linear(latent_channels * PATCH**2, dim)
         numbers = latent_channels * math.prod(self._box())
         if config.branches in ("both", "hr"):
             self.high = HighResolution(config, latent_channels)
@@ -259,7 +264,7 @@ class MemoryEncoder(nn.Module):
             return self._reduce(history, math.prod(grid), patch_embed, start), kept
         parts = []
         if low is not None:
-            parts.append(patch_embed(low))
+            parts.append(patch_embed(low) if self.patches is None else self._embed(low))
         if self.high is not None:
             hidden, kept = self.high(history.to(self.projection.weight.dtype), start, kept)
             parts.append(self.projection(hidden))
@@ -267,7 +272,12 @@ class MemoryEncoder(nn.Module):
             if layers is not None:
                 parts.append(layers(self.boxes(history).to(next(layers.parameters()).dtype)))
         positions = _positions(grid, self.config.compression, start, parts[0].device)
-        return MemoryTokens(sum(parts[1:], parts[0]), positions), kept
+        tokens = sum(parts[1:], parts[0])
+        return MemoryTokens(tokens if self.output is None else self.output(tokens), positions), kept
+
+    def _embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Patch tokens of the encoder's own width."""
+        return self.patches(patchify(latents)[0].to(self.patches.weight.dtype))
 
     def boxes(self, history: torch.Tensor) -> torch.Tensor:
         """Cut latents (B, C, T, H, W) of whole boxes into them: (B, boxes, C * cells of a box)."""

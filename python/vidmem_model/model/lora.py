@@ -1,4 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on every linear layer of the DiT, by the package peft."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of the DiT, by the package peft.
+
+A pretrained transformer of diffusers stays in its own folder: `diffusers_dit` keeps what is added to its weights.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,11 @@ _MARKS = (".lora_A.", ".lora_B.")
 
 
 def add_lora(model: MemoryModel | DiT, rank: int, alpha: float | None = None) -> list[str]:
-    """Put an adapter beside every linear layer of the DiT: y = base(x) + alpha / rank * B(A(x)).
+    """Put an adapter beside linear layers of the DiT: y = base(x) + alpha / rank * B(A(x)).
 
     B is zero at first, so that the model is unchanged. The DiT's own weights are frozen; what is
-    outside the DiT (memory encoders, text encoder) is left as it is.
+    outside the DiT (memory encoders, text encoder), and what was added to a pretrained transformer, is left as it is.
+    The layers are all of the DiT, and of a pretrained transformer those in its blocks.
 
     Args:
         model: a MemoryModel, or its DiT.
@@ -50,12 +54,15 @@ def add_lora(model: MemoryModel | DiT, rank: int, alpha: float | None = None) ->
         raise ValueError(f"add_lora: rank must be positive, got {rank}")
     if _adapters(dit):
         raise ValueError(f"add_lora: the model must have no adapters, got {_adapters(dit)[0]}; merge_lora first")
-    names = [name for name, layer in dit.named_modules() if isinstance(layer, nn.Linear)]
+    names = dit.lora_layers()
     alpha = rank if alpha is None else alpha
+    added = dit.added()
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights=True)
     peft.inject_adapter_in_model(config, dit)
     for name, parameter in dit.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
+    for parameter in added:
+        parameter.requires_grad_(True)
     return names
 
 
@@ -74,8 +81,11 @@ def merge_lora(model: MemoryModel | DiT) -> None:
     for name in _present("merge_lora", dit):
         layer = dit.get_submodule(name)
         layer.merge()
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        update = layer.scaling["default"] * b.detach(), a.detach()
         parent, _, child = name.rpartition(".")
         setattr(dit.get_submodule(parent), child, layer.get_base_layer())
+        _note(dit, name, *update)
     del dit.peft_config  # peft's note that there are adapters
 
 
@@ -194,7 +204,9 @@ def apply_lora(path: str | Path, model: MemoryModel | DiT) -> dict[str, Any]:
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
         raise MemoryFormatError(f"{file}: its adapters are for a model of other sizes")
     for name in names:
-        weights[f"{name}.weight"] += form.alpha / form.rank * state[name + second] @ state[name + first]
+        b, a = form.alpha / form.rank * state[name + second], state[name + first]
+        weights[f"{name}.weight"] += b @ a
+        _note(dit, name, b, a)
     return extra
 
 
@@ -253,6 +265,12 @@ def _peft():
 
 def _dit(model: MemoryModel | DiT) -> nn.Module:
     return getattr(model, "dit", model)
+
+
+def _note(dit: nn.Module, name: str, b: torch.Tensor, a: torch.Tensor) -> None:
+    """Have a transformer whose own weights are not stored keep what was added to a layer."""
+    if hasattr(dit, "keep_update"):
+        dit.keep_update(name, b, a)
 
 
 def _is_adapter(name: str) -> bool:

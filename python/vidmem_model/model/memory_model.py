@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .config import ModelConfig
+from .diffusers_dit import make_dit
 from .dit import DiT, KVCache
 from .encoder import History, MemoryEncoder, MemoryTokens
 from .flow import sample
@@ -21,25 +22,45 @@ class MemoryModel(nn.Module):
     Args:
         config: of all parts. The VAE is not among them: it is frozen, and loaded apart.
         text_path: folder of a pretrained text encoder, for `config.text.kind` "transformers".
+        transformer: of diffusers, for `config.dit.diffusers`; by default that of the folder named there.
 
     Attributes:
         extra: what save_model was given besides the model.
         vae_weights: the VAE's weights beside the file the model came from, or None.
 
     Raises:
-        UserError: the text encoder's folder cannot be used.
+        UserError: the text encoder's folder, or the transformer, cannot be used.
     """
 
-    def __init__(self, config: ModelConfig, text_path: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        text_path: str | Path | None = None,
+        transformer: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.dit = DiT(config.dit, config.vae.channels, config.text.dim, config.encoders[0].compression)
+        channels, text = config.vae.channels, config.text
+        if config.dit.diffusers is None:
+            self.dit = DiT(config.dit, channels, text.dim, config.encoders[0].compression)
+        else:
+            self.dit = make_dit(config.dit, channels, text.dim, text.max_tokens, transformer)
         self.encoders = nn.ModuleList(
             MemoryEncoder(each, config.dit.dim, config.vae.channels) for each in config.encoders
         )
         self.text = TextEncoder(config.text, text_path)
         self.extra: dict[str, Any] = {}
         self.vae_weights: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.dit.parameters()).device
+
+    def stored(self) -> set[str]:
+        """Names of the state that a model's file holds: all but pretrained parts, which stay in their folders."""
+        apart = {f"dit.{name}" for name in getattr(self.dit, "pretrained", ())}
+        return {name for name in self.state_dict() if name not in apart and not name.startswith("text.pretrained.")}
 
     def remember(self, history: History) -> MemoryTokens:
         """Encode a history with every encoder, one after another.
@@ -114,7 +135,7 @@ class MemoryModel(nn.Module):
         """
         height, width = size or self.config.latent_size
         b, k = frames.shape
-        device = self.dit.head_table.device
+        device = self.device
         noise = torch.randn(
             (b, self.config.vae.channels, k, height, width),
             generator=generator,

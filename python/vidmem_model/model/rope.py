@@ -43,20 +43,24 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rotary(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
+def rotary(
+    positions: torch.Tensor, head_dim: int, axes: tuple[int, int, int] | None = None, theta: float = THETA
+) -> torch.Tensor:
     """Rotation of each pair of channels at each position.
 
     Args:
         positions: float (B or 1, N, 3), (t, h, w).
         head_dim: channels of a head, even.
+        axes: of these, those that turn with t, h and w; by default `axis_sizes`, as in Wan.
+        theta: the longest period over 2 pi.
 
     Returns:
         complex64 (B or 1, N, head_dim / 2), of modulus 1.
     """
     angles = []
-    for axis, size in enumerate(axis_sizes(head_dim)):
+    for axis, size in enumerate(axes or axis_sizes(head_dim)):
         exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-        angles.append(positions[..., axis, None].to(torch.float32) * THETA**-exponent)
+        angles.append(positions[..., axis, None].to(torch.float32) * theta**-exponent)
     angle = torch.cat(angles, -1)
     return torch.polar(torch.ones_like(angle), angle)
 

@@ -209,7 +209,8 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
             restart,
         )
         if config.lora_rank:
-            if config.freeze_encoder and rank() == 0:
+            # Only where adapters are all that was trained.
+            if config.freeze_encoder and rank() == 0 and not model.dit.added():
                 save_lora(output / LORA_FILE, model, run_extra(output, config))
             merge_lora(model)
         return finish(output, model, config, weights)

@@ -9,6 +9,7 @@ from .. import yaml_file
 from ..checks import FieldError, build, renewed, show
 from ..errors import UserError
 from ..model.config import PRESETS, ModelConfig
+from ..model.diffusers_dit import dit_fields
 from .continuation import FinetuneConfig
 from .retrieval import PretrainConfig
 from .vae import PretrainVAEConfig
@@ -97,7 +98,7 @@ class _Recipe:
 
     def model(self, values: Any) -> Any:
         """The fields of a model, those of its preset included."""
-        given = {"preset": values} if isinstance(values, str) else values
+        given = {"preset": values} if isinstance(values, str) else self.with_transformer(values)
         if not isinstance(given, dict) or "preset" not in given:
             return given
         given = dict(given)
@@ -108,6 +109,22 @@ class _Recipe:
             return _merge(PRESETS[preset].to_dict(), renewed(ModelConfig, given, "model"))
         except FieldError as error:
             raise self.error(error.place, str(error)) from error
+
+    def with_transformer(self, values: Any) -> Any:
+        """The fields of a model, with the sizes of the transformer of diffusers that it names by its folder."""
+        dit = values.get("dit") if isinstance(values, dict) else None
+        folder = dit.get("diffusers") if isinstance(dit, dict) else None
+        if not isinstance(folder, str):
+            return values
+        try:
+            sizes = dit_fields(folder)
+        except UserError as error:
+            raise self.error("model.dit.diffusers", f"model.dit.diffusers: {error}") from error
+        for key in ("dim", "depth", "heads", "mlp"):
+            if dit.get(key, sizes[key]) != sizes[key]:
+                what = f"must be {show(sizes[key])}, that of {folder}, got {show(dit[key])}; it may be left out"
+                raise self.error(f"model.dit.{key}", f"model.dit.{key} {what}")
+        return {**values, "dit": {**sizes, **dit}}
 
 
 def _is_file(path: Path) -> bool:

@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from ..checks import Checked, FileName, not_negative, positive, require, within
 from ..model.config import Compression, EncoderConfig, ModelConfig
+from ..model.diffusers_dit import empty_transformer
 from ..model.encoder import History
 from ..model.flow import logit_normal, shift_timesteps
+from ..model.lora import MOST_RANK, add_lora, merge_lora
 from ..model.memory_model import MemoryModel
 from ..model.text import require_encoder
 from ..skeleton import require_room, require_trainable
@@ -86,6 +88,10 @@ class PretrainConfig(Checked):
         text: folder of the pretrained text encoder, for `model.text.kind` transformers.
         linear_start: histories of which linear_start.start_linearly finds where to begin; 0 to begin at
             random. Their boxes should be many times the numbers of a box (demo: 28,800 boxes, 2,048 numbers).
+        lora_rank: of the adapters of a transformer of diffusers, whose own weights are not trained; 0 for none.
+
+    Raises:
+        ValueError: a value is out of range, or not for the model's transformer.
     """
 
     model: ModelConfig
@@ -96,6 +102,21 @@ class PretrainConfig(Checked):
     vae: FileName | None = None
     text: FileName | None = None
     linear_start: Annotated[int, not_negative(1_000_000)] = 0
+    lora_rank: Annotated[int, not_negative(MOST_RANK)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pretrained = self.model.dit.diffusers is not None
+        require(
+            pretrained or not self.lora_rank,
+            "PretrainConfig: lora_rank must be 0 for a transformer that is trained itself",
+            self.lora_rank,
+        )
+        require(
+            not self.linear_start or not (pretrained or any(each.width for each in self.model.encoders)),
+            "PretrainConfig: linear_start must be 0 for a transformer of diffusers or an encoder of its own width",
+            self.linear_start,
+        )
 
 
 def low_compressions(encoders: Sequence[EncoderConfig]) -> list[Compression | None]:
@@ -245,7 +266,12 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
     with processes(config.optimisation) as device, run_folder(config, config.vae, config.text) as output:
         require_encoder(config.model.text, config.text, "by the key text:")
         config.model.require_boxes()
-        require_trainable(lambda depth: MemoryModel(config.model.with_depth(depth)), config.model.dit.depth, device)
+        dit = config.model.dit
+        require_trainable(
+            lambda depth: MemoryModel(config.model.with_depth(depth), transformer=empty_transformer(dit)),
+            dit.depth,
+            device,
+        )
         vae = load_vae(config.model.vae, Path(config.vae) if config.vae else None)
         encoders = config.model.encoders
         compressions = [each for each in low_compressions(encoders) if each]
@@ -262,6 +288,8 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
             device,
             restart,
         )
+        if config.lora_rank:
+            merge_lora(model)
         return finish(output, model, config, config.vae)
 
 
@@ -281,4 +309,6 @@ def _fresh(config: PretrainConfig, batches: FrameQueries) -> MemoryModel:
     model = MemoryModel(config.model, config.text)
     if config.linear_start:
         start_linearly(model, lambda: batches.clean(config.linear_start))
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
     return model

@@ -6,13 +6,13 @@ the posterior; nothing is sampled.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..diffusers_folder import diffusers_class, part_folder, read_config, read_weights
 from ..errors import UserError
 from .base import VideoCodec
 from .config import VAEConfig
@@ -216,16 +216,11 @@ def load_diffusers_vae(config: VAEConfig, folder: Path | None) -> DiffusersVAE:
     name = CLASSES[config.kind]
     if folder is None:
         raise UserError(f"the model's VAE is {name}: give the folder with its weights")
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
-    found = _class_in(folder)
+    folder = part_folder(folder, "vae")
+    found = read_config(folder, "VAE").get("_class_name")
     if found != name:
         raise UserError(f"{folder}: holds a {found or 'model without a class name'}, the model asks for {name}")
-    try:
-        vae = _diffusers_class(name).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: the weights of {name} cannot be read ({reason})") from error
+    vae = read_weights(name, folder)
     return _adapt(config, vae, str(folder))
 
 
@@ -236,7 +231,7 @@ def new_diffusers_vae(config: VAEConfig) -> DiffusersVAE:
         UserError: diffusers is missing, or the published VAE has other channels or another stride.
     """
     name = CLASSES[config.kind]
-    return _adapt(config, _diffusers_class(name)(), name)
+    return _adapt(config, diffusers_class(name)(), name)
 
 
 def _adapt(config: VAEConfig, vae: nn.Module, source: str) -> DiffusersVAE:
@@ -247,24 +242,3 @@ def _adapt(config: VAEConfig, vae: nn.Module, source: str) -> DiffusersVAE:
             f"the model asks for {config.channels} and {tuple(config.stride)}"
         )
     return adapter
-
-
-def _class_in(folder: Path) -> str | None:
-    file = folder / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); give the folder of a VAE of diffusers") from error
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: is not the configuration of a model of diffusers") from error
-
-
-def _diffusers_class(name: str) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UserError(f"{name} needs diffusers: pip install 'vidmem-model[diffusers]' ({error})") from error
-    found = getattr(diffusers, name, None)
-    if found is None:
-        raise UserError(f"diffusers {diffusers.__version__} has no {name}; install a newer one")
-    return found

@@ -1,0 +1,342 @@
+"""What token merging costs and gains in diffusers' Wan: error on latents of real video, time and memory against length.
+
+    python benchmarks/integrations.py                         # under 3 minutes on two cores; prints the tables
+    python benchmarks/integrations.py --frames 2 4 8 16 32    # longer videos: a frame is 390 tokens
+    python benchmarks/integrations.py --quick                 # seconds: latents that are drawn, one small model
+    python benchmarks/integrations.py --page docs/integrations.md -o benchmarks/results/integrations
+
+Weights are random: no transformer of Wan comes with this package. Errors are of the first self-attention, whose input
+is the same with and without merging, and of what the model predicts; both relative to the model without merging.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from benchmarks.record import describe, result_path, write_json  # noqa: E402
+from benchmarks.timing import clock_of, interleave, speedup, summarise  # noqa: E402
+from vidmem_kernels.diffusers import apply_token_merging  # noqa: E402
+
+RATIOS = (0.0, 0.25, 0.5, 0.75)
+NOISE = (0.1, 0.5, 0.9)
+# Seconds of the sample film at which clips begin: a meadow, and a chase.
+CLIPS = (60.0, 420.0)
+# Pixels, and frames a second: 15 x 26 tokens a latent frame.
+HEIGHT, WIDTH, FPS = 240, 416, 16.0
+CHANNELS, TEXT_TOKENS = 16, 512
+# A step of a sampler of 30 between two forwards, for plans that are kept.
+STEP = 1 / 30
+
+Row = dict[str, Any]
+
+
+class Model(NamedTuple):
+    """A model that is measured: what it is called, and arguments of WanTransformer3DModel."""
+
+    title: str
+    sizes: dict[str, int]
+
+
+MODELS = {
+    "tiny": Model(
+        "tiny: 4 blocks of 4 heads of 32",
+        {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64},
+    ),
+    "wan-1.3b": Model(
+        "one block of Wan 1.3B: 12 heads of 128",
+        {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1, "text_dim": 4096},
+    ),
+}
+
+
+def make_model(name: str, device: torch.device) -> nn.Module:
+    """A model with random weights, the same in every call."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    made = WanTransformer3DModel(in_channels=CHANNELS, out_channels=CHANNELS, **MODELS[name].sizes)
+    return made.eval().requires_grad_(False).to(device)
+
+
+def merging_copy(model: nn.Module, kv_ratio: float, reused: bool) -> nn.Module:
+    """A model of the same weights, which are not copied, that merges.
+
+    Args:
+        model: without merging.
+        kv_ratio: share of keys and values that are merged away.
+        reused: whether plans are made in the first block of the first forward, and used in all blocks and forwards.
+    """
+    made = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    reuse = {"reuse_steps": 1_000_000, "reuse_blocks": len(made.blocks)} if reused else {}
+    apply_token_merging(made, kv_ratio=kv_ratio, **reuse)
+    return made
+
+
+def film_latents(start: float, frames: int) -> Tensor:
+    """Latents (1, C, frames, H, W) of the sample film, by the VAE that comes with the package, from a second on."""
+    from vidmem_model.model.config import PRESETS
+    from vidmem_model.shipped import CHECKPOINTS
+    from vidmem_model.vae import load_vae
+    from vidmem_model.video import read_clip
+    from vidmem_model.video.clip import ClipSpec
+    from vidmem_model.video.sample import fetch_sample_clip
+
+    vae = load_vae(PRESETS["demo"].vae, CHECKPOINTS / "vae.safetensors")
+    count = vae.video_frames(frames)
+    spec = ClipSpec(HEIGHT, WIDTH, FPS, start=start, seconds=(count + 1) / FPS)
+    pictures = read_clip(fetch_sample_clip(), spec).frames[:count]
+    with torch.no_grad():
+        return vae.scale(torch.cat(list(vae.encode_chunks([pictures])), 2))[:, :, :frames]
+
+
+def drawn_latents(seed: float, frames: int) -> Tensor:
+    """Smooth latents of a small size, for a run that shows only that everything works."""
+    draw = torch.Generator().manual_seed(int(seed))
+    coarse = torch.randn(1, CHANNELS, frames, 3, 4, generator=draw)
+    return nn.functional.interpolate(coarse, size=(frames, 12, 16), mode="trilinear")
+
+
+class Forward:
+    """Forwards of a model on latents with noise, and what its self-attentions took.
+
+    Args:
+        model: on the device.
+        latents: (1, C, T, H, W).
+    """
+
+    def __init__(self, model: nn.Module, latents: Tensor) -> None:
+        device = next(model.parameters()).device
+        draw = torch.Generator().manual_seed(1)
+        self.model, self.latents = model, latents.to(device)
+        self.noise = torch.randn(latents.shape, generator=draw).to(device)
+        self.text = torch.randn(1, TEXT_TOKENS, model.config.text_dim, generator=draw).to(device)
+        self.first: Tensor | None = None  # what the first self-attention gave
+        self.seconds = 0.0  # that self-attentions took in the last forward
+        self._began = 0.0
+        for i, block in enumerate(model.blocks):
+            block.attn1.register_forward_pre_hook(self._begin)
+            block.attn1.register_forward_hook(self._end_first if i == 0 else self._end)
+
+    @torch.no_grad()
+    def __call__(self, noise: float = 0.5) -> Tensor:
+        """The prediction for latents of which that share is noise."""
+        self.seconds = 0.0
+        noisy = (1 - noise) * self.latents + noise * self.noise
+        time = torch.tensor([1000 * noise], device=noisy.device)
+        return self.model(noisy, time, self.text, return_dict=False)[0]
+
+    def _now(self) -> float:
+        if self.latents.is_cuda:
+            torch.cuda.synchronize(self.latents.device)
+        return perf_counter()
+
+    def _begin(self, *_: Any) -> None:
+        self._began = self._now()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += self._now() - self._began
+
+    def _end_first(self, module: nn.Module, given: Any, made: Tensor) -> None:
+        self._end()
+        self.first = made
+
+
+def relative(made: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over that of what is expected."""
+    return float((made - expected).norm() / expected.norm())
+
+
+def measure_errors(name: str, clips: dict[float, Tensor], device: torch.device) -> Iterator[Row]:
+    """Errors at each ratio and share of noise, with plans of their own and with those of a step before."""
+    model = make_model(name, device)
+    for clip, latents in clips.items():
+        dense = Forward(merging_copy(model, 0.0, False), latents)
+        for noise in NOISE:
+            expected = dense(noise)
+            for ratio in RATIOS[1:]:
+                for reused in (False, True):
+                    merged = Forward(merging_copy(model, ratio, reused), latents)
+                    if reused:
+                        merged(min(1.0, noise + STEP))
+                    made = merged(noise)
+                    yield {
+                        "kind": "error",
+                        "model": name,
+                        "clip_second": clip,
+                        "frames": latents.shape[2],
+                        "noise": noise,
+                        "kv_ratio": ratio,
+                        "reused": reused,
+                        "attention_error": relative(merged.first, dense.first),
+                        "prediction_error": relative(made, expected),
+                    }
+
+
+def measure_costs(name: str, latents: Tensor, device: torch.device, budget: float) -> Iterator[Row]:
+    """Time and peak memory of a forward at each ratio; with reuse, of one after that in which the plans were made."""
+    model, clock = make_model(name, device), clock_of(device)
+    choices = {(ratio, reused) for ratio in RATIOS for reused in (False, True) if ratio or not reused}
+    forwards, attention, peaks = {}, {}, {}
+    for choice in sorted(choices):
+        forward = Forward(merging_copy(model, *choice), latents)
+        if choice[1]:
+            forward()  # makes the plans that are kept
+        peaks[str(choice)] = clock.peak_bytes(lambda forward=forward: forward)
+        forwards[str(choice)], attention[str(choice)] = (choice, forward), []
+
+    def call(key: str) -> Callable[[], Tensor]:
+        def timed() -> Tensor:
+            made = forwards[key][1]()
+            attention[key].append(forwards[key][1].seconds)
+            return made
+
+        return timed
+
+    seconds, errors = interleave(clock, {key: lambda _, key=key: call(key) for key in forwards}, 1, budget)
+    if errors:
+        raise RuntimeError("; ".join(errors.values()))
+    _, _, frames, height, width = latents.shape
+    for key, ((ratio, reused), _) in forwards.items():
+        yield {
+            "kind": "cost",
+            "model": name,
+            "frames": frames,
+            "tokens": frames * (height // 2) * (width // 2),
+            "kv_ratio": ratio,
+            "reused": reused,
+            "median_ms": summarise(seconds[key]).median,
+            "speedup": speedup(seconds[key], seconds[str((0.0, False))]),
+            "attention_ms": 1e3 * median(attention[key][-len(seconds[key]) :]),
+            "peak_bytes": peaks[key],
+            "rounds": len(seconds[key]),
+        }
+
+
+def _outlasts(rows: list[Row], name: str, frames: int, limit: float) -> bool:
+    """Whether a forward will take longer than so many seconds, by the square of the length after the last that ran."""
+    ran = [row for row in rows if row["kind"] == "cost" and row["model"] == name and not row["kv_ratio"]]
+    return bool(ran) and 1e-3 * ran[-1]["median_ms"] * (frames / ran[-1]["frames"]) ** 2 > limit
+
+
+def tables(result: Row) -> str:
+    """The tables of the page, Markdown."""
+    return "\n\n".join([*_error_tables(result["rows"]), *_cost_tables(result["rows"])])
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
+
+
+def _error_tables(rows: list[Row]) -> Iterator[str]:
+    rows = [row for row in rows if row["kind"] == "error"]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        noises = sorted({row["noise"] for row in rows})
+        lines = []
+        for ratio, reused in sorted({(row["kv_ratio"], row["reused"]) for row in rows}):
+            cells = [f"{ratio:g}{', plan of the step before' if reused else ''}"]
+            for noise in noises:
+                own = {"model": name, "noise": noise, "kv_ratio": ratio, "reused": reused}
+                found = [row for row in rows if own.items() <= row.items()]
+                errors = (mean(row[key] for row in found) for key in ("attention_error", "prediction_error"))
+                cells.append(" / ".join(f"{error:.3f}" for error in errors))
+            lines.append(cells)
+        yield _table([MODELS[name].title, *(f"{noise:.0%} noise" for noise in noises)], lines)
+
+
+def _cost_tables(rows: list[Row]) -> Iterator[str]:
+    rows = [row for row in rows if row["kind"] == "cost"]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
+        lengths = sorted({row["tokens"] for row in own})
+        lines = []
+        for ratio, reused in sorted({(row["kv_ratio"], row["reused"]) for row in own}):
+            cells = [f"{ratio:g}{', plan kept' if reused else ''}"]
+            for tokens in lengths:
+                row = next(r for r in own if (r["tokens"], r["kv_ratio"], r["reused"]) == (tokens, ratio, reused))
+                times = " / ".join(f"{row[key]:,.0f}" for key in ("attention_ms", "median_ms"))
+                cells.append(f"{times} ms, {row['speedup']:.2f}×, {row['peak_bytes'] / 2**20:,.0f} MiB")
+            lines.append(cells)
+        yield _table([MODELS[name].title, *(f"{tokens:,} tokens" for tokens in lengths)], lines)
+
+
+MARKS = "<!-- table -->", "<!-- end of table -->"
+
+
+def with_tables(page: str, made: str) -> str:
+    """A page with its tables replaced."""
+    before, _, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise ValueError(f"the page must have the marks {MARKS[0]} and {MARKS[1]}")
+    return f"{before}{MARKS[0]}\n{made}\n{MARKS[1]}{after}"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
+    parser.add_argument("--frames", nargs="+", type=int, default=[2, 4, 8], help="latent frames that are timed")
+    parser.add_argument("--error-frames", type=int, default=4, help="latent frames of the clips for errors")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of rounds for each length")
+    parser.add_argument("--limit", type=float, default=10.0, help="longest forward, in seconds; others are left out")
+    parser.add_argument("--quick", action="store_true", help="drawn latents, the tiny model, in seconds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--page", type=Path, help="a page whose tables are replaced")
+    parser.add_argument("-o", "--output", type=Path, help=".json file or folder; default: nothing is written")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.models, args.frames, args.error_frames, args.seconds = ["tiny"], [3], 3, 0.1
+    if min(*args.frames, args.error_frames) < 2:
+        parser.error("--frames and --error-frames: must be at least 2, of which the first is never merged")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device, started = torch.device(args.device), perf_counter()
+    latents = drawn_latents if args.quick else film_latents
+    result = describe(ROOT, device, sys.argv[1:] if argv is None else argv)
+    result["left_out"] = []
+    result |= {"latents": "drawn" if args.quick else "sample film, vae.safetensors", "weights": "random"}
+    longest = latents(CLIPS[0], max(*args.frames, args.error_frames))
+    clips = {CLIPS[0]: longest[:, :, : args.error_frames]}
+    clips |= {start: latents(start, args.error_frames) for start in CLIPS[1:] if not args.quick}
+    for name in args.models:
+        print(f"errors of {name}", file=sys.stderr, flush=True)
+        # A clip takes the block of true width half a minute: it gets one.
+        result["rows"] += measure_errors(name, clips if name == "tiny" else {CLIPS[0]: clips[CLIPS[0]]}, device)
+        for frames in sorted(args.frames):
+            if _outlasts(result["rows"], name, frames, args.limit):
+                result["left_out"].append({"model": name, "frames": frames})
+                continue
+            print(f"costs of {name}, {frames} latent frames", file=sys.stderr, flush=True)
+            result["rows"] += measure_costs(name, longest[:, :, :frames], device, args.seconds)
+    result |= {"complete": True, "seconds": perf_counter() - started}
+    print(tables(result))
+    if args.page is not None:
+        args.page.write_text(with_tables(args.page.read_text(), tables(result)))
+    if args.output is not None:
+        path = result_path(args.output, ROOT, result)
+        write_json(path, result)
+        print(f"\n{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
