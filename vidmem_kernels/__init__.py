@@ -15,6 +15,7 @@ from .cross_attn.api import *  # noqa: F403
 from .linear_attn import api as _linear_attn
 from .linear_attn.api import *  # noqa: F403
 from .modules import LinearAttention, MemoryCrossAttention
+from .rotary import Rotary, apply_rotary, rotary
 from .sparse_gather import api as _sparse_gather
 from .sparse_gather.api import *  # noqa: F403
 from .sparse_gather.memory_bank import MemoryBank
@@ -33,8 +34,11 @@ __all__ = [
     "MemoryBank",
     "MemoryCrossAttention",
     "MemoryFileError",
+    "Rotary",
+    "apply_rotary",
     "explain",
     "recording",
+    "rotary",
     "use_backend",
 ]
 __all__ += _cross_attn.__all__

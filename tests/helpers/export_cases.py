@@ -15,7 +15,7 @@ CASES = public_calls()
 # They compute nothing, or live on files.
 NOT_TRACED = {
     "BackendError", "Choice", "LinearAttentionState", "MemoryBank", "MemoryFileError", "MergeResult", "QuantizedRows",
-    "SelectResult", "explain", "recording", "use_backend",
+    "Rotary", "SelectResult", "explain", "recording", "use_backend",
 }  # fmt: skip
 
 
@@ -182,3 +182,15 @@ case("LinearAttention", "relu", _module(vk.LinearAttention, 8, 2), "B L 8")
 case("LinearAttention", "causal, state", _module(_Carry), "B L 8", "B Ly 8")
 case("MemoryCrossAttention", "plain", _module(vk.MemoryCrossAttention, 8, 2, memory_dim=6), "B Lq 8", "B M 6")
 case("MemoryCrossAttention", "of merged tokens", _module(_Read), "B Lq 8", "B M 6", B=1, M=4)
+
+# --- rotary embedding ---
+
+
+case("rotary", "three axes", lambda p: vk.rotary(p, (4, 2, 6)), "B N 3")
+case("rotary", "shared, integers", lambda p: vk.rotary(p.long(), (4, 2), 256.0), "N 2")
+case(
+    "apply_rotary",
+    "of a position each",
+    lambda x, p: vk.apply_rotary(x, vk.rotary(p, (4, 2))),
+    "B L H 6", "B L 2",
+)  # fmt: skip
