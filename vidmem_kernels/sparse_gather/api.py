@@ -23,6 +23,7 @@ from .._checks import (
     names,
 )
 from .._fast import fast
+from .._sharding import replicating
 from .._symbolic import require, saveable, unguarded
 from .block_choice import check_always, choose_blocks
 from .tiles import TileOrder, tile_order
@@ -333,4 +334,7 @@ def topk_blocks(
     if block_sizes is None and key_mask is None and always is None and not causal:
         q, k = (x.expand(batch, *x.shape[1:]) if is_one(x.shape[0]) else x for x in (q, k))
         return call("topk_blocks", q, k, block_q, block_k, topk, backend=backend)
-    return unguarded(choose_blocks, q, k, batch, block_size, topk, q_sizes, k_sizes, key_mask, always, causal, backend)
+    with replicating(q):
+        return unguarded(
+            choose_blocks, q, k, batch, block_size, topk, q_sizes, k_sizes, key_mask, always, causal, backend
+        )
