@@ -177,6 +177,9 @@ def topk_blocks(q: Tensor, k: Tensor, block_q: int, block_k: int, topk: int) -> 
     return index
 
 
+_LAST_COLUMN = 2**31 - 1
+
+
 def _rank_keys(scores: Tensor) -> Tensor:
     """int64 that order as float32 scores do, NaN as -inf, equal ones by descending column; none is negative."""
     scores = scores.masked_fill(scores.isnan(), -torch.inf) + 0.0  # -0 is 0
@@ -184,9 +187,6 @@ def _rank_keys(scores: Tensor) -> Tensor:
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
     columns = torch.arange(scores.shape[-1], device=scores.device)
     return (ordered << 31) | (_LAST_COLUMN - columns)
-
-
-_LAST_COLUMN = 2**31 - 1
 
 
 def topk_blocks_causal(q: Tensor, k: Tensor, last: Tensor, present: Tensor, topk: int) -> Tensor:
@@ -205,9 +205,9 @@ def topk_blocks_causal(q: Tensor, k: Tensor, last: Tensor, present: Tensor, topk
     queries, keys = q.transpose(1, 2), k.permute(0, 2, 3, 1)
     shape = (*queries.shape[:3], topk)
     columns = torch.arange(k.shape[1], device=k.device)
-    index = torch.empty(*shape[:2], 0, topk, dtype=torch.int32, device=q.device)
-    parts = [index]
-    step = max(1, _SCORES // max(1, shape[0] * shape[1] * k.shape[1]))
+    parts = [torch.empty(*shape[:2], 0, topk, dtype=torch.int32, device=q.device)]
+    held = _SCORES // 4 if q.device.type == "cpu" else _SCORES  # several passes, which a CPU's cache should hold
+    step = max(1, held // max(1, shape[0] * shape[1] * k.shape[1]))
     for start in range(0, shape[2], step):
         rows = slice(start, start + step)
         scores = queries[:, :, rows] @ keys
