@@ -57,13 +57,13 @@ def padded_rows(sizes: Tensor, size: int) -> Tensor:
 
 
 def block_of(rows: Tensor, sizes: Tensor) -> Tensor:
-    """The block that each row lies in, int64; that of a row beyond the last block is the last."""
-    return torch.searchsorted(sizes.cumsum(0), rows, right=True).clamp(max=sizes.shape[0] - 1)
+    """The block that each of some rows lies in, int64; of a row beyond the last block it is the last."""
+    return (sizes.cumsum(0) <= rows.unsqueeze(1)).sum(1).clamp(max=sizes.shape[0] - 1)
 
 
 def padded_places(sizes: Tensor, size: int, length: int) -> Tensor:
     """(length,) int32: the place of each row in the layout of `padded_rows`."""
-    row = torch.arange(length, device=sizes.device)
-    block = block_of(row, sizes)
-    start = sizes.cumsum(0) - sizes
-    return (block * size + row - start[block]).to(torch.int32)
+    rows = padded_rows(sizes, size).long()
+    rows = rows.masked_fill(rows < 0, length).clamp(max=length)  # a place without a row counts for one more
+    place = torch.arange(rows.shape[0], device=sizes.device)
+    return place.new_zeros(length + 1).scatter(0, rows, place)[:length].to(torch.int32)
