@@ -86,3 +86,18 @@ def check_same_dtype(op: str, **tensors: torch.Tensor) -> torch.dtype:
             seen[name] = torch.get_autocast_dtype(tensor.device.type)
         check_same(op, f"{first_name} and {name} must have the same dtype", seen[first_name], seen[name])
     return seen[first_name]
+
+
+def is_one(size: int | torch.SymInt) -> bool:
+    """Whether a size is 1 and may be broadcast: a symbolic one never stands for 1."""
+    return isinstance(size, int) and size == 1
+
+
+def common_batch(op: str, **tensors: torch.Tensor) -> int:
+    """The batch of two tensors, checked to be the same, or that of the other where one of them has a batch of 1."""
+    (first, a), (second, b) = ((name, tensor.shape[0]) for name, tensor in tensors.items())
+    for one, other in ((a, b), (b, a)):
+        if is_one(one):
+            return other
+    check_same(op, f"{first} and {second} must have the same B", a, b)
+    return a

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
+
+from torch import Tensor
 
 from ._op import OPS, Op
 from ._transforms import when_traced
@@ -63,3 +66,13 @@ def _rules(op: Op) -> Any:
         return acceptable
 
     return rules
+
+
+def replicating(tensor: Tensor) -> AbstractContextManager:
+    """A context for the indices that are made on the way: on all ranks that share `tensor` they are the same."""
+    if type(tensor) is Tensor or "torch.distributed.tensor" not in sys.modules:
+        return nullcontext()
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication() if isinstance(tensor, DTensor) else nullcontext()

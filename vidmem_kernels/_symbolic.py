@@ -103,8 +103,8 @@ def unguarded(function: Callable[..., Any], *args: Any) -> Any:
     """
     if is_dynamo_compiling() or not is_exporting():
         return function(*args)
-    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
-    sizes = [n for n in first.shape if isinstance(n, torch.SymInt)]
+    first = args[0] if isinstance(args[0], torch.Tensor) or not isinstance(args[0][0], torch.Tensor) else args[0][0]
+    sizes = [n for n in getattr(first, "shape", first) if isinstance(n, torch.SymInt)]
     if not sizes:
         return function(*args)
     with sizes[0].node.shape_env.suppress_guards():

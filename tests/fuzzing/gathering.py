@@ -228,52 +228,130 @@ def select_tokens(draw: Draw) -> Case:
 # --- topk_blocks ---
 
 
+def _block_of_rows(sizes: Tensor) -> Tensor:
+    return torch.arange(len(sizes)).repeat_interleave(sizes.long())
+
+
 class TopkBlocks(Case):
     function = staticmethod(vk.topk_blocks)
 
-    def _means(self, p: Precision, x: Tensor, block: int) -> Num:
-        """(B, H, blocks, D)"""
-        rows = p.num(x.transpose(1, 2))
-        index = (torch.arange(x.shape[1]) // block).expand(x.shape[0] * x.shape[2], -1)
-        count = -(-x.shape[1] // block)
-        total = sum_rows(rows.map(lambda t: t.flatten(0, 1)), index, count)
-        sizes = (x.shape[1] - block * torch.arange(count)).clamp(max=block).double().unsqueeze(1)
-        return (total / p.num(sizes)).map(lambda t: t.unflatten(0, (x.shape[0], x.shape[2])))
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """Rows of each block of queries and of keys."""
+        sizes = self.args.get("block_sizes")
+        if sizes is None:
+            lengths = zip((self.args["q"].shape[1], self.args["k"].shape[1]), self.args["block_size"], strict=True)
+            return tuple((n - block * torch.arange(-(-n // block))).clamp(max=block) for n, block in lengths)
+        return (sizes, sizes) if isinstance(sizes, Tensor) else sizes
+
+    def _means(self, p: Precision, x: Tensor, sizes: Tensor, mask: Tensor | None = None) -> tuple[Num, Tensor]:
+        """(B, H, blocks, D), and (B, blocks) whether there is anything to average."""
+        batch, length, heads, _ = x.shape
+        mask = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.expand(batch, -1)
+        x = x.masked_fill(~mask.view(batch, length, 1, 1), 0)
+        index = torch.where(mask, _block_of_rows(sizes), -1)
+        rows = p.num(x.transpose(1, 2)).map(lambda t: t.flatten(0, 1))
+        total = sum_rows(rows, index.repeat_interleave(heads, 0), len(sizes)).map(
+            lambda t: t.unflatten(0, (batch, heads))
+        )
+        count = torch.zeros(batch, len(sizes) + 1).scatter_add_(1, index % (len(sizes) + 1), torch.ones(index.shape))
+        count = count[:, :-1].double()
+        return total / p.num(count.clamp(min=1).view(batch, 1, -1, 1)), count > 0
+
+    def _priority(self, blocks_q: int, present: Tensor, sizes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, nq, nk) of blocks that stand first, the higher the earlier, else 0; and which may be chosen at all."""
+        blocks = torch.arange(present.shape[1])
+        may, priority = present.unsqueeze(1).expand(-1, blocks_q, -1), torch.zeros(blocks_q, len(blocks)).long()
+        always = self.args.get("always")
+        if always is not None:
+            if not (isinstance(always, Tensor) and always.dtype == torch.bool):
+                always = torch.isin(blocks, torch.as_tensor(always, dtype=torch.int64))
+            priority = torch.where(always, len(blocks) - blocks, priority)
+        if self.args.get("causal"):
+            last = sizes[0].long().cumsum(0) - 1 + self.args["k"].shape[1] - self.args["q"].shape[1]
+            own = (sizes[1].long().cumsum(0) <= last.unsqueeze(1)).sum(1, keepdim=True).clamp(max=len(blocks) - 1)
+            may = may & (blocks <= own)
+            priority = torch.where(blocks == own, len(blocks) + 1, priority)
+        return torch.where(may, priority, 0), may
 
     def check(self, results):
         q, k, topk, index = self.args["q"], self.args["k"], self.args["topk"], results["out"]
-        bq, bk = self.args["block_size"]
-        shape = (q.shape[0], q.shape[2], -(-q.shape[1] // bq), topk)
+        sizes = self._sizes()
+        batch = q.shape[0] if k.shape[0] == 1 else k.shape[0]
+        shape = (batch, q.shape[2], len(sizes[0]), topk)
         must(index.dtype == torch.int32 and index.shape == shape, f"index is {index.dtype}{list(index.shape)}")
         if index.numel() == 0:
             return
+        mask = self.args.get("key_mask")
+        q, k = (x.expand(batch, -1, -1, -1) for x in (q, k))
         p = Precision(torch.promote_types(q.dtype, k.dtype))
-        score = self._means(p, q, bq).matmul(self._means(p, k, bk).map(lambda t: t.mT), rounded=0)
-        blocks = score.x.shape[3]
-        must(bool(((index >= 0) & (index < blocks)).all()), "a block out of range")
+        (queries, _), (keys, present) = self._means(p, q, sizes[0]), self._means(p, k, sizes[1], mask)
+        score = queries.matmul(keys.map(lambda t: t.mT), rounded=0)
+        priority, may = self._priority(shape[2], present, sizes)
+        priority, may = (t.unsqueeze(1).expand(score.x.shape) for t in (priority, may))
         index = index.long()
-        must(bool((index.sort(3).values.diff(dim=3) > 0).all()), "a block twice")
+        place = torch.arange(topk)
+        first = (priority > 0).sum(3, keepdim=True).clamp(max=topk)
+        filled = may.sum(3, keepdim=True).clamp(max=topk)
+        must(
+            bool(((index == -1) == (place >= filled)).all()), "-1 stands elsewhere than where there are no more blocks"
+        )
+        must(bool((index < may.shape[3]).all()), "a block out of range")
+        unique = torch.where(index < 0, -1 - place, index).sort(3).values.diff(dim=3)
+        must(bool((unique > 0).all()), "a block twice")
+        wanted = priority.sort(dim=3, descending=True, stable=True).indices[..., :topk]
+        must(bool(((index == wanted) | (place >= first)).all()), "not the blocks first that are always there")
+        at = index.clamp(min=0)
+        must(bool((may.gather(3, at) | (index < 0)).all()), "a block that may not be chosen")
         x = score.x.masked_fill(score.x.isnan(), -torch.inf)
         e = score.e.masked_fill(~x.isfinite(), 0)
-        low, high = (x - e).gather(3, index), (x + e).gather(3, index)
-        must(bool((high[..., :-1] >= low[..., 1:]).all()), "not the best first")
-        others = (x - e).scatter(3, index, -torch.inf).amax(3)
-        must(bool((high[..., -1] >= others).all()), "a better block was left out")
+        chosen = (place >= first) & (place < filled)
+        low, high = (x - e).gather(3, at), (x + e).gather(3, at)
+        in_order = (high[..., :-1] >= low[..., 1:]) | ~(chosen[..., :-1] & chosen[..., 1:])
+        must(bool(in_order.all()), "not the best first")
+        others = (x - e).masked_fill(~may | (priority > 0), -torch.inf).scatter(3, at, -torch.inf).amax(3, keepdim=True)
+        must(bool(((high >= others) | ~chosen).all()), "a better block was left out")
         small_integers = all(bool((t.double() == t.double().round()).all() and (t.abs() < 32).all()) for t in (q, k))
-        whole = all(b in (1, 2, 4, 16, 32) and t.shape[1] % b == 0 for b, t in ((bq, q), (bk, k)))
+        whole = all(bool(((s & (s - 1)) == 0).all()) for s in sizes) and mask is None
         if small_integers and whole:  # every sum is exact, and equal scores tie
-            order = x.argsort(dim=3, descending=True, stable=True)[..., :topk]
-            must(torch.equal(order, index), "equal scores are not by ascending block")
+            rest = x.masked_fill(~may | (priority > 0), -torch.inf).argsort(dim=3, descending=True, stable=True)
+            rest = rest.gather(3, (place - first).clamp(min=0))
+            must(bool(((rest == index) | ~chosen).all()), "equal scores are not by ascending block")
+
+
+def _sizes_of(draw: Draw, length: int, most: int) -> Tensor:
+    """Lengths of blocks of at most so many rows, some of none, that make up `length` rows."""
+    sizes = []
+    while sum(sizes) < length:
+        sizes.append(min(draw.between(0, most), length - sum(sizes)))
+    return draw.layout(torch.tensor(sizes, dtype=draw.pick(torch.int32, torch.int64)))
 
 
 @generator
 def topk_blocks(draw: Draw) -> Case:
     dtype, batch, heads, size = draw.dtype(), draw.batch(), draw.between(1, 3), draw.size(140)
     kind = "integers" if draw.chance(0.3) else None
-    q = draw.tensor(batch, draw.size(), heads, size, dtype=dtype, kind=kind)
-    k = draw.tensor(batch, draw.size(), heads, size, dtype=draw.pick(dtype, dtype, draw.dtype()), kind=kind)
+    causal = draw.chance(0.2)
+    lengths = draw.size(), draw.size()
+    lengths = sorted(lengths) if causal else lengths
+    of_q, of_k = draw.pick((batch, batch), (batch, batch), (1, batch), (batch, 1))
+    q = draw.tensor(of_q, lengths[0], heads, size, dtype=dtype, kind=kind)
+    k = draw.tensor(of_k, lengths[1], heads, size, dtype=draw.pick(dtype, dtype, draw.dtype()), kind=kind)
     block = tuple(draw.pick(1, 1, 2, 3, 5, 16, 17, 32) for _ in range(2))
-    blocks = -(-k.shape[1] // block[1])
+    blocks_q, blocks = (-(-n // size) for n, size in zip(lengths, block, strict=True))
     if k.numel() and draw.chance(0.1):
         k = draw.layout(k.masked_fill(draw.mask(*k.shape[:3], 1, share=0.1), torch.nan))
-    return TopkBlocks({"q": q, "k": k, "block_size": block, "topk": draw.pick(min(1, blocks), draw.between(0, blocks))})
+    a = {"q": q, "k": k, "block_size": block}
+    if draw.chance(0.3):
+        sizes = a["block_sizes"] = tuple(_sizes_of(draw, n, most) for n, most in zip(lengths, block, strict=True))
+        blocks_q, blocks = map(len, sizes)
+    a["topk"] = draw.pick(min(1, blocks), draw.between(0, blocks))
+    if draw.chance(0.3):
+        a["key_mask"] = draw.mask(draw.pick(1, batch), lengths[1], share=draw.pick(0.1, 0.7))
+    if draw.chance(0.3):
+        if draw.chance(0.5):
+            a["always"] = draw.random.sample(range(blocks), draw.between(0, a["topk"]))
+        else:
+            a["always"] = draw.mask(blocks_q, blocks, share=0.2)
+    if causal:
+        a["causal"] = True
+    return TopkBlocks(a)

@@ -15,7 +15,7 @@ CASES = public_calls()
 # They compute nothing, or live on files.
 NOT_TRACED = {
     "BackendError", "Choice", "LinearAttentionState", "MemoryBank", "MemoryFileError", "MergeResult", "QuantizedRows",
-    "Rotary", "SelectResult", "explain", "recording", "use_backend",
+    "Rotary", "SelectResult", "TileOrder", "explain", "recording", "use_backend",
 }  # fmt: skip
 
 
@@ -182,6 +182,17 @@ case("LinearAttention", "relu", _module(vk.LinearAttention, 8, 2), "B L 8")
 case("LinearAttention", "causal, state", _module(_Carry), "B L 8", "B Ly 8")
 case("MemoryCrossAttention", "plain", _module(vk.MemoryCrossAttention, 8, 2, memory_dim=6), "B Lq 8", "B M 6")
 case("MemoryCrossAttention", "of merged tokens", _module(_Read), "B Lq 8", "B M 6", B=1, M=4)
+
+# --- tiles ---
+
+
+case("tile_order", "of the sizes", lambda x: vk.tile_order(x.shape, (2, 3, 2), device=x.device), "T H W")
+case(
+    "tile_order",
+    "there and back",
+    lambda x: x.flatten(1, 3)[:, (o := vk.tile_order(x.shape[1:4], (2, 3, 2), device=x.device)).order][:, o.inverse],
+    "B T H W 3", T=2, H=2, W=2,
+)  # fmt: skip
 
 # --- rotary embedding ---
 

@@ -19,10 +19,14 @@ INDEX = torch.tensor([[2, 0, -1, 5], [1, 1, 3, 4]])
 SIZES = {"B": 2, "N": 6, "L": 6, "Lq": 6, "Lk": 12, "H": 2, "D": 8, "C": 8}  # all others 3
 # Calls that hold more than one op or make tensors on the way: they go through the dispatcher every time.
 NEVER_REMEMBERED = {
+    "linear_attention[normalizer of its own]",
     "match_neighbors[threshold]",
     "merge_tokens[heads, one plan and size for a batch]",
     "quantize_rows[five dimensions]",
     "quantize_rows[two dimensions]",
+    "topk_blocks[causal]",
+    "topk_blocks[masked keys, one always]",
+    "topk_blocks[tiles of their own sizes]",
     "unmerge_tokens[heads, one plan for a batch]",
 }
 

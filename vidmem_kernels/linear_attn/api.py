@@ -11,6 +11,7 @@ from .._checks import check_finite, check_int, check_same, check_same_dtype, che
 from .._fast import fast
 from .._numerics import accumulate_dtype
 from .._symbolic import saveable
+from .normalizer import attend_normalized
 from .reference import FEATURE_MAPS
 
 __all__ = [
@@ -32,6 +33,18 @@ class LinearAttentionState(NamedTuple):
     z: Tensor
 
 
+def _check_normalizer(op: str, normalizer: object, q: Tensor, normalize: bool) -> None:
+    if not isinstance(normalizer, tuple | list) or len(normalizer) != 2:
+        raise TypeError(f"{op}: normalizer must be a pair (q2, k2), got {type(normalizer).__name__}")
+    if not normalize:
+        raise ValueError(f"{op}: normalizer must be None without normalize, got a pair")
+    for name, x in zip(("normalizer[0]", "normalizer[1]"), normalizer, strict=True):
+        check_tensor(op, name, x, "B, L, H, D")
+        check_same(op, f"q and {name} must have the same shape", tuple(q.shape), tuple(x.shape))
+        check_same_dtype(op, q=q, **{name: x})
+        check_same(op, f"q and {name} must be on the same device", q.device, x.device)
+
+
 @fast
 def linear_attention(
     q: Tensor,
@@ -45,6 +58,7 @@ def linear_attention(
     state: LinearAttentionState | None = None,
     return_state: bool = False,
     scale: float | None = None,
+    normalizer: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
     """Attends in time and memory linear in L: out_i = phi(q_i)·S / (phi(q_i)·z), S = Σ phi(k_j) v_jᵀ, z = Σ phi(k_j).
@@ -62,6 +76,12 @@ def linear_attention(
         scale: a finite number that multiplies phi(q), as in flash-linear-attention; default 1. It is applied to the
             float32 sums (float64 for float64), where `q * scale` would round a bfloat16 q first. The state does not
             depend on it. With `normalize` it cancels, but for its part beside the 1e-10; 0 gives 0.
+        normalizer: (q2, k2), each of the shape and dtype of q and k: the denominator is scale·phi(q2_i)·z + 1e-10 with
+            z = Σ phi(k2_j), over the same keys as S, and z of `state` is theirs. As in SANA-Video, whose numerator
+            alone has rotary embedding: q and k are then rotated features, q2 and k2 those before, and phi "identity".
+            Where the denominator is 0 the numerator need not be: it is then divided by 1e-10. In half precision both
+            sums are taken of float32 copies, for neither may be rounded before it is divided: that reads twice the
+            bytes and holds a float32 copy of q, k, v, q2 and k2.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
@@ -76,9 +96,12 @@ def linear_attention(
         weight = einsum("blhd,bmhd->bhlm", scale * phi(q), phi(k)) * see
         out = einsum("bhlm,bmhd->blhd", weight / (weight.sum(-1, keepdim=True) + 1e-10), v)    # normalize=True
 
+        With `normalizer`, weight.sum is that of the weight made of q2 and k2.
+
     Source:
         Katharopoulos et al., "Transformers are RNNs", 2020 (arXiv:2006.16236), where phi is elu + 1; relu as in
-        EfficientViT (arXiv:2205.14756); the epsilon as in flash-linear-attention.
+        EfficientViT (arXiv:2205.14756); the epsilon as in flash-linear-attention; a normalizer of its own as in
+        SANA-Video (arXiv:2509.24695).
     """
     op = "linear_attention"
     check_tensor(op, "q", q, "B, L, H, D")
@@ -112,7 +135,10 @@ def linear_attention(
         check_same(op, "state.z must have shape (B, H, D) of q", sizes, tuple(z.shape))
         check_same(op, "q and state.S must be on the same device", q.device, S.device)
         check_same(op, "q and state.z must be on the same device", q.device, z.device)
-    out, S, z = call(
-        "linear_attention", q, k, v, S, z, feature_map, causal, block_size, normalize, float(scale), backend=backend
-    )
+    options = feature_map, causal, block_size
+    if normalizer is None:
+        out, S, z = call("linear_attention", q, k, v, S, z, *options, normalize, float(scale), backend=backend)
+    else:
+        _check_normalizer(op, normalizer, q, normalize)
+        out, S, z = attend_normalized(q, k, v, *normalizer, S, z, *options, float(scale), dtype, backend)
     return (out, LinearAttentionState(S, z)) if return_state else out

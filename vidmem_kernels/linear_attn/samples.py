@@ -87,3 +87,11 @@ public_call(
     D=1,
     E=1,
 )
+public_call(
+    "linear_attention",
+    "normalizer of its own",
+    lambda q, k, v, q2, k2: api.linear_attention(
+        q, k, v, feature_map="elu1", causal=True, block_size=3, normalizer=(q2, k2), return_state=True
+    ),
+    *(*QKV, *QKV[:2]),
+)

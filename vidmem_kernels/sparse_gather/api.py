@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._blocks import check_pair_of_sizes
 from .._call import call
 from .._checks import (
     FLOAT_DTYPES,
@@ -16,18 +18,25 @@ from .._checks import (
     check_int,
     check_same,
     check_tensor,
+    common_batch,
+    is_one,
     names,
 )
 from .._fast import fast
-from .._symbolic import saveable, unguarded
+from .._sharding import replicating
+from .._symbolic import require, saveable, unguarded
+from .block_choice import check_always, choose_blocks
+from .tiles import TileOrder, tile_order
 
 __all__ = [
     "QuantizedRows",
     "SelectResult",
+    "TileOrder",
     "gather_tokens",
     "quantize_rows",
     "scatter_add_tokens",
     "select_tokens",
+    "tile_order",
     "topk_blocks",
 ]
 
@@ -62,7 +71,7 @@ def gather_tokens(
     Args:
         bank: (B, M, C), or (1, M, C) shared by the whole batch; float32, bfloat16, float16, float64, int8 or
             float8_e4m3fn. For a CUDA `index` it may lie in pinned host memory and is then read in place.
-        index: (B, K) int32 or int64 rows of the bank; -1 gives a row of zeros.
+        index: (B, K), or (1, K) shared by the whole batch; int32 or int64 rows of the bank; -1 gives a row of zeros.
         scale: (B|1, M) float32 or, as `quantize_rows` gives it for float64 tokens, float64: the factor of each row;
             required for int8 and float8 banks, and only for those.
         out_dtype: float dtype of the result; default the bank's, or that of `scale`.
@@ -85,7 +94,9 @@ def gather_tokens(
     check_tensor(op, "bank", bank, "B, M, C", FLOAT_DTYPES + QUANTIZED_DTYPES)
     check_tensor(op, "index", index, "B, K", INDEX_DTYPES)
     if bank.shape[0] != 1 and bank.shape[0] != index.shape[0]:
-        raise ValueError(f"{op}: bank must have batch 1 or that of index, {index.shape[0]}, got {bank.shape[0]}")
+        if not is_one(index.shape[0]):
+            raise ValueError(f"{op}: bank must have batch 1 or that of index, {index.shape[0]}, got {bank.shape[0]}")
+        index = index.expand(bank.shape[0], -1)
     if bank.device != index.device and bank.device.type != "cpu":
         raise ValueError(
             f"{op}: bank must be on the device of index, {index.device}, or on the host, got {bank.device}"
@@ -119,7 +130,7 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: st
 
     Args:
         src: (B, K, C) float rows.
-        index: (B, K) int32 or int64, the output row of each source row; -1 drops it.
+        index: (B|1, K) int32 or int64, the output row of each source row; -1 drops it.
         num_rows: M, rows of the result.
         backend: see `vidmem_kernels.use_backend`.
 
@@ -137,6 +148,8 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: st
     op = "scatter_add_tokens"
     check_tensor(op, "src", src, "B, K, C")
     check_tensor(op, "index", index, "B, K", INDEX_DTYPES)
+    if is_one(index.shape[0]) and not is_one(src.shape[0]):
+        index = index.expand(src.shape[0], -1)
     check_same(op, "index must have the first two sizes of src", index.shape, src.shape[:2])
     check_same(op, "index must be on the device of src", index.device, src.device)
     check_int(op, "num_rows", num_rows, 0)
@@ -200,7 +213,7 @@ def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend:
     Args:
         x: (B, N, C) float tokens.
         keep: tokens to keep in each batch, in [0, N].
-        score: (B, N) float, what is strong; default the L2 norm of each token, computed in float32 (float64 for
+        score: (B|1, N) float, what is strong; default the L2 norm of each token, computed in float32 (float64 for
             float64) at the token's own scale, so that it neither overflows nor vanishes. Equal scores: the lower
             position is kept. NaN counts as -inf.
         backend: see `vidmem_kernels.use_backend`.
@@ -222,13 +235,26 @@ def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend:
     check_int(op, "keep", keep, 0, x.shape[1])
     if score is not None:
         check_tensor(op, "score", score, "B, N")
+        if is_one(score.shape[0]) and not is_one(x.shape[0]):
+            score = score.expand(x.shape[0], -1)
         check_same(op, "score must have the first two sizes of x", score.shape, x.shape[:2])
         check_same(op, "score must be on the device of x", score.device, x.device)
     return SelectResult(*call("select_tokens", x, keep, score, backend=backend))
 
 
 @fast
-def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int, backend: str | None = None) -> Tensor:
+def topk_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: tuple[int, int],
+    topk: int,
+    block_sizes: Tensor | tuple[Tensor, Tensor] | None = None,
+    key_mask: Tensor | None = None,
+    always: Sequence[int] | Tensor | None = None,
+    causal: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """Finds the blocks of keys that each block of queries wants most: the `block_index` of `cross_attention`.
 
     A block of queries and a block of keys are averaged in float32 and score the dot product of their means (float64
@@ -237,17 +263,29 @@ def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int,
 
     Args:
         q: (B, Lq, H, D) float queries.
-        k: (B, Lk, H, D) float keys.
+        k: (B, Lk, H, D) float keys. One of q and k may have a batch of 1.
         block_size: (bq, bk), rows of a block; the last block averages the rows that it has.
-        topk: blocks to find, in [0, ceil(Lk / bk)].
-        backend: see `vidmem_kernels.use_backend`.
+        topk: blocks to find, in [0, number of blocks of keys].
+        block_sizes: (blocks,) int32 or int64 rows of every block, at most bq and bk, as of `tile_order`: one tensor for
+            queries and keys, or a pair of them. Default: bq and bk each, and the rest.
+        key_mask: (B, Lk) or (1, Lk) bool: keys that are False count for no mean, whatever they hold. A block without a
+            key is never chosen.
+        always: blocks of keys that every block of queries gets, a sequence or an int tensor (n,) of them; or a bool
+            mask (blocks of queries, blocks of keys). They count in `topk` and stand first, by number; of a mask with
+            more of them than `topk`, the first ones.
+        causal: a block of queries chooses among the blocks of keys up to its own, the one with its last row; where keys
+            are more than queries, the queries are the last of them. Its own block is always chosen, counts in `topk`
+            and stands before all others, as in MoBA.
+        backend: see `vidmem_kernels.use_backend`. In causal order the choice itself is plain torch on every backend.
 
     Returns:
-        (B, H, ceil(Lq / bq), topk) int32 blocks of keys, best first, equal scores by ascending block. A score that
-        is NaN counts as -inf. Carries no gradient, as argmax.
+        (B, H, blocks of queries, topk) int32 blocks of keys, best first, equal scores by ascending block; -1 where
+        `key_mask` or `causal` leaves fewer. A score that is NaN counts as -inf. Carries no gradient, as argmax.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or `topk` beyond the number of blocks.
+        IndexError: block sizes outside [0, block size] or of another sum, or blocks in `always` that there are not. On
+            a GPU, where looking would cost a synchronisation, the choice is then not defined.
 
     Equivalent PyTorch (whole blocks):
         queries, keys = (x.unflatten(1, (-1, b)).float().mean(2).transpose(1, 2) for x, b in ((q, bq), (k, bk)))
@@ -260,7 +298,8 @@ def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int,
     op = "topk_blocks"
     check_tensor(op, "q", q, "B, Lq, H, D")
     check_tensor(op, "k", k, "B, Lk, H, D")
-    for axis, name in ((0, "B"), (2, "H"), (3, "D")):
+    batch = common_batch(op, q=q, k=k)
+    for axis, name in ((2, "H"), (3, "D")):
         check_same(op, f"q and k must have the same {name}", q.shape[axis], k.shape[axis])
     check_same(op, "q and k must be on the same device", q.device, k.device)
     if not isinstance(block_size, tuple | list) or len(block_size) != 2:
@@ -268,8 +307,34 @@ def topk_blocks(q: Tensor, k: Tensor, *, block_size: tuple[int, int], topk: int,
     block_q, block_k = block_size
     check_int(op, "block_size[0]", block_q, 1)
     check_int(op, "block_size[1]", block_k, 1)
-    check_int(op, "topk", topk, 0, -(-k.shape[1] // block_k))
+    blocks_q, blocks_k = -(-q.shape[1] // block_q), -(-k.shape[1] // block_k)
+    q_sizes = k_sizes = None
+    if block_sizes is not None:
+        q_sizes, k_sizes = check_pair_of_sizes(op, block_sizes, block_size, q, k)
+        blocks_q, blocks_k = q_sizes.shape[0], k_sizes.shape[0]
+    check_int(op, "topk", topk, 0, blocks_k)
+    if key_mask is not None:
+        check_tensor(op, "key_mask", key_mask, "B|1, Lk", (torch.bool,))
+        if not is_one(key_mask.shape[0]):
+            check_same(op, "key_mask must have B of 1 or that of q and k", batch, key_mask.shape[0])
+        check_same(op, "k and key_mask must have the same Lk", k.shape[1], key_mask.shape[1])
+        check_same(op, "k and key_mask must be on the same device", k.device, key_mask.device)
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
+    if causal:
+        require(
+            k.shape[1] >= q.shape[1],
+            lambda: f"{op}: causal needs as many keys as queries or more, got {k.shape[1]} and {q.shape[1]}",
+        )
+    if always is not None:
+        check_always(op, always, q, blocks_q, blocks_k, topk)
     # Widening is exact, so queries and keys of two dtypes, as autocast leaves them, need no kernel of their own.
     wider = torch.promote_types(q.dtype, k.dtype)
     q, k = q.to(wider), k.to(wider)
-    return call("topk_blocks", q, k, block_q, block_k, topk, backend=backend)
+    if block_sizes is None and key_mask is None and always is None and not causal:
+        q, k = (x.expand(batch, *x.shape[1:]) if is_one(x.shape[0]) else x for x in (q, k))
+        return call("topk_blocks", q, k, block_q, block_k, topk, backend=backend)
+    with replicating(q):
+        return unguarded(
+            choose_blocks, q, k, batch, block_size, topk, q_sizes, k_sizes, key_mask, always, causal, backend
+        )

@@ -184,3 +184,13 @@ register_op(
     triton="triton_topk",
     refuse={"triton": _topk_blocks_refuse_triton},
 )
+
+
+# The choice of `topk_blocks` in causal order, among means that are taken already: plain torch everywhere.
+register_op(
+    "topk_blocks_causal(Tensor q, Tensor k, Tensor last, Tensor present, SymInt topk) -> Tensor",
+    reference=reference.topk_blocks_causal,
+    fake=lambda q, k, last, present, topk: q.new_empty(q.shape[0], q.shape[2], q.shape[1], topk, dtype=torch.int32),
+    autocast=(),
+    broadcasts=("last", "present"),
+)

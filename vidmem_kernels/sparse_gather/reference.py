@@ -175,3 +175,51 @@ def topk_blocks(q: Tensor, k: Tensor, block_q: int, block_k: int, topk: int) -> 
         scores = queries @ keys[:, :, start : start + step].transpose(2, 3)
         values, index = merge_best(values, index, scores, start, topk)
     return index
+
+
+_LAST_COLUMN = 2**31 - 1
+
+
+def _rank_keys(scores: Tensor) -> Tensor:
+    """int64 that order as float32 scores do, NaN as -inf, equal ones by descending column; none is negative."""
+    scores = scores.masked_fill(scores.isnan(), -torch.inf) + 0.0  # -0 is 0
+    bits = scores.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
+    columns = torch.arange(scores.shape[-1], device=scores.device)
+    return (ordered << 31) | (_LAST_COLUMN - columns)
+
+
+def topk_blocks_causal(q: Tensor, k: Tensor, last: Tensor, present: Tensor, topk: int) -> Tensor:
+    """The best of the blocks of keys up to the `last` of each block of queries.
+
+    Args:
+        q: (B, nq, H, D) means of blocks of queries, float32 or float64.
+        k: (B, nk, H, D) means of blocks of keys.
+        last: (B|1, nq) the last block of keys that a block of queries may choose.
+        present: (B|1, nk) bool, which blocks of keys there are.
+        topk: blocks to find.
+
+    Returns:
+        (B, H, nq, topk) int32, best first, equal scores by ascending block; -1 where there are no more.
+    """
+    queries, keys = q.transpose(1, 2), k.permute(0, 2, 3, 1)
+    shape = (*queries.shape[:3], topk)
+    columns = torch.arange(k.shape[1], device=k.device)
+    parts = [torch.empty(*shape[:2], 0, topk, dtype=torch.int32, device=q.device)]
+    held = _SCORES // 4 if q.device.type == "cpu" else _SCORES  # several passes, which a CPU's cache should hold
+    step = max(1, held // max(1, shape[0] * shape[1] * k.shape[1]))
+    for start in range(0, shape[2], step):
+        rows = slice(start, start + step)
+        scores = queries[:, :, rows] @ keys
+        seen = ((columns <= last[:, rows].unsqueeze(2)) & present.unsqueeze(1)).unsqueeze(1)
+        if scores.dtype == torch.float64:  # which has no room beside the number of a column
+            scores = scores.masked_fill(scores.isnan(), -torch.inf)
+            by_score = scores.sort(dim=3, descending=True, stable=True).indices
+            seen = seen.expand(scores.shape).gather(3, by_score)
+            seen_first = (~seen).sort(dim=3, stable=True).indices[..., :topk]
+            found = by_score.gather(3, seen_first).masked_fill(~seen.gather(3, seen_first), -1)
+        else:
+            best = torch.where(seen, _rank_keys(scores), -1).topk(topk, dim=3).values
+            found = torch.where(best < 0, -1, _LAST_COLUMN - (best & _LAST_COLUMN))
+        parts.append(found.to(torch.int32))
+    return torch.cat(parts, dim=2)

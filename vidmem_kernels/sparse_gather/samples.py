@@ -100,6 +100,25 @@ def topk_blocks(make):
     yield "equal scores", (tied[:, :50], tied, 1, 1, 33)
 
 
+@sample_inputs("topk_blocks_causal")
+def topk_blocks_causal(make):
+    wide = accumulate_dtype(make.dtype)
+    q, k = make.randn(2, 5, 3, 4, dtype=wide), make.randn(2, 7, 3, 4, dtype=wide)
+    last, present = make.randint(0, 7, (1, 5), torch.int64), make.randint(0, 2, (2, 7)) > 0
+    yield "own last blocks, shared keys", (q, k, make.randint(0, 7, (2, 5)), present[:1], 3)
+    yield "shared last blocks", (q, k, last, present, 7)
+    yield "strided", (make.strided(q), make.strided(k), make.strided(last), make.strided(present), 2)
+    tied = make.randint(-1, 2, (1, 40, 2, 3)).to(wide)
+    yield (
+        "equal scores",
+        (tied, tied, torch.arange(40, device=make.device).unsqueeze(0), make.randint(0, 2, (1, 40)) > 0, 9),
+    )
+    yield "none", (q, k, last, present, 0)
+    yield "no queries", (q[:, :0], k, last[:, :0], present, 3)
+    yield "no keys", (q, k[:, :0], last - 7, present[:, :0], 0)
+    yield "no batch", (q[:0], k[:0], last, present[:1], 3)
+
+
 def _bank(m, s, dtype=None):
     """A bank with an index into it; of codes, with their scale too."""
     index = m.randint(-1, s["M"], (s["B"], s["K"]))
@@ -151,4 +170,26 @@ public_call(
     lambda q, k: api.topk_blocks(q, k, block_size=(4, 3), topk=2),
     *("B Lq H D", "B Lk H D"),
     Lk=6,
+)
+public_call(
+    "topk_blocks",
+    "masked keys, one always",
+    lambda q, k, shown: api.topk_blocks(q, k, block_size=(4, 3), topk=2, key_mask=shown > 0, always=(1,)),
+    *("B Lq H D", "B Lk H D", "B Lk"),
+    constant=(2,),
+    Lk=6,
+)
+public_call(
+    "topk_blocks", "causal", lambda x: api.topk_blocks(x, x, block_size=(3, 3), topk=2, causal=True), "B L H D", L=6
+)
+public_call(
+    "topk_blocks",
+    "tiles of their own sizes",
+    lambda q, k, sizes: api.topk_blocks(q, k, block_size=(4, 4), topk=2, block_sizes=sizes),
+    *("B 9 H D", "1 9 H D", "3"),
+    make=lambda m, s: (
+        m.randn(s["B"], 9, s["H"], s["D"]),
+        m.randn(1, 9, s["H"], s["D"]),
+        torch.tensor([4, 3, 2], device=m.device),
+    ),
 )

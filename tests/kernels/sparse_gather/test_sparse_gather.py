@@ -292,3 +292,19 @@ def test_quantize_refuses():
 def test_quantize_empty(shape):
     rows, scale = quantize_rows(torch.zeros(shape))
     assert rows.shape == shape and scale.shape == shape[:-1] and not scale.any()
+
+
+def test_an_index_of_batch_1_serves_the_batch(device):
+    bank, index = torch.randn(3, 7, 5, device=device), torch.randint(-1, 7, (1, 9), device=device)
+    every = index.expand(3, -1)
+    for some in (bank, bank.half(), bank[:0]):
+        copy = some.clone().requires_grad_()
+        got = gather_tokens(copy, index)
+        assert torch.equal(got, gather_tokens(some, every[: len(some)]))
+        (grad,) = torch.autograd.grad(got.sin().sum(), copy)
+        (wanted,) = torch.autograd.grad(gather_tokens(copy, every[: len(some)]).sin().sum(), copy)
+        assert torch.equal(grad, wanted)
+    src = torch.randn(3, 9, 5, device=device)
+    assert torch.equal(scatter_add_tokens(src, index, 7), scatter_add_tokens(src, every, 7))
+    rows, scale = quantize_rows(bank.double())
+    assert torch.equal(gather_tokens(rows, index, scale=scale), gather_tokens(rows, every, scale=scale))

@@ -63,6 +63,13 @@ def test_select_gradient_by_hand(device):
     assert score.grad is None
 
 
+def test_a_score_of_batch_1_serves_the_batch(device):
+    x, score = torch.randn(3, 9, 5, device=device), torch.randn(1, 9, device=device)
+    shared, own = select_tokens(x, 4, score=score), select_tokens(x, 4, score=score.expand(3, -1))
+    assert torch.equal(shared.tokens, own.tokens) and torch.equal(shared.index, own.index)
+    assert select_tokens(x[:0], 4, score=score).tokens.shape == (0, 4, 5)
+
+
 def test_select_refuses():
     x = torch.zeros(2, 5, 3)
     name = "select_tokens: "
