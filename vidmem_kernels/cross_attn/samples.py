@@ -72,6 +72,41 @@ def cross_attention(make):
         yield label, (q, k, v, *{**PLAIN, **options}.values())
 
 
+def _quantized(x, dtype):
+    """Rows (B, Lk, H, C) in 8 bits, laid out as x is, and their scales (B, Lk)."""
+    scale = x.detach().float().abs().amax((2, 3)) / (127 if dtype == torch.int8 else 448)
+    rows = x.float() / scale[:, :, None, None]
+    rows = (rows.round() if dtype == torch.int8 else rows).to(dtype)
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(rows), scale
+
+
+_MIXED = {  # the cases that rows of 8 bits, or results of another dtype, may make a difference to
+    "plain": None,
+    "other Dv, one query": torch.int8,
+    "key_bias a head, infinite": torch.float8_e4m3fn,
+    "int64 blocks for all heads, sinks": torch.int8,
+    "all together": None,
+    "strided": torch.int8,
+    "long, window, sinks": torch.float8_e4m3fn,
+    "no key": torch.int8,
+    "no batch": torch.float8_e4m3fn,
+}
+
+
+@testing.sample_inputs("cross_attention_mixed")
+def cross_attention_mixed(make):
+    for label, q, k, v, options in _cases(make):
+        if label not in _MIXED:
+            continue
+        options, kind = {**PLAIN, **options}, _MIXED[label]
+        k_scale = v_scale = None
+        if kind is not None:
+            (k, k_scale), (v, v_scale) = _quantized(k, kind), _quantized(v, kind)
+        sums = kind is None or "bias" in label
+        out_dtype = accumulate_dtype(make.dtype) if sums else make.dtype
+        yield f"{label}, {kind}", (q, k, v, k_scale, v_scale, *options.values(), out_dtype)
+
+
 @testing.sample_inputs("cross_attention_backward")
 def cross_attention_backward(make):
     for label, q, k, v, options in _cases(make):

@@ -174,9 +174,12 @@ WANTED = (
 )
 
 
-def variants(tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], **constants: object) -> list:
-    """Entries of an AOT table for the calls that are wanted."""
-    return [_entry(tunable, tensors, others, constants, *call) for call in WANTED]
+def variants(
+    tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple = WANTED, **constants: object
+) -> list:
+    """Entries of an AOT table for the calls that are wanted; `others` are types of other arguments than `tensors`, or
+    of those that have none of the call's dtype."""
+    return [_entry(tunable, tensors, others, constants, *call) for call in wanted]
 
 
 def _entry(tunable, tensors, others, constants, dtype, size, features, archs):
