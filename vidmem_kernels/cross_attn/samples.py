@@ -75,7 +75,7 @@ def cross_attention(make):
 def _quantized(x, dtype):
     """Rows (B, Lk, H, C) in 8 bits, laid out as x is, and their scales (B, Lk)."""
     scale = x.detach().float().abs().amax((2, 3)) / (127 if dtype == torch.int8 else 448)
-    rows = x.float() / scale[:, :, None, None]
+    rows = x.float() / scale.clamp(min=1e-30)[:, :, None, None]
     rows = (rows.round() if dtype == torch.int8 else rows).to(dtype)
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(rows), scale
 
@@ -245,6 +245,41 @@ testing.public_call(
     make=attention_tensors(_bias, _q_times, _k_times, blocks_of),
     constant=(5,),
     Lk=1,
+)
+def _one_memory(m, s):
+    k, v = (m.randn(1, s["Lk"], 2, c) for c in (4, 6))
+    return m.randn(s["B"], s["Lq"], 4, 4), k, v, m.randint(0, 2, (1, s["Lk"])) > 0
+
+
+def _in_8_bits(m, s):
+    wide = (m.randn(s["B"], s["Lk"], s["H"], c, dtype=torch.float32) for c in (4, 6))
+    (k, k_scale), (v, v_scale) = (_quantized(x, torch.int8) for x in wide)
+    q = m.randn(s["B"], s["Lq"], s["H"], 4, dtype=torch.float32 if m.dtype == torch.float64 else m.dtype)
+    return q, k, v, k_scale, v_scale
+
+
+testing.public_call(
+    "cross_attention",
+    "one memory for a batch and groups, mask",
+    attend("key_mask", return_lse=True),
+    *("B Lq 4 4", "1 Lk 2 4", "1 Lk 2 6", "1 Lk"),
+    make=_one_memory,
+)
+testing.public_call(
+    "cross_attention",
+    "causal sinks",
+    attend("q_time", "k_time", window=(1.25, 0), num_sinks=2, causal_sinks=True),
+    *(*ATTENTION, "Lq", "B Lk"),
+    make=attention_tensors(_q_times, _k_times),
+    constant=(4,),
+    Lk=2,
+)
+testing.public_call(
+    "cross_attention",
+    "rows of 8 bits",
+    attend("k_scale", "v_scale", out_dtype=torch.float32),
+    *(*ATTENTION, "B Lk", "B Lk"),
+    make=_in_8_bits,
 )
 testing.public_call(
     "merge_attention_states",
