@@ -358,7 +358,8 @@ def _scales(k_scale: Tensor | None, v_scale: Tensor | None) -> dict[str, object]
 
 def _tile_of(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
     """The tile of a call, fitted to its blocks, and what it was chosen from."""
-    fields = fields_of(q, v, call.features, k.shape[1] < FEW)
+    features = call.features if k.dtype == q.dtype else f"{call.features} rows8".strip()
+    fields = fields_of(q, v, features, k.shape[1] < FEW)
     tile, chosen = call.limited(FORWARD.tile(q.device, **fields)), FORWARD.chosen(q.device, **fields)
     if tile["WARP_SPECIALIZE"] and specialised.why_not(call, tile, chosen.key, q, k, v) is not None:
         default = FORWARD.default(arch_of(q.device), **fields)
@@ -386,14 +387,15 @@ _UNSCALED = {"k_scale": None, "v_scale": None, "POSITIVE": True, "TAIL": False}
 _SCALED = {"k_scale_stride_l": 1, "v_scale_stride_l": 1, "POSITIVE": True, "TAIL": False}
 _SCALES = {**_PLAIN, "k_scale": "*fp32", "v_scale": "*fp32"}
 _INT8 = (
-    ("bf16", 64, "bias", (80,)),
-    ("bf16", 128, "", (80, 90, 120)),
-    ("bf16", 128, "blocks", (90,)),
-    ("bf16", 128, "bias few", (90,)),
-    ("bf16", 128, "bias window sinks", (80, 90, 120)),
-    ("fp32", 128, "", (90,)),
+    ("bf16", 64, "bias rows8", (80, 90, 120)),
+    ("bf16", 128, "rows8", (80, 90, 120)),
+    ("bf16", 128, "blocks rows8", (90,)),
+    ("bf16", 128, "bias rows8 few", (80, 90)),
+    ("bf16", 128, "bias window rows8 sinks", (80, 90, 120)),
+    ("bf16", 256, "bias rows8", (80, 90)),
+    ("fp32", 128, "rows8", (90,)),
 )
-_FLOAT8 = (("bf16", 128, "bias", (90, 120)), ("fp16", 128, "", (90,)))
+_FLOAT8 = (("bf16", 128, "bias rows8", (90, 120)), ("fp16", 128, "rows8", (90,)))
 AOT = {
     "_cross_attention_fwd_kernel": [
         *variants(FORWARD, _TYPES, _PLAIN, **_UNSCALED),

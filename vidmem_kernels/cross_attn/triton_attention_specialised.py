@@ -72,8 +72,6 @@ def why_not(call: Call, tile: Tile, key: str, q: Tensor, k: Tensor, v: Tensor) -
         return "Triton specialises no warps of this tile"
     if arch_of(q.device) not in SPECIALISED and not triton_interpret():
         return "specialised warps need sm_90 or sm_100"
-    if k.dtype != q.dtype:
-        return "specialised warps read no rows of 8 bits"
     seen = call.visibility
     if seen is not None:
         if seen.times is not None or seen.sinks > 0:
