@@ -44,7 +44,7 @@ _WINDOWED = {
 }
 # Of keys and values in 8 bits, which are converted in registers, where those tiles would spill.
 _ROWS8 = {
-    ("fwd", 80, 64): (64, 64, 8, 3),
+    ("fwd", 80, 64): (64, 32, 4, 3),
     ("fwd", 80, 128): (64, 64, 8, 3),
     ("fwd", 80, 256): (64, 32, 8, 2),
     ("fwd", 90, 256): (64, 32, 8, 2),
