@@ -80,9 +80,7 @@ def _check_window(
     return list(window)
 
 
-def _check_blocks(
-    op: str, q: Tensor, key_heads: int, block_index: Tensor | None, block_size: tuple[int, int]
-) -> None:
+def _check_blocks(op: str, q: Tensor, key_heads: int, block_index: Tensor | None, block_size: tuple[int, int]) -> None:
     _check_pair(op, "block_size", block_size)
     check_int(op, "block_size[0]", block_size[0], 1)
     check_int(op, "block_size[1]", block_size[1], 1)
@@ -138,8 +136,6 @@ def _check_dtypes(
     if not any(given):
         return check_same_dtype(op, q=q, k=k, v=v)
     check_same(op, "k and v must have the same dtype", k.dtype, v.dtype)
-    if q.dtype == torch.float64:
-        raise TypeError(f"{op}: q must be {names(FLOAT_DTYPES[:3])} where k and v have scales, got float64")
     for (name, x), (scale_name, scale) in zip(rows.items(), scales.items(), strict=True):
         if x.requires_grad:
             raise ValueError(f"{op}: {name} must be detached, for {names([x.dtype])} has no gradient, got one required")
@@ -224,8 +220,8 @@ def cross_attention(
         block_size: (bq, bk), queries and keys in a block; used only with `block_index`.
         scale: factor of the scores; default D**-0.5.
         k_scale, v_scale: (B|1, Lk) float32 for k and v of int8 or float8_e4m3fn, and only for those: row j stands for
-            `k[:, j].float() * k_scale[:, j]`, as from `quantize_rows` of rows (B, Lk, H * D). Rows are read as they
-            are; q is float32, bfloat16 or float16.
+            `k[:, j].float() * k_scale[:, j]`, as from `quantize_rows` of rows (B, Lk, Hk * D). Rows are read as they
+            are, whatever the dtype of q.
         out_dtype: of out; default that of q. float32 gives sums as they are, not rounded to half precision.
         return_lse: also return the log-sum-exp of the scores, for `merge_attention_states`.
         backend: see `vidmem_kernels.use_backend`.

@@ -21,9 +21,10 @@ def attend_causal_sinks(a: Attention) -> tuple[Tensor, Tensor]:
     # AOTInductor writes constants as JSON, which has no infinity.
     left = UNBOUNDED if torch.compiler.is_exporting() else math.inf
     of_sinks = _part(a, slice(None, sinks))._replace(window=[left, a.window[1]], block_index=None)
-    if a.block_index is None:
+    # Blocks are counted from the first key, and torch.export would guard the length of the rest against 1.
+    if a.block_index is None and not torch.compiler.is_exporting():
         others = _part(a, slice(sinks, None))
-    else:  # blocks are counted from the first key
+    else:
         others = a._replace(key_bias=_hiding(a, sinks))
     # Rounded once, after they are merged.
     wide = accumulate_dtype(a.dtype)
@@ -45,5 +46,4 @@ def _hiding(a: Attention, sinks: int) -> Tensor:
     bias = a.key_bias
     if bias is None:
         bias = a.q.new_zeros(*a.k.shape[:2], dtype=accumulate_dtype(a.dtype))
-    is_sink = torch.arange(a.k.shape[1], device=bias.device) < sinks
-    return bias.masked_fill(is_sink, -torch.inf)
+    return torch.cat([torch.full_like(bias[..., :sinks], -torch.inf), bias[..., sinks:]], -1)

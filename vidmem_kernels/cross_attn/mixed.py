@@ -68,9 +68,7 @@ def gradients(
     q, k, v, k_scale, v_scale, key_bias = tensors
     grad_out = torch.zeros_like(out, dtype=q.dtype) if grad_out is None else grad_out.to(q.dtype)
     rows = dequantized(k, k_scale, q.dtype), dequantized(v, v_scale, q.dtype)
-    grad_q, grad_k, grad_v, grad_bias = backward(
-        grad_out, grad_lse, q, *rows, key_bias, out.to(q.dtype), lse, *options
-    )
+    grad_q, grad_k, grad_v, grad_bias = backward(grad_out, grad_lse, q, *rows, key_bias, out.to(q.dtype), lse, *options)
     if key_bias is None:
         grad_bias = None
     if k_scale is None:

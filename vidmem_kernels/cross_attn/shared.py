@@ -28,7 +28,7 @@ def masked_bias(key_bias: Tensor | None, key_mask: Tensor | None, dtype: torch.d
     if key_mask is None:
         return key_bias
     if key_bias is None:
-        return torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device).masked_fill(~key_mask, -torch.inf)
+        return torch.zeros_like(key_mask, dtype=dtype).masked_fill(~key_mask, -torch.inf)
     return key_bias.masked_fill(~(key_mask if key_bias.dim() == 2 else key_mask.unsqueeze(1)), -torch.inf)
 
 

@@ -128,7 +128,8 @@ def with_gradients(f, a, dtype=None):
     total = (out.float() * torch.randn(out.shape)).sum() + (lse.masked_fill(~seen, 0) * torch.randn(lse.shape)).sum()
     named = [name for name in TENSORS if isinstance(a.get(name), Tensor) and a[name].requires_grad]
     grads = torch.autograd.grad(total, [a[n] for n in named], allow_unused=True)
-    return (out.detach(), lse.detach()), {n: a[n].new_zeros(a[n].shape) if g is None else g for n, g in zip(named, grads)}
+    named_grads = zip(named, grads, strict=True)
+    return (out.detach(), lse.detach()), {n: torch.zeros_like(a[n]) if g is None else g for n, g in named_grads}
 
 
 def run(backend):
