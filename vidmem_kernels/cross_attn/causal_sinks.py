@@ -20,12 +20,14 @@ def attend_causal_sinks(a: Attention) -> tuple[Tensor, Tensor]:
     sinks = a.num_sinks
     # AOTInductor writes constants as JSON, which has no infinity.
     left = UNBOUNDED if torch.compiler.is_exporting() else math.inf
-    of_sinks = _part(a, slice(None, sinks))._replace(window=[left, a.window[1]], block_index=None)
-    # Blocks are counted from the first key, and torch.export would guard the length of the rest against 1.
-    if a.block_index is None and not torch.compiler.is_exporting():
-        others = _part(a, slice(sinks, None))
+    # torch.export would guard the lengths of parts of the keys against those that make a difference to their strides.
+    whole = torch.compiler.is_exporting()
+    of_sinks = _hiding(a, sinks, hide_sinks=False) if whole else _part(a, slice(None, sinks))
+    of_sinks = of_sinks._replace(window=[left, a.window[1]], block_index=None)
+    if whole or a.block_index is not None:  # blocks are counted from the first key
+        others = _hiding(a, sinks, hide_sinks=True)
     else:
-        others = a._replace(key_bias=_hiding(a, sinks))
+        others = _part(a, slice(sinks, None))
     # Rounded once, after they are merged.
     wide = accumulate_dtype(a.dtype)
     parts = [attend_groups(part._replace(num_sinks=0, out_dtype=wide)) for part in (of_sinks, others)]
@@ -41,9 +43,10 @@ def _part(a: Attention, keys: slice) -> Attention:
     return a._replace(**found, **{name: x if x is None else x[:, keys] for name, x in by_row.items()})
 
 
-def _hiding(a: Attention, sinks: int) -> Tensor:
-    """The bias of the call with -inf for the sinks."""
+def _hiding(a: Attention, sinks: int, hide_sinks: bool) -> Attention:
+    """The call with a bias of -inf for the sinks, or for all other keys."""
     bias = a.key_bias
     if bias is None:
         bias = a.q.new_zeros(*a.k.shape[:2], dtype=accumulate_dtype(a.dtype))
-    return torch.cat([torch.full_like(bias[..., :sinks], -torch.inf), bias[..., sinks:]], -1)
+    is_sink = torch.ones_like(bias, dtype=torch.int64).cumsum(-1) <= sinks  # of a DTensor too
+    return a._replace(key_bias=bias.masked_fill(is_sink if hide_sinks else ~is_sink, -torch.inf))
