@@ -24,10 +24,8 @@ def attend_causal_sinks(a: Attention) -> tuple[Tensor, Tensor]:
     whole = torch.compiler.is_exporting()
     of_sinks = _hiding(a, sinks, hide_sinks=False) if whole else _part(a, slice(None, sinks))
     of_sinks = of_sinks._replace(window=[left, a.window[1]], block_index=None)
-    if whole or a.block_index is not None:  # blocks are counted from the first key
-        others = _hiding(a, sinks, hide_sinks=True)
-    else:
-        others = _part(a, slice(sinks, None))
+    all_keys = whole or a.block_index is not None  # blocks are counted from the first key
+    others = _hiding(a, sinks, hide_sinks=True) if all_keys else _part(a, slice(sinks, None))
     # Rounded once, after they are merged.
     wide = accumulate_dtype(a.dtype)
     parts = [attend_groups(part._replace(num_sinks=0, out_dtype=wide)) for part in (of_sinks, others)]

@@ -8,7 +8,7 @@ import torch
 from torch.func import grad, vmap
 from torch.nn.functional import scaled_dot_product_attention
 
-from vidmem_kernels import BackendError, cross_attention, explain, quantize_rows
+from vidmem_kernels import BackendError, _extension, cross_attention, explain, quantize_rows
 
 INF, NAN = math.inf, math.nan
 
@@ -26,6 +26,10 @@ def in_8_bits(k, v, dtype=torch.int8):
         rows, scale = quantize_rows(x.float().flatten(2), dtype)
         found |= {name: rows.view(x.shape), f"{name}_scale": scale}
     return found
+
+
+def rows_of(rows):
+    return [rows[name] for name in ("k", "v", "k_scale", "v_scale")]
 
 
 TIMES = {"q_time": torch.arange(7), "k_time": torch.arange(11) // 2, "window": (2, 0)}
@@ -70,6 +74,30 @@ def test_errors():
         with pytest.raises(kind, match=re.escape(message)) as error:
             cross_attention(**{"q": q, "k": k, "v": v, **options})
         assert str(error.value).startswith("cross_attention: "), options
+
+
+@pytest.mark.skipif(_extension.module is None, reason="built without C++")
+def test_errors_of_cpp():
+    """What could read outside memory is checked again."""
+    q, k, v = qkv(heads=2)
+    rows = in_8_bits(k, v)
+    good = [q, *rows_of(rows), None, 0, None, None, None, None, [128, 64], 0.5, torch.float32]
+    torch.ops.vidmem_cpp.cross_attention_mixed(*good)
+    scale, wide = rows["k_scale"], k.double()
+    cases = [
+        ({3: scale[:, :5]}, "k_scale must have shape (2, 11), got (2, 5)"),
+        ({4: scale[:1]}, "v_scale must have shape (2, 11), got (1, 11)"),
+        ({3: scale.double()}, "k_scale must be float32, got float64"),
+        ({3: None}, "k must be float32, got int8"),
+        ({1: k}, "k must be int8 or float8_e4m3fn where it has a scale, got float32"),
+        ({0: q.double()}, "q must be float32, bfloat16 or float16 beside scales, got float64"),
+        ({13: torch.float16}, "out_dtype must be float32 or that of q, got float16"),
+        ({1: wide, 3: None}, "k must be float32, got float64"),
+    ]
+    for changed, message in cases:
+        args = [changed.get(i, value) for i, value in enumerate(good)]
+        with pytest.raises(Exception, match=re.escape(f"cross_attention_mixed: {message}")):
+            torch.ops.vidmem_cpp.cross_attention_mixed(*args)
 
 
 def test_a_mask_is_a_bias_without_gradient():
