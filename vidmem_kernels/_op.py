@@ -81,10 +81,11 @@ class Op:
         return differentiable
 
     def cast(self, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-        """The arguments as autocast to `dtype` wants them: float64 stays, as in torch's own autocast."""
+        """The arguments as autocast to `dtype` wants them: float64 stays, as in torch's own autocast, and so do rows
+        of 8 bits, which have scales."""
 
         def lower(tensor: torch.Tensor) -> torch.Tensor:
-            lowers = tensor.is_floating_point() and tensor.dtype != torch.float64
+            lowers = tensor.is_floating_point() and 1 < tensor.dtype.itemsize < 8
             return tensor.to(dtype) if lowers else tensor
 
         cast = [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vidmem_kernels as vk
 
-from .bounds import EXP, Num, Precision, log_sum_exp
+from .bounds import EXP, Num, Precision, log_sum_exp, unit_of
 from .case import Case, generator, zeros_if_none
 from .draw import Draw
 
@@ -39,6 +39,24 @@ def _lengths(draw: Draw, batch: int, heads: int) -> tuple[int, int]:
 # --- cross_attention ---
 
 
+def _spread(x: Tensor, batch: int, heads: int, axis: int = 1) -> Tensor:
+    """What serves a batch or a group of heads, once for each of them; `axis` is that of the heads."""
+    x = x.expand(batch, *x.shape[1:])
+    return x if x.shape[axis] in (1, heads) else x.repeat_interleave(heads // x.shape[axis], axis)
+
+
+def _gathered(grad: Num, like: Tensor, heads: int) -> Num:
+    """The gradient (B, heads, Lk, C) of what was spread: sums of gradients that are stored in the tensor's dtype."""
+    shared = heads > like.shape[2], grad.x.shape[0] > like.shape[0]
+    if any(shared):
+        grad = grad.to(like.dtype)
+    if shared[0]:
+        group = heads // like.shape[2]
+        grad = grad.map(lambda t: t.unflatten(1, (like.shape[2], group))).sum(2)
+        grad.e = grad.e + group * unit_of(like.dtype) * grad.m  # added one by one where a call was made for each
+    return grad.sum(0, keepdim=True) if shared[1] else grad
+
+
 class CrossAttention(Case):
     function = staticmethod(vk.cross_attention)
 
@@ -50,39 +68,54 @@ class CrossAttention(Case):
         a = self.args
         batch, queries, heads, _ = a["q"].shape
         keys = a["k"].shape[1]
+        causal = torch.ones(1, dtype=torch.bool)
         seen = torch.ones(batch, heads, queries, keys, dtype=torch.bool)
         if "window" in a:
             left, right = a["window"]
             wide = torch.float32 if a["q_time"].dtype == a["k_time"].dtype == torch.float32 else torch.float64
             at = a["q_time"].to(wide).expand(batch, queries)[:, None, :, None]
             when = a["k_time"].to(wide).expand(batch, keys)[:, None, None, :]
-            seen &= (at - left <= when) & (when <= at + right)
+            causal = when <= at + right
+            seen &= (at - left <= when) & causal
         if "block_index" in a:
             rows, columns = a["block_size"]
             listed = torch.zeros(batch, heads, queries, keys, dtype=torch.bool)
-            index = a["block_index"].expand(-1, heads, -1, -1)
+            index = _spread(a["block_index"], batch, heads).expand(-1, heads, -1, -1)
             for i in range(index.shape[2]):
                 for t in range(index.shape[3]):
                     block = (torch.arange(keys) // columns).expand(batch, heads, 1, keys)
                     hit = block == index[:, :, i, t, None, None]
                     listed[:, :, i * rows : (i + 1) * rows] |= hit
             seen &= listed
-        seen[..., : a.get("num_sinks", 0)] = True
-        return seen
+        sink = torch.arange(keys) < a.get("num_sinks", 0)
+        return seen | (sink & causal if a.get("causal_sinks") else sink)
+
+    def _rows(self, p: Precision, name: str) -> Num:
+        """k or v, dequantised, for every head of queries."""
+        a = self.args
+        batch, _, heads, _ = a["q"].shape
+        rows = _heads(p, a[name])
+        if f"{name}_scale" in a:
+            rows = rows * p.num(a[f"{name}_scale"][:, None, :, None])
+        return rows.map(lambda t: _spread(t, batch, heads))
 
     def _forward(self) -> tuple[Num, Num, Num, Num, Tensor]:
         """weights, lse, out and v as (B, H, L, D), and what is seen."""
         a = self.args
         p = Precision(a["q"].dtype)
-        q, k, v = (_heads(p, a[name]) for name in "qkv")
+        q, k, v = _heads(p, a["q"]), self._rows(p, "k"), self._rows(p, "v")
+        batch, heads = q.x.shape[:2]
+        more = int("k_scale" in a)  # rows of 8 bits may be dequantised to the dtype of q
         seen = self.visible()
         scale = a.get("scale")
-        scores = q.matmul(k.map(lambda t: t.mT), rounded=1) * (q.x.shape[-1] ** -0.5 if scale is None else scale)
+        scores = q.matmul(k.map(lambda t: t.mT), rounded=1 + more) * (q.x.shape[-1] ** -0.5 if scale is None else scale)
         if "key_bias" in a:
             bias = a["key_bias"]
-            bias = (bias if bias.dim() == 3 else bias.unsqueeze(1)).unsqueeze(2)
+            bias = _spread(bias if bias.dim() == 3 else bias.unsqueeze(1), batch, heads).unsqueeze(2)
             seen = seen & (bias > -torch.inf)
             scores = scores + p.num(bias.masked_fill(bias == -torch.inf, 0))
+        if "key_mask" in a:
+            seen = seen & a["key_mask"][:, None, None]
         scores = scores.where(seen, -torch.inf)
         largest = scores.x.amax(-1, keepdim=True).nan_to_num(neginf=0) if scores.x.shape[-1] else 0.0
         argument = EXP * p.unit * (scores.m + abs(largest))
@@ -91,16 +124,20 @@ class CrossAttention(Case):
         some = lse.x > -torch.inf
         weight = (scores - lse.where(some).map(lambda t: t.unsqueeze(-1))).exp().where(seen)
         # A weight of float16 that is less than it can hold, however small the sum of the weights.
-        out = weight.matmul(v, rounded=1)
+        out = weight.matmul(v, rounded=1 + more)
         # Whatever the scores are, the weights add up to one.
         seen_v = (seen.unsqueeze(-1) * v.m.unsqueeze(2)).amax(3) if v.x.shape[2] else out.m
         out.e = torch.minimum(out.e.nan_to_num(nan=torch.inf), 2.1 * seen_v)
+        if a.get("causal_sinks"):  # two calls, whose results are weighted by their lses
+            parts = 4 * lse.e.where(some, 0) + 4 * EXP * p.unit * (1 + lse.m)
+            out.e = 2 * out.e + parts.unsqueeze(-1) * out.m
+            lse.e = torch.where(some, 2 * lse.e + parts, 0.0)
         return weight, lse, out, v, seen
 
     def outputs(self, results):
         self.forward = self._forward()
         _, lse, out, _, _ = self.forward
-        found = {"out": _back(out, self.args["q"].dtype)}
+        found = {"out": _back(out, self.args.get("out_dtype", self.args["q"].dtype))}
         if self.args["return_lse"]:
             found["lse"] = lse.to(_wide(self.args["q"].dtype))
         return found
@@ -110,63 +147,114 @@ class CrossAttention(Case):
         dtype = a["q"].dtype
         weight, lse, out, v, seen = self.forward
         p = weight.precision
-        q, k = _heads(p, a["q"]), _heads(p, a["k"])
+        q, k = _heads(p, a["q"]), self._rows(p, "k")
+        heads, more = q.x.shape[1], int("k_scale" in a)
         grad = _heads(p, zeros_if_none(cotangents, "out", results["out"]))
+        if a.get("out_dtype", dtype) != dtype:
+            grad.e = p.factor * grad.m + p.factor_vanishing
         shared = (grad * out.to(dtype)).sum(-1, keepdim=True)
         if "lse" in cotangents:
             shared = shared - p.num(cotangents["lse"].unsqueeze(-1))
-        by_score = weight * (grad.matmul(v.map(lambda t: t.mT), rounded=0) - shared)
+        by_score = weight * (grad.matmul(v.map(lambda t: t.mT), rounded=more) - shared)
         scale = a.get("scale")
         scale = q.x.shape[-1] ** -0.5 if scale is None else scale
         turned = by_score.map(lambda t: t.mT)
-        found = {
-            "q": _back(by_score.matmul(k, rounded=2) * scale, dtype),
-            "k": _back(turned.matmul(q, rounded=2) * scale, dtype),
-            "v": _back(weight.map(lambda t: t.mT).matmul(grad, rounded=1), dtype),
-        }
+        by_key = turned.matmul(q, rounded=2) * scale
+        by_value = weight.map(lambda t: t.mT).matmul(grad, rounded=1)
+        found = {"q": _back(by_score.matmul(k, rounded=2 + more) * scale, dtype)}
+        for name, by_row in (("k", by_key), ("v", by_value)):
+            if more:
+                found[f"{name}_scale"] = self._by_scale(name, by_row.to(dtype))
+            else:
+                found[name] = _back(_gathered(by_row, a[name], heads), dtype)
         if "key_bias" in a:
-            of_bias = by_score.sum(2)
-            found["key_bias"] = (of_bias if a["key_bias"].dim() == 3 else of_bias.sum(1)).to(a["key_bias"].dtype)
+            bias, of_bias = a["key_bias"], by_score.sum(2).map(lambda t: t.unsqueeze(-1))
+            three = bias if bias.dim() == 3 else bias.unsqueeze(1)
+            of_bias = _gathered(of_bias, three.transpose(1, 2), heads).map(lambda t: t.squeeze(-1))
+            found["key_bias"] = (of_bias if bias.dim() == 3 else of_bias.map(lambda t: t.squeeze(1))).to(bias.dtype)
         return found
+
+    def _by_scale(self, name: str, by_row: Num) -> Num:
+        """The gradient of a scale from that of its rows (B, H, Lk, C)."""
+        rows, scale = self.args[name], self.args[f"{name}_scale"]
+        batch, heads, keys, _ = by_row.x.shape
+        p = by_row.precision
+        found = by_row * p.num(_spread(rows.to(torch.float32).transpose(1, 2), batch, heads))
+        found = found.sum(3).sum(1)
+        return (found.sum(0, keepdim=True) if scale.shape[0] < batch else found).to(scale.dtype)
 
     def twin(self):
         a = self.args
+        if a.get("causal_sinks") and "block_index" in a:
+            return None  # sinks that nobody sees are hidden as by a bias, which is another promise
         unseen = ~self.visible().any(2).transpose(1, 2).unsqueeze(-1)  # (B, Lk, H, 1)
+        unseen = unseen.unflatten(2, (a["k"].shape[2], -1)).all(3) if unseen.numel() else unseen[:, :, :0]
+        if a["k"].shape[0] < unseen.shape[0]:
+            unseen = unseen.all(0, keepdim=True)
         if not unseen.any():
             return None
         other = (500.0, math.nan, math.inf)[a["q"].shape[1] % 3]
+        if "k_scale" in a:
+            unseen = unseen.all(2).squeeze(2)
+            if a["k_scale"].shape[0] < unseen.shape[0]:
+                unseen = unseen.all(0, keepdim=True)
+            return {id(a[n]): a[n].masked_fill(unseen, other) for n in ("k_scale", "v_scale")}
         return {id(a[name]): a[name].masked_fill(unseen, other) for name in ("k", "v")}
 
 
 @generator
 def cross_attention(draw: Draw) -> Case:
-    dtype, batch, heads = draw.dtype(), draw.batch(), draw.between(1, 3)
+    dtype, batch = draw.dtype(), draw.batch()
+    key_heads, group = (draw.between(1, 3), 1) if draw.chance(0.7) else (draw.between(1, 2), draw.between(2, 3))
+    heads = key_heads * group
     queries, keys = _lengths(draw, batch, heads)
     size, wide = draw.size(140, empty=0.01), draw.size(140, empty=0.01)
     if draw.chance(0.5):
         wide = size
     kind = "normal" if draw.chance(0.6) else None
+    served = 1 if draw.chance(0.15) else batch
     a = {
         "q": draw.tensor(batch, queries, heads, size, dtype=dtype, kind=kind),
-        "k": draw.tensor(batch, keys, heads, size, dtype=dtype, kind=kind),
-        "v": draw.tensor(batch, keys, heads, wide, dtype=dtype),
+        "k": draw.tensor(served, keys, key_heads, size, dtype=dtype, kind=kind),
+        "v": draw.tensor(served, keys, key_heads, wide, dtype=dtype),
         "return_lse": draw.chance(0.5),
     }
-    wanted = {name: a[name] for name in "qkv"}
+    if dtype != torch.float64 and draw.chance(0.2):
+        _quantize(draw, a, batch)
+    names = ("q", "k_scale", "v_scale") if "k_scale" in a else ("q", "k", "v")
+    wanted = {name: a[name] for name in names}
     if draw.chance(0.4):
-        shape = (batch, heads, keys) if draw.chance(0.5) else (batch, keys)
+        shape = [(draw.pick(1, batch), keys), (draw.pick(1, batch), draw.pick(key_heads, heads), keys)]
+        shape = draw.pick(*shape)
         bias = draw.values(*shape, dtype=draw.pick(dtype, torch.float32, torch.float64), kind="normal")
         bias = bias.masked_fill(draw.mask(*shape, share=draw.pick(0.0, 0.2, 0.7)), -torch.inf)
         a["key_bias"] = wanted["key_bias"] = draw.layout(bias)
+    if draw.chance(0.15):
+        a["key_mask"] = draw.mask(draw.pick(1, batch), keys, share=draw.pick(0.0, 0.3, 0.9))
     if draw.chance(0.35):
         _add_window(draw, a, batch, queries, keys)
     if draw.chance(0.35):
-        _add_blocks(draw, a, batch, queries, keys, heads)
+        _add_blocks(draw, a, batch, queries, keys, (1, key_heads, heads))
     if draw.chance(0.3):
         a["num_sinks"] = draw.between(0, min(keys, draw.pick(1, 3, keys)))
+    if "window" in a and draw.chance(0.3):
+        a["causal_sinks"] = True
+        wanted = {}  # gradients through two calls: see tests/kernels/cross_attn/test_attention_options.py
     if size == 0 or draw.chance(0.3):
         a["scale"] = draw.pick(1.0, 0.25, 0.0, -0.3)
+    if dtype != torch.float64 and draw.chance(0.2):
+        a["out_dtype"] = torch.float32
     return CrossAttention(a, wanted)
+
+
+def _quantize(draw: Draw, a: dict, batch: int) -> None:
+    """Rows of 8 bits in drawn layouts, and any scales that keep them about as large."""
+    kind = draw.pick(torch.int8, torch.float8_e4m3fn)
+    for name in ("k", "v"):
+        codes = torch.randint(-127, 128, a[name].shape, generator=draw.generator)
+        a[name] = draw.layout(codes.to(torch.int8) if kind == torch.int8 else codes.to(torch.float32).to(kind))
+        served = draw.pick(1, batch)
+        a[f"{name}_scale"] = draw.layout(draw.positive(served, codes.shape[1], dtype=torch.float32) / 256)
 
 
 def _add_window(draw: Draw, a: dict, batch: int, queries: int, keys: int) -> None:
@@ -185,12 +273,12 @@ def _add_window(draw: Draw, a: dict, batch: int, queries: int, keys: int) -> Non
     a["window"] = tuple(draw.pick(0, 1, 2.25, draw.between(0, max(1, keys // 2)), math.inf) for _ in range(2))
 
 
-def _add_blocks(draw: Draw, a: dict, batch: int, queries: int, keys: int, heads: int) -> None:
+def _add_blocks(draw: Draw, a: dict, batch: int, queries: int, keys: int, heads: tuple[int, ...]) -> None:
     size = tuple(draw.pick(1, 3, 16, 17, 32, 64, 128) for _ in range(2))
     rows, columns = -(-queries // size[0]), -(-keys // size[1])
     topk = draw.between(0, min(4, columns + 1))
     a["block_size"] = size
-    a["block_index"] = draw.integers(-1, columns, batch, draw.pick(1, heads), rows, topk)
+    a["block_index"] = draw.integers(-1, columns, draw.pick(1, batch), draw.pick(*heads), rows, topk)
 
 
 # --- merge_attention_states ---

@@ -63,7 +63,11 @@ ALONG_BATCH = [
     for name, call in CALLS.items()
     if not {i for i, axis in enumerate(axes_of(call, "B")) if axis is None} & set(call.floats(tensors_of(call)))
 ]
-ALONG_HEADS = [name for name, call in CALLS.items() if OPS[call.function].result_heads]
+ALONG_HEADS = [
+    name
+    for name, call in CALLS.items()
+    if OPS[call.function].result_heads and any(axis is not None for axis in axes_of(call, "H"))
+]
 
 
 def first_half(tensor, axis):

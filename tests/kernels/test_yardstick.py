@@ -10,7 +10,13 @@ from vidmem_kernels import testing
 from vidmem_kernels._op import OPS
 from vidmem_kernels.testing import HALF, Make, float_leaves, gradients, samples, to_float64, with_grad, yardstick
 
-COMPOSED = ["cross_attention", "cross_attention_backward", "linear_attention", "linear_attention_backward"]
+COMPOSED = [
+    "cross_attention",
+    "cross_attention_backward",
+    "cross_attention_mixed",
+    "linear_attention",
+    "linear_attention_backward",
+]
 NAN, INF = float("nan"), float("inf")
 some_half = torch.zeros(1, dtype=torch.bfloat16)
 

@@ -11,19 +11,22 @@ from .._call import call
 from .._checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
+    QUANTIZED_DTYPES,
     check_int,
     check_number,
     check_same,
     check_same_dtype,
     check_tensor,
     is_number,
+    names,
 )
-from .._dispatch import requested
 from .._fast import fast
 from .._numerics import accumulate_dtype
-from .._symbolic import require_same
-from .._transforms import depth
-from .symbolic import any_open, attend
+from .._symbolic import require, require_same
+from .attend import Attention
+from .causal_sinks import UNBOUNDED, attend_causal_sinks
+from .groups import attend_groups
+from .shared import harmless, is_one, masked_bias, spread, spread_times
 
 __all__ = [
     "cross_attention",
@@ -31,7 +34,11 @@ __all__ = [
 ]
 
 _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
-_UNBOUNDED = torch.finfo(torch.float32).max  # stands for infinity beside finite times
+
+
+def _batch(x: Tensor, q: Tensor) -> int:
+    """The batch that x must have: that of q, unless x has the batch of 1 that serves every batch."""
+    return 1 if is_one(x.shape[0]) else q.shape[0]
 
 
 def _check_pair(op: str, name: str, value: object) -> None:
@@ -64,16 +71,16 @@ def _check_window(
             raise TypeError(f"{op}: {name} must be a tensor, got {type(time).__name__}")
         shape = f"{length}" if time.dim() == 1 else f"B, {length}"
         check_tensor(op, name, time, shape, _TIME_DTYPES)
-        expected = tuple(x.shape[1:2] if time.dim() == 1 else x.shape[:2])
+        expected = (x.shape[1],) if time.dim() == 1 else (_batch(time, q), x.shape[1])
         check_same(op, f"{name} must have shape ({shape})", expected, tuple(time.shape))
         check_same(op, f"q and {name} must be on the same device", q.device, time.device)
     if torch.compiler.is_exporting():
         # AOTInductor writes constants as JSON, which has no infinity.
-        window = [_UNBOUNDED if side == float("inf") else side for side in window]
+        window = [UNBOUNDED if side == float("inf") else side for side in window]
     return list(window)
 
 
-def _check_blocks(op: str, q: Tensor, block_index: Tensor | None, block_size: tuple[int, int]) -> None:
+def _check_blocks(op: str, q: Tensor, key_heads: int, block_index: Tensor | None, block_size: tuple[int, int]) -> None:
     _check_pair(op, "block_size", block_size)
     check_int(op, "block_size[0]", block_size[0], 1)
     check_int(op, "block_size[1]", block_size[1], 1)
@@ -84,13 +91,85 @@ def _check_blocks(op: str, q: Tensor, block_index: Tensor | None, block_size: tu
     blocks = -(-q.shape[1] // block_size[0])
     require_same(
         (batch, heads, rows),
-        (q.shape[0], 1 if heads == 1 else q.shape[2], blocks),
+        (_batch(block_index, q), heads if heads == 1 or heads == key_heads else q.shape[2], blocks),
         lambda: (
             f"{op}: block_index must have shape ({q.shape[0]}, {q.shape[2]} or 1, {blocks}, topk), "
             f"got {tuple(block_index.shape)}"
         ),
     )
     check_same(op, "q and block_index must be on the same device", q.device, block_index.device)
+
+
+def _check_keys(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("k", k), ("v", v)):
+        shape = "B, Lk, H, D" if name == "k" else "B, Lk, H, Dv"
+        check_tensor(op, name, x, shape, FLOAT_DTYPES + QUANTIZED_DTYPES)
+    heads, key_heads = q.shape[2], k.shape[2]
+    require_same(
+        (q.shape[0], q.shape[3]),
+        (q.shape[0] if is_one(k.shape[0]) else k.shape[0], k.shape[3]),
+        lambda: (
+            f"{op}: q and k must have the same B, H and D, "
+            f"got {(q.shape[0], *q.shape[2:])} and {(k.shape[0], *k.shape[2:])}"
+        ),
+    )
+    if heads != key_heads:
+        fits = 1 <= key_heads <= heads and heads % key_heads == 0
+        require(fits, "{}: the heads of k must divide those of q, got {} and {}".format, op, key_heads, heads)
+    check_same(op, "k and v must have the same B, Lk and H", tuple(k.shape[:3]), tuple(v.shape[:3]))
+    check_same(op, "q and k must be on the same device", q.device, k.device)
+    check_same(op, "q and v must be on the same device", q.device, v.device)
+
+
+def _check_dtypes(
+    op: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> torch.dtype:
+    """The dtype that the op will see."""
+    rows, scales = {"k": k, "v": v}, {"k_scale": k_scale, "v_scale": v_scale}
+    given = [scale is not None for scale in scales.values()]
+    if given != [x.dtype in QUANTIZED_DTYPES for x in rows.values()]:
+        raise TypeError(
+            f"{op}: k_scale and v_scale must be given exactly for {names(QUANTIZED_DTYPES)} k and v, got "
+            f"{names([k.dtype])} and {names([v.dtype])} with {' and '.join(n for n in scales if scales[n] is not None)}"
+            f"{'' if any(given) else 'neither'}"
+        )
+    if not any(given):
+        return check_same_dtype(op, q=q, k=k, v=v)
+    check_same(op, "k and v must have the same dtype", k.dtype, v.dtype)
+    for (name, x), (scale_name, scale) in zip(rows.items(), scales.items(), strict=True):
+        if x.requires_grad:
+            raise ValueError(f"{op}: {name} must be detached, for {names([x.dtype])} has no gradient, got one required")
+        _check_by_key(op, scale_name, scale, q, x.shape[1], (torch.float32,))
+    return check_same_dtype(op, q=q)
+
+
+def _check_by_key(op: str, name: str, x: Tensor, q: Tensor, keys: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_tensor(op, name, x, "B, Lk", dtypes)
+    check_same(op, f"{name} must have shape (B, Lk)", (_batch(x, q), keys), tuple(x.shape))
+    check_same(op, f"q and {name} must be on the same device", q.device, x.device)
+
+
+def _check_bias(op: str, q: Tensor, k: Tensor, key_bias: Tensor | None) -> None:
+    if key_bias is None:
+        return
+    by_head = isinstance(key_bias, Tensor) and key_bias.dim() == 3
+    check_tensor(op, "key_bias", key_bias, "B, H, Lk" if by_head else "B, Lk", FLOAT_DTYPES)
+    batch, keys = _batch(key_bias, q), k.shape[1]
+    if by_head:
+        expected = batch, k.shape[2] if key_bias.shape[1] == k.shape[2] else q.shape[2], keys
+    else:
+        expected = batch, keys
+    check_same(op, "key_bias must have shape (B, Lk) or (B, H, Lk)", expected, tuple(key_bias.shape))
+    check_same(op, "q and key_bias must be on the same device", q.device, key_bias.device)
+
+
+def _check_out_dtype(op: str, out_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    if out_dtype is None:
+        return dtype
+    allowed = list(dict.fromkeys((dtype, accumulate_dtype(dtype))))
+    if out_dtype not in allowed:
+        raise TypeError(f"{op}: out_dtype must be {names(allowed)}, got {out_dtype}")
+    return out_dtype
 
 
 @fast
@@ -100,48 +179,64 @@ def cross_attention(
     v: Tensor,
     *,
     key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
     num_sinks: int = 0,
+    causal_sinks: bool = False,
     q_time: Tensor | None = None,
     k_time: Tensor | None = None,
     window: tuple[float, float] | None = None,
     block_index: Tensor | None = None,
     block_size: tuple[int, int] = (128, 64),
     scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of queries to a memory of keys, some of them visible, each with its own bias.
 
-    Key j is visible to query i when j < num_sinks, or when the window and the block condition hold, as far as given.
+    Key j is visible to query i when j < num_sinks, or when the window and the block condition hold, as far as given;
+    and in any case only where `key_mask` and the bias do not hide it.
 
     Args:
         q: (B, Lq, H, D) queries.
-        k: (B, Lk, H, D) keys, of the same dtype.
-        v: (B, Lk, H, Dv) values; Dv may differ from D.
-        key_bias: (B, Lk) or (B, H, Lk) float of any dtype, added to the scores; e.g. the log of a merged token's size
-            (proportional attention). -inf hides a key from every query, sinks too.
-        num_sinks: the first keys, visible to every query whatever the other conditions.
-        q_time, k_time: (Lq,) or (B, Lq), and (Lk,) or (B, Lk): times in any common unit, int32, int64, float32 or
+        k: (B|1, Lk, Hk, D) keys, of the same dtype, or in 8 bits with `k_scale`. Hk divides H: head h of the queries
+            reads head h // (H // Hk) (grouped-query attention). Nothing is copied for a batch or a group.
+        v: (B|1, Lk, Hk, Dv) values, with the batch and the dtype of k; Dv may differ from D.
+        key_bias: (B|1, Lk) or (B|1, H or Hk, Lk) float of any dtype, added to the scores; e.g. the log of a merged
+            token's size (proportional attention). -inf hides a key from every query, sinks too.
+        key_mask: (B|1, Lk) bool: False hides a key from every query, sinks too, as a bias of -inf does.
+        num_sinks: the first keys, visible to every query whatever the window and the blocks.
+        causal_sinks: with a window: a sink is visible from its own time on, when k_time[j] <= q_time[i] + right; it
+            escapes the left bound and the block list alone.
+        q_time, k_time: (Lq,) or (B|1, Lq), and (Lk,) or (B|1, Lk): times in any common unit, int32, int64, float32 or
             float64. Integers are compared exactly, wherever in int64 they lie; two float32 in float32; anything else
             in float64. A time that is NaN sees nothing and is seen by nothing. They have no gradient.
         window: (left, right), numbers of at least 0, `math.inf` for no bound, in the unit of the times:
             q_time[i] - left <= k_time[j] <= q_time[i] + right. Taken as float64.
-        block_index: (B, H or 1, ceil(Lq/bq), topk) int32 or int64: the blocks of keys that a block of queries sees, as
-            from `topk_blocks`; -1 is none, duplicates count once.
+        block_index: (B|1, H, Hk or 1, ceil(Lq/bq), topk) int32 or int64: the blocks of keys that a block of queries
+            sees, as from `topk_blocks`; -1 is none, duplicates count once.
         block_size: (bq, bk), queries and keys in a block; used only with `block_index`.
         scale: factor of the scores; default D**-0.5.
+        k_scale, v_scale: (B|1, Lk) float32 for k and v of int8 or float8_e4m3fn, and only for those: row j stands for
+            `k[:, j].float() * k_scale[:, j]`, as from `quantize_rows` of rows (B, Lk, Hk * D). Rows are read as they
+            are, whatever the dtype of q.
+        out_dtype: of out; default that of q. float32 gives sums as they are, not rounded to half precision.
         return_lse: also return the log-sum-exp of the scores, for `merge_attention_states`.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (B, Lq, H, Dv) of the dtype of q; with `return_lse` also (B, H, Lq) float32 (float64 for float64), the natural
-        logarithm. A query that sees nothing gets 0 and lse -inf, and has gradients of zero. Differentiable in q, k, v
-        and key_bias, through both results.
+        (B, Lq, H, Dv) of `out_dtype`; with `return_lse` also (B, H, Lq) float32 (float64 for float64), the natural
+        logarithm. A query that sees nothing gets 0 and lse -inf, and has gradients of zero. Differentiable in q, k, v,
+        key_bias, k_scale and v_scale, through both results; what serves a batch or a group gets the sum. The gradient
+        of a call with scales dequantises k and v to the dtype of q; rows of 8 bits have none. The gradient of out is
+        rounded to the dtype of q, as it would be without `out_dtype`.
 
-        What is hidden touches nothing: NaN and infinities in keys, values and biases that a query does not see, and in
-        queries and gradients that a key is hidden from, change no bit of what else there is. What is visible and no
-        number has its natural effect. The CPU and reference backends keep this pair by pair. Triton's kernels work in
-        tiles: there it holds for blocks that are not listed and for times outside the span of all windows of a tile
+        What is hidden touches nothing: NaN and infinities in keys, values, biases and scales that a query does not see,
+        and in queries and gradients that a key is hidden from, change no bit of what else there is. What is visible and
+        no number has its natural effect. The CPU and reference backends keep this pair by pair. Triton's kernels work
+        in tiles: there it holds for blocks that are not listed and for times outside the span of all windows of a tile
         of 16 to 128 queries, but NaN where the bias is -inf reaches the queries of its tile.
 
         In a graph of torch.compile a changing window or scale becomes an input of the graph: no value compiles anew.
@@ -153,52 +248,54 @@ def cross_attention(
 
     Equivalent PyTorch:
         bias = key_bias.view(B, -1, 1, Lk).expand(B, H, Lq, Lk).masked_fill(~visible, -inf)
-        scaled_dot_product_attention(q.mT, k.mT, v.mT, bias, scale=scale)   # .mT: transpose(1, 2)
+        scaled_dot_product_attention(q.mT, k.mT, v.mT, bias, scale=scale, enable_gqa=True)   # .mT: transpose(1, 2)
 
     Source:
         Tiled with an online softmax: Milakov and Gimelshein, 2018 (arXiv:1805.02867); FlashAttention, Dao et al., 2022
         (arXiv:2205.14135). Bias by merged size: ToMe, Bolya et al., 2022 (arXiv:2210.09461). Sinks: Xiao et al., 2023
-        (arXiv:2309.17453).
+        (arXiv:2309.17453). Grouped queries: Ainslie et al., 2023 (arXiv:2305.13245).
     """
     op = "cross_attention"
     check_tensor(op, "q", q, "B, Lq, H, D")
-    check_tensor(op, "k", k, "B, Lk, H, D")
-    check_tensor(op, "v", v, "B, Lk, H, Dv")
-    batch, _, heads, size = q.shape
-    keys = k.shape[1]
-    check_same(
-        op,
-        "q and k must have the same B, H and D",
-        (batch, heads, size),
-        (k.shape[0], *k.shape[2:]),
-    )
-    check_same(op, "k and v must have the same B, Lk and H", tuple(k.shape[:3]), tuple(v.shape[:3]))
-    dtype = check_same_dtype(op, q=q, k=k, v=v)
-    check_same(op, "q and k must be on the same device", q.device, k.device)
-    check_same(op, "q and v must be on the same device", q.device, v.device)
-    if key_bias is not None:
-        by_head = isinstance(key_bias, Tensor) and key_bias.dim() == 3
-        check_tensor(op, "key_bias", key_bias, "B, H, Lk" if by_head else "B, Lk", FLOAT_DTYPES)
-        expected = (batch, heads, keys) if by_head else (batch, keys)
-        check_same(op, "key_bias must have shape (B, Lk) or (B, H, Lk)", expected, tuple(key_bias.shape))
-        check_same(op, "q and key_bias must be on the same device", q.device, key_bias.device)
+    batch, _, _, size = q.shape
+    _check_keys(op, q, k, v)
+    dtype = _check_dtypes(op, q, k, v, k_scale, v_scale)
+    keys, key_heads = k.shape[1:3]
+    _check_bias(op, q, k, key_bias)
+    if key_mask is not None:
+        _check_by_key(op, "key_mask", key_mask, q, keys, (torch.bool,))
     check_int(op, "num_sinks", num_sinks, 0, keys)
     bounds = _check_window(op, q, k, q_time, k_time, window)
-    _check_blocks(op, q, block_index, block_size)
+    if not isinstance(causal_sinks, bool):
+        raise TypeError(f"{op}: causal_sinks must be a bool, got {type(causal_sinks).__name__}")
+    if causal_sinks and bounds is None:
+        raise ValueError(f"{op}: causal_sinks must be given with a window, got window=None")
+    _check_blocks(op, q, key_heads, block_index, block_size)
     if scale is None:
         if size == 0:
             raise ValueError(f"{op}: scale must be given where D is 0, got None")
         scale = float(size**-0.5)
     check_number(op, "scale", scale)
-    if torch.compiler.is_compiling() and depth() == 0 and any_open([*(bounds or ()), scale]):
-        options = (num_sinks, q_time, k_time, bounds, block_index, list(block_size), scale)
-        out, lse = attend(*(x.to(dtype) for x in (q, k, v)), key_bias, *options, requested(backend))
-    else:
-        window = bounds and [float(side) for side in bounds]
-        out, lse = call(
-            "cross_attention", q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, list(block_size),
-            float(scale), backend=backend,
-        )  # fmt: skip
+    key_bias = spread(masked_bias(key_bias, key_mask, accumulate_dtype(dtype)), batch)
+    attention = Attention(
+        q=q,
+        k=spread(k, batch),
+        v=spread(v, batch),
+        key_bias=key_bias,
+        num_sinks=num_sinks,
+        q_time=spread_times(q_time, batch),
+        k_time=spread_times(k_time, batch),
+        window=bounds,
+        block_index=spread(block_index, batch),
+        block_size=tuple(block_size),
+        scale=scale,
+        k_scale=harmless(spread(k_scale, batch), key_bias),
+        v_scale=harmless(spread(v_scale, batch), key_bias),
+        dtype=dtype,
+        out_dtype=_check_out_dtype(op, out_dtype, dtype),
+        backend=backend,
+    )
+    out, lse = attend_causal_sinks(attention) if causal_sinks else attend_groups(attention)
     return (out, lse) if return_lse else out
 
 

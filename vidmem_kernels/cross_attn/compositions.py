@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._numerics import accumulate_dtype
 from ..testing import composition, product
+from .mixed import dequantized, result_dtype
 
 
 def _visible(q, k, num_sinks, q_time, k_time, window, block_index, block_size) -> Tensor:
@@ -52,12 +53,37 @@ def cross_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Weights have the dtype of q where they are multiplied with v; scores, and so lse, are float32."""
-    scores = _scores(q, k, key_bias, scale, num_sinks, q_time, k_time, window, block_index, block_size)
+    mask = num_sinks, q_time, k_time, window, block_index, block_size
+    return cross_attention_mixed(q, k, v, None, None, key_bias, *mask, scale, q.dtype)
+
+
+@composition("cross_attention_mixed")
+def cross_attention_mixed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key_bias: Tensor | None,
+    num_sinks: int,
+    q_time: Tensor | None,
+    k_time: Tensor | None,
+    window: list[float] | None,
+    block_index: Tensor | None,
+    block_size: list[int],
+    scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Rows of 8 bits are dequantised, to the dtype of q; then as cross_attention, whose sums are the results."""
+    wide = accumulate_dtype(q.dtype)
+    k, v = dequantized(k, k_scale, wide), dequantized(v, v_scale, wide)
+    mask = num_sinks, q_time, k_time, window, block_index, block_size
+    scores = _scores(q, k, key_bias, scale, *mask)
     empty = ~(scores > -torch.inf).any(3, keepdim=True)
     scores = scores.masked_fill(empty, 0)
     out = product(scores.softmax(3), _heads(v), q.dtype).masked_fill(empty, 0)
     lse = scores.logsumexp(3).masked_fill(empty.squeeze(3), -torch.inf)
-    return out.transpose(1, 2).to(q.dtype), lse
+    return out.transpose(1, 2).to(result_dtype(q, out_dtype)), lse
 
 
 @composition("cross_attention_backward")

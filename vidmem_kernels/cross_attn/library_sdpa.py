@@ -50,6 +50,8 @@ def _refuse_cudnn(q: Tensor, k: Tensor) -> str | None:
         return f"needs cuDNN 9.15.1, got {version}"
     if q.shape[3] > 128:
         return f"D={q.shape[3]} is over 128"
+    if k.shape[0] > 1 and k.stride(0) == 0:
+        return "keys that serve a whole batch have a stride of 0"  # as below: its graph does not take it
     return "a length is 1" if 1 in (q.shape[1], k.shape[1]) else None
 
 

@@ -9,7 +9,8 @@ import torch
 from .._numerics import accumulate_dtype
 from .._refusals import refuse_float64, refuse_products
 from .._registry import register_op
-from . import library, reference
+from . import library, mixed, reference
+from .library_sdpa import capability
 
 _OPTIONS = (
     "SymInt num_sinks, Tensor? q_time, Tensor? k_time, float[]? window, Tensor? block_index,"
@@ -111,6 +112,45 @@ register_op(
     without_batch=_TIMES,
     head_axes=_HEADS,
     result_heads=(2, 2, 2, 1),
+)
+
+# --- cross_attention_mixed ---
+
+
+def _refuse_triton_mixed(q, k, v, *rest) -> str | None:
+    if k.dtype == torch.float8_e4m3fn and q.device.type == "cuda" and capability(q.device) < (8, 9):
+        return "rows of float8 need compute capability 8.9 or later"
+    return _refuse_triton(q, k, v)
+
+
+def _mixed_setup(ctx, inputs, output):
+    *tensors, num_sinks, q_time, k_time, window, block_index, block_size, scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output, q_time, k_time, block_index)
+    ctx.options = num_sinks, window, block_size, scale
+    ctx.set_materialize_grads(False)
+
+
+def _mixed_backward(ops, ctx, grad_out, grad_lse):
+    *tensors, out, lse, q_time, k_time, block_index = ctx.saved_tensors
+    num_sinks, window, block_size, scale = ctx.options
+    options = num_sinks, q_time, k_time, window, block_index, block_size, scale
+    grads = mixed.gradients(ops.cross_attention_backward, grad_out, grad_lse, tensors, out, lse, *options)
+    return *grads, *[None] * 8
+
+
+register_op(
+    "cross_attention_mixed(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? key_bias,"
+    f" {_OPTIONS}, ScalarType out_dtype) -> (Tensor, Tensor)",
+    reference=mixed.cross_attention_mixed,
+    fake=mixed.fake,
+    setup_context=_mixed_setup,
+    backward=_mixed_backward,
+    autocast=("q", "k", "v"),
+    triton="triton_attention",
+    refuse={"cpu": refuse_products, "triton": _refuse_triton_mixed},
+    without_batch=_TIMES,
+    head_axes=_HEADS,
+    result_heads=(2, 1),
 )
 
 # --- merge_attention_states ---

@@ -72,6 +72,43 @@ def cross_attention(make):
         yield label, (q, k, v, *{**PLAIN, **options}.values())
 
 
+def _quantized(x, dtype):
+    """Rows (B, Lk, H, C) in 8 bits, laid out as x is, and their scales (B, Lk)."""
+    x = x.detach().to(torch.float32)
+    largest = x.flatten(2).abs().amax(2) if x.numel() else x.new_zeros(x.shape[:2])
+    scale = largest / (127 if dtype == torch.int8 else 448)
+    rows = x / scale.clamp(min=1e-30)[:, :, None, None]
+    rows = (rows.round() if dtype == torch.int8 else rows).to(dtype)
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(rows), scale
+
+
+_MIXED = {  # the cases that rows of 8 bits, or results of another dtype, may make a difference to
+    "plain": None,
+    "other Dv, one query": torch.int8,
+    "key_bias a head, infinite": torch.float8_e4m3fn,
+    "int64 blocks for all heads, sinks": torch.int8,
+    "all together": None,
+    "strided": torch.int8,
+    "long, window, sinks": torch.float8_e4m3fn,
+    "no key": torch.int8,
+    "no batch": torch.float8_e4m3fn,
+}
+
+
+@testing.sample_inputs("cross_attention_mixed")
+def cross_attention_mixed(make):
+    for label, q, k, v, options in _cases(make):
+        if label not in _MIXED:
+            continue
+        options, kind = {**PLAIN, **options}, _MIXED[label]
+        k_scale = v_scale = None
+        if kind is not None:
+            (k, k_scale), (v, v_scale) = _quantized(k, kind), _quantized(v, kind)
+        sums = kind is None or "bias" in label
+        out_dtype = accumulate_dtype(make.dtype) if sums else make.dtype
+        yield f"{label}, {kind}", (q, k, v, k_scale, v_scale, *options.values(), out_dtype)
+
+
 @testing.sample_inputs("cross_attention_backward")
 def cross_attention_backward(make):
     for label, q, k, v, options in _cases(make):
@@ -210,6 +247,43 @@ testing.public_call(
     make=attention_tensors(_bias, _q_times, _k_times, blocks_of),
     constant=(5,),
     Lk=1,
+)
+
+
+def _one_memory(m, s):
+    k, v = (m.randn(1, s["Lk"], 2, c) for c in (4, 6))
+    return m.randn(s["B"], s["Lq"], 4, 4), k, v, m.randint(0, 2, (1, s["Lk"])) > 0
+
+
+def _in_8_bits(m, s):
+    wide = (m.randn(s["B"], s["Lk"], s["H"], c, dtype=torch.float32) for c in (4, 6))
+    (k, k_scale), (v, v_scale) = (_quantized(x, torch.int8) for x in wide)
+    return m.randn(s["B"], s["Lq"], s["H"], 4), k, v, k_scale, v_scale
+
+
+testing.public_call(
+    "cross_attention",
+    "one memory for a batch and groups, mask",
+    attend("key_mask", return_lse=True),
+    *("B Lq 4 4", "1 Lk 2 4", "1 Lk 2 6", "1 Lk"),
+    make=_one_memory,
+)
+testing.public_call(
+    "cross_attention",
+    "causal sinks",
+    attend("q_time", "k_time", window=(1.25, 0), num_sinks=2, causal_sinks=True),
+    *(*ATTENTION, "Lq", "B Lk"),
+    make=attention_tensors(_q_times, _k_times),
+    constant=(4,),
+    Lk=2,
+)
+testing.public_call(
+    "cross_attention",
+    "rows of 8 bits",
+    attend("k_scale", "v_scale"),
+    *(*ATTENTION, "B Lk", "B Lk"),
+    make=_in_8_bits,
+    constant=(3, 4),
 )
 testing.public_call(
     "merge_attention_states",

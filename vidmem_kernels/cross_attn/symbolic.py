@@ -1,7 +1,7 @@
 """cross_attention in a graph of torch.compile where the window or the scale differ from call to call.
 
 torch compiles a graph anew for every value of a float that an op takes. Here these floats come in a tensor instead,
-which the ops below read when they run; they then call the ops of ops.py.
+which the ops below read when they run; they then call the ops of ops.py. They take q, k and v as autocast wants them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.library import Library
 
 from .._numerics import accumulate_dtype
+from . import mixed
 
 _LIBRARY = Library("vidmem", "FRAGMENT")
 _ARGUMENTS = (
-    "SymInt num_sinks, Tensor? q_time, Tensor? k_time, Tensor numbers, Tensor? block_index, SymInt[] block_size,"
-    " str backend"
+    "SymInt num_sinks, Tensor? q_time, Tensor? k_time, Tensor numbers, Tensor? block_index, SymInt[] block_size"
 )
 
 
@@ -27,23 +27,15 @@ def any_open(numbers: list[float]) -> bool:
     return not all(statically_known_true(n < limit) or statically_known_true(n >= limit) for n in numbers)
 
 
-def attend(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale, backend):
-    """torch.ops.vidmem.cross_attention with window and scale of any value; q, k and v as autocast wants them."""
-    numbers = _as_tensor([*(window or ()), scale])
-    return torch.ops.vidmem.cross_attention_symbolic(
-        q, k, v, key_bias, num_sinks, q_time, k_time, numbers, block_index, block_size, backend
-    )
-
-
-def _as_tensor(numbers: list[float]) -> Tensor:
-    """float64 on the CPU."""
+def as_tensor(numbers: list[float]) -> Tensor:
+    """What the ops below take for window and scale: left, right and scale, or scale alone; float64 on the CPU."""
     # A sum, since torch.compile turns arithmetic with open numbers into arithmetic with tensors, but no constructor.
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([zero + number for number in numbers])
 
 
 def _floats(numbers: Tensor) -> tuple[list[float] | None, float]:
-    """(window, scale) of the tensor that holds left, right and scale, or scale alone."""
+    """(window, scale) of `as_tensor`."""
     *window, scale = numbers.tolist()
     return window or None, scale
 
@@ -54,6 +46,17 @@ def _forward(q, k, v, key_bias, num_sinks, q_time, k_time, numbers, block_index,
         return torch.ops.vidmem.cross_attention(
             q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale, backend
         )
+
+
+def _mixed_forward(
+    q, k, v, k_scale, v_scale, key_bias, num_sinks, q_time, k_time, numbers, block_index, block_size, out_dtype, backend
+):
+    window, scale = _floats(numbers)
+    with torch._C._DisableAutocast():
+        return torch.ops.vidmem.cross_attention_mixed(
+            q, k, v, k_scale, v_scale, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale,
+            out_dtype, backend,
+        )  # fmt: skip
 
 
 def _backward(grad_out, grad_lse, q, k, v, bias, out, lse, sinks, q_time, k_time, numbers, index, block_size, backend):
@@ -95,6 +98,21 @@ def _gradients(ctx, grad_out, grad_lse):
     return *grads, grad_bias if key_bias is not None else None, *[None] * 7
 
 
+def _mixed_setup(ctx, inputs, output):
+    *tensors, num_sinks, q_time, k_time, numbers, block_index, block_size, _, backend = inputs
+    ctx.save_for_backward(*tensors, *output, q_time, k_time, numbers, block_index)
+    ctx.options = num_sinks, block_size, backend
+    ctx.set_materialize_grads(False)
+
+
+def _mixed_gradients(ctx, grad_out, grad_lse):
+    *tensors, out, lse, q_time, k_time, numbers, block_index = ctx.saved_tensors
+    num_sinks, block_size, backend = ctx.options
+    options = num_sinks, q_time, k_time, numbers, block_index, block_size, backend
+    backward = torch.ops.vidmem.cross_attention_symbolic_backward
+    return *mixed.gradients(backward, grad_out, grad_lse, tensors, out, lse, *options), *[None] * 8
+
+
 def _register(schema: str, kernel, fake) -> str:
     name = "vidmem::" + schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -104,14 +122,22 @@ def _register(schema: str, kernel, fake) -> str:
 
 
 _FORWARD = _register(
-    f"cross_attention_symbolic(Tensor q, Tensor k, Tensor v, Tensor? key_bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"cross_attention_symbolic(Tensor q, Tensor k, Tensor v, Tensor? key_bias, {_ARGUMENTS}, str backend)"
+    " -> (Tensor, Tensor)",
     _forward,
     _fake,
 )
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup, lib=_LIBRARY)
+_MIXED = _register(
+    "cross_attention_mixed_symbolic(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? key_bias,"
+    f" {_ARGUMENTS}, ScalarType out_dtype, str backend) -> (Tensor, Tensor)",
+    _mixed_forward,
+    lambda *args: mixed.fake(*args[:-1]),
+)
+torch.library.register_autograd(_MIXED, _mixed_gradients, setup_context=_mixed_setup, lib=_LIBRARY)
 _register(
     "cross_attention_symbolic_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? "
-    f"key_bias, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"key_bias, Tensor out, Tensor lse, {_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -44,6 +44,8 @@ def _attend(
     k,
     v,
     bias,
+    k_scale,
+    v_scale,
     when,
     low,
     high,
@@ -60,6 +62,9 @@ def _attend(
     v_stride_l,
     v_stride_d,
     bias_stride_k,
+    k_scale_stride_l,
+    v_scale_stride_l,
+    DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -73,7 +78,11 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One tile of keys joins the sums of a tile of queries."""
+    """One tile of keys joins the sums of a tile of queries.
+
+    Rows of 8 bits are exact factors of scores, which are scaled afterwards. Values are scaled before they are rounded
+    to DTYPE, as users do it: weights times scales would lose bits where float16 has subnormal numbers.
+    """
     tile, listed = entry_of(entries, i)
     start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
@@ -83,8 +92,14 @@ def _attend(
     key = start + n
     inside = key < stop
     at = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
-    keys = as_operand(load_rows(at, inside, d, D, EVEN, MASKED), k.dtype.element_ty, INTERPRET)
+    keys = load_rows(at, inside, d, D, EVEN, MASKED)
+    if k_scale is not None:
+        keys = keys.to(tl.float32)  # from int8 the interpreter makes no bfloat16
+    keys = as_operand(keys, DTYPE, INTERPRET)
     score = dot_rows(held, keys, PRECISION)
+    if k_scale is not None:
+        at_scale = k_scale + (first + n) * k_scale_stride_l
+        score *= (tl.load(at_scale, inside, other=0.0) if MASKED else tl.load(at_scale))[None, :]
     key_bias = None
     if bias is not None:
         at_bias = bias + (first + n) * bias_stride_k
@@ -101,15 +116,21 @@ def _attend(
     weight, decay, new_max = softmax_step(score, key_bias, seen, row_max, SCALE, PRECISION, POSITIVE, INTERPRET)
     row_sum = row_sum * decay + tl.sum(weight, axis=1)
     at = v + first * v_stride_l + (n.to(tl.int64)[:, None] * v_stride_l + dv.to(tl.int64)[None, :] * v_stride_d)
-    values = as_operand(load_rows(at, there, dv, DV, EVEN_V, MASKED), v.dtype.element_ty, INTERPRET)
-    acc = dot_split(weight, values, acc * decay[:, None], v.dtype.element_ty, SPLIT, PRECISION, INTERPRET)
+    values = load_rows(at, there, dv, DV, EVEN_V, MASKED)
+    if v_scale is not None:
+        at_scale = v_scale + (first + n) * v_scale_stride_l
+        factor = tl.load(at_scale, there, other=0.0) if MASKED else tl.load(at_scale)
+        values = values.to(tl.float32) * factor[:, None]
+    values = as_operand(values, DTYPE, INTERPRET)
+    acc = dot_split(weight, values, acc * decay[:, None], DTYPE, SPLIT, PRECISION, INTERPRET)
     return acc, new_max, row_sum
 
 
 @triton.jit
 def _attend_all(
-    q, k, v, bias, when, low, high, entries, begin, middle, end, batch, row, inside, LK, D, DV, SIZE_K, SINKS, SCALE,
-    q_stride_l, q_stride_d, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, when_stride_b, low_stride_b,
+    q, k, v, bias, k_scale, v_scale, when, low, high, entries, begin, middle, end, batch, row, inside, LK, D, DV,
+    SIZE_K, SINKS, SCALE, q_stride_l, q_stride_d, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k,
+    k_scale_stride_l, v_scale_stride_l, when_stride_b, low_stride_b,
     HAS_LIST: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, POSITIVE: tl.constexpr, INTERPRET: tl.constexpr, EVEN: tl.constexpr,
     EVEN_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -130,15 +151,17 @@ def _attend_all(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.range(begin, middle, num_stages=STAGES, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
-            held, acc, row_max, row_sum, k, v, bias, when, row_low, row_high, entries, i, LK, D, DV, SIZE_K, SINKS,
-            SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, False, HAS_BLOCKS, HAS_SINKS, SPLIT,
-            PRECISION, POSITIVE, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            held, acc, row_max, row_sum, k, v, bias, k_scale, v_scale, when, row_low, row_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, k_scale_stride_l,
+            v_scale_stride_l, q.dtype.element_ty, False, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, POSITIVE, INTERPRET,
+            EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     for i in tl.range(middle, end, num_stages=1, disable_licm=not HOIST):
         acc, row_max, row_sum = _attend(
-            held, acc, row_max, row_sum, k, v, bias, when, row_low, row_high, entries, i, LK, D, DV, SIZE_K, SINKS,
-            SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS, HAS_SINKS, SPLIT,
-            PRECISION, POSITIVE, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            held, acc, row_max, row_sum, k, v, bias, k_scale, v_scale, when, row_low, row_high, entries, i, LK, D, DV,
+            SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, k_scale_stride_l,
+            v_scale_stride_l, q.dtype.element_ty, True, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, POSITIVE, INTERPRET,
+            EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     return acc, row_max, row_sum
 
@@ -149,6 +172,8 @@ def _cross_attention_fwd_kernel(
     k,
     v,
     bias,
+    k_scale,
+    v_scale,
     when,
     low,
     high,
@@ -180,6 +205,10 @@ def _cross_attention_fwd_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_k,
+    k_scale_stride_b,
+    k_scale_stride_l,
+    v_scale_stride_b,
+    v_scale_stride_l,
     when_stride_b,
     low_stride_b,
     tiles_stride_b,
@@ -213,6 +242,9 @@ def _cross_attention_fwd_kernel(
     v += batch * v_stride_b + head * v_stride_h
     if bias is not None:
         bias += batch * bias_stride_b + head * bias_stride_h
+    if k_scale is not None:
+        k_scale += batch * k_scale_stride_b
+        v_scale += batch * v_scale_stride_b
     lane = batch * tiles_stride_b + head * tiles_stride_h
     begin, middle, end = range_of(ranges, lane * count + tile, LK // BLOCK_N, tl.cdiv(LK, BLOCK_N))
     if WARP_SPECIALIZE:
@@ -222,10 +254,11 @@ def _cross_attention_fwd_kernel(
         )  # fmt: skip
     else:
         acc, row_max, row_sum = _attend_all(
-            q, k, v, bias, when, low, high, entries, begin, middle, end, batch, row64, row < stop, LK, D, DV, SIZE_K,
-            SINKS, SCALE, q_stride_l, q_stride_d, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k,
-            when_stride_b, low_stride_b, ranges is not None, HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, POSITIVE,
-            INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, STAGES, HOIST,
+            q, k, v, bias, k_scale, v_scale, when, low, high, entries, begin, middle, end, batch, row64, row < stop, LK,
+            D, DV, SIZE_K, SINKS, SCALE, q_stride_l, q_stride_d, k_stride_l, k_stride_d, v_stride_l, v_stride_d,
+            bias_stride_k, k_scale_stride_l, v_scale_stride_l, when_stride_b, low_stride_b, ranges is not None,
+            HAS_BLOCKS, HAS_SINKS, SPLIT, PRECISION, POSITIVE, INTERPRET, EVEN, EVEN_V, BLOCK_M, BLOCK_N, BLOCK_D,
+            BLOCK_V, STAGES, HOIST,
         )  # fmt: skip
     log_sum, total = log_sum_of(row_max, row_sum, PRECISION)
     broken = end < begin  # a block that is out of range
@@ -267,9 +300,18 @@ def check_blocks(block_index: Tensor | None, block_size: list[int], keys: int) -
 
 
 def launch_cross_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, *options: object
+) -> tuple[Tensor, Tensor]:
+    """(out, lse); see `vidmem_kernels.cross_attention`."""
+    return launch_cross_attention_mixed_fwd(q, k, v, None, None, key_bias, *options, q.dtype)
+
+
+def launch_cross_attention_mixed_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     key_bias: Tensor | None,
     num_sinks: int,
     q_time: Tensor | None,
@@ -278,12 +320,13 @@ def launch_cross_attention_fwd(
     block_index: Tensor | None,
     block_size: list[int],
     scale: float,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse); see `vidmem_kernels.cross_attention`."""
+    """(out, lse), with scales of rows of 8 bits, and out of a dtype of its own."""
     batch, queries, heads, size = q.shape
     keys, value_size = k.shape[1], v.shape[3]
     check_blocks(block_index, block_size, keys)
-    out = torch.empty(batch, queries, heads, value_size, dtype=q.dtype, device=q.device)
+    out = torch.empty(batch, queries, heads, value_size, dtype=out_dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
@@ -293,8 +336,9 @@ def launch_cross_attention_fwd(
     kernel = _cross_attention_fwd_kernel[(batch * heads * call.query_tiles(tile["BLOCK_M"]),)]
     arguments = {
         "out": out, "lse": lse, "LQ": queries, "LK": keys, "H": heads, "D": size, "DV": value_size,
-        "SCALE": float(scale), **strides({"q": q, "k": k, "v": v}), **call.arguments(tile, by_key=False),
-        **constants(q, v), "SPLIT": split, "POSITIVE": scale > 0, "TAIL": keys % tile["BLOCK_N"] != 0, **tile,
+        "SCALE": float(scale), **strides({"q": q, "k": k, "v": v}), **_scales(k_scale, v_scale),
+        **call.arguments(tile, by_key=False), **constants(q, v), "SPLIT": split, "POSITIVE": scale > 0,
+        "TAIL": keys % tile["BLOCK_N"] != 0, **tile,
     }  # fmt: skip
     if tile["WARP_SPECIALIZE"]:
         specialised.launch(lambda: kernel(q, k, v, **arguments), tile, chosen.key, q.device)
@@ -303,9 +347,19 @@ def launch_cross_attention_fwd(
     return out, lse
 
 
+def _scales(k_scale: Tensor | None, v_scale: Tensor | None) -> dict[str, object]:
+    """Scales of rows, and their strides."""
+    found: dict[str, object] = {}
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        batch, row = (0, 0) if scale is None else scale.stride()
+        found |= {name: scale, f"{name}_stride_b": batch, f"{name}_stride_l": row}
+    return found
+
+
 def _tile_of(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
     """The tile of a call, fitted to its blocks, and what it was chosen from."""
-    fields = fields_of(q, v, call.features, k.shape[1] < FEW)
+    features = call.features if k.dtype == q.dtype else f"{call.features} rows8".strip()
+    fields = fields_of(q, v, features, k.shape[1] < FEW)
     tile, chosen = call.limited(FORWARD.tile(q.device, **fields)), FORWARD.chosen(q.device, **fields)
     if tile["WARP_SPECIALIZE"] and specialised.why_not(call, tile, chosen.key, q, k, v) is not None:
         default = FORWARD.default(arch_of(q.device), **fields)
@@ -321,7 +375,32 @@ def tiles_cross_attention_fwd(
     return [_tile_of(call, q, k, v)[1]]
 
 
+def tiles_cross_attention_mixed_fwd(q, k, v, k_scale, v_scale, key_bias, *options) -> list[Chosen]:
+    """The tile that `launch_cross_attention_mixed_fwd` takes for the same arguments."""
+    return tiles_cross_attention_fwd(q, k, v, key_bias, *options[:-1])
+
+
 _TYPES = ("q", "k", "v", "out")
 _PLAIN = {"lse": "*fp32"}
 # See sparse_gather.triton_gather.AOT.
-AOT = {"_cross_attention_fwd_kernel": variants(FORWARD, _TYPES, _PLAIN, POSITIVE=True, TAIL=False)}
+_UNSCALED = {"k_scale": None, "v_scale": None, "POSITIVE": True, "TAIL": False}
+_SCALED = {"k_scale_stride_l": 1, "v_scale_stride_l": 1, "POSITIVE": True, "TAIL": False}
+_SCALES = {**_PLAIN, "k_scale": "*fp32", "v_scale": "*fp32"}
+_INT8 = (
+    ("bf16", 64, "bias rows8", (80, 90, 120)),
+    ("bf16", 128, "rows8", (80, 90, 120)),
+    ("bf16", 128, "blocks rows8", (90,)),
+    ("bf16", 128, "bias rows8 few", (80, 90)),
+    ("bf16", 128, "bias window rows8 sinks", (80, 90, 120)),
+    ("bf16", 256, "bias rows8", (80, 90)),
+    ("fp32", 128, "rows8", (90,)),
+)
+_FLOAT8 = (("bf16", 128, "bias rows8", (90, 120)), ("fp16", 128, "rows8", (90,)))
+AOT = {
+    "_cross_attention_fwd_kernel": [
+        *variants(FORWARD, _TYPES, _PLAIN, **_UNSCALED),
+        *variants(FORWARD, _TYPES, {**_PLAIN, "out": "*fp32"}, (("bf16", 128, "", (90,)),), **_UNSCALED),
+        *variants(FORWARD, _TYPES, {**_SCALES, "k": "*i8", "v": "*i8"}, _INT8, **_SCALED),
+        *variants(FORWARD, _TYPES, {**_SCALES, "k": "*fp8e4nv", "v": "*fp8e4nv"}, _FLOAT8, **_SCALED),
+    ]
+}

@@ -42,6 +42,14 @@ _WINDOWED = {
     ("grad_kv", 90, 128): (64, 64, 8, 2),
     ("grad_kv", 90, 256): (32, 32, 8, 1),
 }
+# Of keys and values in 8 bits, which are converted in registers, where those tiles would spill.
+_ROWS8 = {
+    ("fwd", 80, 64): (64, 32, 4, 3),
+    ("fwd", 80, 128): (64, 64, 8, 3),
+    ("fwd", 80, 256): (64, 32, 8, 2),
+    ("fwd", 90, 256): (64, 32, 8, 2),
+    ("fwd", 100, 256): (64, 32, 8, 2),
+}
 # Single precision has no tensor cores to feed: kernel -> head size at most -> the same on every architecture.
 _SINGLE = {
     "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
@@ -76,11 +84,14 @@ def _base(kernel: str, arch: int) -> int:
 
 
 def _default(kernel: str, arch: int, dtype: str, size: int, features: str) -> Tile:
-    """`features`: "few" terms have factors in two parts, for which a tile of queries has fewer registers left."""
+    """`features`: "few" terms have factors in two parts, for which a tile of queries has fewer registers left; "rows8":
+    keys and values have 8 bits."""
     half, few, base = dtype != "fp32", "few" in features, _base(kernel, arch)
     numbers = _HALF[kernel][base][size] if half else _SINGLE[kernel][size]
     if half and "window" in features and not few:
         numbers = _WINDOWED.get((kernel, base, size), numbers)
+    if half and "rows8" in features:
+        numbers = _ROWS8.get((kernel, base, size), numbers)
     queries, keys, warps, stages = numbers
     if few and size > 128:
         queries = keys = 32
@@ -104,7 +115,7 @@ def _fwd_default(arch: int, **fields: Any) -> Tile:
 
 def _fwd_tried(arch: int, dtype: str, size: int, features: str) -> list[Tile]:
     tried = [t | {"WARP_SPECIALIZE": False} for t in _tried("fwd", arch, dtype, size, features)]
-    if arch in SPECIALISED and tried and size <= 128 and "window" not in features:
+    if arch in SPECIALISED and tried and size <= 128 and not {"window", "rows8"} & set(features.split()):
         # Specialised warps were compiled, never run: tuning takes them where they are right and faster.
         # sm_100 spills with 4 warps, and 128 keys need 360 bytes more than it has.
         warps, held = (4, (128, 64)) if arch == 90 else (8, (64,))
@@ -174,9 +185,12 @@ WANTED = (
 )
 
 
-def variants(tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], **constants: object) -> list:
-    """Entries of an AOT table for the calls that are wanted."""
-    return [_entry(tunable, tensors, others, constants, *call) for call in WANTED]
+def variants(
+    tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple = WANTED, **constants: object
+) -> list:
+    """Entries of an AOT table for the calls that are wanted; `others` are types of other arguments than `tensors`, or
+    of those that have none of the call's dtype."""
+    return [_entry(tunable, tensors, others, constants, *call) for call in wanted]
 
 
 def _entry(tunable, tensors, others, constants, dtype, size, features, archs):

@@ -19,6 +19,7 @@ from .memory_mapping import OpenFile
 from .memory_rows import (
     BANK_DTYPES,
     Held,
+    StoredRows,
     check_extras,
     check_metadata,
     check_no_gradient,
@@ -188,6 +189,23 @@ class MemoryBank:
         """(M, 3) float32 positions (t, h, w) on `device`; a view that is not to be written to."""
         held = self._held
         return held.positions[: held.count]
+
+    def stored(self) -> StoredRows:
+        """The rows as they lie, of one moment: views that are not to be written to, and no float copy.
+
+        Attention reads them where they are, also from a mapped file, with as many heads as divide C:
+
+            rows, scale, _ = bank.stored()
+            memory = rows.view(1, len(rows), heads, -1)
+            factor = None if scale is None else scale.unsqueeze(0)
+            out = cross_attention(q, memory, memory, k_scale=factor, v_scale=factor)
+
+        The rows must lie on the device of q. For a GPU that is a bank of storage "device"; of one on the host move
+        what a call needs: `rows.to(q.device)` has the bytes of the stored dtype, `gather` gives some rows, dequantised.
+        """
+        held = self._held
+        scale = None if held.scale is None else held.scale[: held.count]
+        return StoredRows(held.rows[: held.count], scale, held.positions[: held.count])
 
     @property
     def nbytes(self) -> int:

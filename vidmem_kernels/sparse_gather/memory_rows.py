@@ -23,6 +23,15 @@ _CHECKED_ELEMENTS = 1 << 22  # elements looked at at a time
 _EXACT_INTEGERS = 1 << 24  # float32 holds every integer up to here
 
 
+class StoredRows(NamedTuple):
+    """What a bank stores, as it lies there: row m stands for `rows[m].float() * scale[m]`, or `rows[m]`, at
+    `positions[m]`."""
+
+    rows: Tensor  # (M, C) of the bank's dtype
+    scale: Tensor | None  # (M,) float32 of int8 and float8_e4m3fn rows
+    positions: Tensor  # (M, 3) float32
+
+
 class Held(NamedTuple):
     """The content of a bank, as one object, so that a reader who takes it once sees one moment of the bank.
 

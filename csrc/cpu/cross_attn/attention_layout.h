@@ -15,6 +15,8 @@ struct AttentionRows {  // the queries, keys or values of one batch element and 
   const void* data;
   DType dtype;
   int64_t row_stride, channel_stride, channels;
+  const float* scales = nullptr;  // a factor of every row, for rows of 8 bits
+  int64_t scale_stride = 0;
 };
 
 // Which pairs see each other, blocks aside: keys below num_sinks, and low[query] <= time[key] <= high[query]. Times of

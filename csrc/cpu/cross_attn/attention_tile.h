@@ -86,6 +86,15 @@ VIDMEM_INLINE Doubles exp_of(Doubles x) {
   return x > 709.0 ? Doubles{} + __builtin_inf() : p;
 }
 
+// A row of 8 bits times its scale, in the buffer.
+template <class E>
+VIDMEM_INLINE const float* scaled_row(const AttentionRows& rows, int64_t row, float* buffer) {
+  as_floats(static_cast<const E*>(rows.data) + row * rows.row_stride, rows.channel_stride, buffer, rows.channels);
+  const float scale = rows.scales[row * rows.scale_stride];
+  for (int64_t c = 0; c < rows.channels; ++c) buffer[c] *= scale;
+  return buffer;
+}
+
 // Row `row`, widened: in the buffer, or where it lies.
 template <class T>
 VIDMEM_INLINE const T* row_of(const AttentionRows& rows, int64_t row, T* buffer) {
@@ -98,13 +107,15 @@ VIDMEM_INLINE const T* row_of(const AttentionRows& rows, int64_t row, T* buffer)
         return as_floats(static_cast<const bf16*>(rows.data) + offset, rows.channel_stride, buffer, rows.channels);
       case DType::float16:
         return as_floats(static_cast<const fp16*>(rows.data) + offset, rows.channel_stride, buffer, rows.channels);
+      case DType::int8: return scaled_row<int8_t>(rows, row, buffer);
+      case DType::float8_e4m3fn: return scaled_row<fp8>(rows, row, buffer);
       default:
         return as_floats(static_cast<const float*>(rows.data) + offset, rows.channel_stride, buffer, rows.channels);
     }
   }
 }
 
-// A row to the same dtype as it was read from.
+// A row to a dtype that its results have.
 template <class T>
 VIDMEM_INLINE void write_row(const T* row, DType dtype, void* out, int64_t offset, int64_t channels) {
   if constexpr (sizeof(T) == 8) {

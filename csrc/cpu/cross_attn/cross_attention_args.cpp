@@ -19,10 +19,9 @@ double element(const Tensor& x, int64_t offset) {
   }
 }
 
-void check_input(const char* op, const char* name, const Tensor& x, const Tensor& q) {
+void check_input(const char* op, const char* name, const Tensor& x) {
   check_dim(x, 4, op, name);
   check_cpu(x, op, name);
-  check_dtype(x, q.scalar_type(), op, name);
 }
 
 bool is_integer(const Tensor& x) { return x.scalar_type() == ScalarType::Int || x.scalar_type() == ScalarType::Long; }
@@ -77,17 +76,20 @@ int64_t moved(int64_t time, double side, int sign) {
 }  // namespace
 
 AttentionArgs::AttentionArgs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                             const OptionalTensor& key_bias, const AttentionOptions& options)
+                             const OptionalTensor& key_bias, const AttentionOptions& options,
+                             const AttentionScales& scales)
     : q(q), k(k), v(v), scale(options.scale), num_sinks(options.num_sinks) {
-  check_input(op, "q", q, q);
-  check_input(op, "k", k, q);
-  check_input(op, "v", v, q);
+  check_input(op, "q", q);
+  check_input(op, "k", k);
+  check_input(op, "v", v);
   dtype = float_dtype_of(q.scalar_type(), op, "q");
   size = dtype == DType::float64 ? 8 : 4;
   batch = q.size(0), queries = q.size(1), heads = q.size(2), channels = q.size(3);
   keys = k.size(1), value_channels = v.size(3);
   check_shape(k, {batch, keys, heads, channels}, op, "k");
   check_shape(v, {batch, keys, heads, value_channels}, op, "v");
+  k_scale_ = read_scale(op, "k", "k_scale", scales.k, k);
+  v_scale_ = read_scale(op, "v", "v_scale", scales.v, v);
   constexpr int64_t kMost = 1 << 30;
   VIDMEM_CHECK(queries < kMost && keys < kMost && channels < kMost && value_channels < kMost, op,
                "axes of q, k and v must be shorter than 2**30, got ",
@@ -97,6 +99,21 @@ AttentionArgs::AttentionArgs(const char* op, const Tensor& q, const Tensor& k, c
   read_blocks(op, options);
   if (!has_window_ && !has_blocks) num_sinks = 0;
   if (key_bias) read_bias(op, *key_bias);
+}
+
+const Tensor* AttentionArgs::read_scale(const char* op, const char* of, const char* name, const OptionalTensor& scale,
+                                        const Tensor& x) {
+  if (!scale) {
+    check_dtype(x, q.scalar_type(), op, of);
+    return nullptr;
+  }
+  VIDMEM_CHECK(is_quantized(dtype_of(x.scalar_type(), op, of)), op, of,
+               " must be int8 or float8_e4m3fn where it has a scale, got ", name_of(x.scalar_type()));
+  VIDMEM_CHECK(dtype != DType::float64, op, "q must be float32, bfloat16 or float16 beside scales, got float64");
+  check_cpu(*scale, op, name);
+  check_dtype(*scale, ScalarType::Float, op, name);
+  check_shape(*scale, {batch, keys}, op, name);
+  return &*scale;
 }
 
 void AttentionArgs::read_window(const char* op, const AttentionOptions& options) {
@@ -208,6 +225,15 @@ void AttentionArgs::read_bias(const char* op, const Tensor& key_bias) {
 
 AttentionRows AttentionArgs::rows(const Tensor& x, int64_t pair) const {
   return {pair_data(x, pair), dtype, x.stride(1), x.stride(3), x.size(3)};
+}
+
+AttentionRows AttentionArgs::scaled_rows(const Tensor& x, const Tensor* scale, int64_t pair) const {
+  AttentionRows found = rows(x, pair);
+  if (!scale) return found;
+  found.dtype = x.scalar_type() == ScalarType::Char ? DType::int8 : DType::float8_e4m3fn;
+  found.scales = static_cast<const float*>(scale->data_ptr()) + pair / heads * scale->stride(0);
+  found.scale_stride = scale->stride(1);
+  return found;
 }
 
 const void* AttentionArgs::bias(int64_t pair) const {

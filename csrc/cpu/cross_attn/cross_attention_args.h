@@ -27,16 +27,22 @@ struct AttentionOptions {
   double scale;
 };
 
+struct AttentionScales {
+  const OptionalTensor &k, &v;
+};
+
 class AttentionArgs {
  public:
   // Throws std::invalid_argument or std::out_of_range; the tensors must outlive this.
   AttentionArgs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_bias,
-                const AttentionOptions& options);
+                const AttentionOptions& options, const AttentionScales& scales = {std::nullopt, std::nullopt});
 
   int64_t pairs() const { return batch * heads; }
   ScalarType sum_type() const { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
   // Those of `x`, (B, L, H, C), that belong to the batch element and head of number `pair`.
   AttentionRows rows(const Tensor& x, int64_t pair) const;
+  AttentionRows key_rows(int64_t pair) const { return scaled_rows(k, k_scale_, pair); }
+  AttentionRows value_rows(int64_t pair) const { return scaled_rows(v, v_scale_, pair); }
   const void* bias(int64_t pair) const;  // of every key in the type of sums, or null
   AttentionWindow window(int64_t pair) const;
   // The keys that some of the queries [first, last), all of one block, may see, ascending; none with a bias of -inf.
@@ -54,10 +60,14 @@ class AttentionArgs {
   int64_t num_sinks;  // 0 if every query sees every key anyway
 
  private:
+  AttentionRows scaled_rows(const Tensor& x, const Tensor* scale, int64_t pair) const;
+  const Tensor* read_scale(const char* op, const char* of, const char* name, const OptionalTensor& scale,
+                           const Tensor& x);
   void read_window(const char* op, const AttentionOptions& options);
   void read_blocks(const char* op, const AttentionOptions& options);
   void read_bias(const char* op, const Tensor& key_bias);
 
+  const Tensor *k_scale_ = nullptr, *v_scale_ = nullptr;  // null: rows have the dtype of q
   bool has_window_ = false, has_bias_ = false;
   int64_t query_times_ = 0, key_times_ = 0, bias_batch_ = 0, bias_head_ = 0;  // strides, 0 where shared
   std::vector<int64_t> low_, high_, time_;

@@ -134,7 +134,7 @@ VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* value
   const double sum = empty ? 1 : total;
   const T divisor = static_cast<T>(sum);
   for (int64_t c = 0; c < channels; ++c) buffer[c] = values[c * step] / divisor;
-  write_row(buffer, args.q.dtype, args.out, row * args.out_stride, channels);
+  write_row(buffer, args.out_dtype, args.out, row * args.out_stride, channels);
   static_cast<T*>(args.lse)[row] =
       empty ? -kInfinity<T> : static_cast<T>(largest + __builtin_log(sum));
 }
@@ -336,7 +336,8 @@ void attend_queries(const AttendQueries& args) {
   const bool wide = args.q.dtype == DType::float64;
   if (args.count > kFewQueries) return wide ? run_attend_queries<double>(args) : run_attend_queries<float>(args);
   if (wide) return attend_few_queries<double, double>(args);
-  const bool together = args.k.channel_stride == 1 && args.v.channel_stride == 1;
+  const bool as_stored = args.k.dtype == args.q.dtype && args.v.dtype == args.q.dtype;
+  const bool together = as_stored && args.k.channel_stride == 1 && args.v.channel_stride == 1;
   switch (together ? args.q.dtype : DType::float32) {
     case DType::bfloat16: return attend_few_queries<float, bf16>(args);
     case DType::float16: return attend_few_queries<float, fp16>(args);

@@ -18,7 +18,8 @@ struct AttendQueries {
   const int32_t* keys;  // those that some query of the group sees, ascending; the window is applied again
   int64_t num_keys;
   int64_t first, count;  // queries of the group
-  void* out;             // (Lq, Dv) in the dtype of q, out_stride from row to row
+  void* out;             // (Lq, Dv), out_stride from row to row
+  DType out_dtype;
   int64_t out_stride;
   void* lse;  // (Lq,) in the type of sums
   void* scratch;

@@ -1,0 +1,82 @@
+"""cross_attention of rows in 8 bits with scales, and with results of another dtype than its arguments.
+
+An op of its own, `cross_attention_mixed`: no library takes such a call, and its gradient is that of cross_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._numerics import accumulate_dtype
+from . import reference
+
+
+def result_dtype(q: Tensor, out_dtype: torch.dtype) -> torch.dtype:
+    """float64 has float64 results, whatever is asked for."""
+    return q.dtype if q.dtype == torch.float64 else out_dtype
+
+
+def dequantized(rows: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows (B, Lk, H, C) times their scales (B, Lk), rounded once to a dtype."""
+    if scale is None:
+        return rows.to(dtype)
+    wide = torch.promote_types(scale.dtype, accumulate_dtype(dtype))
+    return (rows.to(wide) * scale[:, :, None, None].to(wide)).to(dtype)
+
+
+def cross_attention_mixed(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, key_bias: Tensor | None, *options
+) -> tuple[Tensor, Tensor]:
+    """The reference; `options` are those of cross_attention and out_dtype. Sums and products are float32."""
+    *options, out_dtype = options
+    wide = accumulate_dtype(q.dtype)
+    k, v = dequantized(k, k_scale, wide), dequantized(v, v_scale, wide)
+    out, lse = reference.cross_attention(q.to(wide), k, v, key_bias, *options)
+    return out.to(result_dtype(q, out_dtype)), lse
+
+
+def fake(q, k, v, k_scale, v_scale, key_bias, *options):
+    batch, length, heads, _ = q.shape
+    out = q.new_empty(batch, length, heads, v.shape[3], dtype=result_dtype(q, options[-1]))
+    return out, q.new_empty(batch, heads, length, dtype=accumulate_dtype(q.dtype))
+
+
+def gradients(
+    backward: Callable[..., Any],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, k_scale, v_scale and key_bias.
+
+    Rows are dequantised to the dtype of q; the results and their gradients, as factors of products, are rounded to it.
+
+    Args:
+        backward: the op cross_attention_backward, or its symbolic twin.
+        grad_out, grad_lse: of the results.
+        tensors: q, k, v, k_scale, v_scale and key_bias.
+        out, lse: the results.
+        *options: as `backward` takes them.
+    """
+    q, k, v, k_scale, v_scale, key_bias = tensors
+    grad_out = torch.zeros_like(out, dtype=q.dtype) if grad_out is None else grad_out.to(q.dtype)
+    rows = dequantized(k, k_scale, q.dtype), dequantized(v, v_scale, q.dtype)
+    grad_q, grad_k, grad_v, grad_bias = backward(grad_out, grad_lse, q, *rows, key_bias, out.to(q.dtype), lse, *options)
+    if key_bias is None:
+        grad_bias = None
+    if k_scale is None:
+        return grad_q, grad_k, grad_v, None, None, grad_bias
+    return grad_q, None, None, _of_scale(grad_k, k, k_scale), _of_scale(grad_v, v, v_scale), grad_bias
+
+
+def _of_scale(grad: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """The gradient (B, Lk) of scales from that of what they scale; none of keys that nobody sees, NaN in them too."""
+    along = grad.to(scale.dtype) * rows.to(scale.dtype)
+    return along.masked_fill(grad == 0, 0).sum((2, 3))
