@@ -214,12 +214,6 @@ class MemoryCrossAttention(nn.Module):
             tokens = norm(groups.to(norm.weight.dtype)).flatten(2)
         return tokens.unflatten(2, (self.num_heads, -1))
 
-    def _of_batch(self, name: str, x: Tensor, batch: int) -> Tensor:
-        """x with the batch of the tokens; a batch of 1 is not copied."""
-        if x.dim() and x.shape[0] not in (1, batch):
-            raise ValueError(f"{type(self).__name__}: {name} must have batch 1 or that of x, {batch}, got {x.shape[0]}")
-        return x.expand(batch, *x.shape[1:]) if x.dim() else x
-
     def read(
         self,
         x: Tensor,
@@ -265,14 +259,9 @@ class MemoryCrossAttention(nn.Module):
         q, k = self._heads(self.q(x), self.norm_q), self._heads(self.k(memory), self.norm_k)
         if q_rotary is not None:
             q, k = apply_rotary(q, q_rotary), apply_rotary(k, k_rotary)
-        batch = x.shape[0]
-        k = self._of_batch("memory", k, batch)
-        v = self._of_batch("memory", self._heads(self.v(memory)), batch)
-        if isinstance(key_bias, Tensor):
-            key_bias = self._of_batch("key_bias", key_bias, batch)
         out = cross_attention(
-            q, k, v, key_bias=key_bias, num_sinks=num_sinks, q_time=q_time,
-            k_time=k_time, window=window, block_index=block_index, block_size=block_size, backend=self.backend,
+            q, k, self._heads(self.v(memory)), key_bias=key_bias, num_sinks=num_sinks, q_time=q_time, k_time=k_time,
+            window=window, block_index=block_index, block_size=block_size, backend=self.backend,
         )  # fmt: skip
         return (self.gate.tanh() * self.o(out.flatten(2))).to(x.dtype)
 
