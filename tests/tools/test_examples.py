@@ -58,6 +58,22 @@ def test_merge_in_wan():
     assert 0 < differences[0] < differences[1] < differences[2] < 0.01
 
 
+def test_memory_prefix_in_wan():
+    pytest.importorskip("diffusers")
+    whole, merged, removed = lines_of("memory_prefix_in_wan.py")
+    assert whole.startswith("288 memory tokens: ") and float(whole.split()[3]) < 1e-5
+    assert merged.startswith("144 memory tokens: ") and 0 < float(merged.split()[3]) < 0.5
+    assert float(removed.split()[2]) == 0
+
+
+def test_sparse_attention_in_wan():
+    pytest.importorskip("diffusers")
+    dense, sparse, after = lines_of("sparse_attention_in_wan.py")
+    assert float(dense.split()[1]) < 1e-5
+    assert 0 < float(sparse.split()[4]) < 0.1
+    assert float(after.split()[1]) == 0
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_every_example_is_tested(path):
     assert f'lines_of("{path.name}")' in Path(__file__).read_text()
