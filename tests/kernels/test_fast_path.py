@@ -19,6 +19,7 @@ INDEX = torch.tensor([[2, 0, -1, 5], [1, 1, 3, 4]])
 SIZES = {"B": 2, "N": 6, "L": 6, "Lq": 6, "Lk": 12, "H": 2, "D": 8, "C": 8}  # all others 3
 # Calls that hold more than one op or make tensors on the way: they go through the dispatcher every time.
 NEVER_REMEMBERED = {
+    "cross_attention[blocks of their own lengths]",
     "cross_attention[causal sinks]",
     "cross_attention[one memory for a batch and groups, mask]",
     "linear_attention[normalizer of its own]",

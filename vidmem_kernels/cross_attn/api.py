@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._blocks import check_pair_of_sizes
 from .._call import call
 from .._checks import (
     FLOAT_DTYPES,
@@ -27,6 +28,7 @@ from .attend import Attention
 from .causal_sinks import UNBOUNDED, attend_causal_sinks
 from .groups import attend_groups
 from .shared import harmless, is_one, masked_bias, spread, spread_times
+from .tiled import attend_blocks
 
 __all__ = [
     "cross_attention",
@@ -80,7 +82,9 @@ def _check_window(
     return list(window)
 
 
-def _check_blocks(op: str, q: Tensor, key_heads: int, block_index: Tensor | None, block_size: tuple[int, int]) -> None:
+def _check_blocks(
+    op: str, q: Tensor, key_heads: int, block_index: Tensor | None, block_size: tuple[int, int], blocks: int | None
+) -> None:
     _check_pair(op, "block_size", block_size)
     check_int(op, "block_size[0]", block_size[0], 1)
     check_int(op, "block_size[1]", block_size[1], 1)
@@ -88,7 +92,7 @@ def _check_blocks(op: str, q: Tensor, key_heads: int, block_index: Tensor | None
         return
     check_tensor(op, "block_index", block_index, "B, H|1, ceil(Lq/bq), topk", INDEX_DTYPES)
     batch, heads, rows, _ = block_index.shape
-    blocks = -(-q.shape[1] // block_size[0])
+    blocks = -(-q.shape[1] // block_size[0]) if blocks is None else blocks
     require_same(
         (batch, heads, rows),
         (_batch(block_index, q), heads if heads == 1 or heads == key_heads else q.shape[2], blocks),
@@ -187,6 +191,7 @@ def cross_attention(
     window: tuple[float, float] | None = None,
     block_index: Tensor | None = None,
     block_size: tuple[int, int] = (128, 64),
+    block_sizes: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -215,9 +220,12 @@ def cross_attention(
             in float64. A time that is NaN sees nothing and is seen by nothing. They have no gradient.
         window: (left, right), numbers of at least 0, `math.inf` for no bound, in the unit of the times:
             q_time[i] - left <= k_time[j] <= q_time[i] + right. Taken as float64.
-        block_index: (B|1, H, Hk or 1, ceil(Lq/bq), topk) int32 or int64: the blocks of keys that a block of queries
+        block_index: (B|1, H, Hk or 1, blocks of q, topk) int32 or int64: the blocks of keys that a block of queries
             sees, as from `topk_blocks`; -1 is none, duplicates count once.
         block_size: (bq, bk), queries and keys in a block; used only with `block_index`.
+        block_sizes: with `block_index`: (blocks,) int32 or int64 queries or keys of every block, at most bq and bk, as
+            of `tile_order`, which has an example; one tensor for both, or a pair. Blocks are copied into places of one
+            length, which takes memory for whole blocks of q, k, v and out.
         scale: factor of the scores; default D**-0.5.
         k_scale, v_scale: (B|1, Lk) float32 for k and v of int8 or float8_e4m3fn, and only for those: row j stands for
             `k[:, j].float() * k_scale[:, j]`, as from `quantize_rows` of rows (B, Lk, Hk * D). Rows are read as they
@@ -270,7 +278,13 @@ def cross_attention(
         raise TypeError(f"{op}: causal_sinks must be a bool, got {type(causal_sinks).__name__}")
     if causal_sinks and bounds is None:
         raise ValueError(f"{op}: causal_sinks must be given with a window, got window=None")
-    _check_blocks(op, q, key_heads, block_index, block_size)
+    sizes = None
+    if block_sizes is not None:
+        if block_index is None:
+            raise ValueError(f"{op}: block_sizes must be given with block_index, got block_index=None")
+        _check_pair(op, "block_size", block_size)
+        sizes = check_pair_of_sizes(op, block_sizes, block_size, q, k)
+    _check_blocks(op, q, key_heads, block_index, block_size, None if sizes is None else sizes[0].shape[0])
     if scale is None:
         if size == 0:
             raise ValueError(f"{op}: scale must be given where D is 0, got None")
@@ -295,7 +309,8 @@ def cross_attention(
         out_dtype=_check_out_dtype(op, out_dtype, dtype),
         backend=backend,
     )
-    out, lse = attend_causal_sinks(attention) if causal_sinks else attend_groups(attention)
+    attend = attend_causal_sinks if causal_sinks else attend_groups
+    out, lse = attend(attention) if sizes is None else attend_blocks(attend, attention, *sizes)
     return (out, lse) if return_lse else out
 
 

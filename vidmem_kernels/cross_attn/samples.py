@@ -279,6 +279,20 @@ testing.public_call(
 )
 testing.public_call(
     "cross_attention",
+    "blocks of their own lengths",
+    lambda q, k, v, index, sizes: api.cross_attention(
+        q, k, v, block_index=index, block_size=(3, 3), block_sizes=sizes, num_sinks=1, return_lse=True
+    ),
+    # Two heads, for ranks that share the heads of a call gather all of them.
+    *("B 7 2 4", "B 7 2 4", "B 7 2 6", "B 2 3 2", "3"),
+    make=lambda m, s: (
+        *(m.randn(s["B"], 7, 2, channels) for channels in (4, 4, 6)),
+        m.randint(-1, 3, (s["B"], 2, 3, 2)),
+        torch.tensor([3, 2, 2], device=m.device),
+    ),
+)
+testing.public_call(
+    "cross_attention",
     "rows of 8 bits",
     attend("k_scale", "v_scale"),
     *(*ATTENTION, "B Lk", "B Lk"),
