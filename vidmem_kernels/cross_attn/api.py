@@ -19,6 +19,7 @@ from .._checks import (
     check_same_dtype,
     check_tensor,
     is_number,
+    is_one,
     names,
 )
 from .._fast import fast
@@ -27,7 +28,7 @@ from .._symbolic import require, require_same
 from .attend import Attention
 from .causal_sinks import UNBOUNDED, attend_causal_sinks
 from .groups import attend_groups
-from .shared import harmless, is_one, masked_bias, spread, spread_times
+from .shared import harmless, masked_bias, spread, spread_times
 from .tiled import attend_blocks
 
 __all__ = [

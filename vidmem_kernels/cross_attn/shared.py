@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def is_one(size: int) -> bool:
-    """Whether a size is 1 and nothing else: an open size of torch.export may be, and is not asked."""
-    return isinstance(size, int) and size == 1
+from .._checks import is_one
 
 
 def spread(x: Tensor | None, batch: int) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._call import call
-from .._checks import INDEX_DTYPES, check_int, check_number, check_same, check_tensor, is_number
+from .._checks import INDEX_DTYPES, check_int, check_number, check_same, check_tensor, is_number, is_one
 from .._fast import fast
 from .._numerics import accumulate_dtype
 from .._symbolic import require, require_same, saveable, unguarded
@@ -80,10 +80,6 @@ class MergeResult(NamedTuple):
     size: Tensor
 
 
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1  # a symbolic size never stands for 1
-
-
 def _check_metric(op: str, metric: Tensor, name: str = "metric", shape: str = "B, N, C") -> None:
     check_tensor(op, name, metric, shape)
     if metric.shape[2] < 1:
@@ -110,7 +106,7 @@ def _check_grid(op: str, metric: Tensor, grid: object) -> tuple[int, int, int]:
 def _check_mask(op: str, name: str, mask: object, metric: Tensor) -> None:
     check_tensor(op, name, mask, "B, N", (torch.bool,))
     check_same(op, f"{name} must be on the device of metric", mask.device, metric.device)
-    batch = mask.shape[0] if _is_one(mask.shape[0]) else metric.shape[0]
+    batch = mask.shape[0] if is_one(mask.shape[0]) else metric.shape[0]
     require_same(
         mask.shape,
         (batch, metric.shape[1]),
@@ -299,7 +295,7 @@ def match_into(
     check_same(op, "memory_metric must be on the device of metric", memory_metric.device, metric.device)
     batch, tokens, channels = metric.shape
     rows = memory_metric.shape[1]
-    fits = (memory_metric.shape[0] if _is_one(memory_metric.shape[0]) else batch, rows, channels)
+    fits = (memory_metric.shape[0] if is_one(memory_metric.shape[0]) else batch, rows, channels)
     require_same(
         memory_metric.shape,
         fits,
@@ -387,7 +383,7 @@ def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -
         message = f"{op}: plan.{field} must have shape"
         require_same(found, shape, lambda m=message, f=found, s=shape: f"{m} {s}, got {f}")
     count, what = (rows, "rows") if of_rows else (tokens, "tokens")
-    shared = _is_one(batch) and not _is_one(tensor.shape[0])
+    shared = is_one(batch) and not is_one(tensor.shape[0])
     require_same(
         tensor.shape[1:2] if shared else tensor.shape[:2],
         (count,) if shared else (batch, count),
@@ -451,7 +447,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
     if size is not None:
         dtype = accumulate_dtype(x.dtype)
         check_tensor(op, "size", size, "B, N", (dtype,))
-        if _is_one(size.shape[0]) and not _is_one(x.shape[0]):
+        if is_one(size.shape[0]) and not is_one(x.shape[0]):
             size = size.expand(x.shape[0], -1)
         check_same(op, "size must have the first two sizes of x", size.shape, x.shape[:2])
         check_same(op, "size must be on the device of x", size.device, x.device)
