@@ -6,7 +6,7 @@ from diffusers_helpers import MODELS, inputs_of, tiny_wan
 
 from vidmem_kernels.diffusers import apply_token_merging
 
-SHAPES = [((3, 5, 4), 2), ((2, 7, 3), 2), ((4, 3, 6), 3)]  # grids of tokens and batches
+SHAPES = [((3, 5, 4), 2), ((5, 7, 3), 2), ((4, 3, 6), 3)]  # grids of tokens and batches
 ALL = {"kv_ratio": 0.5, "q_ratio": 0.25, "metric": "key", "reuse_blocks": 2, "protect_frames": (0, -1)}
 
 

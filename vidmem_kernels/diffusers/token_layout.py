@@ -39,11 +39,15 @@ class TokenLayout(NamedTuple):
         frames, height, width = grid
         per_frame = height * width
         first = length - frames * per_frame if video_last else 0
-        protected: list[int] = []
+        protected: list[int] = []  # ascending
         for frame in protect_frames:
             frame = frame + frames if frame < 0 else frame
-            if 0 <= frame < frames and all(frame != other for other in protected):
-                protected.append(frame)
+            place = 0  # by comparisons: torch.compile sorts no numbers that it leaves open
+            while place < len(protected) and protected[place] < frame:
+                place += 1
+            known = place < len(protected) and protected[place] == frame
+            if 0 <= frame < frames and not known:
+                protected.insert(place, frame)
         spans: list[Span] = []
 
         def add(start: int, stop: int, free: bool) -> None:
@@ -55,7 +59,7 @@ class TokenLayout(NamedTuple):
 
         add(0, first, False)
         done, free_frames = 0, 0
-        for frame in sorted(protected):
+        for frame in protected:
             add(first + done * per_frame, first + frame * per_frame, True)
             add(first + frame * per_frame, first + (frame + 1) * per_frame, False)
             done, free_frames = frame + 1, free_frames + frame - done
