@@ -252,7 +252,7 @@ def _error_tables(rows: list[Row]) -> Iterator[str]:
                 own = {"model": name, "noise": noise, "kv_ratio": ratio, "reused": reused}
                 found = [row for row in rows if own.items() <= row.items()]
                 errors = (mean(row[key] for row in found) for key in ("attention_error", "prediction_error"))
-                cells.append(" / ".join(f"{error:.3f}" for error in errors))
+                cells.append(" / ".join(f"{error:.2%}" for error in errors))
             lines.append(cells)
         yield _table([MODELS[name].title, *(f"{noise:.0%} noise" for noise in noises)], lines)
 
@@ -267,8 +267,10 @@ def _cost_tables(rows: list[Row]) -> Iterator[str]:
             cells = [f"{ratio:g}{', plan kept' if reused else ''}"]
             for tokens in lengths:
                 row = next(r for r in own if (r["tokens"], r["kv_ratio"], r["reused"]) == (tokens, ratio, reused))
-                times = " / ".join(f"{row[key]:,.0f}" for key in ("attention_ms", "median_ms"))
-                cells.append(f"{times} ms, {row['speedup']:.2f}×, {row['peak_bytes'] / 2**20:,.0f} MiB")
+                share = row["attention_ms"] / row["median_ms"]
+                plain = f"{row['median_ms']:,.0f} ms, {share:.0%} in self-attention"
+                cells.append(f"{row['speedup']:.2f}×" if ratio else plain)
+                cells[-1] += f", {row['peak_bytes'] / 2**20:,.0f} MiB"
             lines.append(cells)
         yield _table([MODELS[name].title, *(f"{tokens:,} tokens" for tokens in lengths)], lines)
 
