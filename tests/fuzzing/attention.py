@@ -47,7 +47,7 @@ def _spread(x: Tensor, batch: int, heads: int, axis: int = 1) -> Tensor:
 
 def _gathered(grad: Num, like: Tensor, heads: int) -> Num:
     """The gradient (B, heads, Lk, C) of what was spread: sums of gradients that are stored in the tensor's dtype."""
-    shared = heads > like.shape[2], grad.x.shape[0] > like.shape[0]
+    shared = heads > like.shape[2], grad.x.shape[0] != like.shape[0]
     if any(shared):
         grad = grad.to(like.dtype)
     if shared[0]:
@@ -181,7 +181,7 @@ class CrossAttention(Case):
         p = by_row.precision
         found = by_row * p.num(_spread(rows.to(torch.float32).transpose(1, 2), batch, heads))
         found = found.sum(3).sum(1)
-        return (found.sum(0, keepdim=True) if scale.shape[0] < batch else found).to(scale.dtype)
+        return (found.sum(0, keepdim=True) if scale.shape[0] != batch else found).to(scale.dtype)
 
     def twin(self):
         a = self.args

@@ -239,8 +239,8 @@ def cross_attention(
         (B, Lq, H, Dv) of `out_dtype`; with `return_lse` also (B, H, Lq) float32 (float64 for float64), the natural
         logarithm. A query that sees nothing gets 0 and lse -inf, and has gradients of zero. Differentiable in q, k, v,
         key_bias, k_scale and v_scale, through both results; what serves a batch or a group gets the sum. The gradient
-        of a call with scales dequantises k and v to the dtype of q; rows of 8 bits have none. The gradient of out is
-        rounded to the dtype of q, as it would be without `out_dtype`.
+        of a call with scales dequantises k and v to the dtype of q, or to float32 where scales require a gradient; rows
+        have none. The gradient of out is rounded to that dtype, as it would be without `out_dtype`.
 
         What is hidden touches nothing: NaN and infinities in keys, values, biases and scales that a query does not see,
         and in queries and gradients that a key is hidden from, change no bit of what else there is. What is visible and

@@ -52,28 +52,37 @@ def gradients(
     tensors: Sequence[Tensor | None],
     out: Tensor,
     lse: Tensor,
+    of_scales: bool,
     *options: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, k_scale, v_scale and key_bias.
 
     Rows are dequantised to the dtype of q; the results and their gradients, as factors of products, are rounded to it.
+    Those of scales sum over what half precision would have rounded: where they are wanted, all is done in float32.
 
     Args:
         backward: the op cross_attention_backward, or its symbolic twin.
         grad_out, grad_lse: of the results.
         tensors: q, k, v, k_scale, v_scale and key_bias.
         out, lse: the results.
+        of_scales: whether the gradients of scales are wanted.
         *options: as `backward` takes them.
     """
     q, k, v, k_scale, v_scale, key_bias = tensors
-    grad_out = torch.zeros_like(out, dtype=q.dtype) if grad_out is None else grad_out.to(q.dtype)
-    rows = dequantized(k, k_scale, q.dtype), dequantized(v, v_scale, q.dtype)
-    grad_q, grad_k, grad_v, grad_bias = backward(grad_out, grad_lse, q, *rows, key_bias, out.to(q.dtype), lse, *options)
+    dtype = accumulate_dtype(q.dtype) if of_scales else q.dtype
+    grad_out = torch.zeros_like(out, dtype=dtype) if grad_out is None else grad_out.to(dtype)
+    rows = dequantized(k, k_scale, dtype), dequantized(v, v_scale, dtype)
+    grad_q, grad_k, grad_v, grad_bias = backward(
+        grad_out, grad_lse, q.to(dtype), *rows, key_bias, out.to(dtype), lse, *options
+    )
     if key_bias is None:
         grad_bias = None
     if k_scale is None:
         return grad_q, grad_k, grad_v, None, None, grad_bias
-    return grad_q, None, None, _of_scale(grad_k, k, k_scale), _of_scale(grad_v, v, v_scale), grad_bias
+    if not of_scales:
+        return grad_q, None, None, None, None, grad_bias
+    of_k, of_v = _of_scale(grad_k, k, k_scale), _of_scale(grad_v, v, v_scale)
+    return grad_q.to(q.dtype), None, None, of_k, of_v, grad_bias
 
 
 def _of_scale(grad: Tensor, rows: Tensor, scale: Tensor) -> Tensor:

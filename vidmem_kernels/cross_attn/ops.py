@@ -134,7 +134,8 @@ def _mixed_backward(ops, ctx, grad_out, grad_lse):
     *tensors, out, lse, q_time, k_time, block_index = ctx.saved_tensors
     num_sinks, window, block_size, scale = ctx.options
     options = num_sinks, q_time, k_time, window, block_index, block_size, scale
-    grads = mixed.gradients(ops.cross_attention_backward, grad_out, grad_lse, tensors, out, lse, *options)
+    of_scales = any(ctx.needs_input_grad[3:5])
+    grads = mixed.gradients(ops.cross_attention_backward, grad_out, grad_lse, tensors, out, lse, of_scales, *options)
     return *grads, *[None] * 8
 
 

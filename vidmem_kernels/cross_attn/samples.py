@@ -84,12 +84,11 @@ def _quantized(x, dtype):
 
 _MIXED = {  # the cases that rows of 8 bits, or results of another dtype, may make a difference to
     "plain": None,
-    "other Dv, one query": torch.int8,
     "key_bias a head, infinite": torch.float8_e4m3fn,
-    "int64 blocks for all heads, sinks": torch.int8,
+    "int64 blocks for all heads, sinks": None,
     "all together": None,
     "strided": torch.int8,
-    "long, window, sinks": torch.float8_e4m3fn,
+    "long, window, sinks": None,
     "no key": torch.int8,
     "no batch": torch.float8_e4m3fn,
 }

@@ -110,7 +110,8 @@ def _mixed_gradients(ctx, grad_out, grad_lse):
     num_sinks, block_size, backend = ctx.options
     options = num_sinks, q_time, k_time, numbers, block_index, block_size, backend
     backward = torch.ops.vidmem.cross_attention_symbolic_backward
-    return *mixed.gradients(backward, grad_out, grad_lse, tensors, out, lse, *options), *[None] * 8
+    of_scales = any(ctx.needs_input_grad[3:5])
+    return *mixed.gradients(backward, grad_out, grad_lse, tensors, out, lse, of_scales, *options), *[None] * 8
 
 
 def _register(schema: str, kernel, fake) -> str:

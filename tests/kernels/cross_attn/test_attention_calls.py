@@ -179,16 +179,17 @@ def test_a_library_takes_neither_scales_nor_sums():
     assert choice.op == "cross_attention_mixed"
 
 
-def combined(q, k, v, mask, side, scale, q_time, k_time, k_scale=None, v_scale=None, index=None):
+def combined(q, k, v, mask, side, scale, q_time, k_time, k_scale, v_scale, index, causal_sinks):
     return cross_attention(
         q, k, v, key_mask=mask, window=(side, 1.5), scale=scale, q_time=q_time, k_time=k_time, num_sinks=2,
-        causal_sinks=True, k_scale=k_scale, v_scale=v_scale, block_index=index, block_size=(4, 8),
+        causal_sinks=causal_sinks, k_scale=k_scale, v_scale=v_scale, block_index=index, block_size=(4, 8),
         out_dtype=torch.float32, return_lse=True,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("causal_sinks", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", [None, pytest.param(torch.int8, marks=pytest.mark.long)])
-def test_compiles_whole(kind):
+def test_compiles_whole(kind, causal_sinks):
     """One graph for all sizes, windows and scales, with rows of 8 bits and without."""
     count = 0
 
@@ -210,6 +211,7 @@ def test_compiles_whole(kind):
         leaves = [q, *([rows["k"], rows["v"]] if kind is None else [rows["k_scale"], rows["v_scale"]])]
         leaves = [x.requires_grad_() for x in leaves]
         args = q, rows["k"], rows["v"], mask, side, scale, *times, rows.get("k_scale"), rows.get("v_scale"), index
+        args = *args, causal_sinks
         got, expected = compiled(*args), combined(*args)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
         grads = [torch.autograd.grad(r[0].sum() + r[1][r[1] > -INF].sum(), leaves) for r in (got, expected)]
