@@ -239,7 +239,7 @@ def test_what_does_not_load_is_no_bug_of_ours(module, tmp_path):
 USE = """
 import importlib, pkgutil, runpy, sys, torch, vidmem_kernels as vk
 for module in pkgutil.walk_packages(vk.__path__, "vidmem_kernels."):
-    if "triton" not in module.name:
+    if "triton" not in module.name and ".diffusers." not in module.name:  # which need diffusers
         importlib.import_module(module.name)
 bank = vk.MemoryBank(8)
 bank.append(torch.arange(24.0).view(3, 8), torch.zeros(3, 3))
