@@ -152,7 +152,10 @@ class MergingProcessor(nn.Module):
         if q_plan is not None:
             video = queries.shape[1] - texts
             out = torch.cat([_unmerged_tokens(out[:, :video], q_plan, layout), out[:, video:]], dim=1)
-        return self.family.output(attn, out, encoder_hidden_states)
+        out = self.family.output(attn, out, encoder_hidden_states)
+        # Memory attention that was there before adds to what the attention gives, whoever computes that.
+        add_to = getattr(self.inner, "add_to", None)
+        return out if add_to is None else add_to(out, hidden_states, encoder_hidden_states, rotary[:2])
 
 
 def _num_merge(grid: Grid, stride: Grid, ratio: tuple[int, int]) -> int:
