@@ -51,7 +51,11 @@ def attend(
     if is_causal:
         raise ValueError(f"{op}: is_causal must be False, got {is_causal}")
     heads = query.shape[2]
-    if enable_gqa and heads != key.shape[2]:
+    if heads != key.shape[2] and not enable_gqa:
+        raise ValueError(
+            f"{op}: enable_gqa must be True where keys have other heads than queries, got {key.shape[2]} and {heads}"
+        )
+    if heads != key.shape[2]:
         if key.shape[2] == 0 or heads % key.shape[2]:
             raise ValueError(f"{op}: heads of keys must divide those of queries, got {key.shape[2]} and {heads}")
         key, value = (x.repeat_interleave(heads // x.shape[2], 2) for x in (key, value))

@@ -253,6 +253,9 @@ class MemoryCrossAttention(nn.Module):
         _check_tokens(self, "x", x, self.dim, "L")
         _check_tokens(self, "memory", memory, self.memory_dim, "M")
         check_same_dtype(type(self).__name__, x=x, memory=memory)
+        if memory.shape[0] not in (1, x.shape[0]):
+            got = f"{x.shape[0]}, got {memory.shape[0]}"
+            raise ValueError(f"{type(self).__name__}: memory must have batch 1 or that of x, {got}")
         if (q_rotary is None) != (k_rotary is None):
             given = "q_rotary" if k_rotary is None else "k_rotary"
             raise ValueError(f"{type(self).__name__}: q_rotary and k_rotary must be given together, got {given}")

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import random
 from pathlib import Path
 
 import pytest
@@ -205,12 +206,31 @@ def backends_of(op, device):
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_backends_agree_with_reference(name, dtype, device):
     """Forward and backward of every backend, within the budget that the reference's own error gives."""
-    backends = backends_of(OPS[name], device)
+    op = OPS[name]
+    backends = [b for b in backends_of(op, device) if (b, device) != ("triton", "cpu")]  # see below
     if not backends:
-        reasons = (f"{b}: {_dispatch.unavailable(OPS[name], b, device)}" for b in _dispatch.LADDERS[device][:-1])
+        reasons = (f"{b}: {_dispatch.unavailable(op, b, device)}" for b in _dispatch.LADDERS[device][:-1])
         pytest.skip(reason=f"no kernel of {name} to compare ({'; '.join(reasons)})")
     for backend in backends:
-        testing.check_backend(OPS[name], backend, dtype, device)
+        testing.check_backend(op, backend, dtype, device)
+
+
+def drawn():
+    """Every op and dtype. The interpreter is slow: make test takes one dtype of an op, make test-long the others."""
+    for name in ALL_OPS:
+        one = random.Random(name).choice([torch.float32, torch.bfloat16, torch.float16])
+        for dtype in DTYPES:
+            marks = () if dtype == one else pytest.mark.long
+            yield pytest.param(name, dtype, marks=marks, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+
+
+@pytest.mark.parametrize(("name", "dtype"), drawn())
+def test_interpreted_kernels_agree_with_reference(name, dtype):
+    """Triton's kernels where there is no GPU, within the same budget."""
+    reason = _dispatch.unavailable(OPS[name], "triton", "cpu")
+    if reason is not None:
+        pytest.skip(reason=reason)
+    testing.check_backend(OPS[name], "triton", dtype, "cpu")
 
 
 @pytest.mark.parametrize("name", ["gather_tokens", "scatter_add_tokens", "merge_tokens", "cross_attention"])

@@ -183,6 +183,11 @@ def negated(index: int):
     return fault
 
 
+def has_cpu_kernel(op: str) -> bool:
+    """Whether there is one to take the place of."""
+    return _extension.module is not None and _extension.has_kernel(op, "cpu")
+
+
 PLANTED = [
     *[(op, tail_of_results) for op in ("cross_attention", "linear_attention", "gather_tokens", "merge_tokens")],
     *[(op, tail_of_results) for op in ("scatter_add_tokens", "unmerge_tokens", "merge_attention_states")],
@@ -191,7 +196,7 @@ PLANTED = [
     ("cross_attention", tail_of_keys),
     ("linear_attention", tail_of_keys),
     *[(op, no_infinity) for op in ("cross_attention", "merge_attention_states", "select_tokens")],
-    *[(op, strides_as_contiguous) for op in OPS if op in ops_in_use()],
+    *[(op, strides_as_contiguous) for op in OPS if op in ops_in_use() and has_cpu_kernel(op)],
     *[("cross_attention_backward", negated(i)) for i in range(4)],
     *[("linear_attention_backward", negated(i)) for i in range(5)],
     *[("merge_tokens_backward", negated(i)) for i in range(2)],
@@ -201,7 +206,11 @@ PLANTED = [
     ("sum_groups", negated(0)),
 ]
 # Which public function, of several, a fault is looked for in.
-CALLERS = {"count_neighbors": "match_neighbors", "sum_groups": "unmerge_tokens"}
+CALLERS = {
+    "cross_attention_mixed": "cross_attention",
+    "count_neighbors": "match_neighbors",
+    "sum_groups": "unmerge_tokens",
+}
 
 
 def hunts() -> list:
