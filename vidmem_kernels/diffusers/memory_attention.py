@@ -16,6 +16,7 @@ from .caches import reset_caches
 from .families import Family, base_model, family_of
 from .memory_slot import MemorySlot
 from .video_rotary import FAMILIES, check_positions, rotary_tables
+from .wrapping_processor import WrappingProcessor
 
 Encoder = Callable[[Any], Tensor | tuple[Tensor | None, ...]]
 
@@ -35,7 +36,7 @@ class Held(NamedTuple):
     sin: Tensor | None = None
 
 
-class MemoryAttnProcessor(nn.Module):
+class MemoryAttnProcessor(WrappingProcessor):
     """An attention processor that adds to what another gives what the video's tokens read from the memory.
 
     It is a processor, not a hook, because processors run inside whatever caches of diffusers are put around attentions
@@ -49,30 +50,13 @@ class MemoryAttnProcessor(nn.Module):
     """
 
     def __init__(self, inner: Callable, reader: MemoryCrossAttention, slot: MemorySlot, rope: bool):
-        super().__init__()
-        self.inner, self.reader, self.slot, self.rope = inner, reader, slot, rope
+        super().__init__(inner)
+        self.reader, self.slot, self.rope = reader, slot, rope
         self.noted: tuple | None = None
 
     def note_rotary(self, self_attention: nn.Module, args: tuple) -> None:
         """Hook before the self-attention of the block, which alone is given the rotary embedding in Wan."""
         self.noted = args[3]
-
-    # diffusers sets these on the processor, by `hasattr`; the attention is computed by `inner`.
-    @property
-    def _attention_backend(self) -> object:
-        return self.inner._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: object) -> None:
-        self.inner._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> object:
-        return self.inner._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: object) -> None:
-        self.inner._parallel_config = config
 
     def __call__(
         self,

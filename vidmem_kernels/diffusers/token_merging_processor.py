@@ -11,11 +11,12 @@ from ..token_merge.api import MergePlan, merge_tokens, unmerge_tokens
 from .families import Family, Grid
 from .token_layout import TokenLayout
 from .token_merging_plans import MergingState, PlanKey
+from .wrapping_processor import WrappingProcessor
 
 _APPLY = "apply_token_merging"
 
 
-class MergingProcessor(nn.Module):
+class MergingProcessor(WrappingProcessor):
     """Stands for the processor of a self-attention; does as that does where nothing merges.
 
     A module, not a plain object, because torch.compile takes numbers on modules for constants: every ratio has a graph,
@@ -30,31 +31,14 @@ class MergingProcessor(nn.Module):
     """
 
     def __init__(self, inner: object, family: Family, state: MergingState, block: int, group: int):
-        super().__init__()
-        self.inner, self.family, self.state, self.block, self.group = inner, family, state, block, group
+        super().__init__(inner)
+        self.family, self.state, self.block, self.group = family, state, block, group
         self.set_step(0)
 
     def set_step(self, step: int) -> None:
         """Takes the ratios of that step, as (numerator, denominator): whole numbers keep sizes of tensors whole."""
         kv_ratio, q_ratio = self.state.config.ratios(self.block, step)
         self.kv_ratio, self.q_ratio = kv_ratio.as_integer_ratio(), q_ratio.as_integer_ratio()
-
-    # What `model.set_attention_backend` and `model.enable_parallelism` set on every processor.
-    @property
-    def _attention_backend(self) -> object:
-        return self.inner._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: object) -> None:
-        self.inner._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> object:
-        return self.inner._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: object) -> None:
-        self.inner._parallel_config = config
 
     # Not `forward`: attentions read from the signature of __call__ which arguments a processor takes.
     def __call__(
