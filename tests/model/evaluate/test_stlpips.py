@@ -21,7 +21,7 @@ def weights():
     try:
         return module.fetch_weights()
     except UserError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"the weights cannot be fetched: {error}")
 
 
 def picture(height, width, phase):
