@@ -46,6 +46,7 @@ def fake(q, k, v, k_scale, v_scale, key_bias, *options):
 
 
 def gradients(
+    forward: Callable[..., Any],
     backward: Callable[..., Any],
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -58,23 +59,24 @@ def gradients(
     """Gradients of q, k, v, k_scale, v_scale and key_bias.
 
     Rows are dequantised to the dtype of q; the results and their gradients, as factors of products, are rounded to it.
-    Those of scales sum over what half precision would have rounded: where they are wanted, all is done in float32.
+    The gradient of a scale is a sum over the channels of a row whose terms largely cancel, so that rounded factors
+    would leave little of it: where it is wanted, everything is computed in float32, the results once more.
 
     Args:
-        backward: the op cross_attention_backward, or its symbolic twin.
-        grad_out, grad_lse: of the results.
+        forward, backward: the ops cross_attention and cross_attention_backward, or their symbolic twins.
+        grad_out, grad_lse: gradients of the results.
         tensors: q, k, v, k_scale, v_scale and key_bias.
         out, lse: the results.
         of_scales: whether the gradients of scales are wanted.
-        *options: as `backward` takes them.
+        *options: as `forward` and `backward` take them.
     """
     q, k, v, k_scale, v_scale, key_bias = tensors
     dtype = accumulate_dtype(q.dtype) if of_scales else q.dtype
     grad_out = torch.zeros_like(out, dtype=dtype) if grad_out is None else grad_out.to(dtype)
-    rows = dequantized(k, k_scale, dtype), dequantized(v, v_scale, dtype)
-    grad_q, grad_k, grad_v, grad_bias = backward(
-        grad_out, grad_lse, q.to(dtype), *rows, key_bias, out.to(dtype), lse, *options
-    )
+    wide = q.to(dtype), dequantized(k, k_scale, dtype), dequantized(v, v_scale, dtype)
+    if dtype != q.dtype:  # the results come from rounded values, and are rounded
+        out, lse = forward(*wide, key_bias, *options)
+    grad_q, grad_k, grad_v, grad_bias = backward(grad_out, grad_lse, *wide, key_bias, out.to(dtype), lse, *options)
     if key_bias is None:
         grad_bias = None
     if k_scale is None:

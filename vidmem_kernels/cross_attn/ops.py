@@ -135,7 +135,8 @@ def _mixed_backward(ops, ctx, grad_out, grad_lse):
     num_sinks, window, block_size, scale = ctx.options
     options = num_sinks, q_time, k_time, window, block_index, block_size, scale
     of_scales = any(ctx.needs_input_grad[3:5])
-    grads = mixed.gradients(ops.cross_attention_backward, grad_out, grad_lse, tensors, out, lse, of_scales, *options)
+    forward, backward = ops.cross_attention, ops.cross_attention_backward
+    grads = mixed.gradients(forward, backward, grad_out, grad_lse, tensors, out, lse, of_scales, *options)
     return *grads, *[None] * 8
 
 

@@ -109,9 +109,11 @@ def _mixed_gradients(ctx, grad_out, grad_lse):
     *tensors, out, lse, q_time, k_time, numbers, block_index = ctx.saved_tensors
     num_sinks, block_size, backend = ctx.options
     options = num_sinks, q_time, k_time, numbers, block_index, block_size, backend
+    forward = torch.ops.vidmem.cross_attention_symbolic
     backward = torch.ops.vidmem.cross_attention_symbolic_backward
     of_scales = any(ctx.needs_input_grad[3:5])
-    return *mixed.gradients(backward, grad_out, grad_lse, tensors, out, lse, of_scales, *options), *[None] * 8
+    grads = mixed.gradients(forward, backward, grad_out, grad_lse, tensors, out, lse, of_scales, *options)
+    return *grads, *[None] * 8
 
 
 def _register(schema: str, kernel, fake) -> str:

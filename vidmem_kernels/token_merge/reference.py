@@ -135,7 +135,7 @@ def group_by_row(assignment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     order = assignment.argsort(dim=1, stable=True)
     # The first place in the sorted rows that is not below row m is where group m starts.
     starts = torch.arange(rows + 1, dtype=assignment.dtype, device=assignment.device).repeat(assignment.shape[0], 1)
-    offsets = torch.searchsorted(assignment.gather(1, order), starts)
+    offsets = torch.searchsorted(assignment.gather(1, order).contiguous(), starts)
     return order.to(torch.int32), offsets.to(torch.int32)
 
 
