@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parents[2]
-SUMMARY = "<!-- summary -->"
+sys.path.insert(0, os.path.dirname(__file__))
+from public_names import ROOT, SUMMARY, names, with_every_name  # noqa: E402
+
 REPOSITORY = "repository/"  # where files outside docs/ lie in the site
 IN_NAVIGATION = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 SHOWN_AS_CODE = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".toml": "toml"}
 _LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<path>[^)#\s:]+)(?P<after>(?:#[^)\s]*)?\))")
-_DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -41,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Points links to where their files lie in the site; gives an API page its table."""
     if SUMMARY in markdown:
-        markdown = markdown.replace(SUMMARY, _summary(_DIRECTIVE.findall(markdown), config))
+        markdown = with_every_name(markdown).replace(SUMMARY, _summary(names(markdown), config))
 
     def pointed(match: re.Match) -> str:
         path = _in_repository(page.file, match["path"])
@@ -81,11 +82,11 @@ def _added(path: str, config: MkDocsConfig, inclusion: InclusionLevel) -> File:
     return File.generated(config, _in_site(path), content=content, inclusion=inclusion)
 
 
-def _summary(names: list[str], config: MkDocsConfig) -> str:
+def _summary(shown: list[str], config: MkDocsConfig) -> str:
     """A table of what an API page holds: the first sentence of every docstring."""
     handler = config.plugins["mkdocstrings"].get_handler("python")
     rows = []
-    for name in names:
+    for name in shown:
         docstring = handler.collect(name, handler.get_options({})).docstring
         first = " ".join(docstring.value.split("\n\n")[0].split()).replace("|", "\\|")
         rows.append(f"| [`{name.rpartition('.')[2]}`](#{name}) | {first} |")
