@@ -1,8 +1,10 @@
-# make demo · test · test-long · fuzz · bench · lint · info: each makes .venv by itself when it is missing or out of date.
+# make demo · test · test-long · fuzz · bench · lint · docs · info: each makes .venv by itself when it is missing or out
+# of date.
 #
 #   make test              what CI runs: every test but those marked `long`, of drawn suites a sample; under 20 minutes
 #   make test-long         all that make test leaves out, then make fuzz
 #   make fuzz SECONDS=600  drawn calls of every op for so many seconds (default: 60)
+#   make docs              the documentation as a site in build/site; make docs-serve shows it while pages are written
 #
 #   PYTHON=python3.12      interpreter of the environment (default: python3)
 #   TORCH="torch==2.13.0"  what pip installs as torch. Default: the plain package where there is an NVIDIA GPU, else
@@ -19,9 +21,11 @@ TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 16 ? n : 16)))
 SECONDS ?= 60
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
+# The variable silences an announcement of mkdocs-material.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-long fuzz bench lint info clean
+.PHONY: demo test test-long fuzz bench lint docs docs-serve info clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -44,6 +48,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/docs
+	$(MKDOCS) build --strict
+
+docs-serve: $(VENV)/docs
+	$(MKDOCS) serve --watch vidmem_kernels --watch python
+
 info: $(VENV)/built
 	$(BIN)/vidmem info
 
@@ -53,6 +63,10 @@ $(VENV)/installed: pyproject.toml python/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$(TORCH)" "setuptools>=64" wheel pybind11 numpy
 	VIDMEM_BUILD=0 $(PIP) install --quiet --no-build-isolation -e . -e "./python[dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	VIDMEM_BUILD=0 $(PIP) install --quiet --no-build-isolation -e ".[docs]"
 	touch $@
 
 # Triton of the oldest torch that is supported: every kernel is compiled by it too.

@@ -1,4 +1,4 @@
-"""What the README says is so: its table has every op, its code runs, its links lead somewhere."""
+"""What the README says is so: its table has every op, its code runs."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,6 @@ from vidmem_kernels._verified import cuda_fingerprints
 from vidmem_kernels.testing import public_functions
 
 TEXT = (ROOT / "README.md").read_text()
-DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 # `op` | CPU | GPU | dtypes | backward | GPU kernels verified on
@@ -78,23 +77,3 @@ def test_code_for_other_models_runs(tmp_path, monkeypatch):
     exec(code, {"model": model, "tokens": torch.randn(1, 7, 64)})
     assert torch.equal(model(**inputs)[0], before)  # the gate is closed
     assert Path("memory.safetensors").stat().st_size > 0
-
-
-def test_links_lead_somewhere():
-    pages = ("README.md", "CONTRIBUTING.md", "python/README.md", "benchmarks/README.md", *DOCS)
-    for name in pages:
-        folder = (ROOT / name).parent
-        for link in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / name).read_text()):
-            if "://" not in link:
-                assert (folder / link).exists(), f"{name}: {link}"
-
-
-def test_paths_that_are_named_are_there():
-    """Those without a placeholder; the walk-through makes some."""
-    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS):
-        named = re.findall(
-            r"`((?:tests|vidmem_kernels|csrc|benchmarks|docs|examples|python)/[\w./]+)", (ROOT / name).read_text()
-        )
-        made = re.findall(r"^`(\S+)`:$", (ROOT / name).read_text(), re.MULTILINE)
-        lost = [path for path in named if not (ROOT / path).exists() and path not in made]
-        assert not lost, f"{name} names {lost}"
