@@ -1,8 +1,8 @@
-"""Which backend runs a call: an ordered ladder per device, each rung says why it cannot.
+"""Chooses the backend of a call, from an ordered list of backends per device; each backend that cannot run it says why.
 
-`backend="auto"` takes the first rung that can. An explicit backend (argument, `use_backend`, VIDMEM_BACKEND) is
-taken or refused, never replaced. The choice travels with the op as its last argument, so that a compiled graph and
-the backward pass, which may run on another thread, use the same one.
+`backend="auto"` takes the first backend that can run the call. An explicit backend (argument, `use_backend` or
+VIDMEM_BACKEND) is used or refused, never replaced. The choice is passed to the op as its last argument, so that a
+compiled graph and the backward pass, which may run on another thread, use the same one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BackendError(RuntimeError):
 
 
 def check_backend(name: str, source: str) -> str:
-    """Returns `name` if it is "auto" or a backend, else raises ValueError with the nearest names."""
+    """Returns `name` if it is "auto" or a backend; otherwise raises a ValueError that suggests the closest name."""
     choices = ("auto", *BACKENDS)
     if name in choices:
         return name
@@ -53,7 +53,7 @@ def check_backend(name: str, source: str) -> str:
 
 
 def requested(backend: str | None = None) -> str:
-    """Backend of a call: its argument, else the innermost `use_backend`, else VIDMEM_BACKEND."""
+    """The backend of a call: its argument, else the innermost `use_backend`, else VIDMEM_BACKEND."""
     if backend is not None:
         return check_backend(backend, "backend")
     # threading.local, not a ContextVar: torch.compile traces and guards the former only.
@@ -65,25 +65,35 @@ def requested(backend: str | None = None) -> str:
 
 
 def resolve(backend: str) -> str:
-    """The backend that an op was given; where that is ENVIRONMENT, the one that VIDMEM_BACKEND names now."""
+    """Replaces ENVIRONMENT by the backend that VIDMEM_BACKEND names now; returns other names unchanged."""
     return check_backend(_env.backend(), "VIDMEM_BACKEND") if backend == ENVIRONMENT else backend
 
 
 def of_this_thread() -> str | None:
-    """The backend of the innermost `use_backend`, or None."""
+    """The backend of the innermost `use_backend` on this thread, or None."""
     return getattr(_local, "backend", None)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes `name` the backend of every call of this thread that does not name one itself.
+    """Sets the default backend for all calls of this thread inside the `with` block.
+
+    A call with its own `backend` argument is not affected.
 
     Args:
-        name: "auto", "cpu" (C++), "triton", "cuda" (CUDA C++), "library" or "reference".
+        name: "auto" (the first backend that can run the call), "cpu" (C++), "triton", "cuda" (CUDA C++), "library" (an
+            attention library, such as PyTorch's SDPA) or "reference" (plain PyTorch).
+
+    Yields:
+        None.
 
     Raises:
         ValueError: `name` is not a backend.
-        BackendError: raised by a call inside the context that `name` cannot run.
+        BackendError: raised by a call inside the block that the backend cannot run.
+
+    Examples:
+        >>> with use_backend("triton"):
+        ...     out = cross_attention(q, k, v)
     """
     check_backend(name, "use_backend")
     previous = getattr(_local, "backend", None)
@@ -101,14 +111,15 @@ def _triton_missing() -> str | None:
 
 @cache
 def _too_old() -> str | None:
-    """Why this GPU runs none of the CUDA kernels that were built; PTX of the lowest one serves every later GPU."""
+    """Why this GPU cannot run the CUDA kernels in the build; the PTX of the lowest architecture runs on every later
+    GPU."""
     lowest = min(int(arch.rstrip("af")) for arch in _extension.module.cuda_archs.split())
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (lowest // 10, lowest % 10)
     return None if 10 * major + minor >= lowest else f"built for sm_{lowest} and later, this GPU is sm_{major}{minor}"
 
 
 def unavailable(op: Op, backend: str, device_type: str) -> str | None:
-    """Why `backend` runs no call of `op` on this kind of device, or None if it may."""
+    """Why `backend` runs no call of `op` on this type of device, or None if it may."""
     if backend == "reference":
         return None
     if backend in ("cpu", "cuda"):
@@ -130,9 +141,10 @@ def unavailable(op: Op, backend: str, device_type: str) -> str | None:
 
 
 def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Library | None, dict[str, str]]:
-    """The library of `op` that runs a call (None if none can), and why others do not.
+    """The library of `op` that runs a call (None if there is none), and why the libraries before it do not.
 
-    It is the first one that can, but one that others are faster than only if it is the last: then its reason is there.
+    It is the first library that can run the call and is not slower than another backend. If all that can run it are
+    slower, it is the first of those, and the reason is in the dict as well.
     """
     refused: dict[str, str] = {}
     slow = None
@@ -156,7 +168,7 @@ def _avoided(op: Op, device: torch.device, args: Sequence[Any]) -> str | None:
 
 
 def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> str | None:
-    """Why `backend` cannot run this very call, or None if it can."""
+    """Why `backend` cannot run this call, or None if it can."""
     reason = unavailable(op, backend, device.type)
     if reason is None and backend in op.refuse:
         reason = op.refuse[backend](*args)
@@ -168,7 +180,7 @@ def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> 
 
 
 def implementation(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> Callable[..., Any]:
-    """The function that runs a call on a backend. Triton is imported here, when it is first needed."""
+    """The function that runs a call on a backend. Triton is imported here, on first use."""
     if backend == "reference":
         return op.run_reference
     if backend == "triton":
@@ -179,7 +191,7 @@ def implementation(op: Op, backend: str, device: torch.device, args: Sequence[An
 
 
 def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`run` with `device` as the current one: Triton launches there, whatever its tensors are on."""
+    """Wraps `run` to make `device` the current device, on which Triton launches regardless of its tensors."""
 
     def run_there(*args):
         with torch.cuda.device(device):
@@ -189,7 +201,8 @@ def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., An
 
 
 def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """`run`, which reads memory, but the dispatcher where a tensor's values are not what its memory holds."""
+    """Wraps `run`, which reads memory directly: tensors with pending negation or lazy zeros go through the
+    dispatcher."""
 
     def run_or_dispatch(*args):
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
@@ -201,11 +214,16 @@ def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[...
 
 @dataclass
 class Choice:
-    """One op of an explained call: the backend that runs it and why the ones before it do not.
+    """The backend that runs one op of an explained call, and why the backends before it do not.
 
-    Where the backend is "library", `library` names it, and `refused` has those before it as "library <name>". Where it
-    is "triton", `tiles` has the tiles that its kernels are launched with and where they are from: the table of this
-    class of GPUs or the kernel's default.
+    Attributes:
+        op: name of the op.
+        device: device of the call.
+        backend: backend that runs it.
+        refused: reason of every backend before it, by name; libraries are named "library <name>".
+        library: name of the library if `backend` is "library", else None.
+        tiles: for "triton", the tiles that the kernels are launched with and their origin: the tuned table of this
+            class of GPUs, or the default of the kernel.
     """
 
     op: str
@@ -224,7 +242,7 @@ class Choice:
 
 
 def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> str:
-    """Name of the backend that runs this call; raises BackendError when an explicit one cannot."""
+    """The backend that runs this call; raises BackendError if an explicit one cannot."""
     backend = check_backend(resolve(backend), op.name)
     refused: dict[str, str] = {}
     chosen = backend
@@ -255,7 +273,8 @@ def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> s
 
 
 def bind(op: Op, args: tuple[Any, ...], backend: str) -> Callable[..., Any] | None:
-    """The kernel of calls like this one, gradient included, past the dispatcher; None if only that can serve it."""
+    """The kernel for calls like this one, including its gradient, to call without the dispatcher; None if that is
+    impossible."""
     device = op.device(args)
     chosen = select(op, device, args, backend)
     run = implementation(op, chosen, device, args)
@@ -290,17 +309,17 @@ def _log_fallback(op: str, refused: dict[str, str]) -> None:
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
-    """Whether a host tensor is pinned; knows it of the fakes of `explain` too."""
+    """Whether a host tensor is pinned; also works for the fake tensors of `explain`."""
     return getattr(tensor, "_vidmem_pinned", False) or tensor.is_pinned()
 
 
 def is_recording() -> bool:
-    """Whether a call of `explain` is under way on this thread."""
+    """Whether `explain` or `recording` is active on this thread."""
     return getattr(_local, "recorder", None) is not None
 
 
 def record_differentiated(op: Op, device: torch.device) -> None:
-    """Tells a call of `explain` that an op runs its reference because a transform takes its derivative."""
+    """Records, for `explain`, that an op runs its reference because a transform takes its derivative."""
     why = "has no derivative under torch.func or in forward mode"
     refused = {backend: why for backend in LADDERS.get(device.type, ()) if backend != "reference"}
     _local.recorder.append(Choice(op.name, str(device), "reference", refused))
@@ -308,7 +327,16 @@ def record_differentiated(op: Op, device: torch.device) -> None:
 
 @contextmanager
 def recording() -> Iterator[list[Choice]]:
-    """Collects the choice of every op called in the context, by this thread."""
+    """Records the backend choice of every op that this thread calls inside the `with` block.
+
+    Yields:
+        A list that receives one `Choice` for each op called.
+
+    Examples:
+        >>> with recording() as choices:
+        ...     out = cross_attention(q, k, v)
+        >>> print(*choices, sep="\\n")
+    """
     previous = getattr(_local, "recorder", None)
     _local.recorder = []
     try:
@@ -318,17 +346,19 @@ def recording() -> Iterator[list[Choice]]:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
-    """Tells which backend each op of a call would take and why others are refused, without computing.
+    """Reports which backend each op of a call would use, and why other backends are refused, without computing
+    anything.
 
     Args:
         function: a public function of this package, or any function that calls some.
-        *args, **kwargs: its arguments. Tensors are replaced by fakes of their shape, dtype and device.
+        *args: its positional arguments; tensors are replaced by fake tensors of their shape, dtype and device.
+        **kwargs: its keyword arguments, likewise.
 
     Returns:
-        One `Choice(op, device, backend, refused)` for each op called; `print` shows it readably. The gradient's ops
-        follow where a tensor among the arguments requires one.
+        One `Choice(op, device, backend, refused)` for each op called; `print` shows it in readable form. If a tensor
+        argument requires a gradient, the ops of the backward pass follow.
 
-    Example:
+    Examples:
         >>> print(*explain(gather_tokens, bank, index), sep="\\n")
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -350,7 +380,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
 
 
 def _differentiate(results: Any, args: Any) -> None:
-    """Computes the gradients of a call, on this thread and for its arguments alone."""
+    """Computes the gradients of a call with respect to its arguments, on this thread."""
     outputs, inputs = (
         [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.requires_grad]
         for tree in (results, args)

@@ -1,4 +1,4 @@
-"""Attention as other libraries call it: SDPA's arguments, (B, L, H, D), by `cross_attention`; the rest is refused."""
+"""Runs attention calls of other libraries, with SDPA's arguments in (B, L, H, D) layout, by `cross_attention`."""
 
 from __future__ import annotations
 
@@ -28,23 +28,26 @@ def attend(
     return_lse: bool = False,
     features: Mapping[str, Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA's call in the layout (B, L, H, D).
+    """Computes an SDPA-style call in the layout (B, L, H, D); refuses what `cross_attention` cannot do.
 
     Args:
-        op: who asks, for errors.
-        query, key, value: (B, Lq, H, D), (B, Lk, H or fewer, D), (B, Lk, H or fewer, Dv).
-        attn_mask: (B or 1, H or 1, 1, Lk): bool, True where a key is visible, or float, added to the scores.
-        dropout_p, is_causal: must be 0 and False.
+        op: prefix of error messages.
+        query: (B, Lq, H, D).
+        key: (B, Lk, H or fewer, D).
+        value: (B, Lk, H or fewer, Dv).
+        attn_mask: (B or 1, H or 1, 1, Lk): bool, True for visible keys, or float, added to the scores.
+        dropout_p: must be 0.
+        is_causal: must be False.
         scale: factor of the scores; default D**-0.5.
-        enable_gqa: whether there may be fewer heads of keys than of queries, by a whole factor.
-        return_lse: also return the log-sum-exp of the scores, as diffusers' context parallelism has it.
-        features: options of `cross_attention`; a value that is callable is called with (query, key).
+        enable_gqa: allows fewer key heads than query heads; their number must divide that of the query heads.
+        return_lse: also return the log-sum-exp of the scores, in the layout of diffusers' context parallelism.
+        features: options of `cross_attention`; a callable value is called with (query, key).
 
     Returns:
         (B, Lq, H, Dv); with `return_lse` also (B, Lq, H) float32.
 
     Raises:
-        ValueError, TypeError: what cannot be done, or does not fit.
+        ValueError, TypeError: an argument is not supported, or has a wrong shape or dtype.
     """
     if dropout_p:
         raise ValueError(f"{op}: dropout_p must be 0, got {dropout_p}")
@@ -71,7 +74,7 @@ def attend(
 
 
 def _bias(op: str, mask: Tensor, batch: int, heads: int, keys: int) -> Tensor:
-    """A mask over keys as `key_bias`, (B, Lk) or (B, H, Lk)."""
+    """Converts a mask over keys to `key_bias`, (B, Lk) or (B, H, Lk)."""
     wanted = f"({batch} or 1, {heads} or 1, 1, {keys})"
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
         raise ValueError(f"{op}: attn_mask must have shape {wanted}, over keys alone, got {tuple(mask.shape)}")

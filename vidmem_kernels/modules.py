@@ -1,6 +1,6 @@
-"""Linear attention and cross-attention to a memory as modules: projections around the functions of this package.
+"""Modules for linear attention and for cross-attention to a memory: projections around the functions of this package.
 
-Their parameters depend on neither the backend nor the device: a state_dict loads wherever the sizes agree.
+Their parameters depend on neither backend nor device: a state_dict loads wherever the sizes agree.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _check_choices(module: str, backend: object, name: str, value: object, choic
 
 
 def _head_size(module: str, name: str, dim: int, num_heads: int, size: int | None) -> int:
-    """Size of a head: `size`, else an equal share of `dim`."""
+    """The channels of a head: `size`, or dim // num_heads if it is None."""
     for what, value in (("dim", dim), ("num_heads", num_heads), (name, 1 if size is None else size)):
         check_int(module, what, value, 1)
     if size is None and dim % num_heads:
@@ -44,26 +44,32 @@ def _check_tokens(module: nn.Module, name: str, tokens: object, dim: int, length
 
 
 class LinearAttention(nn.Module):
-    """Self-attention in time and memory linear in the length, with a state that carries earlier tokens.
+    """Self-attention in time and memory linear in the sequence length, with a state that carries earlier tokens.
 
     Args:
         dim: channels of the tokens.
-        num_heads: heads.
-        head_dim, value_head_dim: channels of a head's queries and keys, and of its values; default dim // num_heads.
-        feature_map, causal, block_size, normalize, scale: see `vidmem_kernels.linear_attention`.
-        qkv_bias, out_bias: whether the projections q, k and v have a bias, and whether o has one.
+        num_heads: number of heads.
+        head_dim: channels of the queries and keys of a head; default dim // num_heads.
+        value_head_dim: channels of the values of a head; default dim // num_heads.
+        feature_map: see `vidmem_kernels.linear_attention`.
+        causal: see `vidmem_kernels.linear_attention`.
+        block_size: see `vidmem_kernels.linear_attention`.
+        normalize: see `vidmem_kernels.linear_attention`.
+        scale: see `vidmem_kernels.linear_attention`.
+        qkv_bias: whether the projections q, k and v have a bias.
+        out_bias: whether the projection o has a bias.
         backend: see `vidmem_kernels.use_backend`; None follows it.
-        device, dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        ValueError, TypeError: sizes or options that do not fit.
+        ValueError, TypeError: a size or option is invalid.
 
     Equivalent PyTorch:
         q, k, v = (p(x).unflatten(2, (num_heads, -1)) for p in (self.q, self.k, self.v))
         out = self.o(linear_attention(q, k, v, ...).flatten(2))
 
-    Source:
-        Katharopoulos et al., "Transformers are RNNs", 2020 (arXiv:2006.16236).
+    Source: Katharopoulos et al., "Transformers are RNNs", 2020 (arXiv 2006.16236).
     """
 
     def __init__(
@@ -109,19 +115,19 @@ class LinearAttention(nn.Module):
     def forward(
         self, x: Tensor, state: LinearAttentionState | None = None, return_state: bool = False
     ) -> Tensor | tuple[Tensor, LinearAttentionState]:
-        """Attends among the tokens x and, with `state`, to all tokens that went into it.
+        """Attends among the tokens x and, with `state`, to all tokens that the state has seen.
 
         Args:
             x: (B, L, dim) tokens.
-            state: what an earlier call returned.
-            return_state: also return the state with the tokens of this call in it.
+            state: state from an earlier call.
+            return_state: also return the state after the tokens of this call.
 
         Returns:
-            (B, L, dim); with `return_state` also the state. When `causal`, calls on the parts of a sequence that is
-            split at block boundaries equal one call on all of it.
+            (B, L, dim); with `return_state` also the `LinearAttentionState`. With `causal`, calls on the parts of a
+            sequence that is split at block boundaries give the same results as one call on the whole sequence.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit.
+            ValueError, TypeError: x or the state has a wrong shape or dtype.
         """
         _check_tokens(self, "x", x, self.dim, "L")
         q, k, v = (project(x).unflatten(2, (self.num_heads, -1)) for project in (self.q, self.k, self.v))
@@ -134,35 +140,38 @@ class LinearAttention(nn.Module):
 
 
 class MemoryCrossAttention(nn.Module):
-    """Adds what video tokens read from a memory: x + tanh(gate) * o(cross_attention(x, memory)).
+    """Gated cross-attention to a memory: x + tanh(gate) * o(cross_attention(x, memory)).
 
-    The gate starts at zero, so that a trained model into which this is put starts unchanged; the first step opens the
-    gate, from the second on all parameters learn. It has a factor per channel, not the one per layer of Flamingo:
-    channels of a trained model differ in scale, some should stay closed, and LayerScale found that freedom decisive.
-    tanh bounds what a channel can be given. The projection o has no bias, so that a token that sees nothing, or
-    an empty memory, adds nothing after training either.
+    The gate starts at zero, so a trained model is unchanged when this module is added; the first training step opens
+    the gate, and from the second step on all parameters learn. The gate has one factor per channel, not one per layer
+    as in
+    Flamingo: the channels of a trained model differ in scale, some should stay closed, and LayerScale found this
+    freedom decisive. tanh bounds what is added to a channel. The projection o has no bias, so that a token that sees
+    nothing, or an empty memory, adds nothing after training either.
 
     Args:
-        dim, memory_dim: channels of the video tokens, and of the memory's; default dim.
-        num_heads, head_dim: heads, and channels of a head; default dim // num_heads.
-        qk_norm: RMS norm of queries and keys: "rms_norm" in each head (HunyuanVideo), "rms_norm_across_heads" over all
-            heads at once (Wan), or None. The default keeps scores bounded whatever the scale of x, which is not
-            normalised here, and of the memory.
+        dim: channels of the video tokens.
+        num_heads: number of heads.
+        memory_dim: channels of the memory tokens; default dim.
+        head_dim: channels of a head; default dim // num_heads.
+        qk_norm: RMS norm of queries and keys: "rms_norm" within each head (HunyuanVideo), "rms_norm_across_heads" over
+            all heads at once (Wan), or None. The default bounds the scores whatever the scale of the memory and of x,
+            which is not normalised here.
         qkv_bias: whether the projections q, k and v have a bias.
         backend: see `vidmem_kernels.use_backend`; None follows it.
-        device, dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        ValueError, TypeError: sizes or options that do not fit.
+        ValueError, TypeError: a size or option is invalid.
 
     Equivalent PyTorch:
         q, k, v = (t.unflatten(2, (num_heads, -1)).mT for t in (self.q(x), self.k(memory), self.v(memory)))
         out = scaled_dot_product_attention(rms_norm(q), rms_norm(k), v)    # .mT: transpose(1, 2)
         return x + self.gate.tanh() * self.o(out.mT.flatten(2))
 
-    Source:
-        Gate: Flamingo, Alayrac et al., 2022 (arXiv:2204.14198). A factor per channel: LayerScale, Touvron et al., 2021
-        (arXiv:2103.17239). Norm of queries and keys: Dehghani et al., 2023 (arXiv:2302.05442).
+    Source: gate: Flamingo, Alayrac et al., 2022 (arXiv 2204.14198). One factor per channel: LayerScale, Touvron et al.,
+    2021 (arXiv 2103.17239). Norm of queries and keys: Dehghani et al., 2023 (arXiv 2302.05442).
     """
 
     def __init__(
@@ -199,7 +208,7 @@ class MemoryCrossAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Closes the gate; the submodules have a `reset_parameters` of their own."""
+        """Closes the gate; the submodules have their own `reset_parameters`."""
         nn.init.zeros_(self.gate)
 
     def extra_repr(self) -> str:
@@ -207,7 +216,7 @@ class MemoryCrossAttention(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _heads(self, tokens: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
-        """(B, L, H * D) as (B, L, H, D), normalised."""
+        """Reshapes (B, L, H * D) to (B, L, H, D) and applies the norm."""
         if norm is not None:
             groups = tokens.unflatten(2, (-1, *norm.normalized_shape))
             # Under autocast the projections are narrower than the weight, for which RMSNorm has no fused kernel.
@@ -229,23 +238,29 @@ class MemoryCrossAttention(nn.Module):
         block_index: Tensor | None = None,
         block_size: tuple[int, int] = (128, 64),
     ) -> Tensor:
-        """What the tokens x read from `memory`: the addition of `forward` alone, for a sum that is made elsewhere.
+        """Computes what the tokens x read from `memory`: the term that `forward` adds to x.
 
         Args:
             x: (B, L, dim) video tokens.
-            memory: (B or 1, M, memory_dim) tokens of the memory; M may be 0. One of batch 1 is projected once.
-            q_rotary, k_rotary: positions of the L tokens and of the M of the memory, from `vidmem_kernels.rotary`, or
-                neither; of head_dim channels, with the batch of x and of the memory, of 1, or none.
-            key_bias: (B or 1, M) or (B or 1, H, M), e.g. the log of the tokens' merged sizes: proportional attention.
-            num_sinks, q_time, k_time, window, block_index, block_size: which token of the memory a token sees; see
-                `vidmem_kernels.cross_attention`.
+            memory: (B or 1, M, memory_dim) memory tokens; M may be 0. A memory of batch 1 is projected once.
+            q_rotary: positions of the L video tokens, from `vidmem_kernels.rotary` with head_dim channels; with the
+                batch of x, batch 1 or none. Given together with `k_rotary`.
+            k_rotary: positions of the M memory tokens; with the batch of the memory, batch 1 or none.
+            key_bias: (B or 1, M) or (B or 1, H, M), e.g. the log of the merged sizes of the tokens (proportional
+                attention).
+            num_sinks: see `vidmem_kernels.cross_attention`.
+            q_time: see `vidmem_kernels.cross_attention`.
+            k_time: see `vidmem_kernels.cross_attention`.
+            window: see `vidmem_kernels.cross_attention`.
+            block_index: see `vidmem_kernels.cross_attention`.
+            block_size: see `vidmem_kernels.cross_attention`.
 
         Returns:
             (B, L, dim) of the dtype of x, also under autocast; zeros while the gate is closed.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or options that do not fit.
-            IndexError: a block index out of range.
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
+            IndexError: a block index is out of range.
 
         Equivalent PyTorch:
             self(x, memory, ...) - x
@@ -272,10 +287,13 @@ class MemoryCrossAttention(nn.Module):
         """Adds to the tokens x what they read from `memory`.
 
         Args:
-            x, memory, **options: see `read`.
+            x: (B, L, dim) video tokens.
+            memory: (B or 1, M, memory_dim) memory tokens.
+            **options: the other arguments of `read`.
 
         Returns:
-            (B, L, dim) of the dtype of x, also under autocast. While the gate is closed, x to the bit, but 0 for -0.
+            (B, L, dim) of the dtype of x, also under autocast. While the gate is closed, the result equals x bit by
+            bit, except that -0 becomes 0.
 
         Raises:
             ValueError, TypeError, IndexError: see `read`.

@@ -1,6 +1,6 @@
-"""Rotary position embedding over several axes (time, row, column), as Wan and HunyuanVideo have it.
+"""Rotary position embedding over several axes (time, row, column), as in Wan and HunyuanVideo.
 
-Plain torch: torch.compile makes one pass over memory of it, and every derivative comes of itself.
+Plain PyTorch: torch.compile fuses it into one pass over memory, and autograd provides every derivative.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _POSITION_DTYPES = (*FLOAT_DTYPES, torch.int32, torch.int64, torch.int16, torch.
 
 @saveable
 class Rotary(NamedTuple):
-    """How far every pair of neighbouring channels is turned at every position.
+    """The rotation of each pair of neighbouring channels at each position.
 
     Attributes:
-        cos, sin: (N, D / 2) or (B, N, D / 2) float32, of the angle of channels 2i and 2i + 1. The tables of diffusers
-            have every column twice: `cos.repeat_interleave(2, -1)`.
+        cos: (N, D / 2) or (B, N, D / 2) float32, the cosine of the angle of channels 2i and 2i + 1. The tables of
+            diffusers have each column twice: `cos.repeat_interleave(2, -1)`.
+        sin: the sine, of the same shape.
     """
 
     cos: Tensor
@@ -34,31 +35,31 @@ class Rotary(NamedTuple):
 
 
 def rotary(positions: Tensor, axes: Sequence[int], theta: float = 10000.0) -> Rotary:
-    """Angles of the rotary embedding of tokens that have a position along several axes.
+    """Computes the rotary embedding of tokens with a position along several axes.
 
-    An axis with d channels turns its pair i by position * theta ** (-2i / d). The axes stand one after the other in a
-    head. Nothing is a table: a position may be negative, fractional or as large as you like.
+    An axis with d channels rotates its pair i by position * theta ** (-2i / d). The channels of the axes are
+    concatenated in a head. No table limits the positions: they may be negative, fractional or arbitrarily large.
 
     Args:
-        positions: (N, A), or (B, N, A) with a batch of its own or of 1; float or integer. Axis by axis, such as time,
-            row and column, in the model's units (in Wan and HunyuanVideo, patches; time in latent frames).
-        axes: channels of a head for each of the A axes, all even. With h = 2 * (D // 6), Wan has (D - 2 * h, h, h);
-            HunyuanVideo (16, 56, 56).
-        theta: base of the angles' geometric series; Wan has 10000, HunyuanVideo 256.
+        positions: (N, A), or (B, N, A) with batch B or 1; float or integer. One column per axis, such as time, row and
+            column, in the units of the model (in Wan and HunyuanVideo: patches; time in latent frames).
+        axes: channels of a head for each of the A axes, all even. Wan has (D - 2 * h, h, h) with h = 2 * (D // 6);
+            HunyuanVideo has (16, 56, 56).
+        theta: base of the geometric series of the angles; 10000 in Wan, 256 in HunyuanVideo.
 
     Returns:
-        Rotary(cos, sin) of D = sum(axes) channels, on the device of `positions`. Angles are computed in float64, their
-        cosines and sines rounded to float32. Differentiable in float `positions`.
+        Rotary(cos, sin) with D = sum(axes) channels, on the device of `positions`. Angles are computed in float64,
+        their cosines and sines are rounded to float32. Differentiable in float `positions`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or numbers that do not fit.
+        ValueError, TypeError: an argument has a wrong shape, dtype or value.
 
     Equivalent PyTorch:
         angle = cat([positions[..., a, None].double() / theta ** (arange(0, d, 2) / d) for a, d in enumerate(axes)], -1)
         Rotary(angle.cos().float(), angle.sin().float())
 
-    Source: RoFormer, Su et al., 2021 (arXiv:2104.09864); over three axes as in Wan (arXiv:2503.20314) and HunyuanVideo
-    (arXiv:2412.03603).
+    Source: RoFormer, Su et al., 2021 (arXiv 2104.09864); over three axes as in Wan (arXiv 2503.20314) and HunyuanVideo
+    (arXiv 2412.03603).
     """
     op = "rotary"
     batched = isinstance(positions, Tensor) and positions.dim() == 3
@@ -82,19 +83,19 @@ def rotary(positions: Tensor, axes: Sequence[int], theta: float = 10000.0) -> Ro
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turns the pairs of neighbouring channels of queries or keys by their positions.
+    """Rotates the pairs of neighbouring channels of queries or keys by their positions.
 
     Args:
-        x: (B, L, H, D) float.
-        rotary: of L positions and D channels, with the batch of x, a batch of 1 or none: from `rotary`, or any cosines
-            and sines of such shapes, float32 or float64.
+        x: (B, L, H, D) float queries or keys.
+        rotary: cosines and sines for L positions and D channels, with the batch of x, batch 1 or none: from `rotary`,
+            or any pair of tensors of such shapes, float32 or float64.
 
     Returns:
         (B, L, H, D) of the dtype of x, computed in float32 (float64 for float64) and rounded once. Differentiable, any
-        number of times, in x (an orthogonal map: the gradient is turned back) and in the cosines and sines.
+        number of times, in x (the map is orthogonal: the gradient is rotated back) and in the cosines and sines.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
 
     Equivalent PyTorch:
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

@@ -1,6 +1,6 @@
 """The attention that vLLM-Omni finds by the entry point "vidmem" of the group "vllm_omni.sparse_attn".
 
-There it is chosen as the kernel of the backend SPARSE_ATTN: `extra={"backend": "vidmem", "params": {"topk": 0.25}}`.
+It is selected as the kernel of the backend SPARSE_ATTN: `extra={"backend": "vidmem", "params": {"topk": 0.25}}`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ def attention(
     is_causal: bool = False,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Attention by `cross_attention`, dense or sparse as `params` say.
+    """Computes dense or sparse attention by `cross_attention`, as `params` specify.
 
     Args:
-        query, key, value: (B, L, H, D); fewer heads of keys and values where they divide those of queries.
-        params: `topk`, the blocks of keys that a block of queries sees: a count, or a share in (0, 1); `block_size`,
-            (queries, keys) in a block, default (128, 64); `window`, (left, right) frames that a token sees, which needs
-            `patches_per_frame`; `num_sinks`, the first keys, which all see; `attn_mask` (B or 1, H or 1, 1, L) over
-            keys. Others, vLLM-Omni's state of the forward, are not looked at.
+        query: (B, L, H, D).
+        key: (B, L, Hk, D); Hk must divide H.
+        value: (B, L, Hk, D).
+        params: `topk`, the number of key blocks that a query block sees, or their share in (0, 1); `block_size`,
+            (queries, keys) per block, default (128, 64); `window`, (left, right) in frames, which requires
+            `patches_per_frame`; `num_sinks`, the first keys, which all queries see; `attn_mask` (B or 1, H or 1, 1, L)
+            over keys. Other entries, which hold vLLM-Omni's state of the forward pass, are ignored.
         is_causal: must be False.
         softmax_scale: factor of the scores; default D**-0.5.
 
@@ -43,10 +45,9 @@ def attention(
         (B, L, H, D).
 
     Raises:
-        ValueError, TypeError: what does not fit or cannot be done.
+        ValueError, TypeError: an argument is not supported, or has a wrong shape or dtype.
 
-    Source:
-        The contract of a plugin: vLLM-Omni's sparse attention dispatcher, pull request 4493 and RFC 4661.
+    Source: the plugin interface of vLLM-Omni's sparse attention dispatcher, pull request 4493 and RFC 4661.
     """
     params = params or {}
     gqa = key.dim() == 4 and query.dim() == 4 and key.shape[2] != query.shape[2]

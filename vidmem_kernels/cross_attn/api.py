@@ -1,4 +1,4 @@
-"""Public functions of cross-attention: contracts and checks of meaning."""
+"""Public functions of cross-attention: they check the arguments and call the ops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TIME_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 def _batch(x: Tensor, q: Tensor) -> int:
-    """The batch that x must have: that of q, unless x has the batch of 1 that serves every batch."""
+    """The batch that x must have: that of q, or 1 if x has batch 1 and is shared by the whole batch."""
     return 1 if is_one(x.shape[0]) else q.shape[0]
 
 
@@ -129,7 +129,7 @@ def _check_keys(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_dtypes(
     op: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> torch.dtype:
-    """The dtype that the op will see."""
+    """Checks the dtypes and scales of q, k and v; returns the dtype that the op will see."""
     rows, scales = {"k": k, "v": v}, {"k_scale": k_scale, "v_scale": v_scale}
     given = [scale is not None for scale in scales.values()]
     if given != [x.dtype in QUANTIZED_DTYPES for x in rows.values()]:
@@ -200,69 +200,77 @@ def cross_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of queries to a memory of keys, some of them visible, each with its own bias.
+    """Computes softmax attention of queries to a memory of keys, with optional visibility rules and a bias per key.
 
-    Key j is visible to query i when j < num_sinks, or when the window and the block condition hold, as far as given;
-    and in any case only where `key_mask` and the bias do not hide it.
+    Key j is visible to query i if j < num_sinks, or if both the window and the block list, as far as they are given,
+    allow it. `key_mask` and a `key_bias` of -inf hide a key in any case.
 
     Args:
-        q: (B, Lq, H, D) queries.
-        k: (B|1, Lk, Hk, D) keys, of the same dtype, or in 8 bits with `k_scale`. Hk divides H: head h of the queries
-            reads head h // (H // Hk) (grouped-query attention). Nothing is copied for a batch or a group.
-        v: (B|1, Lk, Hk, Dv) values, with the batch and the dtype of k; Dv may differ from D.
-        key_bias: (B|1, Lk) or (B|1, H or Hk, Lk) float of any dtype, added to the scores; e.g. the log of a merged
-            token's size (proportional attention). -inf hides a key from every query, sinks too.
-        key_mask: (B|1, Lk) bool: False hides a key from every query, sinks too, as a bias of -inf does.
-        num_sinks: the first keys, visible to every query whatever the window and the blocks.
-        causal_sinks: with a window: a sink is visible from its own time on, when k_time[j] <= q_time[i] + right; it
-            escapes the left bound and the block list alone.
-        q_time, k_time: (Lq,) or (B|1, Lq), and (Lk,) or (B|1, Lk): times in any common unit, int32, int64, float32 or
-            float64. Integers are compared exactly, wherever in int64 they lie; two float32 in float32; anything else
-            in float64. A time that is NaN sees nothing and is seen by nothing. They have no gradient.
-        window: (left, right), numbers of at least 0, `math.inf` for no bound, in the unit of the times:
-            q_time[i] - left <= k_time[j] <= q_time[i] + right. Taken as float64.
-        block_index: (B|1, H, Hk or 1, blocks of q, topk) int32 or int64: the blocks of keys that a block of queries
-            sees, as from `topk_blocks`; -1 is none, duplicates count once.
-        block_size: (bq, bk), queries and keys in a block; used only with `block_index`.
-        block_sizes: with `block_index`: (blocks,) int32 or int64 queries or keys of every block, at most bq and bk, as
-            of `tile_order`, which has an example; one tensor for both, or a pair. Blocks are copied into places of one
-            length, which takes memory for whole blocks of q, k, v and out.
+        q: (B, Lq, H, D) float queries.
+        k: (B or 1, Lk, Hk, D) keys, of the dtype of q, or 8-bit with `k_scale`. Hk must divide H: query head h reads
+            key head h // (H // Hk) (grouped-query attention). Keys shared by the batch or by a group of heads are not
+            copied.
+        v: (B or 1, Lk, Hk, Dv) values, of the batch and dtype of k; Dv may differ from D.
+        key_bias: (B or 1, Lk) or (B or 1, H or Hk, Lk) of any float dtype, added to the scores; e.g. the log of a
+            merged token's size (proportional attention). -inf hides a key from all queries, even if it is a sink.
+        key_mask: (B or 1, Lk) bool: False hides a key from all queries, even if it is a sink; same as a bias of -inf.
+        num_sinks: number of first keys that are visible to every query, regardless of the window and the block list.
+        causal_sinks: a sink becomes visible only at its time, when k_time[j] <= q_time[i] + right: it is exempt only
+            from the left bound of the window and from the block list. Requires `window`.
+        q_time: (Lq,) or (B or 1, Lq) times of the queries, int32, int64, float32 or float64, in any unit. Two integer
+            times are compared exactly over all of int64, two float32 times in float32, other pairs in float64. A query
+            whose time is NaN sees no key. No gradient. Given together with `k_time` and `window`.
+        k_time: (Lk,) or (B or 1, Lk) times of the keys, in the unit of `q_time`. No query sees a key whose time is NaN.
+        window: (left, right), two numbers of at least 0 in the unit of the times, `math.inf` for no bound: a key is
+            visible if q_time[i] - left <= k_time[j] <= q_time[i] + right. Converted to float64.
+        block_index: (B or 1, H, Hk or 1, query blocks, topk) int32 or int64: the key blocks that a query block sees, as
+            from `topk_blocks`; -1 is an empty entry, duplicates count once.
+        block_size: (bq, bk), queries and keys per block; used only with `block_index`.
+        block_sizes: (blocks,) int32 or int64, the number of queries or keys in each block, at most bq and bk, as from
+            `tile_order` (see its example); one tensor for both, or a pair. Blocks are padded to equal length, which
+            takes memory for padded copies of q, k, v and out. Requires `block_index`.
         scale: factor of the scores; default D**-0.5.
-        k_scale, v_scale: (B|1, Lk) float32 for k and v of int8 or float8_e4m3fn, and only for those: row j stands for
-            `k[:, j].float() * k_scale[:, j]`, as from `quantize_rows` of rows (B, Lk, Hk * D). Rows are read as they
-            are, whatever the dtype of q.
-        out_dtype: of out; default that of q. float32 gives sums as they are, not rounded to half precision.
+        k_scale: (B or 1, Lk) float32, required for k of int8 or float8_e4m3fn and not allowed otherwise: key j is
+            `k[:, j].float() * k_scale[:, j]`, as from `quantize_rows` of rows (B, Lk, Hk * D). The kernels read the
+            8-bit rows directly, whatever the dtype of q.
+        v_scale: the same for v.
+        out_dtype: dtype of out: that of q (default), or float32, which skips the rounding of the sums to half
+            precision.
         return_lse: also return the log-sum-exp of the scores, for `merge_attention_states`.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
         (B, Lq, H, Dv) of `out_dtype`; with `return_lse` also (B, H, Lq) float32 (float64 for float64), the natural
-        logarithm. A query that sees nothing gets 0 and lse -inf, and has gradients of zero. Differentiable in q, k, v,
-        key_bias, k_scale and v_scale, through both results; what serves a batch or a group gets the sum. The gradient
-        of a call with scales dequantises k and v to the dtype of q, or to float32 where scales require a gradient; rows
-        have none. The gradient of out is rounded to that dtype, as it would be without `out_dtype`.
+        logarithm. A query that sees no key gets 0 and lse -inf, and its gradients are zero.
 
-        What is hidden touches nothing: NaN and infinities in keys, values, biases and scales that a query does not see,
-        and in queries and gradients that a key is hidden from, change no bit of what else there is. What is visible and
-        no number has its natural effect. The CPU and reference backends keep this pair by pair. Triton's kernels work
-        in tiles: there it holds for blocks that are not listed and for times outside the span of all windows of a tile
-        of 16 to 128 queries, but NaN where the bias is -inf reaches the queries of its tile.
+        Both results are differentiable in q, k, v, key_bias, k_scale and v_scale; the gradient of a tensor that is
+        shared by the batch or by a group of heads is summed. The backward pass of a call with scales dequantises k and
+        v to the dtype of q, or to float32 if the scales require a gradient; the 8-bit rows have no gradient. The
+        gradient of out is rounded to the dtype of q, as without `out_dtype`.
 
-        In a graph of torch.compile a changing window or scale becomes an input of the graph: no value compiles anew.
+        Hidden values do not leak: NaN and infinities in keys, values, biases and scales that a query does not see, and
+            in
+        queries and gradients that do not see a key, change no bit of the other results. Visible NaN and infinities
+        propagate as usual. The CPU and reference backends guarantee this for every pair of query and key. The Triton
+        kernels work in tiles: they guarantee it for blocks that are not listed and for times outside all windows of a
+            tile
+        of 16 to 128 queries, but a NaN in a key whose bias is -inf reaches the queries of its tile.
+
+        Under torch.compile, `scale` and `window` are inputs of the graph: new values do not recompile it.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
-        IndexError: a block index outside [-1, ceil(Lk/bk) - 1]. Where Triton's kernels run on a GPU, on which checking
-            would cost a synchronisation, the queries with such a block are NaN instead; nothing outside is read.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
+        IndexError: a block index is outside [-1, ceil(Lk/bk) - 1]. In the Triton kernels on a GPU, where the check
+            would cost a synchronisation, the queries with such a block are NaN instead; memory outside k and v is never
+            read.
 
     Equivalent PyTorch:
         bias = key_bias.view(B, -1, 1, Lk).expand(B, H, Lq, Lk).masked_fill(~visible, -inf)
         scaled_dot_product_attention(q.mT, k.mT, v.mT, bias, scale=scale, enable_gqa=True)   # .mT: transpose(1, 2)
 
-    Source:
-        Tiled with an online softmax: Milakov and Gimelshein, 2018 (arXiv:1805.02867); FlashAttention, Dao et al., 2022
-        (arXiv:2205.14135). Bias by merged size: ToMe, Bolya et al., 2022 (arXiv:2210.09461). Sinks: Xiao et al., 2023
-        (arXiv:2309.17453). Grouped queries: Ainslie et al., 2023 (arXiv:2305.13245).
+    Source: tiles with an online softmax: Milakov and Gimelshein, 2018 (arXiv 1805.02867) and FlashAttention, Dao et
+    al., 2022 (arXiv 2205.14135). Bias by merged size: ToMe, Bolya et al., 2022 (arXiv 2210.09461). Sinks: Xiao et al.,
+    2023 (arXiv 2309.17453). Grouped queries: Ainslie et al., 2023 (arXiv 2305.13245).
     """
     op = "cross_attention"
     check_tensor(op, "q", q, "B, Lq, H, D")
@@ -319,28 +327,28 @@ def cross_attention(
 def merge_attention_states(
     outs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Merges attention over several sources of keys into attention over all of them, exactly.
+    """Merges attention results over several sets of keys into the exact attention over all of them.
 
     Args:
         outs: (B, L, H, D) each, of one shape and dtype: results of `cross_attention` for the same queries.
-        lses: (B, H, L) each, float32 (float64 for float64 outs): their log-sum-exps; -inf where nothing was visible,
-            or +inf, as some attentions have it.
+        lses: (B, H, L) each, float32 (float64 for float64 outs): their log-sum-exps; -inf for a query that saw no key,
+            or +inf, which some attention libraries return for it.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (out (B, L, H, D), lse (B, H, L)) of the dtypes given, as if one softmax had run over all keys; 0 and -inf
-        where no source had a visible key. A source without one counts for nothing, whatever its out holds, and has
-        gradients of 0. An lse that is NaN makes its row NaN. Differentiable in outs and lses.
+        (out, lse): out (B, L, H, D) of the dtype of `outs` and lse (B, H, L) of the dtype of `lses`, as if one softmax
+        had run over all keys; 0 and -inf for a query that no set has a visible key for. A set without visible keys is
+        ignored, whatever its out holds, and its gradients are 0. A NaN in lse makes the whole row NaN. Differentiable
+        in outs and lses.
 
     Raises:
-        ValueError, TypeError: no source, or shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: there is no set, or an argument has a wrong shape, dtype or device.
 
     Equivalent PyTorch:
-        lse = torch.stack(lses).logsumexp(0)  # where none is +inf
+        lse = torch.stack(lses).logsumexp(0)  # no lse is +inf
         out = sum((l - lse).exp().mT.unsqueeze(-1) * o for o, l in zip(outs, lses))
 
-    Source:
-        The merging step of online softmax, Milakov and Gimelshein, 2018 (arXiv:1805.02867), as in Flash-Decoding.
+    Source: the merging step of online softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867), as in Flash-Decoding.
     """
     op = "merge_attention_states"
     if len(outs) != len(lses) or len(outs) == 0:

@@ -1,6 +1,6 @@
-"""Adapters that put this package into diffusers' video models, and take it out again: the optional extra `diffusers`.
+"""Adapters that add this package to diffusers' video models and remove it again: the optional extra `diffusers`.
 
-Nothing here is imported by `import vidmem_kernels`, and a name's file only when the name is first asked for.
+`import vidmem_kernels` imports nothing from here; the file of a name is imported when the name is first used.
 """
 
 from importlib import import_module

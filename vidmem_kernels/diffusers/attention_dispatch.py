@@ -1,7 +1,7 @@
-"""An attention backend of diffusers, for one model and one block of code.
+"""Registers an attention backend with diffusers, and selects it for one model within a `with` block.
 
-diffusers knows its backends by the members of an enum and chooses one for the whole process. Here each set of features
-becomes a member, and the member is set on the attentions of the one model.
+diffusers identifies its backends by the members of an enum and selects one for the whole process. Here each set of
+features becomes a member, which is set on the attentions of the one model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _lock = threading.RLock()
 
 
 class _EveryName:
-    """Names of arguments that diffusers may hand over: all, or it would drop without a word what it does not find."""
+    """A set that contains every argument name: diffusers silently drops arguments that the set lacks."""
 
     def __contains__(self, name: str) -> bool:
         return True
@@ -34,7 +34,7 @@ class _EveryName:
 
 
 class _Backend:
-    """The function of a backend: diffusers' call, by `cross_attention` with these features."""
+    """The function of a backend: maps diffusers' call to `cross_attention` with given features."""
 
     def __init__(self, features: Mapping[str, Any]):
         self.features = features
@@ -56,7 +56,7 @@ def _ended(*args: object, **kwargs: object) -> None:
 
 
 def _register(value: str, function: Callable) -> AttentionBackendName:
-    """Adds a member to diffusers' enum, which is closed; as cache-dit and others do."""
+    """Adds a member to diffusers' enum, which is closed, as cache-dit and others do."""
     member = str.__new__(AttentionBackendName, value)
     member._name_, member._value_ = value.upper(), value
     AttentionBackendName._member_map_[member._name_] = member
@@ -80,17 +80,17 @@ _numbers = iter(range(1, 1 << 62))
 
 
 def register_attention_backend(name: str = "vidmem") -> None:
-    """Makes `cross_attention` an attention backend of diffusers under a name; a second time does nothing.
+    """Registers `cross_attention` as an attention backend of diffusers; repeated calls have no effect.
 
-    After that `model.set_attention_backend(name)` takes it, for the whole process as diffusers has it, and
-    `attention_backend` for one model and block of code.
+    Afterwards `model.set_attention_backend(name)` selects it for the whole process, and `attention_backend` selects it
+    for one model within a `with` block.
 
     Args:
-        name: of lower case, as `set_attention_backend` asks for.
+        name: an identifier in lower case, as `set_attention_backend` requires.
 
     Raises:
-        TypeError: no text.
-        ValueError: diffusers has another backend of that name, or it is not of lower case.
+        TypeError: `name` is not a string.
+        ValueError: diffusers has another backend of that name, or it is not a lower-case identifier.
     """
     op = "register_attention_backend"
     if not isinstance(name, str):
@@ -112,7 +112,8 @@ def _is_plain(value: object) -> bool:
 
 
 def _member(name: str, features: Mapping[str, Any]) -> tuple[AttentionBackendName, bool]:
-    """The member for a set of features, and whether it ends with the block: tensors are not kept."""
+    """The enum member for a set of features, and whether to remove it with the block, because tensors must not be
+    kept."""
     key = name, tuple((n, tuple(v) if isinstance(v, list) else v) for n, v in sorted(features.items()))
     lasting = all(map(_is_plain, features.values()))
     if lasting and key in _members:
@@ -124,7 +125,7 @@ def _member(name: str, features: Mapping[str, Any]) -> tuple[AttentionBackendNam
 
 
 class _Choices:
-    """What was chosen for a processor by blocks of code that have not ended, and what it had before them."""
+    """The backends chosen for a processor by `with` blocks that have not ended, and the one it had before."""
 
     def __init__(self, before: object):
         self.before, self.chosen = before, []
@@ -141,7 +142,7 @@ def _choose(processor: object, choice: list) -> None:
 
 
 def _undo(processor: object, choice: list) -> None:
-    """Blocks of several threads may end in any order: the last that is still open counts."""
+    """Ends the choice of a block. Blocks of several threads may end in any order: the last one still open applies."""
     choices = _choices[processor]
     choices.chosen = [each for each in choices.chosen if each is not choice]
     if choices.chosen:
@@ -155,7 +156,7 @@ def _undo(processor: object, choice: list) -> None:
 
 
 def _processors(model: nn.Module, only: Callable[[str], bool] | str | None) -> list[object]:
-    """The processors that ask diffusers for a backend; behind those of this package, which pass it on."""
+    """The processors that ask diffusers for a backend, including those that processors of this package wrap."""
     found = {}
     for name, module in model.named_modules():
         processor = getattr(module, "processor", None)
@@ -171,25 +172,29 @@ def _processors(model: nn.Module, only: Callable[[str], bool] | str | None) -> l
 def attention_backend(
     model: nn.Module, name: str = "vidmem", *, only: Callable[[str], bool] | str | None = None, **features: Any
 ) -> Iterator[None]:
-    """Runs the attentions of one model by `vidmem_kernels.cross_attention` while the block of code runs.
+    """Runs the attentions of one model by `vidmem_kernels.cross_attention` inside the `with` block.
 
-    Only this model is concerned, in whatever thread it runs; what its attentions had before is restored exactly. Blocks
-    may be nested, the innermost counts, and may end in any order.
+    Only this model is affected, on any thread; at the end the previous backends of its attentions are restored. Blocks
+    may be nested, in which case the innermost applies, and may end in any order.
 
-    Masks over keys, (B or 1, H or 1, 1, Lk), as HunyuanVideo's, are taken, and fewer heads of keys; dropout, causal
-    masks, masks of pairs and context parallelism raise where an attention asks for them. With gradient checkpointing
-    the backward belongs into the block of code, too: it runs the attentions again.
+    Masks over keys (B or 1, H or 1, 1, Lk), as in HunyuanVideo, and fewer key heads than query heads are supported.
+    Dropout, causal masks, pairwise masks and context parallelism raise an error. With gradient checkpointing, run the
+    backward pass inside the block too, because it runs the attentions again.
 
     Args:
         model: any diffusers model whose attention processors ask for a backend.
-        name: as registered; registered here where it is not.
-        only: which attentions: a part of their names ("attn1": the self-attention of Wan) or a function of the name.
+        name: name of the backend; registered if it is not yet.
+        only: selects attentions: a part of their names ("attn1" is the self-attention of Wan) or a function of the
+            name.
         **features: options of `cross_attention`: backend, block_index, block_size, k_time, key_bias, num_sinks, q_time,
-            window. A value that is callable is called with (query, key) of each attention, e.g.
+            window. A callable value is called with (query, key) of each attention, e.g.
             block_index=lambda q, k: topk_blocks(q, k, block_size=(128, 64), topk=8).
 
+    Yields:
+        None.
+
     Raises:
-        ValueError, TypeError: a model without such attentions, an unknown feature.
+        ValueError, TypeError: the model has no such attention, or a feature is unknown.
     """
     op = "attention_backend"
     if not isinstance(model, nn.Module):

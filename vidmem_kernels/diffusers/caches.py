@@ -1,4 +1,4 @@
-"""What a model remembers of earlier forwards and must forget when an adapter or its memory changes."""
+"""Resets what a model keeps from earlier forward passes when an adapter or its memory changes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 
 def reset_caches(model: nn.Module) -> None:
-    """Empties diffusers' caches (first block, attention, Taylor): what is in them was computed from another memory.
+    """Empties diffusers' caches (first block, attention, Taylor), which were computed with another memory.
 
-    A cache that was applied to blocks alone, not by `model.enable_cache`, is emptied too.
+    Caches that were applied to blocks directly, not by `model.enable_cache`, are emptied too.
     """
     for module in model.modules():
         registry = getattr(module, "_diffusers_hook", None)
@@ -22,10 +22,11 @@ def reset_caches(model: nn.Module) -> None:
 
 
 def forget_compiled(model: nn.Module) -> None:
-    """Makes torch.compile trace anew, if it has traced such a model: of module hooks that come or go later it takes no
-    notice (`torch._dynamo.config.skip_nnmodule_hook_guards`).
+    """Makes torch.compile trace again, if it has traced this model.
 
-    All compiled functions of the process are traced again when they are called next.
+    torch.compile ignores module hooks that are added or removed later
+    (`torch._dynamo.config.skip_nnmodule_hook_guards`). All compiled functions of the process are traced again at their
+    next call.
     """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
@@ -37,7 +38,7 @@ def forget_compiled(model: nn.Module) -> None:
 
 
 def _codes(model: nn.Module) -> Iterator[CodeType]:
-    """What a compiled graph of the model may begin with: the forwards of its modules, in all that is around them."""
+    """The code objects that a compiled graph of the model may start with: the forward functions of its modules."""
     for module in model.modules():
         for function in (type(module).forward, vars(module).get("forward")):
             while function is not None:

@@ -1,12 +1,12 @@
-"""What the adapters must know of a model: where its blocks and attentions are, how its tokens lie, who knows the grid.
+"""Describes video models to the adapters: where blocks and attentions are, how tokens are ordered, where the grid is.
 
-A model of one's own is added by `register_family`; everything in this package that works by families then takes it.
+`register_family` adds a user's model; all adapters of this package then accept it.
 
-Attention processors of a block get the rotary embedding and not the (T, H, W) grid of the tokens. The grid therefore
-travels with the rotary embedding, as a third element `(cos, sin, record)`: so it is an argument of the block, which
-gradient checkpointing keeps for the recomputation, and no state that a later forward may have changed. Only where an
-adapter asked for it (`Family.attach`) is there a third element; code that takes a rotary apart reads
-`cos, sin, *rest = rotary` and passes `rest` on.
+The attention processors of a block receive the rotary embedding, but not the (T, H, W) grid of the tokens. The grid is
+therefore passed along as a third element of the rotary embedding, `(cos, sin, record)`. As an argument of the block it
+is kept by gradient checkpointing for the recomputation, while state on the model could be changed by a later forward
+pass. The third element is present only if an adapter asked for it (`Family.attach`); code that unpacks a rotary
+embedding reads `cos, sin, *rest = rotary` and passes `rest` on.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ Grid = tuple[int, int, int]
 
 
 class Projections(NamedTuple):
-    """Queries, keys and values of an attention, (B, L, H, D) each, normalised and before the rotary embedding.
+    """Queries, keys and values of an attention, (B, L, H, D) each, normalised, before the rotary embedding.
 
     Attributes:
-        query, key, value: of the tokens that have a rotary embedding.
-        text: (query, key, value) of the text tokens in the same attention, which have none; None without.
+        query: queries of the tokens that have a rotary embedding.
+        key: their keys.
+        value: their values.
+        text: (query, key, value) of the text tokens in the same attention, which have no rotary embedding; None if
+            there are none.
     """
 
     query: Tensor
@@ -42,7 +45,7 @@ class Projections(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A transformer block: its number in the order of the forward, its name in the model, and the module."""
+    """A transformer block: its number in the order of the forward pass, its name in the model, and the module."""
 
     number: int
     name: str
@@ -51,25 +54,26 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one class are built.
+    """Describes how the models of one class are built.
 
     Attributes:
-        name: what errors and statistics call it.
+        name: name in errors and statistics.
         model_class: the class; subclasses belong to the family too.
         block_lists: attributes of the model that hold its blocks, in the order in which they run.
-        self_attention: attribute of a block: the attention in which the video's tokens are queries and keys. It calls
-            its `processor` as diffusers' do: `(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)`
-            in that order, or by name with `image_rotary_emb` as the last; `set_processor` gives it another.
-        cross_attention: attribute of a block: the attention to the text; None where both are one attention.
-        patch_embedding: attribute of the model: the module that makes tokens of latents.
-        patch_size: gives the (t, h, w) patch of a model.
-        extra_tokens: "before" or "after": where tokens that have a rotary embedding but are not of the video's grid
-            (history, memory) stand beside the T * H * W of the grid.
+        self_attention: attribute of a block: the attention in which the video tokens are queries and keys. It calls its
+            `processor` as diffusers does, with `(attn, hidden_states, encoder_hidden_states, attention_mask,
+            rotary_emb)` in this order, or by name with `image_rotary_emb` as the last; `set_processor` replaces the
+            processor.
+        cross_attention: attribute of a block: the attention to the text; None if text and video share one attention.
+        patch_embedding: attribute of the model: the module that makes tokens from latents.
+        patch_size: function that returns the (t, h, w) patch size of a model.
+        extra_tokens: "before" or "after": where tokens that have a rotary embedding but are not part of the video grid
+            (history, memory) are placed relative to its T * H * W tokens.
         project: `(attn, hidden_states, encoder_hidden_states) -> Projections`.
-        output: `(attn, out (B, L, H * D), encoder_hidden_states) -> what the attention processor returns`.
-        attach: `(model, make_record)` makes each forward of the model hand `(cos, sin, make_record(grid))` to its
-            blocks as rotary embedding. `make_record` is picklable.
-        detach: `(model)` undoes that.
+        output: `(attn, out (B, L, H * D), encoder_hidden_states) -> result of the attention processor`.
+        attach: `(model, make_record)`: makes each forward pass of the model pass `(cos, sin, make_record(grid))` to its
+            blocks as rotary embedding. `make_record` must be picklable.
+        detach: `(model)`: undoes `attach`.
     """
 
     name: str
@@ -86,11 +90,15 @@ class Family:
     detach: Callable[[nn.Module], None]
 
     def __reduce__(self) -> tuple:
-        """Copies and pickles of a model with adapters know their family by its name."""
+        """Pickles a family as its name, for copies and pickles of models with adapters."""
         return _family_named, (self.name,)
 
     def blocks(self, model: nn.Module) -> Iterator[Block]:
-        """The transformer blocks in the order in which they run."""
+        """Yields the transformer blocks in the order in which they run.
+
+        Args:
+            model: a model of the family.
+        """
         number = 0
         for list_name in self.block_lists:
             for i, module in enumerate(getattr(model, list_name)):
@@ -98,7 +106,15 @@ class Family:
                 number += 1
 
     def grid(self, model: nn.Module, latents: Tensor) -> Grid:
-        """The (T, H, W) of the tokens of latents (B, C, F, height, width); what no patch is full of is cut off."""
+        """Returns the (T, H, W) grid of the tokens of latents; incomplete patches are cut off.
+
+        Args:
+            model: a model of the family.
+            latents: (B, C, F, height, width).
+
+        Returns:
+            (T, H, W).
+        """
         return grid_of(latents, self.patch_size(model))
 
 
@@ -115,15 +131,15 @@ def _family_named(name: str) -> Family:
 
 
 def register_family(family: Family) -> None:
-    """Makes a model class known to `family_of`, and so to all adapters of this package.
+    """Registers a model class, so that all adapters of this package accept its models.
 
     Args:
-        family: how its models are built. A family that was registered later is asked first, so that a subclass can
-            have one of its own.
+        family: describes how the models are built. Later registrations take precedence, so that a subclass can have its
+            own family.
 
     Raises:
-        TypeError: `family` is no `Family`.
-        ValueError: a family of that name, or of that very class, is known.
+        TypeError: `family` is not a `Family`.
+        ValueError: a family of that name or for exactly that class is registered already.
     """
     if not isinstance(family, Family):
         raise TypeError(f"register_family: family must be a Family, got {type(family).__name__}")
@@ -135,19 +151,22 @@ def register_family(family: Family) -> None:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model inside what torch.compile and `peft.get_peft_model` wrap around it."""
+    """Unwraps a model that torch.compile or `peft.get_peft_model` wrapped."""
     model = unwrap_module(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+    """Returns the family of a model.
 
     Args:
-        model: a transformer, not a pipeline; compiled or wrapped by PEFT as it may be.
+        model: a transformer, not a pipeline; it may be compiled or wrapped by PEFT.
+
+    Returns:
+        The `Family`.
 
     Raises:
-        TypeError: a model of no known family; the message names those that are known.
+        TypeError: the model belongs to no known family; the message lists the known ones.
     """
     inner = base_model(model) if isinstance(model, nn.Module) else model
     for family in _FAMILIES:
@@ -161,7 +180,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def grid_of(latents: Tensor, patch_size: Grid) -> Grid:
-    """The (T, H, W) of the tokens of latents (B, C, F, height, width)."""
+    """The (T, H, W) grid of the tokens of latents (B, C, F, height, width)."""
     _, _, frames, height, width = latents.shape
     return frames // patch_size[0], height // patch_size[1], width // patch_size[2]
 
@@ -171,7 +190,7 @@ def grid_of(latents: Tensor, patch_size: Grid) -> Grid:
 
 
 class _RopeHook:
-    """Forward hook of a `rope` that is called with the latents: appends the record to what it returns."""
+    """Forward hook of a `rope` that is called with the latents: appends the record to its output."""
 
     def __init__(self, patch_size: Grid, make_record: Callable[[Grid], object]):
         self.patch_size, self.make_record = patch_size, make_record
@@ -191,9 +210,10 @@ def _detach_from_rope(model: nn.Module) -> None:
 
 
 class _PackHistory:
-    """Stands for the method of FramePack that puts the history before the tokens: appends the record to its rotary.
+    """Replaces the FramePack method that puts the history before the tokens, and appends the record to its rotary
+    embedding.
 
-    FramePack calls its `rope` once for the video and once for each level of history, so no hook of that will do.
+    A hook on `rope` would not work: FramePack calls it once for the video and once for each level of history.
     """
 
     def __init__(self, model: nn.Module, make_record: Callable[[Grid], object]):

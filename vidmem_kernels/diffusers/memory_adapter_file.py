@@ -1,4 +1,4 @@
-"""The file of a memory attention: safetensors, with its configuration and a checksum in the header."""
+"""Reads and writes the file of a memory attention: safetensors with its configuration and a checksum in the header."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a model must be like, and how its readers are made.
+    """The requirements on a model, and the configuration of its readers.
 
     Attributes:
-        family: the name of the model's `Family`.
-        dim, memory_dim: channels of the model's tokens and of the memory's.
-        num_heads: heads.
-        rope: whether the readers know positions.
+        family: name of the model's `Family`.
+        dim: channels of the model's tokens.
+        memory_dim: channels of the memory tokens.
+        num_heads: number of heads.
+        rope: whether the readers use positions.
         blocks: names of the blocks that read.
     """
 
@@ -50,7 +51,7 @@ def _checksum(weights: Mapping[str, Tensor]) -> str:
 
 
 def write(path: str | os.PathLike[str], config: Config, weights: Mapping[str, Tensor]) -> None:
-    """Replaces the file at `path`, whole or not at all.
+    """Replaces the file at `path` atomically.
 
     Raises:
         OSError: the folder is missing, full or not writable.
@@ -68,11 +69,11 @@ def write(path: str | os.PathLike[str], config: Config, weights: Mapping[str, Te
 
 
 def read(op: str, path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
-    """Configuration and weights, as their config says they must be.
+    """Reads the configuration and the weights, which must match the configuration.
 
     Raises:
-        MemoryFileError: no such file, or a damaged one.
-        OSError: it cannot be read.
+        MemoryFileError: the file is not a memory adapter, or is damaged.
+        OSError: the file cannot be read.
     """
     with open(path, "rb"):  # an error of its own kind where there is no file, or a folder
         pass

@@ -1,4 +1,4 @@
-"""Cross-attention to a memory in the blocks of other people's video models, saved in a file of its own."""
+"""Cross-attention to a memory in the blocks of diffusers' video models, saved in a separate file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ Encoder = Callable[[Any], Tensor | tuple[Tensor | None, ...]]
 
 
 class Held(NamedTuple):
-    """A memory.
+    """A memory that is set.
 
     Attributes:
         memory: (B or 1, M, memory_dim) tokens.
-        key_bias: (B or 1, M) added to the scores of each.
-        cos, sin: (M, D) or (B or 1, M, D) tables of their positions.
+        key_bias: (B or 1, M), added to the scores of each token.
+        cos: (M, D) or (B or 1, M, D) cosines of their positions.
+        sin: the sines, of the same shape.
     """
 
     memory: Tensor
@@ -37,16 +38,16 @@ class Held(NamedTuple):
 
 
 class MemoryAttnProcessor(WrappingProcessor):
-    """An attention processor that adds to what another gives what the video's tokens read from the memory.
+    """An attention processor that adds what the video tokens read from the memory to the output of another processor.
 
-    It is a processor, not a hook, because processors run inside whatever caches of diffusers are put around attentions
-    and blocks, before or after it, and because torch.compile notices when one is exchanged.
+    It is a processor, not a hook, because processors run inside diffusers' caches for attentions and blocks, whether
+    these are added before or after it, and because torch.compile notices when a processor is replaced.
 
     Args:
-        inner: the processor of the attention until now.
+        inner: the previous processor of the attention.
         reader: the cross-attention to the memory.
-        slot: where the memory lies.
-        rope: whether tokens and memory know their positions.
+        slot: holds the memory.
+        rope: whether queries and memory tokens get rotary embeddings.
     """
 
     def __init__(self, inner: Callable, reader: MemoryCrossAttention, slot: MemorySlot, rope: bool):
@@ -55,7 +56,7 @@ class MemoryAttnProcessor(WrappingProcessor):
         self.noted: tuple | None = None
 
     def note_rotary(self, self_attention: nn.Module, args: tuple) -> None:
-        """Hook before the self-attention of the block, which alone is given the rotary embedding in Wan."""
+        """Hook before the self-attention of the block: in Wan only the self-attention receives the rotary embedding."""
         self.noted = args[3]
 
     def __call__(
@@ -77,7 +78,7 @@ class MemoryAttnProcessor(WrappingProcessor):
         attention_mask: Tensor | None,
         image_rotary_emb: tuple | None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """What `inner` returns, the video's tokens or a tuple that begins with them, with the reading added to them."""
+        """Returns the output of `inner` (the video tokens, or a tuple that starts with them) plus what they read."""
         out = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         return self.add_to(out, hidden_states, encoder_hidden_states, image_rotary_emb)
 
@@ -88,7 +89,7 @@ class MemoryAttnProcessor(WrappingProcessor):
         encoder_hidden_states: Tensor | None,
         image_rotary_emb: tuple | None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """What an attention gave, by whatever computed it in the place of `inner`, with the reading added."""
+        """Adds what the video tokens read to an attention output, whatever computed it instead of `inner`."""
         held = self.slot.get(encoder_hidden_states if image_rotary_emb is None else image_rotary_emb[0])
         if held is None:
             return out
@@ -105,7 +106,7 @@ class MemoryAttnProcessor(WrappingProcessor):
 
 
 def _angles(table: Tensor) -> Tensor:
-    """Every second column of a table (L, D), (B, L, D) or, of Wan's rope, (B, L, 1, D), which has each twice."""
+    """Every second column of a table (L, D), (B, L, D) or, in Wan, (B, L, 1, D), which has each column twice."""
     return (table.squeeze(2) if table.dim() == 4 else table)[..., ::2]
 
 
@@ -130,17 +131,17 @@ def _replace(owner: nn.Module, name: str, processor: Callable) -> None:
 class MemoryAttention:
     """A handle on the memory attention of a model; made by `add_memory_attention` or `load_memory_adapter`.
 
-    What belongs to the model lies in the model: copies of it (deepcopy, pickle) have a memory attention of their own,
-    with the memory that was set, and `MemoryAttention(copy)` is a handle on that. As a context manager it is removed at
-    the end.
+    The added modules and the memory are stored in the model: a copy (deepcopy, pickle) has its own memory attention,
+    with the memory that was set; `MemoryAttention(copy)` is a handle on it. As a context manager, the handle removes
+    the memory attention at the end of the `with` block.
 
     Args:
         model: a model with memory attention.
         encoder: see `add_memory_attention`.
 
     Raises:
-        TypeError: a model of no known family.
-        ValueError: a model without memory attention.
+        TypeError: the model belongs to no known family.
+        ValueError: the model has no memory attention.
     """
 
     def __init__(self, model: nn.Module, encoder: Encoder | None = None):
@@ -149,7 +150,8 @@ class MemoryAttention:
         self._attached("MemoryAttention")
 
     def _find(self) -> Iterator[tuple[str, nn.Module, nn.Module, MemoryAttnProcessor]]:
-        """Name of a block, its attention, what holds our processor (the attention or another processor), and that."""
+        """Yields the name of each block, its attention, the holder of our processor (the attention or another
+        processor), and it."""
         for block in self.family.blocks(self.model):
             attn = _attention(self.family, block.module)
             holder, processor = attn, attn.processor
@@ -171,43 +173,50 @@ class MemoryAttention:
 
     @property
     def memory_dim(self) -> int:
-        """Channels of the memory."""
+        """Channels of the memory tokens."""
         return self._attached("MemoryAttention.memory_dim")[0][3].reader.memory_dim
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that were added, named by their block: "blocks.3.q.weight"."""
+        """Yields the added parameters, named by their block, e.g. "blocks.3.q.weight"."""
         for name, *_, processor in self._attached("MemoryAttention.named_parameters"):
             for key, parameter in processor.reader.named_parameters():
                 yield f"{name}.{key}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that were added, and nothing of the model: what an optimizer of the adapter takes.
+        """Yields the added parameters, and none of the model, for an optimizer.
 
-        PEFT's `add_adapter` freezes everything that is not its own; `m.requires_grad_()` after it thaws these.
+        PEFT's `add_adapter` freezes all parameters except its own; call `requires_grad_()` afterwards to train these.
         """
         return (parameter for _, parameter in self.named_parameters())
 
     def requires_grad_(self, requires_grad: bool = True) -> MemoryAttention:
-        """Sets whether the parameters that were added are trained."""
+        """Sets whether the added parameters are trained.
+
+        Args:
+            requires_grad: whether they require a gradient.
+
+        Returns:
+            The handle.
+        """
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
         return self
 
     def set(self, memory: Tensor, key_bias: Tensor | None = None, positions: Tensor | None = None) -> MemoryAttention:
-        """Gives the model a memory to read, in place of the one it had; empties diffusers' caches.
+        """Sets the memory that the model reads, replacing the previous one, and empties diffusers' caches.
 
         Args:
-            memory: (B or 1, M, memory_dim) tokens of the dtype and on the device of the model's. One of batch 1 is read
-                by all samples: with guidance in one batch, by the conditional and the unconditional ones.
-            key_bias: (B or 1, M) added to the scores, e.g. the log of the tokens' merged sizes.
-            positions: with `rope`, (M, 3) or (B or 1, M, 3): time, row and column of every token, in the model's
-                patches; below 0 for what was before the video.
+            memory: (B or 1, M, memory_dim) tokens of the dtype and device of the model. A memory of batch 1 is read by
+                all samples; with classifier-free guidance in one batch, by the conditional and the unconditional ones.
+            key_bias: (B or 1, M) added to the scores, e.g. the log of the merged sizes of the tokens.
+            positions: (M, 3) or (B or 1, M, 3): time, row and column of each token, in patches of the model; a negative
+                time is before the video. Required with `rope`, not allowed otherwise.
 
         Returns:
             The handle.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit.
+            ValueError, TypeError: an argument has a wrong shape, dtype or device.
         """
         op = "MemoryAttention.set"
         attached = self._attached(op)
@@ -231,14 +240,19 @@ class MemoryAttention:
         return self
 
     def remember(self, frames: Any) -> MemoryAttention:
-        """Sets what the encoder makes of `frames`, whose gradients go back to it unless under `torch.no_grad()`.
+        """Sets the memory that the encoder makes from `frames`.
+
+        Gradients flow back to the encoder, except under `torch.no_grad()`.
 
         Args:
-            frames: what the encoder takes. It returns tokens (B or 1, M, memory_dim); or those and their merged sizes
-                (B or 1, M), of which a token of size n counts as n; or with sizes (or None) the positions, too.
+            frames: the input of the encoder, which returns tokens (B or 1, M, memory_dim); (tokens, sizes) with merged
+                sizes (B or 1, M), where a token of size n counts as n tokens; or (tokens, sizes or None, positions).
+
+        Returns:
+            The handle.
 
         Raises:
-            ValueError, TypeError: no encoder, or it returned what `set` does not take.
+            ValueError, TypeError: there is no encoder, or `set` refuses its result.
         """
         if self.encoder is None:
             raise ValueError("MemoryAttention.remember: encoder must be given to add_memory_attention, got None")
@@ -247,7 +261,7 @@ class MemoryAttention:
         return self.set(memory, None if size is None else size.float().log(), positions)
 
     def clear(self) -> None:
-        """Takes the memory away: the model is as before it was set, to the bit."""
+        """Removes the memory: the outputs of the model equal those before it was set, bit by bit."""
         self._hold(self._attached("MemoryAttention.clear"), None)
 
     def _hold(self, attached: list, held: Held | None) -> None:
@@ -255,11 +269,15 @@ class MemoryAttention:
         reset_caches(self.model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the added weights and what `load_memory_adapter` needs to know into one safetensors file.
+        """Writes the added weights and their configuration to a safetensors file for `load_memory_adapter`.
 
-        The file at `path` is replaced whole or not at all. The model's weights and the memory are not in it.
+        The file at `path` is replaced atomically. It contains neither the weights of the model nor the memory.
+
+        Args:
+            path: file to create or replace.
 
         Raises:
+            ValueError: the memory attention was removed.
             OSError: the folder is missing, full or not writable.
         """
         attached = self._attached("MemoryAttention.save")
@@ -272,7 +290,7 @@ class MemoryAttention:
         memory_adapter_file.write(path, config, weights)
 
     def remove(self) -> None:
-        """Takes the memory attention out: every attention has the processor that it had.
+        """Removes the memory attention and restores the previous processor of each attention.
 
         Raises:
             ValueError: it was removed before.
@@ -314,33 +332,34 @@ def add_memory_attention(
     rope: bool = False,
     encoder: Encoder | None = None,
 ) -> MemoryAttention:
-    """Gives a video model cross-attention to a memory, whose gate starts closed: until trained, nothing changes.
+    """Adds gated cross-attention to a memory to a video model; with the gate closed, untrained, the outputs do not
+    change.
 
-    In Wan the reading is added to what the cross-attention to the text gives. In HunyuanVideo and FramePack, whose text
-    and video share an attention, it is added to what that gives the tokens of the video, before the block's modulation
-    scales it (and, in blocks of a single stream, its output projection mixes it).
+    In Wan, what is read is added to the output of the cross-attention to the text. In HunyuanVideo and FramePack, where
+    text and video share one attention, it is added to the video tokens of its output, before the modulation of the
+    block scales them (and, in single-stream blocks, the output projection mixes them).
 
     Args:
-        model: WanTransformer3DModel, HunyuanVideoTransformer3DModel, HunyuanVideoFramepackTransformer3DModel, or of a
-            family that `register_family` was given; compiled or not.
-        blocks: numbers of the blocks that read, in the order of the forward; default all. A block costs about
+        model: a WanTransformer3DModel, HunyuanVideoTransformer3DModel, HunyuanVideoFramepackTransformer3DModel, or a
+            model of a family added by `register_family`; compiled or not.
+        blocks: numbers of the blocks that read, in the order of the forward pass; default all. Each block adds about
             4 * C**2 parameters for C channels.
-        memory_dim: channels of the memory; default those of the model.
-        rope: whether the tokens and the memory's meet by their positions, in the model's own rotary embedding, which
-            `set` is then given.
-        encoder: `frames -> tokens`, `(tokens, size)` or `(tokens, size, positions)`, for `remember`.
+        memory_dim: channels of the memory tokens; default those of the model.
+        rope: whether queries and memory tokens get the rotary embedding of the model by their positions, which `set`
+            then requires.
+        encoder: `frames -> tokens`, `(tokens, sizes)` or `(tokens, sizes, positions)`, for `remember`.
 
     Returns:
-        A handle: `set`, `remember`, `clear`, `parameters`, `save`, `remove`.
+        A handle with `set`, `remember`, `clear`, `parameters`, `save` and `remove`.
 
     Raises:
-        TypeError: a model of no known family.
-        ValueError: it has memory attention; blocks or sizes that do not fit.
+        TypeError: the model belongs to no known family.
+        ValueError: the model has memory attention already, or blocks or sizes are invalid.
 
-    Example:
-        m = add_memory_attention(model, memory_dim=64)
-        m.set(memory)          # before each video; then train m.parameters() or generate
-        m.save("memory.safetensors")
+    Examples:
+        >>> m = add_memory_attention(model, memory_dim=64)
+        >>> m.set(memory)  # before each video; then train m.parameters() or generate
+        >>> m.save("memory.safetensors")
     """
     op = "add_memory_attention"
     family, inner = family_of(model), base_model(model)
@@ -372,11 +391,11 @@ def add_memory_attention(
 def load_memory_adapter(
     model: nn.Module, path: str | os.PathLike[str], encoder: Encoder | None = None
 ) -> MemoryAttention:
-    """Gives a model the memory attention that `MemoryAttention.save` wrote.
+    """Adds the memory attention from a file that `MemoryAttention.save` wrote to a model.
 
     Args:
-        model: a model of the family and width of the one it was trained in, with those blocks. The weights take its
-            dtype and device.
+        model: a model of the family and width of the trained one, with the same blocks. The weights are converted to
+            its dtype and device.
         path: the file.
         encoder: see `add_memory_attention`.
 
@@ -384,9 +403,9 @@ def load_memory_adapter(
         A handle; see `add_memory_attention`.
 
     Raises:
-        MemoryFileError: no such file of ours, or damaged.
-        ValueError, TypeError: a model that it does not fit, or that has memory attention.
-        FileNotFoundError: there is none; other OSErrors where it cannot be read.
+        MemoryFileError: the file is not a memory adapter, or is damaged.
+        ValueError, TypeError: the adapter does not fit the model, or the model has memory attention already.
+        FileNotFoundError: the file does not exist; other OSErrors if it cannot be read.
     """
     op = "load_memory_adapter"
     family, inner = family_of(model), base_model(model)

@@ -1,4 +1,4 @@
-"""Memory tokens in the token sequence of other people's video models: as if the video were longer."""
+"""Adds memory tokens to the token sequence of diffusers' video models, as if the video were longer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .video_rotary import FAMILIES, check_positions, rotary_tables
 
 
 class _Held(NamedTuple):
-    """A memory: tokens (B or 1, M, C), their tables, (M, D) or (B or 1, M, D), and log sizes, (B or 1, M)."""
+    """A memory: tokens (B or 1, M, C), their rotary tables, (M, D) or (B or 1, M, D), and log sizes, (B or 1, M)."""
 
     tokens: Tensor
     cos: Tensor
@@ -24,7 +24,7 @@ class _Held(NamedTuple):
     log_size: Tensor | None
 
     def of(self, out: Tensor) -> Tensor:
-        """The tokens with the batch and dtype of the video's."""
+        """The tokens, expanded to the batch of the video's and checked to have their dtype."""
         batch, tokens = out.shape[0], self.tokens
         if tokens.shape[0] not in (1, batch):
             got = f"{tokens.shape[0]} and {batch}"
@@ -38,9 +38,9 @@ class _Held(NamedTuple):
 
 
 class _Prefix:
-    """The hooks of a model with memory in its sequence. Copied and pickled with the model, on whose modules they lie.
+    """The hooks of a model with memory tokens; copied and pickled with the model, whose modules hold them.
 
-    None is on a block: what diffusers' caches and gradient checkpointing are put around sees the longer sequence.
+    No hook is on a block, so diffusers' caches and gradient checkpointing, which wrap blocks, see the longer sequence.
     """
 
     def __init__(self, model: nn.Module, time: str):
@@ -49,15 +49,16 @@ class _Prefix:
 
     @property
     def held(self) -> _Held | None:
-        """What is set. The hooks on attentions, which checkpointing runs again, ask the slot what was."""
+        """The memory that is set. Hooks on attentions, which checkpointing runs again, ask the slot for the earlier
+        one."""
         return self.slot.held
 
     def hooks(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
-        """(module, "forward" or "pre", hook) each."""
+        """(module, "forward" or "pre", hook) of each hook."""
         raise NotImplementedError
 
     def weigh(self, attn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before an attention: the logarithm of a memory token's size is added to all scores of its key."""
+        """Pre-hook of an attention: adds the log of each memory token's size to the scores of its key."""
         named = "image_rotary_emb" in kwargs
         held = self.slot.get((kwargs["image_rotary_emb"] if named else args[3])[0])
         if held is None or held.log_size is None:
@@ -76,7 +77,7 @@ class _Prefix:
         raise NotImplementedError
 
     def cut(self, norm_out: nn.Module, args: tuple) -> tuple | None:
-        """Before the output's norm: the video's tokens alone."""
+        """Pre-hook of the output norm: keeps only the video tokens."""
         if self.held is None:
             return None
         return self.without(args[0], self.held.tokens.shape[1]), *args[1:]
@@ -86,7 +87,7 @@ class _Prefix:
 
 
 class _WanPrefix(_Prefix):
-    """Before the video's tokens, of which each may have a time of its own (Wan 2.2-5B)."""
+    """Puts the memory before the video tokens, each of which may have its own timestep (Wan 2.2-5B)."""
 
     batched_positions = takes_size = True
 
@@ -122,7 +123,7 @@ class _WanPrefix(_Prefix):
         return torch.cat([self.held.of(video), video], dim=1).transpose(1, 2)  # the model flattens from 2 on
 
     def time_of_tokens(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A time for every sample becomes one for every token, which it can be only where all have one."""
+        """Expands one timestep per sample to one per token, which requires equal times in a sample."""
         if self.held is None:
             return None
         if "timestep" in kwargs:
@@ -132,7 +133,7 @@ class _WanPrefix(_Prefix):
         return args, kwargs
 
     def time_of_memory(self, embedder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """One more time for every sample, before the others: that of what is clean."""
+        """Prepends one more timestep for each sample: that of clean tokens."""
         if self.held is None:
             return None
         length = kwargs["timestep_seq_len"]
@@ -140,7 +141,7 @@ class _WanPrefix(_Prefix):
         return (times.flatten(), *args[1:]), kwargs | {"timestep_seq_len": length + 1}
 
     def modulate(self, embedder: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
-        """The modulation of every token: first the memory's."""
+        """The modulation of each token, the memory tokens first."""
         length = kwargs.get("timestep_seq_len")
         if self.held is None or length is None:  # None: all tokens of a sample have one
             return None
@@ -167,7 +168,8 @@ def _as_column(timestep: Tensor) -> Tensor:
 
 
 class _HunyuanPrefix(_Prefix):
-    """After the video's tokens: where the first frame is given (token_replace), the first tokens must be its."""
+    """Puts the memory after the video tokens: with a given first frame (token_replace), the first tokens must be its
+    tokens."""
 
     batched_positions, takes_size = False, True
 
@@ -195,7 +197,8 @@ class _HunyuanPrefix(_Prefix):
 
 
 class _FramePackPrefix(_Prefix):
-    """Before the clean frames of the history, which stand before the video's tokens; the model itself cuts all off."""
+    """Puts the memory before the clean frames of the history, which precede the video tokens; the model cuts all of
+    them off."""
 
     batched_positions = takes_size = False  # where its tokens stand among the history's no attention can tell
 
@@ -225,7 +228,8 @@ class _FramePackPrefix(_Prefix):
         return torch.cat([self.held.of(clean), clean], dim=1), *rest
 
     def turn(self, rope: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
-        """The rotary embedding is asked for once for the video and, after `put`, once for each level of history."""
+        """The model asks for the rotary embedding once for the video and, after `put`, once for each level of
+        history."""
         if not self.clean_is_next:
             return None
         self.clean_is_next = False
@@ -253,31 +257,32 @@ def _prefix_of(model: nn.Module) -> _Prefix | None:
 
 
 class MemoryPrefix:
-    """Puts memory tokens into the token sequence of a video model, with rotary positions of their own.
+    """Adds memory tokens with rotary positions to the token sequence of a video model, without training.
 
-    They stand before the video's tokens (Wan, FramePack) or after them (HunyuanVideo), take part in every block, and
-    are cut off at the output. A longer video's own patch tokens as memory give what the longer video gives for the
-    other tokens: see `patch_tokens`. HunyuanVideo's text has no positions and so sees where the video's begin, at 0:
-    there it holds for frames after the video alone. Nothing is trained; without memory the model is as it was, to the
-    bit.
+    The tokens are placed before the video tokens (Wan, FramePack) or after them (HunyuanVideo), take part in every
+    block, and are cut off at the output. With the patch tokens of a longer video as memory (see `patch_tokens`), the
+    outputs of the other tokens equal those of the longer video. In HunyuanVideo the text has no positions and acts as
+    if at position 0, where the video starts, so there the equality holds only for frames after the video. Without a
+    memory, the outputs equal those of the original model, bit by bit.
 
-    What belongs to the model lies in the model: its copies (deepcopy, pickle) have a memory of their own, on which
-    `MemoryPrefix.of(copy)` is a handle. As a context manager it is removed at the end.
+    The hooks and the memory are stored in the model: a copy (deepcopy, pickle) has its own memory;
+    `MemoryPrefix.of(copy)` is a handle on it. As a context manager, the handle removes the hooks at the end of the
+    `with` block.
 
     Args:
-        model: WanTransformer3DModel, HunyuanVideoTransformer3DModel, HunyuanVideoFramepackTransformer3DModel; compiled
-            or not.
-        time: how noisy the model takes the memory to be: "step", as the video (in Wan 2.2-5B, as its noisiest token),
-            as FramePack takes its history; "zero", as clean, which needs a modulation for every token and so is
-            possible in Wan alone. It then holds (B, N, 6, C) of them at once, as Wan 2.2-5B does by itself.
+        model: a WanTransformer3DModel, HunyuanVideoTransformer3DModel or HunyuanVideoFramepackTransformer3DModel;
+            compiled or not.
+        time: the noise level that the model assumes for the memory. "step": that of the video (in Wan 2.2-5B: of its
+            noisiest token), as FramePack treats its history. "zero": clean; this requires one modulation per token and
+            so is possible only in Wan, where (B, N, 6, C) modulations are then held at once, as Wan 2.2-5B always does.
 
     Raises:
-        TypeError: a model of no known family.
-        ValueError: another family, a time that it cannot have, or it has a memory prefix.
+        TypeError: the model belongs to no known family.
+        ValueError: the family is not supported, `time` is not possible in it, or the model has a memory prefix already.
 
-    Example:
-        p = MemoryPrefix(model)
-        p.set(*patch_tokens(model, past_latents, start=-past_latents.shape[2]))
+    Examples:
+        >>> p = MemoryPrefix(model)
+        >>> p.set(*patch_tokens(model, past_latents, start=-past_latents.shape[2]))
     """
 
     def __init__(self, model: nn.Module, time: str = "step"):
@@ -306,10 +311,16 @@ class MemoryPrefix:
 
     @classmethod
     def of(cls, model: nn.Module) -> MemoryPrefix:
-        """A handle on the memory prefix that a model has, such as a copy of one.
+        """Returns a handle on the memory prefix that a model has, such as a copy of a model.
+
+        Args:
+            model: a model with a memory prefix.
+
+        Returns:
+            The handle.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the model has no memory prefix.
         """
         handle = object.__new__(cls)
         handle.model = base_model(model)
@@ -329,23 +340,23 @@ class MemoryPrefix:
         forget_compiled(self.model)
 
     def set(self, tokens: Tensor, positions: Tensor, size: Tensor | None = None) -> MemoryPrefix:
-        """Gives the model a memory, in place of the one it had; empties diffusers' caches.
+        """Sets the memory of the model, replacing the previous one, and empties diffusers' caches.
 
         Args:
-            tokens: (B or 1, M, C) of the width, dtype and device of the model's tokens, as `patch_tokens` gives them
-                or an encoder that learnt to. One of batch 1 is there for all samples.
-            positions: (M, 3), in Wan also (B or 1, M, 3): time, row and column of every token, in patches; integers
-                or not, below 0 for what was before the video. The video itself is at 0, 1, … in time, in FramePack at
-                its `indices_latents`.
-            size: (B or 1, M) positive: a token of size n counts as n, as merged ones should. The attentions get a
-                mask of floats for it, which diffusers' native backend and "vidmem" take, and flash ones refuse. Not in
+            tokens: (B or 1, M, C) of the width, dtype and device of the model's tokens, from `patch_tokens` or from a
+                trained encoder. A memory of batch 1 serves all samples.
+            positions: (M, 3), in Wan also (B or 1, M, 3): time, row and column of each token, in patches; fractional
+                positions are allowed, a negative time is before the video. The video has times 0, 1, … (in FramePack,
+                its `indices_latents`).
+            size: (B or 1, M) positive: a token of size n counts as n tokens, for merged tokens. The attentions then get
+                a float mask, which diffusers' native backend and "vidmem" accept and flash backends refuse. Not in
                 FramePack.
 
         Returns:
             The handle.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or devices that do not fit.
+            ValueError, TypeError: an argument has a wrong shape, dtype or device.
         """
         op, prefix = "MemoryPrefix.set", self._prefix("set")
         check_tensor(op, "tokens", tokens, "B, M, C")
@@ -366,15 +377,15 @@ class MemoryPrefix:
         return self
 
     def clear(self) -> None:
-        """Takes the memory away: the model is as without, to the bit."""
+        """Removes the memory: the outputs equal those of the original model, bit by bit."""
         self._prefix("clear").slot.held = None
         reset_caches(self.model)
 
     def remove(self) -> None:
-        """Takes the hooks out of the model.
+        """Removes the hooks from the model.
 
         Raises:
-            ValueError: it was done before.
+            ValueError: they were removed before.
         """
         prefix = self._prefix("remove")
         for hooks, with_kwargs in _hook_tables(self.model):
@@ -392,18 +403,18 @@ class MemoryPrefix:
 
 
 def patch_tokens(model: nn.Module, latents: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-    """The tokens that a model makes of latents, and their positions: a memory for `MemoryPrefix.set`.
+    """Computes the tokens that a model makes of latents, and their positions: a memory for `MemoryPrefix.set`.
 
     Args:
-        model: as for `MemoryPrefix`, with one or without.
-        latents: (B, channels, frames, height, width), of the channels that the model takes.
-        start: position in time, in patches, of the first frame; below 0 for frames before the video.
+        model: a model that `MemoryPrefix` supports, with or without a memory prefix.
+        latents: (B, channels, frames, height, width), with the channels of the model.
+        start: time position, in patches, of the first frame; negative for frames before the video.
 
     Returns:
-        (tokens (B, M, C), positions (M, 3) int64).
+        (tokens, positions): tokens (B, M, C) and positions (M, 3) int64.
 
     Raises:
-        ValueError, TypeError: a model of another family, latents that are no such tensor.
+        ValueError, TypeError: the family is not supported, or the latents have a wrong shape or dtype.
     """
     op, family, model = "patch_tokens", family_of(model), base_model(model)
     if family.name not in FAMILIES:

@@ -1,4 +1,4 @@
-"""Where the memory of a model lies while gradients, copies and pickles of the model go their ways."""
+"""Holds the memory of a model, also across gradient checkpointing, copies and pickles of the model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def _copyable(tensor: Tensor | None) -> Tensor | None:
-    """A tensor as a copy or pickle of a model can have it: only leaves can be copied, and a copy is in no graph."""
+    """A detached copy if the tensor is part of a graph: only leaves can be copied or pickled."""
     return tensor if tensor is None or tensor.grad_fn is None else tensor.detach()
 
 
 class MemorySlot:
-    """Where the memory lies that all blocks of a model read; copied and pickled with the model.
+    """Holds the memory that all blocks of a model read; copied and pickled with the model.
 
-    Gradient checkpointing runs a block again in the backward, when the user may long have set another memory. So the
-    slot notes which memory a forward read, by a tensor that each forward makes anew and hands to all its blocks.
+    Gradient checkpointing runs a block again in the backward pass, when another memory may already be set. The slot
+    therefore records which memory a forward pass read, identified by a tensor that each forward pass creates and hands
+    to all its blocks.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class MemorySlot:
         self._of_forward = WeakTensorKeyDictionary()
 
     def get(self, forward: Tensor | None) -> tuple | None:
-        """The memory of the forward that `forward` is a tensor of."""
+        """The memory of the forward pass that the tensor `forward` belongs to."""
         # A compiled graph keeps the memory that it read, as any input.
         if forward is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.held

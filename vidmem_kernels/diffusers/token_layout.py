@@ -1,4 +1,4 @@
-"""Which tokens of an attention may merge: those of the video's frames that are not protected."""
+"""Determines which tokens of an attention may merge: those of the video frames that are not protected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .families import Grid
 
 
 class Span(NamedTuple):
-    """Consecutive tokens [start, stop), free to merge or not."""
+    """A range [start, stop) of consecutive tokens that may or may not merge."""
 
     start: int
     stop: int
@@ -20,14 +20,14 @@ class Span(NamedTuple):
 
 
 class TokenLayout(NamedTuple):
-    """The tokens of an attention that have a rotary embedding, as spans from the first token to the last.
+    """The tokens of an attention that have a rotary embedding, as consecutive spans.
 
-    Tokens are picked by slices, whose sizes follow from the grid: nothing waits for a device, and a compiled graph
-    serves all sizes.
+    Tokens are selected by slices whose sizes follow from the grid, so nothing waits for the device, and one compiled
+    graph serves all sizes.
 
     Attributes:
-        spans: all tokens.
-        grid: (frames, H, W) of the free ones, in their order.
+        spans: the spans, from the first token to the last.
+        grid: (frames, H, W) of the tokens that may merge, in their order.
     """
 
     spans: tuple[Span, ...]
@@ -35,7 +35,8 @@ class TokenLayout(NamedTuple):
 
     @classmethod
     def of(cls, length: int, grid: Grid, video_last: bool, protect_frames: Sequence[int]) -> TokenLayout:
-        """The layout of `length` tokens: the T * H * W of the grid behind or before others, which are not free."""
+        """The layout of `length` tokens: the T * H * W tokens of the grid, and before or after them others, which never
+        merge."""
         frames, height, width = grid
         per_frame = height * width
         first = length - frames * per_frame if video_last else 0
@@ -72,11 +73,11 @@ class TokenLayout(NamedTuple):
         return _picked(x, [span for span in self.spans if span.free])
 
     def fixed(self, x: Tensor) -> Tensor:
-        """(B, L, ...) of the tokens that may not."""
+        """(B, L, ...) of the tokens that may not merge."""
         return _picked(x, [span for span in self.spans if not span.free])
 
     def joined(self, free: Tensor, fixed: Tensor) -> Tensor:
-        """Tokens, as `free` and `fixed` pick them, in their order."""
+        """Recombines the tokens selected by `free` and `fixed` in their original order."""
         parts, taken = [], {True: 0, False: 0}
         for span in self.spans:
             start, length = taken[span.free], span.stop - span.start

@@ -1,4 +1,4 @@
-"""Token merging in the self-attention of other people's video models: one line in, one line out."""
+"""Adds token merging to the self-attention of diffusers' video models, and removes it again."""
 
 from __future__ import annotations
 
@@ -18,27 +18,33 @@ _APPLY = "apply_token_merging"
 
 
 def apply_token_merging(model: nn.Module, config: TokenMergingConfig | None = None, **options: object) -> TokenMerging:
-    """Merges similar video tokens in a model's self-attention, whose time and memory fall with their number.
+    """Merges similar video tokens in the self-attention of a model, which reduces its time and memory.
 
-    Keys and values are merged before the rotary embedding, by plans of `match_tokens` on the grid of latent frames;
-    attention is `cross_attention` with the logarithm of the merged sizes as bias. Text tokens, history and memory in
-    the same attention stay as they are. The model trains, compiles (one graph for all sizes), and can be copied and
-    pickled. A block in which nothing merges calls the very processor that it had.
+    Keys and values are merged before the rotary embedding, by plans of `match_tokens` on the grid of latent frames; the
+    attention is `cross_attention` with the log of the merged sizes as bias. Text, history and memory tokens in the same
+    attention are not merged. The model can be trained, compiled (one graph for all sizes), copied and pickled. A block
+    in which nothing merges calls its original processor.
 
     Args:
         model: a WanTransformer3DModel, HunyuanVideoTransformer3DModel, HunyuanVideoFramepackTransformer3DModel or a
-            model of a family that `register_family` was given; LoRA, fused projections and diffusers' caches may
-            come before or after.
-        config: what is merged; by default `TokenMergingConfig()`.
-        options: fields of `TokenMergingConfig`, instead of `config`.
+            model of a family added by `register_family`. LoRA, fused projections and diffusers' caches may be added
+            before or after.
+        config: what is merged; default `TokenMergingConfig()`.
+        **options: fields of `TokenMergingConfig`, instead of `config`.
 
     Returns:
-        The handle that switches it off and takes it out; also a context manager, which takes it out at its end.
+        A handle that disables and removes the merging; also a context manager, which removes it at its end.
 
     Raises:
-        TypeError: a model of no known family; options that no field has, or beside a config.
-        ValueError: values that do not fit, a block that the model does not have.
-        RuntimeError: the model merges already.
+        TypeError: the model belongs to no known family, an option is not a field, or both options and a config are
+            given.
+        ValueError: a value is invalid, or names a block that the model does not have.
+        RuntimeError: the model merges tokens already.
+
+    Examples:
+        >>> merging = apply_token_merging(model, kv_ratio=0.5)
+        >>> merging.enabled = False  # compare with the original
+        >>> merging.remove()
     """
     if config is None:
         fields = TokenMergingConfig.__dataclass_fields__
@@ -72,14 +78,15 @@ def apply_token_merging(model: nn.Module, config: TokenMergingConfig | None = No
 
 
 class TokenMerging:
-    """Token merging in a model, as `apply_token_merging` put it there; at the end of a `with` it is taken out.
+    """A handle on the token merging of a model; as a context manager, it removes the merging at the end of the `with`
+    block.
 
     Args:
-        model: one that merges: of a copy, too, of which `apply_token_merging` has given no handle.
+        model: a model that merges tokens, such as a copy of one, for which `apply_token_merging` returned no handle.
 
     Raises:
-        TypeError: a model of no known family.
-        RuntimeError: the model merges nothing; and from everything below, once the merging is removed.
+        TypeError: the model belongs to no known family.
+        RuntimeError: the model does not merge tokens; all methods raise it too, once the merging is removed.
     """
 
     def __init__(self, model: nn.Module):
@@ -97,7 +104,7 @@ class TokenMerging:
 
     @property
     def enabled(self) -> bool:
-        """Whether tokens are merged; while not, the model gives what it gave before, to the bit."""
+        """Whether tokens are merged; if not, the outputs equal those of the original model, bit by bit."""
         return self._state().enabled
 
     @enabled.setter
@@ -110,10 +117,10 @@ class TokenMerging:
     def step(self) -> int:
         """The denoising step, from 0.
 
-        Forwards are counted: those that get the very same tensor of times, as pipelines call the halves of
-        classifier-free guidance, are one step, and a time above that before begins a new video (to see that, a forward
-        waits for the device; only where ratios, `steps` or `reuse_steps` need it). What is set is not counted any more
-        until `reset`; a compiled model whose steps matter must be told them so.
+        Forward passes are counted: those with the very same timestep tensor, which pipelines pass for the two halves of
+        classifier-free guidance, are one step, and a timestep above the previous one starts a new video. Reading the
+        timestep waits for the device; this happens only if ratios, `steps` or `reuse_steps` need it. Setting the step
+        stops the counting until `reset`. A compiled model cannot count: set the step before each call if it matters.
         """
         return self._state().step
 
@@ -124,16 +131,17 @@ class TokenMerging:
         state.set_step(step)
 
     def reset(self) -> None:
-        """Begins a new video: step 0, counted again, no plan and no statistics."""
+        """Starts a new video: step 0, counted again, without plans and statistics."""
         self._state().reset()
 
     def stats(self) -> dict[str, Any]:
-        """What forwards that were not compiled did since `apply_token_merging` or `reset`.
+        """Returns statistics of the uncompiled forward passes since `apply_token_merging` or `reset`.
 
         Returns:
-            "family"; "enabled"; "step"; "forwards" of the model; "plans_made"; "grid" (T, H, W) of the latest forward,
-            None before; "blocks": for the latest forward in which it merged, by number of a block, its "tokens", and
-            the "queries" and "keys" that were left of them, text included.
+            A dict: "family"; "enabled"; "step"; "forwards", the number of forward passes; "plans_made"; "grid", (T, H,
+                W) of
+            the latest forward pass, None before the first; "blocks", by block number, for the latest forward pass in
+            which the block merged: its "tokens", and the "queries" and "keys" left after merging, text included.
         """
         state = self._state()
         names = "tokens", "queries", "keys"
@@ -148,10 +156,10 @@ class TokenMerging:
         }
 
     def remove(self) -> None:
-        """Gives every attention the processor that it had.
+        """Restores the previous processor of every attention.
 
         Raises:
-            RuntimeError: it is removed already, or another processor stands where this one was put.
+            RuntimeError: it is removed already, or another processor has replaced or wrapped this one.
         """
         self._state()
         attentions = [getattr(block.module, self._family.self_attention) for block in self._family.blocks(self._model)]
@@ -179,7 +187,8 @@ class TokenMerging:
 
 
 class _BeginForward:
-    """Pre-hook of a model: tells the state the times of the forward. No closure, so that the model pickles."""
+    """Pre-hook of a model: passes the timestep of the forward pass to the state. Not a closure, so that the model
+    pickles."""
 
     def __init__(self, state: MergingState, model_class: type[nn.Module]):
         self.state = state
@@ -198,7 +207,7 @@ def _processors(model: nn.Module) -> list[MergingProcessor]:
 
 
 def _skipped(attn: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """What an attention that diffusers skips returns: its inputs, the text's where it attends to text too."""
+    """The result of an attention that diffusers skips: its inputs, including the text if it attends to text too."""
     hidden_states = kwargs.get("hidden_states", args[0] if args else None)
     text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
     return hidden_states if text is None else (hidden_states, text)

@@ -1,4 +1,4 @@
-"""What a user chooses of token merging in a model, checked."""
+"""The configuration of token merging, and its checks."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ _SHARES = (None, "batch")
 
 @dataclass(frozen=True)
 class TokenMergingConfig:
-    """How many tokens `apply_token_merging` merges in a model's self-attention, which, and how often they are matched.
+    """Configures which tokens `apply_token_merging` merges in the self-attention of a model, and how many.
 
-    A ratio is a share of the video's tokens that are not protected, at most 1 - 1 / (t * h * w) of `stride`: .5 halves
-    them. Where the grid's border cuts cells there may be fewer sources than that; then all of them merge. It is a
-    number, `{block: ratio}` (other blocks do not merge), or `fn(block, step)`.
+    A ratio is the share of unprotected video tokens that are merged away, at most 1 - 1 / (t * h * w) of `stride`; .5
+    halves their number. If the border of the grid cuts cells off, fewer tokens may be able to merge; then all of these
+    merge. A ratio is a number, `{block: ratio}` (other blocks do not merge), or `fn(block, step)`.
 
     Attributes:
-        kv_ratio: share of the keys and values that are merged away, before the rotary embedding; a merged key is
-            turned by the mean rotation of its tokens.
-        q_ratio: share of the queries; each gets the output of the query that it was merged into. Costs more
-            accuracy than keys and values do.
-        metric: what tokens are compared by: "hidden", the input of the attention, or "key", its keys, averaged over
-            heads.
-        stride, window: (t, h, w), see `vidmem_kernels.match_tokens`; window None compares all tokens, in quadratic
-            time.
-        size_bias: adds the logarithm of a merged key's size to its scores: proportional attention, as if its tokens
-            were all there.
-        protect_frames: numbers of latent frames, negative ones from the end, whose tokens are neither merged nor
-            merged into. Frames that a video does not have are passed over. The others count as consecutive.
+        kv_ratio: share of the keys and values that are merged away, before the rotary embedding; a merged key gets the
+            mean rotation of its tokens.
+        q_ratio: share of the queries that are merged away; each gets the output of the query that it was merged into.
+            It costs more accuracy than `kv_ratio`.
+        metric: features that tokens are compared by: "hidden", the input of the attention, or "key", its keys averaged
+            over heads.
+        stride: (t, h, w), see `vidmem_kernels.match_tokens`.
+        window: (t, h, w), see `vidmem_kernels.match_tokens`; None compares all tokens, in quadratic time.
+        size_bias: whether to add the log of a merged key's size to its scores (proportional attention), so that it
+            counts as all of its tokens.
+        protect_frames: numbers of latent frames, negative ones from the end, whose tokens are neither merged nor merged
+            into. Frames that a video does not have are ignored. The other frames count as consecutive.
         blocks: numbers of the blocks that merge; None for all.
         steps: numbers of the denoising steps that merge; None for all. See `TokenMerging.step`.
-        share_plan: None, every sample of a batch has its own plan, as if it were alone; "batch", all samples of a call
-            and all calls of a step (both halves of classifier-free guidance) have one, that of the first call.
-        reuse_steps: for so many steps a plan is used, starting at step 0.
-        reuse_blocks: for so many consecutive blocks, of those that merge, a plan is used.
+        share_plan: None: each sample of a batch has its own plan. "batch": all samples of a call, and all calls of a
+            step (both halves of classifier-free guidance), use the plan of the first call.
+        reuse_steps: number of steps for which a plan is used, starting at step 0.
+        reuse_blocks: number of consecutive merging blocks for which a plan is used.
 
     Raises:
-        ValueError, TypeError: values that do not fit.
+        ValueError, TypeError: a value is invalid.
 
-    Source:
-        Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461; of keys and values alone in video models,
-        and reuse of plans: Sun et al., "AsymRnR", arXiv 2412.11706.
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461; merging only keys and values in video
+    models, and reuse of plans: Sun et al., "AsymRnR", arXiv 2412.11706.
     """
 
     kv_ratio: Ratio = 0.5
@@ -110,7 +109,11 @@ class TokenMergingConfig:
         return Fraction(str(float(ratio))).limit_denominator(10**6)  # as written: .3 of 10 tokens is 3
 
     def check_blocks(self, number: int) -> None:
-        """Raises where `blocks`, or the keys of a ratio, name a block that a model of so many blocks does not have."""
+        """Raises if `blocks`, or the keys of a ratio, name a block that a model with `number` blocks does not have.
+
+        Args:
+            number: blocks of the model.
+        """
         for name, blocks in (("blocks", self.blocks), ("kv_ratio", self.kv_ratio), ("q_ratio", self.q_ratio)):
             for block in blocks if isinstance(blocks, Collection) else ():
                 what = "blocks must hold numbers" if name == "blocks" else f"{name} must have keys"
@@ -118,7 +121,15 @@ class TokenMergingConfig:
                     raise ValueError(f"{_NAME}: {what} in [0, {number - 1}], got {block}")
 
     def ratios(self, block: int, step: int) -> tuple[Fraction, Fraction]:
-        """(of keys and values, of queries) in that block at that step."""
+        """Returns the ratios of a block at a step.
+
+        Args:
+            block: number of the block.
+            step: number of the denoising step.
+
+        Returns:
+            (ratio of keys and values, ratio of queries).
+        """
         if not self.merges(block) or (self.steps is not None and step not in self.steps):
             return Fraction(0), Fraction(0)
         found = []
@@ -132,7 +143,7 @@ class TokenMergingConfig:
         return found[0], found[1]
 
     def merges(self, block: int) -> bool:
-        """Whether the block ever merges, as far as the numbers given tell."""
+        """Whether the block may ever merge, judging by the ratios that are numbers."""
         if self.blocks is not None and block not in self.blocks:
             return False
         ratios = self.kv_ratio, self.q_ratio
@@ -140,7 +151,7 @@ class TokenMergingConfig:
 
     @property
     def counts_steps(self) -> bool:
-        """Whether what a call does depends on its step."""
+        """Whether the result of a call depends on its step."""
         ratios = self.kv_ratio, self.q_ratio
         return self.steps is not None or self.reuse_steps > 1 or any(callable(ratio) for ratio in ratios)
 

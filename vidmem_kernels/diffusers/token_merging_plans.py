@@ -1,4 +1,4 @@
-"""Which plan an attention merges by: made once for as many blocks, calls and steps as the configuration says."""
+"""Makes the merge plan of each attention, once for as many blocks, calls and steps as the configuration says."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .token_merging_config import TokenMergingConfig
 
 
 class ForwardRecord:
-    """Of one forward of the model: the grid of its tokens, and the plans made in it.
+    """The grid of one forward pass of the model, and the plans made in it.
 
-    It travels with the rotary embedding to every block (see families.py). Gradient checkpointing keeps it for the
-    recomputation, which therefore merges by the plans of its own forward, whatever ran in between.
+    It is passed to every block with the rotary embedding (see families.py). Gradient checkpointing keeps it for the
+    recomputation, which therefore uses the plans of its own forward pass, even if others ran in between.
 
     Attributes:
         grid: (T, H, W).
-        call: which call of its step the forward is, from 0, where that decides which plans it uses.
-        plans: by the blocks that share a plan, and their ratio.
+        call: number of the call within its step, from 0, if that decides which plans it uses.
+        plans: by group of blocks that share a plan, and ratio.
     """
 
     def __init__(self, grid: Grid, call: int):
@@ -31,7 +31,7 @@ class ForwardRecord:
 
 
 class PlanKey(NamedTuple):
-    """Attentions of one key merge by one plan: number of the group of blocks, and the ratio."""
+    """Attentions with the same key use the same plan: the number of the group of blocks, and the ratio."""
 
     group: int
     numerator: int
@@ -39,9 +39,9 @@ class PlanKey(NamedTuple):
 
 
 class MergingState:
-    """What all attentions of a model share: configuration, denoising step, plans that outlive a forward, statistics.
+    """State that all attentions of a model share: configuration, denoising step, kept plans, statistics.
 
-    It lies on the attention processors, so that a copy of the model has its own.
+    It is stored on the attention processors, so that a copy of the model has its own.
     """
 
     def __init__(self, config: TokenMergingConfig):
@@ -51,7 +51,7 @@ class MergingState:
         self.reset()
 
     def reset(self) -> None:
-        """As before the first forward."""
+        """Resets to the state before the first forward pass."""
         self.step_is_set = False  # by the user; until then the forwards are counted
         self._latest: tuple[Tensor | None, int, float] | None = None  # of the latest forward: see begin_forward
         self.forwards = self.plans_made = 0
@@ -61,11 +61,11 @@ class MergingState:
         self._go_to(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what only a forward to come would use."""
+        """Drops what only a later forward pass would use."""
         return self.__dict__ | {"_kept": {}, "_latest": None}
 
     def set_step(self, step: int) -> None:
-        """Goes to the step that the user told; steps are no longer counted."""
+        """Sets the step; steps are no longer counted."""
         span = self.config.reuse_steps
         if not self.step_is_set or step <= self.step or step // span != self.step // span:
             self._kept.clear()
@@ -80,10 +80,10 @@ class MergingState:
             listener(step)
 
     def begin_forward(self, timestep: Tensor | None) -> None:
-        """Counts the steps by the times that a forward is given.
+        """Counts the steps by the timesteps of forward passes.
 
-        Forwards that get one and the same tensor, unchanged, are the calls of one step: so do pipelines call the two
-        halves of classifier-free guidance. Where the step matters, a time above that before begins a new video.
+        Forward passes with the same, unmodified timestep tensor are the calls of one step: pipelines do so for the two
+        halves of classifier-free guidance. If the step matters, a timestep above the previous one starts a new video.
         """
         if torch.compiler.is_compiling():
             if self.config.counts_steps and not self.step_is_set:
@@ -107,7 +107,7 @@ class MergingState:
             self._go_to(0 if time > before[2] else self.step + 1)
 
     def record(self, grid: Grid) -> ForwardRecord:
-        """The record of a forward that begins."""
+        """The record of a forward pass that begins."""
         if not torch.compiler.is_compiling():
             self.grid = tuple(grid)
         if self.config.reuse_steps == 1 or self.config.share_plan == "batch":
@@ -124,15 +124,19 @@ class MergingState:
         grid: Grid,
         num_merge: int,
     ) -> MergePlan:
-        """The plan that an attention merges its tokens by.
+        """Returns the plan that an attention merges its tokens by, making it if necessary.
 
         Args:
-            record: of the forward.
-            key: of the attention.
-            metric: gives the (B, N, C) that tokens are compared by; called where a plan must be made.
-            hidden_states: of the attention, for its batch and device.
-            grid: of the N tokens: without the protected frames.
-            num_merge: how many of them to merge away.
+            record: record of the forward pass.
+            key: key of the attention.
+            metric: function that returns the (B, N, C) features that tokens are compared by; called only to make a
+                plan.
+            hidden_states: input of the attention, for its batch and device.
+            grid: grid of the N tokens, without the protected frames.
+            num_merge: number of tokens to merge away.
+
+        Returns:
+            The `MergePlan`.
         """
         config, compiling = self.config, torch.compiler.is_compiling()
         shared = config.share_plan == "batch"

@@ -1,4 +1,4 @@
-"""The attention processor that merges: keys, values and queries of the video's tokens, before the rotary embedding."""
+"""The attention processor that merges keys, values and queries of the video tokens before the rotary embedding."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _APPLY = "apply_token_merging"
 
 
 class MergingProcessor(WrappingProcessor):
-    """Stands for the processor of a self-attention; does as that does where nothing merges.
+    """Replaces the processor of a self-attention; calls the original if nothing merges.
 
-    A module, not a plain object, because torch.compile takes numbers on modules for constants: every ratio has a graph,
-    sizes are open.
+    It is a module rather than a plain object because torch.compile treats numbers on modules as constants: each ratio
+    has one graph, with dynamic sizes.
 
     Args:
-        inner: the processor that it stands for.
-        family: of the model.
-        state: what all attentions of the model share.
+        inner: the original processor.
+        family: family of the model.
+        state: state that all attentions of the model share.
         block: number of the block.
-        group: number of the group of blocks that have one plan.
+        group: number of the group of blocks that share a plan.
     """
 
     def __init__(self, inner: object, family: Family, state: MergingState, block: int, group: int):
@@ -36,7 +36,8 @@ class MergingProcessor(WrappingProcessor):
         self.set_step(0)
 
     def set_step(self, step: int) -> None:
-        """Takes the ratios of that step, as (numerator, denominator): whole numbers keep sizes of tensors whole."""
+        """Sets the ratios of the step as (numerator, denominator): with integers, the sizes of tensors stay
+        integers."""
         kv_ratio, q_ratio = self.state.config.ratios(self.block, step)
         self.kv_ratio, self.q_ratio = kv_ratio.as_integer_ratio(), q_ratio.as_integer_ratio()
 
@@ -50,7 +51,7 @@ class MergingProcessor(WrappingProcessor):
         rotary_emb: tuple | None = None,
         image_rotary_emb: tuple | None = None,
     ) -> object:
-        """`hidden_states` (B, L, C) as `inner` takes them; the rotary embedding comes by either name."""
+        """Takes `hidden_states` (B, L, C) as `inner` does; the rotary embedding is accepted under either name."""
         rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
         record = None if rotary is None else next(iter(rotary[2:]), None)
         if self.state.enabled and (self.kv_ratio[0] or self.q_ratio[0]):
@@ -143,7 +144,7 @@ class MergingProcessor(WrappingProcessor):
 
 
 def _num_merge(grid: Grid, stride: Grid, ratio: tuple[int, int]) -> int:
-    """How many tokens of the grid are merged away: that share, but no destination of `match_tokens`."""
+    """The number of tokens of the grid to merge away: the ratio's share, but no destination of `match_tokens`."""
     tokens, destinations = 1, 1
     for size, step in zip(grid, stride, strict=True):
         tokens, destinations = tokens * size, destinations * ((size + step - 1) // step)
@@ -151,23 +152,23 @@ def _num_merge(grid: Grid, stride: Grid, ratio: tuple[int, int]) -> int:
 
 
 def _angles(cos: Tensor, sin: Tensor) -> Tensor:
-    """(B or 1, L, D): cosines, then sines, of a pair of channels each.
+    """(B or 1, L, D): the cosines and then the sines, one per pair of channels.
 
-    HunyuanVideo has (L, D), Wan (B or 1, L, 1, D), both with every angle twice, for the two channels of its pair.
+    HunyuanVideo has (L, D), Wan (B or 1, L, 1, D), both with every angle twice, once for each channel of the pair.
     """
     both = torch.cat([cos[..., 0::2], sin[..., 0::2]], dim=-1)
     return both[None] if both.dim() == 2 else both.squeeze(2)
 
 
 def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """(B, L, H, D) turned by angles (B or 1, L, D)."""
+    """(B, L, H, D) rotated by angles (B or 1, L, D)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles[:, :, None].chunk(2, dim=-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
 def _key_bias(mask: Tensor, batch: int, keys: int) -> Tensor:
-    """The mask (B or 1, 1, 1, keys) of an attention, True or what is added to the scores, as (B, keys) float32."""
+    """Converts the mask (B or 1, 1, 1, keys) of an attention, bool or added to the scores, to (B, keys) float32."""
     if tuple(mask.shape[1:]) != (1, 1, keys):
         raise ValueError(
             f"{_APPLY}: the attention mask must have shape (B or 1, 1, 1, {keys}), got {tuple(mask.shape)}"
@@ -182,15 +183,15 @@ def _key_bias(mask: Tensor, batch: int, keys: int) -> Tensor:
 
 
 def _merged_tokens(x: Tensor, plan: MergePlan, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-    """(B, L, H, D) with the free tokens merged, and the (B, M) sizes of those."""
+    """(B, L, H, D) with the free tokens merged and placed after the others, and their (B, M) sizes."""
     merged, size = merge_tokens(layout.free(x).flatten(2), plan)
     return torch.cat([layout.fixed(x), merged.unflatten(2, x.shape[2:])], dim=1), size
 
 
 def _merged_angles(angles: Tensor, plan: MergePlan, layout: TokenLayout) -> Tensor:
-    """The mean rotation of the tokens of every row: of what was tried, attention errs least with it.
+    """The mean rotation of the tokens of each row, which gave the smallest error of the variants tried.
 
-    Equal tokens that are merged behind their rotation have it; where tokens differ, merging before it errs less.
+    For equal tokens, merging after the rotation gives exactly this; for different tokens, merging before it errs less.
     """
     batch = plan.kept.shape[0]
     merged, _ = merge_tokens(layout.free(angles).expand(batch, -1, -1), plan)
@@ -198,6 +199,6 @@ def _merged_angles(angles: Tensor, plan: MergePlan, layout: TokenLayout) -> Tens
 
 
 def _unmerged_tokens(x: Tensor, plan: MergePlan, layout: TokenLayout) -> Tensor:
-    """Every token of the (B, L, C) before the merge gets the row that it was merged into."""
+    """Gives every token of (B, L, C) the row that it was merged into."""
     fixed = x.shape[1] - plan.kept.shape[1]
     return layout.joined(unmerge_tokens(x[:, fixed:], plan), x[:, :fixed])

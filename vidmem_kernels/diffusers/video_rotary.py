@@ -1,4 +1,4 @@
-"""Rotary embeddings of tokens of a memory, as the video model they are given to has them."""
+"""Computes rotary embeddings of memory tokens exactly as the video model does."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _WAN_THETA = 10000.0  # which its constructor does not let choose
 
 
 def rotary_tables(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions as the model's own rotary embedding computes them, to the bit.
+    """Computes cosines and sines of positions by the model's own rotary embedding, equal bit by bit.
 
     Args:
-        model: of one of `FAMILIES`.
+        model: a model of one of `FAMILIES`.
         positions: (M, 3) or (B, M, 3) of time, row and column, in patches.
 
     Returns:
-        (cos, sin), (M, D) or (B, M, D) float32 each, every column twice.
+        (cos, sin), (M, D) or (B, M, D) float32 each, with every column twice.
     """
     rope = model.rope
     if hasattr(rope, "t_dim"):  # Wan
@@ -39,7 +39,7 @@ def rotary_tables(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_positions(op: str, positions: object, tokens: Tensor, by_sample: bool) -> None:
-    """Checks positions of tokens (B, M, C): (M, 3) or, `by_sample`, (B or 1, M, 3), on the device of the tokens."""
+    """Checks positions of tokens (B, M, C): (M, 3) or, if `by_sample`, (B or 1, M, 3), on the device of the tokens."""
     batched = isinstance(positions, Tensor) and positions.dim() == 3
     check_tensor(op, "positions", positions, "B, M, 3" if batched else "M, 3", _DTYPES)
     batch, length = tokens.shape[:2]

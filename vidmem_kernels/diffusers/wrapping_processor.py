@@ -1,4 +1,4 @@
-"""What the attention processors of this package share: each stands around the one that the attention had."""
+"""The base class of the attention processors of this package, each of which wraps the previous processor."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from torch import nn
 
 
 class WrappingProcessor(nn.Module):
-    """An attention processor around another, to which what diffusers sets on processors is passed on.
+    """An attention processor that wraps another and passes on the attributes that diffusers sets on processors.
 
-    `model.set_attention_backend` and `model.enable_parallelism` look by `hasattr` which processors take their setting.
+    `model.set_attention_backend` and `model.enable_parallelism` use `hasattr` to find the processors that take a
+    setting.
 
     Args:
-        inner: the processor of the attention until now.
+        inner: the previous processor of the attention.
     """
 
     def __init__(self, inner: object):

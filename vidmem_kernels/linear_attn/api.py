@@ -1,4 +1,4 @@
-"""Public functions of linear attention: contracts and checks of meaning."""
+"""Public functions of linear attention: they check the arguments and call the ops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = [
 
 @saveable
 class LinearAttentionState(NamedTuple):
-    """All tokens seen so far, in a size that does not grow with them.
+    """The running sums over all tokens so far; their size does not depend on the sequence length.
 
     Attributes:
-        S: (B, H, D, Dv) float32 (float64 for float64 inputs), sum of phi(k) vᵀ.
-        z: (B, H, D) of the same dtype, sum of phi(k).
+        S: (B, H, D, Dv) float32 (float64 for float64 inputs), the sum of phi(k) vᵀ.
+        z: (B, H, D) of the same dtype, the sum of phi(k).
     """
 
     S: Tensor
@@ -61,47 +61,52 @@ def linear_attention(
     normalizer: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
-    """Attends in time and memory linear in L: out_i = phi(q_i)·S / (phi(q_i)·z), S = Σ phi(k_j) v_jᵀ, z = Σ phi(k_j).
+    """Computes linear attention: out_i = phi(q_i)·S / (phi(q_i)·z), with S = Σ phi(k_j) v_jᵀ and z = Σ phi(k_j).
+
+    Time and memory are linear in the sequence length L.
 
     Args:
-        q, k: (B, L, H, D) queries and keys, of one dtype.
-        v: (B, L, H, Dv) values; Dv may differ from D.
+        q: (B, L, H, D) float queries.
+        k: (B, L, H, D) keys, of the dtype of q.
+        v: (B, L, H, Dv) values, of the dtype of q; Dv may differ from D.
         feature_map: phi: "relu", "elu1" (elu + 1) or "identity".
-        causal: each token sees the tokens of its own block of `block_size` and of all earlier blocks, rather than all.
-        block_size: tokens in a block, e.g. those of a frame; 1 is token by token. Blocks are counted from the first
-            token of this call; the last one may be partial. Used only when `causal`.
-        normalize: divide by scale·phi(q_i)·z + 1e-10. A query whose denominator is 0 gets 0.
-        state: earlier tokens, which every query sees: S (B, H, D, Dv) and z (B, H, D), float32 (float64 for float64).
-        return_state: also return the state with all tokens of this call in it.
+        causal: each token sees the tokens of its own block of `block_size` tokens and of all earlier blocks. Default:
+            each token sees all tokens.
+        block_size: tokens per block, e.g. those of a frame; 1 is causal token by token. Blocks are counted from the
+            first token of this call; the last block may be partial. Used only with `causal`.
+        normalize: divide by scale·phi(q_i)·z + 1e-10. A query with denominator 0 gets 0.
+        state: sums over earlier tokens, which every query sees: S (B, H, D, Dv) and z (B, H, D), float32 (float64 for
+            float64).
+        return_state: also return the state after all tokens of this call.
         scale: a finite number that multiplies phi(q), as in flash-linear-attention; default 1. It is applied to the
-            float32 sums (float64 for float64), where `q * scale` would round a bfloat16 q first. The state does not
-            depend on it. With `normalize` it cancels, but for its part beside the 1e-10; 0 gives 0.
-        normalizer: (q2, k2), each of the shape and dtype of q and k: the denominator is scale·phi(q2_i)·z + 1e-10 with
-            z = Σ phi(k2_j), over the same keys as S, and z of `state` is theirs. As in SANA-Video, whose numerator
-            alone has rotary embedding: q and k are then rotated features, q2 and k2 those before, and phi "identity".
-            Where the denominator is 0 the numerator need not be: it is then divided by 1e-10. In half precision both
-            sums are taken of float32 copies, for neither may be rounded before it is divided: that reads twice the
-            bytes and holds a float32 copy of q, k, v, q2 and k2.
+            float32 sums (float64 for float64), whereas `q * scale` would first round a bfloat16 q. The state does not
+            depend on it. With `normalize` it cancels, except relative to the 1e-10; scale 0 gives 0.
+        normalizer: (q2, k2), each of the shape and dtype of q and k. The denominator is then scale·phi(q2_i)·z + 1e-10
+            with z = Σ phi(k2_j) over the same keys as S, and z of `state` is the sum over k2. SANA-Video uses it
+            because only its numerator has rotary embedding: q and k are rotated features, q2 and k2 the features before
+                rotation,
+            and phi is "identity". The numerator may be nonzero where the denominator is 0; it is then divided by 1e-10.
+            In half precision both sums are computed from float32 copies, since neither may be rounded before the
+            division: this reads twice the bytes and holds a float32 copy of q, k, v, q2 and k2.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (B, L, H, Dv) of the inputs' dtype; with `return_state` also the `LinearAttentionState`. Splitting a sequence at
-        a block boundary and carrying the state equals one call, gradients included. Sums are taken in float32.
+        (B, L, H, Dv) of the dtype of the inputs; with `return_state` also the `LinearAttentionState`. If a sequence is
+        split at a block boundary and the state is passed on, the results and gradients equal those of one call. Sums
+        are computed in float32.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
 
     Equivalent PyTorch:
         see = block[:, None] >= block if causal else ones(L, L)     # block = arange(L) // block_size
         weight = einsum("blhd,bmhd->bhlm", scale * phi(q), phi(k)) * see
-        out = einsum("bhlm,bmhd->blhd", weight / (weight.sum(-1, keepdim=True) + 1e-10), v)    # normalize=True
+        denominator = weight.sum(-1, keepdim=True)                  # with normalizer: of the weight from q2 and k2
+        out = einsum("bhlm,bmhd->blhd", weight / (denominator + 1e-10), v)    # normalize=True
 
-        With `normalizer`, weight.sum is that of the weight made of q2 and k2.
-
-    Source:
-        Katharopoulos et al., "Transformers are RNNs", 2020 (arXiv:2006.16236), where phi is elu + 1; relu as in
-        EfficientViT (arXiv:2205.14756); the epsilon as in flash-linear-attention; a normalizer of its own as in
-        SANA-Video (arXiv:2509.24695).
+    Source: Katharopoulos et al., "Transformers are RNNs", 2020 (arXiv 2006.16236), where phi is elu + 1; relu as in
+    EfficientViT (arXiv 2205.14756); the epsilon as in flash-linear-attention; a separate normalizer as in SANA-Video
+    (arXiv 2509.24695).
     """
     op = "linear_attention"
     check_tensor(op, "q", q, "B, L, H, D")

@@ -1,4 +1,4 @@
-"""Public functions of sparse gathering: contracts and checks of meaning."""
+"""Public functions of sparse gathering: they check the arguments and call the ops."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ __all__ = [
 
 @saveable
 class QuantizedRows(NamedTuple):
-    """Rows and their factors: row m stands for `rows[..., m, :].float() * scale[..., m]`."""
+    """Rows of 8 bits with one scale each; row m dequantises to `rows[..., m, :].float() * scale[..., m]`.
+
+    Attributes:
+        rows: (..., M, C) int8 or float8_e4m3fn.
+        scale: (..., M) float32 (float64 for float64 inputs).
+    """
 
     rows: Tensor
     scale: Tensor
@@ -51,7 +56,12 @@ class QuantizedRows(NamedTuple):
 
 @saveable
 class SelectResult(NamedTuple):
-    """Kept tokens, in their order, and where they were: `tokens[b, i] == x[b, index[b, i]]`."""
+    """The kept tokens in their original order, and their positions: `tokens[b, i] == x[b, index[b, i]]`.
+
+    Attributes:
+        tokens: (B, keep, C) of the dtype of the input.
+        index: (B, keep) int32, ascending.
+    """
 
     tokens: Tensor
     index: Tensor
@@ -66,25 +76,25 @@ def gather_tokens(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Reads rows of a token memory, dequantising them in the same pass.
+    """Gathers rows of a token memory and dequantises them in the same pass.
 
     Args:
         bank: (B, M, C), or (1, M, C) shared by the whole batch; float32, bfloat16, float16, float64, int8 or
-            float8_e4m3fn. For a CUDA `index` it may lie in pinned host memory and is then read in place.
-        index: (B, K), or (1, K) shared by the whole batch; int32 or int64 rows of the bank; -1 gives a row of zeros.
-        scale: (B|1, M) float32 or, as `quantize_rows` gives it for float64 tokens, float64: the factor of each row;
-            required for int8 and float8 banks, and only for those.
-        out_dtype: float dtype of the result; default the bank's, or that of `scale`.
+            float8_e4m3fn. With a CUDA `index`, the bank may lie in pinned host memory; it is then read in place.
+        index: (B, K), or (1, K) shared by the whole batch; int32 or int64 row numbers; -1 gives a row of zeros.
+        scale: (B or 1, M) float32 or, from `quantize_rows` of float64 tokens, float64: one factor per row. Required for
+            int8 and float8 banks and not allowed for others.
+        out_dtype: float dtype of the result; default: that of the bank, or of `scale` for an 8-bit bank.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (B, K, C) contiguous, on the device of `index`. Differentiable in a float `bank` (deterministic
+        (B, K, C) contiguous, on the device of `index`. Differentiable in a float `bank` (by a deterministic
         scatter-add) and in `scale`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: an index outside [-1, M - 1]. On a GPU, where checking would cost a synchronisation, such a
-            row is NaN instead; nothing outside the bank is read.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
+        IndexError: an index is outside [-1, M - 1]. On a GPU, where the check would cost a synchronisation, the row is
+            NaN instead; memory outside the bank is never read.
 
     Equivalent PyTorch:
         rows = bank[arange(B)[:, None], index.clamp(min=0)].float() * scale[arange(B)[:, None], index, None]
@@ -130,17 +140,17 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: st
 
     Args:
         src: (B, K, C) float rows.
-        index: (B|1, K) int32 or int64, the output row of each source row; -1 drops it.
-        num_rows: M, rows of the result.
+        index: (B or 1, K) int32 or int64, the output row of each source row; -1 drops the source row.
+        num_rows: M, the number of rows of the result.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (B, M, C) of the dtype of `src`; rows of equal index are summed in float32, in order of K, so that the
-        result is deterministic whatever the duplicates. Differentiable in `src`, any number of times.
+        (B, M, C) of the dtype of `src`. Rows with the same index are summed in float32, in order of K, so the result is
+        deterministic even with duplicates. Differentiable in `src`, any number of times.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: an index outside [-1, M - 1]; on a GPU such a row is dropped instead.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
+        IndexError: an index is outside [-1, M - 1]; on a GPU the row is dropped instead.
 
     Equivalent PyTorch:
         src.new_zeros(B, M, C).scatter_add_(1, index[..., None].expand_as(src), src)
@@ -158,10 +168,10 @@ def scatter_add_tokens(src: Tensor, index: Tensor, num_rows: int, *, backend: st
 
 @fast
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | None = None) -> QuantizedRows:
-    """Quantises every row to 8 bits with a scale of its own (symmetric, by its largest magnitude).
+    """Quantises each row to 8 bits, symmetrically, with one scale per row from its largest magnitude.
 
     With qmax = 127 for int8 and 448 for float8_e4m3fn: scale = max(|row|) / qmax, rows = x / scale, rounded to
-    nearest, ties to even. What comes back differs from x by at most
+    nearest, ties to even. The dequantised row differs from x by at most
 
         int8:           scale / 2
         float8_e4m3fn:  max(|x| / 16, scale / 1024)
@@ -174,14 +184,14 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        QuantizedRows(rows (..., M, C) of `dtype`, scale (..., M)); scale is float32, but float64 for a float64 x.
-        A row of zeros has scale 0 and rows 0; any other scale is at least 2**-126. A row that holds a NaN or an
-        infinity has scale NaN and rows 0, so that all of it comes back as NaN.
-        `scale` is differentiable in x: its gradient goes to the first largest |x| of the row. `rows` is a
-        rounding and carries no gradient.
+        QuantizedRows with rows (..., M, C) of `dtype` and scale (..., M) float32 (float64 for a float64 x). A row of
+        zeros has scale 0 and rows 0; any other scale is at least 2**-126. A row with a NaN or an infinity has scale NaN
+        and rows 0, so that it dequantises to NaN. `scale` is differentiable in x: its gradient goes to the first
+        largest |x| of the row. `rows` are rounded and have no gradient.
 
     Raises:
-        ValueError, TypeError: x has fewer than two dimensions or no float dtype, `dtype` is another.
+        ValueError: x has fewer than two dimensions.
+        TypeError: x is not a float tensor, or `dtype` is neither of the two.
 
     Equivalent PyTorch:
         scale = x.abs().amax(-1).float() / 127
@@ -208,22 +218,22 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
 
 @fast
 def select_tokens(x: Tensor, keep: int, *, score: Tensor | None = None, backend: str | None = None) -> SelectResult:
-    """Keeps the strongest tokens, in their order: sparsification to a fixed budget.
+    """Keeps a fixed number of tokens, those with the highest scores, in their original order.
 
     Args:
         x: (B, N, C) float tokens.
-        keep: tokens to keep in each batch, in [0, N].
-        score: (B|1, N) float, what is strong; default the L2 norm of each token, computed in float32 (float64 for
-            float64) at the token's own scale, so that it neither overflows nor vanishes. Equal scores: the lower
-            position is kept. NaN counts as -inf.
+        keep: tokens to keep in each batch element, in [0, N].
+        score: (B or 1, N) float; the highest scores are kept. Default: the L2 norm of each token, computed in float32
+            (float64 for float64) relative to the token's largest magnitude, so that it neither overflows nor
+            underflows. Of equal scores, the lower position is kept. NaN counts as -inf.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        SelectResult(tokens (B, keep, C), index (B, keep) int32, ascending). `tokens` is differentiable in x; `score`
-        decides only which tokens are kept and has no gradient, as in argmax.
+        SelectResult with tokens (B, keep, C) and index (B, keep) int32, ascending. `tokens` is differentiable in x.
+        `score` only decides which tokens are kept and has no gradient, as in argmax.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or `keep` outside [0, N].
+        ValueError, TypeError: an argument has a wrong shape, dtype or device, or `keep` is outside [0, N].
 
     Equivalent PyTorch:
         score = x.float().norm(dim=2)
@@ -255,45 +265,48 @@ def topk_blocks(
     causal: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Finds the blocks of keys that each block of queries wants most: the `block_index` of `cross_attention`.
+    """Finds the best key blocks for each query block: the `block_index` of `cross_attention`.
 
-    A block of queries and a block of keys are averaged in float32 and score the dot product of their means (float64
-    for float64). A sum or score beyond the largest number is infinite, and infinite scores tie. The scores of all pairs
-    are never held at once.
+    The rows of each block are averaged in float32 (float64 for float64); the score of a query block and a key block is
+    the dot product of their means. A sum or score that overflows is infinite, and infinite scores tie. The full matrix
+    of scores is never held in memory.
 
     Args:
         q: (B, Lq, H, D) float queries.
-        k: (B, Lk, H, D) float keys. One of q and k may have a batch of 1.
-        block_size: (bq, bk), rows of a block; the last block averages the rows that it has.
-        topk: blocks to find, in [0, number of blocks of keys].
-        block_sizes: (blocks,) int32 or int64 rows of every block, at most bq and bk, as of `tile_order`: one tensor for
-            queries and keys, or a pair of them. Default: bq and bk each, and the rest.
-        key_mask: (B, Lk) or (1, Lk) bool: keys that are False count for no mean, whatever they hold. A block without a
-            key is never chosen.
-        always: blocks of keys that every block of queries gets, a sequence or an int tensor (n,) of them; or a bool
-            mask (blocks of queries, blocks of keys). They count in `topk` and stand first, by number; of a mask with
-            more of them than `topk`, the first ones.
-        causal: a block of queries chooses among the blocks of keys up to its own, the one with its last row; where keys
-            are more than queries, the queries are the last of them. Its own block is always chosen, counts in `topk`
-            and stands before all others, as in MoBA.
-        backend: see `vidmem_kernels.use_backend`. In causal order the choice itself is plain torch on every backend.
+        k: (B, Lk, H, D) float keys. One of q and k may have batch 1.
+        block_size: (bq, bk), the rows of a query block and of a key block; the last block may be shorter.
+        topk: number of key blocks to find, in [0, number of key blocks].
+        block_sizes: (blocks,) int32 or int64 rows of each block, at most bq and bk, as from `tile_order`: one tensor
+            for both queries and keys, or a pair of tensors. Default: every block has bq or bk rows, except the last.
+        key_mask: (B or 1, Lk) bool: keys that are False are left out of the means, whatever their values. A block
+            without any visible key is never chosen.
+        always: key blocks that every query block gets: a sequence or an int tensor (n,) of block numbers; or a bool
+            mask (query blocks, key blocks). They count towards `topk` and come first, in ascending order; if a mask has
+            more of them than `topk`, the first ones are taken.
+        causal: each query block chooses only among the key blocks up to its own, which is the one with its last row; if
+            there are more keys than queries, the queries are aligned to the end. Its own block is always chosen, counts
+            towards `topk` and comes before all others, as in MoBA.
+        backend: see `vidmem_kernels.use_backend`. With `causal`, the choice itself is plain PyTorch on every backend.
 
     Returns:
-        (B, H, blocks of queries, topk) int32 blocks of keys, best first, equal scores by ascending block; -1 where
-        `key_mask` or `causal` leaves fewer. A score that is NaN counts as -inf. Carries no gradient, as argmax.
+        (B, H, query blocks, topk) int32 key blocks, best first, equal scores by ascending block; -1 fills the places
+        for which `key_mask` or `causal` leave no block. A NaN score counts as -inf. The result has no gradient, as in
+        argmax.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or `topk` beyond the number of blocks.
-        IndexError: block sizes outside [0, block size] or of another sum, or blocks in `always` that there are not. On
-            a GPU, where looking would cost a synchronisation, the choice is then not defined.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device, or `topk` exceeds the number of blocks.
+        IndexError: block sizes are outside [0, block size] or have a wrong sum, or `always` names a block that does not
+            exist. On a GPU, where the check would cost a synchronisation, the result is undefined instead.
 
-    Equivalent PyTorch (whole blocks):
+    Equivalent PyTorch:
+        # whole blocks, no options
         queries, keys = (x.unflatten(1, (-1, b)).float().mean(2).transpose(1, 2) for x, b in ((q, bq), (k, bk)))
         (queries @ keys.transpose(2, 3)).argsort(dim=3, descending=True, stable=True)[..., :topk].int()
 
     Source: block selection by mean-pooled keys as in MoBA (arXiv 2502.13189), with queries pooled too, as in the
-    coarse stage of VSA (arXiv 2505.13389). Their implementations round the means of bfloat16 blocks to bfloat16, these
-    stay float32: blocks whose scores nearly tie may be found here in another order, or others instead.
+    coarse stage of VSA (arXiv 2505.13389). Their implementations round the means of bfloat16 blocks to bfloat16; here
+    they stay in float32. If scores nearly tie, the order of blocks, or the choice itself, may therefore differ from
+    theirs.
     """
     op = "topk_blocks"
     check_tensor(op, "q", q, "B, Lq, H, D")

@@ -1,4 +1,4 @@
-"""MemoryBank: an append-only store of token rows and their positions, on device, in pinned memory or on disk."""
+"""MemoryBank: an append-only store of token rows and their positions, on the device, in pinned memory or on disk."""
 
 from __future__ import annotations
 
@@ -39,49 +39,51 @@ class MemoryBank:
 
     Args:
         channels: C, at least 1.
-        dtype: what rows are stored as: float32, bfloat16, float16, or int8 and float8_e4m3fn, which are quantised
-            with one scale a row (see `quantize_rows`).
-        device: where rows ("device") and positions lie. The rows of the two other storages lie on the host.
-        storage: "device"; "pinned", host memory that CUDA gathers read in place; or "mmap", a file on disk of which
-            only the rows that are asked for are read.
-        path: for "mmap", the working file that holds the rows, which must not exist yet. It is not a memory file and
-            is not removed; `save` writes one that `load` reads (docs/bank_file.md says what is in it).
-        capacity: rows to make room for at once. Room is doubled whenever it is used up.
+        dtype: dtype of the stored rows: float32, bfloat16, float16, or int8 and float8_e4m3fn, which are quantised with
+            one scale per row (see `quantize_rows`).
+        device: device of the positions and, with storage "device", of the rows. With "pinned" and "mmap" the rows are
+            on the host.
+        storage: "device"; "pinned": host memory that CUDA gathers read in place; or "mmap": a file on disk, of which
+            only the requested rows are read.
+        path: required for "mmap" and not allowed otherwise: the working file for the rows, which must not exist yet. It
+            is not a memory file and is never deleted; `save` writes a memory file that `load` reads (see
+            docs/bank_file.md).
+        capacity: number of rows to reserve at once. A full bank doubles its capacity.
 
     Attributes:
         metadata: dict[str, str] that `save` writes and `load` reads.
-        extras: dict[str, Tensor] likewise.
-
-    Stored values are no part of an autograd graph: `append` refuses tokens that require a gradient, and what `gather`
-    and `topk` return requires none.
-
-    Threads: one thread may append while any number of others read, without a lock. Everything that reads (`gather`,
-    `topk`, `save`, `positions`, `len`, `nbytes`, copying, pickling, ...) sees the bank as it was between two appends,
-    for the whole of that call; two calls may see two moments. Appends of several threads wait for one another, each
-    stays whole. On a GPU this holds within one stream: order other streams after the append as for any tensor.
-    `metadata` and `extras` are plain dicts, to which this does not apply.
-
-    Copies: `copy.copy` and `copy.deepcopy` give a bank of its own: what is appended to one is not seen in the other.
-    The copy of a mapped bank maps the same file again. (`copy.copy` shares the tensors of `extras`.)
-
-    Pickling, `torch.save` and `torch.load(weights_only=False)`: the rows travel along, except that of an "mmap" bank
-    the name of its file does, as long as that file has all its rows: the file it was loaded from or saved to, or the
-    working file at `path`. Loading the pickle checks that the file still holds the same rows. After an append to a
-    loaded bank there is no such file, and until `save` writes one the rows travel along.
-
-    Processes: a bank that is passed to another process (`spawn`, `forkserver`, DataLoader workers, queues) is not
-    copied for each of them: mapped rows are mapped there too, saved or not; others lie in shared memory. In such a
-    process, as in one that was forked, the bank is its own: what it appends is not seen elsewhere.
+        extras: dict[str, Tensor] that `save` writes and `load` reads.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit.
-        RuntimeError: "pinned" without a CUDA device.
+        ValueError, TypeError: an argument has a wrong type or value.
+        RuntimeError: storage "pinned" without a CUDA device.
         FileExistsError: `path` exists.
 
-    Example:
+    Examples:
         >>> bank = MemoryBank(3072, dtype=torch.int8)
         >>> bank.append(tokens, positions)
         >>> context = bank.gather(index, out_dtype=torch.bfloat16)
+
+    Autograd: the stored rows are detached. `append` refuses tokens that require a gradient; the results of `gather` and
+    `topk` require none.
+
+    Threads: one thread may append while any number of threads read, without a lock. Each reading call (`gather`,
+    `topk`, `save`, `positions`, `len`, `nbytes`, copying, pickling, ...) sees the bank as it was between two appends;
+    two calls may see different states. Appends from several threads run one after the other. On a GPU this holds within
+    one stream: synchronise other streams with the append as for any tensor. `metadata` and `extras` are plain dicts
+    without this protection.
+
+    Copies: `copy.copy` and `copy.deepcopy` make an independent bank: an append to one is not visible in the other. The
+    copy of an "mmap" bank maps the same file again. (`copy.copy` shares the tensors of `extras`.)
+
+    Pickling, also by `torch.save` and `torch.load(weights_only=False)`: the pickle contains the rows. The pickle of an
+    "mmap" bank contains only the name of its file, provided that the file has all rows of the bank: the file it was
+    loaded from or saved to, or the working file at `path`. Loading the pickle checks that the file still holds the same
+    rows. An append to a loaded bank leaves no such file; the pickle then contains the rows until `save` writes a file.
+
+    Processes: sending a bank to other processes (`spawn`, `forkserver`, DataLoader workers, queues) does not copy it:
+    each process maps the rows of an "mmap" bank, saved or not; other rows are in shared memory. In the other process,
+    or in a forked one, the bank is independent: its appends are not visible elsewhere.
     """
 
     metadata: dict[str, str]
@@ -130,7 +132,7 @@ class MemoryBank:
                 raise
 
     def _hold(self, held: Held, device: torch.device, storage: str, folder: Path | None) -> None:
-        """Makes this the bank of what is held."""
+        """Initialises the attributes of the bank from its content."""
         self.channels, self.dtype = held.rows.shape[1], held.rows.dtype
         self.device, self.storage = device, storage
         self._held = held  # replaced as a whole: readers take it once
@@ -173,7 +175,7 @@ class MemoryBank:
 
     @_count.setter
     def _count(self, count: int) -> None:
-        """Shows readers that many of the rows that the buffers hold."""
+        """Publishes the first `count` rows of the buffers to readers."""
         self._held = self._held._replace(count=count, saved=None)
 
     def __len__(self) -> int:
@@ -186,22 +188,26 @@ class MemoryBank:
 
     @property
     def positions(self) -> Tensor:
-        """(M, 3) float32 positions (t, h, w) on `device`; a view that is not to be written to."""
+        """(M, 3) float32 positions (t, h, w) on `device`, as a read-only view."""
         held = self._held
         return held.positions[: held.count]
 
     def stored(self) -> StoredRows:
-        """The rows as they lie, of one moment: views that are not to be written to, and no float copy.
+        """Returns views of the stored rows, scales and positions, without dequantising or copying them.
 
-        Attention reads them where they are, also from a mapped file, with as many heads as divide C:
+        All three belong to the same state of the bank and must not be written to. Attention can read them in place,
+        also from a mapped file, with any number of heads that divides C:
 
             rows, scale, _ = bank.stored()
             memory = rows.view(1, len(rows), heads, -1)
             factor = None if scale is None else scale.unsqueeze(0)
             out = cross_attention(q, memory, memory, k_scale=factor, v_scale=factor)
 
-        The rows must lie on the device of q. For a GPU that is a bank of storage "device"; of one on the host move
-        what a call needs: `rows.to(q.device)` has the bytes of the stored dtype, `gather` gives some rows, dequantised.
+        The rows must be on the device of q. On a GPU, use storage "device". For a bank on the host, either move the
+        stored bytes with `rows.to(q.device)`, or use `gather`, which dequantises the selected rows.
+
+        Returns:
+            StoredRows with rows (M, C) of the bank's dtype, scale (M,) float32 or None, and positions (M, 3) float32.
         """
         held = self._held
         scale = None if held.scale is None else held.scale[: held.count]
@@ -209,12 +215,12 @@ class MemoryBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows, scales and positions held, without the room kept for more."""
+        """Bytes of the stored rows, scales and positions, without spare capacity."""
         return self._count * self._bytes_per_row()
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes allocated for rows, scales and positions, on disk for the rows of "mmap"."""
+        """Bytes allocated for rows, scales and positions; with "mmap", the rows are on disk."""
         return self._rows.shape[0] * self._bytes_per_row()
 
     def _bytes_per_row(self) -> int:
@@ -222,17 +228,18 @@ class MemoryBank:
         return self.channels * self.dtype.itemsize + scale + 3 * 4
 
     def append(self, tokens: Tensor, positions: Tensor) -> None:
-        """Adds rows at the end; either all of them or, on an error, none.
+        """Appends rows; on an error the bank is unchanged.
 
         Args:
-            tokens: (K, C) float32, bfloat16, float16 or float64, on any device; rounded to the bank's dtype.
-            positions: (K, 3) float32, (t, h, w) of each token, in units of the caller's choice.
+            tokens: (K, C) float32, bfloat16, float16 or float64, on any device; rounded or quantised to the bank's
+                dtype.
+            positions: (K, 3) float32, (t, h, w) of each token, in any unit.
 
         Raises:
-            ValueError: shapes that do not fit, a token or position that is NaN or infinite, or a token beyond the
-                largest number of the bank's dtype. (The check waits for the GPU where tokens are there.)
-            TypeError: no tensors, or of other dtypes.
-            OSError: no space left on the disk of an "mmap" bank.
+            ValueError: a wrong shape, a NaN or infinity, a token beyond the range of the bank's dtype, or a tensor that
+                requires a gradient. The check synchronises with the GPU if the tokens are there.
+            TypeError: an argument is not a tensor or has a wrong dtype.
+            OSError: the disk of an "mmap" bank is full.
         """
         op = "MemoryBank.append"
         check_tensor(op, "tokens", tokens, "K, C", FLOAT_DTYPES)
@@ -264,7 +271,7 @@ class MemoryBank:
             self._store(rows, positions, scale)
 
     def _store(self, rows: Tensor, positions: Tensor, scale: Tensor | None) -> None:
-        """Adds rows of the bank's dtype at the end."""
+        """Appends rows that already have the bank's dtype."""
         with self._writing, torch.no_grad():
             start = self._held.count
             end = start + rows.shape[0]
@@ -279,26 +286,26 @@ class MemoryBank:
             self._count = end
 
     def _grow(self, capacity: int) -> None:
-        """Makes room for `capacity` rows; the bank is unchanged if that fails."""
+        """Reserves room for `capacity` rows; the bank is unchanged if that fails."""
         before = self._held
         self._held = before.grown(capacity, self.storage, self._folder)
         if self.storage == "pinned":
             torch.cuda.synchronize()  # kernels may still read the rows of `before`, whose memory others get next
 
     def gather(self, index: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Reads rows, dequantising them in the same pass; see `gather_tokens`.
+        """Gathers rows and dequantises them in the same pass; see `gather_tokens`.
 
         Args:
-            index: (K,) or (B, K) int32 or int64; -1 gives a row of zeros. On the device of the rows, or anywhere
-                when they lie on the host.
-            out_dtype: float dtype of the result; default the bank's, or float32 for int8 and float8_e4m3fn.
+            index: (K,) or (B, K) int32 or int64; -1 gives a row of zeros. On the device of the rows, or on any device
+                if the rows are on the host.
+            out_dtype: float dtype of the result; default: that of the bank, or float32 for int8 and float8_e4m3fn.
 
         Returns:
-            (K, C) or (B, K, C) on the device of `index`; requires no gradient.
+            (K, C) or (B, K, C) on the device of `index`, without gradient.
 
         Raises:
-            ValueError, TypeError: an index of another shape, dtype or device.
-            IndexError: an index outside [-1, M - 1]; see `gather_tokens` for GPUs.
+            ValueError, TypeError: `index` has a wrong shape, dtype or device.
+            IndexError: an index is outside [-1, M - 1]; see `gather_tokens` for GPUs.
         """
         op = "MemoryBank.gather"
         single = isinstance(index, Tensor) and index.dim() == 1
@@ -315,21 +322,21 @@ class MemoryBank:
         return out.squeeze(0) if single else out
 
     def topk(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Finds the rows whose dot product with each query is largest, computed in float32.
+        """Finds the rows with the largest dot product with each query, computed in float32.
 
-        The scores of all rows are never held at once: rows are read in pieces, from disk too.
+        The rows are read in pieces, also from disk, so that the full matrix of scores is never held in memory.
 
         Args:
-            query: (Q, C) float32, bfloat16 or float16; on the device of the rows, or anywhere when they lie on the
-                host.
-            k: rows to find for each query, in [0, M].
+            query: (Q, C) float32, bfloat16 or float16; on the device of the rows, or on any device if the rows are on
+                the host.
+            k: number of rows to find for each query, in [0, M].
 
         Returns:
-            (values (Q, k) float32, index (Q, k) int32), best first, equal ones by ascending index; on the device of
-            `query`. A score that is NaN counts as -inf.
+            (values, index): values (Q, k) float32 and index (Q, k) int32, best first, equal values by ascending index,
+            on the device of `query`. A NaN score counts as -inf.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit.
+            ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
         """
         op = "MemoryBank.topk"
         check_tensor(op, "query", query, "Q, C", FLOAT_DTYPES[:3])
@@ -360,21 +367,21 @@ class MemoryBank:
         metadata: Mapping[str, str] | None = None,
         extras: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes the bank to a file (safetensors), whole or not at all.
+        """Writes the bank to a safetensors file, atomically.
 
-        The file is written under a temporary name in the same folder, flushed to the disk and renamed, so that `path`
-        holds the old content or the new at every moment. An exception or interrupt removes the temporary file. A
-        process that is killed leaves it, as ".vidmem-*.tmp"; the next `save` into that folder removes those whose
-        writer is gone. The header has a SHA-256 of the whole file.
+        The file is written under a temporary name in the same folder, flushed to disk and renamed, so that `path`
+        always holds either the old content or the new. An exception or interrupt removes the temporary file. A killed
+        process leaves it as ".vidmem-*.tmp"; the next `save` into the folder removes such files of processes that have
+        ended. The header contains a SHA-256 of the whole file.
 
         Args:
-            path: file to create or replace; where it is a symbolic link, what it points to.
-            metadata: text entries to store with the bank; default `self.metadata`. Keys that start with "vidmem."
-                are taken.
+            path: file to create or replace; a symbolic link is followed.
+            metadata: text entries to store with the bank; default `self.metadata`. Keys that start with "vidmem." are
+                reserved.
             extras: tensors to store with the bank; default `self.extras`.
 
         Raises:
-            ValueError, TypeError: metadata or extras that cannot be stored.
+            ValueError, TypeError: the metadata or extras cannot be stored.
             OSError: the folder is missing, full or not writable.
         """
         metadata = self.metadata if metadata is None else metadata
@@ -396,24 +403,24 @@ class MemoryBank:
     def load(
         cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", storage: str = "device"
     ) -> MemoryBank:
-        """Opens a file that `save` wrote, after checking every byte of it against its checksum.
+        """Loads a file that `save` wrote, after verifying the checksum of every byte.
 
-        With storage "mmap" the rows stay in the file and are read when they are asked for; the check reads the file
-        through once, without keeping it in memory. The file is never changed: the first `append` copies its rows to a
-        nameless file in the same folder, which disappears with the bank. Others must not change a file in place while
-        it is mapped; `save` does not, it replaces it.
+        With storage "mmap" the rows stay in the file and are read on demand; the verification reads the file once
+        without keeping it in memory. The file is never modified: the first `append` copies its rows to an unnamed file
+        in the same folder, which is deleted with the bank. Do not modify a file in place while it is mapped; `save`
+        replaces it instead.
 
         Args:
             path: the file.
-            device: where rows ("device"), positions and extras go.
+            device: device of the positions and extras and, with storage "device", of the rows.
             storage: see `MemoryBank`.
 
         Returns:
             The bank, with `metadata` and `extras` as saved.
 
         Raises:
-            MemoryFileError: the file is foreign, damaged, cut short or of another version.
-            FileNotFoundError: there is none; other OSErrors where it cannot be read.
+            MemoryFileError: the file is not a memory file, is damaged or truncated, or has another version.
+            FileNotFoundError: the file does not exist; other OSErrors if it cannot be read.
         """
         check_storage("MemoryBank.load", storage)
         path = Path(path)
@@ -421,7 +428,7 @@ class MemoryBank:
 
     @classmethod
     def _of_content(cls, content: memory_file.Content, path: Path, device: torch.device, storage: str) -> MemoryBank:
-        """The bank of what was read from a memory file."""
+        """Makes the bank from the content of a memory file."""
         tensors = content.tensors
         rows, positions, scale = tensors.get("rows"), tensors.get("positions"), tensors.get("scale")
         if not is_bank(rows, positions, scale):
@@ -449,17 +456,23 @@ class MemoryBank:
         storage: str = "device",
         path: str | os.PathLike[str] | None = None,
     ) -> MemoryBank:
-        """Makes a bank of rows as they are: int8 and float8_e4m3fn rows are taken with their scales, not quantised.
+        """Makes a bank from stored rows; int8 and float8_e4m3fn rows come with their scales and are not quantised
+        again.
 
         Args:
-            rows: (M, C) of one of the bank's dtypes, which the bank then has; copied.
+            rows: (M, C) of one of the bank's dtypes, which becomes the dtype of the bank; copied.
             positions: (M, 3) floats, rounded to float32, or signed or 8-bit integers of at most 2**24 in magnitude.
-            scale: (M,) floats, rounded to float32: row m stands for `rows[m].float() * scale[m]`. Required for int8
-                and float8_e4m3fn rows, and only for those.
-            device, storage, path: see `MemoryBank`.
+            scale: (M,) floats, rounded to float32: row m dequantises to `rows[m].float() * scale[m]`. Required for int8
+                and float8_e4m3fn rows and not allowed for others.
+            device: see `MemoryBank`.
+            storage: see `MemoryBank`.
+            path: see `MemoryBank`.
+
+        Returns:
+            The bank.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit, a value that is NaN or infinite.
+            ValueError, TypeError: a wrong shape or dtype, a NaN or infinity, or a tensor that requires a gradient.
         """
         op = "MemoryBank.from_tensors"
         check_parts(op, rows, positions, scale)
@@ -481,23 +494,29 @@ class MemoryBank:
         device: torch.device | str = "cpu",
         storage: str = "device",
     ) -> MemoryBank:
-        """Imports a safetensors file that another program wrote, or a bank's file that another program rewrote.
+        """Imports a safetensors file from another program, or a bank's file that another program rewrote.
 
-        Such a file has no checksum, so that only what is impossible is noticed: use `load` for what `save` wrote.
-        Nothing in the file is executed, and no memory is taken before its header fits the file and a bank.
+        Such a file has no checksum, so only impossible content is detected: use `load` for files that `save` wrote.
+        Nothing in the file is executed, and no memory is allocated before its header is found consistent with the file
+        and with a bank.
 
         Args:
             path: the file.
-            rows, positions, scale: names of the tensors that are taken as in `from_tensors`. All others become
-                `extras`, under their names without a leading "extras."; the header's text entries become `metadata`.
+            rows: name of the tensor that becomes `rows` of `from_tensors`.
+            positions: name of the tensor that becomes `positions`.
+            scale: name of the tensor that becomes `scale`. All other tensors become `extras`, under their names without
+                a leading "extras."; the text entries of the header become `metadata`.
             device: see `load`.
-            storage: see `MemoryBank`. With "mmap" the rows are copied to a nameless file in the same folder; `save`
-                the bank and `load` it to map them where they are.
+            storage: see `MemoryBank`. With "mmap" the rows are copied to an unnamed file in the same folder; to map
+                them where they are, `save` the bank and `load` it.
+
+        Returns:
+            The bank.
 
         Raises:
-            MemoryFileError: no safetensors file, cut short, or of a later version of the bank's file.
-            ValueError, TypeError: tensors that are missing or that `from_tensors` refuses.
-            FileNotFoundError: there is none; other OSErrors where it cannot be read.
+            MemoryFileError: the file is not a safetensors file, is truncated, or is a bank's file of a later version.
+            ValueError, TypeError: a tensor is missing, or `from_tensors` refuses it.
+            FileNotFoundError: the file does not exist; other OSErrors if it cannot be read.
         """
         op = "MemoryBank.from_safetensors"
         check_storage(op, storage)

@@ -1,8 +1,8 @@
-"""The file of a MemoryBank: safetensors, written whole or not at all, with a checksum over every byte.
+"""Reads and writes the file of a MemoryBank: safetensors, replaced atomically, with a checksum over every byte.
 
-Any safetensors reader opens it. It is written here rather than by the safetensors package because that package needs
-all tensors in memory at once, orders its header as it likes, which leaves no bytes to take a checksum of, and aligns
-tensors for copying rather than for mapping.
+Any safetensors reader can open the file. It is not written by the safetensors package because that package needs all
+tensors in memory at once, orders its header in a way that leaves no fixed bytes for a checksum, and aligns tensors for
+copying rather than for mapping.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ IMPORT = "MemoryBank.from_safetensors"
 
 
 class MemoryFileError(ValueError):
-    """A file that is not a memory file, or is damaged; the message is one line that names it and says what to do."""
+    """A file is not a memory file, or is damaged; the one-line message names the file and says what to do."""
 
 
 class MissingMemoryFileError(MemoryFileError, FileNotFoundError):
-    """The file that a pickled bank names is gone."""
+    """The file that a pickled bank refers to does not exist."""
 
 
 class Saved(NamedTuple):
-    """A memory file, named so that another process finds it and knows whether it is still the same."""
+    """The identity of a memory file, by which another process finds it and checks that it is unchanged."""
 
     path: str
     checksum: str
@@ -69,7 +69,7 @@ class Saved(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a memory file holds; the last three for rows that stay in it: where they lie."""
+    """The content of a memory file; for rows that stay in the file, the last three fields say where they are."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -87,12 +87,12 @@ class Entry(NamedTuple):
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied (unless it is a lazy negative, such as x.conj().imag)."""
+    """The bytes of a contiguous CPU tensor, not copied (unless it is a lazy negative, such as x.conj().imag)."""
     return memoryview(tensor.detach().resolve_neg().reshape(-1).view(torch.uint8).numpy())
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """8 bytes of length and the JSON, in which the checksum, the first entry, is still zeros."""
+    """Makes the header: 8 bytes of length and the JSON, whose first entry, the checksum, is still zeros."""
     own = {f"{RESERVED}checksum": _NO_CHECKSUM, f"{RESERVED}format": FORMAT, f"{RESERVED}version": str(VERSION)}
     content: dict[str, Any] = {"__metadata__": {**own, **metadata}}
     offset = 0
@@ -115,7 +115,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def _stamp(path: str, checksum: str, file: BinaryIO) -> Saved:
-    """Names an open memory file."""
+    """Takes the identity of an open memory file."""
     now, stat = time.time(), os.fstat(file.fileno())
     stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     return Saved(path, checksum, stamp, now - max(stat.st_mtime, stat.st_ctime) > _SETTLED)
@@ -124,21 +124,20 @@ def _stamp(path: str, checksum: str, file: BinaryIO) -> Saved:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Saved:
     """Writes a memory file under a temporary name in the same folder, then renames it to `path`.
 
-    Temporary files that killed writers left in that folder are removed first, so that their room is there.
+    Temporary files that killed processes left in the folder are removed first, to free their disk space.
 
     Args:
-        path: file to create or replace; a reader sees the old content or the new, whatever happens on the way. A
-            symbolic link stays, what it points to is replaced. The new file has the old one's mode and, as far as that
-            is allowed, its owner.
+        path: file to create or replace; a reader sees either the old content or the new. A symbolic link is followed.
+            The new file gets the mode and, if permitted, the owner of the old one.
         tensors: of the dtypes in `DTYPES`, on any device; copied to the host in pieces.
         metadata: the user's header entries.
 
     Returns:
-        The name of what was written.
+        The identity of the file written.
 
     Raises:
-        OSError: the folder is missing, full or not writable, or at the path is a directory, device, pipe or socket, or
-            a read-only file. The temporary file is gone then, as after any exception.
+        OSError: the folder is missing, full or not writable, or the path is a directory, device, pipe, socket or
+            read-only file. The temporary file is removed, as after any exception.
     """
     path = files.target_of(path)
     # Wide elements first: every tensor is then aligned to its element size.
@@ -198,7 +197,8 @@ class Header:
 
     @property
     def is_ours(self) -> bool:
-        """Whether `write` formats a header so; damage may have changed what it says, but another program its form."""
+        """Whether the header has the form that `write` gives it: damage may change its content, another program changes
+        the form."""
         text = json.dumps(self.content, separators=(",", ":")).encode()
         first = [f"{RESERVED}format", f"{RESERVED}version"]  # behind the checksum
         if list(self.metadata)[1:3] != first or self.bytes[8:] != text + b" " * (-(8 + len(text)) % _ALIGNMENT):
@@ -228,10 +228,10 @@ class Header:
             )
 
     def entry(self, name: str) -> Entry:
-        """What the header says of a tensor.
+        """Returns the header's entry for a tensor.
 
         Raises:
-            KeyError, TypeError, ValueError: it says nothing that describes one.
+            KeyError, TypeError, ValueError: there is no valid entry.
         """
         entry = self.tensors[name]
         begin, end = entry["data_offsets"]
@@ -244,14 +244,14 @@ class Header:
 
 
 def foreign(path: Path, why: str) -> MemoryFileError:
-    """The error for a file that is something else."""
+    """Makes the error for a file that is not a memory file."""
     return MemoryFileError(
         f"MemoryBank.load: {path} is not a memory file ({why}); give a file that MemoryBank.save wrote"
     )
 
 
 def _damaged(path: Path, header: Header, why: str) -> MemoryFileError:
-    """The error for a file that is not as it was written."""
+    """Makes the error for a file that changed since it was written."""
     if header.is_ours:
         what, remedy = f"damaged ({why})", "restore it from a copy or save the bank again"
     else:
@@ -274,7 +274,7 @@ def _read_header(path: Path, file: BinaryIO) -> Header:
 
 
 def _entries(path: Path, header: Header) -> list[Entry]:
-    """What the header says of the tensors, if they fill the data from first byte to last."""
+    """Returns the header's entries for the tensors, after checking that they cover the data without gaps."""
     entries = []
     expected = 0
     try:
@@ -292,7 +292,7 @@ def _entries(path: Path, header: Header) -> list[Entry]:
 
 
 def read_into(file: BinaryIO, view: memoryview, update: Callable[[memoryview], None]) -> None:
-    """Fills `view` from the file, in pieces that `update` then sees."""
+    """Fills `view` from the file in pieces and passes each piece to `update`."""
     for start in range(0, len(view), _CHUNK):
         piece = view[start : start + _CHUNK]
         if file.readinto(piece) != len(piece):
@@ -301,19 +301,19 @@ def read_into(file: BinaryIO, view: memoryview, update: Callable[[memoryview], N
 
 
 def read(path: Path, rows: str, rows_storage: str, expected: Saved | None = None) -> Content:
-    """Reads a memory file after checking every byte of it.
+    """Reads a memory file after verifying the checksum of every byte.
 
     Args:
         path: the file.
-        rows: name of the tensor that `rows_storage` is about; the others are read into host memory.
+        rows: name of the tensor that `rows_storage` applies to; the others are read into host memory.
         rows_storage: "device" (host memory), "pinned" or "mmap" (mapped, read-only).
-        expected: the file that it must be; where its stamp says that nothing changed, its bytes are not checked again.
+        expected: the identity that the file must have; if it shows that the file is unchanged, the checksum is skipped.
 
     Returns:
         Content, with tensors on the CPU.
 
     Raises:
-        MemoryFileError: a foreign, damaged, rewritten or cut file, or one of another version.
+        MemoryFileError: the file is not a memory file, is damaged, rewritten or truncated, or has another version.
         OSError: the file is missing (FileNotFoundError) or cannot be read.
     """
     with open(path, "rb") as file:
@@ -362,10 +362,10 @@ def _check_same(expected: Saved, found: Saved) -> None:
 
 
 def check_saved(saved: Saved) -> None:
-    """Checks, without reading all of it, that a memory file is still there.
+    """Checks, without reading the whole file, that a memory file still exists unchanged.
 
     Raises:
-        MemoryFileError: it is gone (MissingMemoryFileError) or is another.
+        MemoryFileError: the file is missing (MissingMemoryFileError) or has changed.
     """
     try:
         with open(saved.path, "rb") as file:
@@ -378,7 +378,7 @@ def check_saved(saved: Saved) -> None:
 
 
 def is_untouched(saved: Saved | None) -> bool:
-    """Whether there is such a file and nobody changed it since."""
+    """Whether the file still exists unchanged."""
     if saved is None:
         return False
     try:
@@ -389,5 +389,5 @@ def is_untouched(saved: Saved | None) -> bool:
 
 
 def missing(path: str) -> MissingMemoryFileError:
-    """The error for a pickled bank's file that is gone."""
+    """Makes the error for a missing file of a pickled bank."""
     return MissingMemoryFileError(changed(path, "no file"))

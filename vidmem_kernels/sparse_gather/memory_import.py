@@ -1,4 +1,4 @@
-"""Reads safetensors files that another program wrote into the parts of a MemoryBank."""
+"""Imports safetensors files from other programs into a MemoryBank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .memory_rows import Held, check_metadata, check_parts, checked_values
 
 
 def _entries(op: str, path: Path, header: Header) -> dict[str, Entry]:
-    """What the header says of the tensors, if all lie inside the file and apart."""
+    """Returns the header's entries for the tensors, after checking that they lie inside the file and do not overlap."""
 
     def refused(why: str) -> MemoryFileError:
         return MemoryFileError(f"{op}: {path} is no good safetensors file ({why}); write it anew")
@@ -48,14 +48,14 @@ def read(
     """Reads a safetensors file; see `MemoryBank.from_safetensors`.
 
     Args:
-        op: for error messages.
+        op: prefix of error messages.
         path: the file.
-        parts: names of rows, positions and scale in it.
-        storage: of the bank; where it is "mmap" the rows go to a nameless file in `folder`.
-        folder: see there.
+        parts: names of the tensors for rows, positions and scale.
+        storage: storage of the bank; with "mmap" the rows are copied to an unnamed file in `folder`.
+        folder: folder for the unnamed file.
 
     Returns:
-        (the parts, in host memory or in that file; metadata; extras).
+        (the rows, positions and scale, in host memory or in the unnamed file; metadata; extras).
     """
     with open(path, "rb") as file:
         header = Header(

@@ -1,4 +1,4 @@
-"""Files whose content is a tensor: how they are opened, made, mapped and known again."""
+"""Opens, creates, maps and identifies files whose content is a tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNK = 1 << 22  # bytes hashed at a time
 
 
 class OpenFile:
-    """A file descriptor, closed when nobody holds the object any more."""
+    """A file descriptor that is closed when the object is garbage-collected."""
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
@@ -29,8 +29,10 @@ class OpenFile:
 
 
 class _Mapped:
-    """Memory that numpy takes for writable, which keeps torch from warning; it is private to a bank that never writes
-    to it. (To silence the warning instead would silence other threads' too.)
+    """Memory that numpy treats as writable, so that torch does not warn; it is private to a bank that never writes to
+    it.
+
+    Silencing the warning instead would silence it for other threads too.
     """
 
     def __init__(self, mapping: mmap.mmap, offset: int, size: int):
@@ -40,10 +42,10 @@ class _Mapped:
 
 
 def map_tensor(file: OpenFile, offset: int, shape: tuple[int, ...], dtype: torch.dtype, writable: bool) -> Tensor:
-    """A tensor that is the content of an open file from `offset` on; it keeps the mapping alive.
+    """Maps the content of an open file, from `offset` on, as a tensor; the tensor keeps the mapping alive.
 
     Raises:
-        EOFError: the file is shorter.
+        EOFError: the file is too short.
     """
     size = math.prod(shape) * dtype.itemsize
     if size == 0:
@@ -55,9 +57,9 @@ def map_tensor(file: OpenFile, offset: int, shape: tuple[int, ...], dtype: torch
 
 
 def reserve(file: OpenFile, size: int) -> None:
-    """Makes a file `size` bytes long, or leaves it as it was.
+    """Makes a file `size` bytes long, or leaves it unchanged on an error.
 
-    Its blocks are taken now: a sparse file on a full disk would kill the process at a later write to memory.
+    The blocks are allocated now: with a sparse file on a full disk, a later write to memory would kill the process.
     """
     before = os.fstat(file.fileno()).st_size
     if size > before:
@@ -69,7 +71,7 @@ def reserve(file: OpenFile, size: int) -> None:
 
 
 def nameless_file(folder: Path | None) -> OpenFile:
-    """A new file in `folder` that disappears when it is closed."""
+    """Creates a file in `folder` that disappears when it is closed."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         return OpenFile(os.dup(file.fileno()))
 
@@ -78,7 +80,7 @@ def digest_rows(file: OpenFile, size: int) -> str:
     """SHA-256 of the first `size` bytes of a working file.
 
     Raises:
-        EOFError: it is shorter.
+        EOFError: the file is too short.
     """
     digest = hashlib.sha256()
     for start in range(0, size, _CHUNK):

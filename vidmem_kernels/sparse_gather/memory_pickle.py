@@ -1,4 +1,4 @@
-"""Copies of a MemoryBank: in the same process, in a pickle, and in another process."""
+"""Copies of a MemoryBank: within the process, in a pickle, and in another process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OWN = {"channels", "dtype", "device", "storage", "metadata", "extras", "_held",
 
 
 def _packed(value: Any) -> Any:
-    """A tensor of float8, which `pickle` cannot load again, as its bytes; anything else as it is."""
+    """Converts a float8 tensor, which `pickle` cannot load, to its bytes; returns anything else unchanged."""
     if isinstance(value, Tensor) and value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         return _Float8(value.view(torch.uint8), value.dtype)
     return value
@@ -42,16 +42,16 @@ def _unpacked(value: Any) -> Any:
 
 
 def _others(bank: MemoryBank) -> dict[str, Any]:
-    """What a user or a subclass added to the bank."""
+    """The attributes that a user or a subclass added to the bank."""
     return {name: value for name, value in vars(bank).items() if name not in _OWN}
 
 
 def copied(bank: MemoryBank, copy: Callable[[Any], Any]) -> MemoryBank:
-    """A bank with the same content and room of its own.
+    """Makes an independent bank with the same content.
 
     Args:
-        bank: the bank.
-        copy: copies the dicts of what is not rows.
+        bank: the bank to copy.
+        copy: copies the dicts (metadata, extras and added attributes).
     """
     held = bank._held
     mapped = held.file is not None
@@ -63,7 +63,8 @@ def copied(bank: MemoryBank, copy: Callable[[Any], Any]) -> MemoryBank:
 
 
 def _state(bank: MemoryBank) -> dict[str, Any]:
-    """What is pickled beside the rows. The tensor says where they go, so that torch.load's map_location counts."""
+    """The part of the pickle other than the rows. Its tensor carries the device, so that torch.load's map_location
+    applies."""
     return {
         "where": torch.empty(0, device=bank._held.positions.device),
         "device": bank.device,
@@ -86,7 +87,7 @@ def _restored(cls: type[MemoryBank], held: Held, state: dict[str, Any]) -> Memor
 
 
 def reduced(bank: MemoryBank) -> tuple[Any, ...]:
-    """What `pickle` writes: the name of the file that has the rows, or the rows where none has them."""
+    """The pickle of a bank: the name of the file that has the rows, or the rows if there is no such file."""
     held, state, cls = bank._held, _state(bank), type(bank)
     if bank.storage == "mmap" and held.saved is not None:
         memory_file.check_saved(held.saved)
@@ -102,7 +103,7 @@ def reduced(bank: MemoryBank) -> tuple[Any, ...]:
 
 
 def _check_working(held: Held) -> None:
-    """Checks that the working file is still there."""
+    """Checks that the working file still exists."""
     try:
         same = os.path.samestat(os.stat(held.working), os.fstat(held.file.fileno()))
     except FileNotFoundError:
@@ -165,11 +166,12 @@ def _from_rows(
 
 
 def share_when_sent(cls: type[MemoryBank]) -> None:
-    """Makes multiprocessing's pickler, which copies between running processes, share what can be shared."""
+    """Makes the pickler of multiprocessing, which copies between running processes, share memory where possible."""
     ForkingPickler.register(cls, _sent)
 
 
 def _sent(bank: MemoryBank) -> tuple[Any, ...]:
+    """The pickle of a bank for another running process."""
     held, state, cls = _shared(bank), _state(bank), type(bank)
     if held.file is None:
         return _from_rows, (cls, _packed(held.rows), held.positions, held.scale, state)
@@ -194,10 +196,10 @@ def _from_descriptor(
 
 
 def _shared(bank: MemoryBank) -> Held:
-    """What the bank holds, without room for more and, unless mapped or on a GPU, in shared memory.
+    """The content of the bank without spare capacity and, unless mapped or on a GPU, in shared memory.
 
-    The bank itself holds that from now on, so that all processes it is sent to share one copy. Left to itself, torch
-    would move rows to shared memory while other threads read them, and room that two banks write to.
+    The bank itself switches to this copy, so that all processes it is sent to share it. Otherwise torch would move the
+    rows to shared memory while other threads read them, and two banks would write to the same spare capacity.
     """
     with bank._writing:
         held = bank._held
@@ -217,7 +219,7 @@ def _shared(bank: MemoryBank) -> Held:
 
 
 def _leave_the_parent_alone() -> None:
-    """In a forked process: no bank writes to a file that it shares with the parent, nor waits for its threads."""
+    """Runs in a forked process: detaches all banks from files shared with the parent and from locks of its threads."""
     for bank in list(BANKS):
         bank._writing = threading.Lock()
         if bank._held.own:

@@ -1,4 +1,4 @@
-"""What a MemoryBank holds at one moment, and the checks of what may go into it."""
+"""The content of a MemoryBank at one moment, and the checks of what may be stored in it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ _EXACT_INTEGERS = 1 << 24  # float32 holds every integer up to here
 
 
 class StoredRows(NamedTuple):
-    """What a bank stores, as it lies there: row m stands for `rows[m].float() * scale[m]`, or `rows[m]`, at
-    `positions[m]`."""
+    """Stored rows with their scales and positions.
+
+    Attributes:
+        rows: (M, C) of the bank's dtype; row m dequantises to `rows[m].float() * scale[m]`.
+        scale: (M,) float32 for int8 and float8_e4m3fn rows; None otherwise.
+        positions: (M, 3) float32.
+    """
 
     rows: Tensor  # (M, C) of the bank's dtype
     scale: Tensor | None  # (M,) float32 of int8 and float8_e4m3fn rows
@@ -33,10 +38,9 @@ class StoredRows(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The content of a bank, as one object, so that a reader who takes it once sees one moment of the bank.
+    """The content of a bank as one immutable object, so that a reader that takes it once sees a consistent state.
 
-    What it says never changes: an append writes behind `count`, or into new buffers, and then puts another object in
-    its place.
+    An append writes behind `count`, or into new buffers, and then replaces the object.
     """
 
     count: int
@@ -50,14 +54,14 @@ class Held(NamedTuple):
     saved: Saved | None = None  # the memory file that has exactly these rows
 
     def trimmed(self) -> Held:
-        """The same rows without the room for more: whoever appends to it needs new buffers."""
+        """The same rows without spare capacity: an append has to allocate new buffers."""
         scale = None if self.scale is None else self.scale[: self.count]
         return self._replace(
             rows=self.rows[: self.count], positions=self.positions[: self.count], scale=scale, own=False
         )
 
     def copied(self, capacity: int, storage: str, rows: bool = True) -> Held:
-        """The same in new memory with room for `capacity`; all of it, or all but the rows."""
+        """A copy in new memory with room for `capacity` rows; without the rows themselves if `rows` is False."""
 
         def copy(old: Tensor) -> Tensor:
             pinned = storage == "pinned" and old.device.type == "cpu"
@@ -74,7 +78,7 @@ class Held(NamedTuple):
             )
 
     def grown(self, capacity: int, storage: str, folder: Path | None) -> Held:
-        """The same with room for `capacity`, which may be written to."""
+        """A writable version with room for `capacity` rows."""
         if storage != "mmap":
             return self.copied(capacity, storage)
         held = self.copied(capacity, storage, rows=False)
@@ -90,7 +94,7 @@ class Held(NamedTuple):
         return held._replace(rows=rows, file=file, offset=0, own=True, working=None)
 
     def remapped(self) -> Held:
-        """The same without the room for more: mapped rows in a mapping of its own, the others copied."""
+        """A version without spare capacity: mapped rows get their own mapping, other rows are copied."""
         held = self.copied(self.count, "mmap", rows=False)
         shape = (self.count, self.rows.shape[1])
         file = OpenFile(os.dup(self.file.fileno()))
@@ -99,7 +103,7 @@ class Held(NamedTuple):
         )
 
     def placed(self, device: torch.device, storage: str) -> Held:
-        """The same, of which every part is where a bank of that storage has it."""
+        """A version with every part on the device that the storage asks for."""
         host = device if storage == "device" else torch.device("cpu")
         rows, scale = self.rows.to(host), None if self.scale is None else self.scale.to(host)
         if storage == "pinned":  # CUDA reads rows in place only where their scales are pinned too
@@ -123,7 +127,7 @@ def check_no_gradient(op: str, what: str, *tensors: Tensor | None) -> None:
 
 
 def check_parts(op: str, rows: object, positions: object, scale: object) -> None:
-    """Checks that tensors have the shapes and dtypes of a bank's parts; looks at no value."""
+    """Checks the shapes and dtypes of rows, positions and scale, without reading their values."""
     check_tensor(op, "rows", rows, "M, C", BANK_DTYPES)
     if rows.shape[1] < 1:
         raise ValueError(f"{op}: rows must have at least 1 channel, got shape {tuple(rows.shape)}")
@@ -142,7 +146,7 @@ def check_parts(op: str, rows: object, positions: object, scale: object) -> None
 
 
 def _rows_not_finite(tensor: Tensor) -> int:
-    """How many rows of a (M, C) tensor hold a NaN or an infinity."""
+    """The number of rows of a (M, C) tensor with a NaN or an infinity."""
     if not tensor.dtype.is_floating_point:
         return 0
     step = max(1, _CHECKED_ELEMENTS // tensor.shape[1])
@@ -151,7 +155,7 @@ def _rows_not_finite(tensor: Tensor) -> int:
 
 
 def checked_values(op: str, rows: Tensor, positions: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Checks the values of a bank's parts; returns positions and scale in float32."""
+    """Checks the values of rows, positions and scale; returns positions and scale in float32."""
     placed = positions.to(torch.float32)
     if not positions.dtype.is_floating_point and positions.numel():
         low, high = (int(end) for end in positions.to(torch.int64).aminmax())
@@ -170,7 +174,7 @@ def checked_values(op: str, rows: Tensor, positions: Tensor, scale: Tensor | Non
 
 
 def is_bank(rows: Tensor | None, positions: Tensor | None, scale: Tensor | None) -> bool:
-    """Whether tensors have exactly the shapes and dtypes that a memory file stores."""
+    """Whether the tensors have exactly the shapes and dtypes that a memory file stores."""
     try:
         check_parts("", rows, positions, scale)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Tokens of a video in the order of tiles, so that a block of consecutive tokens is a box in time and space."""
+"""Orders the tokens of a video by tiles, so that a block of consecutive tokens is a box in time and space."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .._symbolic import saveable, unguarded
 
 @saveable
 class TileOrder(NamedTuple):
-    """Tokens tile by tile, and back: `x[:, order][:, inverse]` is x.
+    """A permutation of tokens into tile order, and its inverse: `x[:, order][:, inverse]` equals x.
 
     Attributes:
-        order: (N,) int32, the token that stands at each place.
-        inverse: (N,) int32, the place of each token.
-        block_sizes: (tiles,) int32, tokens of each tile: those at a border have fewer than the others.
+        order: (N,) int32, the token at each position in tile order.
+        inverse: (N,) int32, the position of each token in tile order.
+        block_sizes: (tiles,) int32, the number of tokens of each tile; tiles at a border may have fewer.
     """
 
     order: Tensor
@@ -36,39 +36,43 @@ def _check_sizes(op: str, name: str, sizes: object, low: int) -> None:
 
 
 def tile_order(grid: Sequence[int], tile: Sequence[int], *, device: torch.device | str | None = None) -> TileOrder:
-    """Orders the tokens of a video tile by tile, whatever the grid: tiles at its far borders hold what is left.
+    """Computes the permutation that orders the tokens of a video tile by tile.
 
-    In this order a block of consecutive tokens is a box in time and space, whose tokens look alike and want the same
-    keys: `topk_blocks` and `cross_attention` take its `block_sizes`.
+    In this order a block of consecutive tokens is a box in time and space. Such tokens are similar and attend to
+    similar keys; `topk_blocks` and `cross_attention` accept the tiles by `block_sizes`. The grid need not be divisible
+    by the
+    tile: tiles at the far borders hold the remaining tokens.
 
     Args:
-        grid: (T, H, W) tokens of the video, in the order of frames, rows and columns (W fastest).
-        tile: (t, h, w) tokens of a tile, each at least 1. Tiles come in the order of time, row and column too, and so
-            do the tokens in one.
-        device: of the results.
+        grid: (T, H, W) of the tokens, ordered by frame, row and column (W fastest).
+        tile: (t, h, w) of a tile, each at least 1. Tiles, and the tokens within each tile, are also ordered by time,
+            row and column.
+        device: device of the results.
 
     Returns:
-        TileOrder(order, inverse, block_sizes), int32, of ceil(T / t) * ceil(H / h) * ceil(W / w) tiles. Computed anew
-        at every call, in a few passes over the N tokens: a model keeps it for all of its blocks.
+        TileOrder(order, inverse, block_sizes), int32, for ceil(T / t) * ceil(H / h) * ceil(W / w) tiles. Each call
+        computes it anew in a few passes over the N tokens: compute it once per model, not once per block.
 
     Raises:
-        ValueError, TypeError: `grid` or `tile` that are no three numbers, or too small ones.
+        ValueError, TypeError: `grid` or `tile` is not three numbers, or one of them is too small.
 
     Equivalent PyTorch:
         t, h, w = (torch.arange(n) // s for n, s in zip(grid, tile))
         number = (t[:, None, None] * ceil(H / tile[1]) + h[:, None]) * ceil(W / tile[2]) + w
         order = number.flatten().argsort(stable=True)
 
-    Example, attention of every tile to the tenth of all tiles that it wants most and to itself:
-        order, inverse, sizes = tile_order((21, 30, 52), (4, 8, 8), device=q.device)
-        q, k, v = (x[:, order] for x in (q, k, v))
-        own = torch.eye(len(sizes), dtype=torch.bool, device=q.device)
-        blocks = {"block_size": (256, 256), "block_sizes": sizes}
-        index = topk_blocks(q, k, topk=len(sizes) // 10, always=own, **blocks)
-        out = cross_attention(q, k, v, block_index=index, **blocks)[:, inverse]
+    Examples:
+        Each tile attends to the best tenth of all tiles and to itself:
 
-    Source: tiles as in Sliding Tile Attention (arXiv 2502.04507) and VSA (arXiv 2505.13389), which want a grid that
-    they divide.
+        >>> order, inverse, sizes = tile_order((21, 30, 52), (4, 8, 8), device=q.device)
+        >>> q, k, v = (x[:, order] for x in (q, k, v))
+        >>> own = torch.eye(len(sizes), dtype=torch.bool, device=q.device)
+        >>> blocks = {"block_size": (256, 256), "block_sizes": sizes}
+        >>> index = topk_blocks(q, k, topk=len(sizes) // 10, always=own, **blocks)
+        >>> out = cross_attention(q, k, v, block_index=index, **blocks)[:, inverse]
+
+    Source: tiles as in Sliding Tile Attention (arXiv 2502.04507) and VSA (arXiv 2505.13389), which require that the
+    tile divides the grid.
     """
     op = "tile_order"
     _check_sizes(op, "grid", grid, 0)

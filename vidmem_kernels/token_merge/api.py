@@ -1,4 +1,4 @@
-"""Public functions of token merging: contracts and checks of meaning."""
+"""Public functions of token merging: they check the arguments and call the ops."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ __all__ = [
 
 @saveable
 class MergePlan(NamedTuple):
-    """Which of N tokens merge into which of M rows; plain int32 tensors, on the device of the metric.
+    """A plan that merges N tokens into M rows, as int32 tensors on the device of the metric.
 
-    The groups come twice: by token, and by row as CSR, so that sums over a group need no atomics.
+    The groups are stored twice: by token, and by row in CSR form, so that sums over a group need no atomics.
 
     Attributes:
-        assignment: (B, N) the row of every token.
-        kept: (B, M) the position of every row among the tokens, ascending: order and positional embeddings survive.
-        order: (B, N) the tokens grouped by row, ascending inside a group.
-        offsets: (B, M + 1) where each row's group starts in `order`.
+        assignment: (B, N) the row of each token.
+        kept: (B, M) the position of each row among the tokens, ascending: order and positional embeddings are
+            preserved.
+        order: (B, N) the tokens sorted by row, ascending within a group.
+        offsets: (B, M + 1) where the group of each row starts in `order`.
     """
 
     assignment: Tensor
@@ -48,18 +49,19 @@ class MergePlan(NamedTuple):
 
     @classmethod
     def from_assignment(cls, assignment: Tensor, num_rows: int) -> MergePlan:
-        """The plan that merges tokens into given rows, such as the clusters of k-means.
+        """Makes the plan that merges tokens into given rows, such as the clusters of k-means.
 
         Args:
-            assignment: (B, N) int32 or int64, the row of every token, in [0, num_rows - 1]; not checked here but
-                by what the plan is given to.
+            assignment: (B, N) int32 or int64, the row of each token, in [0, num_rows - 1]. The range is checked by the
+                functions that use the plan, not here.
             num_rows: M. A row may have no token.
 
         Returns:
-            `MergePlan`; `kept` is the first token of every row, N for a row without, so not ascending in general.
+            `MergePlan`. `kept` is the first token of each row, or N for a row without tokens, so it is not ascending in
+            general.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit.
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
         """
         op = "MergePlan.from_assignment"
         check_tensor(op, "assignment", assignment, "B, N", INDEX_DTYPES)
@@ -74,7 +76,12 @@ class MergePlan(NamedTuple):
 
 @saveable
 class MergeResult(NamedTuple):
-    """Merged tokens (B, M, C) and the size (B, M), the number of tokens that each stands for."""
+    """Merged tokens and their sizes.
+
+    Attributes:
+        tokens: (B, M, C) or (B, M, H, D), the merged tokens.
+        size: (B, M), the number of original tokens that each merged token represents.
+    """
 
     tokens: Tensor
     size: Tensor
@@ -115,7 +122,7 @@ def _check_mask(op: str, name: str, mask: object, metric: Tensor) -> None:
 
 
 def _count_merges(op: str, num_merge: object, ratio: object, sources: int) -> int:
-    """How many tokens merge, of so many that may."""
+    """The number of tokens to merge, out of `sources` tokens that may merge."""
     if (num_merge is None) == (ratio is None):
         found = "neither" if ratio is None else f"{num_merge} and {ratio}"
         raise ValueError(f"{op}: one of num_merge and ratio must be given, got {found}")
@@ -129,7 +136,7 @@ def _count_merges(op: str, num_merge: object, ratio: object, sources: int) -> in
 
 
 def _read_fewest(counts: Tensor, limit: int) -> int:
-    """The smallest of the counts (B,) and the limit, read back from the device."""
+    """The minimum of the counts (B,) and the limit, read back from the device."""
     # The limit is one more count, so that an empty batch has a smallest one.
     fewest = torch.cat([counts, counts.new_full((1,), limit)]).amin().item()
     torch._check(fewest >= 0)
@@ -138,7 +145,7 @@ def _read_fewest(counts: Tensor, limit: int) -> int:
 
 
 def _read_destinations(op: str, destinations: Tensor) -> int:
-    """How many tokens a mask marks in every batch element, read back from the device."""
+    """The number of tokens that the mask marks in each batch element, read back from the device."""
     batch, tokens = destinations.shape
     if batch == 0:
         return torch.sym_min(tokens, 1)  # the fewest that anything could merge with
@@ -167,41 +174,43 @@ def match_tokens(
     window: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> MergePlan:
-    """Plans a merge by bipartite soft matching: each source's most similar destination, the best pairs merge.
+    """Plans a merge by bipartite soft matching: each source finds its most similar destination, the best pairs merge.
 
-    Similarity is the cosine, computed in float32 (float64 for float64); a zero vector's is 0 with everything. Of
-    equal similarities the lower position wins, for the destination of a source and for the sources that merge. A
-    NaN similarity, which every vector with a NaN or an infinity has, counts as below all others.
+    Similarity is the cosine, computed in float32 (float64 for float64); a zero vector has similarity 0 to every token.
+    Of equal similarities the lower position wins, both for the destination of a source and for the sources that merge.
+    The similarity to a vector with a NaN or an infinity is NaN, which ranks below all numbers.
 
     Args:
-        metric: (B, N, C) what tokens are compared by, for example attention keys averaged over heads. One of batch 1
-            makes a plan of batch 1, which `merge_tokens` applies to a whole batch.
-        num_merge: number of tokens to merge away, in [0, number of sources], of those that see a destination.
-        ratio: in place of `num_merge`, the part of these sources to merge, in [0, 1], rounded down.
-        protect: (B|1, N) bool, tokens that stay alone: they merge into nothing and nothing merges into them. What
-            `num_merge` may be and `ratio` is of are the sources that may still merge, in the batch element with the
-            fewest. Goes with everything.
-        destinations: (B|1, N) bool, which tokens are destinations, in place of the odd ones; all others are sources.
-            As many in every batch element. Without a grid, whose cells say themselves which tokens are.
-        border: "own": cells that the grid cuts at its far border have a destination as all others. "none": they have
-            none, and their tokens join those of whole cells, as in tomesd; without a whole cell in their window they
-            cannot merge. With a grid only.
-        grid: (T, H, W) of the tokens, T * H * W = N, W fastest. The first token of every cell of `stride` is a
-            destination, all others are sources. Without it even positions are sources, odd ones destinations.
-        stride: (t, h, w) size of a cell, used with `grid` only; cells at the far border may be partial.
-        window: (t, h, w); a source sees only the destinations whose cell is at most so many cells from its own,
-            on each axis, and time grows linearly with N. By default it sees all.
+        metric: (B, N, C) float features that tokens are compared by, e.g. attention keys averaged over heads. A metric
+            of batch 1 makes a plan of batch 1, which `merge_tokens` applies to a whole batch.
+        num_merge: number of tokens to merge away, in [0, number of sources that see a destination].
+        ratio: instead of `num_merge`: the share of these sources to merge, in [0, 1], rounded down.
+        protect: (B or 1, N) bool, tokens that stay alone: they are neither merged nor merged into. The upper limit of
+            `num_merge` and the base of `ratio` are then the sources that may still merge, in the batch element with the
+            fewest. May be combined with all other options.
+        destinations: (B or 1, N) bool, the tokens that are destinations, instead of the odd positions; all others are
+            sources. Each batch element must have the same number. Not allowed with `grid`, which defines the
+            destinations.
+        border: "own": a cell that the border of the grid cuts off has a destination like any other. "none": it has
+            none, and its tokens join the destinations of whole cells, as in tomesd; without a whole cell in their
+            window they cannot merge. "none" requires `grid`.
+        grid: (T, H, W) of the tokens, T * H * W = N, W fastest. The first token of each cell of size `stride` is a
+            destination, all others are sources. Without a grid, even positions are sources and odd ones destinations.
+        stride: (t, h, w) size of a cell, used only with `grid`; cells at the far border may be partial.
+        window: (t, h, w): a source sees only destinations whose cell is at most this many cells away on each axis, so
+            that time grows linearly with N. Default: a source sees all destinations. Requires `grid`.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        `MergePlan` with M = N - num_merge rows. Indices carry no gradient. Scores are never held all at once. How many
-        tokens `protect` leaves and `destinations` marks is read back from the device, and under `torch.compile` that
-        breaks the graph unless `torch._dynamo.config.capture_scalar_outputs` is set; without the two nothing is read.
+        `MergePlan` with M = N - num_merge rows, without gradient. The matrix of similarities is never held in memory.
+        With `protect` or `destinations`, the number of tokens that may merge is read back from the device; under
+        `torch.compile` this breaks the graph unless `torch._dynamo.config.capture_scalar_outputs` is set. Without them,
+        nothing is read back.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit. A `num_merge` beyond the sources that may merge is told the
-            most that can be.
-        RuntimeError: `protect` or `destinations` under vmap.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value. If `num_merge` is too large, the
+            message gives the largest possible value.
+        RuntimeError: `protect` or `destinations` is used under vmap.
 
     Equivalent PyTorch:
         a, b = normalize(metric, dim=-1)[:, ::2], normalize(metric, dim=-1)[:, 1::2]
@@ -256,30 +265,30 @@ def match_into(
     ratio: float | None = None,
     backend: str | None = None,
 ) -> MergePlan:
-    """Plans a merge of new tokens into the rows of a memory: each token's most similar row, the best pairs merge.
+    """Plans a merge of new tokens into a memory: each token finds its most similar memory row, the best pairs merge.
 
-    Every row of the memory is kept and stays where it is; tokens merge into rows, never into each other. Similarity,
-    ties and NaN as in `match_tokens`. The plan is over the memory followed by the tokens:
+    Every memory row keeps its place; tokens merge into rows, never into each other. Similarity, ties and NaN are as in
+    `match_tokens`. The plan covers the memory followed by the tokens:
 
         plan = match_into(key(tokens), key(memory), ratio=0.5)
         memory, size = merge_tokens(cat([memory, tokens], dim=1), plan, cat([size, ones(B, N)], dim=1))
 
-    after which row m < M of the memory is the mean of what it was and of the tokens that it took, weighted by how many
-    each stands for, and the tokens that were like no row are appended in their order.
+    Afterwards, memory row m < M is the mean of its old value and the tokens merged into it, weighted by their sizes.
+    The tokens that did not merge are appended in their order.
 
     Args:
-        metric: (B, N, C) what the tokens are compared by.
-        memory_metric: (B|1, M, C) the same of the rows of the memory, of the same dtype; of batch 1 for a whole batch.
-        num_merge: number of tokens to merge away, in [0, N], or 0 where the memory is empty.
-        ratio: in place of `num_merge`, the part of the tokens to merge, in [0, 1], rounded down.
+        metric: (B, N, C) float features that the tokens are compared by.
+        memory_metric: (B or 1, M, C) the features of the memory rows, of the same dtype; batch 1 serves a whole batch.
+        num_merge: number of tokens to merge away, in [0, N]; 0 if the memory is empty.
+        ratio: instead of `num_merge`: the share of the tokens to merge, in [0, 1], rounded down.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        `MergePlan` over M + N tokens, with M + N - num_merge rows: `assignment` of row m of the memory is m. Indices
-        carry no gradient. Scores are never held all at once; on a GPU the two metrics are, as one tensor.
+        `MergePlan` over M + N tokens with M + N - num_merge rows, without gradient; the `assignment` of memory row m is
+        m. The matrix of similarities is never held in memory; on a GPU the two metrics are concatenated.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
 
     Equivalent PyTorch:
         score, row = (normalize(metric, dim=-1) @ normalize(memory_metric, dim=-1).transpose(1, 2)).max(dim=-1)
@@ -318,32 +327,34 @@ def match_neighbors(
     threshold: float | None = None,
     backend: str | None = None,
 ) -> MergePlan:
-    """Plans a merge of tokens with their most similar neighbour on a T, H, W grid.
+    """Plans a merge of tokens with their most similar neighbour on a (T, H, W) grid.
 
-    Tokens of odd t + h + w are sources; their up to six neighbours, all even, are destinations. Each source goes with
-    its most similar neighbour, and the `num_merge` best pairs merge. Similarity, ties and NaN as in `match_tokens`.
+    Tokens with odd t + h + w are sources; their up to six neighbours are even, and are destinations. Each source is
+    paired with its most similar neighbour, and the `num_merge` best pairs merge. Similarity, ties and NaN are as in
+    `match_tokens`.
 
     Args:
-        metric: (B, N, C) what tokens are compared by.
-        num_merge: number of tokens to merge away, in [0, N // 2]; the upper bound if there is a threshold. None, only
-            with a threshold, is N // 2.
+        metric: (B, N, C) float features that tokens are compared by.
+        num_merge: number of tokens to merge away, in [0, N // 2]; with a threshold, the upper bound. None means N // 2
+            and is allowed only with a threshold.
         grid: (T, H, W) of the tokens, T * H * W = N, W fastest.
-        threshold: in [-1, 1]; pairs of a similarity below it never merge. A plan has the same number of rows for the
-            whole batch, so the element with the fewest such pairs sets how many merge in each. That number depends on
-            the data: it is read back from the device, and under `torch.compile` it breaks the graph unless
+        threshold: in [-1, 1]; pairs with a lower similarity never merge. A plan has the same number of rows for the
+            whole batch, so the batch element with the fewest pairs above the threshold sets the number. This number is
+            read back from the device; under `torch.compile` this breaks the graph unless
             `torch._dynamo.config.capture_scalar_outputs` is set.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        `MergePlan` with M = N - num_merge rows, or more with a threshold. Indices carry no gradient.
+        `MergePlan` with M = N - num_merge rows, or more with a threshold, without gradient.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit.
+        ValueError, TypeError: an argument has a wrong shape, dtype or value.
+        RuntimeError: `threshold` is used under vmap.
 
     Equivalent PyTorch:
         x = normalize(metric, dim=-1).view(B, T, H, W, C)
-        right = (x[:, :, :, :-1] * x[:, :, :, 1:]).sum(dim=-1)  # and so along H and T
-        # a source's score is the largest of its up to six; the num_merge sources of highest score merge
+        right = (x[:, :, :, :-1] * x[:, :, :, 1:]).sum(dim=-1)  # likewise along H and T
+        # the score of a source is the largest of its up to six; the num_merge sources with the highest scores merge
 
     Source: the token merging baseline of arXiv 2512.23851 (cosine similarity with the six T/H/W neighbours, merged
     above a threshold), made bipartite as in ToMe, arXiv 2210.09461, so that merges never chain.
@@ -369,7 +380,8 @@ def match_neighbors(
 
 
 def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> MergePlan:
-    """The plan, checked and of the batch of `tensor`, which is (B, M, ...) if `of_rows`, else (B, N, ...)."""
+    """Checks the plan and returns it with the batch of `tensor`, which is (B, M, ...) if `of_rows`, else (B, N,
+    ...)."""
     if not isinstance(plan, MergePlan):
         raise TypeError(f"{op}: plan must be a MergePlan, got {type(plan).__name__}")
     for field, value in plan._asdict().items():
@@ -396,41 +408,43 @@ def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -
 
 
 def _check_tokens(op: str, name: str, tensor: Tensor, shape: str) -> Tensor:
-    """Checks a float tensor of that shape or with more axes at its end; returns it with these as one, C."""
+    """Checks a float tensor of that shape, or one with further trailing axes, which it flattens into C."""
     if isinstance(tensor, Tensor) and tensor.dim() > 3:
         tensor = tensor.flatten(2)
     return check_tensor(op, name, tensor, shape)
 
 
 def _with_axes_of(tensor: Tensor, tokens: Tensor) -> Tensor:
-    """(B, N, C) as (B, N, ...) with the further axes of `tensor`."""
+    """Reshapes (B, N, C) to (B, N, ...) with the trailing axes of `tensor`."""
     return unguarded(Tensor.reshape, tokens, (*tokens.shape[:2], *tensor.shape[2:]))
 
 
 @fast
 def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, backend: str | None = None) -> MergeResult:
-    """Merges each group of a plan into its size-weighted mean.
+    """Merges each group of tokens of a plan into its size-weighted mean.
 
     Args:
-        x: (B, N, C) float tokens; or with more axes, (B, N, H, D), which merge as (B, N, H * D) do.
-        plan: of `match_tokens`, `match_into`, `match_neighbors` or `MergePlan.from_assignment`, for N and the batch
-            of x, or of batch 1 for all of it.
-        size: (B|1, N) float32 (float64 when x is float64) weights, not negative: how many tokens each one already
-            stands for. By default 1. A token of size 0 adds nothing, even if it holds a NaN; a group of total size 0
-            gives a row of zeros.
+        x: (B, N, C) float tokens, or (B, N, H, D), which merge like (B, N, H * D).
+        plan: plan from `match_tokens`, `match_into`, `match_neighbors` or `MergePlan.from_assignment`, for N tokens,
+            with the batch of x or batch 1.
+        size: (B or 1, N) float32 (float64 if x is float64) non-negative weights: how many original tokens each token
+            represents. Default: 1. A token of size 0 adds nothing, even if it holds a NaN; a group of total size 0
+                gives a
+            row of zeros.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        `MergeResult`: tokens (B, M, C) or (B, M, H, D) of the dtype of x, summed in float32 in order of the tokens,
-        and size (B, M) of the dtype of `size`. Equal tokens merge to that very token, one alone in its group to its own
-        bits, and 3, 4, 5 to exactly 4; the mean of finite tokens is finite, even of the largest ones. An infinity gives
-        infinity, two of opposite signs or a NaN give NaN. Tokens are differentiable in x and in `size`, the new size in
-        `size`.
+        `MergeResult` with tokens (B, M, C) or (B, M, H, D) of the dtype of x, summed in float32 in the order of the
+        tokens, and size (B, M) of the dtype of `size`. Equal tokens merge to exactly that token, a token alone in its
+        group is copied bit by bit, and 3, 4, 5 merge to exactly 4. The mean of finite tokens is finite, even near the
+        largest float. An infinity gives infinity; infinities of opposite signs or a NaN give NaN. The tokens are
+        differentiable in x and `size`, the new size in `size`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: a plan that was not made by this package and holds indices outside its shapes. On a GPU, where
-            checking would cost a synchronisation, what depends on them is NaN instead; nothing outside is read.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
+        IndexError: a plan that this package did not make has indices outside its shapes. On a GPU, where the check
+            would cost a synchronisation, the results that depend on them are NaN instead; memory outside x is never
+            read.
 
     Equivalent PyTorch:
         row = plan.assignment[..., None].expand_as(x)
@@ -457,21 +471,22 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
 
 @fast
 def unmerge_tokens(y: Tensor, plan: MergePlan, *, backend: str | None = None) -> Tensor:
-    """Gives every token the row that it was merged into.
+    """Copies each merged row back to all tokens that were merged into it.
 
     Args:
-        y: (B, M, C) float rows; or with more axes, (B, M, H, D).
-        plan: the plan they were merged by, of the batch of y or of batch 1.
+        y: (B, M, C) float rows, or (B, M, H, D).
+        plan: the plan that merged them, with the batch of y or batch 1.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:
-        (B, N, C) or (B, N, H, D) of the dtype of y, differentiable: gradients are summed over each group in float32, in
-        order of the tokens.
+        (B, N, C) or (B, N, H, D) of the dtype of y. Differentiable: gradients are summed over each group in float32, in
+        the order of the tokens.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-        IndexError: a plan that was not made by this package and holds indices outside its shapes. On a GPU, where
-            checking would cost a synchronisation, what depends on them is NaN instead; nothing outside is read.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
+        IndexError: a plan that this package did not make has indices outside its shapes. On a GPU, where the check
+            would cost a synchronisation, the results that depend on them are NaN instead; memory outside y is never
+            read.
 
     Equivalent PyTorch:
         y.gather(1, plan.assignment[..., None].expand(B, N, C))
