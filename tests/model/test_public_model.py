@@ -73,15 +73,16 @@ def test_the_example_of_compress(film, tmp_path, monkeypatch):
     assert runner.failures == 0, "".join(said)
 
 
-def test_the_example_of_the_readme(tmp_path, monkeypatch):
-    text = Path(vidmem_model.__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "vidmem_model" in block)
+def test_the_first_steps_of_the_tutorial(tmp_path, monkeypatch):
+    text = Path(vidmem_model.__file__).parents[2].joinpath("docs/tutorial.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text.split("## 4.")[0], re.DOTALL)
     monkeypatch.chdir(tmp_path)
     make_video(tmp_path / "film.mp4", frames=21)
     names = {}
-    exec(example, names)
-    assert names["frame"].shape == (480, 832, 3) and names["frame"].dtype == torch.uint8
-    assert read_memory("memory.safetensors").method == "merge"
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and names["frame"].dtype == torch.uint8 and names["psnr"] > 25
+    assert read_memory("memory.safetensors").method == "dct"
 
 
 @pytest.mark.parametrize("method", ["dct", "merge"])

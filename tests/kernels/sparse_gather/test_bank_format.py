@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 
 import numpy as np
@@ -59,16 +60,37 @@ def test_a_file_written_by_the_page_is_the_one_that_save_writes(count, tmp_path)
     assert (tmp_path / "bank").read_bytes() == content
 
 
-@pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)
-def test_the_example_of_the_page_reads_every_bank(dtype, tmp_path, monkeypatch):
-    bank = MemoryBank(5, dtype=dtype)
-    tokens, _ = fill(bank, 9)
-    bank.save(tmp_path / "memory.safetensors")
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def read_bank():
+    """The reader of the page."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "def read_bank" in block)
+    assert re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE) == ["hashlib", "json", "struct", "numpy"]
     names = {}
-    exec(PAGE.split("```python\n")[1].split("```")[0], names)
-    assert torch.equal(names["rows"], stored(tokens, dtype))
-    assert ("scale" in names["tensors"]) == (dtype in QUANTIZED)
+    exec(compile(code, "bank_file.md", "exec"), names)
+    assert set(names["KINDS"]) == set(memory_file._DTYPES)
+    return names["read_bank"]
+
+
+@pytest.mark.parametrize("dtype", BANK_DTYPES, ids=ids)
+def test_the_reader_of_the_page_reads_every_bank(dtype, read_bank, tmp_path):
+    bank = MemoryBank(5, dtype=dtype)
+    tokens, positions = fill(bank, 9)
+    bank.save(tmp_path / "memory", metadata={"film": "片"})
+    read, places, text, tensors = read_bank(tmp_path / "memory")
+    assert torch.equal(torch.from_numpy(read), stored(tokens, dtype))
+    assert np.array_equal(places, positions) and text["film"] == "片"
+    assert ("scale" in tensors) == (dtype in QUANTIZED)
+
+
+def test_the_reader_of_the_page_sees_damage(read_bank, tmp_path):
+    bank = MemoryBank(5)
+    fill(bank, 9)
+    bank.save(tmp_path / "memory")
+    content = bytearray((tmp_path / "memory").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "memory").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        read_bank(tmp_path / "memory")
 
 
 def test_the_page_names_every_dtype():
