@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: what API pages begin with, and files outside docs/ that pages link to."""
+"""Hooks of MkDocs: what API pages show, files outside docs/ that pages link to, and pictures that open when clicked."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ REPOSITORY = "repository/"  # where files outside docs/ lie in the site
 IN_NAVIGATION = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 SHOWN_AS_CODE = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".toml": "toml"}
 _LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<path>[^)#\s:]+)(?P<after>(?:#[^)\s]*)?\))")
+
+_PICTURE = re.compile(r"^!\[[^\]]*\]\(([^)#\s]+)\)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -53,7 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         relative = posixpath.relpath(_in_site(path), posixpath.dirname(page.file.src_uri) or ".")
         return match["before"] + relative + match["after"]
 
-    return _LINK.sub(pointed, markdown)
+    return _PICTURE.sub(r"[\g<0>](\1)", _LINK.sub(pointed, markdown))
 
 
 def _in_repository(file: File, link: str) -> str | None:
