@@ -43,7 +43,7 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
 
     def backward(ctx, *grads):
         if op.backward is None:
-            raise RuntimeError(f"{op.name}: has no derivative (second derivatives are not supported)")
+            raise RuntimeError(f"{op.name}: has no derivative; second derivatives are not supported")
         grads = op.backward(BoundOps(ctx.backend), ctx, *grads)
         grads = grads if isinstance(grads, tuple) else (grads,)
         if lists:

@@ -19,11 +19,11 @@ def check_values(op: str, name: str, index: Tensor, low: int, rows: int) -> None
 def _check_block_sizes(op: str, name: str, sizes: object, size: int, x: Tensor) -> None:
     """Checks (blocks,) lengths of blocks of at most `size` rows that make up the rows of x (B, L, ...)."""
     check_tensor(op, name, sizes, "blocks", INDEX_DTYPES)
-    check_same(op, f"{name} must be on its device", x.device, sizes.device)
+    check_same(op, f"{name} and its rows must be on the same device", x.device, sizes.device)
     blocks, rows = sizes.shape[0], x.shape[1]
     require(
         rows <= blocks * size,
-        lambda: f"{op}: {name} must hold all {rows} rows in blocks of at most {size}, got {blocks} blocks",
+        lambda: f"{op}: {name} must cover all {rows} rows by blocks of at most {size} rows, got {blocks} blocks",
     )
     check_values(op, name, sizes, 0, size + 1)
     check_values(op, f"the sum of {name}", sizes.sum().unsqueeze(0), rows, rows + 1)
@@ -36,7 +36,7 @@ def check_pair_of_sizes(
     if isinstance(sizes, Tensor):
         sizes = sizes, sizes
     if not isinstance(sizes, tuple | list) or len(sizes) != 2:
-        raise TypeError(f"{op}: block_sizes must be a tensor or a pair of them, got {type(sizes).__name__}")
+        raise TypeError(f"{op}: block_sizes must be a tensor or a pair of tensors, got {type(sizes).__name__}")
     for name, given, size, x in zip("qk", sizes, block_size, (q, k), strict=True):
         _check_block_sizes(op, f"block_sizes of {name}", given, size, x)
     return tuple(sizes)

@@ -58,7 +58,7 @@ def _call_differentiated(name: str, args: tuple[Any, ...], backend: str) -> Any:
     if backend not in ("auto", "reference"):
         raise _dispatch.BackendError(
             f"{name}: backend {backend!r} has no derivative under torch.func or in forward mode; "
-            "'reference' has, and 'auto' takes it there"
+            "use 'reference', or 'auto', which selects it"
         )
     if op.backward is None:
         args = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)

@@ -20,7 +20,7 @@ def warn_if_asked(kernel: str) -> None:
     """Called before a kernel is launched that is not deterministic: warns where the flag is on, to warn only."""
     if torch.is_deterministic_algorithms_warn_only_enabled() and torch.are_deterministic_algorithms_enabled():
         warnings.warn(
-            f"{kernel} is not deterministic; torch.use_deterministic_algorithms(True) without warn_only takes a kernel"
-            " that is",
+            f"{kernel} is not deterministic; torch.use_deterministic_algorithms(True) without warn_only selects a"
+            " deterministic kernel",
             stacklevel=2,
         )

@@ -49,7 +49,7 @@ def check_backend(name: str, source: str) -> str:
         return name
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"{source}: must be one of {', '.join(choices)}, got {name!r}{hint}")
+    raise ValueError(f"{source} must be one of {', '.join(choices)}, got {name!r}{hint}")
 
 
 def requested(backend: str | None = None) -> str:
@@ -95,7 +95,7 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with use_backend("triton"):
         ...     out = cross_attention(q, k, v)
     """
-    check_backend(name, "use_backend")
+    check_backend(name, "use_backend: name")
     previous = getattr(_local, "backend", None)
     _local.backend = name
     try:
@@ -111,8 +111,8 @@ def _triton_missing() -> str | None:
 
 @cache
 def _too_old() -> str | None:
-    """Why this GPU cannot run the CUDA kernels in the build; the PTX of the lowest architecture runs on every later
-    GPU."""
+    """Why this GPU cannot run the CUDA kernels of the build, or None; the lowest architecture's PTX runs on later
+    GPUs."""
     lowest = min(int(arch.rstrip("af")) for arch in _extension.module.cuda_archs.split())
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (lowest // 10, lowest % 10)
     return None if 10 * major + minor >= lowest else f"built for sm_{lowest} and later, this GPU is sm_{major}{minor}"
@@ -201,8 +201,7 @@ def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., An
 
 
 def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """Wraps `run`, which reads memory directly: tensors with pending negation or lazy zeros go through the
-    dispatcher."""
+    """Wraps `run`, which reads memory directly, to send tensors with lazy negation or zeros through the dispatcher."""
 
     def run_or_dispatch(*args):
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
@@ -243,7 +242,7 @@ class Choice:
 
 def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> str:
     """The backend that runs this call; raises BackendError if an explicit one cannot."""
-    backend = check_backend(resolve(backend), op.name)
+    backend = check_backend(resolve(backend), f"{op.name}: backend")
     refused: dict[str, str] = {}
     chosen = backend
     if backend != "auto":
@@ -273,8 +272,7 @@ def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> s
 
 
 def bind(op: Op, args: tuple[Any, ...], backend: str) -> Callable[..., Any] | None:
-    """The kernel for calls like this one, including its gradient, to call without the dispatcher; None if that is
-    impossible."""
+    """The kernel for calls like this one, gradient included, without the dispatcher; None if only that can serve it."""
     device = op.device(args)
     chosen = select(op, device, args, backend)
     run = implementation(op, chosen, device, args)
@@ -346,8 +344,7 @@ def recording() -> Iterator[list[Choice]]:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
-    """Reports which backend each op of a call would use, and why other backends are refused, without computing
-    anything.
+    """Reports which backend each op of a call would use, and why others are refused, without computing anything.
 
     Args:
         function: a public function of this package, or any function that calls some.

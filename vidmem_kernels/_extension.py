@@ -34,7 +34,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 module, reason = _load()
 if reason is not None:
-    logger.warning("%s; every op runs its PyTorch reference, correct but slower", reason)
+    logger.warning("%s; every op runs its PyTorch reference, which is correct but slower", reason)
 
 
 @cache

@@ -108,7 +108,7 @@ def check_no_tangent(name: str, args: Sequence[Any]) -> None:
     if lost:
         raise RuntimeError(
             f"{name}: torch.ops.vidmem.{name} has no derivative under torch.func or in forward mode; "
-            "call the function of vidmem_kernels, which runs its reference there"
+            "call the public function of vidmem_kernels, which then runs its reference"
         )
 
 

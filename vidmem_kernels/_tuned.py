@@ -67,7 +67,7 @@ class Tunable:
 
     def __post_init__(self) -> None:
         if self.kernel in TUNABLES:
-            raise ValueError(f"{self.kernel} has a Tunable already")
+            raise ValueError(f"{self.kernel}: must have one Tunable, got another")
         TUNABLES[self.kernel] = self
         self._chosen = cache(self._choose)
 
@@ -92,7 +92,7 @@ class Tunable:
     def key(self, **fields: Any) -> str:
         """The entry of a table, such as "bf16 128 bias"."""
         if set(fields) != set(self.fields):
-            raise TypeError(f"{self.kernel}: the tile depends on {', '.join(self.fields)}; got {', '.join(fields)}")
+            raise TypeError(f"{self.kernel}: fields must be {', '.join(self.fields)}, got {', '.join(fields)}")
         return " ".join(str(fields[name]) for name in self.fields if fields[name] != "")
 
     @contextmanager
@@ -113,8 +113,8 @@ class Tunable:
             return Chosen(self.kernel, key, default, DEFAULT)
         if tile.keys() != default.keys():  # the kernel has other constants now than when it was tuned
             raise ValueError(
-                f"{FOLDER.name}/{name}.json: {self.kernel}[{key}] has {', '.join(tile)}, the kernel takes "
-                f"{', '.join(default)}; run benchmarks/tune.py again or remove the entry"
+                f"{FOLDER.name}/{name}.json: {self.kernel}[{key}] must have {', '.join(default)}, "
+                f"got {', '.join(tile)}; run benchmarks/tune.py again or remove the entry"
             )
         return Chosen(self.kernel, key, tile, name)
 

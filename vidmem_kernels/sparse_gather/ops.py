@@ -39,7 +39,7 @@ def _gather_backward(ops, ctx, grad):
         wider = torch.promote_types(grad.dtype, ctx.bank_dtype)
         return scatter(grad.to(wider)).to(ctx.bank_dtype), None, None, None
     if ctx.needs_input_grad[0]:
-        raise RuntimeError("gather_tokens: a quantised bank has no gradient, but requires one")
+        raise RuntimeError("gather_tokens: bank must not require a gradient, which 8-bit dtypes cannot have; detach it")
     # out = scale * row, so d/dscale is <grad, row>; the rows are read once more, unscaled.
     row = ops.gather_tokens(bank, index, torch.ones_like(scale, pin_memory=scale.is_pinned()), torch.float32)
     along = (grad.to(torch.float32) * row).sum(dim=2, keepdim=True)
