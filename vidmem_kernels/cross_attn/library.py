@@ -26,12 +26,12 @@ def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, bl
     """Why none of the libraries can compute these results, or None."""
     for name, value in {"window": window, "block_index": block_index}.items():
         if value is not None:
-            return f"{name} is given"
+            return f"does not support {name}"
     size, value_size = q.shape[3], v.shape[3]
     if size != value_size:
-        return f"D={size} and Dv={value_size} differ"
+        return f"needs D equal to Dv, got {size} and {value_size}"
     if 0 in q.shape or k.shape[1] == 0:
-        return "an input is empty"
+        return "needs tensors that are not empty"
     if why := refuse_float64(q):
         return why
     if q.device.type == "cpu":
@@ -41,9 +41,9 @@ def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, bl
     if q.dtype not in HALF:
         return f"needs {names(HALF)} on cuda, got {names([q.dtype])}"
     if size % 8 or size > 256:
-        return f"D={size} is not a multiple of 8 up to 256"
+        return f"needs D to be a multiple of 8 up to 256, got {size}"
     if not 0 < scale < math.inf:  # the largest product is taken for the largest score
-        return f"scale={scale} is not positive"
+        return f"needs a positive scale, got {scale}"
     if capability(q.device) < (8, 0):
         return "needs compute capability 8.0 or later"
     return None

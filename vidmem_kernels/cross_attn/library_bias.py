@@ -44,13 +44,17 @@ def refuse_gradient(q: Tensor, key_bias: Tensor) -> str | None:
     """Why the gradient of a bias cannot be a channel."""
     if key_bias.dtype == q.dtype:
         return None
-    return f"the gradient of a key bias would be rounded to {names([q.dtype])}, it is {names([key_bias.dtype])}"
+    return f"would round the gradient of a {names([key_bias.dtype])} key_bias to {names([q.dtype])}"
 
 
 def avoid(q: Tensor, k: Tensor) -> str | None:
     """Why our kernel is faster than widened tensors, or None."""
     scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
-    return None if scores >= _WORTH else "too few scores to pay for key bias channels"
+    return (
+        None
+        if scores >= _WORTH
+        else "slower than our kernel here: too few scores to pay for the extra channels of the bias"
+    )
 
 
 def width(size: int) -> int:

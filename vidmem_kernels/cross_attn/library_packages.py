@@ -78,7 +78,7 @@ class Package:
             return f"needs compute capability {' or '.join(f'{a}.{b}' for a, b in self.capabilities)}"
         if key_bias is None:
             return None
-        return bias.refuse(q, scale, self.bias_sizes) if self.bias_sizes else "key_bias is given"
+        return bias.refuse(q, scale, self.bias_sizes) if self.bias_sizes else "does not support key_bias"
 
     def avoid(self, q, k, v, key_bias, *options) -> str | None:
         """Why other backends are faster."""
@@ -107,7 +107,7 @@ class _FA4(Package):
         if why := super().refuse_tensors(q, key_bias, scale):
             return why
         if capability(q.device) >= (10, 0) and 128 < size < 256:
-            return f"D={size} is over 128 and not 256"
+            return f"needs D of at most 128 or 256, got {size}"
         return None
 
     def bias_width(self, q: Tensor) -> int:
@@ -165,9 +165,9 @@ def fa4_backward(
 def refuse_fa3_backward(grad_out, grad_lse, q, k, v, key_bias, out, lse, *options) -> str | None:
     """Why FA3 cannot compute these gradients."""
     if grad_lse is not None:
-        return "lse has a gradient"
+        return "does not support a gradient of lse"
     if key_bias is not None:
-        return "key_bias is given"
+        return "does not support key_bias"
     return FA3.refuse_tensors(q, None, options[-1]) or _load(*_FA3_BACKWARD)[1]
 
 

@@ -42,17 +42,17 @@ def _heads_second(out: Tensor, dtype: torch.dtype) -> Tensor:
 def _refuse_cudnn(q: Tensor, k: Tensor) -> str | None:
     """Where torch itself prefers cuDNN to flash, and that is right."""
     if not torch.backends.cuda.cudnn_sdp_enabled():
-        return "torch.backends.cuda.enable_cudnn_sdp(False) was called"
+        return "is disabled by torch.backends.cuda.enable_cudnn_sdp(False)"
     if capability(q.device) not in ((9, 0), (10, 0), (10, 3)):
         return "needs compute capability 9.0, 10.0 or 10.3"
     version = torch.backends.cudnn.version() or 0
     if version <= 91500:  # until then wrong for some lengths that 128 does not divide (pytorch/pytorch 169849)
         return f"needs cuDNN 9.15.1, got {version}"
     if q.shape[3] > 128:
-        return f"D={q.shape[3]} is over 128"
+        return f"needs D of at most 128, got {q.shape[3]}"
     if k.shape[0] > 1 and k.stride(0) == 0:
-        return "keys that serve a whole batch have a stride of 0"  # as below: its graph does not take it
-    return "a length is 1" if 1 in (q.shape[1], k.shape[1]) else None
+        return "does not support keys shared by the batch, which have stride 0"  # as below: its graph does not take it
+    return "needs sequences longer than 1" if 1 in (q.shape[1], k.shape[1]) else None
 
 
 def refuse_cudnn(q, k, v, key_bias, *options) -> str | None:
@@ -97,16 +97,16 @@ def _cudnn_lse_dim(device: torch.device, dtype: torch.dtype) -> int:
 def refuse_cudnn_backward(grad_out, grad_lse, q, k, v, key_bias, *rest) -> str | None:
     """Why cuDNN cannot compute these gradients."""
     if key_bias is not None:
-        return "key_bias is given"
+        return "does not support key_bias"
     if must_be_deterministic():
-        return "is not deterministic, as torch.use_deterministic_algorithms(True) asks"
+        return "is not deterministic, which torch.use_deterministic_algorithms(True) requires"
     return _refuse_cudnn(q, k)
 
 
 def avoid_second_pass(grad_out, grad_lse, *rest) -> str | None:
     """A gradient of lse costs these libraries a second forward and backward, and our kernel nothing."""
     if grad_lse is not None:
-        return "the gradient of lse takes a second pass"
+        return "slower: the gradient of lse needs a second pass"
     return None
 
 
@@ -141,7 +141,7 @@ def cudnn_backward(
 
 def refuse_flash(q, k, v, key_bias, *options) -> str | None:
     """Why torch's flash cannot run a call."""
-    return None if key_bias is None else "key_bias is given"
+    return None if key_bias is None else "does not support key_bias"
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ def refuse_flash_backward(grad_out, grad_lse, q, k, v, key_bias, *rest) -> str |
 def avoid_flash_backward(grad_out, grad_lse, q, *rest) -> str | None:
     """Why other backends are faster than torch's flash."""
     if q.device.type == "cuda" and must_be_deterministic():
-        return "deterministic, it takes longer than our kernel"
+        return "its deterministic kernel is slower than ours"
     return avoid_second_pass(grad_out, grad_lse) if q.device.type == "cuda" else None
 
 

@@ -119,7 +119,7 @@ register_op(
 
 def _refuse_triton_mixed(q, k, v, *rest) -> str | None:
     if k.dtype == torch.float8_e4m3fn and q.device.type == "cuda" and capability(q.device) < (8, 9):
-        return "rows of float8 need compute capability 8.9 or later"
+        return "float8 rows need compute capability 8.9 or later"
     return _refuse_triton(q, k, v)
 
 

@@ -172,7 +172,7 @@ def test_merged_attention_is_that_to_all_keys(backend, device):
 
 def test_float64_runs_the_reference(backend, device):
     outs, lses = states(2, dtype=F64, wide=F64, device=device)
-    with pytest.raises(vk.BackendError, match="float64 is for checks"):
+    with pytest.raises(vk.BackendError, match="float64 is only run by the reference"):
         merge_attention_states(outs, lses, backend=backend)
 
 
