@@ -27,8 +27,8 @@ from ._tuned import Chosen
 logger = logging.getLogger("vidmem_kernels")
 
 BACKENDS = ("cpu", "triton", "cuda", "library", "reference")
-ENVIRONMENT = "environment"  # what an op of a compiled graph is given where the user named no backend
-# On the CPU our kernels beat SDPA's, on a GPU a library that can take a call is the hardest to beat.
+ENVIRONMENT = "environment"  # the backend argument of an op in a compiled graph if the user named none
+# On the CPU our kernels are faster than SDPA's; on a GPU a library that supports the call is usually the fastest.
 LADDERS = {
     "cpu": ("cpu", "library", "reference"),
     "cuda": ("library", "triton", "cuda", "reference"),
@@ -60,7 +60,7 @@ def requested(backend: str | None = None) -> str:
     chosen = getattr(_local, "backend", None)
     if chosen is not None:
         return chosen
-    # A compiled graph, which would keep what it was traced with, reads the variable whenever it runs.
+    # A compiled graph would keep the value of its trace, so it reads the variable each time it runs.
     return ENVIRONMENT if torch.compiler.is_compiling() else resolve(ENVIRONMENT)
 
 
@@ -294,7 +294,7 @@ def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, re
         choice.refused = refused | {f"library {name}": why for name, why in others.items()}
     if chosen == "triton":
         module = importlib.import_module(f"{op.family}.{op.triton}")
-        tiles = getattr(module, op.launch.replace("launch_", "tiles_"), None)  # not every kernel has any to choose
+        tiles = getattr(module, op.launch.replace("launch_", "tiles_"), None)  # some kernels have no tile to choose
         choice.tiles = tiles(*args) if tiles else []
     return choice
 
@@ -361,12 +361,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # The shape environment gives numbers that depend on data a symbol, such as a plan's rows under a threshold.
+    # With a shape environment, numbers that depend on data, such as the rows of a plan with a threshold, get a symbol.
     fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         imitation = fakes.from_tensor(tensor, static_shapes=True)
-        imitation._vidmem_pinned = is_pinned(tensor)  # a fake one says no
+        imitation._vidmem_pinned = is_pinned(tensor)  # a fake tensor is never pinned
         return imitation
 
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))
