@@ -1,7 +1,7 @@
 """Fused kernels for video models with long memory: token merging, sparse gathering, linear and cross-attention.
 
-The ops of every family are registered by `load_families`, which finds them. The public functions of a family are what
-its api.py lists in `__all__`; it is imported by name here, for editors and type checkers follow that and no loop.
+`load_families` finds and registers the ops of every family. The public functions of a family are those in `__all__` of
+its api.py; each api.py is imported by name here because editors and type checkers do not follow a loop.
 """
 
 from . import _requirements

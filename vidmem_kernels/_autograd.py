@@ -1,4 +1,4 @@
-"""The gradient of an op: one `torch.autograd.Function` each, below the dispatcher and on the fast path."""
+"""Makes the `torch.autograd.Function` of each op, used below the dispatcher and on the fast path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._op import OPS, Op
 
 
 class BoundOps:
-    """torch.ops.vidmem with the backend of the forward call: what gradients are computed with."""
+    """torch.ops.vidmem with the backend of the forward call, for the backward pass."""
 
     def __init__(self, backend: str):
         self._backend = backend
@@ -24,9 +24,9 @@ class BoundOps:
 
 
 def make_function(op: Op) -> type[torch.autograd.Function]:
-    """The Function of an op: `apply(*arguments, backend, run)` gives `run(*arguments)` with its gradient.
+    """Makes the Function of an op: `apply(*arguments, backend, run)` returns `run(*arguments)` with its gradient.
 
-    autograd sees no tensors in lists, so an op with lists takes `apply(*leaves, structure, backend, run)`.
+    autograd does not see tensors in lists, so an op with lists takes `apply(*leaves, structure, backend, run)`.
     """
     lists = op.has_lists
 
@@ -43,7 +43,7 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
 
     def backward(ctx, *grads):
         if op.backward is None:
-            raise RuntimeError(f"{op.name}: has no derivative (second derivatives are not supported)")
+            raise RuntimeError(f"{op.name}: has no derivative; second derivatives are not supported")
         grads = op.backward(BoundOps(ctx.backend), ctx, *grads)
         grads = grads if isinstance(grads, tuple) else (grads,)
         if lists:
@@ -55,7 +55,7 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
 
 
 def autograd_kernel(op: Op) -> Callable[..., Any]:
-    """What is registered at the op's Autograd key."""
+    """The kernel to register at the op's Autograd key."""
 
     def kernel(keyset, *args):
         _transforms.check_no_tangent(op.name, args)

@@ -1,4 +1,4 @@
-"""How a public function calls its op."""
+"""Calls an op on behalf of a public function."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ._op import OPS
 
 
 def call(name: str, *args: Any, backend: str | None) -> Any:
-    """Calls an op: through the dispatcher, or by its reference where a transform takes the derivative.
+    """Calls an op by the dispatcher, or its reference if a transform takes the derivative.
 
     Args:
-        name: of the op.
+        name: name of the op.
         *args: its arguments.
-        backend: what the user gave as such.
+        backend: the user's `backend` argument.
+
+    Returns:
+        The results of the op.
 
     Raises:
         ValueError: there is no such backend.
@@ -41,24 +44,24 @@ def _call_uncompiled(name: str, args: tuple[Any, ...], backend: str) -> Any:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    # Of a tensor whose tangent has other strides, torch.compile can make no view.
+    # torch.compile cannot make a view of a tensor whose tangent has other strides.
     return tensor.clone(memory_format=torch.contiguous_format) if tensor.is_floating_point() else tensor
 
 
 @_transforms.when_traced
 def _keep_whole(name: str) -> None:
-    """Makes torch.compile take the reference as one node of its graph, whose operations AOTAutograd then traces."""
+    """Makes torch.compile keep the reference as one node of its graph, which AOTAutograd then traces."""
     torch.compiler.allow_in_graph(OPS[name].differentiable)
 
 
 def _call_differentiated(name: str, args: tuple[Any, ...], backend: str) -> Any:
-    """The reference as plain torch operations, which have every derivative; indices have none and take a kernel."""
+    """Runs the reference as plain PyTorch, which has all derivatives; ops without a gradient keep their kernel."""
     op = OPS[name]
     backend = _dispatch.resolve(backend)
     if backend not in ("auto", "reference"):
         raise _dispatch.BackendError(
             f"{name}: backend {backend!r} has no derivative under torch.func or in forward mode; "
-            "'reference' has, and 'auto' takes it there"
+            "use 'reference', or 'auto', which selects it"
         )
     if op.backward is None:
         args = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)

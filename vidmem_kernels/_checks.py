@@ -1,4 +1,5 @@
-"""Argument checks shared by the families' api.py: one error format, `<op>: <what must hold>, got <what came>`."""
+"""Argument checks shared by the families' api.py; all errors have the form `<op>: <what must hold>, got <what
+came>`."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def names(dtypes: Sequence[torch.dtype]) -> str:
 def check_tensor(
     op: str, name: str, tensor: object, shape: str, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
 ) -> torch.Tensor:
-    """Checks that `tensor` is one, of the number of dimensions that `shape` ("B, N, C") names and of a dtype."""
+    """Checks that `tensor` is a tensor with the number of dimensions of `shape` ("B, N, C") and one of the dtypes."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dim() != shape.count(",") + 1:
@@ -39,7 +40,7 @@ def _out_of_bounds(op: str, name: str, value: int, low: int, high: int | None) -
 
 
 def check_int(op: str, name: str, value: object, low: int, high: int | None = None) -> None:
-    """Checks that `value` is an int (or a symbolic one) in [low, high]."""
+    """Checks that `value` is an int (or a symbolic int) in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     require(value >= low, _out_of_bounds, op, name, value, low, high)
@@ -48,7 +49,7 @@ def check_int(op: str, name: str, value: object, low: int, high: int | None = No
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is an int or a float, or a symbolic one; a bool is not."""
+    """Whether `value` is an int, a float or a symbolic number; a bool is not."""
     return isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
 
 
@@ -59,15 +60,15 @@ def check_number(op: str, name: str, value: object) -> None:
 
 
 def check_finite(op: str, name: str, value: object) -> None:
-    """Checks that `value` is a number, neither NaN nor infinite."""
+    """Checks that `value` is a finite number."""
     check_number(op, name, value)
-    # Comparisons alone, which a compiled graph keeps for every value; math.isfinite would fix a symbolic one.
+    # Only comparisons, which a compiled graph keeps for every value; math.isfinite would specialise a symbolic number.
     if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def check_same(op: str, what: str, first: object, second: object) -> None:
-    """Checks that two sizes, shapes, dtypes or devices agree; `what` names both, e.g. "q and k must have one D"."""
+    """Checks that two sizes, shapes, dtypes or devices are equal; `what` names both: "q and k must have the same D"."""
     if isinstance(first, tuple):
         require_same(first, second, lambda: f"{op}: {what}, got {first} and {second}")
     elif first != second:
@@ -75,12 +76,12 @@ def check_same(op: str, what: str, first: object, second: object) -> None:
 
 
 def check_same_dtype(op: str, **tensors: torch.Tensor) -> torch.dtype:
-    """Checks that tensors which autocast casts agree in dtype; returns the dtype that the op will see."""
+    """Checks that tensors have the same dtype after autocast; returns the dtype that the op will see."""
     first_name = next(iter(tensors))
     seen = {}
     for name, tensor in tensors.items():
         seen[name] = tensor.dtype
-        # torch raises where it is asked for the autocast of meta tensors.
+        # torch raises an error if asked for the autocast of meta tensors.
         autocast = tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
         if autocast and tensor.dtype != torch.float64:
             seen[name] = torch.get_autocast_dtype(tensor.device.type)
@@ -89,12 +90,12 @@ def check_same_dtype(op: str, **tensors: torch.Tensor) -> torch.dtype:
 
 
 def is_one(size: int | torch.SymInt) -> bool:
-    """Whether a size is 1 and may be broadcast: a symbolic one never stands for 1."""
+    """Whether a size is 1 and may be broadcast; a symbolic size never counts as 1."""
     return isinstance(size, int) and size == 1
 
 
 def common_batch(op: str, **tensors: torch.Tensor) -> int:
-    """The batch of two tensors, checked to be the same, or that of the other where one of them has a batch of 1."""
+    """Checks that two tensors have the same batch, or one has batch 1; returns the batch of the result."""
     (first, a), (second, b) = ((name, tensor.shape[0]) for name, tensor in tensors.items())
     for one, other in ((a, b), (b, a)):
         if is_one(one):

@@ -1,7 +1,7 @@
-"""What `torch.use_deterministic_algorithms` asks of our kernels: that of torch's own attention.
+"""Follows `torch.use_deterministic_algorithms`, in the same way as PyTorch's own attention.
 
-With it on, a call gives the same bits each time. With `warn_only=True` the faster kernel runs, as torch's flash and
-cuDNN attention do then, and warns. The flag is read whenever a kernel is launched, so a compiled graph follows it too.
+With the flag on, a call returns the same bits every time. With `warn_only=True` the faster kernel runs and warns, as
+PyTorch's flash and cuDNN attention do. The flag is read at every kernel launch, so compiled graphs follow it too.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 
 
 def must_be_deterministic() -> bool:
-    """Whether a kernel may not give other bits from run to run: the flag is on, and not to warn only."""
+    """Whether a kernel must give the same bits in every run: the flag is on, without `warn_only`."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def warn_if_asked(kernel: str) -> None:
-    """Called before a kernel is launched that is not deterministic: warns where the flag is on, to warn only."""
+    """Warns before the launch of a kernel that is not deterministic, if the flag is on with `warn_only`."""
     if torch.is_deterministic_algorithms_warn_only_enabled() and torch.are_deterministic_algorithms_enabled():
         warnings.warn(
-            f"{kernel} is not deterministic; torch.use_deterministic_algorithms(True) without warn_only takes a kernel"
-            " that is",
+            f"{kernel} is not deterministic; torch.use_deterministic_algorithms(True) without warn_only selects a"
+            " deterministic kernel",
             stacklevel=2,
         )

@@ -27,8 +27,8 @@ from ._tuned import Chosen
 logger = logging.getLogger("vidmem_kernels")
 
 BACKENDS = ("cpu", "triton", "cuda", "library", "reference")
-ENVIRONMENT = "environment"  # what an op of a compiled graph is given where the user named no backend
-# On the CPU our kernels beat SDPA's, on a GPU a library that can take a call is the hardest to beat.
+ENVIRONMENT = "environment"  # the backend argument of an op in a compiled graph if the user named none
+# On the CPU our kernels are faster than SDPA's; on a GPU a library that supports the call is usually the fastest.
 LADDERS = {
     "cpu": ("cpu", "library", "reference"),
     "cuda": ("library", "triton", "cuda", "reference"),
@@ -49,7 +49,7 @@ def check_backend(name: str, source: str) -> str:
         return name
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"{source}: must be one of {', '.join(choices)}, got {name!r}{hint}")
+    raise ValueError(f"{source} must be one of {', '.join(choices)}, got {name!r}{hint}")
 
 
 def requested(backend: str | None = None) -> str:
@@ -60,7 +60,7 @@ def requested(backend: str | None = None) -> str:
     chosen = getattr(_local, "backend", None)
     if chosen is not None:
         return chosen
-    # A compiled graph, which would keep what it was traced with, reads the variable whenever it runs.
+    # A compiled graph would keep the value of its trace, so it reads the variable each time it runs.
     return ENVIRONMENT if torch.compiler.is_compiling() else resolve(ENVIRONMENT)
 
 
@@ -95,7 +95,7 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with use_backend("triton"):
         ...     out = cross_attention(q, k, v)
     """
-    check_backend(name, "use_backend")
+    check_backend(name, "use_backend: name")
     previous = getattr(_local, "backend", None)
     _local.backend = name
     try:
@@ -111,8 +111,8 @@ def _triton_missing() -> str | None:
 
 @cache
 def _too_old() -> str | None:
-    """Why this GPU cannot run the CUDA kernels in the build; the PTX of the lowest architecture runs on every later
-    GPU."""
+    """Why this GPU cannot run the CUDA kernels of the build, or None; the lowest architecture's PTX runs on later
+    GPUs."""
     lowest = min(int(arch.rstrip("af")) for arch in _extension.module.cuda_archs.split())
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (lowest // 10, lowest % 10)
     return None if 10 * major + minor >= lowest else f"built for sm_{lowest} and later, this GPU is sm_{major}{minor}"
@@ -201,8 +201,7 @@ def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., An
 
 
 def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """Wraps `run`, which reads memory directly: tensors with pending negation or lazy zeros go through the
-    dispatcher."""
+    """Wraps `run`, which reads memory directly, to send tensors with lazy negation or zeros through the dispatcher."""
 
     def run_or_dispatch(*args):
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
@@ -243,7 +242,7 @@ class Choice:
 
 def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> str:
     """The backend that runs this call; raises BackendError if an explicit one cannot."""
-    backend = check_backend(resolve(backend), op.name)
+    backend = check_backend(resolve(backend), f"{op.name}: backend")
     refused: dict[str, str] = {}
     chosen = backend
     if backend != "auto":
@@ -273,8 +272,7 @@ def select(op: Op, device: torch.device, args: Sequence[Any], backend: str) -> s
 
 
 def bind(op: Op, args: tuple[Any, ...], backend: str) -> Callable[..., Any] | None:
-    """The kernel for calls like this one, including its gradient, to call without the dispatcher; None if that is
-    impossible."""
+    """The kernel for calls like this one, gradient included, without the dispatcher; None if only that can serve it."""
     device = op.device(args)
     chosen = select(op, device, args, backend)
     run = implementation(op, chosen, device, args)
@@ -296,7 +294,7 @@ def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, re
         choice.refused = refused | {f"library {name}": why for name, why in others.items()}
     if chosen == "triton":
         module = importlib.import_module(f"{op.family}.{op.triton}")
-        tiles = getattr(module, op.launch.replace("launch_", "tiles_"), None)  # not every kernel has any to choose
+        tiles = getattr(module, op.launch.replace("launch_", "tiles_"), None)  # some kernels have no tile to choose
         choice.tiles = tiles(*args) if tiles else []
     return choice
 
@@ -346,8 +344,7 @@ def recording() -> Iterator[list[Choice]]:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
-    """Reports which backend each op of a call would use, and why other backends are refused, without computing
-    anything.
+    """Reports which backend each op of a call would use, and why others are refused, without computing anything.
 
     Args:
         function: a public function of this package, or any function that calls some.
@@ -364,12 +361,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # The shape environment gives numbers that depend on data a symbol, such as a plan's rows under a threshold.
+    # With a shape environment, numbers that depend on data, such as the rows of a plan with a threshold, get a symbol.
     fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         imitation = fakes.from_tensor(tensor, static_shapes=True)
-        imitation._vidmem_pinned = is_pinned(tensor)  # a fake one says no
+        imitation._vidmem_pinned = is_pinned(tensor)  # a fake tensor is never pinned
         return imitation
 
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, `vidmem_kernels._C`, once, and keeps the reason when that fails."""
+"""Loads the compiled kernels, `vidmem_kernels._C`, once, and keeps the reason if that fails."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 module, reason = _load()
 if reason is not None:
-    logger.warning("%s; every op runs its PyTorch reference, correct but slower", reason)
+    logger.warning("%s; every op runs its PyTorch reference, which is correct but slower", reason)
 
 
 @cache
 def has_kernel(op: str, device_type: str) -> bool:
-    """Whether _C holds a kernel of `op` for tensors on `device_type`."""
+    """Whether _C has a kernel of `op` for tensors on `device_type`."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"vidmem_cpp::{op}", key)
 
 
 @cache
 def cuda_fingerprint(op: str) -> str | None:
-    """Fingerprint (see `_verified`) of the CUDA sources of `op` that _C was built beside, or None."""
+    """Fingerprint (see `_verified`) of the CUDA sources of `op` in the build of _C, or None."""
     noted = getattr(module, "cuda_fingerprints", "")
     return dict(entry.split("=") for entry in noted.split()).get(op)

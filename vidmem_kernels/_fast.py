@@ -1,9 +1,9 @@
-"""The fast path: a call that was made before goes straight to its kernel.
+"""The fast path: repeats an earlier call by launching its kernel directly.
 
-What decides how a call is served (op, devices, dtypes, sizes, strides, options, environment) is the key of a table of
-remembered calls; an entry holds the kernel and where its arguments come from. A hit saves the checks and torch's Python
-dispatcher, most of what an op on small tensors costs. The path steps aside for all that only the dispatcher knows how
-to serve: autocast, dispatch and function modes, transforms, forward-mode gradients, tracing, `explain`, subclasses.
+A table maps everything that determines how a call runs (op, devices, dtypes, sizes, strides, options, environment) to
+the kernel and to where its arguments come from. A hit skips the argument checks and PyTorch's Python dispatcher, which
+take most of the time of an op on small tensors. Calls that need the dispatcher do not use the fast path: autocast,
+dispatch and function modes, transforms, forward-mode gradients, tracing, `explain`, tensor subclasses.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.nn import Parameter
 from . import _dispatch, _env, _extension
 from ._op import Op
 
-MAX_REMEMBERED = 4096  # calls of one function; beyond, the table starts anew
+MAX_REMEMBERED = 4096  # calls per function; then the table is cleared
 
 Runner = Callable[[Sequence[Tensor]], Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
-# By short names, since looking up torch._C.x takes as long as calling it.
+# Short names, because looking up torch._C.x takes as long as calling it.
 _transform_depth = torch._C._functorch.get_dynamic_layer_stack_depth
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _autocast, _jit_trace = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
@@ -39,11 +39,11 @@ _cudnn_sdpa, _flash_sdpa = torch._C._get_cudnn_sdp_enabled, torch._C._get_flash_
 _compiling = torch.compiler.is_compiling
 _SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype})
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
-_watch = threading.local()  # .calls: the op calls of a public function that is being remembered
+_watch = threading.local()  # .calls: the op calls of the public function that is being recorded
 
 
 def _is_plain() -> bool:
-    """Whether nothing is under way on this thread that the dispatcher would have to serve."""
+    """Whether nothing is active on this thread that needs the dispatcher."""
     return not (
         _transform_depth()
         or forward_ad._current_level >= 0
@@ -58,7 +58,7 @@ def _is_plain() -> bool:
 
 
 def _surroundings() -> list[Any]:
-    """What decides beside the arguments: the start of a key."""
+    """The state besides the arguments that determines how a call runs: the start of a key."""
     module = _extension.module
     return [
         _grad(),
@@ -74,7 +74,7 @@ def _surroundings() -> list[Any]:
 
 
 def _describe(values: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> bool:
-    """Adds to a key what decides how these arguments are served; False if one of them is not a plain value."""
+    """Adds what determines how these arguments run to a key; returns False if one of them is not a plain value."""
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
@@ -99,13 +99,13 @@ def _key(values: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...] | None
     except RuntimeError:  # sparse and nested tensors have no strides
         return None
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
-    if len(places) < len(tensors):  # which of them are one: an entry tells its tensors apart by identity
+    if len(places) < len(tensors):  # some are the same object, and an entry distinguishes its tensors by identity
         key += [places[id(tensor)] for tensor in tensors]
     return tuple(key)
 
 
 def fast(function: F) -> F:
-    """Decorator of a public function that calls one op, by `_call.call`: remembers how its calls were served."""
+    """Decorator for a public function that calls one op by `_call.call`: repeats its calls by the fast path."""
     remembered: dict[tuple[Any, ...], Runner | None] = {}
     _tables.append(remembered)
 
@@ -139,7 +139,7 @@ _tables: list[dict] = []
 
 
 def call_op(op: Op, args: tuple[Any, ...], backend: str) -> Any:
-    """Calls an op as torch.ops.vidmem does, where no gradient is recorded: what a backward pass calls."""
+    """Calls an op as torch.ops.vidmem does, for backward passes, where no gradient is recorded."""
     if _compiling() or _grad() or not _is_plain():
         return op.overload(*args, backend)
     tensors: list[Tensor] = []
@@ -156,14 +156,15 @@ def call_op(op: Op, args: tuple[Any, ...], backend: str) -> Any:
 
 
 def watch(op: Op, args: Sequence[Any], backend: str, raw: Any) -> None:
-    """Tells a public function that is being remembered which op it called, and what that returned."""
+    """Reports an op call and its result to the public function that is being recorded."""
     calls = getattr(_watch, "calls", None)
     if calls is not None:
         calls.append((op, args, backend, raw))
 
 
 def _pick(value: Any, tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Any] | None:
-    """How to make `value` anew of other tensors in the places of these; None if it has a tensor that is not there."""
+    """Makes a function that rebuilds `value` from other tensors in the same places; None if a tensor of it is not
+    there."""
     if isinstance(value, Tensor):
         place = next((i for i, t in enumerate(tensors) if t is value), None)
         return None if place is None else operator.itemgetter(place)
@@ -175,7 +176,7 @@ def _pick(value: Any, tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]],
     make = type(value)._make if hasattr(value, "_make") else type(value)
     if any(isinstance(v, tuple | list) for v in value) or len(value) < 2:
         return lambda found: make([part(found) for part in parts])
-    # Flat, as nearly all are: one pass over tensors and constants.
+    # Flat, the usual case: one pass over tensors and constants.
     constants = [v for v in value if not isinstance(v, Tensor)]
     places, n = [], len(tensors)
     for v in value:
@@ -191,7 +192,8 @@ def _pick(value: Any, tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]],
 def _runner(
     op: Op, args: Sequence[Any], backend: str, raw: Any, tensors: Sequence[Tensor], results: Any
 ) -> Runner | None:
-    """What a hit runs: the op's kernel on these tensors, and the public function's results of it; None if it cannot."""
+    """The function that a hit runs: it calls the op's kernel and builds the public results; None if that is
+    impossible."""
     devices = {t.device for t in tensors}
     if len(devices) != 1 or next(iter(devices)).type not in _dispatch.LADDERS:
         return None

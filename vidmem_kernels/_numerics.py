@@ -1,4 +1,4 @@
-"""What the references of several families share: the dtype of sums, the check of an index, a sum that is in order."""
+"""Numerics shared by the references of several families: the accumulation dtype, the index check, an ordered sum."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype that sums are kept in: float32, but float64 for float64."""
+    """The dtype in which sums are accumulated: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_index(op: str, name: str, index: Tensor, low: int, rows: int) -> None:
-    """Raises IndexError unless every element of `index` is in [low, rows - 1]; waits for a GPU.
+    """Raises IndexError unless all of `index` is in [low, rows - 1]; synchronises with a GPU.
 
-    Under torch.func the values below the transforms are looked at; in a trace there are none to look at.
+    Under torch.func it checks the values below the transforms; in a trace there are none to check.
     """
     while _functorch.is_functorch_wrapped_tensor(index):
         index = _functorch.get_unwrapped(index)
@@ -30,11 +30,12 @@ def check_index(op: str, name: str, index: Tensor, low: int, rows: int) -> None:
 
 
 def add_rows(out: Tensor, row: Tensor, values: Tensor) -> Tensor:
-    """`out` with `values` (K, C) added to its rows (K,); rows of equal index are added in order of K on every device.
+    """`out` with `values` (K, C) added to its rows (K,); rows with the same index are added in order of K on every
+    device.
 
-    A new tensor: what adds in place cannot be batched by torch.func.
+    Returns a new tensor, since torch.func cannot batch in-place additions.
     """
-    # index_put sorts on CUDA, index_add is in order on the CPU only.
+    # index_put sorts on CUDA; index_add adds in order only on the CPU.
     if out.device.type == "cpu":
         return out.index_add(0, row, values)
     return out.index_put((row,), values, accumulate=True)

@@ -1,4 +1,4 @@
-"""What is known of an op, and the table of all of them; nothing here runs a kernel.
+"""The description of an op, and the table of all ops; nothing here runs a kernel.
 
 `_registry.register_op` fills the table. `_dispatch`, `_fast`, `_autograd`, `_transforms` and `_sharding` read it.
 """
@@ -19,15 +19,15 @@ OPS: dict[str, Op] = {}
 
 @dataclass(frozen=True)
 class Library:
-    """A library that computes an op on some kinds of device.
+    """A library that computes an op on some types of device.
 
     Attributes:
-        name: as `explain` shows it.
-        devices: device types it is for.
+        name: name that `explain` shows.
+        devices: device types that it supports.
         call: function of the op's arguments that returns its results.
         refuse: function of the op's arguments that returns why it cannot run them, or None.
-        avoid: function of the op's arguments that returns why other backends are faster, or None. It runs the call
-            where it is asked for, or nothing else but the reference can.
+        avoid: function of the op's arguments that returns why other backends are faster, or None. The library still
+            runs the call if requested explicitly, or if the reference is the only alternative.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Library:
 
 @dataclass(eq=False)
 class Op:
-    """What the registry knows of one op; see `_registry.register_op` for the fields."""
+    """The description of one op; see `_registry.register_op` for the fields."""
 
     name: str
     family: str
@@ -81,8 +81,7 @@ class Op:
         return differentiable
 
     def cast(self, args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-        """The arguments as autocast to `dtype` wants them: float64 stays, as in torch's own autocast, and so do rows
-        of 8 bits, which have scales."""
+        """The arguments cast by autocast to `dtype`; float64 and 8-bit rows with scales are left unchanged."""
 
         def lower(tensor: torch.Tensor) -> torch.Tensor:
             lowers = tensor.is_floating_point() and 1 < tensor.dtype.itemsize < 8
@@ -95,19 +94,19 @@ class Op:
         return tuple(cast)
 
     def apply(self, args: tuple[Any, ...], backend: str, run: Callable[..., Any]) -> Any:
-        """`run(*args)`, recorded by autograd."""
+        """Runs `run(*args)` and records it for autograd."""
         if self.has_lists:
             leaves, structure = pytree.tree_flatten(args)
             return self.function.apply(*leaves, structure, backend, run)
         return self.function.apply(*args, backend, run)
 
     def fill(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
-        """(arguments, backend); the dispatcher drops trailing arguments that equal their default."""
+        """(arguments, backend), with the defaults that the dispatcher dropped."""
         *filled, backend = args + self.defaults[len(args) :]
         return tuple(filled), backend
 
     def complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of a call, defaults added."""
+        """The arguments of a call, with defaults added."""
         return args + self.defaults[len(args) : -1]
 
     @property
@@ -117,7 +116,7 @@ class Op:
         return f"launch_{forward}_{'fwd' if forward == self.name else 'bwd'}"
 
     def verified_on(self, backend: str) -> _verified.Verified | None:
-        """The run on a GPU that a kernel passed, or None where it never did or there is no such kernel."""
+        """The test run on a GPU that a kernel passed, or None if there is no such run or kernel."""
         if backend == "triton" and self.triton:
             now = _verified.triton_fingerprint(self.family.rpartition(".")[2], self.triton)
         else:
@@ -125,7 +124,7 @@ class Op:
         return _verified.verified_on(self.name, backend, now)
 
     def device(self, args: tuple[Any, ...]) -> torch.device:
-        """Where the call runs: on an accelerator if any tensor is there (a bank may stay on the host)."""
+        """The device of the call: the accelerator if any tensor is on one (a bank may be on the host)."""
         found = None
         for i in self.tensors:
             for tensor in (args[i],) if isinstance(args[i], torch.Tensor) else args[i] or ():
@@ -135,5 +134,5 @@ class Op:
         return found
 
     def run_reference(self, *args: Any) -> Any:
-        """The reference, with the contiguous results that the fake promises."""
+        """Runs the reference; its results are contiguous, as the fake promises."""
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, self.reference(*args))

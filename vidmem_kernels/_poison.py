@@ -1,4 +1,4 @@
-"""New uninitialised memory that shows where it is read: NaN instead of what was there before."""
+"""Fills newly allocated memory with NaN in tests, so that reads of uninitialised memory become visible."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# All that makes a tensor without values comes here: torch.empty, new_empty, empty_like, and C++ by at::empty or the
-# stable ABI. Not a dispatch mode: those are off inside kernels, and the fast path steps aside for them.
+# All allocations of uninitialised tensors end here: torch.empty, new_empty, empty_like, at::empty in C++ and the stable
+# ABI. A dispatch mode would not do: it is off inside kernels, and the fast path does not run under one.
 _ALLOCATORS = ("empty.memory_format", "empty_strided")
 
 _lock = threading.Lock()
@@ -27,7 +27,7 @@ def _poison(tensor: Tensor) -> None:
     elif tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         tensor.untyped_storage().fill_(0xFF)
     else:
-        # -1 would pass for "none" in an index.
+        # Not -1, which is a valid "none" in an index.
         tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
@@ -54,11 +54,11 @@ def _begin() -> torch.library.Library:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills every new uninitialised tensor of a CPU or GPU with NaN (integers: the maximum), in C++ kernels too.
+    """Fills every new uninitialised CPU or GPU tensor with NaN (integers: the maximum), also those of C++ kernels.
 
-    No switch of torch is touched, so the kernels are those that run by default. May be nested. It holds for all
-    threads, and none may make tensors while the outermost one is entered or left. What operators of torch itself
-    allocate for their results, past the dispatcher, stays as it is, as do the fakes of a trace.
+    No option of PyTorch is changed, so the kernels are those that run by default. May be nested. It affects all
+    threads; no thread may create tensors while the outermost context is entered or left. Memory that PyTorch's own
+    operators allocate without the dispatcher, and fake tensors, are not filled.
     """
     global _depth, _library
     with _lock:

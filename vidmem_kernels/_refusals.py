@@ -1,4 +1,4 @@
-"""Why the kernels of several families do not take a call."""
+"""Reasons for refusing a call that kernels of several families share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from . import _extension
 
 
 def refuse_float64(x: torch.Tensor) -> str | None:
-    """Of kernels whose sums have another order than the reference's, which is what float64 is compared with."""
-    return "float64 is for checks and runs the reference" if x.dtype == torch.float64 else None
+    """For kernels that sum in another order than the reference, because float64 results are used to check the
+    others."""
+    return "float64 is only run by the reference, for checks" if x.dtype == torch.float64 else None
 
 
 def refuse_products(x: torch.Tensor, *rest: object) -> str | None:
-    """Of C++ kernels that multiply matrices in tiles, on a call whose first tensor is `x`."""
+    """For C++ kernels that multiply matrices in tiles, on a call whose first tensor is `x`."""
     if _extension.module.cpu_capability() == "baseline" and x.dtype != torch.float64:
         # Gradients were over the error that is allowed: a plain cross-attention's by 5 %, linear attention's 3 times.
-        return "needs AVX2: products that are rounded before they are summed err too much"
+        return "needs AVX2 with FMA; without it the result exceeds the error budget"
     return refuse_float64(x)

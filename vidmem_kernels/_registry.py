@@ -1,9 +1,9 @@
-"""Declares an op once: schema, reference, fake, gradient, autocast and its faster backends.
+"""Registers an op with its schema, reference, fake, gradient, autocast rule and faster backends.
 
-vidmem::<op>       what everybody calls; last argument `str backend="auto"`. Autocast and autograd sit above one
-                   kernel for all devices, which asks `_dispatch` for the backend and runs it.
-vidmem_cpp::<op>   the same schema without `backend`; csrc/ registers its CPU and CUDA kernels here. They stand
-                   apart because the choice between C++, Triton, a library and the reference is made per call.
+vidmem::<op>       the op that is called; its last argument is `str backend="auto"`. Autocast and autograd are
+                   registered above one kernel for all devices, which asks `_dispatch` for the backend and runs it.
+vidmem_cpp::<op>   the same schema without `backend`; csrc/ registers its CPU and CUDA kernels here. They are separate
+                   because the choice between C++, Triton, a library and the reference is made per call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CPP_LIBRARY = torch.library.Library("vidmem_cpp", "DEF")
 
 
 def load_families() -> None:
-    """Registers the ops of every family: of each package beside this file that has an ops.py."""
+    """Registers the ops of every family, i.e. of each package next to this file that has an ops.py."""
     for ops in sorted(Path(__file__).parent.glob("*/ops.py")):
         importlib.import_module(f"{__package__}.{ops.parent.name}.ops")
 
@@ -51,31 +51,33 @@ def register_op(
 
     Args:
         schema: e.g. "gather_tokens(Tensor bank, Tensor index) -> Tensor"; `backend` is appended.
-        reference: plain torch, runs on every device; new tensors out, never views of its arguments.
-        fake: shapes, dtypes and devices of the (contiguous) results.
-        setup_context: `(ctx, inputs, output)`, saves what `backward` needs.
-        backward: `(ops, ctx, *grads) -> a gradient or None for each argument`; calls other vidmem ops through `ops`.
-            Without it a result that has a float dtype refuses to be differentiated rather than cut the gradient.
-        autocast: names of the tensor arguments that torch.autocast casts to its dtype; () for none.
-        triton: the family's module with the launch function: launch_<op>_fwd, or launch_<op>_bwd for <op>_backward.
-        library: libraries that compute it, the best one first.
+        reference: plain PyTorch that runs on every device and returns new tensors, never views of its arguments.
+        fake: function that returns the (contiguous) results as fake tensors.
+        setup_context: `(ctx, inputs, output)`: saves what `backward` needs.
+        backward: `(ops, ctx, *grads) -> a gradient or None for each argument`; calls other vidmem ops by `ops`. Without
+            it, differentiating a float result raises an error.
+        autocast: names of the tensor arguments that torch.autocast casts; () for none.
+        triton: module of the family with the launch function, launch_<op>_fwd, or launch_<op>_bwd for <op>_backward.
+        library: libraries that compute the op, the best one first.
         refuse: per backend, a function of the arguments that returns why it cannot run them, or None.
-        batch: name of the tensor whose first axis is the batch, which vmap folds its axis into; default the first one.
-        broadcasts: names of tensors that may have a batch of 1 where the batch is larger, all of them or none.
-        without_batch: names of tensors that may lack the batch axis, with their number of dimensions then.
+        batch: name of the tensor whose first axis is the batch, into which vmap folds its axis; default the first
+            tensor.
+        broadcasts: names of tensors that may have batch 1 when the batch is larger; either all or none of them have it.
+        without_batch: names of tensors that may lack the batch axis, with their number of dimensions in that case.
         result_batch: axis of the batch in the results.
-        head_axes, result_heads: axes of the heads in tensor arguments and in the results, which DTensor may shard.
+        head_axes: head axis of tensor arguments, by name, which DTensor may shard.
+        result_heads: head axis of each result.
         varies: backends whose results on a GPU may differ in the last bits from run to run, unless
-            torch.use_deterministic_algorithms(True); see docs/determinism.md.
+            torch.use_deterministic_algorithms(True) is set; see docs/determinism.md.
 
     Returns:
-        The `Op`; its family is the package that `reference` lives in.
+        The `Op`; its family is the package of `reference`.
     """
     name = schema.split("(", 1)[0]
     head, returns = schema.rsplit(") ->", 1)
-    # A symbolic number stays one in a Scalar, `float` makes it a constant of the graph; the stable ABI knows `float`.
+    # `Scalar` keeps symbolic numbers, `float` would make them constants of the graph; the stable ABI only has `float`.
     _CPP_LIBRARY.define(schema.replace("Scalar ", "float "))
-    # torch drops arguments that equal their default, and then miscounts the gradients of an op with lists of tensors.
+    # torch drops arguments that equal their default and then miscounts the gradients of an op with tensor lists.
     default = "" if "Tensor[]" in head else '="auto"'
     _LIBRARY.define(f"{head}, str backend{default}) ->{returns}", tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.vidmem, name).default
@@ -121,7 +123,7 @@ def _register_kernel(op: Op) -> None:
         run = _dispatch.implementation(op, chosen, device, args)
         if device.type == "cuda":
             run = _dispatch.on_device(run, device)
-        # Autocast has had its say above; inside it would lower the float32 products of a reference.
+        # Autocast was applied above; here it would lower the float32 products of a reference.
         with torch._C._DisableAutocast():
             return run(*args)
 

@@ -1,6 +1,6 @@
-"""What vidmem_kernels needs, looked at before anything else: one line in place of whatever would fail without it.
+"""Checks what vidmem_kernels needs before anything else is imported, and reports what is missing in one line.
 
-`setup.py` loads this file by itself, for what a build needs: only the standard library may be imported here.
+`setup.py` loads this file on its own to check the build's requirements, so it may import only the standard library.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def absent(package: str) -> bool:
         spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
         return True
-    except (ImportError, ValueError):  # what does not load; what was imported from no file
+    except (ImportError, ValueError):  # it does not load; it was imported without a file
         return False
-    return spec is None or spec.origin is None  # without an origin: an empty folder of that name
+    return spec is None or spec.origin is None  # no origin: an empty folder of that name
 
 
 def fault(package: str, minimum: str) -> str | None:
@@ -34,16 +34,19 @@ def fault(package: str, minimum: str) -> str | None:
         return "not installed"
     try:
         version = getattr(importlib.import_module(package), "__version__", "")
-    except (ImportError, OSError) as error:  # it lacks something itself; the first line says what
+    except (ImportError, OSError) as error:  # a dependency of it is missing; the first line says which
         return f"does not load: {(str(error) or type(error).__name__).splitlines()[0]}"
     return None if numbers(version) >= numbers(minimum) else f"{version or 'one without a version'} is installed"
 
 
 def missing(minimum: dict[str, str]) -> str | None:
-    """One line that says which packages are missing, old or broken, and what to run; None if all are there.
+    """One line that says which packages are missing, too old or broken, and what to run; None if all are present.
 
     Args:
         minimum: package -> lowest version, "" for any.
+
+    Returns:
+        The line, or None.
     """
     faults = {f"{p}>={least}" if least else p: why for p, least in minimum.items() if (why := fault(p, least))}
     needs = ", ".join(f"{wanted} ({why})" for wanted, why in faults.items())
@@ -51,8 +54,8 @@ def missing(minimum: dict[str, str]) -> str | None:
 
 
 def check() -> None:
-    """Raises ImportError unless all is there that vidmem_kernels imports."""
-    # Nothing is imported while something is absent: torch without numpy warns or fails in words of its own.
+    """Raises ImportError unless everything that vidmem_kernels imports is present."""
+    # Imports nothing while a package is absent: torch without numpy warns or fails with its own message.
     if line := missing({p: least for p, least in MINIMUM.items() if absent(p)}) or missing(MINIMUM):
-        # With this name `python -m vidmem_kernels.info` ends in the line too, without a traceback.
+        # With this name, `python -m vidmem_kernels.info` also prints only the line, without a traceback.
         raise ImportError(f"vidmem_kernels {line}", name="vidmem_kernels")

@@ -1,4 +1,4 @@
-"""How DTensor may shard the ops: along the batch and, in attention, along the heads, or not at all."""
+"""Tells DTensor how the ops may be sharded: along the batch, along the heads in attention, or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._transforms import when_traced
 
 @when_traced
 def prepare() -> None:
-    """Tells DTensor its rules, if it is imported at all."""
+    """Registers the sharding rules with DTensor, if it is imported."""
     if "torch.distributed.tensor" in sys.modules:
         _register()
 
@@ -61,7 +61,7 @@ def _rules(op: Op) -> Any:
             placements = [Shard(axis) for axis in op.result_heads]
             bias = dict(zip(op.arguments, arguments, strict=True)).get("key_bias")
             if op.name.endswith("_backward") and bias is not None and bias.ndim == 2:
-                placements[-1] = Partial()  # the heads share it, so its gradient is their sum
+                placements[-1] = Partial()  # shared by the heads, so its gradient is their sum
             acceptable.append((placements, placed(along_heads)))
         return acceptable
 
@@ -69,7 +69,7 @@ def _rules(op: Op) -> Any:
 
 
 def replicating(tensor: Tensor) -> AbstractContextManager:
-    """A context for the indices that are made on the way: on all ranks that share `tensor` they are the same."""
+    """A context in which index tensors created on the way count as replicated over the ranks that share `tensor`."""
     if type(tensor) is Tensor or "torch.distributed.tensor" not in sys.modules:
         return nullcontext()
     from torch.distributed.tensor import DTensor

@@ -1,8 +1,8 @@
-"""Exported programs: checks of symbolic sizes that do not narrow what a program takes, and results that it can save.
+"""Checks of symbolic sizes that do not restrict an exported program, and results that it can save.
 
-An `if` on a symbol becomes a guard. torch.export refuses a guard that it cannot prove for the whole range of a named
-dimension, and it proves little: not `n // 2 <= n`. So such a condition is tested on the sizes of the example only, and
-goes into the graph as an assertion for all others.
+An `if` on a symbol becomes a guard. torch.export rejects a guard that it cannot prove for the whole range of a dynamic
+dimension, and it can prove little: not even `n // 2 <= n`. Such a condition is therefore tested only on the sizes of
+the example, and added to the graph as an assertion for all others.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.utils import _pytree as pytree
 
-# sympy comes with torch.fx.experimental and takes a second to import, so whoever needs it imports it.
+# torch.fx.experimental imports sympy, which takes a second, so it is imported only where needed.
 
 Result = TypeVar("Result", bound=type)
 
 
 def saveable(cls: Result) -> Result:
-    """Names a NamedTuple for torch, so that an exported program which takes or returns one can be saved."""
+    """Registers a NamedTuple with PyTorch, so that an exported program that takes or returns one can be saved."""
     pytree._register_namedtuple(cls, serialized_type_name=f"vidmem_kernels.{cls.__name__}")
     return cls
 
@@ -31,9 +31,9 @@ def require(condition: bool | torch.SymBool, message: Callable[..., str], *args:
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
         if is_exporting():
-            # With strict=True neither the example's sizes nor the graph can be reached; the kernels check again.
+            # With strict=True neither the example's sizes nor the graph are accessible; the kernels check again.
             return
-        # torch.compile guards anyway, and a guard raises exactly what eager mode does.
+        # torch.compile guards anyway, and a guard raises the same error as eager mode.
         if guard_or_false(condition):
             return
         if not guard_or_true(condition):
@@ -65,7 +65,7 @@ def _is_plain(size: int | torch.SymInt) -> bool:
 
 
 def require_same(first: tuple[int, ...], second: tuple[int, ...], message: Callable[[], str]) -> None:
-    """Raises ValueError(message()) unless two sequences of sizes agree."""
+    """Raises ValueError(message()) unless two sequences of sizes are equal."""
     if is_dynamo_compiling() or not is_exporting():
         if first != second:
             raise ValueError(message())
@@ -73,7 +73,7 @@ def require_same(first: tuple[int, ...], second: tuple[int, ...], message: Calla
     if len(first) != len(second):
         raise ValueError(message())
     for a, b in zip(first, second, strict=True):
-        # Two dimensions that must be one are what a guard is for: torch then knows both by one name.
+        # A guard is right for two dimensions that must be equal: torch then uses one symbol for both.
         if not (_is_plain(a) and _is_plain(b)):
             require(a == b, message)
         elif a != b:
@@ -81,7 +81,7 @@ def require_same(first: tuple[int, ...], second: tuple[int, ...], message: Calla
 
 
 def minus(total: int | torch.SymInt, part: int | torch.SymInt) -> int | torch.SymInt:
-    """total - part; where the part is a fraction of the total, in a form that torch knows not to be negative."""
+    """total - part; if the part is a fraction of the total, in a form that PyTorch knows to be non-negative."""
     if not isinstance(part, torch.SymInt):
         return total - part
     from torch.utils._sympy.functions import FloorDiv
@@ -90,16 +90,16 @@ def minus(total: int | torch.SymInt, part: int | torch.SymInt) -> int | torch.Sy
         return total - part
     base, divisor = part.node.expr.args
     whole = total.node.expr if isinstance(total, torch.SymInt) else total
-    # n - n // 2 is (n + 1) // 2, and likewise for all fractions.
+    # n - n // 2 is (n + 1) // 2; other fractions likewise.
     base = divisor * whole - base + divisor - 1
     return part.node.shape_env.create_symintnode(FloorDiv(base, divisor), hint=None)
 
 
 def unguarded(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) without a guard on the sizes of its results.
+    """Calls function(*args) without guards on the sizes of its results.
 
-    Of every result torch asks whether a size is 1; for a size that was computed, such as n // 2, the answer would be a
-    guard that keeps small ones out.
+    PyTorch asks of every result whether a size is 1; for a computed size, such as n // 2, the answer would become a
+    guard that excludes small sizes.
     """
     if is_dynamo_compiling() or not is_exporting():
         return function(*args)

@@ -1,9 +1,10 @@
-"""Select in Triton: which keys of a row are its largest.
+"""Radix select in Triton: finds the largest keys of each row.
 
-What decides is the cut: the last key chosen, and how many of its equals are. One program holds a row of up to _HELD
-tiles of 32-bit keys in its registers and bisects. Of other rows a pass for each digit, the highest first, counts the
-keys that share the digits already known (a radix select). Both also count what each tile holds of the chosen keys, so
-that tiles can go on independently. All counts are integers: deterministic. No step waits for the GPU.
+The result is the cut: the last key chosen, and how many of the keys equal to it are chosen. For a row of up to _HELD
+tiles of 32-bit keys, one program holds all keys in registers and bisects. Longer rows take one pass per digit, the
+highest first, which counts the keys that share the digits known so far. Both also count the chosen keys of each tile,
+so that tiles can proceed independently. All counts are integers, so the result is deterministic. No step waits for the
+GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _BINS = tl.constexpr(256)
 
 @triton.jit
 def order_key(score):
-    """int32 of float32, int64 of float64, in the same order; NaN counts as -inf, -0 as 0."""
+    """int32 for float32, int64 for float64, in the same order; NaN counts as -inf, -0 as 0."""
     score = tl.where(score == score, score, float("-inf"))
     score = tl.where(score == 0, 0.0, score)
     if score.dtype == tl.float64:
@@ -43,7 +44,7 @@ def order_key(score):
 
 @triton.jit
 def _first_bin(prefix, digit):
-    """What leading digits make the lowest key of a prefix; the highest digit is signed."""
+    """The leading digits of the lowest key with this prefix; the highest digit is signed."""
     return tl.where(digit == 0, -_BINS // 2, prefix * _BINS)
 
 
@@ -65,7 +66,7 @@ def _narrow(key, bins, batch, want, digits):
 
 @triton.jit(do_not_specialize=["digit"])
 def _histogram_kernel(key, bins, N, want, digit, BLOCK: tl.constexpr):
-    """Counts the values of a digit of the keys that share the digits before it with the `want`-th largest."""
+    """Counts the values of a digit over the keys whose earlier digits equal those of the `want`-th largest key."""
     batch, n = tile_of(N, BLOCK)
     dtype: tl.constexpr = key.dtype.element_ty
     prefix, _ = _narrow(key, bins, batch, want, digit)
@@ -81,7 +82,7 @@ def _histogram_kernel(key, bins, N, want, digit, BLOCK: tl.constexpr):
 
 @triton.jit
 def _compare(key, last, N, BLOCK: tl.constexpr):
-    """Which keys of a tile are above the last one chosen, and which equal it."""
+    """Which keys of a tile are above the last one chosen, and which are equal to it."""
     batch, n = tile_of(N, BLOCK)
     value = tl.load(key + batch * N + n, n < N, other=0)
     return ((n < N) & (value > last)).to(tl.int32), ((n < N) & (value == last)).to(tl.int32)
@@ -89,7 +90,7 @@ def _compare(key, last, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count_kernel(key, bins, cut, counts, N, want, BLOCK: tl.constexpr):
-    """The cut, and per tile the keys above it and those that equal it."""
+    """Finds the cut, and counts per tile the keys above it and those equal to it."""
     batch = (tl.program_id(0) // tl.cdiv(N, BLOCK)).to(tl.int64)
     last, wanted = _narrow(key, bins, batch, want, key.dtype.element_ty.primitive_bitwidth // 8)
     above, equal = _compare(key, last, N, BLOCK)
@@ -103,7 +104,7 @@ def _count_kernel(key, bins, cut, counts, N, want, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bisect_kernel(key, cut, counts, N, want, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """As `_count_kernel`, of a row of up to TILES tiles of BLOCK int32 keys a program."""
+    """Same as `_count_kernel`, for a row of up to TILES tiles of BLOCK int32 keys in one program."""
     batch = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     n = tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -126,9 +127,9 @@ def _bisect_kernel(key, cut, counts, N, want, TILES: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def chosen_of_tile(key, cut, counts, N, BLOCK: tl.constexpr):
-    """Whether the keys of a program's tile are among the largest, and how many such keys come before each.
+    """Whether each key of a program's tile is among the largest, and how many such keys come before it.
 
-    Of equal keys the first ones are chosen. `cut` and `counts` are those of `find_cut`, BLOCK is TILE.
+    Of equal keys the first ones are chosen. `cut` and `counts` are from `find_cut`, BLOCK is TILE.
     """
     tiles = tl.cdiv(N, BLOCK)
     tile = tl.program_id(0) % tiles
@@ -147,12 +148,12 @@ def chosen_of_tile(key, cut, counts, N, BLOCK: tl.constexpr):
 
 
 def programs(key: Tensor) -> tuple[int]:
-    """The grid of a kernel that has a program for each tile of keys (B, N)."""
+    """The grid of a kernel with one program per tile of keys (B, N)."""
     return (key.shape[0] * triton.cdiv(key.shape[1], TILE),)
 
 
 def find_cut(key: Tensor, want: int) -> tuple[Tensor, Tensor]:
-    """What `chosen_of_tile` needs to know of contiguous keys (B, N), of which 1 <= want <= N are chosen."""
+    """The cut and counts that `chosen_of_tile` needs for contiguous keys (B, N), of which 1 <= want <= N are chosen."""
     batch, count = key.shape
     cut = torch.empty(batch, 2, dtype=key.dtype, device=key.device)
     counts = torch.empty(*programs(key), 2, dtype=torch.int32, device=key.device)

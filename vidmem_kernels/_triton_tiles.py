@@ -1,4 +1,4 @@
-"""What Triton kernels of several families share: which tile a program has, on what."""
+"""Tile helpers shared by the Triton kernels of several families."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._tuned import Tile, dtype_name
 def tile_of(N, BLOCK: tl.constexpr):
     """Batch and positions of a program's tile, in int64, for B * cdiv(N, BLOCK) programs on axis 0.
 
-    Not on two axes: axis 0 alone takes more than 65,535 programs.
+    Only axis 0 of a grid can have more than 65,535 programs, so batch and tile share it.
     """
     tiles = tl.cdiv(N, BLOCK)
     n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -26,7 +26,7 @@ def tile_of(N, BLOCK: tl.constexpr):
 
 @functools.cache
 def major_of(device: torch.device) -> int:
-    """Major number of a GPU's compute capability; of Ampere for the interpreter."""
+    """Major compute capability of a GPU; that of Ampere for the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
@@ -36,29 +36,29 @@ _ITEMSIZE |= {dtype_name(d): d.itemsize for d in (torch.int8, torch.float8_e4m3f
 
 
 def vector_of(*dtypes: str) -> int:
-    """Elements that a thread reads and writes side by side: 16 bytes of the widest of the dtypes' names.
+    """Elements that a thread reads and writes as one vector: 16 bytes of the widest of the dtypes.
 
-    With 16 bytes of a narrower one, values would change threads, through shared memory, between load and store.
+    With 16 bytes of a narrower dtype, values would move between threads, by shared memory, between load and store.
     """
     return 16 // max(_ITEMSIZE[name] for name in dtypes)
 
 
 class RowMove(NamedTuple):
-    """How a program moves rows: `across` warps read one row side by side, a thread reads `loads` vectors at once."""
+    """How a program moves rows: `across` warps read one row side by side, each thread reads `loads` vectors at once."""
 
     warps: int
     across: int
     loads: int
 
     def tile(self, rows: str, width: int, vector: int) -> Tile:
-        """The tile; `rows` names the constant that counts rows, `width` is the power of two that holds the channels."""
+        """The tile; `rows` names the constant for the rows, `width` is the power of two that holds the channels."""
         block_c = min(32 * self.across * vector, width)
         block_rows = max(1, self.loads * 32 * self.warps * vector // block_c)
         return {rows: block_rows, "BLOCK_C": block_c, "num_warps": self.warps}
 
 
 def distinct(tiles: Iterable[Tile]) -> list[Tile]:
-    """Every tile once, in order: where rows are narrow, several candidates are the same."""
+    """The tiles without duplicates, in order; for narrow rows several candidates are the same."""
     found: list[Tile] = []
     for tile in tiles:
         if tile not in found:

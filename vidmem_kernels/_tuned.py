@@ -1,14 +1,15 @@
-"""Which tile a Triton kernel is launched with: the table of this class of GPU, else the kernel's own default.
+"""Chooses the tile of a Triton kernel: from the tuned table of the GPU's class, or the kernel's default.
 
-A tile is what a launch adds to a kernel's arguments: constants such as BLOCK_N, and Triton's num_warps and num_stages.
-Beside each kernel stands one `Tunable`: what its tile depends on, the default, and the candidates that
-`benchmarks/tune.py` times. It writes tuned/<class>.json; a launch reads its tile by `Tunable.tile` and nowhere else:
+A tile is the set of constants that a launch adds to a kernel's arguments: block sizes such as BLOCK_N, and Triton's
+num_warps and num_stages. Each kernel has one `Tunable`, which declares what its tile depends on, the default, and the
+candidates that `benchmarks/tune.py` times. That command writes tuned/<class>.json; every launch gets its tile from
+`Tunable.tile`:
 
     GATHER = Tunable("_gather_tokens_fwd_kernel", ("dtype", "channels"), default=…, candidates=…)
     tile = GATHER.tile(bank.device, dtype="bf16", channels=bucket(channels))
     _gather_tokens_fwd_kernel[grid](…, BLOCK_K=…, **tile)
 
-Needs neither Triton nor a GPU.
+This module needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Tile = dict[str, Any]
 
 FOLDER = Path(__file__).resolve().parent / "tuned"
 DEFAULT = "default"
-INTERPRETED = 80  # the interpreter takes the defaults of Ampere
+INTERPRETED = 80  # the interpreter uses the defaults of Ampere
 # Compute capability -> the class whose table it reads. H100 and H200 (and GH200) are one, and so are B200 and B300.
 _CLASSES = {80: "sm80", 86: "sm89", 89: "sm89", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm120", 121: "sm120"}
 TUNABLES: dict[str, Tunable] = {}
@@ -35,7 +36,7 @@ _watchers: list[list[tuple[Tunable, dict[str, Any]]]] = []
 
 
 class Chosen(NamedTuple):
-    """The tile of a launch and where it is from: `source` is "default" or the name of a table, such as "sm90"."""
+    """The tile of a launch and its origin: `source` is "default" or the name of a table, such as "sm90"."""
 
     kernel: str
     key: str
@@ -54,9 +55,9 @@ class Tunable:
     Attributes:
         kernel: name of the @triton.jit function.
         fields: what the choice depends on besides the GPU, e.g. ("dtype", "size", "features"). Values are strings,
-            numbers or booleans; no length of a sequence, which changes from call to call.
-        default: `default(arch, **fields)` is the tile where no table has one; `arch` as in 90.
-        candidates: `candidates(arch, **fields)` are the tiles that tuning tries; the default is always tried too.
+            numbers or booleans; never a sequence length, which changes from call to call.
+        default: `default(arch, **fields)` returns the tile if no table has one; `arch` is a number such as 90.
+        candidates: `candidates(arch, **fields)` returns the tiles that tuning tries besides the default.
     """
 
     kernel: str
@@ -67,7 +68,7 @@ class Tunable:
 
     def __post_init__(self) -> None:
         if self.kernel in TUNABLES:
-            raise ValueError(f"{self.kernel} has a Tunable already")
+            raise ValueError(f"{self.kernel}: must have one Tunable, got another")
         TUNABLES[self.kernel] = self
         self._chosen = cache(self._choose)
 
@@ -80,24 +81,24 @@ class Tunable:
         return self._chosen(arch_of(device), **fields).tile
 
     def chosen(self, device: torch.device, **fields: Any) -> Chosen:
-        """The tile of a launch on `device`, and where it is from."""
+        """The tile of a launch on `device`, and its origin."""
         return self._chosen(arch_of(device), **fields)
 
     def shipped(self, arch: int, **fields: Any) -> list[Tile]:
-        """Every tile that a launch on `arch` may take as shipped: the default, and the table's where it has one."""
+        """Every tile that a launch on `arch` may use as shipped: the default, and the table's if there is one."""
         chosen = self._chosen(arch, **fields).tile
         default = self.default(arch, **fields)
         return [default] if chosen == default else [default, chosen]
 
     def key(self, **fields: Any) -> str:
-        """The entry of a table, such as "bf16 128 bias"."""
+        """The key of a table entry, such as "bf16 128 bias"."""
         if set(fields) != set(self.fields):
-            raise TypeError(f"{self.kernel}: the tile depends on {', '.join(self.fields)}; got {', '.join(fields)}")
+            raise TypeError(f"{self.kernel}: fields must be {', '.join(self.fields)}, got {', '.join(fields)}")
         return " ".join(str(fields[name]) for name in self.fields if fields[name] != "")
 
     @contextmanager
     def forced(self, tile: Tile) -> Iterator[None]:
-        """Every launch of the kernel takes `tile`: for tuning and for tests of all candidates."""
+        """Makes every launch of the kernel use `tile`, for tuning and for tests of all candidates."""
         self._forced.append(tile)
         try:
             yield
@@ -111,17 +112,17 @@ class Tunable:
         default = self.default(arch, **fields)
         if tile is None:
             return Chosen(self.kernel, key, default, DEFAULT)
-        if tile.keys() != default.keys():  # the kernel has other constants now than when it was tuned
+        if tile.keys() != default.keys():  # the kernel's constants changed since tuning
             raise ValueError(
-                f"{FOLDER.name}/{name}.json: {self.kernel}[{key}] has {', '.join(tile)}, the kernel takes "
-                f"{', '.join(default)}; run benchmarks/tune.py again or remove the entry"
+                f"{FOLDER.name}/{name}.json: {self.kernel}[{key}] must have {', '.join(default)}, "
+                f"got {', '.join(tile)}; run benchmarks/tune.py again or remove the entry"
             )
         return Chosen(self.kernel, key, tile, name)
 
 
 @contextmanager
 def watching() -> Iterator[list[tuple[Tunable, dict[str, Any]]]]:
-    """Collects which tiles the launches in the context ask for: (Tunable, fields)."""
+    """Records the (Tunable, fields) of every launch inside the `with` block."""
     asked: list[tuple[Tunable, dict[str, Any]]] = []
     _watchers.append(asked)
     try:
@@ -132,7 +133,7 @@ def watching() -> Iterator[list[tuple[Tunable, dict[str, Any]]]]:
 
 @cache
 def arch_of(device: torch.device) -> int:
-    """Compute capability of a GPU, as in 90; Ampere's for the interpreter."""
+    """Compute capability of a GPU as a number such as 90; that of Ampere for the interpreter."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
@@ -140,27 +141,28 @@ def arch_of(device: torch.device) -> int:
 
 
 def class_of(arch: int) -> str | None:
-    """The class of GPUs that shares a table with `arch`, as in "sm90", or None where there is none."""
+    """The class of GPUs that shares a table with `arch`, such as "sm90", or None."""
     return _CLASSES.get(arch)
 
 
 @cache
 def document(name: str) -> dict[str, Any]:
-    """A table as benchmarks/tune.py wrote it; {} where there is none."""
+    """A table as benchmarks/tune.py wrote it; {} if there is none."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def table(name: str) -> dict[str, dict[str, Any]]:
-    """kernel -> key -> {"tile": …, "ms": …, "default_ms": …, "call": …, "on": …} of a class of GPUs.
+    """The table of a class of GPUs: kernel -> key -> {"tile": …, "ms": …, "default_ms": …, "call": …, "on": …}.
 
-    The times are those of the whole call, with the tile and with the default; `on` tells GPU, date and Triton.
+    The times are those of the whole call, with the tile and with the default; `on` names the GPU, date and Triton
+    version.
     """
     return document(name).get("kernels", {})
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The key's word for a dtype: bf16, fp16, fp32, fp64, i8, fp8."""
+    """The name of a dtype in keys: bf16, fp16, fp32, fp64, i8, fp8."""
     return _DTYPES[dtype]
 
 

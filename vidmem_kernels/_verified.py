@@ -1,10 +1,10 @@
-"""On which GPU a kernel passed its tests, and whether its sources are still those that did.
+"""Records on which GPU a kernel passed its tests, and checks whether its sources are unchanged since.
 
-Each file verified/*.json is the record of one run of the test suite on one GPU: for every op and backend that passed,
-the fingerprint of the kernel's sources. A kernel that has another fingerprint now counts as changed since.
+Each file verified/*.json is the record of one run of the test suite on one GPU: the fingerprint of the kernel's sources
+for every op and backend that passed. A kernel whose fingerprint differs counts as changed since that run.
 
-`setup.py` loads this file by itself, to note the fingerprints of the CUDA kernels that it compiles: only the standard
-library may be imported here.
+`setup.py` loads this file on its own to store the fingerprints of the CUDA kernels that it compiles, so it may import
+only the standard library.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _INDENT = {tokenize.INDENT: "\1", tokenize.DEDENT: "\2", tokenize.NEWLINE: "\n"}
 
 @dataclass(frozen=True)
 class Verified:
-    """A run of the tests that a kernel passed.
+    """A test run that a kernel passed.
 
     Attributes:
         device: name of the GPU.
-        commit: short hash of the commit that ran.
-        date: of the run, YYYY-MM-DD.
+        commit: short hash of the tested commit.
+        date: date of the run, YYYY-MM-DD.
         suite: what ran, with its outcome.
-        current: whether the kernel's sources are still the same, comments aside.
+        current: whether the kernel's sources are unchanged, comments aside.
     """
 
     device: str
@@ -48,12 +48,15 @@ class Verified:
 
 
 def verified_on(op: str, backend: str, fingerprint: str | None) -> Verified | None:
-    """The last run that a kernel passed as it is now, else the last one that it passed at all, or None.
+    """The last run that the current kernel passed, else the last run that any version of it passed, or None.
 
     Args:
-        op: its name.
+        op: name of the op.
         backend: "triton" or "cuda".
-        fingerprint: of the kernel's sources now; None where they are unknown.
+        fingerprint: fingerprint of the kernel's current sources; None if unknown.
+
+    Returns:
+        The run, or None.
     """
     found = None
     for record in _records():
@@ -70,18 +73,21 @@ def _records() -> list[dict]:
 
 
 def triton_fingerprint(family: str, module: str, package: Path = PACKAGE) -> str:
-    """Fingerprint of a module of Triton kernels: of itself and the Triton modules that it imports.
+    """Fingerprint of a module of Triton kernels and of the Triton modules that it imports.
 
     Args:
         family: folder of the package, e.g. "sparse_gather".
         module: e.g. "triton_gather".
         package: folder of vidmem_kernels.
+
+    Returns:
+        16 hexadecimal digits.
     """
     return _fingerprint(_closure([package / family / f"{module}.py"], _imports), _python_code)
 
 
 def cuda_fingerprints(csrc: Path) -> dict[str, str]:
-    """Fingerprint of every op that a file of csrc/cuda registers: of the file and all that it includes."""
+    """Fingerprint of every op that a file in csrc/cuda registers, from the file and all that it includes."""
 
     def includes(path: Path) -> Iterable[Path]:
         found = re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -121,7 +127,7 @@ def _fingerprint(paths: list[Path], code: Callable[[str], str]) -> str:
 
 
 def _python_code(text: str) -> str:
-    """A module's code without comments, docstrings and the spaces between tokens; the same for every Python."""
+    """A module's code without comments, docstrings and spaces between tokens; equal for every Python version."""
     pieces: list[str] = []
     at_start = True  # of a statement: a string there says nothing to the program
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

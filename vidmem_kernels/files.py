@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all: what may be replaced, temporary names, and locks that tell whose they are.
+"""Replaces files atomically: checks of the target, temporary names, and locks that mark their owner.
 
-A lock (flock) ends with its process, whatever that dies of, and holds between containers too. Where a file system or an
-operating system has none, nothing is taken for a leftover.
+A lock (flock) ends with its process, however the process dies, and also works between containers. On file systems and
+operating systems without locks, no temporary file is treated as a leftover.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPECIAL = (
 
 
 def found(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """What is at a path, behind symbolic links, or None."""
+    """The stat result of a path, with symbolic links followed, or None if nothing is there."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -34,11 +34,10 @@ def found(path: str | os.PathLike[str]) -> os.stat_result | None:
 
 
 def target_of(path: str | os.PathLike[str]) -> Path:
-    """The file that writing to `path` creates or replaces: symbolic links stay.
+    """The file that writing to `path` creates or replaces; symbolic links are followed.
 
     Raises:
-        OSError: the folder is missing, or at the path is a directory, device, pipe or socket, or a file that nobody may
-            write to.
+        OSError: the folder is missing, or the path is a directory, device, pipe or socket, or a read-only file.
     """
     there = found(path)
     real = Path(os.path.realpath(path))
@@ -51,17 +50,17 @@ def target_of(path: str | os.PathLike[str]) -> Path:
     for is_kind, kind in _SPECIAL:
         if is_kind(there.st_mode):
             raise OSError(errno.EINVAL, f"Is {kind}, not a file", str(path))
-    # The superuser may write to every file, but does not mean those that are marked.
+    # The superuser may write to every file, but read-only files should still be refused.
     if not there.st_mode & 0o222 or not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "Is read-only", str(path))
     return real
 
 
 def lock(handle: int) -> bool:
-    """Lock an open file or folder until it is closed; False if someone else has it.
+    """Locks an open file or folder until it is closed; returns False if another process has the lock.
 
     Raises:
-        OSError, ImportError: a file system, or an operating system, without such locks.
+        OSError, ImportError: the file system, or the operating system, has no such locks.
     """
     import fcntl
 
@@ -79,9 +78,9 @@ def is_at(handle: int, path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders of processes that were killed."""
+    """Removes the temporary files and folders of killed processes."""
     for left in folder.glob(_LEFTOVERS):
-        # OSError: renamed or removed meanwhile, another user's, or without locks.
+        # OSError: renamed or removed meanwhile, owned by another user, or no locks.
         with contextlib.suppress(OSError, ImportError):
             is_folder = left.is_dir()
             handle = os.open(left, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -93,9 +92,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _temporary(folder: Path, mode: int | None, names: list[Path]) -> tuple[Path, int]:
-    """A new file of a mode, or folder, under a name of its own, locked so that others leave it alone.
+    """Creates a uniquely named file with a mode, or a folder, locked so that other processes leave it alone.
 
-    `names` gets every name before anything has it: a signal may come at any moment.
+    Each name is added to `names` before anything has it, because a signal may come at any moment.
     """
     while True:
         path = folder / f".vidmem-{secrets.token_hex(8)}.tmp"
@@ -104,26 +103,26 @@ def _temporary(folder: Path, mode: int | None, names: list[Path]) -> tuple[Path,
             path.mkdir()
         try:
             handle = os.open(path, os.O_RDONLY if mode is None else os.O_RDWR | os.O_CREAT | os.O_EXCL, mode or 0)
-        except FileNotFoundError:  # another process came before the lock and removed the folder
+        except FileNotFoundError:  # another process removed the folder before it was locked
             if folder.is_dir():
                 continue
             raise
         try:
             if lock(handle) and is_at(handle, path):
                 return path, handle
-        except (OSError, ImportError):  # no locks, so that nobody takes it for a leftover
+        except (OSError, ImportError):  # no locks, so nothing is treated as a leftover
             return path, handle
-        os.close(handle)  # another process came before the lock and removes it
+        os.close(handle)  # another process took it for a leftover before it was locked
 
 
 @contextlib.contextmanager
 def temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Give a temporary file in the folder of `target`, to be written and then `put` there; else it is removed.
+    """Yields a temporary file in the folder of `target`, to be written and then `put` there; otherwise it is removed.
 
-    What killed processes left in that folder is removed first, so that its room is there.
+    Leftovers of killed processes in that folder are removed first, to free their disk space.
     """
     remove_leftovers(target.parent)
-    # Nobody reads what replaces a private file before it has that one's mode.
+    # Private until `put` gives it the mode of the file that it replaces.
     names: list[Path] = []
     try:
         path, handle = _temporary(target.parent, 0o666 if found(target) is None else 0o600, names)
@@ -137,7 +136,7 @@ def temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Give a temporary folder; it is removed at the end, if it still has its name."""
+    """Yields a temporary folder, which is removed at the end if it still has its name."""
     remove_leftovers(parent)
     names: list[Path] = []
     handle = -1
@@ -152,7 +151,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def put(file: Path, target: Path) -> None:
-    """Rename a file to `target`, with the mode and, as far as that is allowed, the owner of what was there."""
+    """Renames a file to `target`, with the mode and, if permitted, the owner of the file that was there."""
     there = found(target)
     if there is not None:
         for uid, gid in ((-1, there.st_gid), (there.st_uid, -1)):
@@ -163,7 +162,7 @@ def put(file: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
+    """Flushes a file's content, or the names in a folder, to disk, so that it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

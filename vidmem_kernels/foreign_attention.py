@@ -56,11 +56,14 @@ def attend(
     heads = query.shape[2]
     if heads != key.shape[2] and not enable_gqa:
         raise ValueError(
-            f"{op}: enable_gqa must be True where keys have other heads than queries, got {key.shape[2]} and {heads}"
+            f"{op}: enable_gqa must be True if keys and queries have different numbers of heads, "
+            f"got {key.shape[2]} and {heads}"
         )
     if heads != key.shape[2]:
         if key.shape[2] == 0 or heads % key.shape[2]:
-            raise ValueError(f"{op}: heads of keys must divide those of queries, got {key.shape[2]} and {heads}")
+            raise ValueError(
+                f"{op}: the number of key heads must divide that of query heads, got {key.shape[2]} and {heads}"
+            )
         key, value = (x.repeat_interleave(heads // x.shape[2], 2) for x in (key, value))
     options = {name: x(query, key) if callable(x) else x for name, x in (features or {}).items()}
     if attn_mask is not None:
@@ -77,9 +80,9 @@ def _bias(op: str, mask: Tensor, batch: int, heads: int, keys: int) -> Tensor:
     """Converts a mask over keys to `key_bias`, (B, Lk) or (B, H, Lk)."""
     wanted = f"({batch} or 1, {heads} or 1, 1, {keys})"
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
-        raise ValueError(f"{op}: attn_mask must have shape {wanted}, over keys alone, got {tuple(mask.shape)}")
+        raise ValueError(f"{op}: attn_mask must have shape {wanted}, a mask over keys, got {tuple(mask.shape)}")
     if mask.shape[2] != 1 or mask.shape[3] != keys:
-        raise ValueError(f"{op}: attn_mask must have shape {wanted}, over keys alone, got {tuple(mask.shape)}")
+        raise ValueError(f"{op}: attn_mask must have shape {wanted}, a mask over keys, got {tuple(mask.shape)}")
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
     elif mask.dtype not in FLOAT_DTYPES:

@@ -1,7 +1,7 @@
-"""`python -m vidmem_kernels.info [--json]`: versions, build, devices and what runs each op here.
+"""`python -m vidmem_kernels.info [--json]`: versions, build, devices, and which backends run each op here.
 
-The table tells, per op and device, which backends can run it and, for the others, why not. What a particular call
-takes is told by `vidmem_kernels.explain`.
+The table shows, per op and device, which backends can run it and why the others cannot. Use `vidmem_kernels.explain`
+for a particular call.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `render` shows, as plain values.
+    """Collects everything that `render` shows, as plain values.
 
     Returns:
-        "versions", "build", "devices", "environment", "ops": op -> device -> {"auto": the first backend that can,
-        "backends": backend -> None if it can, else why not}, "verified_on": op -> each backend of GPUs that it has
-        a kernel for -> the run of the tests that the kernel passed last, None if it never did, and "tuned": name of a
-        table of tiles -> the GPUs here that read it, how many tiles it has, and what they were measured on.
+        "versions", "build", "devices", "environment"; "ops": op -> device -> {"auto": the first backend that can run
+        it, "backends": backend -> None if it can, else why not}; "verified_on": op -> GPU backend with a kernel -> the
+        last test run that the kernel passed, or None; "tuned": name of a table of tiles -> the GPUs here that use it,
+        its number of tiles, and what they were measured on.
     """
     devices = _devices()
     device_types = list(dict.fromkeys(d["type"] for d in devices))
@@ -101,7 +101,7 @@ def collect() -> dict[str, Any]:
 
 
 def _tables() -> dict[str, Any]:
-    """Every table that is shipped."""
+    """All tables in the package."""
     found = {}
     for path in sorted(_tuned.FOLDER.glob("*.json")):
         entries = [entry for keys in _tuned.table(path.stem).values() for entry in keys.values()]
@@ -119,7 +119,7 @@ def _verified_on(op: Op) -> dict[str, Any]:
 
 
 def render(info: dict[str, Any]) -> str:
-    """The text of `python -m vidmem_kernels.info`, as wide as the terminal, or 80 columns where there is none."""
+    """The text of `python -m vidmem_kernels.info`, as wide as the terminal, or 80 columns without one."""
     columns = max(40, shutil.get_terminal_size().columns)
     lines = ["Versions"]
     lines += [f"  {name:16} {version or 'not installed'}" for name, version in info["versions"].items()]
@@ -154,7 +154,7 @@ def render(info: dict[str, Any]) -> str:
 
 
 def _wrapped(line: str, columns: int) -> list[str]:
-    """A line in pieces that fit, the later ones indented."""
+    """Splits a line into pieces that fit, the later ones indented."""
     indent = " " * (len(line) - len(line.lstrip()) + 4)
     return textwrap.wrap(
         line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True

@@ -269,8 +269,8 @@ class MemoryCrossAttention(nn.Module):
         _check_tokens(self, "memory", memory, self.memory_dim, "M")
         check_same_dtype(type(self).__name__, x=x, memory=memory)
         if memory.shape[0] not in (1, x.shape[0]):
-            got = f"{x.shape[0]}, got {memory.shape[0]}"
-            raise ValueError(f"{type(self).__name__}: memory must have batch 1 or that of x, {got}")
+            name, batch = type(self).__name__, x.shape[0]
+            raise ValueError(f"{name}: memory must have batch 1 or that of x, {batch}, got {memory.shape[0]}")
         if (q_rotary is None) != (k_rotary is None):
             given = "q_rotary" if k_rotary is None else "k_rotary"
             raise ValueError(f"{type(self).__name__}: q_rotary and k_rotary must be given together, got {given}")

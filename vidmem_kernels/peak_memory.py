@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on the CPU as the operating system counts it."""
+"""Measures the peak memory of a piece of work, on the CPU or on CUDA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _highest = 0
 
 
 def status_bytes(field: str) -> int:
-    """A field of /proc/self/status such as "VmRSS", in bytes."""
+    """Reads a field of /proc/self/status, such as "VmRSS", in bytes."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -25,10 +25,10 @@ def status_bytes(field: str) -> int:
 
 
 def _fold_and_reset() -> bool:
-    """Hand the high-water mark to everybody who measures, then lower it to the present level.
+    """Reports the high-water mark to all active measurements, then lowers it to the current level.
 
     Returns:
-        Whether the system lets the mark be lowered.
+        Whether the system allows lowering the mark.
     """
     global _highest
     mark = status_bytes("VmHWM")
@@ -43,14 +43,14 @@ def _fold_and_reset() -> bool:
 
 
 def process_peak() -> int:
-    """Highest resident memory of this process so far, in bytes, over every reset of the mark."""
+    """Highest resident memory of this process so far, in bytes, across all resets of the mark."""
     return max(_highest, status_bytes("VmHWM"))
 
 
 def release_free_memory() -> None:
-    """Give memory that malloc keeps for later back to the system, so that the next use is seen.
+    """Returns free heap memory from malloc to the system, so that its next use is measured.
 
-    Without it a buffer that fits in freed heap is resident already and would be counted as nothing.
+    Otherwise a buffer that fits into freed heap memory would already be resident and would not be counted.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -58,20 +58,20 @@ def release_free_memory() -> None:
 
 
 class PeakMemory:
-    """Context manager that measures the highest memory held inside it; may be nested.
+    """Context manager that measures the highest memory use inside it; may be nested.
 
-    On the CPU this is the resident set of the whole process: free heap is released, the kernel's
-    high-water mark (VmHWM) is reset through /proc/self/clear_refs, and read at the end. Where the
-    mark cannot be reset, VmRSS is sampled every millisecond instead and short peaks may be missed.
-    On CUDA it is torch.cuda.max_memory_allocated (contexts on one device must not be nested).
+    On the CPU this is the resident set of the whole process: free heap memory is released, the kernel's high-water mark
+    (VmHWM) is reset through /proc/self/clear_refs, and read at the end. If the mark cannot be reset, VmRSS is sampled
+    every millisecond instead, which may miss short peaks. On CUDA it is torch.cuda.max_memory_allocated (contexts on
+    one device must not be nested).
 
     Args:
-        device: whose memory.
+        device: device to measure.
 
     Attributes:
         method: "VmHWM", "sampled VmRSS" or "torch.cuda.max_memory_allocated".
         start_bytes: level on entry.
-        peak_bytes: highest level inside, from the last `restart` on.
+        peak_bytes: highest level inside, since the last `restart`.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -84,7 +84,7 @@ class PeakMemory:
 
     @property
     def grown_bytes(self) -> int:
-        """Highest level inside above the level on entry."""
+        """Highest level inside, relative to the level on entry."""
         return max(0, self.peak_bytes - self.start_bytes)
 
     def __enter__(self) -> PeakMemory:
@@ -107,7 +107,7 @@ class PeakMemory:
         return self
 
     def restart(self) -> None:
-        """Forget the peak so far; the level on entry stays."""
+        """Resets the peak; the level on entry stays."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -118,10 +118,10 @@ class PeakMemory:
         self.peak_bytes = status_bytes("VmRSS")
 
     def held_bytes(self) -> int:
-        """Present level above the level on entry."""
+        """Current level, relative to the level on entry."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) - self.start_bytes
-        release_free_memory()  # even a large block may have come from the heap, if a hole there was large enough
+        release_free_memory()  # even a large block may be in the heap, if there was a large enough gap
         return max(0, status_bytes("VmRSS") - self.start_bytes)
 
     def __exit__(self, *_: object) -> None:

@@ -65,7 +65,7 @@ def rotary(positions: Tensor, axes: Sequence[int], theta: float = 10000.0) -> Ro
     batched = isinstance(positions, Tensor) and positions.dim() == 3
     check_tensor(op, "positions", positions, "B, N, A" if batched else "N, A", _POSITION_DTYPES)
     if not isinstance(axes, tuple | list) or len(axes) == 0:
-        raise TypeError(f"{op}: axes must be a sequence of at least one number of channels, got {axes!r}")
+        raise TypeError(f"{op}: axes must be a non-empty sequence of channel counts, got {axes!r}")
     for i, channels in enumerate(axes):
         check_int(op, f"axes[{i}]", channels, 0)
         if channels % 2:

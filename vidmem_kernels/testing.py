@@ -1,7 +1,7 @@
 """For tests of backends, ours and others': sample inputs of every op, derived error budgets, poisoned memory.
 
-A family's samples.py yields, per op, labelled argument tuples that the contract tests run everything on, and calls of
-every public function whose sizes have names. Its compositions.py says what an op is held to in half precision.
+A family's samples.py yields labelled argument tuples for each op, which the contract tests run, and calls of every
+public function with named sizes. Its compositions.py defines the error budget of an op in half precision.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Sample(NamedTuple):
-    """Arguments of torch.ops.vidmem.<op>, all of the schema but `backend`."""
+    """Arguments of torch.ops.vidmem.<op>: all of the schema except `backend`."""
 
     label: str
     args: tuple[Any, ...]
 
 
 class Make:
-    """Makes random tensors of one dtype and device, the same ones for the same seed."""
+    """Makes random tensors of one dtype and device; the same seed gives the same tensors."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0):
         self.dtype = dtype
@@ -45,7 +45,7 @@ class Make:
         self._generator = torch.Generator().manual_seed(seed)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal values; drawn in float64 and rounded, so that dtypes share their values."""
+        """Normal values, drawn in float64 and rounded, so that all dtypes share their values."""
         values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         return values.to(dtype or self.dtype).to(self.device)
 
@@ -59,14 +59,14 @@ class Make:
         return torch.randint(low, high, shape, generator=self._generator).to(dtype).to(self.device)
 
     def strided(self, tensor: Tensor) -> Tensor:
-        """The same values with no contiguous dimension: axes reversed in memory, every second element."""
+        """The same values without a contiguous dimension: axes reversed in memory, every second element."""
         axes = tuple(reversed(range(tensor.dim())))
         spread = tensor.permute(axes).repeat_interleave(2, dim=-1)
         return spread[..., ::2].permute(axes)
 
 
 def sample_inputs(op: str) -> Callable:
-    """Decorator of a generator `make -> (label, args)`: the samples of one op."""
+    """Decorator of a generator `make -> (label, args)` that yields the samples of one op."""
 
     def register(generator):
         _SAMPLES[op] = generator
@@ -77,7 +77,7 @@ def sample_inputs(op: str) -> Callable:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Says what an error inside was of."""
+    """Adds to an error inside the `with` block what was being tested."""
     try:
         yield
     except Exception as error:
@@ -85,10 +85,10 @@ def naming(what: str) -> Iterator[None]:
 
 
 def samples(op: str, make: Make | None = None) -> list[Sample]:
-    """All samples of an op.
+    """Returns all samples of an op.
 
     Raises:
-        KeyError: its family's samples.py has none.
+        KeyError: the family's samples.py has none.
     """
     importlib.import_module(f"{OPS[op].family}.samples")
     if op not in _SAMPLES:
@@ -97,17 +97,17 @@ def samples(op: str, make: Make | None = None) -> list[Sample]:
 
 
 class Call(NamedTuple):
-    """A call of a public function, for suites that run every one of them at sizes of their own.
+    """A call of a public function, for suites that run every public function at sizes they choose.
 
     Attributes:
         function: its name in vidmem_kernels.
         label: what is special about the call.
         call: function of the tensors.
-        shapes: of every tensor, the names of its dimensions; "B N 4": the last one is fixed.
+        shapes: the dimension names of each tensor; in "B N 4" the last dimension is fixed.
         make: (Make, sizes by name) -> the tensors.
-        least: smallest size of a dimension, where it is not any.
-        constant: places of float tensors that get no gradient, such as times.
-        moves: the results are elements of the tensors, moved and no more, and so are gradients.
+        least: smallest size of a dimension, if there is one.
+        constant: indices of float tensors that get no gradient, such as times.
+        moves: whether the results, and the gradients, only copy elements of the tensors.
     """
 
     function: str
@@ -129,7 +129,7 @@ class Call(NamedTuple):
         return list(dict.fromkeys(found))
 
     def floats(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Places of the tensors that get a gradient."""
+        """Indices of the tensors that get a gradient."""
         return [i for i, t in enumerate(tensors) if is_differentiable(t) and i not in self.constant]
 
 
@@ -143,7 +143,7 @@ def named_call(
     moves: bool = False,
     **least: int,
 ) -> Call:
-    """A `Call`; without `make` all tensors are normal."""
+    """Makes a `Call`; without `make` all tensors are normal."""
 
     def normal(m: Make, sizes: dict[str, int]) -> tuple[Tensor, ...]:
         return tuple(m.randn(*(int(d) if d.isdigit() else sizes[d] for d in shape.split())) for shape in shapes)
@@ -152,12 +152,12 @@ def named_call(
 
 
 def public_call(function: str, *args: Any, **options: Any) -> None:
-    """Declares, in a family's samples.py, a call of one of its public functions; arguments as of `named_call`."""
+    """Declares a call of a public function in its family's samples.py; takes the arguments of `named_call`."""
     _CALLS.append(named_call(function, *args, **options))
 
 
 def public_calls() -> list[Call]:
-    """The calls that all families declare, by name of the function."""
+    """The calls that all families declare, sorted by function name."""
     for family in {op.family for op in OPS.values()}:
         if importlib.util.find_spec(f"{family}.samples") is not None:
             importlib.import_module(f"{family}.samples")
@@ -165,7 +165,7 @@ def public_calls() -> list[Call]:
 
 
 def public_functions() -> set[str]:
-    """Names of the functions of this package that call an op: those that take a backend."""
+    """Names of the public functions that call an op, i.e. take a backend."""
     return {
         name
         for name, function in _public().items()
@@ -174,7 +174,7 @@ def public_functions() -> set[str]:
 
 
 def public_modules() -> set[str]:
-    """Names of the modules of this package."""
+    """Names of the public modules."""
     return {name for name, cls in _public().items() if isinstance(cls, type) and issubclass(cls, torch.nn.Module)}
 
 
@@ -184,12 +184,12 @@ def _public() -> dict[str, Any]:
 
 
 def is_differentiable(tensor: object) -> bool:
-    """Whether autograd can follow `tensor`: a float one, but not float8."""
+    """Whether autograd supports `tensor`: a float tensor other than float8."""
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype.itemsize >= 2
 
 
 def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Detached copies of the arguments (strides kept) in which every float tensor requires a gradient."""
+    """Detached copies of the arguments (with the same strides) in which every float tensor requires a gradient."""
 
     def leaf(t: Tensor) -> Tensor:
         copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
@@ -199,7 +199,7 @@ def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def to_float64(args: Any) -> Any:
-    """The arguments with every float tensor (but float8) widened to float64, values unchanged."""
+    """The arguments with every float tensor (except float8) converted to float64, values unchanged."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(torch.float64) if is_differentiable(t) else t, args)
 
 
@@ -221,7 +221,7 @@ class _Product(torch.autograd.Function):
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` with the precision of a half dtype, and the range that it has: as float16 is used, scaled to fit."""
+    """`x` rounded to the precision and range of a half dtype; float16 is scaled to fit, as users do."""
     if dtype not in HALF:
         return x
     scale = 2 / torch.finfo(dtype).eps
@@ -230,23 +230,27 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b of two tensors that a composition holds in `dtype`, summed in float32 (float64: in float64).
+    """Computes a @ b for a composition that holds its tensors in `dtype`, summed in float32 (float64 for float64).
+
+    Its gradient does the same: the gradient of the sums is rounded before it is multiplied, and the gradients of a and
+    b have their dtype, as autograd's do.
 
     Args:
-        a, b: matrices in the dtype of the sums, of one batch shape; in half precision each is rounded once.
-        dtype: of the tensors that the op was given.
+        a: matrices in the dtype of the sums; in half precision they are rounded once.
+        b: matrices in the dtype of the sums, with the batch shape of a.
+        dtype: dtype of the tensors that the op was given.
 
-    Its gradient does the same: the gradient of the sums is rounded before it is multiplied, and what a and b get has
-    their dtype, as autograd's gradients do.
+    Returns:
+        The products, in the dtype of the sums.
     """
     return _Product.apply(a, b, dtype)
 
 
 def composition(op: str) -> Callable:
-    """Decorator of a function of the op's arguments: the op as users compose it of torch in half precision.
+    """Decorator of a function of the op's arguments: the op as users would compose it from PyTorch in half precision.
 
-    Every tensor that it multiplies has the dtype of the op's arguments, see `product`; no sum is rounded, but as a
-    result of that dtype.
+    Every tensor in a matrix product has the dtype of the op's arguments, see `product`; sums are not rounded, except as
+    results.
     """
 
     def register(function):
@@ -257,9 +261,9 @@ def composition(op: str) -> Callable:
 
 
 def yardstick(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """What sets the budget of a call: the reference, in half precision the op's composition where it has one.
+    """The function that sets the error budget of a call: the op's composition in half precision, else the reference.
 
-    An op without a matrix product has none: torch, too, keeps its intermediate values in float32 there.
+    An op without a matrix product has no composition: PyTorch also computes its intermediate values in float32.
     """
     if not any(isinstance(t, Tensor) and t.dtype in HALF for t in pytree.tree_leaves(args)):
         return OPS[op].reference
@@ -270,16 +274,19 @@ def yardstick(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
 
 
 def assert_within_budget(actual: Any, at_dtype: Any, exact: Any, what: str = "") -> None:
-    """Asserts a kernel's results to be as good as plain torch's, a bound that is derived, not tuned.
+    """Asserts that a kernel's results are as accurate as plain PyTorch's; the bound is derived, not tuned.
+
+    The largest error against `exact` may be twice that of `at_dtype`, plus one rounding of the largest result. Integer
+    results must be equal.
 
     Args:
-        actual: the kernel's results, a tensor or a tree of them.
+        actual: the kernel's results, a tensor or a tree of tensors.
         at_dtype: the yardstick's results for the same inputs, at the same dtype; see `yardstick`.
-        exact: the reference's results for the inputs widened to float64.
-        what: what is compared, for the message.
+        exact: the reference's results for the inputs converted to float64.
+        what: description for the message.
 
-    The largest error against `exact` may be twice that of `at_dtype`, plus one rounding of the largest result.
-    Integer results must be equal.
+    Raises:
+        AssertionError: the error exceeds the budget.
     """
     leaves = [pytree.tree_leaves(tree) for tree in (actual, at_dtype, exact)]
     assert len(leaves[0]) == len(leaves[1]) == len(leaves[2]), f"{what}: number of results differs"
@@ -314,7 +321,7 @@ FLAGS = ("off", "on", "warn only")
 
 @contextmanager
 def determinism(flag: str) -> Iterator[None]:
-    """torch.use_deterministic_algorithms as one of `FLAGS` says, for the whole process."""
+    """Sets torch.use_deterministic_algorithms as one of `FLAGS`, for the whole process."""
     was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(flag != "off", warn_only=flag == "warn only")
     try:
@@ -329,14 +336,15 @@ def run(op: Op, args: tuple[Any, ...], backend: str = "auto") -> Any:
 
 
 def float_leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree that autograd can follow."""
+    """The tensors of a tree that autograd supports."""
     return [t for t in pytree.tree_leaves(tree) if is_differentiable(t)]
 
 
 def gradients(args: tuple[Any, ...], results: Any, like: Any = None, seed: int = 1) -> list[Tensor]:
-    """Gradients of a random projection of the float results for every float argument, zero where none flows.
+    """Gradients of a random projection of the float results with respect to every float argument, zero where there is
+    none.
 
-    With `like`, results of the same call at another dtype, the projection is the one that those are given.
+    With `like`, the results of the same call at another dtype, the projection is the same as for those.
     """
     results = float_leaves(results)
     dtypes = [t.dtype for t in (results if like is None else float_leaves(like))]
@@ -354,7 +362,7 @@ def gradients(args: tuple[Any, ...], results: Any, like: Any = None, seed: int =
 def check_backend(op: Op, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """Asserts that a backend's results and gradients are within budget on every sample that it does not refuse.
 
-    Memory is poisoned meanwhile, so that nothing uninitialised is read.
+    Memory is poisoned, so that reads of uninitialised memory become visible.
     """
     for sample in samples(op.name, Make(dtype, device)):
         if _dispatch.refusal(op, backend, torch.device(device), sample.args) is not None:

@@ -64,7 +64,7 @@ def attention(
     if params.get("window") is not None:
         frame = params.get("patches_per_frame")
         if frame is None:
-            raise ValueError(f"{_OP}: params must have patches_per_frame where they have window, got none")
+            raise ValueError(f"{_OP}: params must have patches_per_frame if they have window, got none")
         frame = int(frame if not isinstance(frame, Tensor) else frame.reshape(-1)[0])
         times = [torch.arange(x.shape[1], device=x.device) // frame for x in (query, key)]
         features |= {"window": tuple(params["window"]), "q_time": times[0], "k_time": times[1]}

@@ -272,22 +272,22 @@ def test_what_it_cannot_do_it_says():
     for options, message in [
         ({"dropout_p": 0.1}, "dropout_p must be 0, got 0.1"),
         ({"is_causal": True}, "is_causal must be False, got True"),
-        ({"attn_mask": pairs}, "attn_mask must have shape (2 or 1, 4 or 1, 1, 7), over keys alone, got (5, 7)"),
-        ({"attn_mask": pairs[None, None]}, "over keys alone, got (1, 1, 5, 7)"),
-        ({"attn_mask": pairs[:1, :1, None, None]}, "over keys alone, got (1, 1, 1, 1)"),
-        ({"attn_mask": pairs[None, None, :1].expand(3, -1, -1, -1)}, "over keys alone, got (3, 1, 1, 7)"),
+        ({"attn_mask": pairs}, "attn_mask must have shape (2 or 1, 4 or 1, 1, 7), a mask over keys, got (5, 7)"),
+        ({"attn_mask": pairs[None, None]}, "a mask over keys, got (1, 1, 5, 7)"),
+        ({"attn_mask": pairs[:1, :1, None, None]}, "a mask over keys, got (1, 1, 1, 1)"),
+        ({"attn_mask": pairs[None, None, :1].expand(3, -1, -1, -1)}, "a mask over keys, got (3, 1, 1, 7)"),
         ({"attention_kwargs": {"softcap": 3.0}}, "arguments must be query, key,"),
-        ({"parallel_config": "ring"}, "a model must run without context parallelism, got ring"),
+        ({"parallel_config": "ring"}, "the model must run without context parallelism, got ring"),
     ]:
         with pytest.raises(ValueError) as raised:
             dispatch_attention_fn(q, k, v, backend=_name(), **options)
         assert str(raised.value).startswith("vidmem attention backend: ") and message in str(raised.value)
     with pytest.raises(TypeError, match="attn_mask must be bool or of a float dtype, got torch.int64"):
         dispatch_attention_fn(q, k, v, torch.ones(1, 1, 1, 7).long(), backend=_name())
-    with pytest.raises(ValueError, match="heads of keys must divide those of queries, got 3 and 4"):
+    with pytest.raises(ValueError, match="the number of key heads must divide that of query heads, got 3 and 4"):
         dispatch_attention_fn(q, *(x[:, :, :3] for x in (k, v)), enable_gqa=True, backend=_name())
     with pytest.raises(
-        ValueError, match="enable_gqa must be True where keys have other heads than queries, got 2 and 4"
+        ValueError, match="enable_gqa must be True if keys and queries have different numbers of heads, got 2 and 4"
     ):
         dispatch_attention_fn(q, *(x[:, :, :2] for x in (k, v)), backend=_name())
 
@@ -298,8 +298,8 @@ def test_wrong_use():
         (lambda: attention_backend(None), TypeError, "attention_backend: model must be a module, got NoneType"),
         (lambda: attention_backend(nn.Linear(3, 3)), ValueError, "model must have attentions that ask diffusers"),
         (lambda: attention_backend(model, only="attn9"), ValueError, "with none that is 'attn9'"),
-        (lambda: attention_backend(model, dropout=1), TypeError, "features must be of backend,"),
-        (lambda: attention_backend(model, "native"), ValueError, "name must be new to diffusers, got 'native'"),
+        (lambda: attention_backend(model, dropout=1), TypeError, "features must be among backend,"),
+        (lambda: attention_backend(model, "native"), ValueError, "name must not be a backend of diffusers already"),
     ]:
         with pytest.raises(error) as raised, call():
             pass
@@ -350,7 +350,7 @@ def test_the_plugin_of_vllm_omni():
     for params, options, message in [
         ({}, {"is_causal": True}, "is_causal must be False"),
         ({"topk": 1.5}, {}, "topk must be a count or a share in (0, 1), got 1.5"),
-        ({"window": (1, 1)}, {}, "params must have patches_per_frame where they have window"),
+        ({"window": (1, 1)}, {}, "params must have patches_per_frame if they have window"),
     ]:
         with pytest.raises(ValueError) as raised:
             vllm_omni.attention(q, k, v, params, **options)

@@ -413,7 +413,7 @@ def test_wrong_use():
     said(TypeError, lambda: add_memory_attention(model, encoder=3), "encoder must be callable, got int")
     is_as = skeleton(model)
     m = add_memory_attention(model, memory_dim=DIM)
-    said(ValueError, lambda: add_memory_attention(model), "model must have no memory attention, got one that has")
+    said(ValueError, lambda: add_memory_attention(model), "model must not have memory attention already, got")
     for memory, bias, error, message in [
         (torch.randn(1, 7, 9), None, ValueError, f"memory must have shape (B, M, {DIM}), got (1, 7, 9)"),
         (torch.randn(7, DIM), None, ValueError, "memory must have shape (B, M, memory_dim), got (7, 10)"),
@@ -460,7 +460,7 @@ def test_files_that_do_not_fit(tmp_path):
             load_memory_adapter(model, damaged)
         assert str(raised.value).startswith(f"load_memory_adapter: {damaged}"), raised.value
     safetensors.torch.save_file({"x": torch.zeros(2)}, damaged)
-    said(MemoryFileError, lambda: load_memory_adapter(model, damaged), "is no memory adapter")
+    said(MemoryFileError, lambda: load_memory_adapter(model, damaged), "is not a memory adapter")
     text = json.dumps({"version": 2, "checksum": "", "config": {}})
     safetensors.torch.save_file({"x": torch.zeros(2)}, damaged, {"vidmem.memory_attention": text})
     said(MemoryFileError, lambda: load_memory_adapter(model, damaged), "is of version 2")

@@ -333,7 +333,7 @@ def test_wrong_use():
     said(ValueError, lambda: MemoryPrefix(bare), "model must have a clean_x_embedder")
     said(ValueError, lambda: MemoryPrefix.of(model), "MemoryPrefix.of: model must have a memory prefix")
     p = MemoryPrefix(model)
-    said(ValueError, lambda: MemoryPrefix(model), "model must have no memory prefix, got one that has")
+    said(ValueError, lambda: MemoryPrefix(model), "model must not have a memory prefix already, got one that has")
     tokens, positions = memory_of()
     for args, error, message in [
         ((tokens[..., 1:], positions), ValueError, f"tokens must have shape (B, M, {WIDTH}), got (1, 6, {WIDTH - 1})"),

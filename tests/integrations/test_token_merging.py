@@ -235,7 +235,9 @@ def test_a_model_of_ones_own():
     with apply_token_merging(model) as handle:
         run(model, inputs_of(model, (2, 3, 4)))
         assert handle.stats()["family"] == "own" and handle.stats()["plans_made"] == 1
-    with pytest.raises(ValueError, match="register_family: family must have a name and a class that are not known"):
+    with pytest.raises(
+        ValueError, match="register_family: family must have a name and a class that are not registered"
+    ):
         register_family(WAN)
     with pytest.raises(TypeError, match="register_family: family must be a Family, got str"):
         register_family("wan")
@@ -247,9 +249,9 @@ WRONG = {
     "kv_ratio='half'": (TypeError, "kv_ratio must be a number, a dict or a function, got str"),
     "kv_ratio={0: .9}": (ValueError, r"kv_ratio\[0\] must be in"),
     "q_ratio=lambda block, step: block": (ValueError, "q_ratio of block 1 at step 0 must be in"),
-    "kv_ratio={3: .5}": (ValueError, r"kv_ratio must have keys in \[0, 2\], got 3"),
-    "blocks=[0, 7]": (ValueError, r"blocks must hold numbers in \[0, 2\], got 7"),
-    "blocks=[-1]": (ValueError, r"blocks must hold numbers in \[0, 2\], got -1"),
+    "kv_ratio={3: .5}": (ValueError, r"the keys of kv_ratio must be in \[0, 2\], got 3"),
+    "blocks=[0, 7]": (ValueError, r"blocks must be in \[0, 2\], got 7"),
+    "blocks=[-1]": (ValueError, r"blocks must be in \[0, 2\], got -1"),
     "blocks=1": (TypeError, "blocks must be ints, got 1"),
     "steps=[-1]": (ValueError, "steps must be at least 0"),
     "metric='value'": (ValueError, "metric must be one of 'hidden', 'key', got 'value'"),
@@ -261,9 +263,9 @@ WRONG = {
     "protect_frames=None": (TypeError, "protect_frames must be ints, got None"),
     "reuse_steps=0": (ValueError, "reuse_steps must be at least 1, got 0"),
     "reuse_blocks=1.5": (TypeError, "reuse_blocks must be an int, got float"),
-    "ratio=.5": (TypeError, "apply_token_merging: options must be of kv_ratio, .*, got ratio"),
+    "ratio=.5": (TypeError, "apply_token_merging: options must be among kv_ratio, .*, got ratio"),
     "config=.5": (TypeError, "apply_token_merging: config must be a TokenMergingConfig, got float"),
-    "config=TokenMergingConfig(), kv_ratio=.5": (TypeError, "options must come without a config"),
+    "config=TokenMergingConfig(), kv_ratio=.5": (TypeError, "options cannot be combined with config"),
 }
 
 

@@ -102,5 +102,5 @@ def test_steps_that_are_not_told():
     model = tiny_wan(layers=1)
     apply_token_merging(model, reuse_steps=2)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="the step must be told by `handle.step = i` before each compiled call"):
+    with pytest.raises(Exception, match="the step must be set by `handle.step = i` before each compiled call"):
         compiled(**inputs_of(model, (3, 5, 4)))

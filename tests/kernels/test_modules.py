@@ -362,13 +362,13 @@ def test_repr_tells_the_options():
     (LinearAttention, (512, 8), {"feature_map": "elu"}, ValueError,
      "feature_map must be one of relu, elu1, identity, got 'elu'"),
     (LinearAttention, (512, 8), {"backend": "tritn"}, ValueError,
-     "backend: must be one of auto, cpu, triton, cuda, library, reference, got 'tritn' (did you mean 'triton'?)"),
+     "backend must be one of auto, cpu, triton, cuda, library, reference, got 'tritn' (did you mean 'triton'?)"),
     (MemoryCrossAttention, (512, 7), {}, ValueError, "num_heads must divide dim 512, got 7"),
     (MemoryCrossAttention, (512, None), {}, TypeError, "num_heads must be an int, got NoneType"),
     (MemoryCrossAttention, (512, 8), {"memory_dim": 0}, ValueError, "memory_dim must be at least 1, got 0"),
     (MemoryCrossAttention, (512, 8), {"qk_norm": "layer"}, ValueError,
      "qk_norm must be one of None, rms_norm, rms_norm_across_heads, got 'layer'"),
-    (MemoryCrossAttention, (512, 8), {"backend": "gpu"}, ValueError, "backend: must be one of auto, cpu"),
+    (MemoryCrossAttention, (512, 8), {"backend": "gpu"}, ValueError, "backend must be one of auto, cpu"),
 ])  # fmt: skip
 def test_bad_options(kind, args, options, error, message):
     with pytest.raises(error) as raised:

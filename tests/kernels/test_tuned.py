@@ -79,9 +79,9 @@ def test_a_tile_of_other_constants_is_refused(tables):
 
 def test_wrong_fields_and_names(tables):
     kernel = tunable()
-    with pytest.raises(TypeError, match="depends on dtype, size, features; got dtype"):
+    with pytest.raises(TypeError, match="fields must be dtype, size, features, got dtype"):
         kernel.tile(GPU, dtype="bf16")
-    with pytest.raises(ValueError, match="has a Tunable already"):
+    with pytest.raises(ValueError, match="must have one Tunable, got another"):
         tunable()
 
 

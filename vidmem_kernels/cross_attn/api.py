@@ -120,7 +120,7 @@ def _check_keys(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     )
     if heads != key_heads:
         fits = 1 <= key_heads <= heads and heads % key_heads == 0
-        require(fits, "{}: the heads of k must divide those of q, got {} and {}".format, op, key_heads, heads)
+        require(fits, "{}: the number of heads of k must divide that of q, got {} and {}".format, op, key_heads, heads)
     check_same(op, "k and v must have the same B, Lk and H", tuple(k.shape[:3]), tuple(v.shape[:3]))
     check_same(op, "q and k must be on the same device", q.device, k.device)
     check_same(op, "q and v must be on the same device", q.device, v.device)
@@ -133,17 +133,19 @@ def _check_dtypes(
     rows, scales = {"k": k, "v": v}, {"k_scale": k_scale, "v_scale": v_scale}
     given = [scale is not None for scale in scales.values()]
     if given != [x.dtype in QUANTIZED_DTYPES for x in rows.values()]:
+        found = " and ".join(name for name, scale in scales.items() if scale is not None) or "neither"
         raise TypeError(
-            f"{op}: k_scale and v_scale must be given exactly for {names(QUANTIZED_DTYPES)} k and v, got "
-            f"{names([k.dtype])} and {names([v.dtype])} with {' and '.join(n for n in scales if scales[n] is not None)}"
-            f"{'' if any(given) else 'neither'}"
+            f"{op}: k_scale and v_scale are required for {names(QUANTIZED_DTYPES)} k and v and not allowed for "
+            f"others, got {names([k.dtype])} and {names([v.dtype])} with {found}"
         )
     if not any(given):
         return check_same_dtype(op, q=q, k=k, v=v)
     check_same(op, "k and v must have the same dtype", k.dtype, v.dtype)
     for (name, x), (scale_name, scale) in zip(rows.items(), scales.items(), strict=True):
         if x.requires_grad:
-            raise ValueError(f"{op}: {name} must be detached, for {names([x.dtype])} has no gradient, got one required")
+            raise ValueError(
+                f"{op}: {name} must not require a gradient, which {names([x.dtype])} cannot have; detach it"
+            )
         _check_by_key(op, scale_name, scale, q, x.shape[1], (torch.float32,))
     return check_same_dtype(op, q=q)
 
@@ -286,17 +288,17 @@ def cross_attention(
     if not isinstance(causal_sinks, bool):
         raise TypeError(f"{op}: causal_sinks must be a bool, got {type(causal_sinks).__name__}")
     if causal_sinks and bounds is None:
-        raise ValueError(f"{op}: causal_sinks must be given with a window, got window=None")
+        raise ValueError(f"{op}: causal_sinks requires window, got window=None")
     sizes = None
     if block_sizes is not None:
         if block_index is None:
-            raise ValueError(f"{op}: block_sizes must be given with block_index, got block_index=None")
+            raise ValueError(f"{op}: block_sizes requires block_index, got block_index=None")
         _check_pair(op, "block_size", block_size)
         sizes = check_pair_of_sizes(op, block_sizes, block_size, q, k)
     _check_blocks(op, q, key_heads, block_index, block_size, None if sizes is None else sizes[0].shape[0])
     if scale is None:
         if size == 0:
-            raise ValueError(f"{op}: scale must be given where D is 0, got None")
+            raise ValueError(f"{op}: scale must be given if D is 0, got None")
         scale = float(size**-0.5)
     check_number(op, "scale", scale)
     key_bias = spread(masked_bias(key_bias, key_mask, accumulate_dtype(dtype)), batch)
@@ -352,7 +354,9 @@ def merge_attention_states(
     """
     op = "merge_attention_states"
     if len(outs) != len(lses) or len(outs) == 0:
-        raise ValueError(f"{op}: outs and lses must be as many, and at least one, got {len(outs)} and {len(lses)}")
+        raise ValueError(
+            f"{op}: outs and lses must have the same length of at least 1, got {len(outs)} and {len(lses)}"
+        )
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         check_tensor(op, f"outs[{i}]", out, "B, L, H, D")
         wide = accumulate_dtype(out.dtype)

@@ -1,4 +1,4 @@
-"""One call of cross_attention as an op: which of them, and how a compiled graph calls it."""
+"""Calls the cross-attention op for one call of the public function, also from a compiled graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import symbolic
 
 
 class Attention(NamedTuple):
-    """Arguments of `cross_attention`, checked and of one batch; what they mean is in its docstring."""
+    """Checked arguments of `cross_attention` with a common batch; see its docstring for their meaning."""
 
     q: Tensor
     k: Tensor
@@ -30,13 +30,13 @@ class Attention(NamedTuple):
     scale: float
     k_scale: Tensor | None
     v_scale: Tensor | None
-    dtype: torch.dtype  # that the op sees, under autocast
+    dtype: torch.dtype  # dtype that the op sees, after autocast
     out_dtype: torch.dtype
     backend: str | None
 
 
 def attend(a: Attention) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call with as many heads of keys as of queries."""
+    """(out, lse) of a call with equal numbers of query and key heads."""
     mixed = a.k_scale is not None or a.out_dtype != a.dtype
     scales = (a.k_scale, a.v_scale) if mixed else ()
     results = (a.out_dtype,) if mixed else ()

@@ -1,4 +1,4 @@
-"""Sinks that are seen from their own time on, as StreamingLLM has them: two calls over disjoint keys, merged."""
+"""Sinks that become visible at their own time, as in StreamingLLM: two calls over disjoint keys, merged."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .._numerics import accumulate_dtype
 from .attend import Attention
 from .groups import attend_groups
 
-UNBOUNDED = torch.finfo(torch.float32).max  # stands for infinity beside finite times
+UNBOUNDED = torch.finfo(torch.float32).max  # replaces infinity; finite times are smaller
 
 
 def attend_causal_sinks(a: Attention) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call with a window whose right bound holds for the sinks too."""
+    """(out, lse) of a call whose window bounds the sinks on the right, too."""
     sinks = a.num_sinks
     # AOTInductor writes constants as JSON, which has no infinity.
     left = UNBOUNDED if torch.compiler.is_exporting() else math.inf
-    # torch.export would guard the lengths of parts of the keys against those that make a difference to their strides.
+    # torch.export would add guards on the lengths of slices of the keys, because these affect strides.
     whole = torch.compiler.is_exporting()
     of_sinks = _hiding(a, sinks, hide_sinks=False) if whole else _part(a, slice(None, sinks))
     of_sinks = of_sinks._replace(window=[left, a.window[1]], block_index=None)
     all_keys = whole or a.block_index is not None  # blocks are counted from the first key
     others = _hiding(a, sinks, hide_sinks=True) if all_keys else _part(a, slice(sinks, None))
-    # Rounded once, after they are merged.
+    # The results are rounded once, after merging.
     wide = accumulate_dtype(a.dtype)
     parts = [attend_groups(part._replace(num_sinks=0, out_dtype=wide)) for part in (of_sinks, others)]
     out, lse = call("merge_attention_states", [p[0] for p in parts], [p[1] for p in parts], backend=a.backend)
@@ -34,7 +34,7 @@ def attend_causal_sinks(a: Attention) -> tuple[Tensor, Tensor]:
 
 
 def _part(a: Attention, keys: slice) -> Attention:
-    """The call with some of its keys."""
+    """The call with a slice of its keys."""
     by_key = {name: getattr(a, name) for name in ("k_time", "key_bias")}
     by_row = {name: getattr(a, name) for name in ("k", "v", "k_scale", "v_scale")}
     found = {name: x if x is None else x[..., keys] for name, x in by_key.items()}
@@ -46,5 +46,7 @@ def _hiding(a: Attention, sinks: int, hide_sinks: bool) -> Attention:
     bias = a.key_bias
     if bias is None:
         bias = a.q.new_zeros(*a.k.shape[:2], dtype=accumulate_dtype(a.dtype))
-    is_sink = torch.ones_like(bias, dtype=torch.int64).cumsum(-1) <= sinks  # of a DTensor too
+    is_sink = (
+        torch.ones_like(bias, dtype=torch.int64).cumsum(-1) <= sinks
+    )  # unlike arange, this also works for a DTensor
     return a._replace(key_bias=bias.masked_fill(is_sink if hide_sinks else ~is_sink, -torch.inf))

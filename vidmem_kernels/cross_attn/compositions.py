@@ -1,4 +1,4 @@
-"""Cross-attention as users compose it of torch in half precision: the yardstick of its kernels there."""
+"""Cross-attention as users would compose it from PyTorch in half precision: the yardstick of its kernels there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _visible(q, k, num_sinks, q_time, k_time, window, block_index, block_size) -
 
 
 def _scores(q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, *mask) -> Tensor:
-    """(B, H, Lq, Lk), minus infinity where nothing is seen."""
+    """(B, H, Lq, Lk), -inf where a key is hidden."""
     scores = product(_heads(q), _heads(k).mT, q.dtype) * scale
     if key_bias is not None:
         scores = scores + (key_bias if key_bias.dim() == 3 else key_bias.unsqueeze(1)).unsqueeze(2).to(scores.dtype)
@@ -52,7 +52,7 @@ def cross_attention(
     block_size: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weights have the dtype of q where they are multiplied with v; scores, and so lse, are float32."""
+    """The weights are rounded to the dtype of q for the product with v; the scores, and so lse, are float32."""
     mask = num_sinks, q_time, k_time, window, block_index, block_size
     return cross_attention_mixed(q, k, v, None, None, key_bias, *mask, scale, q.dtype)
 
@@ -74,7 +74,7 @@ def cross_attention_mixed(
     scale: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of 8 bits are dequantised, to the dtype of q; then as cross_attention, whose sums are the results."""
+    """Dequantises 8-bit rows to the dtype of q, then computes cross_attention; the results are its float32 sums."""
     wide = accumulate_dtype(q.dtype)
     k, v = dequantized(k, k_scale, wide), dequantized(v, v_scale, wide)
     mask = num_sinks, q_time, k_time, window, block_index, block_size
@@ -104,8 +104,8 @@ def cross_attention_backward(
     block_size: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and gradients of scores have the dtype of q where they are multiplied; the gradient of a bias sums them
-    in float32, before that."""
+    """Weights and gradients of scores are rounded to the dtype of q for products; the bias gradient sums them in
+    float32."""
     dtype = q.dtype
     scores = _scores(q, k, key_bias, scale, num_sinks, q_time, k_time, window, block_index, block_size)
     weight = (scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(3)).exp()

@@ -1,4 +1,4 @@
-"""Grouped-query attention: several heads of queries read one head of keys, which is not copied for them."""
+"""Grouped-query attention: several query heads read one key head, which is not copied."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .attend import Attention, attend
 
-_LONGEST = 2**30  # more rows than a kernel takes
+_LONGEST = 2**30  # above the row limit of the kernels
 
 
 def attend_groups(a: Attention) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call whose heads of keys divide those of queries: head h reads head h // (H // Hk)."""
+    """(out, lse) of a call in which Hk divides H: query head h reads key head h // (H // Hk)."""
     heads, key_heads = a.q.shape[2], a.k.shape[2]
     if heads == key_heads:
         return attend(a)
@@ -24,7 +24,7 @@ def attend_groups(a: Attention) -> tuple[Tensor, Tensor]:
 
 
 def _one_by_one(a: Attention, group: int, bias_differs: bool, blocks_differ: bool) -> tuple[Tensor, Tensor]:
-    """A call for each member of the groups, since a kernel has one bias and one list of blocks for a head of keys."""
+    """One call per group member, since a kernel has one bias and one block list per key head."""
     outs, lses = [], []
     for member in range(group):
         part = a._replace(q=a.q[:, :, member::group])
@@ -39,7 +39,7 @@ def _one_by_one(a: Attention, group: int, bias_differs: bool, blocks_differ: boo
 
 
 def _folded(a: Attention, group: int, key_heads: int) -> tuple[Tensor, Tensor]:
-    """One call in which the queries of a group follow each other: a tile of keys is read once for all of them."""
+    """One call with the queries of a group interleaved, so that a tile of keys is read once for all of them."""
     length = a.q.shape[1]
     q = a.q.unflatten(2, (key_heads, group)).transpose(2, 3).flatten(1, 2)
     q_time = a.q_time

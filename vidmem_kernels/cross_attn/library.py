@@ -1,13 +1,14 @@
-"""Dense attention by libraries that return lse too: which there are, in which order, and what none of them takes.
+"""Attention libraries that also return lse: which there are, in which order, and what none of them supports.
 
-The order is that of measurements on an H200 (1 x 32,760 queries, 5,120 keys, 24 heads of 128, bfloat16):
+The order follows measurements on an H200 (1 x 32,760 queries, 5,120 keys, 24 heads of 128, bfloat16):
 
-plain, forward: FA3 and fa3-fwd 2.72 ms, cuDNN 2.93; FA4 was not timed and stands where FA3 does.
-plain, backward: cuDNN 9.2, flash 18.3, flash made deterministic 31.8; FA3's and FA4's were not timed.
-with a key bias, forward: as channels (library_bias.py) FA3 and fa3-fwd 3.56, cuDNN 3.71 and the widening; our Triton
-    kernel 4.26 to 4.6; cuDNN with the bias as an additive mask 4.66, which is why it is not here.
-with a key bias, backward: cuDNN with channels 23.5, slower than our kernel (17.2 to 20.3), so it is not here; FA4's was
-    not timed.
+plain, forward: FA3 and fa3-fwd 2.72 ms, cuDNN 2.93 ms; FA4 was not timed and is placed next to FA3.
+plain, backward: cuDNN 9.2 ms, flash 18.3 ms, deterministic flash 31.8 ms; FA3 and FA4 were not timed.
+with a key bias, forward: as extra channels (library_bias.py) FA3 and fa3-fwd 3.56 ms, cuDNN 3.71 ms, plus the time to
+    add the channels; our Triton kernel 4.26 to 4.6 ms; cuDNN with the bias as an additive mask 4.66 ms, which is why it
+    is not used.
+with a key bias, backward: cuDNN with channels 23.5 ms, slower than our kernel (17.2 to 20.3 ms), so it is not used; FA4
+    was not timed.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from .library_sdpa import HALF, capability
 
 
 def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale) -> str | None:
-    """Why none of the libraries can compute these results, or None."""
+    """Why no library can compute these results, or None."""
     for name, value in {"window": window, "block_index": block_index}.items():
         if value is not None:
-            return f"{name} is given"
+            return f"does not support {name}"
     size, value_size = q.shape[3], v.shape[3]
     if size != value_size:
-        return f"D={size} and Dv={value_size} differ"
+        return f"needs D equal to Dv, got {size} and {value_size}"
     if 0 in q.shape or k.shape[1] == 0:
-        return "an input is empty"
+        return "needs tensors that are not empty"
     if why := refuse_float64(q):
         return why
     if q.device.type == "cpu":
@@ -41,9 +42,9 @@ def refuse(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, bl
     if q.dtype not in HALF:
         return f"needs {names(HALF)} on cuda, got {names([q.dtype])}"
     if size % 8 or size > 256:
-        return f"D={size} is not a multiple of 8 up to 256"
-    if not 0 < scale < math.inf:  # the largest product is taken for the largest score
-        return f"scale={scale} is not positive"
+        return f"needs D to be a multiple of 8 up to 256, got {size}"
+    if not 0 < scale < math.inf:  # the libraries take the largest product for the largest score
+        return f"needs a positive scale, got {scale}"
     if capability(q.device) < (8, 0):
         return "needs compute capability 8.0 or later"
     return None

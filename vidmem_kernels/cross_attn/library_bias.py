@@ -1,13 +1,14 @@
-"""A key bias for libraries that know none: as channels that are appended to queries and keys.
+"""A key bias for libraries that do not support one, as extra channels of queries and keys.
 
-q gets channels that hold constants, k gets the bias over the scale, in three parts of the tensors' dtype that sum to it
-within 2^-24, so that q.k has the bias in it. A bias of -inf becomes a finite floor there, far below all others; rows of
-k and v that it hides are zeros, whatever they were, and where it hides all keys the result is 0 and lse -inf, mended
-afterwards. The gradient of the bias is one more channel of the gradient of k, a constant in q and 0 in k. It has the
-dtype of k, and so fits the error that is allowed for a bias of that dtype only. Nothing here waits for the GPU.
+The extra channels of q hold constants; those of k hold the bias divided by the scale, split into three parts in the
+dtype of the tensors whose sum is accurate to 2^-24, so that q.k contains the bias. A bias of -inf becomes a finite
+floor, far below all others; the rows of k and v that it hides are set to zero, and where it hides all keys, the result
+is set to 0 and lse to -inf afterwards. The gradient of the bias is one more channel of the gradient of k, with a
+constant in q and 0 in k. It has the dtype of k, and so meets the error budget only for a bias of that dtype. Nothing
+waits for the GPU.
 
-The widened tensors are memory that the call needs besides: width / D times that of q and k (1.125 for D=128 in 144
-channels, 1.5 in 192), and v once more.
+The call needs additional memory for the widened tensors: width / D times that of q and k (1.125 for D=128 in 144
+channels, 1.5 in 192), and a copy of v.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from torch import Tensor
 from .._checks import names
 
 PARTS = 3
-# What the constants are. float16 lacks the range: its first part has the size, the others the digits.
+# The constants in q. The range of float16 is too small: its first part has the magnitude, the others the low digits.
 _FACTORS = {torch.bfloat16: (1.0, 1.0, 1.0), torch.float16: (2.0**15, 2.0**4, 2.0**-7)}
-_LIMITS = {torch.bfloat16: 2.0**126, torch.float16: 2.0**30}  # of the bias over the scale: beyond is as far as can be
-_FLOOR = 2.0**100  # of the bias: scores must not overflow when they are scaled
+_LIMITS = {
+    torch.bfloat16: 2.0**126,
+    torch.float16: 2.0**30,
+}  # of the bias divided by the scale; larger ones are clamped
+_FLOOR = 2.0**100  # of the bias: scaled scores must not overflow
 _SCALES = {torch.bfloat16: (2.0**-60, 2.0**60), torch.float16: (2.0**-10, 2.0**10)}
-# Scores below which a prediction says that widening, about 20 small launches, takes more time than it saves.
+# Below this number of scores, widening (about 20 small launches) is predicted to take more time than it saves.
 _WORTH = 2**29
 
 
 def refuse(q: Tensor, scale: float, sizes: tuple[int, ...]) -> str | None:
-    """Why a library that is given the bias as channels, for the head sizes `sizes`, cannot run a call."""
+    """Why a library that gets the bias as channels, for the head sizes `sizes`, cannot run a call, or None."""
     if q.shape[3] not in sizes:
         return f"a key bias needs D of {', '.join(map(str, sizes))}, got {q.shape[3]}"
     low, high = _SCALES[q.dtype]
@@ -41,28 +45,33 @@ def refuse(q: Tensor, scale: float, sizes: tuple[int, ...]) -> str | None:
 
 
 def refuse_gradient(q: Tensor, key_bias: Tensor) -> str | None:
-    """Why the gradient of a bias cannot be a channel."""
+    """Why the gradient of a bias cannot be computed as a channel, or None."""
     if key_bias.dtype == q.dtype:
         return None
-    return f"the gradient of a key bias would be rounded to {names([q.dtype])}, it is {names([key_bias.dtype])}"
+    return f"would round the gradient of a {names([key_bias.dtype])} key_bias to {names([q.dtype])}"
 
 
 def avoid(q: Tensor, k: Tensor) -> str | None:
-    """Why our kernel is faster than widened tensors, or None."""
+    """Why our kernel is faster than a library with widened tensors, or None."""
     scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
-    return None if scores >= _WORTH else "too few scores to pay for key bias channels"
+    return (
+        None
+        if scores >= _WORTH
+        else "slower than our kernel here: too few scores to pay for the extra channels of the bias"
+    )
 
 
 def width(size: int) -> int:
-    """Channels of q and k with a bias and its gradient, a multiple of 16."""
+    """Channels of q and k with room for a bias and its gradient, a multiple of 16."""
     return math.ceil((size + PARTS + 1) / 16) * 16
 
 
 def _split(key_bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """(..., PARTS): what times the constants sums to the bias over the scale."""
+    """(..., PARTS): the parts of the bias divided by the scale; their sum, weighted by the constants, is that
+    quotient."""
     rest = key_bias.to(torch.float64) / scale
     limit = min(_LIMITS[dtype], _FLOOR / scale)
-    # An infinite score makes a softmax of NaN.
+    # An infinite score makes the softmax NaN.
     rest = rest.clamp(-limit, limit).masked_fill(key_bias == torch.inf, torch.nan)
     parts = []
     for factor in _FACTORS[dtype]:
@@ -72,7 +81,7 @@ def _split(key_bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _hidden(key_bias: Tensor) -> Tensor:
-    """(B, Lk, H|1, 1): the keys that a bias of -inf hides from all queries."""
+    """(B, Lk, H or 1, 1): the keys that a bias of -inf hides from all queries."""
     by_head = key_bias if key_bias.dim() == 3 else key_bias.unsqueeze(1)
     return (by_head == -torch.inf).transpose(1, 2).unsqueeze(3)
 
@@ -80,12 +89,12 @@ def _hidden(key_bias: Tensor) -> Tensor:
 def widen(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float, channels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, Lq, H, channels), k (B, Lk, H, channels) and v with zeros for what is hidden."""
+    """q (B, Lq, H, channels), k (B, Lk, H, channels) and v, with zeros for hidden keys."""
     size = q.shape[3]
     wide_q = q.new_empty(*q.shape[:3], channels)
     wide_q[..., :size] = q
     first, *others = _FACTORS[q.dtype]
-    wide_q[..., size:].fill_(first)  # where k has zeros, too
+    wide_q[..., size:].fill_(first)  # also for the padding, where k is zero
     for i, factor in enumerate(others, 1):
         if factor != first:
             wide_q[..., size + i].fill_(factor)
@@ -106,7 +115,7 @@ def forward(
     scale: float,
     channels: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) by `attend`, which gives those of a plain call with that scale."""
+    """(out, lse) with the bias, by `attend`, which computes a plain call with that scale."""
     out, lse = attend(*widen(q, k, v, key_bias, scale, channels))
     nothing = _hidden(key_bias).all(1, keepdim=True)  # (B, 1, H|1, 1)
     return out.masked_fill(nothing, 0), lse.masked_fill(nothing.squeeze(3).transpose(1, 2), -torch.inf)
@@ -122,12 +131,12 @@ def backward(
     scale: float,
     channels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and key_bias by `gradients` of (q, k, v, lse), which gives those of a plain call."""
+    """Gradients of q, k, v and key_bias by `gradients` of (q, k, v, lse), which computes those of a plain call."""
     size = q.shape[3]
-    # Weights of rows that see nothing: those of the floor, which are 0 against any finite lse.
+    # Queries that see no key: their weights are those of the floor, which are 0 relative to any finite lse.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     wide_q, wide_k, seen_v = widen(q, k, v, key_bias, scale, channels)
-    one = 2.0 ** -round(math.log2(scale))  # about 1 / scale: the channel has the magnitude of the bias's gradient
+    one = 2.0 ** -round(math.log2(scale))  # about 1 / scale, so that the channel has the magnitude of the bias gradient
     wide_q[..., size + PARTS].fill_(one)
     grad_q, grad_k, grad_v = gradients(wide_q, wide_k, seen_v, lse)
     grad_bias = grad_k[..., size + PARTS].transpose(1, 2).to(torch.float32) / (scale * one)

@@ -1,5 +1,6 @@
-"""Attention by FlashAttention's packages: FA3 (`flash_attn_interface`, `fa3_fwd_interface`), FA4 (`flash_attn.cute`)
-and `flash-attn`. They take our (B, L, H, D), of any strides.
+"""Attention by the FlashAttention packages: FA3 (`flash_attn_interface`, `fa3_fwd_interface`), FA4 and `flash-attn`.
+
+FA4 is `flash_attn.cute`. All of them accept our (B, L, H, D) layout with any strides.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .library_sdpa import HALF, Gradients, capability
 
 @cache
 def _installed(module: str) -> bool:
-    """Whether a module is there; found without importing it or its package."""
+    """Whether a module exists, without importing it or its package."""
     package = module.partition(".")[0]
     spec = importlib.util.find_spec(package)
     if spec is None or module == package:
@@ -34,7 +35,7 @@ def _installed(module: str) -> bool:
 
 @cache
 def _load(module: str, function: str, parameter: str) -> tuple[Callable[..., Any] | None, str | None]:
-    """(function, None), or (None, why not): a package that does not load must not break the other libraries."""
+    """(function, None), or (None, reason): a package that does not load must not break the other libraries."""
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:
@@ -49,11 +50,11 @@ class Package:
     """A package whose `module` has flash_attn_func.
 
     Attributes:
-        module: what is imported.
-        lse_option: the argument that asks for lse.
-        dtypes: that it is built for.
-        capabilities: of GPUs that it is for; () for all of 8.0 and later.
-        bias_sizes: head sizes for which a key bias is appended as channels; () for none.
+        module: module to import.
+        lse_option: argument that requests lse.
+        dtypes: dtypes that it supports.
+        capabilities: compute capabilities that it supports; () for all from 8.0.
+        bias_sizes: head sizes for which a key bias is added as channels; () for none.
     """
 
     module: str
@@ -63,13 +64,13 @@ class Package:
     bias_sizes: tuple[int, ...] = ()
 
     def refuse(self, q, k, v, key_bias, *options) -> str | None:
-        """Why it cannot run a call."""
+        """Why it cannot run a call, or None."""
         return (
             self.refuse_tensors(q, key_bias, options[-1]) or _load(self.module, "flash_attn_func", self.lse_option)[1]
         )
 
     def refuse_tensors(self, q: Tensor, key_bias: Tensor | None, scale: float) -> str | None:
-        """Why it cannot run a call, without importing it."""
+        """Why it cannot run a call, or None, without importing it."""
         if not _installed(self.module):
             return f"{self.module} is not installed"
         if q.dtype not in self.dtypes:
@@ -78,10 +79,10 @@ class Package:
             return f"needs compute capability {' or '.join(f'{a}.{b}' for a, b in self.capabilities)}"
         if key_bias is None:
             return None
-        return bias.refuse(q, scale, self.bias_sizes) if self.bias_sizes else "key_bias is given"
+        return bias.refuse(q, scale, self.bias_sizes) if self.bias_sizes else "does not support key_bias"
 
     def avoid(self, q, k, v, key_bias, *options) -> str | None:
-        """Why other backends are faster."""
+        """Why other backends are faster, or None."""
         return None if key_bias is None else bias.avoid(q, k)
 
     def forward(self, q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale):
@@ -97,7 +98,7 @@ class Package:
         return bias.forward(attend, q, k, v, key_bias, scale, self.bias_width(q))
 
     def bias_width(self, q: Tensor) -> int:
-        """Channels of q and k with a key bias: FA3's kernel for 192 and 128 was the fastest."""
+        """Channels of q and k with a key bias: FA3's kernel for 192 and 128 channels was the fastest."""
         return 192
 
 
@@ -107,12 +108,12 @@ class _FA4(Package):
         if why := super().refuse_tensors(q, key_bias, scale):
             return why
         if capability(q.device) >= (10, 0) and 128 < size < 256:
-            return f"D={size} is over 128 and not 256"
+            return f"needs D of at most 128 or 256, got {size}"
         return None
 
     def bias_width(self, q: Tensor) -> int:
         width = bias.width(q.shape[3])
-        # Beyond 128 channels, kernels for Blackwell know 192 for values of 128 only.
+        # Above 128 channels, the kernels for Blackwell support 192 only with 128 value channels.
         return 192 if width > 128 and capability(q.device) >= (10, 0) else width
 
 
@@ -131,7 +132,7 @@ _FA3_BACKWARD = ("flash_attn_interface", "_flash_attn_backward", "deterministic"
 
 
 def refuse_fa4_backward(grad_out, grad_lse, q, k, v, key_bias, out, lse, *options) -> str | None:
-    """Why FA4 cannot compute these gradients."""
+    """Why FA4 cannot compute these gradients, or None."""
     why = FA4.refuse_tensors(q, key_bias, options[-1])
     if why is None and key_bias is not None:
         why = bias.refuse_gradient(q, key_bias)
@@ -139,17 +140,17 @@ def refuse_fa4_backward(grad_out, grad_lse, q, k, v, key_bias, out, lse, *option
 
 
 def avoid_fa4_backward(grad_out, grad_lse, q, k, v, key_bias, *rest) -> str | None:
-    """Why other backends are faster than FA4."""
+    """Why other backends are faster than FA4, or None."""
     return FA4.avoid(q, k, v, key_bias)
 
 
 def fa4_backward(
     grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index, block_size, scale
 ) -> Gradients:
-    """Gradients by FA4, that of lse in the same pass."""
+    """Gradients by FA4, including that of lse, in one pass."""
     function = _load(*_FA4_BACKWARD)[0]
     warn_if_asked("FA4's gradient")
-    grad_out = grad_out.contiguous()  # .sum() gives one without strides
+    grad_out = grad_out.contiguous()  # the gradient of .sum() has stride 0
 
     def gradients(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return function(
@@ -163,11 +164,11 @@ def fa4_backward(
 
 
 def refuse_fa3_backward(grad_out, grad_lse, q, k, v, key_bias, out, lse, *options) -> str | None:
-    """Why FA3 cannot compute these gradients."""
+    """Why FA3 cannot compute these gradients, or None."""
     if grad_lse is not None:
-        return "lse has a gradient"
+        return "does not support a gradient of lse"
     if key_bias is not None:
-        return "key_bias is given"
+        return "does not support key_bias"
     return FA3.refuse_tensors(q, None, options[-1]) or _load(*_FA3_BACKWARD)[1]
 
 

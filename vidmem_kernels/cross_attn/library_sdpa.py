@@ -1,5 +1,6 @@
-"""Attention by the kernels of torch's SDPA, called below SDPA since that drops lse. They take (B, H, L, D) views of
-our (B, L, H, D), without a copy.
+"""Attention by the kernels of PyTorch's SDPA, called directly because SDPA does not return lse.
+
+They take (B, H, L, D) views of our (B, L, H, D) tensors, without a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 def _heads_first(x: Tensor) -> Tensor:
     x = x.transpose(1, 2)
     if x.device.type == "cpu":
-        # In half precision this kernel of torch approximates exp: lse is off by 1e-5.
+        # In half precision this kernel approximates exp, with an error of 1e-5 in lse.
         x = x.to(torch.float32)
     return x if x.stride(3) == 1 else x.contiguous()
 
@@ -40,38 +41,38 @@ def _heads_second(out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _refuse_cudnn(q: Tensor, k: Tensor) -> str | None:
-    """Where torch itself prefers cuDNN to flash, and that is right."""
+    """Why cuDNN cannot run a call, or None; the limits are those within which PyTorch prefers it to flash."""
     if not torch.backends.cuda.cudnn_sdp_enabled():
-        return "torch.backends.cuda.enable_cudnn_sdp(False) was called"
+        return "is disabled by torch.backends.cuda.enable_cudnn_sdp(False)"
     if capability(q.device) not in ((9, 0), (10, 0), (10, 3)):
         return "needs compute capability 9.0, 10.0 or 10.3"
     version = torch.backends.cudnn.version() or 0
-    if version <= 91500:  # until then wrong for some lengths that 128 does not divide (pytorch/pytorch 169849)
+    if version <= 91500:  # earlier versions are wrong for some lengths not divisible by 128 (pytorch/pytorch 169849)
         return f"needs cuDNN 9.15.1, got {version}"
     if q.shape[3] > 128:
-        return f"D={q.shape[3]} is over 128"
+        return f"needs D of at most 128, got {q.shape[3]}"
     if k.shape[0] > 1 and k.stride(0) == 0:
-        return "keys that serve a whole batch have a stride of 0"  # as below: its graph does not take it
-    return "a length is 1" if 1 in (q.shape[1], k.shape[1]) else None
+        return "does not support keys shared by the batch, which have stride 0"  # which its graph does not accept
+    return "needs sequences longer than 1" if 1 in (q.shape[1], k.shape[1]) else None
 
 
 def refuse_cudnn(q, k, v, key_bias, *options) -> str | None:
-    """Why cuDNN cannot run a call."""
+    """Why cuDNN cannot run a call, or None."""
     why = _refuse_cudnn(q, k)
     if why is None and key_bias is not None:
-        if capability(q.device) != (9, 0):  # where it was measured
+        if capability(q.device) != (9, 0):  # the only one measured
             return "a key bias needs compute capability 9.0"
         why = bias.refuse(q, options[-1], (128,))
     return why
 
 
 def avoid_cudnn(q, k, v, key_bias, *options) -> str | None:
-    """Why other backends are faster than cuDNN."""
+    """Why other backends are faster than cuDNN, or None."""
     return None if key_bias is None else bias.avoid(q, k)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Results of (B, L, H, D) tensors; lse with whatever shape this torch has."""
+    """Results for (B, L, H, D) tensors; the shape of lse depends on the version of PyTorch."""
     heads_first = map(_heads_first, (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, scale=scale)[:2]
     return _heads_second(out, q.dtype), lse
@@ -89,29 +90,29 @@ def cudnn(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, blo
 
 @cache
 def _cudnn_lse_dim(device: torch.device, dtype: torch.dtype) -> int:
-    """Whether forward gives, and so backward takes, lse as (B, H, Lq) or (B, H, Lq, 1): torch's versions differ."""
+    """Whether cuDNN's forward returns, and its backward takes, lse as (B, H, Lq) or (B, H, Lq, 1): versions differ."""
     x = torch.zeros(1, 128, 1, 64, dtype=dtype, device=device)
     return _cudnn_forward(x, x, x, 1.0)[1].dim()
 
 
 def refuse_cudnn_backward(grad_out, grad_lse, q, k, v, key_bias, *rest) -> str | None:
-    """Why cuDNN cannot compute these gradients."""
+    """Why cuDNN cannot compute these gradients, or None."""
     if key_bias is not None:
-        return "key_bias is given"
+        return "does not support key_bias"
     if must_be_deterministic():
-        return "is not deterministic, as torch.use_deterministic_algorithms(True) asks"
+        return "is not deterministic, which torch.use_deterministic_algorithms(True) requires"
     return _refuse_cudnn(q, k)
 
 
 def avoid_second_pass(grad_out, grad_lse, *rest) -> str | None:
-    """A gradient of lse costs these libraries a second forward and backward, and our kernel nothing."""
+    """Why our kernel is faster: these libraries need a second forward and backward for a gradient of lse."""
     if grad_lse is not None:
-        return "the gradient of lse takes a second pass"
+        return "slower: the gradient of lse needs a second pass"
     return None
 
 
 def _cudnn_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float):
-    """Of (B, H, L, D) tensors; `out` and `lse` may be of another library: the natural logarithm of the sums."""
+    """Gradients of (B, H, L, D) tensors; `out` and `lse` (natural logarithm) may come from another library."""
     if _cudnn_lse_dim(q.device, q.dtype) == 4:
         lse = lse.unsqueeze(3)
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of dropout: never read
@@ -132,7 +133,7 @@ def cudnn_backward(
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         return _cudnn_gradients(grad, q, k, v, out, lse, scale)
 
-    # A gradient of an expanded tensor has strides of 0, which cuDNN's graph does not take.
+    # The gradient of an expanded tensor has strides of 0, which cuDNN's graph does not accept.
     return _gradients(forward, backward, grad_out.contiguous(), grad_lse, q, k, v, out.contiguous(), lse, scale)
 
 
@@ -140,8 +141,8 @@ def cudnn_backward(
 
 
 def refuse_flash(q, k, v, key_bias, *options) -> str | None:
-    """Why torch's flash cannot run a call."""
-    return None if key_bias is None else "key_bias is given"
+    """Why PyTorch's flash cannot run a call, or None."""
+    return None if key_bias is None else "does not support key_bias"
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -153,26 +154,26 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 
 
 def flash(q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale):
-    """(out, lse) by torch's flash."""
+    """(out, lse) by PyTorch's flash."""
     dtype = q.dtype
     out, lse = _flash_forward(*map(_heads_first, (q, k, v)), scale)
     return _heads_second(out, dtype), lse.contiguous()
 
 
 def refuse_flash_backward(grad_out, grad_lse, q, k, v, key_bias, *rest) -> str | None:
-    """Why torch's flash cannot compute these gradients."""
+    """Why PyTorch's flash cannot compute these gradients, or None."""
     return refuse_flash(q, k, v, key_bias)
 
 
 def avoid_flash_backward(grad_out, grad_lse, q, *rest) -> str | None:
-    """Why other backends are faster than torch's flash."""
+    """Why other backends are faster than PyTorch's flash, or None."""
     if q.device.type == "cuda" and must_be_deterministic():
-        return "deterministic, it takes longer than our kernel"
+        return "its deterministic kernel is slower than ours"
     return avoid_second_pass(grad_out, grad_lse) if q.device.type == "cuda" else None
 
 
 def _flash_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float):
-    """On a GPU the kernel itself reads torch's flag: with it on, and not to warn only, it is deterministic."""
+    """Gradients by flash; on a GPU the kernel itself follows PyTorch's determinism flag (unless warn_only)."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, False, scale=scale
@@ -187,7 +188,7 @@ def _flash_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
 def flash_backward(
     grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index, block_size, scale
 ) -> Gradients:
-    """Gradients by torch's flash."""
+    """Gradients by PyTorch's flash."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _flash_forward(q, k, v, scale)[0]
@@ -210,7 +211,7 @@ def _gradients(
     lse: Tensor,
     scale: float,
 ) -> Gradients:
-    """Gradients by functions of (B, H, L, D) tensors that know none of lse."""
+    """Gradients by functions of (B, H, L, D) tensors that do not know lse."""
     dtype = q.dtype
     q, k, v, out, grad = map(_heads_first, (q, k, v, out, grad_out))
     grad_q, grad_k, grad_v = backward(grad, q, k, v, out)

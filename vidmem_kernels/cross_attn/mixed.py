@@ -1,6 +1,6 @@
-"""cross_attention of rows in 8 bits with scales, and with results of another dtype than its arguments.
+"""cross_attention with 8-bit keys and values, or with results of another dtype than the arguments.
 
-An op of its own, `cross_attention_mixed`: no library takes such a call, and its gradient is that of cross_attention.
+It is a separate op, `cross_attention_mixed`, because no library supports it; its gradient is that of cross_attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import reference
 
 
 def result_dtype(q: Tensor, out_dtype: torch.dtype) -> torch.dtype:
-    """float64 has float64 results, whatever is asked for."""
+    """The dtype of the results: `out_dtype`, except that float64 always has float64 results."""
     return q.dtype if q.dtype == torch.float64 else out_dtype
 
 
@@ -58,17 +58,23 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, k_scale, v_scale and key_bias.
 
-    Rows are dequantised to the dtype of q; the results and their gradients, as factors of products, are rounded to it.
-    The gradient of a scale is a sum over the channels of a row whose terms largely cancel, so that rounded factors
-    would leave little of it: where it is wanted, everything is computed in float32, the results once more.
+    The rows are dequantised to the dtype of q, and the results and their gradients, as factors of products, are rounded
+    to it. The gradient of a scale sums terms that largely cancel, so rounded factors would leave little of it: if it is
+    needed, everything is computed in float32, including the results of the forward pass.
 
     Args:
-        forward, backward: the ops cross_attention and cross_attention_backward, or their symbolic twins.
-        grad_out, grad_lse: gradients of the results.
+        forward: the op cross_attention, or its symbolic counterpart.
+        backward: the op cross_attention_backward, or its symbolic counterpart.
+        grad_out: gradient of out, or None.
+        grad_lse: gradient of lse, or None.
         tensors: q, k, v, k_scale, v_scale and key_bias.
-        out, lse: the results.
-        of_scales: whether the gradients of scales are wanted.
-        *options: as `forward` and `backward` take them.
+        out: result of the forward pass.
+        lse: result of the forward pass.
+        of_scales: whether the gradients of the scales are needed.
+        *options: further arguments of `forward` and `backward`.
+
+    Returns:
+        The gradients in this order, None where there is none.
     """
     q, k, v, k_scale, v_scale, key_bias = tensors
     dtype = accumulate_dtype(q.dtype) if of_scales else q.dtype
@@ -88,6 +94,7 @@ def gradients(
 
 
 def _of_scale(grad: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-    """The gradient (B, Lk) of scales from that of what they scale; none of keys that nobody sees, NaN in them too."""
+    """The gradient (B, Lk) of scales from the gradient of the scaled rows; 0 for keys that no query sees, even if they
+    are NaN."""
     along = grad.to(scale.dtype) * rows.to(scale.dtype)
     return along.masked_fill(grad == 0, 0).sum((2, 3))

@@ -1,4 +1,4 @@
-"""Cross-attention as torch ops: schemas, fakes and gradients."""
+"""Registers the ops of cross-attention: schemas, fakes and gradients."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _WIDE_TILES = 131_328  # of the gradient of keys on sm_80; sm_86, sm_89 and sm_1
 
 @cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block may use; where there is no GPU to ask, enough."""
+    """Bytes of shared memory that a program may use; without a GPU, enough for every tile."""
     if not torch.cuda.is_available():
         return _WIDE_TILES
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _refuse_triton(q, k, v, *rest) -> str | None:
-    """What the tiles of keys do not hold."""
+    """Why the Triton kernels cannot run a call, or None."""
     if why := refuse_float64(q):
         return why
     if not 1 <= min(q.shape[3], v.shape[3]) <= max(q.shape[3], v.shape[3]) <= 256:
@@ -58,7 +58,7 @@ def _setup(ctx, inputs, output):
     q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale = inputs
     ctx.save_for_backward(q, k, v, key_bias, *output, q_time, k_time, block_index)
     ctx.options = num_sinks, window, block_size, scale
-    # A gradient of zeros for an lse that nobody used would rule out library kernels.
+    # A gradient of zeros for an unused lse would exclude library kernels.
     ctx.set_materialize_grads(False)
 
 
@@ -119,7 +119,7 @@ register_op(
 
 def _refuse_triton_mixed(q, k, v, *rest) -> str | None:
     if k.dtype == torch.float8_e4m3fn and q.device.type == "cuda" and capability(q.device) < (8, 9):
-        return "rows of float8 need compute capability 8.9 or later"
+        return "float8 rows need compute capability 8.9 or later"
     return _refuse_triton(q, k, v)
 
 
@@ -159,7 +159,7 @@ register_op(
 
 
 def _refuse_merge(outs, *rest) -> str | None:
-    # Of the gradient the first argument is grad_out.
+    # The first argument of the backward op is grad_out.
     return refuse_float64(outs[0] if isinstance(outs, list) else outs)
 
 
@@ -212,7 +212,7 @@ register_op(
     autocast=(),
     triton="triton_merge",
     refuse={"cpu": _refuse_merge, "triton": _refuse_merge},
-    result_batch=1,  # both are stacked
+    result_batch=1,  # the results are stacked
     head_axes=_PARTS,
     result_heads=(3, 2),
 )

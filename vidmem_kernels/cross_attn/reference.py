@@ -1,6 +1,6 @@
-"""Cross-attention in plain differentiable torch: the oracle of every other backend.
+"""Cross-attention in plain differentiable PyTorch: the reference for all other backends.
 
-Queries are taken a chunk at a time, with the scores of a chunk to all keys at once: memory is linear in L.
+Queries are processed in chunks, each with its scores to all keys, so memory is linear in the sequence length.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ SCORE_BYTES = 64 * 2**20  # scores of one chunk of queries
 
 
 def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Empty tensors with strides of their sizes: torch refuses some steps with strides of 2**62, as those may have."""
+    """Gives empty tensors contiguous strides: PyTorch refuses some operations with the huge strides that they may
+    have."""
     return [x.clone(memory_format=torch.contiguous_format) if x is not None and x.numel() == 0 else x for x in tensors]
 
 
 def _read(x: Tensor) -> Tensor:
-    """(B, L, H, D) as (B, H, L, D) in the dtype of the sums; contiguous, for matmul would copy it once a chunk."""
+    """(B, L, H, D) as contiguous (B, H, L, D) in the accumulation dtype; otherwise matmul would copy it for each
+    chunk."""
     return x.transpose(1, 2).to(accumulate_dtype(x.dtype)).contiguous()
 
 
@@ -31,7 +33,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _products(x: Tensor, y: Tensor, seen: Tensor | None) -> Tensor:
-    """x @ y.mT. With `seen`, infinities and NaN of a row are no factor of the gradient of another."""
+    """x @ y.mT. With `seen`, infinities and NaN of one row do not affect the gradient of another."""
     if seen is None:
         return x @ y.mT
     finite = _finite(x) @ _finite(y).mT
@@ -40,11 +42,11 @@ def _products(x: Tensor, y: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def _sums(weight: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
-    """weight @ x of weights that are 0 where not `seen`: there an infinity or NaN of x is no term of the sum."""
+    """weight @ x, where weights are 0 if not `seen`; infinities and NaN of x that are not seen do not enter the sum."""
     if seen is None:
         return weight @ x
     total = weight @ _finite(x)
-    # Of what is seen and not finite: the signs of its terms, and how many there are. Only equal signs make an infinity.
+    # Seen infinities and NaN: the sum of their signs and their number. The result is infinite only if all signs agree.
     weight, x, seen = weight.detach(), x.detach(), seen.to(weight.dtype)
     signs = weight.sign() @ x.sign().masked_fill(~x.isinf(), 0)
     count = seen @ (~x.isfinite()).to(weight.dtype)
@@ -53,7 +55,7 @@ def _sums(weight: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
 
 
 class _Scores:
-    """Scores of chunks of queries to all keys, with everything invisible at minus infinity."""
+    """Scores of chunks of queries to all keys, with -inf for everything hidden."""
 
     def __init__(self, q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale):
         self.q, self.k, self.scale = q, k, scale
@@ -83,21 +85,21 @@ class _Scores:
         return _read(self.q[:, start:stop])
 
     def there(self, x: Tensor) -> Tensor:
-        """Rows of keys or values, (B, H, Lk, C), with zeros where a bias of -inf hides a key from every query."""
+        """Rows of keys or values, (B, H, Lk, C), with zeros where a bias of -inf hides a key from all queries."""
         return x if self.gone is None else x.masked_fill(self.gone.mT, 0)
 
     def _in_window(self, start: int, stop: int) -> Tensor:
-        """(B|1, 1, n, Lk)"""
+        """(B or 1, 1, n, Lk): which query of the chunk sees which key by its time."""
         first, last = (t[:, start:stop, None] for t in (self.first, self.last))
         keys = self.k_time[:, None]
         return ((first <= keys) & (keys <= last)).unsqueeze(1)
 
     def _in_blocks(self, start: int, stop: int) -> Tensor:
-        """(B, H|1, n, Lk)"""
+        """(B, H or 1, n, Lk): which query of the chunk sees which key by the block list."""
         row = torch.arange(start, stop, device=self.q.device) // self.query_block
         first = start // self.query_block
         index = self.block_index[:, :, first : (stop - 1) // self.query_block + 1].to(torch.int64)
-        # -1 goes to one more block, dropped at once.
+        # -1 goes to an extra block, which is dropped.
         index = torch.where(index < 0, self.key_blocks, index)
         table = index.new_zeros(*index.shape[:3], self.key_blocks + 1, dtype=torch.bool)
         table = table.scatter(3, index, True)[..., : self.key_blocks]
@@ -105,7 +107,7 @@ class _Scores:
         return table[:, :, row - first][..., key]
 
     def visible(self, start: int, stop: int) -> Tensor | None:
-        """Which query sees which key, broadcastable to (B, H, n, Lk); None if all see the same ones."""
+        """Which query sees which key, broadcastable to (B, H, n, Lk); None if all see the same keys."""
         if self.window is None and self.block_index is None:
             return None
         if self.block_index is None:
@@ -118,12 +120,12 @@ class _Scores:
         return seen if self.gone is None else seen & ~self.gone
 
     def hide(self, x: Tensor, seen: Tensor | None, value: float) -> Tensor:
-        """`x` (B, H, n, Lk) with `value` for what no query, or not this one, sees."""
+        """`x` (B, H, n, Lk) with `value` where a key is hidden from the query, or from all queries."""
         hidden = self.gone if seen is None else ~seen
         return x if hidden is None else x.masked_fill(hidden, value)
 
     def of(self, start: int, stop: int, seen: Tensor | None) -> Tensor:
-        """(B, H, n, Lk), of what is invisible too."""
+        """(B, H, n, Lk) scores, also of hidden keys."""
         scores = _products(self.queries(start, stop), self.wide_k, seen) * self.scale
         return scores if self.bias is None else scores + self.bias
 
@@ -157,11 +159,11 @@ def cross_attention(
         else:
             largest = scores.hide(score.detach(), seen, -torch.inf).amax(3, keepdim=True)
             largest = largest.masked_fill(largest == -torch.inf, 0)
-        # Hidden after the difference: minus infinity less a NaN would be NaN.
+        # Masked after the subtraction: -inf minus NaN would be NaN.
         weight = scores.hide(score - largest, seen, -torch.inf).exp()
         total = weight.sum(3, keepdim=True)
         empty = total == 0
-        # A sum of NaN is NaN without that divisor, which would make the gradient of every value NaN.
+        # A NaN sum needs no division, and a NaN divisor would make the gradient of every value NaN.
         divisor = total.masked_fill(empty | total.isnan(), 1)
         outs.append((_sums(weight, wide_v, seen) / divisor).transpose(1, 2).to(q.dtype))
         total = total.masked_fill(empty, 1)
@@ -186,7 +188,7 @@ def cross_attention_backward(
     block_size: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and key_bias (no elements without one); probabilities are recomputed from lse."""
+    """Gradients of q, k, v and key_bias (empty without one); the weights are recomputed from lse."""
     grad_out, grad_lse, q, k, v, key_bias, out, lse = _plain(grad_out, grad_lse, q, k, v, key_bias, out, lse)
     options = (num_sinks, q_time, k_time, window, block_index, block_size, scale)
     scores = _Scores(q, k, key_bias, *options)
@@ -196,11 +198,11 @@ def cross_attention_backward(
     grad_bias = grad_k.new_zeros(grad_k.shape[:3])
     for start, stop in scores.spans():
         base = lse[:, :, start:stop, None]
-        base = base.masked_fill(base == -torch.inf, 0)  # nothing is visible: every weight is 0
+        base = base.masked_fill(base == -torch.inf, 0)  # no key is visible: all weights are 0
         seen = scores.visible(start, stop)
         weight = scores.hide((scores.of(start, stop, seen) - base).exp(), seen, 0)
         grad = _read(grad_out[:, start:stop])
-        # d lse / d score is the weight too, so grad_lse joins the term that all keys of a query share.
+        # d lse / d score is the weight, so grad_lse is subtracted from the term that all keys of a query share.
         shared = (grad * _read(out[:, start:stop])).sum(3, keepdim=True)
         if grad_lse is not None:
             shared = shared - grad_lse[:, :, start:stop, None]
@@ -228,7 +230,7 @@ def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     """See `vidmem_kernels.merge_attention_states`."""
     outs, lses = _plain(*outs), _plain(*lses)
     lse = torch.stack(lses)
-    empty = lse.isinf()  # parts without a visible key; some attentions give +inf there
+    empty = lse.isinf()  # parts without a visible key; some libraries return +inf there
     largest = lse.detach().masked_fill(empty, -torch.inf).amax(0)
     largest = largest.masked_fill(largest == -torch.inf, 0)
     weights = (lse - largest).masked_fill(empty, -torch.inf).exp()

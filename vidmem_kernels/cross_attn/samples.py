@@ -15,7 +15,7 @@ PLAIN = {
 
 
 def _cases(make):
-    """(label, q, k, v, the rest of the arguments by name)"""
+    """Yields (label, q, k, v, the other arguments by name)."""
 
     def qkv(queries=5, keys=7, heads=2, size=4, value_size=4, batch=2):
         return (
@@ -73,7 +73,7 @@ def cross_attention(make):
 
 
 def _quantized(x, dtype):
-    """Rows (B, Lk, H, C) in 8 bits, laid out as x is, and their scales (B, Lk)."""
+    """8-bit rows (B, Lk, H, C) with the memory layout of x, and their scales (B, Lk)."""
     x = x.detach().to(torch.float32)
     largest = x.flatten(2).abs().amax(2) if x.numel() else x.new_zeros(x.shape[:2])
     scale = largest / (127 if dtype == torch.int8 else 448)
@@ -82,7 +82,7 @@ def _quantized(x, dtype):
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(rows), scale
 
 
-_MIXED = {  # the cases that rows of 8 bits, or results of another dtype, may make a difference to
+_MIXED = {  # the cases that 8-bit rows, or results of another dtype, may affect
     "plain": None,
     "key_bias a head, infinite": torch.float8_e4m3fn,
     "int64 blocks for all heads, sinks": None,
@@ -118,7 +118,7 @@ def cross_attention_backward(make):
 
 
 def _states(make):
-    """(label, outs, lses)"""
+    """Yields (label, outs, lses)."""
     wide = accumulate_dtype(make.dtype)
 
     def states(count, *shape):
@@ -168,7 +168,7 @@ def attention_tensors(*more):
 
 
 def attend(*names, **options):
-    """A call of cross_attention whose tensors after q, k and v have names."""
+    """A call of cross_attention with names for the tensors after q, k and v."""
     return lambda q, k, v, *rest: api.cross_attention(q, k, v, **dict(zip(names, rest, strict=True)), **options)
 
 
@@ -282,7 +282,7 @@ testing.public_call(
     lambda q, k, v, index, sizes: api.cross_attention(
         q, k, v, block_index=index, block_size=(3, 3), block_sizes=sizes, num_sinks=1, return_lse=True
     ),
-    # Two heads, for ranks that share the heads of a call gather all of them.
+    # Two heads, because ranks that share the heads of a call gather all of them.
     *("B 7 2 4", "B 7 2 4", "B 7 2 6", "B 2 3 2", "3"),
     make=lambda m, s: (
         *(m.randn(s["B"], 7, 2, channels) for channels in (4, 4, 6)),

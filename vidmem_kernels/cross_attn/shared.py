@@ -1,4 +1,4 @@
-"""What a call of cross_attention may give once for a whole batch or leave to others: spread, masked and hidden."""
+"""Prepares the arguments of cross_attention that a batch may share: expands them, and applies masks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from .._checks import is_one
 
 
 def spread(x: Tensor | None, batch: int) -> Tensor | None:
-    """A tensor of batch 1 seen by a whole batch; another one as it is."""
+    """Expands a tensor of batch 1 to the batch; returns other tensors unchanged."""
     if x is None or not is_one(x.shape[0]) or is_one(batch):
         return x
     return x.expand(batch, *x.shape[1:])
 
 
 def spread_times(time: Tensor | None, batch: int) -> Tensor | None:
-    """Times (1, L) as `spread` has them; times (L,) serve every batch anyway."""
+    """Expands times (1, L) to the batch; times (L,) are shared by every batch already."""
     return time if time is None or time.dim() == 1 else spread(time, batch)
 
 
 def masked_bias(key_bias: Tensor | None, key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The bias of keys with -inf for those that a mask hides; without a bias one of zeros, (B|1, Lk) of a dtype."""
+    """The bias of the keys, with -inf where the mask hides a key; without a bias, zeros (B or 1, Lk) of the dtype."""
     if key_mask is None:
         return key_bias
     if key_bias is None:
@@ -30,7 +30,7 @@ def masked_bias(key_bias: Tensor | None, key_mask: Tensor | None, dtype: torch.d
 
 
 def harmless(scale: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
-    """The scales (B, Lk) of rows with 0 where a bias of -inf hides the key: tiles multiply by hidden ones too."""
+    """The scales (B, Lk) with 0 where a bias of -inf hides the key, because tiles multiply by hidden keys too."""
     if scale is None or key_bias is None:
         return scale
     gone = key_bias == -torch.inf

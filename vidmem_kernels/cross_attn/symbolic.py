@@ -1,7 +1,7 @@
-"""cross_attention in a graph of torch.compile where the window or the scale differ from call to call.
+"""cross_attention in a torch.compile graph in which the window or the scale change from call to call.
 
-torch compiles a graph anew for every value of a float that an op takes. Here these floats come in a tensor instead,
-which the ops below read when they run; they then call the ops of ops.py. They take q, k and v as autocast wants them.
+torch.compile recompiles a graph for every value of a float argument of an op. The ops here take these floats in a
+tensor instead, read them at run time and call the ops of ops.py. They expect q, k and v as autocast casts them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _ARGUMENTS = (
 
 
 def any_open(numbers: list[float]) -> bool:
-    """While torch.compile is tracing: whether it leaves the value of any of the numbers open."""
+    """Whether torch.compile, while tracing, leaves the value of any of the numbers open."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, but loaded by now
 
-    limit = 2.0**1000  # that nothing else compares with, so that what is known of an open number cannot decide it
+    limit = 2.0**1000  # a value that nothing else compares with, so that no known bound decides the comparison
     return not all(statically_known_true(n < limit) or statically_known_true(n >= limit) for n in numbers)
 
 
 def as_tensor(numbers: list[float]) -> Tensor:
-    """What the ops below take for window and scale: left, right and scale, or scale alone; float64 on the CPU."""
-    # A sum, since torch.compile turns arithmetic with open numbers into arithmetic with tensors, but no constructor.
+    """The tensor of window and scale: left, right and scale, or scale alone; float64 on the CPU."""
+    # A sum, because torch.compile supports arithmetic between symbolic numbers and tensors, but no constructor.
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([zero + number for number in numbers])
 
 
 def _floats(numbers: Tensor) -> tuple[list[float] | None, float]:
-    """(window, scale) of `as_tensor`."""
+    """(window, scale) from the tensor of `as_tensor`."""
     *window, scale = numbers.tolist()
     return window or None, scale
 

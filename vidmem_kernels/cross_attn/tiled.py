@@ -1,6 +1,6 @@
-"""cross_attention with blocks of their own lengths: laid out in blocks of one length, whose gaps are hidden, and back.
+"""cross_attention with blocks of different lengths: pads them to one length, hides the padding, and removes it again.
 
-Nothing is read back from the device: the layout follows from the lengths and the largest that a block may have.
+Nothing is read back from the device: the layout follows from the lengths and the block size.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .attend import Attention
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
     """Rows (n,) of x (B, L, H, D), zeros for -1."""
-    if x.dtype in QUANTIZED_DTYPES:  # which gather_tokens gives as floats
+    if x.dtype in QUANTIZED_DTYPES:  # gather_tokens would return floats
         codes = x.view(torch.uint8)
         return torch.cat([codes, codes.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1)[:, rows].view(x.dtype)
     index = rows.unsqueeze(0).expand(x.shape[0], -1)
-    # Copies, whatever runs the attention.
+    # A plain copy, so the backend of the attention does not matter.
     return call("gather_tokens", x.flatten(2), index, None, None, backend="auto").unflatten(2, x.shape[2:])
 
 
@@ -36,10 +36,10 @@ def _take_last(x: Tensor | None, rows: Tensor, fill: float) -> Tensor | None:
 
 
 def _lay_out(a: Attention, q_sizes: Tensor, k_sizes: Tensor) -> Attention:
-    """The call with every block of queries and of keys filled up to the block size.
+    """The call with every query and key block padded to the block size.
 
-    Sinks are visible to all and have to be the first keys: they come as blocks of their own before all others, and are
-    hidden where they stood.
+    Sinks are visible to all queries and must be the first keys: they are copied to extra blocks before all others and
+    hidden at their original places.
     """
     block_q, block_k = a.block_size
     queries, keys = padded_rows(q_sizes, block_q), padded_rows(k_sizes, block_k)
@@ -70,7 +70,7 @@ def _lay_out(a: Attention, q_sizes: Tensor, k_sizes: Tensor) -> Attention:
 def attend_blocks(
     attend: Callable[[Attention], tuple[Tensor, Tensor]], a: Attention, q_sizes: Tensor, k_sizes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call whose blocks have these lengths; `attend` is for blocks of one length."""
+    """(out, lse) of a call with these block lengths; `attend` handles blocks of equal length."""
     with replicating(a.q):
         out, lse = attend(_lay_out(a, q_sizes, k_sizes))
         places = padded_places(q_sizes, a.block_size[0], a.q.shape[1])

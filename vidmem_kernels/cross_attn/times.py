@@ -1,4 +1,4 @@
-"""How times of queries and keys compare, for the reference and the plan of Triton's tiles alike."""
+"""Compares times of queries and keys, for the reference and for the plan of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STEP = 2**62  # int64 holds it; five steps leave the range of int64 from anywhe
 
 
 def _moved(time: Tensor, side: float, sign: int) -> Tensor:
-    """time + sign * floor(side) of int64 times, or the limit of the type where that is beyond."""
+    """time + sign * floor(side) of int64 times, saturated at the limit of the type."""
     limit = torch.iinfo(torch.int64).max if sign > 0 else torch.iinfo(torch.int64).min
     rest = math.floor(min(side, 5.0 * _STEP))
     while True:
@@ -25,9 +25,9 @@ def _moved(time: Tensor, side: float, sign: int) -> Tensor:
 
 
 def window_bounds(q_time: Tensor, k_time: Tensor, window: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """(first (B|1, Lq), last (B|1, Lq), keys (B|1, Lk)) of one dtype: query i sees key j if first <= key <= last.
+    """(first (B or 1, Lq), last (B or 1, Lq), keys (B or 1, Lk)): query i sees key j if first <= key <= last.
 
-    In int64 if both times are integers, in float32 if both are that, else in float64.
+    All three have one dtype: int64 if both times are integers, float32 if both are float32, else float64.
     """
     left, right = window
     at, keys = torch.atleast_2d(q_time), torch.atleast_2d(k_time)

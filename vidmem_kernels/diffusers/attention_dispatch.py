@@ -44,15 +44,17 @@ class _Backend:
     ) -> Tensor | tuple[Tensor, Tensor]:
         op = "vidmem attention backend"
         if _parallel_config is not None:
-            raise ValueError(f"{op}: a model must run without context parallelism, got {_parallel_config}")
+            raise ValueError(f"{op}: the model must run without context parallelism, got {_parallel_config}")
         for name in arguments:
             if name not in _ARGUMENTS:
-                raise ValueError(f"{op}: arguments must be {', '.join(_ARGUMENTS)}, got {name!r}")
+                raise ValueError(f"{op}: arguments must be among {', '.join(_ARGUMENTS)}, got {name!r}")
         return attend(op, query, key, value, features=self.features, **arguments)
 
 
 def _ended(*args: object, **kwargs: object) -> None:
-    raise ValueError("vidmem attention backend: the block of attention_backend must not have ended; enter another")
+    raise ValueError(
+        "vidmem attention backend: the `with attention_backend(...)` block must still be open, got a call after its end"
+    )
 
 
 def _register(value: str, function: Callable) -> AttentionBackendName:
@@ -96,12 +98,12 @@ def register_attention_backend(name: str = "vidmem") -> None:
     if not isinstance(name, str):
         raise TypeError(f"{op}: name must be a str, got {type(name).__name__}")
     if not name.isidentifier() or name != name.lower():
-        raise ValueError(f"{op}: name must be an identifier of lower case, got {name!r}")
+        raise ValueError(f"{op}: name must be a lower-case identifier, got {name!r}")
     with _lock:
         if (name, ()) in _members:
             return
         if name in AttentionBackendName._value2member_map_ or name.upper() in AttentionBackendName._member_map_:
-            raise ValueError(f"{op}: name must be new to diffusers, got {name!r}, which has a backend")
+            raise ValueError(f"{op}: name must not be a backend of diffusers already, got {name!r}")
         _members[name, ()] = _register(name, _Backend({}))
 
 
@@ -112,8 +114,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _member(name: str, features: Mapping[str, Any]) -> tuple[AttentionBackendName, bool]:
-    """The enum member for a set of features, and whether to remove it with the block, because tensors must not be
-    kept."""
+    """The enum member for a set of features, and whether to remove it with the block, so that no tensor is kept."""
     key = name, tuple((n, tuple(v) if isinstance(v, list) else v) for n, v in sorted(features.items()))
     lasting = all(map(_is_plain, features.values()))
     if lasting and key in _members:
@@ -201,7 +202,7 @@ def attention_backend(
         raise TypeError(f"{op}: model must be a module, got {type(model).__name__}")
     for feature in features:
         if feature not in FEATURES:
-            raise TypeError(f"{op}: features must be of {', '.join(FEATURES)}, got {feature!r}")
+            raise TypeError(f"{op}: features must be among {', '.join(FEATURES)}, got {feature!r}")
     register_attention_backend(name)
     processors = _processors(base_model(model), only)
     if not processors:

@@ -126,7 +126,7 @@ def _family_named(name: str) -> Family:
         if family.name == name:
             return family
     raise LookupError(
-        f"family_of: the family {name!r} must be given to register_family before its models are unpickled"
+        f"family_of: family {name!r} must be registered by register_family before its models are unpickled"
     )
 
 
@@ -146,7 +146,9 @@ def register_family(family: Family) -> None:
     for known in _FAMILIES:
         if known.name == family.name or known.model_class is family.model_class:
             taken = f"{family.name} of {family.model_class.__name__}"
-            raise ValueError(f"register_family: family must have a name and a class that are not known, got {taken}")
+            raise ValueError(
+                f"register_family: family must have a name and a class that are not registered yet, got {taken}"
+            )
     _FAMILIES.insert(0, family)
 
 
@@ -174,8 +176,7 @@ def family_of(model: nn.Module) -> Family:
             return family
     known = ", ".join(sorted(family.model_class.__name__ for family in _FAMILIES))
     raise TypeError(
-        f"family_of: model must be one of {known} or of a family that register_family was given, "
-        f"got {type(inner).__name__}"
+        f"family_of: model must be one of {known} or of a family added by register_family, got {type(inner).__name__}"
     )
 
 
@@ -210,8 +211,7 @@ def _detach_from_rope(model: nn.Module) -> None:
 
 
 class _PackHistory:
-    """Replaces the FramePack method that puts the history before the tokens, and appends the record to its rotary
-    embedding.
+    """Replaces FramePack's method that prepends the history, to append the record to its rotary embedding.
 
     A hook on `rope` would not work: FramePack calls it once for the video and once for each level of history.
     """

@@ -82,16 +82,21 @@ def read(op: str, path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tenso
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(_KEY)
             if header is None:
-                raise MemoryFileError(f"{op}: {path} is no memory adapter; give a file that MemoryAttention.save wrote")
+                raise MemoryFileError(
+                    f"{op}: {path} is not a memory adapter; give a file that MemoryAttention.save wrote"
+                )
             header = json.loads(header)
             if header["version"] != _VERSION:
-                raise MemoryFileError(f"{op}: {path} is of version {header['version']}; this program reads {_VERSION}")
+                raise MemoryFileError(
+                    f"{op}: {path} is of version {header['version']}, this vidmem_kernels reads version {_VERSION}; "
+                    "install the vidmem_kernels that wrote it"
+                )
             config = Config(**header["config"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise MemoryFileError(f"{op}: {path} is damaged ({error}); write it anew") from error
+        raise MemoryFileError(f"{op}: {path} is damaged ({error}); write it again") from error
     if _checksum(weights) != header["checksum"] or _shapes(weights) != _expected(config):
-        raise MemoryFileError(f"{op}: {path} is damaged (not what was written); write it anew")
+        raise MemoryFileError(f"{op}: {path} is damaged (its checksum does not match its content); write it again")
     return config, weights
 
 

@@ -150,8 +150,7 @@ class MemoryAttention:
         self._attached("MemoryAttention")
 
     def _find(self) -> Iterator[tuple[str, nn.Module, nn.Module, MemoryAttnProcessor]]:
-        """Yields the name of each block, its attention, the holder of our processor (the attention or another
-        processor), and it."""
+        """Yields (block name, attention, the attention or processor that holds our processor, our processor)."""
         for block in self.family.blocks(self.model):
             attn = _attention(self.family, block.module)
             holder, processor = attn, attn.processor
@@ -230,7 +229,7 @@ class MemoryAttention:
                 raise ValueError(f"{op}: key_bias must have shape {wanted}, got {tuple(key_bias.shape)}")
         rope = attached[0][3].rope
         if rope != (positions is not None):
-            wanted = "given, as rope is True" if rope else "None, as rope is False"
+            wanted = "given if rope is True" if rope else "None if rope is False"
             raise ValueError(f"{op}: positions must be {wanted}, got {'some' if not rope else 'None'}")
         tables = ()
         if rope:
@@ -332,8 +331,7 @@ def add_memory_attention(
     rope: bool = False,
     encoder: Encoder | None = None,
 ) -> MemoryAttention:
-    """Adds gated cross-attention to a memory to a video model; with the gate closed, untrained, the outputs do not
-    change.
+    """Adds gated cross-attention to a memory to a video model; before training, its outputs do not change.
 
     In Wan, what is read is added to the output of the cross-attention to the text. In HunyuanVideo and FramePack, where
     text and video share one attention, it is added to the video tokens of its output, before the modulation of the
@@ -372,7 +370,7 @@ def add_memory_attention(
         check_int(op, "memory_dim", memory_dim, 1)
     _check_encoder(op, encoder)
     if any(isinstance(module, MemoryAttnProcessor) for module in inner.modules()):
-        raise ValueError(f"{op}: model must have no memory attention, got one that has; remove() that first")
+        raise ValueError(f"{op}: model must not have memory attention already, got one that has; call remove() first")
     slot = MemorySlot()
     for block in chosen:
         attn = _attention(family, block.module)

@@ -49,8 +49,7 @@ class _Prefix:
 
     @property
     def held(self) -> _Held | None:
-        """The memory that is set. Hooks on attentions, which checkpointing runs again, ask the slot for the earlier
-        one."""
+        """The memory that is set; hooks on attentions, which checkpointing runs again, read the slot instead."""
         return self.slot.held
 
     def hooks(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
@@ -168,8 +167,7 @@ def _as_column(timestep: Tensor) -> Tensor:
 
 
 class _HunyuanPrefix(_Prefix):
-    """Puts the memory after the video tokens: with a given first frame (token_replace), the first tokens must be its
-    tokens."""
+    """Puts the memory after the video tokens: with token_replace, the first tokens must be those of the given frame."""
 
     batched_positions, takes_size = False, True
 
@@ -197,15 +195,15 @@ class _HunyuanPrefix(_Prefix):
 
 
 class _FramePackPrefix(_Prefix):
-    """Puts the memory before the clean frames of the history, which precede the video tokens; the model cuts all of
-    them off."""
+    """Puts the memory before the history's clean frames, which precede the video tokens; the model cuts all these
+    off."""
 
-    batched_positions = takes_size = False  # where its tokens stand among the history's no attention can tell
+    batched_positions = takes_size = False  # an attention cannot tell where its tokens are in the history
 
     def __init__(self, model: nn.Module, time: str):
         super().__init__(model, time)
         if model.clean_x_embedder is None:
-            raise ValueError("MemoryPrefix: model must have a clean_x_embedder, without which FramePack does not run")
+            raise ValueError("MemoryPrefix: model must have a clean_x_embedder, which FramePack requires, got None")
         self.clean_is_next = False
 
     def hooks(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
@@ -228,8 +226,8 @@ class _FramePackPrefix(_Prefix):
         return torch.cat([self.held.of(clean), clean], dim=1), *rest
 
     def turn(self, rope: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
-        """The model asks for the rotary embedding once for the video and, after `put`, once for each level of
-        history."""
+        """Appends to the history's rotary embedding: the model calls `rope` once for the video, then for each history
+        level."""
         if not self.clean_is_next:
             return None
         self.clean_is_next = False
@@ -293,10 +291,12 @@ class MemoryPrefix:
             raise ValueError(f"{op}: time must be one of {', '.join(_TIMES)}, got {time!r}")
         if time == "zero" and family.name != "wan":
             raise ValueError(
-                f"{op}: time must be step in {family.name}, whose blocks modulate all tokens alike, got zero"
+                f"{op}: time must be step in {family.name}, whose blocks modulate all tokens equally, got zero"
             )
         if _prefix_of(self.model) is not None:
-            raise ValueError(f"{op}: model must have no memory prefix, got one that has; remove() that first")
+            raise ValueError(
+                f"{op}: model must not have a memory prefix already, got one that has; call remove() first"
+            )
         prefix = _KINDS[family.name](self.model, time)
         hooks = prefix.hooks(self.model)
         if prefix.takes_size:

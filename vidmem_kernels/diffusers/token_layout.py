@@ -35,7 +35,7 @@ class TokenLayout(NamedTuple):
 
     @classmethod
     def of(cls, length: int, grid: Grid, video_last: bool, protect_frames: Sequence[int]) -> TokenLayout:
-        """The layout of `length` tokens: the T * H * W tokens of the grid, and before or after them others, which never
+        """The layout of `length` tokens: the T * H * W of the grid, and others before or after them, which never
         merge."""
         frames, height, width = grid
         per_frame = height * width

@@ -50,15 +50,15 @@ def apply_token_merging(model: nn.Module, config: TokenMergingConfig | None = No
         fields = TokenMergingConfig.__dataclass_fields__
         for name in options:
             if name not in fields:
-                raise TypeError(f"{_APPLY}: options must be of {', '.join(fields)}, got {name}")
+                raise TypeError(f"{_APPLY}: options must be among {', '.join(fields)}, got {name}")
         config = TokenMergingConfig(**options)
     elif not isinstance(config, TokenMergingConfig):
         raise TypeError(f"{_APPLY}: config must be a TokenMergingConfig, got {type(config).__name__}")
     elif options:
-        raise TypeError(f"{_APPLY}: options must come without a config, got config and {', '.join(options)}")
+        raise TypeError(f"{_APPLY}: options cannot be combined with config, got config and {', '.join(options)}")
     family, model = family_of(model), base_model(model)
     if _processors(model):
-        raise RuntimeError(f"{_APPLY}: the model must not merge tokens already, got one that does; remove it first")
+        raise RuntimeError(f"{_APPLY}: model must not merge tokens already, got one that does; call remove() first")
     blocks = list(family.blocks(model))
     config.check_blocks(len(blocks))
     for block in blocks if callable(config.kv_ratio) or callable(config.q_ratio) else ():
@@ -78,8 +78,9 @@ def apply_token_merging(model: nn.Module, config: TokenMergingConfig | None = No
 
 
 class TokenMerging:
-    """A handle on the token merging of a model; as a context manager, it removes the merging at the end of the `with`
-    block.
+    """A handle on the token merging of a model.
+
+    As a context manager, it removes the merging at the end of the `with` block.
 
     Args:
         model: a model that merges tokens, such as a copy of one, for which `apply_token_merging` returned no handle.
@@ -96,10 +97,11 @@ class TokenMerging:
     def _state(self) -> MergingState:
         for processor in _processors(self._model):
             return processor.state
-        raise RuntimeError("TokenMerging: the model must merge tokens, got one that does not, or no longer")
+        raise RuntimeError("TokenMerging: model must merge tokens, got one that does not, or no longer does")
 
     @property
     def config(self) -> TokenMergingConfig:
+        """The configuration that `apply_token_merging` was called with."""
         return self._state().config
 
     @property
@@ -168,7 +170,7 @@ class TokenMerging:
                 found = type(attn.processor).__name__
                 raise RuntimeError(
                     f"TokenMerging: the attention of block {i} must have the processor that merges, got {found}; "
-                    "take out first what was put in later"
+                    "first remove the adapters that were added later"
                 )
         for attn in attentions:
             attn.set_processor(attn.processor.inner)
@@ -187,8 +189,7 @@ class TokenMerging:
 
 
 class _BeginForward:
-    """Pre-hook of a model: passes the timestep of the forward pass to the state. Not a closure, so that the model
-    pickles."""
+    """Pre-hook of a model that passes the timestep to the state; not a closure, so that the model pickles."""
 
     def __init__(self, state: MergingState, model_class: type[nn.Module]):
         self.state = state

@@ -116,9 +116,9 @@ class TokenMergingConfig:
         """
         for name, blocks in (("blocks", self.blocks), ("kv_ratio", self.kv_ratio), ("q_ratio", self.q_ratio)):
             for block in blocks if isinstance(blocks, Collection) else ():
-                what = "blocks must hold numbers" if name == "blocks" else f"{name} must have keys"
+                what = name if name == "blocks" else f"the keys of {name}"
                 if not 0 <= block < number:
-                    raise ValueError(f"{_NAME}: {what} in [0, {number - 1}], got {block}")
+                    raise ValueError(f"{_NAME}: {what} must be in [0, {number - 1}], got {block}")
 
     def ratios(self, block: int, step: int) -> tuple[Fraction, Fraction]:
         """Returns the ratios of a block at a step.
@@ -143,7 +143,14 @@ class TokenMergingConfig:
         return found[0], found[1]
 
     def merges(self, block: int) -> bool:
-        """Whether the block may ever merge, judging by the ratios that are numbers."""
+        """Returns whether a block may ever merge, judging by the ratios that are numbers.
+
+        Args:
+            block: number of the block.
+
+        Returns:
+            True if it may.
+        """
         if self.blocks is not None and block not in self.blocks:
             return False
         ratios = self.kv_ratio, self.q_ratio

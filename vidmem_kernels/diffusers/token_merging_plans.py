@@ -88,8 +88,8 @@ class MergingState:
         if torch.compiler.is_compiling():
             if self.config.counts_steps and not self.step_is_set:
                 raise RuntimeError(
-                    "apply_token_merging: the step must be told by `handle.step = i` before each compiled call, "
-                    "got none; only calls that are not compiled are counted"
+                    "apply_token_merging: the step must be set by `handle.step = i` before each compiled call, "
+                    "got none; only uncompiled calls are counted"
                 )
             return
         self.forwards += 1

@@ -36,8 +36,7 @@ class MergingProcessor(WrappingProcessor):
         self.set_step(0)
 
     def set_step(self, step: int) -> None:
-        """Sets the ratios of the step as (numerator, denominator): with integers, the sizes of tensors stay
-        integers."""
+        """Sets the ratios of the step as (numerator, denominator), so that the sizes of tensors stay integers."""
         kv_ratio, q_ratio = self.state.config.ratios(self.block, step)
         self.kv_ratio, self.q_ratio = kv_ratio.as_integer_ratio(), q_ratio.as_integer_ratio()
 
@@ -57,7 +56,7 @@ class MergingProcessor(WrappingProcessor):
         if self.state.enabled and (self.kv_ratio[0] or self.q_ratio[0]):
             if record is None:
                 raise RuntimeError(
-                    f"{_APPLY}: the rotary embedding of block {self.block} must come from a forward of the model, "
+                    f"{_APPLY}: the rotary embedding of block {self.block} must come from a forward pass of the model, "
                     f"which adds the grid of the tokens, got {'none' if rotary is None else 'one without a grid'}"
                 )
             layout = self._layout(hidden_states.shape[1], record.grid)

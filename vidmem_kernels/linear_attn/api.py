@@ -37,7 +37,7 @@ def _check_normalizer(op: str, normalizer: object, q: Tensor, normalize: bool) -
     if not isinstance(normalizer, tuple | list) or len(normalizer) != 2:
         raise TypeError(f"{op}: normalizer must be a pair (q2, k2), got {type(normalizer).__name__}")
     if not normalize:
-        raise ValueError(f"{op}: normalizer must be None without normalize, got a pair")
+        raise ValueError(f"{op}: normalizer requires normalize=True, got normalize=False")
     for name, x in zip(("normalizer[0]", "normalizer[1]"), normalizer, strict=True):
         check_tensor(op, name, x, "B, L, H, D")
         check_same(op, f"q and {name} must have the same shape", tuple(q.shape), tuple(x.shape))
@@ -82,12 +82,11 @@ def linear_attention(
             float32 sums (float64 for float64), whereas `q * scale` would first round a bfloat16 q. The state does not
             depend on it. With `normalize` it cancels, except relative to the 1e-10; scale 0 gives 0.
         normalizer: (q2, k2), each of the shape and dtype of q and k. The denominator is then scale·phi(q2_i)·z + 1e-10
-            with z = Σ phi(k2_j) over the same keys as S, and z of `state` is the sum over k2. SANA-Video uses it
-            because only its numerator has rotary embedding: q and k are rotated features, q2 and k2 the features before
-                rotation,
-            and phi is "identity". The numerator may be nonzero where the denominator is 0; it is then divided by 1e-10.
-            In half precision both sums are computed from float32 copies, since neither may be rounded before the
-            division: this reads twice the bytes and holds a float32 copy of q, k, v, q2 and k2.
+            with z = Σ phi(k2_j) over the same keys as S, and z of `state` is the sum over k2. Use it as in SANA-Video,
+            where only the numerator has rotary embedding: q and k are the rotated features, q2 and k2 the features
+            before rotation, and phi is "identity". The numerator may be nonzero where the denominator is 0; it is then
+            divided by 1e-10. In half precision both sums are computed from float32 copies, since neither may be rounded
+            before the division; this reads twice the bytes and holds a float32 copy of q, k, v, q2 and k2.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:

@@ -28,9 +28,9 @@ def _fake(q, k, v, *rest):
 
 def _refuse_triton(q, v) -> str | None:
     if q.dtype == torch.float64:
-        return "sums in float32, the tensors are float64"
+        return "does not support float64: it sums in float32"
     sizes = (q.shape[3], v.shape[3])
-    return None if max(sizes) <= 256 else f"takes heads of 1 to 256 channels, got {sizes}"
+    return None if max(sizes) <= 256 else f"needs head sizes of 1 to 256, got {sizes}"
 
 
 def _setup(ctx, inputs, output):

@@ -113,12 +113,14 @@ def gather_tokens(
         )
     if (scale is not None) != (bank.dtype in QUANTIZED_DTYPES):
         raise TypeError(
-            f"{op}: scale must be given exactly for {names(QUANTIZED_DTYPES)} banks, got a "
+            f"{op}: scale is required for {names(QUANTIZED_DTYPES)} banks and not allowed for others, got a "
             f"{names([bank.dtype])} bank and {'a' if scale is not None else 'no'} scale"
         )
     if scale is not None:
         if bank.requires_grad:
-            raise ValueError(f"{op}: a {names([bank.dtype])} bank has no gradient, detach it, got requires_grad=True")
+            raise ValueError(
+                f"{op}: bank must not require a gradient, which {names([bank.dtype])} cannot have; detach it"
+            )
         check_tensor(op, "scale", scale, "B, M", (torch.float32, torch.float64))
         check_same(op, "scale must have the bank's first two sizes", scale.shape, bank.shape[:2])
         check_same(op, "scale must be on the bank's device", scale.device, bank.device)
@@ -329,7 +331,7 @@ def topk_blocks(
     if key_mask is not None:
         check_tensor(op, "key_mask", key_mask, "B|1, Lk", (torch.bool,))
         if not is_one(key_mask.shape[0]):
-            check_same(op, "key_mask must have B of 1 or that of q and k", batch, key_mask.shape[0])
+            check_same(op, "key_mask must have batch 1 or that of q and k", batch, key_mask.shape[0])
         check_same(op, "k and key_mask must have the same Lk", k.shape[1], key_mask.shape[1])
         check_same(op, "k and key_mask must be on the same device", k.device, key_mask.device)
     if not isinstance(causal, bool):
@@ -337,7 +339,7 @@ def topk_blocks(
     if causal:
         require(
             k.shape[1] >= q.shape[1],
-            lambda: f"{op}: causal needs as many keys as queries or more, got {k.shape[1]} and {q.shape[1]}",
+            lambda: f"{op}: causal requires at least as many keys as queries, got {k.shape[1]} and {q.shape[1]}",
         )
     if always is not None:
         check_always(op, always, q, blocks_q, blocks_k, topk)

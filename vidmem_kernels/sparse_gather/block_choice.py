@@ -34,7 +34,7 @@ def check_always(op: str, always: Sequence[int] | Tensor, q: Tensor, blocks_q: i
             check_int(op, f"always[{i}]", block, 0, blocks_k - 1)
         count = len(set(always))
     else:
-        raise TypeError(f"{op}: always must be blocks of keys or a mask of them, got {type(always).__name__}")
+        raise TypeError(f"{op}: always must be block numbers or a bool mask, got {type(always).__name__}")
     check_int(op, "the number of blocks in always", count, 0, most)
 
 

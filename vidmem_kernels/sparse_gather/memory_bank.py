@@ -106,7 +106,9 @@ class MemoryBank:
         check_storage(op, storage)
         check_int(op, "capacity", capacity, 0)
         if (path is not None) != (storage == "mmap"):
-            raise ValueError(f"{op}: path must be given exactly for storage 'mmap', got {path!r} for {storage!r}")
+            raise ValueError(
+                f"{op}: path is required for storage 'mmap' and not allowed for others, got {path!r} for {storage!r}"
+            )
         self.metadata = {}
         self.extras = {}
         device = torch.device(device)
@@ -456,8 +458,7 @@ class MemoryBank:
         storage: str = "device",
         path: str | os.PathLike[str] | None = None,
     ) -> MemoryBank:
-        """Makes a bank from stored rows; int8 and float8_e4m3fn rows come with their scales and are not quantised
-        again.
+        """Makes a bank from stored rows; 8-bit rows come with their scales and are not quantised again.
 
         Args:
             rows: (M, C) of one of the bank's dtypes, which becomes the dtype of the bank; copied.

@@ -169,11 +169,11 @@ class Header:
     def __init__(self, file: BinaryIO, refused: Callable[[str], MemoryFileError]):
         size = os.fstat(file.fileno()).st_size
         if size < 8:
-            raise refused(f"{size} bytes are too few")
+            raise refused(f"it has only {size} bytes")
         self.bytes = file.read(8)
         length = int.from_bytes(self.bytes, "little")
         if length > min(size - 8, _HEADER_LIMIT):
-            raise refused("no safetensors header, or cut inside it")
+            raise refused("it has no safetensors header, or ends inside it")
         self.bytes += file.read(length)
         self.doubled: list[str] = []  # keys that come twice, of which JSON keeps the last
         try:
@@ -197,8 +197,7 @@ class Header:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the header has the form that `write` gives it: damage may change its content, another program changes
-        the form."""
+        """Whether the header has the form that `write` gives it; damage keeps the form, another program changes it."""
         text = json.dumps(self.content, separators=(",", ":")).encode()
         first = [f"{RESERVED}format", f"{RESERVED}version"]  # behind the checksum
         if list(self.metadata)[1:3] != first or self.bytes[8:] != text + b" " * (-(8 + len(text)) % _ALIGNMENT):
@@ -255,7 +254,7 @@ def _damaged(path: Path, header: Header, why: str) -> MemoryFileError:
     if header.is_ours:
         what, remedy = f"damaged ({why})", "restore it from a copy or save the bank again"
     else:
-        what = f"rewritten by another program ({why}, and its header has another form than MemoryBank.save gives it)"
+        what = f"rewritten by another program ({why}, and its header is not formatted as MemoryBank.save does)"
         remedy = f"import it with {IMPORT}"
     return MemoryFileError(f"MemoryBank.load: {path} is {what}; {remedy}")
 
@@ -266,7 +265,7 @@ def _read_header(path: Path, file: BinaryIO) -> Header:
         why = f"its header does not name the format {FORMAT}"
         if {"rows", "positions"} <= header.tensors.keys():
             raise MemoryFileError(
-                f"{foreign(path, why)}, or, if it is one rewritten by another program, import it with {IMPORT}"
+                f"{foreign(path, why)}, or, if another program rewrote such a file, import it with {IMPORT}"
             )
         raise foreign(path, why)
     header.check_version("MemoryBank.load", path)
@@ -351,8 +350,8 @@ def read(path: Path, rows: str, rows_storage: str, expected: Saved | None = None
 
 def changed(path: str, got: str) -> str:
     return (
-        f"MemoryBank: {path} must still be the file that the bank's rows lie in, got {got}; "
-        "restore it, or save the bank and pickle it anew"
+        f"MemoryBank: {path} must still be the file with the rows of the pickled bank, got {got}; "
+        "restore it, or save the bank and pickle it again"
     )
 
 

@@ -17,10 +17,10 @@ def _entries(op: str, path: Path, header: Header) -> dict[str, Entry]:
     """Returns the header's entries for the tensors, after checking that they lie inside the file and do not overlap."""
 
     def refused(why: str) -> MemoryFileError:
-        return MemoryFileError(f"{op}: {path} is no good safetensors file ({why}); write it anew")
+        return MemoryFileError(f"{op}: {path} is not a valid safetensors file ({why}); write it again")
 
     if not isinstance(header.content.get("__metadata__", {}), dict):
-        raise refused("its metadata is no object")
+        raise refused("its metadata is not a JSON object")
     if header.doubled:
         raise refused(f"its header has {header.doubled[0]!r} twice")
     entries = {}
@@ -35,7 +35,7 @@ def _entries(op: str, path: Path, header: Header) -> dict[str, Entry]:
     expected = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin < expected:
-            raise refused(f"tensor {entry.name!r} lies over another")
+            raise refused(f"tensor {entry.name!r} overlaps another")
         if entry.end > header.data_size:
             raise refused(f"tensor {entry.name!r} ends at byte {entry.end} of {header.data_size}")
         expected = entry.end
@@ -59,7 +59,8 @@ def read(
     """
     with open(path, "rb") as file:
         header = Header(
-            file, lambda why: MemoryFileError(f"{op}: {path} is no safetensors file ({why}); give one that is")
+            file,
+            lambda why: MemoryFileError(f"{op}: {path} is not a safetensors file ({why}); give a safetensors file"),
         )
         if header.metadata.get(f"{RESERVED}format") == FORMAT:
             header.check_version(op, path)
@@ -69,9 +70,12 @@ def read(
                 raise ValueError(f"{op}: {path} must have a tensor {name!r}, got {sorted(entries)}")
         extras: dict[str, str] = {}
         for name in sorted(entries.keys() - set(parts)):
-            if name.removeprefix("extras.") in extras:
-                raise ValueError(f"{op}: {path} must have one tensor for an extra, got {name!r} with and without it")
-            extras[name.removeprefix("extras.")] = name
+            extra = name.removeprefix("extras.")
+            if extra in extras:
+                raise ValueError(
+                    f"{op}: {path} must have one tensor per extra, got both {extra!r} and 'extras.{extra}'"
+                )
+            extras[extra] = name
         check_metadata(op, header.user_metadata)
         # Tensors without memory first: the sizes in a header may be anything.
         check_parts(op, *(_empty(entries.get(name)) for name in parts))

@@ -29,8 +29,7 @@ class OpenFile:
 
 
 class _Mapped:
-    """Memory that numpy treats as writable, so that torch does not warn; it is private to a bank that never writes to
-    it.
+    """Memory of a bank that never writes to it, shown to numpy as writable so that torch does not warn.
 
     Silencing the warning instead would silence it for other threads too.
     """

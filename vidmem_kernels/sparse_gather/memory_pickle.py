@@ -63,8 +63,7 @@ def copied(bank: MemoryBank, copy: Callable[[Any], Any]) -> MemoryBank:
 
 
 def _state(bank: MemoryBank) -> dict[str, Any]:
-    """The part of the pickle other than the rows. Its tensor carries the device, so that torch.load's map_location
-    applies."""
+    """The part of the pickle other than the rows; its tensor carries the device, for torch.load's map_location."""
     return {
         "where": torch.empty(0, device=bank._held.positions.device),
         "device": bank.device,

@@ -115,13 +115,13 @@ def check_storage(op: str, storage: object) -> None:
     if storage not in STORAGES:
         raise ValueError(f"{op}: storage must be {', '.join(STORAGES[:-1])} or {STORAGES[-1]}, got {storage!r}")
     if storage == "pinned" and not torch.cuda.is_available():
-        raise RuntimeError(f"{op}: storage 'pinned' must have a CUDA device to pin memory for, got none")
+        raise RuntimeError(f"{op}: storage 'pinned' requires a CUDA device, got none")
 
 
 def check_no_gradient(op: str, what: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise ValueError(
-            f"{op}: {what} must not require a gradient, which the bank would not carry; "
+            f"{op}: {what} must not require a gradient, which the bank does not keep; "
             "detach them or use torch.no_grad()"
         )
 
@@ -136,8 +136,8 @@ def check_parts(op: str, rows: object, positions: object, scale: object) -> None
         raise ValueError(f"{op}: positions must have shape {(rows.shape[0], 3)}, got {tuple(positions.shape)}")
     if (scale is not None) != (rows.dtype in QUANTIZED_DTYPES):
         raise TypeError(
-            f"{op}: scale must be given exactly for {names(QUANTIZED_DTYPES)} rows, got {names([rows.dtype])} rows "
-            f"and {'no' if scale is None else 'a'} scale"
+            f"{op}: scale is required for {names(QUANTIZED_DTYPES)} rows and not allowed for others, "
+            f"got {names([rows.dtype])} rows and {'no' if scale is None else 'a'} scale"
         )
     if scale is not None:
         check_tensor(op, "scale", scale, "M", FLOAT_DTYPES)

@@ -39,7 +39,7 @@ def _gather_backward(ops, ctx, grad):
         wider = torch.promote_types(grad.dtype, ctx.bank_dtype)
         return scatter(grad.to(wider)).to(ctx.bank_dtype), None, None, None
     if ctx.needs_input_grad[0]:
-        raise RuntimeError("gather_tokens: a quantised bank has no gradient, but requires one")
+        raise RuntimeError("gather_tokens: bank must not require a gradient, which 8-bit dtypes cannot have; detach it")
     # out = scale * row, so d/dscale is <grad, row>; the rows are read once more, unscaled.
     row = ops.gather_tokens(bank, index, torch.ones_like(scale, pin_memory=scale.is_pinned()), torch.float32)
     along = (grad.to(torch.float32) * row).sum(dim=2, keepdim=True)
@@ -48,14 +48,14 @@ def _gather_backward(ops, ctx, grad):
 
 def _gather_refuse_triton(bank, index, scale, out_dtype):
     if bank.device != index.device:
-        return "reads banks on the GPU only, this one is in host memory"
+        return "needs the bank on the GPU, got host memory"
     return None
 
 
 def _gather_refuse_cuda(bank, index, scale, out_dtype):
     on_host = [t for t in (bank, scale) if t is not None and t.device.type == "cpu"]
     if not all(is_pinned(t) for t in on_host):
-        return "reads host memory only when it is pinned"
+        return "needs a bank on the GPU or in pinned host memory"
     return None
 
 
@@ -173,7 +173,7 @@ def _topk_blocks_fake(q, k, block_q, block_k, topk):
 
 
 def _topk_blocks_refuse_triton(q, k, block_q, block_k, topk):
-    return f"finds up to 4,096 blocks, asked for {topk:,}" if topk > 4096 else None
+    return f"needs topk of at most 4,096, got {topk:,}" if topk > 4096 else None
 
 
 register_op(

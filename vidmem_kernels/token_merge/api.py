@@ -125,7 +125,7 @@ def _count_merges(op: str, num_merge: object, ratio: object, sources: int) -> in
     """The number of tokens to merge, out of `sources` tokens that may merge."""
     if (num_merge is None) == (ratio is None):
         found = "neither" if ratio is None else f"{num_merge} and {ratio}"
-        raise ValueError(f"{op}: one of num_merge and ratio must be given, got {found}")
+        raise ValueError(f"{op}: exactly one of num_merge and ratio must be given, got {found}")
     if ratio is None:
         check_int(op, "num_merge", num_merge, 0, sources)
         return num_merge
@@ -153,7 +153,7 @@ def _read_destinations(op: str, destinations: Tensor) -> int:
     fewest, most = torch.stack([counts.amin(), counts.amax()]).tolist()
     require(
         fewest == most,
-        lambda: f"{op}: destinations must be as many in every batch element, got {fewest} to {most}",
+        lambda: f"{op}: destinations must mark equally many tokens in every batch element, got {fewest} to {most}",
     )
     torch._check(fewest >= 0)
     torch._check(fewest <= tokens)
@@ -229,19 +229,19 @@ def match_tokens(
     if window is not None:
         window = _check_three(op, "window", window, 0)
         if grid is None:
-            raise ValueError(f"{op}: window must come with a grid, got window {window} and no grid")
+            raise ValueError(f"{op}: window requires a grid, got window {window} and no grid")
     if border not in ("own", "none"):
         raise ValueError(f"{op}: border must be 'own' or 'none', got {border!r}")
     if border == "none" and grid is None:
-        raise ValueError(f"{op}: border must be 'own' where there is no grid, got 'none'")
+        raise ValueError(f"{op}: border must be 'own' without a grid, got 'none'")
     split = Split(metric.shape[1], grid, stride, window, border == "none")
     for name, mask in (("protect", protect), ("destinations", destinations)):
         if mask is not None:
             _check_mask(op, name, mask, metric)
-            check_values(op, f"how many tokens may merge depends on {name}")
+            check_values(op, f"the number of tokens that may merge depends on {name}")
     if destinations is not None:
         if grid is not None:
-            raise ValueError(f"{op}: destinations must come without a grid and a window, got {grid} and {window}")
+            raise ValueError(f"{op}: destinations cannot be combined with grid and window, got {grid} and {window}")
         split = split._replace(num_destinations=_read_destinations(op, destinations))
         order = order_by_mask(destinations)
         metric = torch.take_along_dim(metric.detach(), order.unsqueeze(2), dim=1)
@@ -364,7 +364,7 @@ def match_neighbors(
     grid = _check_grid(op, metric, grid)
     sources = metric.shape[1] // 2
     if num_merge is None and threshold is None:
-        raise ValueError(f"{op}: num_merge must be an int when there is no threshold, got None")
+        raise ValueError(f"{op}: num_merge must be an int if there is no threshold, got None")
     if num_merge is None:
         num_merge = sources
     check_int(op, "num_merge", num_merge, 0, sources)
@@ -380,8 +380,7 @@ def match_neighbors(
 
 
 def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> MergePlan:
-    """Checks the plan and returns it with the batch of `tensor`, which is (B, M, ...) if `of_rows`, else (B, N,
-    ...)."""
+    """Checks the plan and returns it with the batch of `tensor`: (B, M, ...) if `of_rows`, else (B, N, ...)."""
     if not isinstance(plan, MergePlan):
         raise TypeError(f"{op}: plan must be a MergePlan, got {type(plan).__name__}")
     for field, value in plan._asdict().items():
@@ -429,8 +428,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, back
             with the batch of x or batch 1.
         size: (B or 1, N) float32 (float64 if x is float64) non-negative weights: how many original tokens each token
             represents. Default: 1. A token of size 0 adds nothing, even if it holds a NaN; a group of total size 0
-                gives a
-            row of zeros.
+            gives a row of zeros.
         backend: see `vidmem_kernels.use_backend`.
 
     Returns:

@@ -40,7 +40,7 @@ def _count_neighbors_fake(metric, grid, threshold):
 
 
 def _match_refuse_triton(metric, *_):
-    return "compares in float32, metric is float64" if metric.dtype == torch.float64 else None
+    return "does not support float64: it compares in float32" if metric.dtype == torch.float64 else None
 
 
 register_op(
@@ -119,7 +119,7 @@ def _merge_backward(ops, ctx, grad_tokens, grad_size):
 
 
 def _merge_refuse_triton(x, *_):
-    return "sums in float32, x is float64" if x.dtype == torch.float64 else None
+    return "does not support float64: it sums in float32" if x.dtype == torch.float64 else None
 
 
 register_op(

@@ -108,8 +108,8 @@ const Tensor* AttentionArgs::read_scale(const char* op, const char* of, const ch
     return nullptr;
   }
   VIDMEM_CHECK(is_quantized(dtype_of(x.scalar_type(), op, of)), op, of,
-               " must be int8 or float8_e4m3fn where it has a scale, got ", name_of(x.scalar_type()));
-  VIDMEM_CHECK(dtype != DType::float64, op, "q must be float32, bfloat16 or float16 beside scales, got float64");
+               " must be int8 or float8_e4m3fn if it has a scale, got ", name_of(x.scalar_type()));
+  VIDMEM_CHECK(dtype != DType::float64, op, "q must be float32, bfloat16 or float16 if k has a scale, got float64");
   check_cpu(*scale, op, name);
   check_dtype(*scale, ScalarType::Float, op, name);
   check_shape(*scale, {batch, keys}, op, name);

@@ -22,7 +22,7 @@ struct States {
 
   States(const char* op, const std::vector<Tensor>& out_tensors, const std::vector<Tensor>& lse_tensors) {
     VIDMEM_CHECK(out_tensors.size() == lse_tensors.size() && !out_tensors.empty(), op,
-                 "outs and lses must be as many, and at least one, got ", out_tensors.size(), " and ",
+                 "outs and lses must have the same length of at least 1, got ", out_tensors.size(), " and ",
                  lse_tensors.size());
     const Tensor& first = out_tensors[0];
     check_dim(first, 4, op, "outs[0]");

@@ -145,7 +145,7 @@ inline LinearAttention check_arguments(const char* op, const Tensor& q, const Te
   check_extent(q, op, "q");
   check_extent(v, op, "v");
   VIDMEM_CHECK(!causal || block_size >= 1, op, "block_size must be at least 1, got ", block_size);
-  VIDMEM_CHECK(S.has_value() == z.has_value(), op, "S and z must come together, got ", S ? "S" : "z", " alone");
+  VIDMEM_CHECK(S.has_value() == z.has_value(), op, "S and z must be given together, got ", S ? "S" : "z", " alone");
   if (S) {
     check_state(op, "S", *S, {q.size(0), q.size(2), args.size, args.value_size});
     check_state(op, "z", *z, {q.size(0), q.size(2), args.size});

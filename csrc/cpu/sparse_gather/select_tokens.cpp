@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& x, int64_t keep, const st
   check_cpu(x, op, "x");
   const DType dtype = float_dtype_of(x.scalar_type(), op, "x");
   const int64_t batch = x.size(0), count = x.size(1), channels = x.size(2);
-  VIDMEM_CHECK(count <= std::numeric_limits<int32_t>::max(), op, "x must have less than 2^31 tokens, got ", count);
+  VIDMEM_CHECK(count <= std::numeric_limits<int32_t>::max(), op, "x must have fewer than 2**31 tokens, got ", count);
   VIDMEM_CHECK(keep >= 0 && keep <= count, op, "keep must be in [0, ", count, "], got ", keep);
   if (score) {
     check_cpu(*score, op, "score");

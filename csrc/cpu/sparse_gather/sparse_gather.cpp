@@ -24,8 +24,8 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
   args.index = view_index(index, -1, bank.size(1), op);
   args.bank_dtype = dtype_of(bank.scalar_type(), op, "bank");
   VIDMEM_CHECK(is_quantized(args.bank_dtype) == scale.has_value(), op,
-               "scale must be given exactly for int8 and float8_e4m3fn banks, got a ", name_of(bank.scalar_type()),
-               " bank with", scale ? "" : "out", " scale");
+               "scale is required for int8 or float8_e4m3fn banks and not allowed for others, got a ",
+               name_of(bank.scalar_type()), " bank with", scale ? "" : "out", " scale");
   args.bank = rows_of(bank);
   if (scale) {
     check_cpu(*scale, op, "scale");

@@ -77,7 +77,7 @@ Tensor topk_blocks_op(const Tensor& q, const Tensor& k, int64_t block_q, int64_t
   const int64_t batch = q.size(0), heads = q.size(2), channels = q.size(3);
   const int64_t num_queries = blocks_of(q.size(1), block_q), num_keys = blocks_of(k.size(1), block_k);
   VIDMEM_CHECK(topk >= 0 && topk <= num_keys, op, "topk must be in [0, ", num_keys, "], got ", topk);
-  VIDMEM_CHECK(num_keys < int64_t(1) << 30, op, "k must have less than 2**30 blocks, got ", num_keys);
+  VIDMEM_CHECK(num_keys < int64_t(1) << 30, op, "k must have fewer than 2**30 blocks, got ", num_keys);
   Tensor out = torch::stable::empty({batch, heads, num_queries, topk}, ScalarType::Int);
   if (out.numel() == 0) return out;
 

@@ -28,7 +28,7 @@ DType check_metric(const char* op, const Tensor& metric, const char* name = "met
   check_cpu(metric, op, name);
   VIDMEM_CHECK(metric.size(2) >= 1, op, name, " must have at least one channel, got ", metric.size(2));
   check_extent(metric, op, name);
-  VIDMEM_CHECK(metric.size(1) < 1 << 28, op, name, " must have less than 2**28 tokens, got ", metric.size(1));
+  VIDMEM_CHECK(metric.size(1) < 1 << 28, op, name, " must have fewer than 2**28 tokens, got ", metric.size(1));
   return float_dtype_of(metric.scalar_type(), op, name);
 }
 
@@ -302,8 +302,8 @@ MergePlan match_tokens(const Tensor& metric, int64_t num_merge, std::optional<st
   const DType dtype = check_metric(op, metric);
   const int64_t batch = metric.size(0), tokens = metric.size(1);
   const Three stride = check_three(op, "stride", stride_list, 1);
-  VIDMEM_CHECK(grid_or_none || !window_or_none, op, "window must come with a grid, got none");
-  VIDMEM_CHECK(!grid_or_none || num_destinations < 0, op, "num_destinations must come without a grid, got ",
+  VIDMEM_CHECK(grid_or_none || !window_or_none, op, "window requires a grid, got none");
+  VIDMEM_CHECK(!grid_or_none || num_destinations < 0, op, "num_destinations cannot be combined with grid, got ",
                num_destinations);
   VIDMEM_CHECK(num_destinations <= tokens, op, "num_destinations must be at most ", tokens, ", got ",
                num_destinations);

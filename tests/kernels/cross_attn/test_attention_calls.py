@@ -42,9 +42,9 @@ def test_errors():
     fp8 = in_8_bits(k, v, torch.float8_e4m3fn)
     index = torch.zeros(2, 4, 2, 1, dtype=torch.int64)
     cases = [
-        ({"k": k[:, :, :0], "v": v[:, :, :0]}, ValueError, "the heads of k must divide those of q, got 0 and 4"),
-        ({"q": q[:, :, :3]}, ValueError, "the heads of k must divide those of q, got 2 and 3"),
-        ({"q": q[:, :, :1]}, ValueError, "the heads of k must divide those of q, got 2 and 1"),
+        ({"k": k[:, :, :0], "v": v[:, :, :0]}, ValueError, "the number of heads of k must divide that of q, got 0"),
+        ({"q": q[:, :, :3]}, ValueError, "the number of heads of k must divide that of q, got 2 and 3"),
+        ({"q": q[:, :, :1]}, ValueError, "the number of heads of k must divide that of q, got 2 and 1"),
         ({"q": torch.cat([q, q[:1]])}, ValueError, "q and k must have the same B, H and D, got (3, 4, 4) and (2, 2"),
         ({"q": q[:1]}, ValueError, "q and k must have the same B, H and D, got (1, 4, 4) and (2, 2, 4)"),
         ({"k": k[:1]}, ValueError, "k and v must have the same B, Lk and H, got (1, 11, 2) and (2, 11, 2)"),
@@ -56,11 +56,11 @@ def test_errors():
         ({"key_bias": torch.ones(2, 3, 11)}, ValueError, "key_bias must have shape (B, Lk) or (B, H, Lk), got (2, 4"),
         ({"key_bias": torch.ones(3, 11)}, ValueError, "key_bias must have shape (B, Lk) or (B, H, Lk), got (2, 11) an"),
         ({"block_index": index[:, :3], "block_size": (4, 4)}, ValueError, "block_index must have shape (2, 4 or 1, 2,"),
-        ({"causal_sinks": True}, ValueError, "causal_sinks must be given with a window, got window=None"),
+        ({"causal_sinks": True}, ValueError, "causal_sinks requires window, got window=None"),
         ({"causal_sinks": 1, **TIMES}, TypeError, "causal_sinks must be a bool, got int"),
         ({"out_dtype": torch.bfloat16}, TypeError, "out_dtype must be float32, got torch.bfloat16"),
         ({"out_dtype": "float32"}, TypeError, "out_dtype must be float32, got float32"),
-        ({**scales}, TypeError, "k_scale and v_scale must be given exactly for int8 or float8_e4m3fn k and v, got f"),
+        ({**scales}, TypeError, "k_scale and v_scale are required for int8 or float8_e4m3fn k and v and"),
         ({"k": rows["k"], "v": rows["v"]}, TypeError, "got int8 and int8 with neither"),
         ({"k": rows["k"], "k_scale": scales["k_scale"]}, ValueError, "k and v must have the same dtype, got torch.i"),
         ({"k": rows["k"], "v": rows["v"], "k_scale": scales["k_scale"]}, TypeError, "got int8 and int8 with k_scale"),
@@ -68,7 +68,7 @@ def test_errors():
         ({**rows, "k_scale": scales["k_scale"].double()}, TypeError, "k_scale must be float32, got float64"),
         ({**rows, "v_scale": scales["v_scale"][:, :3]}, ValueError, "v_scale must have shape (B, Lk), got (2, 11) a"),
         ({**rows, "v_scale": 2.0}, TypeError, "v_scale must be a tensor, got float"),
-        ({**fp8, "k": fp8["k"].clone().requires_grad_()}, ValueError, "k must be detached, for float8_e4m3fn has no"),
+        ({**fp8, "k": fp8["k"].clone().requires_grad_()}, ValueError, "k must not require a gradient, which float8"),
     ]  # fmt: skip
     for options, kind, message in cases:
         with pytest.raises(kind, match=re.escape(message)) as error:
@@ -89,8 +89,8 @@ def test_errors_of_cpp():
         ({4: scale[:1]}, "v_scale must have shape (2, 11), got (1, 11)"),
         ({3: scale.double()}, "k_scale must be float32, got float64"),
         ({3: None}, "k must be float32, got int8"),
-        ({1: k}, "k must be int8 or float8_e4m3fn where it has a scale, got float32"),
-        ({0: q.double()}, "q must be float32, bfloat16 or float16 beside scales, got float64"),
+        ({1: k}, "k must be int8 or float8_e4m3fn if it has a scale, got float32"),
+        ({0: q.double()}, "q must be float32, bfloat16 or float16 if k has a scale, got float64"),
         ({13: torch.float16}, "out_dtype must be float32 or that of q, got float16"),
         ({1: wide, 3: None}, "k must be float32, got float64"),
     ]

@@ -130,7 +130,7 @@ def test_merge_attention_states_of_empty_axes(seed, device):
 
 
 def test_merging_needs_a_part():
-    with pytest.raises(ValueError, match="as many, and at least one"):
+    with pytest.raises(ValueError, match="the same length of at least 1"):
         merge_attention_states([], [])
-    with pytest.raises(ValueError, match="as many, and at least one, got 1 and 0"):
+    with pytest.raises(ValueError, match="the same length of at least 1, got 1 and 0"):
         merge_attention_states([torch.zeros(1, 1, 1, 1)], [])

@@ -205,9 +205,9 @@ def test_refuses():
         options = {"block_size": (4, 4), "block_sizes": sizes, "block_index": index, **options}
         refuses(error, name + message, cross_attention, q, k, k, **options)
 
-    call(ValueError, "block_sizes must be given with block_index, got block_index=None", block_index=None)
-    call(TypeError, "block_sizes must be a tensor or a pair of them, got int", block_sizes=4)
-    message = "block_sizes of k must hold all 10 rows in blocks of at most 4, got 2 blocks"
+    call(ValueError, "block_sizes requires block_index, got block_index=None", block_index=None)
+    call(TypeError, "block_sizes must be a tensor or a pair of tensors, got int", block_sizes=4)
+    message = "block_sizes of k must cover all 10 rows by blocks of at most 4 rows, got 2 blocks"
     call(ValueError, message, block_sizes=(sizes[0], sizes[0]))
     message = "the sum of block_sizes of q must be in [7, 7], got 8"
     call(IndexError, message, block_sizes=(torch.tensor([4, 4]), sizes[1]))

@@ -341,7 +341,7 @@ def test_errors():
     cases = [
         ({"q": q[0]}, ValueError, "q must have shape (B, Lq, H, D), got (7, 2, 4)"),
         ({"k": k[..., :2]}, ValueError, "q and k must have the same B, H and D, got (2, 2, 4) and (2, 2, 2)"),
-        ({"k": torch.cat([k, k[:, :, :1]], 2)}, ValueError, "the heads of k must divide those of q, got 3 and 2"),
+        ({"k": torch.cat([k, k[:, :, :1]], 2)}, ValueError, "the number of heads of k must divide that of q, got 3"),
         ({"v": v[:, :3]}, ValueError, "k and v must have the same B, Lk and H, got (2, 11, 2) and (2, 3, 2)"),
         ({"v": v.half()}, ValueError, "q and v must have the same dtype, got torch.float32 and torch.float16"),
         ({"q": q.long()}, TypeError, "q must be float32, bfloat16, float16 or float64, got int64"),
@@ -381,8 +381,8 @@ def test_errors():
 def test_merge_errors():
     out, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, 2)
     cases = [
-        ([], [], ValueError, "outs and lses must be as many, and at least one, got 0 and 0"),
-        ([out], [lse, lse], ValueError, "outs and lses must be as many, and at least one, got 1 and 2"),
+        ([], [], ValueError, "outs and lses must have the same length of at least 1, got 0 and 0"),
+        ([out], [lse, lse], ValueError, "outs and lses must have the same length of at least 1, got 1 and 2"),
         ([out, out[:, :1]], [lse, lse[..., :1]], ValueError, "outs[0] and outs[1] must have the same shape, got"),
         ([out], [lse.mT], ValueError, "lses[0] must have shape (B, H, L), got (1, 3, 2) and (1, 2, 3)"),
         ([out], [lse.half()], TypeError, "lses[0] must be float32, got float16"),

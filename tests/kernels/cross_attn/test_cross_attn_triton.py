@@ -248,7 +248,7 @@ def test_refusals(device):
             explain(cross_attention, q, q, v, backend="triton")
         return str(error.value)
 
-    assert "float64 is for checks and runs the reference" in why(F64)
+    assert "float64 is only run by the reference, for checks" in why(F64)
     assert "needs D and Dv of 1 to 256, got 257 and 8" in why(size=257)
     assert "needs D and Dv of 1 to 256, got 8 and 0" in why(value_size=0)
 

@@ -55,10 +55,12 @@ def test_order_where_runs_must_be_equal(machine):
     with determinism("on"):
         choice = chosen_gradient()
         assert choice.backend == "triton"  # not flash made deterministic, which takes longer
-        assert choice.refused["library"] == "deterministic, it takes longer than our kernel"
+        assert choice.refused["library"] == "its deterministic kernel is slower than ours"
         assert of_gradient(backend="library") == "SDPA flash"  # asked for, it runs
         reasons = chosen_gradient(backend="library").refused
-        assert reasons["library SDPA cuDNN"].startswith("is not deterministic, as torch.use_deterministic_algorithms")
+        assert reasons["library SDPA cuDNN"].startswith(
+            "is not deterministic, which torch.use_deterministic_algorithms"
+        )
         machine(modules=FA3)
         assert of_gradient() == "FA3"
         machine(modules=fa4())
@@ -75,7 +77,7 @@ def test_order_with_a_gradient_of_lse(machine):
     """Only FA4 and our kernel take it along."""
     machine(modules=FA3)
     choice = chosen_gradient(with_lse=True)
-    assert (choice.backend, choice.refused["library"]) == ("triton", "the gradient of lse takes a second pass")
+    assert (choice.backend, choice.refused["library"]) == ("triton", "slower: the gradient of lse needs a second pass")
     assert of_gradient(with_lse=True, backend="library") == "SDPA cuDNN"
     machine(modules=fa4())
     assert of_gradient(with_lse=True) == "FA4"
@@ -137,7 +139,7 @@ def test_packages_are_called_as_documented(machine, name, dtype, flag):
 def test_what_packages_refuse(machine):
     machine((9, 0), modules=FA3)
     args = arguments(torch.bfloat16, True)
-    assert BACKWARD["FA3"].refuse(*args) == "lse has a gradient"
+    assert BACKWARD["FA3"].refuse(*args) == "does not support a gradient of lse"
     assert BACKWARD["FA4"].refuse(*args) == "flash_attn.cute is not installed"
     machine(modules=fa4() | {"flash_attn.cute.interface": {"_flash_attn_bwd": lambda q, k, v: None}})
     assert BACKWARD["FA4"].refuse(*args) == "flash_attn.cute.interface is too old: _flash_attn_bwd has no dlse"

@@ -230,7 +230,7 @@ def test_direct_calls_are_checked():
 def test_float64_runs_the_reference():
     q, k, v, _, _ = (t if t is None else t.double() for t in inputs(Make(seed=11), 5))
     state = LinearAttentionState(torch.zeros(1, 2, 17, 9).double(), torch.zeros(1, 2, 17).double())
-    with pytest.raises(RuntimeError, match="float64 is for checks and runs the reference"):
+    with pytest.raises(RuntimeError, match="float64 is only run by the reference, for checks"):
         linear_attention(q, k, v, state=state, backend="cpu")
     expected = linear_attention(q, k, v, backend="reference")
     assert torch.equal(linear_attention(q, k, v, state=state), expected)

@@ -177,4 +177,4 @@ def test_refuses():
     call(ValueError, message, normalizer=(q[:1], q))
     message = "q and normalizer[1] must have the same dtype, got torch.float32 and torch.float16"
     call(ValueError, message, normalizer=(q, q.half()))
-    call(ValueError, "normalizer must be None without normalize, got a pair", normalizer=(q, q), normalize=False)
+    call(ValueError, "normalizer requires normalize=True, got normalize=False", normalizer=(q, q), normalize=False)

@@ -200,8 +200,8 @@ def test_a_file_that_is_not_what_it_was(change, saved, tmp_path):
     assert isinstance(caught.value, FileNotFoundError) == (change == "deleted")
     if change == "deleted":
         assert str(caught.value) == (
-            f"MemoryBank: {path} must still be the file that the bank's rows lie in, got no file; restore it, or save "
-            "the bank and pickle it anew"
+            f"MemoryBank: {path} must still be the file with the rows of the pickled bank, got no file; restore it, or "
+            "save the bank and pickle it again"
         )
     if change != "one byte" or not saved:  # of which only the whole file's checksum tells
         with pytest.raises(MemoryFileError, match="file"):

@@ -169,7 +169,7 @@ def test_from_tensors_copies_into_any_storage(tmp_path):
 def wrong_parts():
     rows, at = torch.zeros(2, 3), torch.zeros(2, 3)
     dtypes = "float32, bfloat16, float16, int8 or float8_e4m3fn"
-    given = "scale must be given exactly for int8 or float8_e4m3fn rows, got"
+    given = "scale is required for int8 or float8_e4m3fn rows and not allowed for others, got"
     nan, inf = float("nan"), float("inf")
     yield TypeError, f"rows must be {dtypes}, got float64", rows.double(), at, None
     yield TypeError, f"rows must be {dtypes}, got bool", rows.bool(), at, None
@@ -229,17 +229,17 @@ ODD = (
         ({"rows": entry("F32", [True, 6], 0, 24)}, MemoryFileError, "its header does not describe tensor 'rows'"),
         ({"rows": {"dtype": "F32"}}, MemoryFileError, "its header does not describe tensor 'rows'"),
         ({"rows": 7}, MemoryFileError, "its header does not describe tensor 'rows'"),
-        ({"rows": entry("F32", [2, 3], 24, 48)}, MemoryFileError, "lies over another"),
+        ({"rows": entry("F32", [2, 3], 24, 48)}, MemoryFileError, "overlaps another"),
         ({"positions": entry("F32", [2, 3], 25, 49)}, MemoryFileError, "ends at byte 49 of 48"),
         ({"rows": entry("F32", [1 << 40, 3], 0, 12 << 40)}, MemoryFileError, "of 48"),
         ({"positions": entry("F32", [1 << 40, 3], 24, 24 + (12 << 40))}, MemoryFileError, "of 48"),
         ({"rows": entry("F32", [0, 1 << 62], 0, 0)}, MemoryFileError, "its header does not describe tensor 'rows'"),
         ({"rows": entry("C64", [2, 3], 0, 48)}, TypeError, f"tensor 'rows' {ODD}, got 'C64'"),
         ({"x": entry("U16", [0], 48, 48)}, TypeError, f"tensor 'x' {ODD}, got 'U16'"),
-        ({"x": entry("U8", [0], 48, 48), "extras.x": entry("U8", [0], 48, 48)}, ValueError, "one tensor for an extra"),
+        ({"x": entry("U8", [0], 48, 48), "extras.x": entry("U8", [0], 48, 48)}, ValueError, "got both 'x' and"),
         ({"rows": None}, ValueError, "must have a tensor 'rows', got ['positions']"),
         ({"__metadata__": {"k": 1}}, TypeError, "metadata must be a dict of str to str, got 'k': 1"),
-        ({"__metadata__": []}, MemoryFileError, "its metadata is no object"),
+        ({"__metadata__": []}, MemoryFileError, "its metadata is not a JSON object"),
         (
             {"__metadata__": {"vidmem.format": "vidmem_kernels.MemoryBank", "vidmem.version": "2"}},
             MemoryFileError,
@@ -286,5 +286,5 @@ def test_files_cut_anywhere_and_any_bytes_are_refused(tmp_path):
 def test_nothing_is_unpickled(tmp_path):
     """A file of torch.save is refused before anything in it runs."""
     torch.save({"rows": torch.ones(2, 3), "positions": torch.ones(2, 3)}, tmp_path / "file")
-    with pytest.raises(MemoryFileError, match="is no safetensors file"):
+    with pytest.raises(MemoryFileError, match="is not a safetensors file"):
         MemoryBank.from_safetensors(tmp_path / "file")

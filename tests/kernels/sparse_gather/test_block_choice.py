@@ -220,13 +220,13 @@ def test_refuses():
         refuses(error, name + message, topk_blocks, q, k, **{"block_size": (4, 4), "topk": 2, **options})
 
     call(ValueError, "q and k must have the same B, got 2 and 3", k=torch.zeros(3, 10, 3, 4))
-    call(TypeError, "block_sizes must be a tensor or a pair of them, got int", block_sizes=4)
+    call(TypeError, "block_sizes must be a tensor or a pair of tensors, got int", block_sizes=4)
     one, two, many = torch.tensor([4, 3]), torch.tensor([4, 4, 2]), torch.tensor([4, 4, 4])
-    call(TypeError, "block_sizes must be a tensor or a pair of them, got tuple", block_sizes=(one, two, two))
+    call(TypeError, "block_sizes must be a tensor or a pair of tensors, got tuple", block_sizes=(one, two, two))
     call(TypeError, "block_sizes of k must be a tensor, got list", block_sizes=(one, [4, 4, 2]))
     call(TypeError, "block_sizes of k must be int32 or int64, got float32", block_sizes=(one, two.float()))
     call(ValueError, "block_sizes of q must have shape (blocks), got (1, 2)", block_sizes=(one[None], two))
-    message = "block_sizes of k must hold all 10 rows in blocks of at most 4, got 2 blocks"
+    message = "block_sizes of k must cover all 10 rows by blocks of at most 4 rows, got 2 blocks"
     call(ValueError, message, block_sizes=(one, one))
     call(IndexError, "the sum of block_sizes of k must be in [10, 10], got 12", block_sizes=(one, many))
     call(IndexError, "block_sizes of k must be in [0, 4], got 5", block_sizes=(one, torch.tensor([5, 4, 1])))
@@ -235,8 +235,8 @@ def test_refuses():
     call(TypeError, "key_mask must be bool, got float32", key_mask=torch.ones(2, 10))
     call(ValueError, "key_mask must have shape (B|1, Lk), got (10,)", key_mask=torch.ones(10, dtype=torch.bool))
     call(ValueError, "k and key_mask must have the same Lk, got 10 and 7", key_mask=torch.ones(2, 7) > 0)
-    call(ValueError, "key_mask must have B of 1 or that of q and k, got 2 and 3", key_mask=torch.ones(3, 10) > 0)
-    call(TypeError, "always must be blocks of keys or a mask of them, got int", always=1)
+    call(ValueError, "key_mask must have batch 1 or that of q and k, got 2 and 3", key_mask=torch.ones(3, 10) > 0)
+    call(TypeError, "always must be block numbers or a bool mask, got int", always=1)
     call(ValueError, "always[1] must be in [0, 2], got 3", always=(1, 3))
     call(TypeError, "always[0] must be an int, got float", always=(1.0,))
     call(ValueError, "the number of blocks in always must be in [0, 2], got 3", always=(0, 1, 2))

@@ -168,7 +168,7 @@ def test_append_refuses_and_leaves_the_bank_as_it_was(make_bank):
                 ok,
                 torch.full((2, 3), bad),
             )
-    gradient = "tokens and positions must not require a gradient, which the bank would not carry; detach them or use"
+    gradient = "tokens and positions must not require a gradient, which the bank does not keep; detach them or use"
     with_grad = torch.zeros(2, 3, requires_grad=True)
     refuses(ValueError, f"{name}{gradient} torch.no_grad()", bank.append, with_grad, at)
     assert len(bank) == 4 and torch.equal(bank.gather(torch.arange(4)), before)
@@ -207,7 +207,7 @@ def test_constructor_refuses(tmp_path):
         dtype=torch.float64,
     )
     refuses(ValueError, name + "storage must be device, pinned or mmap, got 'disk'", MemoryBank, 2, storage="disk")
-    need = name + "path must be given exactly for storage 'mmap', got "
+    need = name + "path is required for storage 'mmap' and not allowed for others, got "
     refuses(ValueError, need + "None for 'mmap'", MemoryBank, 2, storage="mmap")
     refuses(ValueError, need + "'x' for 'device'", MemoryBank, 2, path="x")
     taken = tmp_path / "taken"
@@ -219,7 +219,7 @@ def test_constructor_refuses(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 def test_pinned_needs_a_gpu(tmp_path):
-    text = "storage 'pinned' must have a CUDA device to pin memory for, got none"
+    text = "storage 'pinned' requires a CUDA device, got none"
     refuses(RuntimeError, f"MemoryBank: {text}", MemoryBank, 2, storage="pinned")
     bank = MemoryBank(2)
     bank.save(tmp_path / "bank")

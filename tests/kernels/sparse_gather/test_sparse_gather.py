@@ -76,7 +76,7 @@ def test_gather_refuses():
         torch.zeros(3, 4, 3),
         index,
     )
-    need = name + "scale must be given exactly for int8 or float8_e4m3fn banks, got a "
+    need = name + "scale is required for int8 or float8_e4m3fn banks and not allowed for others, got a "
     refuses(TypeError, need + "int8 bank and no scale", gather_tokens, bank.to(torch.int8), index)
     refuses(TypeError, need + "float32 bank and a scale", gather_tokens, bank, index, scale=torch.ones(2, 4))
     refuses(

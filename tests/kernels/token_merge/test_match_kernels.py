@@ -343,7 +343,7 @@ def test_compiled_matching_checks_for_itself():
         (lambda: ops.match_tokens(metric, 1, [2, 3, 4], [2, 2]), "stride must be three ints, got 2"),
         (lambda: ops.match_tokens(metric, 1, [2, 3, 4], CUBE, [1, 1]), "window must be three ints, got 2"),
         (lambda: ops.match_tokens(metric, 1, [2, 3, 4], CUBE, [1, -1, 1]), "window must be at least 0, got -1"),
-        (lambda: ops.match_tokens(metric, 1, None, CUBE, [1, 1, 1]), "window must come with a grid"),
+        (lambda: ops.match_tokens(metric, 1, None, CUBE, [1, 1, 1]), "window requires a grid"),
         (
             lambda: ops.match_neighbors(metric, 13, [2, 3, 4]),
             r"match_neighbors: num_merge must be in \[0, 12\], got 13",
@@ -382,7 +382,7 @@ def test_sizes_whose_product_overflows(batch):
         lambda: ops.topk_blocks(rows, rows, 2, 2, 1),
         lambda: ops.scatter_add_tokens(metric, index, 1),
     ):
-        with pytest.raises(ValueError, match=r"must have less than 2\*\*48 elements"):
+        with pytest.raises(ValueError, match=r"must have fewer than 2\*\*48 elements"):
             call()
 
 

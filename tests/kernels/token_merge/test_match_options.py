@@ -327,8 +327,8 @@ def test_masks_compile_to_one_graph_where_their_counts_may_be_captured(mask):
 G, ODD = torch.zeros(2, 100, 4), torch.arange(100).repeat(2, 1) % 2 == 1
 GRID = {"grid": (4, 5, 5)}
 ERRORS = [
-    (lambda: vk.match_tokens(G), "match_tokens: one of num_merge and ratio must be given, got neither"),
-    (lambda: vk.match_tokens(G, 3, ratio=0.5), "match_tokens: one of num_merge and ratio must be given, got 3 and 0.5"),
+    (lambda: vk.match_tokens(G), "match_tokens: exactly one of num_merge and ratio must be given, got neither"),
+    (lambda: vk.match_tokens(G, 3, ratio=0.5), "exactly one of num_merge and ratio must be given, got 3 and 0.5"),
     (lambda: vk.match_tokens(G, ratio=1.01), "match_tokens: ratio must be in [0, 1], got 1.01"),
     (lambda: vk.match_tokens(G, ratio=-0.1), "match_tokens: ratio must be in [0, 1], got -0.1"),
     (lambda: vk.match_tokens(G, ratio=NAN), "match_tokens: ratio must be in [0, 1], got nan"),
@@ -341,7 +341,7 @@ ERRORS = [
     (lambda: vk.match_tokens(G, 1, border=None, **GRID), "match_tokens: border must be 'own' or 'none', got None"),
     (
         lambda: vk.match_tokens(G, 1, border="none"),
-        "match_tokens: border must be 'own' where there is no grid, got 'none'",
+        "match_tokens: border must be 'own' without a grid, got 'none'",
     ),
     (lambda: vk.match_tokens(G, 93, border="none", **GRID), "match_tokens: num_merge must be in [0, 92], got 93"),
     (
@@ -354,15 +354,15 @@ ERRORS = [
     ),
     (
         lambda: vk.match_tokens(G, 1, destinations=ODD, **GRID),
-        "match_tokens: destinations must come without a grid and a window, got (4, 5, 5) and None",
+        "match_tokens: destinations cannot be combined with grid and window, got (4, 5, 5) and None",
     ),
     (
         lambda: vk.match_tokens(G, 1, destinations=ODD, window=(1, 1, 1), **GRID),
-        "match_tokens: destinations must come without a grid and a window, got (4, 5, 5) and (1, 1, 1)",
+        "match_tokens: destinations cannot be combined with grid and window, got (4, 5, 5) and (1, 1, 1)",
     ),
     (
         lambda: vk.match_tokens(G, 1, destinations=torch.stack([ODD[0], ODD[0] & (torch.arange(100) > 9)])),
-        "match_tokens: destinations must be as many in every batch element, got 45 to 50",
+        "match_tokens: destinations must mark equally many tokens in every batch element, got 45 to 50",
     ),
     (
         lambda: vk.match_tokens(G, 1, destinations=ODD.int()),
@@ -389,7 +389,7 @@ ERRORS = [
         lambda: vk.match_tokens(G, 51, protect=torch.zeros_like(ODD)),
         "match_tokens: num_merge must be in [0, 50], got 51",
     ),
-    (lambda: vk.match_into(G, G), "match_into: one of num_merge and ratio must be given, got neither"),
+    (lambda: vk.match_into(G, G), "match_into: exactly one of num_merge and ratio must be given, got neither"),
     (lambda: vk.match_into(G, G[0], 1), "match_into: memory_metric must have shape (B, M, C), got (100, 4)"),
     (
         lambda: vk.match_into(G, torch.zeros(3, 8, 4), 1),
@@ -429,7 +429,7 @@ def test_compiled_ops_check_for_themselves():
     bad = [
         (
             lambda: ops.match_tokens(G, 1, (4, 5, 5), (2, 2, 2), None, False, 3),
-            "num_destinations must come without a grid",
+            "num_destinations cannot be combined with grid",
         ),
         (lambda: ops.match_tokens(G, 1, *rest, 101), "num_destinations must be at most 100, got 101"),
         (lambda: ops.match_tokens(G, 1, *rest, -1, ODD[:1]), "protect must have shape"),

@@ -380,7 +380,7 @@ ERRORS = [
     ),
     (
         lambda: vk.match_tokens(G, 1, window=(1, 1, 1)),
-        "match_tokens: window must come with a grid, got window (1, 1, 1) and no grid",
+        "match_tokens: window requires a grid, got window (1, 1, 1) and no grid",
     ),
     (
         lambda: vk.match_neighbors(G, 51, grid=(4, 5, 5)),
@@ -388,7 +388,7 @@ ERRORS = [
     ),
     (
         lambda: vk.match_neighbors(G, None, grid=(4, 5, 5)),
-        "match_neighbors: num_merge must be an int when there is no threshold, got None",
+        "match_neighbors: num_merge must be an int if there is no threshold, got None",
     ),
     (
         lambda: vk.match_neighbors(G, None, grid=(4, 5, 5), threshold=NAN),

@@ -24,7 +24,8 @@ from vidmem_model.video import sample
 
 FPS = 24
 # What every process says first where the compiled kernels are missing.
-NOTICE = f"{_extension.reason}; every op runs its PyTorch reference, correct but slower\n" if _extension.reason else ""
+FALLBACK = "every op runs its PyTorch reference, which is correct but slower"
+NOTICE = f"{_extension.reason}; {FALLBACK}\n" if _extension.reason else ""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,169 @@
+"""The words that users read: the form of public docstrings and of error messages."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from importlib.util import find_spec
+
+import pytest
+import torch
+from paths import ROOT
+
+import vidmem_kernels
+import vidmem_kernels.diffusers
+from vidmem_kernels.testing import public_functions
+
+PACKAGE = ROOT / "vidmem_kernels"
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Examples", "Equivalent PyTorch")
+
+
+def public_objects():
+    """(name, object, class it belongs to or None) of the public functions, classes, methods and properties."""
+    found = {name: getattr(vidmem_kernels, name) for name in vidmem_kernels.__all__}
+    if find_spec("diffusers"):
+        found |= {
+            f"diffusers.{name}": getattr(vidmem_kernels.diffusers, name) for name in vidmem_kernels.diffusers.__all__
+        }
+    for name, value in sorted(found.items()):
+        yield name, value, None
+        if inspect.isclass(value):
+            for member, inner in vars(value).items():
+                inherited = any(hasattr(base, member) for base in value.__mro__[1:])
+                function = inner.__func__ if isinstance(inner, classmethod | staticmethod) else inner
+                ours = isinstance(function, property) or inspect.isfunction(function)
+                if ours and not member.startswith("_") and (function.__doc__ or not inherited):
+                    yield f"{name}.{member}", function, value
+
+
+OBJECTS = {name: (value, owner) for name, value, owner in public_objects()}
+
+
+def sections(text):
+    """The text above the first section, and the lines of each section by its name."""
+    parts = re.split(rf"^({'|'.join(SECTIONS)}):\n", text, flags=re.MULTILINE)
+    body = {}
+    for title, lines in zip(parts[1::2], parts[2::2], strict=True):
+        body[title] = re.match(r"(?:(?:    .*)?\n|    .*$)*", lines)[0].split("\n")
+    return parts[0], body
+
+
+def entries(lines):
+    """Names that a section describes, in order."""
+    return [m[1] for line in lines if (m := re.match(r"    (\*{0,2}\w+): \S", line))]
+
+
+def arguments(value):
+    """Parameters as the documentation writes them."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(value).parameters.values()
+    return [stars.get(p.kind, "") + p.name for p in parameters if p.name not in ("self", "cls")]
+
+
+def faults(value, owner, is_op):
+    """What is wrong with the docstring of a public object."""
+    text = inspect.getdoc(value) or ""
+    head, body = sections(text)
+    summary, _, rest = head.partition("\n")
+    if not summary.rstrip().endswith((".", "`.")) or rest.split("\n")[0].strip():
+        yield f"the first line must be one sentence that ends in a period, got {summary!r}"
+    if isinstance(value, property):
+        return
+    if inspect.isclass(value) and (fields := getattr(value, "_fields", getattr(value, "__dataclass_fields__", None))):
+        if entries(body.get("Attributes", [])) != list(fields):
+            yield f"Attributes must be {list(fields)}, got {entries(body.get('Attributes', []))}"
+        return
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return
+    wanted, found = arguments(value), entries(body.get("Args", []))
+    if wanted != found:
+        yield f"Args must be {wanted}, got {found}"
+    result = "" if inspect.isclass(value) else str(inspect.signature(value).return_annotation)
+    section = "Yields" if "Iterator" in result else "Returns"
+    if result not in ("", "None") and section not in body and not (section == "Yields" and owner):
+        yield f"a section {section} must say what {result} is, got none"
+    if is_op and "Equivalent PyTorch" not in body:
+        yield "an op must have a section Equivalent PyTorch, got none"
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_public_docstring(name):
+    assert not list(faults(*OBJECTS[name], is_op=name in public_functions()))
+
+
+def one(x: int, **more: int) -> torch.Tensor:
+    """Does something, at length
+
+    Args:
+        y: another.
+    """
+
+
+def test_faults_are_found():
+    assert len(OBJECTS) > 60
+    assert [fault.split(",")[0] for fault in faults(one, None, is_op=True)] == [
+        "the first line must be one sentence that ends in a period",
+        "Args must be ['x'",
+        "a section Returns must say what torch.Tensor is",
+        "an op must have a section Equivalent PyTorch",
+    ]
+
+
+# --- error messages ---
+
+ERRORS = {"ValueError", "TypeError", "RuntimeError", "IndexError", "BackendError", "MemoryFileError"}
+# "<op>: <what must hold>, got <what came>", or "<op>: <what is wrong>; <what to do>"; {} is what is filled in.
+FORM = re.compile(r"^[^:]*[\w}]: (.*\b(must|cannot|requires|required)\b.*, got |.*; [\w{])", re.DOTALL)
+# Messages in another form, by a part of each, and why.
+OTHER_FORMS = {
+    "{}: {}, got {} and {}": "check_same: its callers say what must hold, see test_conditions",
+    "{} must be one of {}, got {}{}": "check_backend: its callers name the op",
+    "VIDMEM_CPU_CAPABILITY: {}": "the message of C++, which has the form",
+    "cannot be read under vmap": "nothing that came could be shown, nor is there anything else to do",
+    "{}, or, if another program rewrote such a file": "the message of memory_file.foreign with one more remedy",
+}
+
+
+def written(node):
+    """A string as written, "{}" for what is filled in; None if it is no string."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(written(part) or "{}" for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return (written(node.left) or "{}") + (written(node.right) or "{}")
+    return None
+
+
+def strings(functions, place):
+    """(file:line, string) of the argument at `place` of every call of the functions in the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func).split(".")[-1] not in functions:
+                continue
+            if len(node.args) > place and (text := written(node.args[place])) is not None:
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text
+
+
+def test_error_messages_have_one_form():
+    found = list(strings(ERRORS, 0))
+    assert len(found) > 120
+    wrong = [f"{where}: {m}" for where, m in found if not FORM.search(m) and not any(part in m for part in OTHER_FORMS)]
+    assert not wrong, "\n".join(wrong)
+    unused = [part for part in OTHER_FORMS if not any(part in message for _, message in found)]
+    assert not unused
+
+
+def test_conditions():
+    """What `check_same` is given is the condition alone."""
+    found = list(strings({"check_same"}, 1))
+    assert len(found) > 40
+    assert [text for text in found if " must " not in text[1]] == []
+
+
+@pytest.mark.parametrize(
+    "message", ["{}: x is wrong", "x must be 3, got {}", "op: x should be 3, got {}", "op: give 3"]
+)
+def test_a_message_in_another_form_is_found(message):
+    assert not FORM.search(message)
