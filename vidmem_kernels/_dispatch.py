@@ -57,7 +57,7 @@ def requested(backend: str | None = None) -> str:
     if backend is not None:
         return check_backend(backend, "backend")
     # threading.local, not a ContextVar: torch.compile traces and guards the former only.
-    chosen = getattr(_local, "backend", None)
+    chosen: str | None = getattr(_local, "backend", None)
     if chosen is not None:
         return chosen
     # A compiled graph, which would keep what it was traced with, reads the variable whenever it runs.
@@ -102,6 +102,7 @@ def _triton_missing() -> str | None:
 @cache
 def _too_old() -> str | None:
     """Why this GPU runs none of the CUDA kernels that were built; PTX of the lowest one serves every later GPU."""
+    assert _extension.module is not None  # `unavailable` looks first
     lowest = min(int(arch.rstrip("af")) for arch in _extension.module.cuda_archs.split())
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (lowest // 10, lowest % 10)
     return None if 10 * major + minor >= lowest else f"built for sm_{lowest} and later, this GPU is sm_{major}{minor}"
@@ -136,7 +137,7 @@ def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Li
     """
     refused: dict[str, str] = {}
     slow = None
-    for library in op.library:
+    for library in op.library or ():
         if device.type not in library.devices:
             continue
         reason = library.refuse(*args)
@@ -152,7 +153,7 @@ def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Li
 def _avoided(op: Op, device: torch.device, args: Sequence[Any]) -> str | None:
     """Why the library that would run a call is slower than other backends, or None."""
     library, refused = first_library(op, device, args)
-    return refused.get(library.name)
+    return None if library is None else refused.get(library.name)
 
 
 def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> str | None:
@@ -174,14 +175,16 @@ def implementation(op: Op, backend: str, device: torch.device, args: Sequence[An
     if backend == "triton":
         return getattr(importlib.import_module(f"{op.family}.{op.triton}"), op.launch)
     if backend == "library":
-        return first_library(op, device, args)[0].call
+        library, _ = first_library(op, device, args)
+        assert library is not None  # else `select` would have refused
+        return library.call
     return getattr(torch.ops.vidmem_cpp, op.name)
 
 
 def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`run` with `device` as the current one: Triton launches there, whatever its tensors are on."""
 
-    def run_there(*args):
+    def run_there(*args: Any) -> Any:
         with torch.cuda.device(device):
             return run(*args)
 
@@ -191,7 +194,7 @@ def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., An
 def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """`run`, which reads memory, but the dispatcher where a tensor's values are not what its memory holds."""
 
-    def run_or_dispatch(*args):
+    def run_or_dispatch(*args: Any) -> Any:
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
         plain = not any(t.is_neg() or t._is_zerotensor() for t in tensors)
         return run(*args) if plain else op.overload(*args, backend)
@@ -272,6 +275,7 @@ def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, re
     choice = Choice(op.name, str(device), chosen, refused)
     if chosen == "library":
         library, others = first_library(op, device, args)
+        assert library is not None  # it was chosen
         choice.library = library.name
         others.pop(library.name, None)
         choice.refused = refused | {f"library {name}": why for name, why in others.items()}
@@ -338,7 +342,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        imitation = fakes.from_tensor(tensor, static_shapes=True)
+        imitation: Any = fakes.from_tensor(tensor, static_shapes=True)
         imitation._vidmem_pinned = is_pinned(tensor)  # a fake one says no
         return imitation
 

@@ -127,7 +127,8 @@ class _Choices:
     """What was chosen for a processor by blocks of code that have not ended, and what it had before them."""
 
     def __init__(self, before: object):
-        self.before, self.chosen = before, []
+        self.before = before
+        self.chosen: list[list] = []
 
 
 _choices: WeakKeyDictionary[object, _Choices] = WeakKeyDictionary()

@@ -54,7 +54,7 @@ class SelectResult(NamedTuple):
     """Kept tokens, in their order, and where they were: `tokens[b, i] == x[b, index[b, i]]`."""
 
     tokens: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a pair can do without
 
 
 @fast
