@@ -1,10 +1,12 @@
-# make demo · test · test-long · fuzz · bench · lint · docs · info: each makes .venv by itself when it is missing or out
-# of date.
+# make demo · test · test-long · fuzz · bench · lint · types · docs · dist · info: each makes .venv by itself when it is
+# missing or out of date.
 #
 #   make test              what CI runs: every test but those marked `long`, of drawn suites a sample; under 20 minutes
 #   make test-long         all that make test leaves out, then make fuzz
 #   make fuzz SECONDS=600  drawn calls of every op for so many seconds (default: 60)
 #   make docs              the documentation as a site in build/site; make docs-serve shows it while pages are written
+#   make types             mypy over the public modules of both packages
+#   make dist              source archives of both packages and the wheels made from them, in dist/
 #
 #   PYTHON=python3.12      interpreter of the environment (default: python3)
 #   TORCH="torch==2.13.0"  what pip installs as torch. Default: the plain package where there is an NVIDIA GPU, else
@@ -25,7 +27,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-long fuzz bench lint docs docs-serve info clean
+.PHONY: demo test test-long fuzz bench lint types docs docs-serve dist info clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -54,6 +56,15 @@ docs: $(VENV)/docs
 docs-serve: $(VENV)/docs
 	$(MKDOCS) serve --watch vidmem_kernels --watch python
 
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# Each wheel is made from its source archive alone; --no-isolation: by the torch that is here, not one more download.
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/pyproject-build --no-isolation --outdir dist .
+	$(BIN)/pyproject-build --no-isolation --outdir dist python
+
 info: $(VENV)/built
 	$(BIN)/vidmem info
 
@@ -81,4 +92,4 @@ $(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
 	@if ls vidmem_kernels/_C*.so >/dev/null 2>&1; then touch $@; fi
 
 clean:
-	rm -rf $(VENV) build python/build vidmem_kernels/_C*.so *.egg-info python/*.egg-info
+	rm -rf $(VENV) build dist python/build vidmem_kernels/_C*.so *.egg-info python/*.egg-info

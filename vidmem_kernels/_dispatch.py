@@ -57,7 +57,7 @@ def requested(backend: str | None = None) -> str:
     if backend is not None:
         return check_backend(backend, "backend")
     # threading.local, not a ContextVar: torch.compile traces and guards the former only.
-    chosen = getattr(_local, "backend", None)
+    chosen: str | None = getattr(_local, "backend", None)
     if chosen is not None:
         return chosen
     # A compiled graph would keep the value of its trace, so it reads the variable each time it runs.
@@ -113,6 +113,7 @@ def _triton_missing() -> str | None:
 def _too_old() -> str | None:
     """Why this GPU cannot run the CUDA kernels of the build, or None; the lowest architecture's PTX runs on later
     GPUs."""
+    assert _extension.module is not None  # `unavailable` looks first
     lowest = min(int(arch.rstrip("af")) for arch in _extension.module.cuda_archs.split())
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (lowest // 10, lowest % 10)
     return None if 10 * major + minor >= lowest else f"built for sm_{lowest} and later, this GPU is sm_{major}{minor}"
@@ -148,7 +149,7 @@ def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Li
     """
     refused: dict[str, str] = {}
     slow = None
-    for library in op.library:
+    for library in op.library or ():
         if device.type not in library.devices:
             continue
         reason = library.refuse(*args)
@@ -164,7 +165,7 @@ def first_library(op: Op, device: torch.device, args: Sequence[Any]) -> tuple[Li
 def _avoided(op: Op, device: torch.device, args: Sequence[Any]) -> str | None:
     """Why the library that would run a call is slower than other backends, or None."""
     library, refused = first_library(op, device, args)
-    return refused.get(library.name)
+    return None if library is None else refused.get(library.name)
 
 
 def refusal(op: Op, backend: str, device: torch.device, args: Sequence[Any]) -> str | None:
@@ -186,14 +187,16 @@ def implementation(op: Op, backend: str, device: torch.device, args: Sequence[An
     if backend == "triton":
         return getattr(importlib.import_module(f"{op.family}.{op.triton}"), op.launch)
     if backend == "library":
-        return first_library(op, device, args)[0].call
+        library, _ = first_library(op, device, args)
+        assert library is not None  # else `select` would have refused
+        return library.call
     return getattr(torch.ops.vidmem_cpp, op.name)
 
 
 def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """Wraps `run` to make `device` the current device, on which Triton launches regardless of its tensors."""
 
-    def run_there(*args):
+    def run_there(*args: Any) -> Any:
         with torch.cuda.device(device):
             return run(*args)
 
@@ -203,7 +206,7 @@ def on_device(run: Callable[..., Any], device: torch.device) -> Callable[..., An
 def _materialised(op: Op, run: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """Wraps `run`, which reads memory directly, to send tensors with lazy negation or zeros through the dispatcher."""
 
-    def run_or_dispatch(*args):
+    def run_or_dispatch(*args: Any) -> Any:
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
         plain = not any(t.is_neg() or t._is_zerotensor() for t in tensors)
         return run(*args) if plain else op.overload(*args, backend)
@@ -289,6 +292,7 @@ def _describe(op: Op, device: torch.device, args: Sequence[Any], chosen: str, re
     choice = Choice(op.name, str(device), chosen, refused)
     if chosen == "library":
         library, others = first_library(op, device, args)
+        assert library is not None  # it was chosen
         choice.library = library.name
         others.pop(library.name, None)
         choice.refused = refused | {f"library {name}": why for name, why in others.items()}
@@ -365,7 +369,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        imitation = fakes.from_tensor(tensor, static_shapes=True)
+        imitation: Any = fakes.from_tensor(tensor, static_shapes=True)
         imitation._vidmem_pinned = is_pinned(tensor)  # a fake tensor is never pinned
         return imitation
 

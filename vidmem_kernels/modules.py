@@ -20,7 +20,7 @@ QK_NORMS = (None, "rms_norm", "rms_norm_across_heads")
 _NORM_EPS = 1e-6  # as in Wan and HunyuanVideo
 
 
-def _check_choices(module: str, backend: object, name: str, value: object, choices: tuple) -> None:
+def _check_choices(module: str, backend: str | None, name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{module}: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     if backend is not None:
@@ -36,7 +36,7 @@ def _head_size(module: str, name: str, dim: int, num_heads: int, size: int | Non
     return dim // num_heads if size is None else size
 
 
-def _check_tokens(module: nn.Module, name: str, tokens: object, dim: int, length: str) -> None:
+def _check_tokens(module: nn.Module, name: str, tokens: Tensor, dim: int, length: str) -> None:
     shape, op = f"B, {length}, {dim}", type(module).__name__
     check_tensor(op, name, tokens, shape)
     if tokens.shape[2] != dim:
@@ -108,8 +108,8 @@ class LinearAttention(nn.Module):
         self.o = nn.Linear(num_heads * value_size, dim, bias=out_bias, **factory)
 
     def extra_repr(self) -> str:
-        names = ("dim", "num_heads", "feature_map", "causal", "block_size", "normalize", "backend")
-        names = (*names, "scale") if self.scale is not None else names
+        names = ["dim", "num_heads", "feature_map", "causal", "block_size", "normalize", "backend"]
+        names += ["scale"] if self.scale is not None else []
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
@@ -195,7 +195,7 @@ class MemoryCrossAttention(nn.Module):
         _check_choices(name, backend, "qk_norm", qk_norm, QK_NORMS)
         self.dim, self.memory_dim, self.num_heads = dim, memory_dim, num_heads
         self.qk_norm, self.backend = qk_norm, backend
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = num_heads * size
         self.q = nn.Linear(dim, inner, bias=qkv_bias, **factory)
         self.k = nn.Linear(memory_dim, inner, bias=qkv_bias, **factory)
@@ -275,7 +275,7 @@ class MemoryCrossAttention(nn.Module):
             given = "q_rotary" if k_rotary is None else "k_rotary"
             raise ValueError(f"{type(self).__name__}: q_rotary and k_rotary must be given together, got {given}")
         q, k = self._heads(self.q(x), self.norm_q), self._heads(self.k(memory), self.norm_k)
-        if q_rotary is not None:
+        if q_rotary is not None and k_rotary is not None:
             q, k = apply_rotary(q, q_rotary), apply_rotary(k, k_rotary)
         out = cross_attention(
             q, k, self._heads(self.v(memory)), key_bias=key_bias, num_sinks=num_sinks, q_time=q_time, k_time=k_time,

@@ -68,7 +68,7 @@ class Make:
 def sample_inputs(op: str) -> Callable:
     """Decorator of a generator `make -> (label, args)` that yields the samples of one op."""
 
-    def register(generator):
+    def register(generator: Callable) -> Callable:
         _SAMPLES[op] = generator
         return generator
 
@@ -207,14 +207,14 @@ class _Product(torch.autograd.Function):
     """See `product`."""
 
     @staticmethod
-    def forward(ctx, a, b, dtype):
+    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         a, b = _rounded(a, dtype), _rounded(b, dtype)
         ctx.save_for_backward(a, b)
         ctx.dtype = dtype
         return a @ b
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
         grad = _rounded(grad, ctx.dtype)
         return _rounded(grad @ b.mT, ctx.dtype), _rounded(a.mT @ grad, ctx.dtype), None
@@ -253,7 +253,7 @@ def composition(op: str) -> Callable:
     results.
     """
 
-    def register(function):
+    def register(function: Callable) -> Callable:
         _COMPOSITIONS[op] = function
         return function
 
@@ -348,13 +348,13 @@ def gradients(args: tuple[Any, ...], results: Any, like: Any = None, seed: int =
     """
     results = float_leaves(results)
     dtypes = [t.dtype for t in (results if like is None else float_leaves(like))]
-    outputs = [(t, dtype) for t, dtype in zip(results, dtypes, strict=True) if t.requires_grad]
+    differentiable = [(t, dtype) for t, dtype in zip(results, dtypes, strict=True) if t.requires_grad]
     inputs = float_leaves(args)
-    if not outputs:
+    if not differentiable:
         return [torch.zeros_like(t) for t in inputs]
     make = Make(seed=seed)
-    weights = [make.randn(*t.shape, dtype=dtype).to(t.device, t.dtype) for t, dtype in outputs]
-    outputs = [t for t, _ in outputs]
+    weights = [make.randn(*t.shape, dtype=dtype).to(t.device, t.dtype) for t, dtype in differentiable]
+    outputs = [t for t, _ in differentiable]
     grads = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
 

@@ -4,8 +4,23 @@ What people call is here, and imported when it is first asked for: `import vidme
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import _requirements
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr__` imports it
+    from .errors import UserError
+    from .generation.generator import GenerateConfig, generate
+    from .generation.storyboard import read_storyboard
+    from .memory.compressor import compress
+    from .memory.config import CompressorConfig
+    from .memory.file import read_memory, write_memory
+    from .model.config import Compression
+    from .model.encoder import History
+    from .model.file import load_model
+    from .model.memory_model import MemoryModel
+    from .vae import load_vae
+    from .video.clip import ClipSpec
 
 __version__ = "0.1.0"
 _requirements.check(__version__)
@@ -26,7 +41,22 @@ _EXPORTS = {
     "read_storyboard": "generation.storyboard",
     "write_memory": "memory.file",
 }
-__all__ = list(_EXPORTS)
+__all__ = [
+    "ClipSpec",
+    "Compression",
+    "CompressorConfig",
+    "GenerateConfig",
+    "History",
+    "MemoryModel",
+    "UserError",
+    "compress",
+    "generate",
+    "load_model",
+    "load_vae",
+    "read_memory",
+    "read_storyboard",
+    "write_memory",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _check_window(
         check_same(op, f"q and {name} must be on the same device", q.device, time.device)
     if torch.compiler.is_exporting():
         # AOTInductor writes constants as JSON, which has no infinity.
-        window = [UNBOUNDED if side == float("inf") else side for side in window]
+        return [UNBOUNDED if side == float("inf") else side for side in window]
     return list(window)
 
 
@@ -150,8 +151,8 @@ def _check_dtypes(
     return check_same_dtype(op, q=q)
 
 
-def _check_by_key(op: str, name: str, x: Tensor, q: Tensor, keys: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    check_tensor(op, name, x, "B, Lk", dtypes)
+def _check_by_key(op: str, name: str, x: Tensor | None, q: Tensor, keys: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    x = check_tensor(op, name, x, "B, Lk", dtypes)
     check_same(op, f"{name} must have shape (B, Lk)", (_batch(x, q), keys), tuple(x.shape))
     check_same(op, f"q and {name} must be on the same device", q.device, x.device)
 
@@ -162,6 +163,7 @@ def _check_bias(op: str, q: Tensor, k: Tensor, key_bias: Tensor | None) -> None:
     by_head = isinstance(key_bias, Tensor) and key_bias.dim() == 3
     check_tensor(op, "key_bias", key_bias, "B, H, Lk" if by_head else "B, Lk", FLOAT_DTYPES)
     batch, keys = _batch(key_bias, q), k.shape[1]
+    expected: tuple[int, ...]
     if by_head:
         expected = batch, k.shape[2] if key_bias.shape[1] == k.shape[2] else q.shape[2], keys
     else:
@@ -179,6 +181,32 @@ def _check_out_dtype(op: str, out_dtype: torch.dtype | None, dtype: torch.dtype)
     return out_dtype
 
 
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = ..., key_mask: Tensor | None = ...,
+    num_sinks: int = ..., causal_sinks: bool = ..., q_time: Tensor | None = ..., k_time: Tensor | None = ...,
+    window: tuple[float, float] | None = ..., block_index: Tensor | None = ..., block_size: tuple[int, int] = ...,
+    block_sizes: Tensor | tuple[Tensor, Tensor] | None = ..., scale: float | None = ..., k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ..., out_dtype: torch.dtype | None = ..., return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = ..., key_mask: Tensor | None = ...,
+    num_sinks: int = ..., causal_sinks: bool = ..., q_time: Tensor | None = ..., k_time: Tensor | None = ...,
+    window: tuple[float, float] | None = ..., block_index: Tensor | None = ..., block_size: tuple[int, int] = ...,
+    block_sizes: Tensor | tuple[Tensor, Tensor] | None = ..., scale: float | None = ..., k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ..., out_dtype: torch.dtype | None = ..., return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = ..., key_mask: Tensor | None = ...,
+    num_sinks: int = ..., causal_sinks: bool = ..., q_time: Tensor | None = ..., k_time: Tensor | None = ...,
+    window: tuple[float, float] | None = ..., block_index: Tensor | None = ..., block_size: tuple[int, int] = ...,
+    block_sizes: Tensor | tuple[Tensor, Tensor] | None = ..., scale: float | None = ..., k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ..., out_dtype: torch.dtype | None = ..., return_lse: bool, backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @fast
 def cross_attention(
     q: Tensor,
@@ -312,7 +340,7 @@ def cross_attention(
         k_time=spread_times(k_time, batch),
         window=bounds,
         block_index=spread(block_index, batch),
-        block_size=tuple(block_size),
+        block_size=(block_size[0], block_size[1]),
         scale=scale,
         k_scale=harmless(spread(k_scale, batch), key_bias),
         v_scale=harmless(spread(v_scale, batch), key_bias),

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from .._checks import is_one
+
+
+@overload
+def spread(x: Tensor, batch: int) -> Tensor: ...
+
+
+@overload
+def spread(x: Tensor | None, batch: int) -> Tensor | None: ...
 
 
 def spread(x: Tensor | None, batch: int) -> Tensor | None:

@@ -5,6 +5,14 @@
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr__` imports it
+    from .attention_dispatch import attention_backend, register_attention_backend
+    from .families import Family, family_of, register_family
+    from .memory_attention import MemoryAttention, add_memory_attention, load_memory_adapter
+    from .memory_prefix import MemoryPrefix, patch_tokens
+    from .token_merging import TokenMerging, TokenMergingConfig, apply_token_merging
 
 _FILES = {
     "Family": "families",
@@ -22,10 +30,24 @@ _FILES = {
     "patch_tokens": "memory_prefix",
 }
 
-__all__ = sorted(_FILES)
+__all__ = [
+    "Family",
+    "MemoryAttention",
+    "MemoryPrefix",
+    "TokenMerging",
+    "TokenMergingConfig",
+    "add_memory_attention",
+    "apply_token_merging",
+    "attention_backend",
+    "family_of",
+    "load_memory_adapter",
+    "patch_tokens",
+    "register_attention_backend",
+    "register_family",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec("diffusers") is None:

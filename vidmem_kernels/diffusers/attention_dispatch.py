@@ -129,7 +129,8 @@ class _Choices:
     """The backends chosen for a processor by `with` blocks that have not ended, and the one it had before."""
 
     def __init__(self, before: object):
-        self.before, self.chosen = before, []
+        self.before = before
+        self.chosen: list[list] = []
 
 
 _choices: WeakKeyDictionary[object, _Choices] = WeakKeyDictionary()

@@ -268,7 +268,8 @@ def _hunyuan_project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_stat
     if attn.add_q_proj is None:
         both = normed(*video, torch.cat([hidden_states, encoder_hidden_states], dim=1))
         length = hidden_states.shape[1]
-        return Projections(*(x[:, :length] for x in both), text=tuple(x[:, length:] for x in both))
+        query, key, value = (x[:, :length] for x in both)
+        return Projections(query, key, value, text=tuple(x[:, length:] for x in both))
     text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k, None)
     return Projections(*normed(*video, hidden_states), text=tuple(normed(*text, encoder_hidden_states)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -239,7 +239,7 @@ _TIMES = ("step", "zero")
 _ARGUMENTS = ("hidden_states", "encoder_hidden_states", "attention_mask")  # of an attention, in that order
 
 
-def _hook_tables(model: nn.Module):
+def _hook_tables(model: nn.Module) -> Iterator[tuple[dict, dict]]:
     for module in model.modules():
         yield module._forward_hooks, module._forward_hooks_with_kwargs
         yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs

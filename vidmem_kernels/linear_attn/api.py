@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
@@ -45,6 +45,24 @@ def _check_normalizer(op: str, normalizer: object, q: Tensor, normalize: bool) -
         check_same(op, f"q and {name} must be on the same device", q.device, x.device)
 
 
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, feature_map: str = ..., causal: bool = ..., block_size: int = ...,
+    normalize: bool = ..., state: LinearAttentionState | None = ..., return_state: Literal[False] = ...,
+    scale: float | None = ..., normalizer: tuple[Tensor, Tensor] | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, feature_map: str = ..., causal: bool = ..., block_size: int = ...,
+    normalize: bool = ..., state: LinearAttentionState | None = ..., return_state: Literal[True],
+    scale: float | None = ..., normalizer: tuple[Tensor, Tensor] | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, LinearAttentionState]: ...  # fmt: skip
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, feature_map: str = ..., causal: bool = ..., block_size: int = ...,
+    normalize: bool = ..., state: LinearAttentionState | None = ..., return_state: bool, scale: float | None = ...,
+    normalizer: tuple[Tensor, Tensor] | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, LinearAttentionState]: ...  # fmt: skip
 @fast
 def linear_attention(
     q: Tensor,
@@ -144,5 +162,6 @@ def linear_attention(
         out, S, z = call("linear_attention", q, k, v, S, z, *options, normalize, float(scale), backend=backend)
     else:
         _check_normalizer(op, normalizer, q, normalize)
-        out, S, z = attend_normalized(q, k, v, *normalizer, S, z, *options, float(scale), dtype, backend)
+        q2, k2 = normalizer
+        out, S, z = attend_normalized(q, k, v, q2, k2, S, z, *options, float(scale), dtype, backend)
     return (out, LinearAttentionState(S, z)) if return_state else out

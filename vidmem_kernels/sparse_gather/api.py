@@ -64,7 +64,7 @@ class SelectResult(NamedTuple):
     """
 
     tokens: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a pair can do without
 
 
 @fast

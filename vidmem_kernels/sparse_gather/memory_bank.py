@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ class MemoryBank:
         bank._hold(held, device, storage, folder)
         return bank
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         memory_pickle.share_when_sent(cls)
 
@@ -283,7 +283,7 @@ class MemoryBank:
             held = self._held
             held.rows[start:end].copy_(rows)
             held.positions[start:end].copy_(positions)
-            if scale is not None:
+            if held.scale is not None and scale is not None:  # both or neither, by the dtype
                 held.scale[start:end].copy_(scale)
             self._count = end
 
@@ -433,7 +433,7 @@ class MemoryBank:
         """Makes the bank from the content of a memory file."""
         tensors = content.tensors
         rows, positions, scale = tensors.get("rows"), tensors.get("positions"), tensors.get("scale")
-        if not is_bank(rows, positions, scale):
+        if rows is None or positions is None or not is_bank(rows, positions, scale):
             raise memory_file.foreign(path, "it does not hold the rows of a bank")
         if not all(part is None or bool(part.isfinite().all()) for part in (positions, scale)):
             raise memory_file.foreign(path, "its positions and scales are not finite, which append refuses")
@@ -535,7 +535,7 @@ class MemoryBank:
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBank:
         return memory_pickle.copied(self, lambda value: copy.deepcopy(value, memo))
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return memory_pickle.reduced(self)
 
 

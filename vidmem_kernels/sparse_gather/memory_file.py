@@ -88,7 +88,7 @@ class Entry(NamedTuple):
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied (unless it is a lazy negative, such as x.conj().imag)."""
-    return memoryview(tensor.detach().resolve_neg().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().resolve_neg().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -294,7 +294,7 @@ def read_into(file: BinaryIO, view: memoryview, update: Callable[[memoryview], N
     """Fills `view` from the file in pieces and passes each piece to `update`."""
     for start in range(0, len(view), _CHUNK):
         piece = view[start : start + _CHUNK]
-        if file.readinto(piece) != len(piece):
+        if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]  # BinaryIO lacks it, open() has it
             raise EOFError
         update(piece)
 

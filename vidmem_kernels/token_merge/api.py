@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def _check_grid(op: str, metric: Tensor, grid: object) -> tuple[int, int, int]:
     return t, h, w
 
 
-def _check_mask(op: str, name: str, mask: object, metric: Tensor) -> None:
+def _check_mask(op: str, name: str, mask: Tensor, metric: Tensor) -> None:
     check_tensor(op, name, mask, "B, N", (torch.bool,))
     check_same(op, f"{name} must be on the device of metric", mask.device, metric.device)
     batch = mask.shape[0] if is_one(mask.shape[0]) else metric.shape[0]
@@ -121,8 +121,8 @@ def _check_mask(op: str, name: str, mask: object, metric: Tensor) -> None:
     )
 
 
-def _count_merges(op: str, num_merge: object, ratio: object, sources: int) -> int:
-    """The number of tokens to merge, out of `sources` tokens that may merge."""
+def _count_merges(op: str, num_merge: int | None, ratio: float | None, sources: Any) -> Any:
+    """The number of tokens to merge, out of `sources` tokens that may merge; symbolic in a compiled graph."""
     if (num_merge is None) == (ratio is None):
         found = "neither" if ratio is None else f"{num_merge} and {ratio}"
         raise ValueError(f"{op}: exactly one of num_merge and ratio must be given, got {found}")
@@ -135,8 +135,8 @@ def _count_merges(op: str, num_merge: object, ratio: object, sources: int) -> in
     return torch.sym_int(ratio * sources)
 
 
-def _read_fewest(counts: Tensor, limit: int) -> int:
-    """The minimum of the counts (B,) and the limit, read back from the device."""
+def _read_fewest(counts: Tensor, limit: Any) -> Any:
+    """The minimum of the counts (B,) and the limit, which may be symbolic, read back from the device."""
     # The limit is one more count, so that an empty batch has a smallest one.
     fewest = torch.cat([counts, counts.new_full((1,), limit)]).amin().item()
     torch._check(fewest >= 0)
@@ -379,6 +379,10 @@ def match_neighbors(
     return MergePlan(*call("match_neighbors", metric, num_merge, grid, backend=backend))
 
 
+def _check_shape(what: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    require_same(found, shape, lambda: f"{what} must have shape {shape}, got {found}")
+
+
 def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -> MergePlan:
     """Checks the plan and returns it with the batch of `tensor`: (B, M, ...) if `of_rows`, else (B, N, ...)."""
     if not isinstance(plan, MergePlan):
@@ -390,9 +394,7 @@ def _plan_for(op: str, plan: object, name: str, tensor: Tensor, of_rows: bool) -
     rows = plan.kept.shape[1]
     shapes = {"kept": (batch, rows), "order": (batch, tokens), "offsets": (batch, rows + 1)}
     for field, shape in shapes.items():
-        found = tuple(getattr(plan, field).shape)
-        message = f"{op}: plan.{field} must have shape"
-        require_same(found, shape, lambda m=message, f=found, s=shape: f"{m} {s}, got {f}")
+        _check_shape(f"{op}: plan.{field}", tuple(getattr(plan, field).shape), shape)
     count, what = (rows, "rows") if of_rows else (tokens, "tokens")
     shared = is_one(batch) and not is_one(tensor.shape[0])
     require_same(

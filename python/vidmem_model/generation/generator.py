@@ -223,14 +223,14 @@ class SegmentGenerator:
         if count < 1:
             raise UserError(f"--start must have at least {vae.first_frames} frames, got {len(frames)}")
         frames = frames[len(frames) - vae.video_frames(count) :]
-        cells = [s * PATCH for s in vae.stride[1:]]
+        multiple = (1, vae.stride[1] * PATCH, vae.stride[2] * PATCH)
         cache: dict = {}
         sizes = [vae.video_frames(min(vae.chunk, count))]
         while sum(sizes) < len(frames):
             sizes.append(min(vae.chunk * vae.stride[0], len(frames) - sum(sizes)))
         for part in frames.split(sizes):
             clip = frames_to_float(part.to(self.device))
-            latents = vae.scale(vae.encode(pad_frames(clip, (1, *cells)), cache)).float()
+            latents = vae.scale(vae.encode(pad_frames(clip, multiple), cache)).float()
             vae.decode(vae.unscale(latents), self.cache)  # only for what its cache then holds
             self._remember(latents, clip)
 
@@ -311,7 +311,9 @@ def _generate(
     most = asked - _frames_after(vae, before, 1)  # frames of the latent frames after the next one
     segments = max(1, -(-(1 + -(-most // vae.stride[0])) // config.segment))
 
-    memory, clean, found = [], [], 0
+    memory: list[int] = []
+    clean: list[int] = []
+    found = 0
     started, steps_done = 0.0, 0
 
     def tell(number: int, made: int, done: int) -> None:

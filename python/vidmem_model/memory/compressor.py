@@ -90,7 +90,7 @@ def compress(
     is_frames = isinstance(video, (torch.Tensor, np.ndarray))
     require(clip is None or is_file, "compress: clip must be given with a video file only", clip)
     require((fps is not None) == is_frames, "compress: fps must be given with frames, and only then", fps)
-    if is_file:
+    if isinstance(video, (str, Path)):
         video = load_clip(Path(video), clip or ClipSpec(*raster(config)), method.room, step("decode"))
     elif is_frames:
         video = torch.as_tensor(video)
@@ -123,6 +123,6 @@ def raster(config: CompressorConfig) -> tuple[int, int, float]:
         UserError: the model is not there, or damaged.
     """
     if config.model_name is None:
-        return ClipSpec.height, ClipSpec.width, ClipSpec.fps
+        return ClipSpec.height, ClipSpec.width, ClipSpec.fps  # type: ignore[return-value]  # no default is None
     model = METHODS[config.method].load().open_model(config.model_name).model.config
     return model.height, model.width, model.fps

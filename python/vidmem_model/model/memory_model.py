@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .config import ModelConfig
-from .diffusers_dit import make_dit
+from .diffusers_dit import DiffusersDiT, make_dit
 from .dit import DiT, KVCache
 from .encoder import History, MemoryEncoder, MemoryTokens
 from .flow import sample
@@ -42,7 +42,7 @@ class MemoryModel(nn.Module):
         self.config = config
         channels, text = config.vae.channels, config.text
         if config.dit.diffusers is None:
-            self.dit = DiT(config.dit, channels, text.dim, config.encoders[0].compression)
+            self.dit: DiT | DiffusersDiT = DiT(config.dit, channels, text.dim, config.encoders[0].compression)
         else:
             self.dit = make_dit(config.dit, channels, text.dim, text.max_tokens, transformer)
         self.encoders = nn.ModuleList(

@@ -56,13 +56,13 @@ def load_vae(config: VAEConfig, weights: str | Path | None = None) -> VideoCodec
 
     state = None
     if path is not None:
-        weights = WeightsFile(path, advice="; give the VAE's safetensors file")
+        file = WeightsFile(path, advice="; give the VAE's safetensors file")
         try:
-            weights.check(lambda: CausalVAE(config), config.depth)
+            file.check(lambda: CausalVAE(config), config.depth)
         except MemoryFormatError as error:
             reason = str(error).removeprefix(f"{path}: its weights do not fit its configuration ")
             raise UserError(f"{path}: not the weights of the VAE that the model asks for {reason}") from error
-        state = weights.read()
+        state = file.read()
     vae = CausalVAE(config)
     if state is not None:
         vae.load_state_dict(state)
