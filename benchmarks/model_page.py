@@ -17,11 +17,11 @@ from .page_parts import table
 
 # Rows of docs/retrieval.json that are of the model that comes with the package, and what a reader calls them.
 SHIPPED = {
-    "both 4×4×2, int8": "learned: the model that comes with the package",
+    "both 4×4×2, int8": "learned",
     "dct 4×4×2": "*dct*",
-    "merge 4×4×2": "*merge*; it also stores the row of every patch token",
-    "mean frame": "mean frame of the history",
-    "VAE alone": "no memory: the model's VAE alone",
+    "merge 4×4×2": "*merge*, and the row of every patch",
+    "mean frame": "mean frame",
+    "VAE alone": "its VAE alone",
 }
 # Frames a second of Wan 2.1's own videos, and of the film of the demo.
 RATES = (16.0, 24.0)
@@ -87,7 +87,7 @@ def _seconds(value: float) -> str:
 
 
 def kept(root: Path) -> str:
-    """From sizes alone: keys and values of a history in all blocks of Wan 1.3B, and whether a card of 24 GB holds them."""
+    """From sizes alone: keys and values of a history in all blocks of Wan 1.3B, and whether 24 GB hold them."""
     rows = []
     for seconds in SECONDS:
         for fps in RATES:

@@ -3,8 +3,8 @@
     python benchmarks/pages.py            # rewrites the parts that differ, and names them
     python benchmarks/pages.py --check    # changes nothing; exits 1 where a part differs
 
-A part stands between the lines <!-- NAME:begin --> and <!-- NAME:end -->. It comes from committed files alone: from result
-files, and from the code. What stands around it is written by hand.
+A part stands between the lines <!-- NAME:begin --> and <!-- NAME:end -->. It comes from committed files alone: from
+result files and from the code. What stands around it is written by hand.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    # Part("README.md", "ops", op_table.short),
-    # Part("docs/backends.md", "ops", op_table.full),
+    Part("README.md", "ops", op_table.short),
+    Part("docs/backends.md", "ops", op_table.full),
     Part("docs/benchmarks.md", "results", benchmark_page.tables),
     Part("docs/benchmarks.md", "lengths", benchmark_page.lengths),
     Part("benchmarks/README.md", "files", benchmark_page.files),
     Part("docs/integrations.md", "merging", integrations_tables.newest),
-    # Part("docs/model.md", "shipped", model_page.shipped),
+    Part("docs/model.md", "model", model_page.shipped),
     Part("docs/retrieval.md", "retrieval", model_page.retrieval),
     Part("docs/cost.md", "cost", model_page.cost),
     Part("docs/cost.md", "kept", model_page.kept),

@@ -153,9 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("base", type=Path, help="recipe of vidmem pretrain that all rows share")
     parser.add_argument("--out", type=Path, required=True, help="folder of recipes, runs and results")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument(
-        "--page", type=Path, nargs="?", const=PAGE, help="page to put the table in; JSON and plot go beside it"
-    )
+    parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="page of the table, JSON and plot")
     given, options = parser.parse_known_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     train_all(write_recipes(given.base, given.out, ROWS), given.jobs)

@@ -1,4 +1,4 @@
-"""Every generated part of a page is what its command makes of the committed files; a number that changes there shows."""
+"""Every generated part of a page is what its command makes of the committed files, and follows a change of them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def shown(name: str, root: Path) -> Iterator[tuple[str, tuple[Any, ...], str]]:
             keys = {"attention_error", "prediction_error", "attention_ms", "speedup", "median_ms", "peak_bytes"}
             keys -= {"median_ms", "attention_ms"} if row.get("kv_ratio") else {"speedup"}
             yield from ((path, ("rows", i), key) for key in keys & row.keys())
-    elif name in ("retrieval", "shipped"):
+    elif name in ("retrieval", "model"):
         rows = json.loads((root / "docs/retrieval.json").read_text())["rows"]
         for row in rows if name == "retrieval" else pages.model_page.SHIPPED:
             yield from (("docs/retrieval.json", ("rows", row, key), "mean") for key in ("psnr", "ssim", "stlpips"))
