@@ -16,9 +16,9 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
@@ -26,6 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.integrations_tables import PART, tables  # noqa: E402
+from benchmarks.page_parts import with_part  # noqa: E402
 from benchmarks.record import describe, result_path, write_json  # noqa: E402
 from benchmarks.timing import clock_of, interleave, speedup, summarise  # noqa: E402
 from vidmem_kernels.diffusers import apply_token_merging  # noqa: E402
@@ -43,22 +45,16 @@ STEP = 1 / 30
 Row = dict[str, Any]
 
 
-class Model(NamedTuple):
-    """A model that is measured: what it is called, and arguments of WanTransformer3DModel."""
-
-    title: str
-    sizes: dict[str, int]
-
-
+# Arguments of WanTransformer3DModel.
 MODELS = {
-    "tiny": Model(
-        "tiny: 4 blocks of 4 heads of 32",
-        {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64},
-    ),
-    "wan-1.3b": Model(
-        "one block of Wan 1.3B: 12 heads of 128",
-        {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1, "text_dim": 4096},
-    ),
+    "tiny": {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64},
+    "wan-1.3b": {
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "ffn_dim": 8960,
+        "num_layers": 1,
+        "text_dim": 4096,
+    },
 }
 
 
@@ -67,7 +63,7 @@ def make_model(name: str, device: torch.device) -> nn.Module:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    made = WanTransformer3DModel(in_channels=CHANNELS, out_channels=CHANNELS, **MODELS[name].sizes)
+    made = WanTransformer3DModel(in_channels=CHANNELS, out_channels=CHANNELS, **MODELS[name])
     return made.eval().requires_grad_(False).to(device)
 
 
@@ -231,62 +227,6 @@ def _outlasts(rows: list[Row], name: str, frames: int, limit: float) -> bool:
     return bool(ran) and 1e-3 * ran[-1]["median_ms"] * (frames / ran[-1]["frames"]) ** 2 > limit
 
 
-def tables(result: Row) -> str:
-    """The tables of the page, Markdown."""
-    return "\n\n".join([*_error_tables(result["rows"]), *_cost_tables(result["rows"])])
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
-
-
-def _error_tables(rows: list[Row]) -> Iterator[str]:
-    rows = [row for row in rows if row["kind"] == "error"]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        noises = sorted({row["noise"] for row in rows})
-        lines = []
-        for ratio, reused in sorted({(row["kv_ratio"], row["reused"]) for row in rows}):
-            cells = [f"{ratio:g}{', plan of the step before' if reused else ''}"]
-            for noise in noises:
-                own = {"model": name, "noise": noise, "kv_ratio": ratio, "reused": reused}
-                found = [row for row in rows if own.items() <= row.items()]
-                errors = (mean(row[key] for row in found) for key in ("attention_error", "prediction_error"))
-                cells.append(" / ".join(f"{error:.2%}" for error in errors))
-            lines.append(cells)
-        yield _table([MODELS[name].title, *(f"{noise:.0%} noise" for noise in noises)], lines)
-
-
-def _cost_tables(rows: list[Row]) -> Iterator[str]:
-    rows = [row for row in rows if row["kind"] == "cost"]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == name]
-        lengths = sorted({row["tokens"] for row in own})
-        lines = []
-        for ratio, reused in sorted({(row["kv_ratio"], row["reused"]) for row in own}):
-            cells = [f"{ratio:g}{', plan kept' if reused else ''}"]
-            for tokens in lengths:
-                row = next(r for r in own if (r["tokens"], r["kv_ratio"], r["reused"]) == (tokens, ratio, reused))
-                share = row["attention_ms"] / row["median_ms"]
-                plain = f"{row['median_ms']:,.0f} ms, {share:.0%} in self-attention"
-                cells.append(f"{row['speedup']:.2f}×" if ratio else plain)
-                cells[-1] += f", {row['peak_bytes'] / 2**20:,.0f} MiB"
-            lines.append(cells)
-        yield _table([MODELS[name].title, *(f"{tokens:,} tokens" for tokens in lengths)], lines)
-
-
-MARKS = "<!-- table -->", "<!-- end of table -->"
-
-
-def with_tables(page: str, made: str) -> str:
-    """A page with its tables replaced."""
-    before, _, rest = page.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        raise ValueError(f"the page must have the marks {MARKS[0]} and {MARKS[1]}")
-    return f"{before}{MARKS[0]}\n{made}\n{MARKS[1]}{after}"
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
@@ -332,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     result |= {"complete": True, "seconds": perf_counter() - started}
     print(tables(result))
     if args.page is not None:
-        args.page.write_text(with_tables(args.page.read_text(), tables(result)))
+        args.page.write_text(with_part(args.page.read_text(), PART, tables(result)))
     if args.output is not None:
         path = result_path(args.output, ROOT, result)
         write_json(path, result)

@@ -9,12 +9,14 @@ import re
 import subprocess
 import tempfile
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidmem_kernels import info
+from vidmem_kernels import _verified, info
+from vidmem_kernels._op import OPS
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -51,6 +53,18 @@ def device_name(device: torch.device) -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
+@cache
+def kernels(root: Path) -> dict[str, dict[str, str]]:
+    """Fingerprints of the kernels' sources, by backend and op: they tell later whether a kernel has changed since."""
+    triton = {name: (op.family.rpartition(".")[2], op.triton) for name, op in OPS.items() if op.triton}
+    modules = {module: _verified.triton_fingerprint(*module) for module in triton.values()}
+    return {
+        "cpu": _verified.cpu_fingerprints(root / "csrc"),
+        "cuda": _verified.cuda_fingerprints(root / "csrc"),
+        "triton": {name: modules[module] for name, module in triton.items()},
+    }
+
+
 def describe(root: Path, device: torch.device, argv: list[str]) -> dict[str, Any]:
     """A result without rows."""
     known = info.collect()
@@ -67,6 +81,7 @@ def describe(root: Path, device: torch.device, argv: list[str]) -> dict[str, Any
         },
         "versions": known["versions"],
         "build": known["build"],
+        "kernels": kernels(root),
         "load_average_before": os.getloadavg()[0],
         "complete": False,
         "not_begun": [],

@@ -23,7 +23,8 @@ from benchmarks.targets import TARGETS  # noqa: E402
 Row = dict[str, Any]
 
 
-def _time(ms: float) -> str:
+def time_of(ms: float) -> str:
+    """Milliseconds, or seconds from one on."""
     return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
 
 
@@ -69,16 +70,19 @@ def table(result: Row) -> str:
     for row in result["rows"]:
         if row["kind"] != "ours" or row["status"] != "ok":
             continue
-        other = next((r for r in result["rows"] if _is_best(r, row)), None)
-        line = [*_where(row), row["backend"], _time(row["median_ms"]), _rate(row), f"{row['floor_fraction']:.0%}"]
-        line += [f"{other['contender']}, {_time(other['median_ms'])}", f"{row['speedup']:.2f}x"] if other else ["", ""]
+        other = next((r for r in result["rows"] if is_best(r, row)), None)
+        line = [*_where(row), row["backend"], time_of(row["median_ms"]), _rate(row), f"{row['floor_fraction']:.0%}"]
+        line += (
+            [f"{other['contender']}, {time_of(other['median_ms'])}", f"{row['speedup']:.2f}x"] if other else ["", ""]
+        )
         if peaks:
             line += [_bytes(row["peak_bytes"]), _bytes(other["peak_bytes"]) if other else ""]
         lines.append(line)
     return _markdown([*header, *(["peak", "its peak"] if peaks else [])], lines)
 
 
-def _is_best(candidate: Row, ours: Row) -> bool:
+def is_best(candidate: Row, ours: Row) -> bool:
+    """Whether a row is that of the fastest alternative to ours."""
     same = all(candidate[key] == ours[key] for key in ("op", "shape", "dtype", "pass"))
     return same and candidate["kind"] != "ours" and candidate["contender"] == ours.get("best_baseline")
 
@@ -91,28 +95,38 @@ def contenders(result: Row) -> str:
         if row["status"] == "ok":
             name = row["contender"] + (f": {row['backend']}" if row["kind"] == "ours" else "")
             ratio = f"{row['over_ours']:.2f}x" if "over_ours" in row else ""
-            times = [_time(row["median_ms"]), ratio, _time(row["p20_ms"]), _time(row["p80_ms"])]
+            times = [time_of(row["median_ms"]), ratio, time_of(row["p20_ms"]), time_of(row["p80_ms"])]
             rate = [_rate(row), f"{row['floor_fraction']:.0%}", _bytes(row["peak_bytes"]), str(row["rounds"])]
             lines.append([*_where(row), name, *times, *rate])
     return _markdown([*header, "peak", "rounds"], lines)
 
 
-def lengths(result: Row) -> str:
-    """A line for each length of benchmarks/lengths.py, and from which on ours is the better."""
+def length_title(result: Row) -> str:
+    """What lengths.py measured."""
+    return f"{result['heads']} heads of {result['channels']}, {result['dtype']}; softmax: SDPA of the same tokens"
+
+
+def length_rows(result: Row) -> tuple[list[str], list[list[str]], list[str]]:
+    """A line for each length of benchmarks/lengths.py under its heads, and from which length on ours is the better."""
     header = ["op", "pass", "tokens", "ours", "softmax", "ratio", "peak", "its peak"]
     lines = []
     for ours in (r for r in result["rows"] if r["contender"] == "ours"):
         same = [r for r in result["rows"] if (r["pass"], r["length"]) == (ours["pass"], ours["length"])]
         other = next((r for r in same if r["contender"] == "softmax"), None)
-        line = [ours["op"], ours["pass"], f"{ours['length']:,}", _time(ours["median_ms"])]
-        line += [_time(other["median_ms"]), f"{other['median_ms'] / ours['median_ms']:.2f}x"] if other else ["", ""]
+        line = [ours["op"], ours["pass"], f"{ours['length']:,}", time_of(ours["median_ms"])]
+        line += [time_of(other["median_ms"]), f"{other['median_ms'] / ours['median_ms']:.2f}x"] if other else ["", ""]
         lines.append([*line, _bytes(ours["peak_bytes"]), _bytes(other["peak_bytes"]) if other else ""])
     says = [
         f"- {which}: faster: {found['median_ms']['says']}; less memory: {found['peak_bytes']['says']}"
         for which, found in result["break_even"].items()
     ]
-    sizes = f"{result['heads']} heads of {result['channels']}, {result['dtype']}; softmax: SDPA of the same tokens"
-    return "\n".join([sizes, "", _markdown(header, lines), "", *says])
+    return header, lines, says
+
+
+def lengths(result: Row) -> str:
+    """What a sweep of lengths says."""
+    header, lines, says = length_rows(result)
+    return "\n".join([length_title(result), "", _markdown(header, lines), "", *says])
 
 
 def targets(result: Row) -> str:
@@ -127,11 +141,11 @@ def targets(result: Row) -> str:
             best = min(others, key=lambda r: r["over_ours"], default=None)
             split = row.get("split", {})
             parts = [split.get(part) for part in ("kernels_ms", "library_ms", "planning_ms", "host_ms")]
-            line = [target.title, target.which, _time(row["median_ms"]), _time(row["floor_ms"])]
-            line += [f"{best['contender']}, {_time(best['median_ms'])}" if best else ""]
+            line = [target.title, target.which, time_of(row["median_ms"]), time_of(row["floor_ms"])]
+            line += [f"{best['contender']}, {time_of(best['median_ms'])}" if best else ""]
             line += [f"{best['over_ours']:.2f}x" if best else ""]
-            line += ["" if ms is None else _time(ms) for ms in parts]
-            line += [_time(row["first_call_ms"]) if "first_call_ms" in row else ""]
+            line += ["" if ms is None else time_of(ms) for ms in parts]
+            line += [time_of(row["first_call_ms"]) if "first_call_ms" in row else ""]
             line += [_works(row.get(name, {})) for name in ("side_stream", "graph")]
             lines.append([*line, "; ".join(target.unmet(row, others)) or "nothing"])
     return _markdown(header, lines) if lines else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,12 @@ import yaml
 
 from vidmem_model.model.config import Compression
 
-PAGE = Path(__file__).parent.parent / "docs" / "retrieval.md"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.page_parts import with_part  # noqa: E402
+
+PAGE = ROOT / "docs" / "retrieval.md"
 MODEL = "model.safetensors"
 
 
@@ -128,15 +134,14 @@ def evaluate(out: Path, options: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-def fill_page(page: Path, table: str) -> None:
-    """Put the table between the marks of the page, whole or not at all."""
-    begin, end = "<!-- table -->\n", "<!-- end of table -->\n"
-    text = page.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{page}: must hold {begin.strip()} and {end.strip()}, each on a line, once")
-    head, rest = text.split(begin)
+def fill_page(page: Path, made: str) -> None:
+    """Put the table into its part of the page, whole or not at all."""
+    try:
+        text = with_part(page.read_text(encoding="utf-8"), "retrieval", made)
+    except ValueError as error:
+        raise SystemExit(f"{page}: {error}") from error
     part = page.with_suffix(".part")
-    part.write_text(head + begin + table + end + rest.split(end)[1], encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, page)
 
 
@@ -148,13 +153,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("base", type=Path, help="recipe of vidmem pretrain that all rows share")
     parser.add_argument("--out", type=Path, required=True, help="folder of recipes, runs and results")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="page to put the table in")
+    parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="page of the table, JSON and plot")
     given, options = parser.parse_known_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     train_all(write_recipes(given.base, given.out, ROWS), given.jobs)
     evaluate(given.out, options)
     if given.page:
         fill_page(given.page, (given.out / "retrieval.md").read_text(encoding="utf-8"))
+        for name in ("retrieval.json", "retrieval.png"):
+            shutil.copyfile(given.out / name, given.page.parent / name)
 
 
 if __name__ == "__main__":

@@ -88,16 +88,29 @@ def triton_fingerprint(family: str, module: str, package: Path = PACKAGE) -> str
 
 def cuda_fingerprints(csrc: Path) -> dict[str, str]:
     """Fingerprint of every op that a file in csrc/cuda registers, from the file and all that it includes."""
+    return _registered(sorted((csrc / "cuda").glob("*.cu")), lambda path: _includes(path, csrc))
 
-    def includes(path: Path) -> Iterable[Path]:
-        found = re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
-        return [csrc / name for name in found]
 
-    return {
-        op: _fingerprint(_closure([source], includes), _cpp_code)
-        for source in sorted((csrc / "cuda").glob("*.cu"))
-        for op in re.findall(r'm\.impl\("(\w+)"', source.read_text(encoding="utf-8"))
-    }
+def cpu_fingerprints(csrc: Path) -> dict[str, str]:
+    """The same of csrc/cpu; a header brings the source of its name along, where the loops are."""
+
+    def neighbours(path: Path) -> Iterable[Path]:
+        source = path.with_suffix(".cpp")
+        return [*_includes(path, csrc), *([source] if source.is_file() else [])]
+
+    return _registered(sorted((csrc / "cpu").rglob("*.cpp")), neighbours)
+
+
+def _registered(sources: list[Path], neighbours: Callable[[Path], Iterable[Path]]) -> dict[str, str]:
+    found = {}
+    for source in sources:
+        if ops := re.findall(r'm\.impl\("(\w+)"', source.read_text(encoding="utf-8")):
+            found |= dict.fromkeys(ops, _fingerprint(_closure([source], neighbours), _cpp_code))
+    return found
+
+
+def _includes(path: Path, csrc: Path) -> list[Path]:
+    return [csrc / name for name in re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE)]
 
 
 def _imports(path: Path) -> list[Path]:

@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import integrations, timing  # noqa: E402
+from benchmarks.page_parts import marks, with_part  # noqa: E402
 
 PAGE = (ROOT / "docs/integrations.md").read_text()
 
@@ -21,7 +22,7 @@ PAGE = (ROOT / "docs/integrations.md").read_text()
 def test_the_page_has_the_tables_of_its_measurement():
     (name,) = set(re.findall(r"\]\(\.\./(benchmarks/results/integrations/\S+\.json)\)", PAGE))
     result = json.loads((ROOT / name).read_text())
-    assert integrations.with_tables(PAGE, integrations.tables(result)) == PAGE
+    assert with_part(PAGE, integrations.PART, integrations.tables(result)) == PAGE
     assert result["complete"] and result["weights"] == "random" and result["latents"].startswith("sample film")
     assert result["device"]["name"] in PAGE and result["commit"] and not result["dirty"]
     for model in integrations.MODELS:
@@ -42,14 +43,15 @@ def test_a_quick_run(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     monkeypatch.setattr(timing, "MAX_ROUNDS", 3)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{integrations.MARKS[0]}\nold\n{integrations.MARKS[1]}\nafter\n")
+    begin, end = marks(integrations.PART)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     arguments = ["--quick", "--device", "cpu", "--page", str(page), "-o", str(tmp_path)]
     assert integrations.main(arguments) == 0 and torch.get_num_threads() == threads
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text())
     assert result["complete"] and result["latents"] == "drawn" and result["versions"]["torch"] == torch.__version__
     made = integrations.tables(result)
-    assert page.read_text() == f"before\n{integrations.MARKS[0]}\n{made}\n{integrations.MARKS[1]}\nafter\n"
+    assert page.read_text() == f"before\n{begin}\n\n{made}\n\n{end}\nafter\n"
     assert made in capsys.readouterr().out
     # More is merged, more is lost; noise has fewer tokens that are alike.
     errors = {
@@ -88,8 +90,6 @@ def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         integrations.parse(arguments)
     assert "error: " in capsys.readouterr().err
-    with pytest.raises(ValueError, match="the page must have the marks"):
-        integrations.with_tables("no marks", "")
 
 
 def test_the_recipe_on_the_page(tmp_path, monkeypatch):

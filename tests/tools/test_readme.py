@@ -1,12 +1,21 @@
 """What the README says is so: its table has every op, its code runs."""
 
+import inspect
 import re
+import sys
 
+import pytest
 from paths import ROOT
 
+import vidmem_kernels
 from vidmem_kernels._op import OPS
 from vidmem_kernels._verified import cuda_fingerprints
 from vidmem_kernels.testing import public_functions
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import op_table  # noqa: E402
+from benchmarks.page_parts import with_part  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text()
 
@@ -15,33 +24,32 @@ TEXT = (ROOT / "README.md").read_text()
 ROWS = {line.split("`")[1]: line for line in TEXT.splitlines() if re.match(r"^\| `\w+` \|", line)}
 
 
-def told(cell: str, kernels: dict[str, bool]) -> str:
-    """The cell as it stands, if it names these kernels and no other of them."""
-    right = cell and all((kernel in cell) == there for kernel, there in kernels.items())
-    return cell if right else ", ".join(kernel for kernel, there in kernels.items() if there) or "ref"
-
-
-def row(name: str) -> str:
-    """What the table must say of an op; its words for what it does and for gradients are taken as they are."""
-    op = OPS[name]
-    new = f"| | what it does | | | {'yes' if op.backward else 'indices only'} |"
-    what, cpu, gpu, backward = (cell.strip() for cell in ROWS.get(name, new).split("|")[2:-1])
-    sources = "".join(path.read_text() for path in (ROOT / "csrc/cpu").rglob("*.cpp"))
-    in_cuda = name in cuda_fingerprints(ROOT / "csrc")
-    cpu = told(cpu, {"C++": f'm.impl("{name}"' in sources, "SDPA": op.library is not None})
-    gpu = told(gpu, {"Triton": op.triton is not None, "CUDA C++": in_cuda, "libraries": op.library is not None})
-    if (backward == "indices only") == bool(op.backward):
-        backward = "yes" if op.backward else "indices only"
-    return f"| `{name}` | {what} | {cpu} | {gpu} | {backward} |"
-
-
 def test_table_has_the_row_of_every_public_op():
-    """With the kernels that there are."""
-    rows = {name: row(name) for name in sorted(public_functions())}
-    wrong = [right for name, right in rows.items() if ROWS.get(name) != right]
-    assert not wrong, "\n".join(["README.md must have, under Ops:", *wrong])
-    assert ROWS.keys() == rows.keys() and len(rows) > 10
+    """As it is generated, with the kernels that there are."""
+    made = op_table.short(ROOT)
+    missing = [line for line in made.splitlines() if line not in TEXT.splitlines()]
+    assert not missing, "\n".join(["README.md must have, under Ops:", *missing, "Run python benchmarks/pages.py"])
+    assert with_part(TEXT, "ops", made) == TEXT, "README.md, Ops: run python benchmarks/pages.py"
+    assert ROWS.keys() == public_functions() and len(ROWS) > 10
     assert all(TEXT.count(f"\n| `{name}` |") == 1 for name in ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_says_what_the_code_has(name):
+    """Looked up in the sources, in other ways than the table was made."""
+    op = OPS[name]
+    what, cpu, gpu, backward = (cell.strip() for cell in ROWS[name].split("|")[2:-1])
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cpu").rglob("*.cpp"))
+    cuda = "".join(path.read_text() for path in (ROOT / "csrc/cuda").rglob("*.cu"))
+    registered = f'm.impl("{name}"'
+    assert ("C++" in cpu, "SDPA" in cpu) == (registered in sources, op.library is not None)
+    kernels = (op.triton is not None, registered in cuda, op.library is not None)
+    assert ("Triton" in gpu, "CUDA C++" in gpu, "libraries" in gpu) == kernels
+    assert (backward == "indices only") == (op.backward is None)
+    arguments = set(re.findall(r"`(\w+)`", backward))
+    function = getattr(vidmem_kernels, name)
+    assert arguments <= inspect.signature(function).parameters.keys() and bool(arguments) == bool(op.backward)
+    assert " ".join(function.__doc__.split()).startswith(what)
 
 
 def test_runs_on_gpus_are_told_as_they_were():

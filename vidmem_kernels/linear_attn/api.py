@@ -79,9 +79,9 @@ def linear_attention(
     normalizer: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
-    """Computes linear attention: out_i = phi(q_i)·S / (phi(q_i)·z), with S = Σ phi(k_j) v_jᵀ and z = Σ phi(k_j).
+    """Computes attention in time and memory linear in the length L: out_i = phi(q_i)·S / (phi(q_i)·z).
 
-    Time and memory are linear in the sequence length L.
+    S = Σ phi(k_j) v_jᵀ and z = Σ phi(k_j) are sums over the keys that query i sees.
 
     Args:
         q: (B, L, H, D) float queries.

@@ -370,8 +370,8 @@ def _too_much(
     work = read + config.segment * config.frame_tokens
     if last is None:
         dit = config.model.dit
-        kept = 2 * (config.depth or dit.depth) * dit.dim * is_step
-        need = work * (kept + 8 * dit.dim + 2 * dit.mlp) * getattr(torch, config.dtype).itemsize
+        need = work * (8 * dit.dim + 2 * dit.mlp) * getattr(torch, config.dtype).itemsize
+        need += config.kv_bytes(work) * is_step
         expected = 0.0
     else:
         before = config.context_tokens(strategy, last.latent_frames) if is_step else last.history_tokens

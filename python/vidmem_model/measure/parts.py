@@ -80,6 +80,11 @@ class CostConfig(Checked):
         memory = self.memory_tokens(frames) if strategy in ENCODED else 0
         return memory + self.context_frames(strategy, frames) * self.frame_tokens
 
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens in all blocks that are measured; the dtype must be chosen."""
+        dit = self.model.dit
+        return 2 * (self.depth or dit.depth) * dit.dim * tokens * getattr(torch, self.dtype).itemsize
+
 
 def parts_of(strategy: str) -> tuple[str, ...]:
     """Names of the parts that a strategy has."""

@@ -318,11 +318,11 @@ def test_training_skips_what_is_finished_and_tells_what_failed(table_script, tmp
 def test_page_is_filled_again_and_again(table_script, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(table_script.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    before, after = page.read_text(encoding="utf-8").split("<!-- table -->\n")
+    begin, end = "<!-- retrieval:begin -->\n", "<!-- retrieval:end -->\n"
+    before, after = page.read_text(encoding="utf-8").split(begin)
     for table in ("| a |\n", "| b |\n"):
         table_script.fill_page(page, table)
-    text = page.read_text(encoding="utf-8")
-    assert text == f"{before}<!-- table -->\n| b |\n<!-- end of table -->\n" + after.split("<!-- end of table -->\n")[1]
+    assert page.read_text(encoding="utf-8") == f"{before}{begin}\n| b |\n\n{end}" + after.split(end)[1]
     page.write_text("no marks")
-    with pytest.raises(SystemExit, match="must hold <!-- table -->"):
+    with pytest.raises(SystemExit, match="page.md: the page must have the lines <!-- retrieval:begin -->"):
         table_script.fill_page(page, "")
