@@ -1,8 +1,8 @@
 """Triton kernels of the gradient of cross_attention.
 
-Weights are recomputed from lse. In two passes one kernel sums over keys and one over queries, each in its own order. In
-one pass, with five products a pair instead of seven, the kernel that sums over queries adds its shares of the gradient
-of queries by atomics, in any order: only where no deterministic algorithms are asked for.
+Weights are recomputed from lse. In two passes, one kernel sums over keys and one over queries, each in a fixed order.
+In one pass, with five products per pair instead of seven, the kernel that sums over queries adds its share of the
+gradient of queries by atomics, in any order; this is used only if no deterministic algorithms are requested.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def _cross_attention_delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What all keys of a query share: delta, the gradient of its lse taken off, and the base of its weights, in the
-    units of scores. The base of a query that sees nothing is +inf, which makes every weight 0.
+    """Per query: delta, reduced by the gradient of its lse, and the base of its weights, in the units of scores.
+
+    The base of a query that sees no key is +inf, which makes every weight 0.
     """
     batch, head, tile = lane_of(tl.cdiv(LQ, BLOCK_M), H)
     row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -118,7 +119,7 @@ def _tile_of_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What one tile of keys adds to the gradient of a tile of queries."""
+    """Adds the contribution of one tile of keys to the gradient of a tile of queries."""
     tile, listed = entry_of(entries, i)
     start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
@@ -282,7 +283,7 @@ def launch_cross_attention_bwd(
     block_size: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and key_bias (no elements without one)."""
+    """Gradients of q, k, v and key_bias (empty without one)."""
     batch, queries, heads, size = q.shape
     keys, value_size = k.shape[1], v.shape[3]
     check_blocks(block_index, block_size, keys)
@@ -337,14 +338,17 @@ def launch_cross_attention_bwd(
 
 
 def one_pass_allowed(arch: int, version: str = triton.__version__) -> bool:
-    """Whether this Triton compiles the product with a transposed product right: 3.4 to 3.7.0 do not on Hopper (tiles of
-    64; flash-linear-attention issues 640 and 983). No other kernel of attention transposes a product."""
+    """Whether this Triton compiles the product with a transposed product correctly.
+
+    Triton 3.4 to 3.7.0 do not on Hopper (tiles of 64; flash-linear-attention issues 640 and 983). No other kernel of
+    attention transposes a product.
+    """
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
     return not (arch == 90 and (3, 4) <= numbers < (3, 7, 1))
 
 
 def _kv_tile_of(call: Call, q: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
-    """The tile of the gradient of keys, fitted to the call's blocks, and what it was chosen from."""
+    """The tile for the gradient of keys, fitted to the call's blocks, and the choice that it comes from."""
     fields = fields_of(q, v, call.features, call.queries < FEW)
     # In one pass the gradient of a query is summed in the order in which programs come.
     fixed = must_be_deterministic() or not one_pass_allowed(arch_of(q.device))
@@ -359,7 +363,7 @@ def _kv_tile_of(call: Call, q: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
 def tiles_cross_attention_bwd(
     grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index, block_size, scale
 ) -> list[Chosen]:
-    """The tiles that `launch_cross_attention_bwd` takes for the same arguments."""
+    """The tiles that `launch_cross_attention_bwd` uses for the same arguments."""
     call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
     tile, of_keys = _kv_tile_of(call, q, v)
     if tile["ONE_PASS"]:

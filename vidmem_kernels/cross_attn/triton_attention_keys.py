@@ -1,6 +1,6 @@
-"""Triton kernel of the gradients of keys, values and bias of cross_attention.
+"""Triton kernel for the gradients of keys, values and bias of cross_attention.
 
-Its sums run over queries, so it has lists of the tiles of queries that see a tile of keys.
+It sums over queries, and so uses lists of the tiles of queries that see a tile of keys.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _tile_of_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What one tile of queries adds to the gradients of a tile of keys; scores are (keys, queries)."""
+    """Adds the contribution of one tile of queries to the gradients of a tile of keys; scores are (keys, queries)."""
     tile, listed = entry_of(entries, i)
     start, stop = span_of(tile, LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
     m = tl.arange(0, BLOCK_M)
@@ -189,7 +189,7 @@ def _cross_attention_grad_kv_kernel(
 ):
     """grad_k (B, Lk, H, D), grad_v (B, Lk, H, Dv) and grad_bias (B, H, Lk) of one tile of keys.
 
-    In ONE_PASS its share of grad_q (B, Lq, H, D), in float32, is added to what other tiles of keys add.
+    In ONE_PASS, it atomically adds its share of grad_q (B, Lq, H, D), in float32, to those of other tiles of keys.
     """
     count = tiles_in(LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
     batch, head, tile = lane_of(count, H)

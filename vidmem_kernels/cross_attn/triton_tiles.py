@@ -1,4 +1,4 @@
-"""Tile sizes of cross_attention's Triton kernels: the defaults, and what tuning may try."""
+"""Tile sizes of cross_attention's Triton kernels: the defaults, and the candidates for tuning."""
 
 from __future__ import annotations
 
@@ -79,13 +79,16 @@ def _tile(numbers: tuple[int, int, int, int], hoist: bool) -> Tile:
 
 
 def _base(kernel: str, arch: int) -> int:
-    """The architecture whose tiles one takes."""
+    """The architecture whose tiles another one uses."""
     return 100 if arch == 103 else arch if arch in _HALF[kernel] else 80
 
 
 def _default(kernel: str, arch: int, dtype: str, size: int, features: str) -> Tile:
-    """`features`: "few" terms have factors in two parts, for which a tile of queries has fewer registers left; "rows8":
-    keys and values have 8 bits."""
+    """The default tile.
+
+    `features`: "few" terms have factors in two parts, which leaves fewer registers for a tile of queries; "rows8": keys
+    and values are 8-bit.
+    """
     half, few, base = dtype != "fp32", "few" in features, _base(kernel, arch)
     numbers = _HALF[kernel][base][size] if half else _SINGLE[kernel][size]
     if half and "window" in features and not few:
@@ -153,7 +156,7 @@ GRAD_KV = Tunable(
 
 
 def fields_of(q: Tensor, v: Tensor, features: str, few: bool) -> dict[str, Any]:
-    """What the tile of a call depends on; `few`: its sums have few terms."""
+    """The fields that the tile of a call depends on; `few`: its sums have few terms."""
     size = min(s for s in _SIZES if s >= max(q.shape[3], v.shape[3]))
     words = [features, "few"] if few and q.dtype != torch.float32 else [features]
     return {"dtype": dtype_name(q.dtype), "size": size, "features": " ".join(w for w in words if w)}
@@ -188,8 +191,8 @@ WANTED = (
 def variants(
     tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple = WANTED, **constants: object
 ) -> list:
-    """Entries of an AOT table for the calls that are wanted; `others` are types of other arguments than `tensors`, or
-    of those that have none of the call's dtype."""
+    """AOT entries for the calls in `wanted`; `others` are the types of arguments other than `tensors`, or without the
+    dtype."""
     return [_entry(tunable, tensors, others, constants, *call) for call in wanted]
 
 

@@ -1,6 +1,6 @@
-"""linear_attention whose denominator has queries and keys of its own, composed of two calls of the op.
+"""linear_attention with separate queries and keys for the denominator, composed of two calls of the op.
 
-One sums the numerator, the other the denominator, of values that are one; each state carries a half that is not used.
+One call computes the numerator, the other the denominator with values of one; half of each state is not used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def attend_normalized(
     dtype: torch.dtype,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, S, z); see `vidmem_kernels.linear_attention`. `dtype` is what autocast makes of the tensors."""
+    """(out, S, z); see `vidmem_kernels.linear_attention`. `dtype` is the dtype of the tensors after autocast."""
     # The op gives its sums in the dtype of its tensors. Of float32 copies they are not rounded, nor too large for
     # float16, before the one is divided by the other.
     wide = accumulate_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Linear attention as torch ops: schemas, fakes and gradients."""
+"""Registers the ops of linear attention: schemas, fakes and gradients."""
 
 from __future__ import annotations
 

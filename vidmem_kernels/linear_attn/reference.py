@@ -1,7 +1,7 @@
-"""Linear attention in plain differentiable torch: the oracle of every other backend.
+"""Linear attention in plain differentiable PyTorch: the reference for all other backends.
 
-The values carry a column of ones, so that S and z are one state (B, H, D, Dv + 1) and the denominator is one more
-column of the numerator; normalisation and `scale` then touch results and their gradients only.
+The values get a column of ones, so that S and z form one state (B, H, D, Dv + 1) and the denominator is one more column
+of the numerator; normalisation and `scale` then affect only results and their gradients.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def _spans(start: int, stop: int, step: int) -> list[Span]:
 
 
 class _Sequence:
-    """Spans of q, k and v as (B, H, n, ...) in the dtype of the sums, and who sees whom.
+    """Spans of q, k and v as (B, H, n, ...) in the accumulation dtype, and which tokens see each other.
 
-    `groups` are the spans of whole blocks that share a state. With `mask` a group holds many small blocks: its tokens
-    see the state before it and, by the mask, one another. Without, they all see the state that has the group in it.
+    `groups` are the spans of whole blocks that share a state. With `mask`, a group holds many small blocks: its tokens
+    see the state before it and, by the mask, one another. Without, they all see the state that includes the group.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, feature_map: str, causal: bool, block_size: int):
@@ -93,7 +93,7 @@ def _split_state(state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Spans (B, H, n, D) as one (B, L, H, D), the shape and dtype of `like`."""
+    """Concatenates spans (B, H, n, D) to one (B, L, H, D), with the shape and dtype of `like`."""
     if not parts:
         return like.clone(memory_format=torch.contiguous_format)  # empty
     return torch.cat([p.transpose(1, 2).to(like.dtype) for p in parts], dim=1)
@@ -140,7 +140,7 @@ def linear_attention_backward(
     normalize: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, S and z; of a token and head only two numbers are kept between the two passes."""
+    """Gradients of q, k, v, S and z; between the two passes only two numbers per token and head are kept."""
     seq = _Sequence(q, k, v, feature_map, causal, block_size)
     factors: dict[Span, tuple[Tensor, Tensor]] = {}
 

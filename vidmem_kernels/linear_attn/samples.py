@@ -6,7 +6,7 @@ from . import api
 
 
 def _cases(make):
-    """(label, q, k, v, S, z, feature_map, causal, block_size, normalize, scale)"""
+    """Yields (label, q, k, v, S, z, feature_map, causal, block_size, normalize, scale)."""
 
     def qkv(length, heads=2, size=4, value_size=4, batch=2):
         shape = (batch, length, heads, size)
@@ -68,7 +68,7 @@ QKV = ("B L H 4", "B L H 4", "B L H 6")
 
 
 def attend(feature_map, block):
-    """A call of linear_attention, causal between blocks of so many tokens; 0 for not causal."""
+    """A call of linear_attention, causal in blocks of `block` tokens; 0 means not causal."""
     options = {"feature_map": feature_map, "causal": block > 0, "block_size": block or 1}
     return lambda q, k, v: api.linear_attention(q, k, v, normalize=feature_map != "identity", **options)
 

@@ -1,7 +1,7 @@
-"""Triton kernel of linear attention's gradients of queries and keys; its backward.
+"""Triton kernel for the gradients of queries and keys of linear attention, and the launch of the backward pass.
 
-States, scores and denominators are computed anew. Between the passes of queries and of keys two numbers of a token and
-head are kept; while heads are split over programs, those of every split.
+States, scores and denominators are recomputed. Between the passes over queries and keys, two numbers per token and head
+are kept; if heads are split over programs, two for every split.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ def _linear_gradients_kernel(
 ):
     """Gradient of x = q, with a = grad_out, y = k, b = v; in REVERSE of x = k, with a = v, y = q, b = grad_out.
 
-    Transposed as in the outputs, with the roles of features and values exchanged: t = S a + sum of y (b a). With s
-    the scale, d the denominator and z the sum of the keys that q sees, the gradient of phi(q) is
-    s (t - s (q t) / d z) / d: what cancels in that difference is the same numbers. Rows of S are split over programs
-    when they do not all fit; q t and d are then sums over splits, and t is computed once for them (FACTORS_ONLY) and
-    once more for the gradient.
+    Transposed as in the outputs, with the roles of features and values exchanged: t = S a + sum of y (b a). With s the
+    scale, d the denominator and z the sum of the keys that q sees, the gradient of phi(q) is s (t - s (q t) / d z) / d;
+    the terms that cancel in this difference are computed from the same numbers. Rows of S are split over programs if
+    they do not all fit; q t and d are then sums over splits, and t is computed once for them (FACTORS_ONLY) and once
+    more for the gradient.
     """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
@@ -211,10 +211,11 @@ def _linear_gradients_kernel(
 
 
 def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
-    """Half tokens of up to 128 channels have all of S in one tile, so that nothing is computed twice for FACTORS_ONLY.
+    """For half-precision heads of up to 128 channels, one tile holds all of S, so that FACTORS_ONLY is not needed.
 
-    Before products of half factors had one part, an H200 took 1.23 ms so for the gradients of 32,760 bfloat16 tokens
-    of 12 heads of 128 channels, rather than 3.42 with tiles of 4,096 elements; causal 5.37 rather than 12.57.
+    Before products of half-precision factors had one part, this took 1.23 ms on an H200 for the gradients of 32,760
+    bfloat16 tokens of 12 heads of 128 channels, instead of 3.42 with tiles of 4,096 elements; causal 5.37 instead of
+    12.57.
     """
     reverse = walk == "scan" and direction == "reverse"
     if dtype == "fp32" or max(size, value_size) > 128:
@@ -262,7 +263,8 @@ def _gradients(
     scale: float,
     reverse: bool,
 ) -> Tensor:
-    """Gradient of queries, which with `normalize` fills `factors`, or of keys, which reads them where there are any."""
+    """Gradient of the queries, which with `normalize` also fills `factors`, or of the keys, which reads `factors` if
+    given."""
     batch, length, heads, size = x.shape
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = GRADIENTS.tile(x.device, **fields_of(x, a, feature_map, plan, reverse))

@@ -1,7 +1,7 @@
-"""Triton kernels of linear attention's states: the sums of pieces, the states before them.
+"""Triton kernels for the states of linear attention: the sums of pieces, and the states before them.
 
 With B * H = 12, L = 32,760 and D = Dv = 128, the 22 pieces of a head on a GPU of 132 multiprocessors have 17 MiB of
-float32 sums: they are written, read and written again by the prefix, and read by what comes after. The bfloat16 keys
+float32 sums: they are written, read and written again by the prefix sum, and read by the next kernel. The bfloat16 keys
 and values are 2 * 96 MiB.
 """
 
@@ -59,8 +59,11 @@ def _linear_sums_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """S and z of the pieces' tokens alone. With `factors` (see launch_linear_attention_bwd) the sums that gradients
-    need. The columns of S are split over programs when they do not all fit in registers."""
+    """S and z of the tokens of each piece alone; with `factors` (see launch_linear_attention_bwd), the sums for
+    gradients.
+
+    The columns of S are split over programs if they do not all fit in registers.
+    """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
     d = tl.arange(0, BLOCK_D)
@@ -115,7 +118,7 @@ def _linear_prefix_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of pieces become, in place, the state before each (SCAN), or that of its span in the span's first piece."""
+    """Replaces the sums of pieces by the state before each (SCAN), or by that of its span in the span's first piece."""
     tiles = tl.cdiv(COUNT, BLOCK)
     lane = (tl.program_id(0) // tiles).to(tl.int64)
     at = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -149,7 +152,7 @@ def _linear_prefix_kernel(
 
 
 def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
-    """Products of float32 tokens take registers, and so do both parts of a weighted feature."""
+    """Products of float32 tokens need registers, and so do both parts of a weighted feature."""
     wide = is_wide(dtype, features, direction)
     block_v = min(value_size, (8192 if wide or size > 128 else 16384) // size)
     return {
@@ -161,7 +164,7 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
 
 
 def _candidates(arch: int, **fields) -> list[Tile]:
-    """Half of the values at a time leave room for two programs a multiprocessor, which both read the keys."""
+    """Half of the values at a time leave room for two programs per multiprocessor, which both read the keys."""
     if fields["dtype"] == "fp32":
         return []
     widest = _default(arch, **fields)["BLOCK_V"]
@@ -218,7 +221,8 @@ _PREFIX_BLOCK = 512
 def prefix_states(
     states: Tensor, S: Tensor | None, z: Tensor | None, last_S: Tensor, last_z: Tensor, plan: Plan, reverse: bool
 ) -> None:
-    """Turns sums of pieces into the states that their tokens see; the final state goes to `last_S` and `last_z`."""
+    """Replaces the sums of pieces by the states that their tokens see; writes the final state to `last_S` and
+    `last_z`."""
     lanes, pieces, count = states.shape
     grid = (lanes * triton.cdiv(count, _PREFIX_BLOCK),)
     if grid[0] == 0:
