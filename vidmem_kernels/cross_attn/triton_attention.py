@@ -94,7 +94,7 @@ def _attend(
     at = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
     keys = load_rows(at, inside, d, D, EVEN, MASKED)
     if k_scale is not None:
-        keys = keys.to(tl.float32)  # from int8 the interpreter makes no bfloat16
+        keys = keys.to(tl.float32)  # the interpreter does not convert int8 to bfloat16
     keys = as_operand(keys, DTYPE, INTERPRET)
     score = dot_rows(held, keys, PRECISION)
     if k_scale is not None:
@@ -261,7 +261,7 @@ def _cross_attention_fwd_kernel(
             BLOCK_V, STAGES, HOIST,
         )  # fmt: skip
     log_sum, total = log_sum_of(row_max, row_sum, PRECISION)
-    broken = end < begin  # a block that is out of range
+    broken = end < begin  # a block index is out of range
     log_sum = tl.where(broken, float("nan"), log_sum)
     result = tl.where(broken, float("nan"), acc / total[:, None])
     out += ((batch * LQ + row64[:, None]) * H + head) * DV + dv[None, :]
@@ -273,7 +273,7 @@ def constants(q: Tensor, v: Tensor) -> dict[str, object]:
     """Arguments that follow from the dtype and head sizes."""
     width, value_width = padded(q.shape[3]), padded(v.shape[3])
     return {
-        # TF32 errs more than the reference in float32 does.
+        # The error of TF32 exceeds that of the float32 reference.
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "INTERPRET": triton_interpret(),
         "EVEN": width == q.shape[3],

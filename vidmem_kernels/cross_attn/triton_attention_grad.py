@@ -149,7 +149,7 @@ def _tile_of_keys(
     if MASKED:
         weight = tl.where(seen, weight, 0.0)
     grad_score = weight * (dot_rows(held_grad, values, PRECISION) - delta[:, None])
-    if MASKED:  # 0 where a key is hidden, be the gradient NaN
+    if MASKED:  # 0 where a key is hidden, even if the gradient is NaN
         grad_score = tl.where(weight != 0.0, grad_score, 0.0)
     return dot_split(grad_score, keys, grad_q, k.dtype.element_ty, SPLIT, PRECISION, INTERPRET)
 
@@ -257,7 +257,7 @@ def _cross_attention_grad_q_kernel(
             SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
             HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-    total = tl.where(end < begin, float("nan"), total)  # a block that is out of range
+    total = tl.where(end < begin, float("nan"), total)  # a block index is out of range
     grad_q += ((batch * LQ + row64[:, None]) * H + head) * D + d[None, :]
     tl.store(grad_q, (total * SCALE).to(grad_q.dtype.element_ty), (row < stop)[:, None] & (d < D)[None, :])
 
@@ -315,7 +315,7 @@ def launch_cross_attention_bwd(
             **_DELTA_WARPS,
         )
     kv_tile, _ = _kv_tile_of(call, q, v)
-    sums = delta  # stands for a sum that is not asked for
+    sums = delta  # placeholder for a sum that is not needed
     if kv_tile["ONE_PASS"]:
         warn_if_asked("cross_attention_backward on triton")
         sums = torch.zeros(q.shape, dtype=torch.float32, **like)
@@ -350,12 +350,12 @@ def one_pass_allowed(arch: int, version: str = triton.__version__) -> bool:
 def _kv_tile_of(call: Call, q: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
     """The tile for the gradient of keys, fitted to the call's blocks, and the choice that it comes from."""
     fields = fields_of(q, v, call.features, call.queries < FEW)
-    # In one pass the gradient of a query is summed in the order in which programs come.
+    # In one pass, the gradient of a query is summed in the order in which programs run.
     fixed = must_be_deterministic() or not one_pass_allowed(arch_of(q.device))
     fixed = fixed or fields["dtype"] == "fp32" or min(call.queries, call.keys) < FEW
     fields["order"] = "fixed" if fixed else "any"
     tile, chosen = GRAD_KV.tile(q.device, **fields), GRAD_KV.chosen(q.device, **fields)
-    if fixed and tile["ONE_PASS"]:  # forced, for no table has it
+    if fixed and tile["ONE_PASS"]:  # only if forced: no table has it
         tile = GRAD_KV.default(arch_of(q.device), **fields)
     return call.limited(tile), chosen
 

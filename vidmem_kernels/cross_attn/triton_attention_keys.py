@@ -105,7 +105,7 @@ def _tile_of_queries(
         weight = tl.where(seen, weight, 0.0)
     grad_v = dot_split(weight, gradient, grad_v, dtype, SPLIT, PRECISION, INTERPRET)
     grad_score = weight * (dot_rows(values, gradient, PRECISION) - row_delta[None, :])
-    if MASKED:  # 0 where a key is hidden, be it NaN
+    if MASKED:  # 0 where a key is hidden, even if it is NaN
         grad_score = tl.where(weight != 0.0, grad_score, 0.0)
     if key_bias is not None:
         grad_bias += tl.sum(grad_score, axis=1)
@@ -113,9 +113,9 @@ def _tile_of_queries(
     if ONE_PASS:
         rounded = as_operand(grad_score, dtype, INTERPRET)
         factor = keys
-        if MASKED and (times is not None or HAS_SINKS):  # keys that no query of the tile sees are no factor
+        if MASKED and (times is not None or HAS_SINKS):  # keys that no query of the tile sees are excluded
             factor = tl.where(tl.max(seen.to(tl.int32), axis=1)[:, None] > 0, keys, tl.zeros_like(keys))
-        # trans(dot) is what Triton 3.4 to 3.7.0 miscompile on Hopper: see `one_pass_allowed`.
+        # Triton 3.4 to 3.7.0 miscompile trans(dot) on Hopper: see `one_pass_allowed`.
         share = tl.dot(tl.trans(rounded), factor, input_precision=PRECISION) * SCALE
         at = grad_q + first * grad_q_stride_l + m.to(tl.int64)[:, None] * grad_q_stride_l + d[None, :]
         tl.atomic_add(at, share, inside[:, None] & (d < D)[None, :], sem="relaxed")
@@ -219,7 +219,7 @@ def _cross_attention_grad_kv_kernel(
         high += batch * low_stride_b
     grad_q += (batch * LQ * H + head) * D
     lane = batch * tiles_stride_b + head * tiles_stride_h
-    whole = tl.cdiv(LQ, BLOCK_M)  # keys past the end are 0, and what they add to nobody's sums is not stored
+    whole = tl.cdiv(LQ, BLOCK_M)  # keys past the end are 0, and their gradients are not stored
     begin, middle, end = range_of(ranges, lane * count + tile, whole, whole)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)

@@ -25,8 +25,8 @@ from .triton_plan import Call
 from .triton_tiles import SPECIALISED
 
 _log = logging.getLogger(__name__)
-_ALIGNED = 16  # bytes, of what a descriptor describes
-unspecialised: set[str] = set()  # keys of tiles that Triton left as they were
+_ALIGNED = 16  # bytes, alignment of a descriptor
+unspecialised: set[str] = set()  # keys of tiles that Triton did not specialise
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def launch(kernel: Callable[[], Any], tile: Tile, key: str, device: torch.device
         return kernel()
 
     compiled = contextvars.copy_context().run(run)
-    if compiled is not None and compiled.metadata.num_warps <= tile["num_warps"]:  # None: nothing is compiled
+    if compiled is not None and compiled.metadata.num_warps <= tile["num_warps"]:  # None: nothing was compiled
         unspecialised.add(key)
         _log.warning(
             "cross_attention: Triton specialised no warps of %s[%s]; its default tile is taken from now", tile, key

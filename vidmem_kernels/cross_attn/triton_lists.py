@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ROWS = tl.constexpr(16)  # of a block index at a time, where they are searched for one block
-_BAD = tl.constexpr(-1)  # stands for the end of the list of queries with a block that is out of range
+_ROWS = tl.constexpr(16)  # rows of a block index that are searched for a block at a time
+_BAD = tl.constexpr(-1)  # replaces the end of the list of queries whose block index is out of range
 LIST = {"CHUNK": 64, "num_warps": 4}
-OF_BLOCKS = {"CHUNK": 32, "num_warps": 4}  # for _block_tiles_kernel: of 64 it spills on sm_100
+OF_BLOCKS = {"CHUNK": 32, "num_warps": 4}  # for _block_tiles_kernel: with 64, registers spill on sm_100
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 
 _GROUP = 4
-_ELEMENTS = 1024  # of a tile
+_ELEMENTS = 1024  # per tile
 
 
 @triton.jit

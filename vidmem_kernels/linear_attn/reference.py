@@ -13,13 +13,13 @@ from torch import Tensor
 from .._numerics import accumulate_dtype
 
 EPS = 1e-10  # added to the denominator, as in flash-linear-attention
-CHUNK = 128  # tokens at a time: scores inside a chunk, float32 copies of its inputs
+CHUNK = 128  # tokens per chunk, which bounds the scores and the float32 copies of inputs
 
 Span = tuple[int, int]
 
 
 def _elu1(x: Tensor) -> Tensor:
-    # exp(x) for x <= 0 rather than expm1(x) + 1, which cancels.
+    # exp(x) for x <= 0, because expm1(x) + 1 cancels.
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
@@ -45,7 +45,7 @@ class _Sequence:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, feature_map: str, causal: bool, block_size: int):
         self.q, self.k, self.v = q, k, v
         self.phi, self.derivative = FEATURE_MAPS[feature_map]
-        # Of what nothing is read or written, an expanded tensor may have any number.
+        # Without channels nothing is read or written, so an expanded tensor may have any length.
         length = q.shape[1] if q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) else 0
         blocks = max(1, CHUNK // block_size)
         self.groups = _spans(0, length, blocks * block_size) if causal else [(0, length)]
@@ -149,7 +149,7 @@ def linear_attention_backward(
         inverse, grad_denominator = factors[span]
         return torch.cat([seq.read(grad_out, span) * inverse, grad_denominator], dim=3)
 
-    # In order: gradient of q, which needs the state up to a token.
+    # Forward pass over the tokens: gradient of q, which needs the state up to each token.
     grads_q = []
     state = _initial_state(q, v, S, z)
     for group in seq.groups:
@@ -172,7 +172,7 @@ def linear_attention_backward(
                 grad_phi = grad_phi + grad_scores @ seq.keys(span)
             grads_q.append((grad_phi * seq.derivative(seq.read(q, span))).to(q.dtype))
 
-    # In reverse: gradients of k and v, which need the gradient of the state from a token on.
+    # Backward pass: gradients of k and v, which need the gradient of the state from each token on.
     grads_k, grads_v = [], []
     grad_state = torch.cat([grad_S, grad_z.unsqueeze(3)], dim=3)
     for group in reversed(seq.groups):

@@ -113,18 +113,18 @@ def _linear_gradients_kernel(
     if factors is not None:
         factors += lane * 2 * L
     dtype: tl.constexpr = x.dtype.element_ty
-    # The factors of a query go into float32 sums, whatever its gradient is rounded to.
+    # The factors of a query enter float32 sums, whatever dtype its gradient is rounded to.
     exact: tl.constexpr = dtype == tl.float32 or (NORMALIZE and not REVERSE)
-    # Of a few tokens' float16 gradients, TF32's rounding of the state alone is more than the yardstick has.
+    # For float16 gradients of few tokens, TF32's rounding of the state alone exceeds the yardstick's error.
     whole: tl.constexpr = exact or (dtype == tl.float16 and not SCAN)
-    # Of few channels hardly anything may be left of a query's difference.
+    # With few channels, a query's difference may cancel almost completely.
     wider: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
     weighted: tl.constexpr = factors is not None and REVERSE
     seen = states + (lane * PIECES + piece // PER_SPAN * PER_SPAN) * COUNT
     state = tl.load(seen + d[:, None] * DV + c[None, :], (d < D)[:, None] & (c < DV)[None, :], other=0.0)
     z = tl.load(seen + D * DV + d, d < D, other=0.0)
     groups = tl.cdiv(end - begin, GROUP)
-    # Masked groups are the steps of the inner loop, so that loads run ahead there.
+    # Masked groups are the steps of the inner loop, so that loads are prefetched.
     for g in tl.range(0, 1 if MASKED else groups):
         start = (begin + (groups - 1 - g if REVERSE else g) * GROUP).to(tl.int32)
         stop = tl.minimum(start + GROUP, end).to(tl.int32)
@@ -222,10 +222,10 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
         tile = 2048 if reverse else 4096
         block_n = 16 if size > 128 or walk == "scan" else 32
     else:
-        # Of float16 the state of a whole sequence is two factors.
+        # For float16, the state of a whole sequence is two factors.
         tile = 8192 if dtype == "fp16" and direction == "reverse" and walk != "scan" else 16384
         block_n = 16 if walk == "scan" and (dtype == "fp16" or arch not in (90, *TENSOR_MEMORY)) else 32
-        if reverse and dtype == "bf16":  # without what a query sees of z
+        if reverse and dtype == "bf16":  # without the part of z that a query sees
             block_n = 64 if arch in TENSOR_MEMORY or arch == 90 else 16 if arch == 120 else 32
     block_d = max(16, min(size, tile // value_size))
     return {
@@ -338,7 +338,7 @@ def launch_linear_attention_bwd(
     states = empty_states(q, v, plan)
     last_S = torch.empty(batch, heads, size, v.shape[3], dtype=torch.float32, device=q.device)
     last_z = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
-    # Of a query: what its features weigh in the sums for keys, scale by denominator, and grad_out along out.
+    # Per query: the weight of its features in the sums for keys, scale / denominator, and <grad_out, out>.
     factors = None
     if normalize or scale != 1:
         factors = torch.empty(batch * heads, 2, tokens, dtype=torch.float32, device=q.device)
@@ -348,7 +348,7 @@ def launch_linear_attention_bwd(
     prefix_states(states, S, z, last_S, last_z, plan, reverse=False)
     options = (plan, feature_map, block_size, normalize, scale)
     grad_q = _gradients(q, grad_out, k, v, factors, states, *options, reverse=False)
-    # In reverse: what a token's queries and those after it make of the state.
+    # In reverse: the state from the queries of a token and those after it.
     sum_pieces(q, grad_out, factors, states, plan, feature_map, with_z=normalize)
     prefix_states(states, grad_S, grad_z, last_S, last_z, plan, reverse=True)
     if takes_pairs(q, v, plan):
@@ -388,7 +388,7 @@ def _entry(dtype: str, size: int, feature_map: str, walk: str, masked: bool, rev
     return pointers, constants, (GRADIENTS, fields)
 
 
-# float32 at D = 128 spills only for sm_100 with strides of 64 bits.
+# float32 at D = 128 spills only on sm_100 with 64-bit strides.
 AOT = {
     "_linear_gradients_kernel": [
         _entry("bf16", 128, "relu", "scan", masked=True, reverse=False),

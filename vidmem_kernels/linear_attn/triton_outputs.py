@@ -125,7 +125,7 @@ def _linear_outputs_kernel(
         z = tl.load(seen + D * DV + d[:, None] + tl.zeros([1, ONES], tl.int32), (d < D)[:, None], other=0.0)
     ones = tl.full([BLOCK_N, ONES], 1.0, dtype)
     groups = tl.cdiv(end - begin, GROUP)
-    # Masked groups are the steps of the inner loop, so that loads run ahead there.
+    # Masked groups are the steps of the inner loop, so that loads are prefetched.
     for g in tl.range(0, 1 if MASKED else groups):
         start = (begin + (groups - 1 - g if REVERSE else g) * GROUP).to(tl.int32)
         stop = tl.minimum(start + GROUP, end).to(tl.int32)
@@ -149,7 +149,7 @@ def _linear_outputs_kernel(
                 first = start + i * BLOCK_N
             n = first + chunk
             held, held_z = state, z
-            if MASKED:  # first of all, since keys as a left factor take registers
+            if MASKED:  # first, because keys as a left factor take registers
                 y = load_columns(k, n, d, stop, D, k_stride_l, k_stride_d)
                 y = feature_columns(y, n, d, stop, D, MAP)
                 if factors is not None:
@@ -192,7 +192,7 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
     stages = 2
     if walk != "scan":
         block_n, block_v = 32 if wide or size > 128 else 64, (8192 if wide else 16384) // size
-    elif dtype == "fp32" and arch == 120:  # with 64-bit strides other tiles spill kilobytes there
+    elif dtype == "fp32" and arch == 120:  # with 64-bit strides, other tiles spill kilobytes of registers
         block_n, block_v, stages = 32, 2048 // size, 1
     elif dtype == "fp32" or size > 128 or (wide and not roomy):
         block_n, block_v, stages = 16, 4096 // size, 1

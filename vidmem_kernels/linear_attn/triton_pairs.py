@@ -84,7 +84,7 @@ def _linear_pair_gradients_kernel(
         values = load_columns(v, n, c, end, DV, v_stride_l, v_stride_d)
         phi = load_columns(k, n, d, end, D, k_stride_l, k_stride_d)
         phi = feature_columns(phi, n, d, end, D, MAP)
-        # The two all but cancel where denominators are small, so dS is not rounded here.
+        # The two terms nearly cancel if denominators are small, so dS is not rounded here.
         t = whole_product(to_keys, values, tl.zeros([BLOCK_D, BLOCK_N], tl.float32), dtype, EXACT=True) + z[:, None]
         t = times_derivative(t, phi.to(tl.float32), MAP)
         target = grad_k + n.to(tl.int64)[None, :] * H * D + d[:, None]

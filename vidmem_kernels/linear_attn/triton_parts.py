@@ -18,13 +18,13 @@ from torch import Tensor
 from .. import _env
 from .._tuned import dtype_name
 
-PIECE = 256  # least tokens of a piece: 256 KiB of bfloat16 at D = Dv = 128, beside 64 KiB of float32 state
-SCANNED = 512  # tokens of the largest blocks of which a piece holds several
+PIECE = 256  # minimum tokens of a piece: 256 KiB of bfloat16 at D = Dv = 128, compared with 64 KiB of float32 state
+SCANNED = 512  # largest block size for which a piece holds several blocks
 EPS = tl.constexpr(1e-10)
-ONES = tl.constexpr(16)  # columns, all the same, of sums of features: as few as a product may have
+ONES = tl.constexpr(16)  # equal columns of sums of features: the minimum for a product
 FIELDS = ("dtype", "size", "value_size", "features", "walk", "direction")  # what the tiles of all kernels depend on
-TENSOR_MEMORY = (100, 103)  # GPUs that hold sums of products there, not in registers
-# The interpreter multiplies the bits of bfloat16, and cuts rather than rounds to it.
+TENSOR_MEMORY = (100, 103)  # GPUs that hold the sums of products in tensor memory, not in registers
+# The interpreter multiplies the bits of bfloat16, and truncates rather than rounds to it.
 _INTERPRETED = tl.constexpr(_env.triton_interpret())
 
 
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     """Pieces of a sequence, see `make_plan`."""
 
     pieces: int
-    span: int  # tokens whose queries see the same, or those of a piece
+    span: int  # tokens whose queries see the same state, or the tokens of a piece
     per_span: int  # pieces of a span
     piece: int
     is_scan: bool  # a piece holds several blocks
@@ -49,7 +49,7 @@ def slots_of(device: torch.device, per_multiprocessor: int) -> int:
 def _count(length: int, lanes: int, slots: int, least: int) -> int:
     """The number of pieces per sequence, for `lanes` sequences, with which `slots` concurrent programs finish first."""
     most = max(1, min(triton.cdiv(length, least), 2 * triton.cdiv(slots, max(1, lanes))))
-    # A state is written, summed up and read: the time of about 128 tokens.
+    # Writing, summing and reading a state takes the time of about 128 tokens.
     return min(
         range(1, most + 1), key=lambda count: triton.cdiv(lanes * count, slots) * (triton.cdiv(length, count) + 128)
     )
@@ -167,9 +167,10 @@ def exp_negative(x):
     of float32 references.
     """
     x = tl.where(x < -104.0, -104.0, x)  # rounds to 0
-    shifted = x * 1.44269502162933349609375 + 12582912.0  # rounds to an integer, which the low bits then hold
+    shifted = x * 1.44269502162933349609375 + 12582912.0  # rounds to an integer, held in the low bits
     n = shifted - 12582912.0
-    r = x - n * 0.693145751953125 - n * 1.428606765330187045037746429443359375e-06  # ln 2, whose high part is short
+    # ln 2 in two parts, the first with few bits.
+    r = x - n * 0.693145751953125 - n * 1.428606765330187045037746429443359375e-06
     total = r * (1.0 / 5040) + 1.0 / 720
     total = total * r + 1.0 / 120
     total = total * r + 1.0 / 24
@@ -178,7 +179,7 @@ def exp_negative(x):
     total = total * r + 1.0
     total = total * r + 1.0
     power = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    first = power >> 1  # 2**power may be too small for one float
+    first = power >> 1  # 2**power may underflow, so it is applied in two factors
     low = ((first + 127) << 23).to(tl.float32, bitcast=True)
     high = ((power - first + 127) << 23).to(tl.float32, bitcast=True)
     return total * low * high

@@ -78,7 +78,7 @@ def _linear_sums_kernel(
         n = first + tl.arange(0, BLOCK_N)
         y = feature_columns(load_columns(k, n, d, end, D, k_stride_l, k_stride_d), n, d, end, D, MAP)
         w = load_rows(v, n, c, end, DV, v_stride_l, v_stride_d)
-        # The same factors in S and z: equal values have their mean, and of a gradient the two all but cancel.
+        # The same factors in S and z: the mean of equal values is exact, and the two nearly cancel in gradients.
         if factors is not None:
             at = factors + lane * 2 * L + n
             y = y.to(tl.float32) * tl.load(at, n < end, other=0.0)[None, :]
@@ -135,7 +135,7 @@ def _linear_prefix_kernel(
     states += lane * PIECES * COUNT + at
     valid = in_S | in_z
     step = tl.full([], 1, tl.int64) * COUNT
-    # The slot that is written lies behind those that are loaded ahead.
+    # The slot being written is behind those that are prefetched.
     for i in tl.range(0, PIECES, num_stages=4):
         piece = PIECES - 1 - i if REVERSE else i
         own = tl.load(states + piece * step, valid, other=0.0)
@@ -144,7 +144,7 @@ def _linear_prefix_kernel(
             state += own
         else:
             state += own
-            # In reverse the first piece of a span is its last to come.
+            # In reverse, the first piece of a span comes last.
             if piece % PER_SPAN == (0 if REVERSE else PER_SPAN - 1):
                 tl.store(states + piece // PER_SPAN * PER_SPAN * step, state, valid)
     tl.store(last_S + lane * D * DV + at, state, in_S)
@@ -187,7 +187,7 @@ def sum_pieces(
     """Fills `states` with the sums of the pieces; without `with_z`, their z is 0."""
     batch, length, heads, size = k.shape
     tile = SUMS.tile(k.device, **fields_of(k, v, feature_map, plan, reverse=factors is not None))
-    splits = max(1, triton.cdiv(v.shape[3], tile["BLOCK_V"]))  # z also has to be summed beside no values
+    splits = max(1, triton.cdiv(v.shape[3], tile["BLOCK_V"]))  # z must be summed even without value channels
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
         return
