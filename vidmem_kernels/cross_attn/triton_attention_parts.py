@@ -171,8 +171,7 @@ def seen_by_any(seen, product):
 def softmax_step(
     product, key_bias, seen, row_max, SCALE, PRECISION: tl.constexpr, POSITIVE: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """Weights of a tile of scores, the factor that its maximum applies to the sums so far, and the new maxima of the
-    rows.
+    """Weights of a tile of scores, the factor for the sums so far, and the new maxima of the rows.
 
     Without a bias, and if SCALE is POSITIVE, the maximum is taken before the scores are scaled, so that scaling and
     subtracting it is one instruction.

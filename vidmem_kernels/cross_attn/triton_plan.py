@@ -25,8 +25,7 @@ _SPANS = {"num_warps": 4}
 
 @triton.jit
 def _ordered(x, WIDE: tl.constexpr):
-    """Integers that order like the numbers, with those of NaN beyond those of infinity, and whether they are not
-    NaN."""
+    """Integers that order like the numbers, NaN beyond infinity, and which of the numbers are not NaN."""
     known = x == x
     if x.dtype.is_floating():
         x = tl.where(x == 0.0, 0.0, x)  # -0.0 too
@@ -202,8 +201,8 @@ class Visibility:
         return Windows(low, high, when, q_spans, k_spans)
 
     def arguments(self, block_m: int, block_n: int, by_key: bool) -> dict[str, object]:
-        """Windows and the list of tiles of keys for each tile of queries; with `by_key`, of tiles of queries for each
-        of keys.
+        """Windows, and the tiles of keys for each tile of queries; with `by_key`, the tiles of queries for each tile of
+        keys.
 
         An entry is 2 * tile + listed. For each row of a (batch, head), the entries [begin:middle] are fully visible,
         the entries [middle:end] need a mask. `listed` is 0 if a block is there only for its sinks.

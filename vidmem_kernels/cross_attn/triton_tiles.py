@@ -191,7 +191,7 @@ WANTED = (
 def variants(
     tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple = WANTED, **constants: object
 ) -> list:
-    """AOT entries for the calls in `wanted`; `others` are the types of arguments other than `tensors`, or without the
+    """AOT entries for the calls in `wanted`; `others` are the types of further arguments, or of those without the
     dtype."""
     return [_entry(tunable, tensors, others, constants, *call) for call in wanted]
 

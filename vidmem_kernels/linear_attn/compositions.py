@@ -37,8 +37,7 @@ def _initial_state(q: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None) -> 
 
 
 def _chunks(length: int, causal: bool, block_size: int, device) -> Iterator[tuple[slice, Tensor | None]]:
-    """Slices of whole blocks, and which of their tokens see each other; None: all see the state that includes the
-    slice."""
+    """Slices of whole blocks, and which tokens see each other; None: all see the state that includes the slice."""
     block = block_size if causal else max(1, length)
     step = max(1, CHUNK // block) * block
     for start in range(0, length, step):

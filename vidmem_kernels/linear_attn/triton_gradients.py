@@ -263,7 +263,7 @@ def _gradients(
     scale: float,
     reverse: bool,
 ) -> Tensor:
-    """Gradient of the queries, which with `normalize` also fills `factors`, or of the keys, which reads `factors` if
+    """Gradient of the queries, which with `normalize` fills `factors`, or of the keys, which reads `factors` if
     given."""
     batch, length, heads, size = x.shape
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -56,8 +56,7 @@ def _count(length: int, lanes: int, slots: int, least: int) -> int:
 
 
 def make_plan(length: int, causal: bool, block: int, lanes: int, device: torch.device) -> Plan:
-    """Cuts a sequence into pieces of whole small blocks, or of part of a large block, whose tokens all see the same
-    state.
+    """Cuts a sequence into pieces: of whole small blocks, or of part of a large block, whose tokens all see one state.
 
     There are as many pieces as keep a GPU busy: one program per multiprocessor if programs scan blocks with the state
     in registers, else two.
@@ -88,7 +87,7 @@ def steps_of(plan: Plan, block: int, chunk: int) -> tuple[int, int, bool]:
 
 
 def fields_of(q: Tensor, v: Tensor, feature_map: str, plan: Plan, reverse: bool = False) -> dict[str, Any]:
-    """The fields that the tile of a launch depends on. In reverse, features have weights, and states come from later
+    """The fields that a launch's tile depends on; in reverse, features have weights and states come from later
     tokens."""
     return {
         "dtype": dtype_name(q.dtype),
@@ -127,8 +126,7 @@ def empty_states(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
 
 @triton.jit
 def program_of(PIECES, H, SPLITS):
-    """Batch, head, piece and split of a program; neighbouring programs are splits and heads, which share cache
-    lines."""
+    """Batch, head, piece and split of a program; splits and heads, which share cache lines, are neighbours."""
     pid = tl.program_id(0)
     split = pid % SPLITS
     head = pid // SPLITS % H
@@ -212,8 +210,7 @@ def factor(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def features(x, mask, MAP: tl.constexpr):
-    """The feature map of x: exact, so in the dtype of the tokens; float32 for elu1. 0 if `mask` is not set, NaN for
-    NaN."""
+    """The feature map of x, 0 if `mask` is not set, NaN for NaN; exact in the dtype of the tokens, float32 for elu1."""
     if MAP == "identity":
         return x
     elif MAP == "relu":

@@ -59,8 +59,7 @@ def _linear_sums_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """S and z of the tokens of each piece alone; with `factors` (see launch_linear_attention_bwd), the sums for
-    gradients.
+    """S and z of each piece's tokens alone; with `factors` (see launch_linear_attention_bwd), the sums for gradients.
 
     The columns of S are split over programs if they do not all fit in registers.
     """
@@ -221,8 +220,7 @@ _PREFIX_BLOCK = 512
 def prefix_states(
     states: Tensor, S: Tensor | None, z: Tensor | None, last_S: Tensor, last_z: Tensor, plan: Plan, reverse: bool
 ) -> None:
-    """Replaces the sums of pieces by the states that their tokens see; writes the final state to `last_S` and
-    `last_z`."""
+    """Replaces sums of pieces by the states that their tokens see; writes the final state to `last_S` and `last_z`."""
     lanes, pieces, count = states.shape
     grid = (lanes * triton.cdiv(count, _PREFIX_BLOCK),)
     if grid[0] == 0:

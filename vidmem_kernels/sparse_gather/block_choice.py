@@ -102,8 +102,7 @@ def choose_blocks(
     causal: bool,
     backend: str | None,
 ) -> Tensor:
-    """See `vidmem_kernels.topk_blocks`; takes checked arguments, with q and k of one dtype and of the batch or batch
-    1."""
+    """See `vidmem_kernels.topk_blocks`; takes checked arguments, q and k of one dtype and of the batch or batch 1."""
     q, k = q.detach(), k.detach()
     if key_mask is not None and not is_one(key_mask.shape[0]):
         k = k.expand(batch, *k.shape[1:])

@@ -83,8 +83,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows_backward(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of `quantize_rows` with respect to x: d scale / d x is sign(x) / qmax at the first largest |x| of a
-    row."""
+    """Gradient of `quantize_rows` with respect to x: sign(x) / qmax at the first largest |x| of each row, else 0."""
     grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
     if x.shape[-1] == 0:
         return grad

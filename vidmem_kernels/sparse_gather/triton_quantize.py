@@ -18,7 +18,7 @@ _WIDEST_TILE = 8192
 
 
 def _tile(width: int, widest: int, warps: int, elements: int = 16) -> Tile:
-    """Up to `widest` channels at a time, and as many rows as give each thread `elements` of them, but at least one
+    """Up to `widest` channels at a time, and rows such that each thread has `elements` of them, but at least one
     row."""
     block_c = min(widest, width)
     return {"BLOCK_M": max(1, 32 * warps * elements // block_c), "BLOCK_C": block_c, "num_warps": warps}

@@ -230,8 +230,7 @@ def _best_columns_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The `k` smallest keys of each chunk of BLOCK_N columns (or all, if there are fewer), in the order of their
-    columns.
+    """The `k` smallest keys of each chunk of BLOCK_N columns (or all of fewer columns), in the order of their columns.
 
     `values` are (ROWS, N) scores, or the keys that earlier chunks found in `columns`.
     """
@@ -272,8 +271,7 @@ def _best_columns_kernel(
 
 @triton.jit
 def _sort_columns_kernel(keys, columns, out, ROWS, k, out_stride_b, STEP, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sorts columns (ROWS, k) by ascending key, equal keys by column; `out` has STEP rows for each batch element and
-    head."""
+    """Sorts columns (ROWS, k) by key, equal keys by column; `out` has STEP rows for each batch element and head."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     at = tl.arange(0, BLOCK_N)[None, :]
     valid = (row < ROWS) & (at < k)
@@ -284,7 +282,7 @@ def _sort_columns_kernel(keys, columns, out, ROWS, k, out_stride_b, STEP, BLOCK_
 
 
 def _best_columns(scores: Tensor, k: int, out: Tensor) -> None:
-    """Writes the columns of the `k` largest scores of (batch and head, rows, N) to `out`, best first, equal ones by
+    """Writes the columns of the `k` largest of (batch and head, rows, N) scores to `out`, best first, ties by
     column."""
     lanes, step, count = scores.shape
     rows = lanes * step
@@ -319,8 +317,7 @@ def _is_exact(q: Tensor, block_q: int, block_k: int) -> bool:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """For half rows, float32 means are multiplied in three parts on tensor cores: 21 bits of each factor, not 8 or
-    11."""
+    """Float32 means of half rows are multiplied in three parts on tensor cores: 21 bits of each factor, not 8 or 11."""
     return "ieee" if dtype in (torch.float32, torch.float64) else "tf32x3"
 
 

@@ -245,8 +245,7 @@ def match_into(metric: Tensor, memory_metric: Tensor, num_merge: int) -> tuple[T
 
 
 def _match_neighbors(metric: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarity (B, S) and position (B, S) of the best neighbour of each source, and the positions (S,) of the
-    sources."""
+    """Similarity (B, S) and position (B, S) of the best neighbour of each source, and the sources' positions (S,)."""
     batch, tokens, channels = metric.shape
     x = _unit_vectors(metric.detach()).view(batch, *grid, channels)  # indices and counts have no gradient
     position = torch.arange(tokens, device=metric.device).view(*grid)
@@ -308,7 +307,7 @@ def _batch_index(assignment: Tensor) -> Tensor:
 
 
 def _sum_groups(x: Tensor, assignment: Tensor, rows: int, term: Callable[[slice], Tensor] | None = None) -> Tensor:
-    """(B, rows, C) float32 sums over the tokens (B, N, C) of each row, or over `term` of them, in the order of the
+    """(B, rows, C) float32 sums of the tokens (B, N, C), or of `term` of them, over each row, in the order of the
     tokens."""
     batch, tokens, channels = x.shape
     dtype = accumulate_dtype(x.dtype)

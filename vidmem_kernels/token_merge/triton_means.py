@@ -19,8 +19,7 @@ def negative_zero():
 
 @triton.jit
 def _load_member(x, order, k, end, c, N, C, x_stride_n, x_stride_c, order_stride_n):
-    """The token at place `k` of `order`: its number, its row of x, whether it is in the group, and whether it
-    exists."""
+    """The token at place `k` of `order`: its number, its row of x, whether it is in the group and whether it exists."""
     member = k < end
     n = tl.load(order + k.to(tl.int64) * order_stride_n, member, other=0).to(tl.int64)
     valid = member & (n >= 0) & (n < N)
