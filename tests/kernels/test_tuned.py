@@ -72,7 +72,7 @@ def test_a_tile_of_other_constants_is_refused(tables):
     folder, _ = tables
     write(folder, "sm90", {"bf16 64": {"BLOCK_M": 16, "num_warps": 2}})
     with pytest.raises(
-        ValueError, match=r"sm90.json: _kernel\[bf16 64\] has BLOCK_M, num_warps, the kernel takes BLOCK_N"
+        ValueError, match=r"sm90.json: _kernel\[bf16 64\] must have BLOCK_N, .*, got BLOCK_M, num_warps"
     ):
         tunable().tile(GPU, dtype="bf16", size=64, features="")
 

@@ -1,7 +1,7 @@
-"""Triton kernel of cross_attention, and what its gradient shares with it.
+"""Triton kernel of cross_attention, and functions that its gradient shares.
 
-An online softmax over the tiles of keys that a tile of queries needs: first those without any mask, then those with.
-Masks, biases and lists of tiles that a call does not have are not compiled.
+It computes an online softmax over the tiles of keys that a tile of queries needs: first those without a mask, then
+those with one. Masks, biases and tile lists that a call does not use are not compiled.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One tile of keys joins the sums of a tile of queries.
+    """Adds one tile of keys to the sums of a tile of queries.
 
-    Rows of 8 bits are exact factors of scores, which are scaled afterwards. Values are scaled before they are rounded
-    to DTYPE, as users do it: weights times scales would lose bits where float16 has subnormal numbers.
+    8-bit rows are exact factors of scores, which are scaled afterwards. Values are scaled before they are rounded to
+    DTYPE, as users do: weights times scales would lose bits to subnormal numbers of float16.
     """
     tile, listed = entry_of(entries, i)
     start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
@@ -94,7 +94,7 @@ def _attend(
     at = k + first * k_stride_l + (n.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d)
     keys = load_rows(at, inside, d, D, EVEN, MASKED)
     if k_scale is not None:
-        keys = keys.to(tl.float32)  # from int8 the interpreter makes no bfloat16
+        keys = keys.to(tl.float32)  # the interpreter does not convert int8 to bfloat16
     keys = as_operand(keys, DTYPE, INTERPRET)
     score = dot_rows(held, keys, PRECISION)
     if k_scale is not None:
@@ -261,7 +261,7 @@ def _cross_attention_fwd_kernel(
             BLOCK_V, STAGES, HOIST,
         )  # fmt: skip
     log_sum, total = log_sum_of(row_max, row_sum, PRECISION)
-    broken = end < begin  # a block that is out of range
+    broken = end < begin  # a block index is out of range
     log_sum = tl.where(broken, float("nan"), log_sum)
     result = tl.where(broken, float("nan"), acc / total[:, None])
     out += ((batch * LQ + row64[:, None]) * H + head) * DV + dv[None, :]
@@ -270,10 +270,10 @@ def _cross_attention_fwd_kernel(
 
 
 def constants(q: Tensor, v: Tensor) -> dict[str, object]:
-    """Arguments that follow from dtype and head sizes."""
+    """Arguments that follow from the dtype and head sizes."""
     width, value_width = padded(q.shape[3]), padded(v.shape[3])
     return {
-        # TF32 errs more than the reference in float32 does.
+        # The error of TF32 exceeds that of the float32 reference.
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "INTERPRET": triton_interpret(),
         "EVEN": width == q.shape[3],
@@ -284,7 +284,7 @@ def constants(q: Tensor, v: Tensor) -> dict[str, object]:
 
 
 def strides(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Those of (B, L, H, D) tensors, by the names that kernels give them."""
+    """Strides of (B, L, H, D) tensors, by the names of the kernel arguments."""
     return {
         f"{name}_stride_{axis}": stride
         for name, tensor in tensors.items()
@@ -293,8 +293,10 @@ def strides(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def check_blocks(block_index: Tensor | None, block_size: list[int], keys: int) -> None:
-    """Raises IndexError for a block that is out of range, as the reference does; on a GPU, where that would wait for
-    the index, kernels follow no such block and give NaN to its queries instead."""
+    """Raises IndexError for a block that is out of range, as the reference does, unless the index is on a GPU.
+
+    There the check would wait for the index; instead, kernels skip such a block and give NaN to its queries.
+    """
     if block_index is not None and block_index.device.type == "cpu":
         check_index("cross_attention", "block_index", block_index, -1, -(-keys // block_size[1]))
 
@@ -322,7 +324,7 @@ def launch_cross_attention_mixed_fwd(
     scale: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), with scales of rows of 8 bits, and out of a dtype of its own."""
+    """(out, lse), with scales for 8-bit rows, and out of a separate dtype."""
     batch, queries, heads, size = q.shape
     keys, value_size = k.shape[1], v.shape[3]
     check_blocks(block_index, block_size, keys)
@@ -357,7 +359,7 @@ def _scales(k_scale: Tensor | None, v_scale: Tensor | None) -> dict[str, object]
 
 
 def _tile_of(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
-    """The tile of a call, fitted to its blocks, and what it was chosen from."""
+    """The tile of a call, fitted to its blocks, and the choice that it comes from."""
     features = call.features if k.dtype == q.dtype else f"{call.features} rows8".strip()
     fields = fields_of(q, v, features, k.shape[1] < FEW)
     tile, chosen = call.limited(FORWARD.tile(q.device, **fields)), FORWARD.chosen(q.device, **fields)
@@ -370,13 +372,13 @@ def _tile_of(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tile, Chosen]
 def tiles_cross_attention_fwd(
     q, k, v, key_bias, num_sinks, q_time, k_time, window, block_index, block_size, scale
 ) -> list[Chosen]:
-    """The tile that `launch_cross_attention_fwd` takes for the same arguments."""
+    """The tile that `launch_cross_attention_fwd` uses for the same arguments."""
     call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
     return [_tile_of(call, q, k, v)[1]]
 
 
 def tiles_cross_attention_mixed_fwd(q, k, v, k_scale, v_scale, key_bias, *options) -> list[Chosen]:
-    """The tile that `launch_cross_attention_mixed_fwd` takes for the same arguments."""
+    """The tile that `launch_cross_attention_mixed_fwd` uses for the same arguments."""
     return tiles_cross_attention_fwd(q, k, v, key_bias, *options[:-1])
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of the gradient of cross_attention.
 
-Weights are recomputed from lse. In two passes one kernel sums over keys and one over queries, each in its own order. In
-one pass, with five products a pair instead of seven, the kernel that sums over queries adds its shares of the gradient
-of queries by atomics, in any order: only where no deterministic algorithms are asked for.
+Weights are recomputed from lse. In two passes, one kernel sums over keys and one over queries, each in a fixed order.
+In one pass, with five products per pair instead of seven, the kernel that sums over queries adds its share of the
+gradient of queries by atomics, in any order; this is used only if no deterministic algorithms are requested.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def _cross_attention_delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What all keys of a query share: delta, the gradient of its lse taken off, and the base of its weights, in the
-    units of scores. The base of a query that sees nothing is +inf, which makes every weight 0.
+    """Per query: delta, reduced by the gradient of its lse, and the base of its weights, in the units of scores.
+
+    The base of a query that sees no key is +inf, which makes every weight 0.
     """
     batch, head, tile = lane_of(tl.cdiv(LQ, BLOCK_M), H)
     row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -118,7 +119,7 @@ def _tile_of_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What one tile of keys adds to the gradient of a tile of queries."""
+    """Adds the contribution of one tile of keys to the gradient of a tile of queries."""
     tile, listed = entry_of(entries, i)
     start, stop = span_of(tile, LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
@@ -148,7 +149,7 @@ def _tile_of_keys(
     if MASKED:
         weight = tl.where(seen, weight, 0.0)
     grad_score = weight * (dot_rows(held_grad, values, PRECISION) - delta[:, None])
-    if MASKED:  # 0 where a key is hidden, be the gradient NaN
+    if MASKED:  # 0 where a key is hidden, even if the gradient is NaN
         grad_score = tl.where(weight != 0.0, grad_score, 0.0)
     return dot_split(grad_score, keys, grad_q, k.dtype.element_ty, SPLIT, PRECISION, INTERPRET)
 
@@ -256,7 +257,7 @@ def _cross_attention_grad_q_kernel(
             SIZE_K, SINKS, SCALE, k_stride_l, k_stride_d, v_stride_l, v_stride_d, bias_stride_k, True, HAS_BLOCKS,
             HAS_SINKS, SPLIT, PRECISION, INTERPRET, EVEN, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-    total = tl.where(end < begin, float("nan"), total)  # a block that is out of range
+    total = tl.where(end < begin, float("nan"), total)  # a block index is out of range
     grad_q += ((batch * LQ + row64[:, None]) * H + head) * D + d[None, :]
     tl.store(grad_q, (total * SCALE).to(grad_q.dtype.element_ty), (row < stop)[:, None] & (d < D)[None, :])
 
@@ -282,7 +283,7 @@ def launch_cross_attention_bwd(
     block_size: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and key_bias (no elements without one)."""
+    """Gradients of q, k, v and key_bias (empty without one)."""
     batch, queries, heads, size = q.shape
     keys, value_size = k.shape[1], v.shape[3]
     check_blocks(block_index, block_size, keys)
@@ -314,7 +315,7 @@ def launch_cross_attention_bwd(
             **_DELTA_WARPS,
         )
     kv_tile, _ = _kv_tile_of(call, q, v)
-    sums = delta  # stands for a sum that is not asked for
+    sums = delta  # placeholder for a sum that is not needed
     if kv_tile["ONE_PASS"]:
         warn_if_asked("cross_attention_backward on triton")
         sums = torch.zeros(q.shape, dtype=torch.float32, **like)
@@ -337,21 +338,24 @@ def launch_cross_attention_bwd(
 
 
 def one_pass_allowed(arch: int, version: str = triton.__version__) -> bool:
-    """Whether this Triton compiles the product with a transposed product right: 3.4 to 3.7.0 do not on Hopper (tiles of
-    64; flash-linear-attention issues 640 and 983). No other kernel of attention transposes a product."""
+    """Whether this Triton compiles the product with a transposed product correctly.
+
+    Triton 3.4 to 3.7.0 do not on Hopper (tiles of 64; flash-linear-attention issues 640 and 983). No other kernel of
+    attention transposes a product.
+    """
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
     return not (arch == 90 and (3, 4) <= numbers < (3, 7, 1))
 
 
 def _kv_tile_of(call: Call, q: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
-    """The tile of the gradient of keys, fitted to the call's blocks, and what it was chosen from."""
+    """The tile for the gradient of keys, fitted to the call's blocks, and the choice that it comes from."""
     fields = fields_of(q, v, call.features, call.queries < FEW)
-    # In one pass the gradient of a query is summed in the order in which programs come.
+    # In one pass, the gradient of a query is summed in the order in which programs run.
     fixed = must_be_deterministic() or not one_pass_allowed(arch_of(q.device))
     fixed = fixed or fields["dtype"] == "fp32" or min(call.queries, call.keys) < FEW
     fields["order"] = "fixed" if fixed else "any"
     tile, chosen = GRAD_KV.tile(q.device, **fields), GRAD_KV.chosen(q.device, **fields)
-    if fixed and tile["ONE_PASS"]:  # forced, for no table has it
+    if fixed and tile["ONE_PASS"]:  # only if forced: no table has it
         tile = GRAD_KV.default(arch_of(q.device), **fields)
     return call.limited(tile), chosen
 
@@ -359,7 +363,7 @@ def _kv_tile_of(call: Call, q: Tensor, v: Tensor) -> tuple[Tile, Chosen]:
 def tiles_cross_attention_bwd(
     grad_out, grad_lse, q, k, v, key_bias, out, lse, num_sinks, q_time, k_time, window, block_index, block_size, scale
 ) -> list[Chosen]:
-    """The tiles that `launch_cross_attention_bwd` takes for the same arguments."""
+    """The tiles that `launch_cross_attention_bwd` uses for the same arguments."""
     call = Call.of(q, k, key_bias, num_sinks, q_time, k_time, window, block_index, block_size)
     tile, of_keys = _kv_tile_of(call, q, v)
     if tile["ONE_PASS"]:

@@ -1,6 +1,6 @@
-"""Triton kernel of the gradients of keys, values and bias of cross_attention.
+"""Triton kernel for the gradients of keys, values and bias of cross_attention.
 
-Its sums run over queries, so it has lists of the tiles of queries that see a tile of keys.
+It sums over queries, and so uses lists of the tiles of queries that see a tile of keys.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _tile_of_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """What one tile of queries adds to the gradients of a tile of keys; scores are (keys, queries)."""
+    """Adds the contribution of one tile of queries to the gradients of a tile of keys; scores are (keys, queries)."""
     tile, listed = entry_of(entries, i)
     start, stop = span_of(tile, LQ, SIZE_Q, HAS_BLOCKS, BLOCK_M)
     m = tl.arange(0, BLOCK_M)
@@ -105,7 +105,7 @@ def _tile_of_queries(
         weight = tl.where(seen, weight, 0.0)
     grad_v = dot_split(weight, gradient, grad_v, dtype, SPLIT, PRECISION, INTERPRET)
     grad_score = weight * (dot_rows(values, gradient, PRECISION) - row_delta[None, :])
-    if MASKED:  # 0 where a key is hidden, be it NaN
+    if MASKED:  # 0 where a key is hidden, even if it is NaN
         grad_score = tl.where(weight != 0.0, grad_score, 0.0)
     if key_bias is not None:
         grad_bias += tl.sum(grad_score, axis=1)
@@ -113,9 +113,9 @@ def _tile_of_queries(
     if ONE_PASS:
         rounded = as_operand(grad_score, dtype, INTERPRET)
         factor = keys
-        if MASKED and (times is not None or HAS_SINKS):  # keys that no query of the tile sees are no factor
+        if MASKED and (times is not None or HAS_SINKS):  # keys that no query of the tile sees are excluded
             factor = tl.where(tl.max(seen.to(tl.int32), axis=1)[:, None] > 0, keys, tl.zeros_like(keys))
-        # trans(dot) is what Triton 3.4 to 3.7.0 miscompile on Hopper: see `one_pass_allowed`.
+        # Triton 3.4 to 3.7.0 miscompile trans(dot) on Hopper: see `one_pass_allowed`.
         share = tl.dot(tl.trans(rounded), factor, input_precision=PRECISION) * SCALE
         at = grad_q + first * grad_q_stride_l + m.to(tl.int64)[:, None] * grad_q_stride_l + d[None, :]
         tl.atomic_add(at, share, inside[:, None] & (d < D)[None, :], sem="relaxed")
@@ -189,7 +189,7 @@ def _cross_attention_grad_kv_kernel(
 ):
     """grad_k (B, Lk, H, D), grad_v (B, Lk, H, Dv) and grad_bias (B, H, Lk) of one tile of keys.
 
-    In ONE_PASS its share of grad_q (B, Lq, H, D), in float32, is added to what other tiles of keys add.
+    In ONE_PASS, it atomically adds its share of grad_q (B, Lq, H, D), in float32, to those of other tiles of keys.
     """
     count = tiles_in(LK, SIZE_K, HAS_BLOCKS, BLOCK_N)
     batch, head, tile = lane_of(count, H)
@@ -219,7 +219,7 @@ def _cross_attention_grad_kv_kernel(
         high += batch * low_stride_b
     grad_q += (batch * LQ * H + head) * D
     lane = batch * tiles_stride_b + head * tiles_stride_h
-    whole = tl.cdiv(LQ, BLOCK_M)  # keys past the end are 0, and what they add to nobody's sums is not stored
+    whole = tl.cdiv(LQ, BLOCK_M)  # keys past the end are 0, and their gradients are not stored
     begin, middle, end = range_of(ranges, lane * count + tile, whole, whole)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)

@@ -1,7 +1,7 @@
-"""What the Triton kernels of cross_attention share: factors of products, weights, tiles and who sees whom in them.
+"""Parts shared by the Triton kernels of cross_attention: factors of products, weights, tiles and visibility.
 
-In half precision scores and their maxima are in units of log 2: exp2 is what a GPU has, and log2(e) is a part of the
-factor that scales scores anyway.
+In half precision, scores and their maxima are in units of log 2: a GPU has exp2, and log2(e) is folded into the factor
+that scales the scores anyway.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def as_operand(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """x as a factor of tl.dot; the interpreter has no products of bfloat16."""
+    """x as a factor of tl.dot; the interpreter has no bfloat16 products."""
     return x.to(dtype).to(tl.float32) if INTERPRET else x.to(dtype)
 
 
@@ -32,13 +32,13 @@ def exp_of(x, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def unit_of(PRECISION: tl.constexpr):
-    """What a natural logarithm is in the units of scores."""
+    """The factor that converts a natural logarithm to the units of scores."""
     return 1.0 if PRECISION == "ieee" else LOG2E
 
 
 @triton.jit
 def weights_of(product, key_bias, base, SCALE, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """exp(product * SCALE + key_bias - base) of a base in the units of scores; key_bias and base are broadcast."""
+    """exp(product * SCALE + key_bias - base), with base in the units of scores; key_bias and base are broadcast."""
     score = product * (SCALE * unit_of(PRECISION))
     if key_bias is None:
         return exp_of(score - base, PRECISION, INTERPRET)
@@ -50,14 +50,16 @@ def weights_of(product, key_bias, base, SCALE, PRECISION: tl.constexpr, INTERPRE
 
 @triton.jit
 def dot_alone(x, y, PRECISION: tl.constexpr):
-    """x @ y, which the compiler does not make a part of a longer sum."""
+    """x @ y, kept separate by the compiler from a longer sum."""
     return tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=1)
 
 
 @triton.jit
 def dot_rows(x, y, PRECISION: tl.constexpr):
-    """x @ y.T. In float32 one running sum over more than 128 columns would err more than the reference does: even and
-    odd columns, which lie in the same thread, have one each.
+    """x @ y.T.
+
+    In float32, one running sum over more than 128 columns would err more than the reference: even and odd columns,
+    which are in the same thread, are summed separately.
     """
     if PRECISION == "ieee" and x.shape[1] > 128:
         x_even, x_odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
@@ -69,7 +71,7 @@ def dot_rows(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_split(x, y, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + x @ y with x rounded to dtype, or in two such parts: the errors of a few terms do not average out.
+    """acc + x @ y with x rounded to dtype, or in two such parts, because the errors of few terms do not average out.
 
     In float32 the product is summed first: one running sum over thousands of rows would err more than the reference.
     """
@@ -85,14 +87,14 @@ def dot_split(x, y, acc, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl
 
 @triton.jit
 def lane_of(tile_count, H):
-    """Batch, head and tile of a program; the tiles of one head are neighbours, for its keys to stay in the cache."""
+    """Batch, head and tile of a program; the tiles of one head are neighbours, so that its keys stay in the cache."""
     lane = tl.program_id(0) // tile_count
     return (lane // H).to(tl.int64), (lane % H).to(tl.int64), tl.program_id(0) % tile_count
 
 
 @triton.jit
 def tiles_in(L, SIZE, HAS_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tiles cover L rows, where each lies in one block of SIZE rows."""
+    """The number of tiles that cover L rows, each within one block of SIZE rows."""
     return tl.cdiv(L, SIZE) * tl.cdiv(SIZE, BLOCK) if HAS_BLOCKS else tl.cdiv(L, BLOCK)
 
 
@@ -109,7 +111,7 @@ def span_of(tile, L, SIZE, HAS_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def range_of(ranges, row, whole, count):
-    """Begin, middle and end of a row's tiles: without mask up to the middle. Without a list, all of them."""
+    """Begin, middle and end of a row's tiles: without mask up to the middle. Without a list, all tiles."""
     if ranges is not None:
         return tl.load(ranges + row * 3), tl.load(ranges + row * 3 + 1), tl.load(ranges + row * 3 + 2)
     else:
@@ -127,7 +129,7 @@ def entry_of(entries, i):
 
 @triton.jit
 def load_rows(where, there, d, D, EVEN_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a tile, 0 where they are not `there` and past D; `where` points at them."""
+    """Rows of a tile, 0 for rows that are not `there` and for columns past D; `where` points at them."""
     if MASKED and EVEN_D:
         return tl.load(where, there[:, None], other=0.0)
     elif MASKED:
@@ -140,7 +142,7 @@ def load_rows(where, there, d, D, EVEN_D: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def visible(key, stop, listed, when, low, high, SINKS, HAS_BLOCKS: tl.constexpr, HAS_SINKS: tl.constexpr):
-    """Which keys are seen from windows [low, high]; keys along either axis, the rest broadcasts."""
+    """Which keys are visible from windows [low, high]; keys may be on either axis, the rest broadcasts."""
     seen = key < stop
     listed += tl.zeros_like(key)
     if when is not None:
@@ -157,10 +159,10 @@ def visible(key, stop, listed, when, low, high, SINKS, HAS_BLOCKS: tl.constexpr,
 
 @triton.jit
 def seen_by_any(seen, product):
-    """Columns that some row sees: no others are factors, for 0 times NaN is NaN.
+    """Columns that some row sees; all others must be excluded from products, because 0 times NaN is NaN.
 
-    Found from products, which lie in registers anyway, for a mask by itself spilled. One of -inf or NaN may count as
-    hidden: its weight is 0 or NaN whatever it is multiplied with.
+    Derived from the products, which are in registers anyway, because a separate mask spilled. A column of -inf or NaN
+    may count as hidden: its weight is 0 or NaN in any case.
     """
     return tl.max(tl.where(seen, product, float("-inf")), axis=0) > float("-inf")
 
@@ -169,10 +171,10 @@ def seen_by_any(seen, product):
 def softmax_step(
     product, key_bias, seen, row_max, SCALE, PRECISION: tl.constexpr, POSITIVE: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """Weights of a tile of scores, what its maximum takes from the sums so far, and that maximum of the rows.
+    """Weights of a tile of scores, the factor for the sums so far, and the new maxima of the rows.
 
-    Without a bias, and where SCALE is POSITIVE, the maximum is taken before scores are scaled: scaling them and taking
-    it off is one instruction then.
+    Without a bias, and if SCALE is POSITIVE, the maximum is taken before the scores are scaled, so that scaling and
+    subtracting it is one instruction.
     """
     factor = SCALE * unit_of(PRECISION)
     folded: tl.constexpr = key_bias is None and POSITIVE and PRECISION != "ieee"
@@ -191,7 +193,7 @@ def softmax_step(
 
 @triton.jit
 def log_sum_of(row_max, row_sum, PRECISION: tl.constexpr):
-    """The natural logarithm of the sums, -inf for rows that see nothing, and the divisor of those rows."""
+    """The natural logarithm of the sums, -inf for rows that see no key, and the divisor of the rows."""
     empty = row_sum == 0
     total = tl.where(empty, 1.0, row_sum)
     log_sum = row_max + tl.log(total) if PRECISION == "ieee" else (row_max + tl.log2(total)) / LOG2E

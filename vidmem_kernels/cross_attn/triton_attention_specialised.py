@@ -1,8 +1,9 @@
-"""The loop of cross_attention's forward kernel with warps of their own for loads, for sm_90 and sm_100.
+"""The loop of cross_attention's forward kernel with warps dedicated to loads, for sm_90 and sm_100.
 
-Triton specialises the warps of one loop without branches whose every load is by descriptor, on sm_90 with num_warps=4,
-of which it makes 12; anything else it leaves as it is, silently. Hence no masks but the one of the last keys: windows
-and sinks, and blocks that tiles do not divide, keep to pointers. Compiled, never run on a GPU: no default.
+Triton specialises the warps of one loop without branches whose loads all use descriptors; on sm_90 it needs num_warps=4
+and makes 12 of them. It silently leaves any other loop unchanged. So the only mask here is that of the last keys; calls
+with windows or sinks, and with blocks that tiles do not divide, use pointers. Compiled, but never run on a GPU, so it
+is not a default.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .triton_plan import Call
 from .triton_tiles import SPECIALISED
 
 _log = logging.getLogger(__name__)
-_ALIGNED = 16  # bytes, of what a descriptor describes
-unspecialised: set[str] = set()  # keys of tiles that Triton left as they were
+_ALIGNED = 16  # bytes, alignment of a descriptor
+unspecialised: set[str] = set()  # keys of tiles that Triton did not specialise
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def attend_specialised(
 ):  # fmt: skip
     """Sums, maxima and totals of a tile of queries over the tiles of keys of entries[begin:end], or of all keys.
 
-    Rows and columns that a descriptor has not are read as 0. TAIL: the last tile of keys has fewer rows.
+    Rows and columns outside a descriptor are read as 0. TAIL: the last tile of keys has fewer rows.
     """
     dtype: tl.constexpr = v.dtype.element_ty
     of_q = tl.make_tensor_descriptor(q, [LQ, D], [tl.cast(q_stride_l, tl.int64), 1], [BLOCK_M, BLOCK_D])
@@ -67,7 +68,7 @@ def attend_specialised(
 
 
 def why_not(call: Call, tile: Tile, key: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why a call cannot have specialised warps with a tile, or None."""
+    """Why a call cannot use specialised warps with a tile, or None."""
     if key in unspecialised:
         return "Triton specialises no warps of this tile"
     if arch_of(q.device) not in SPECIALISED and not triton_interpret():
@@ -91,11 +92,11 @@ def why_not(call: Call, tile: Tile, key: str, q: Tensor, k: Tensor, v: Tensor) -
 
 
 def launch(kernel: Callable[[], Any], tile: Tile, key: str, device: torch.device) -> None:
-    """Runs a launch that makes descriptors, and looks whether the kernel came out specialised.
+    """Launches a kernel that makes descriptors, and checks that Triton specialised it.
 
-    Triton keeps the allocator of descriptors in a context variable, which the thread of a gradient does not inherit; it
-    is set for this launch alone. Memory is the current stream's: torch hands out multiples of 512 bytes, also while it
-    captures a graph. `key` names what has this tile.
+    Triton keeps the allocator of descriptors in a context variable, which the thread of a backward pass does not
+    inherit; it is set for this launch only. The memory belongs to the current stream: torch allocates multiples of 512
+    bytes, also during graph capture. `key` names what has this tile.
     """
 
     def run():
@@ -103,7 +104,7 @@ def launch(kernel: Callable[[], Any], tile: Tile, key: str, device: torch.device
         return kernel()
 
     compiled = contextvars.copy_context().run(run)
-    if compiled is not None and compiled.metadata.num_warps <= tile["num_warps"]:  # None: nothing is compiled
+    if compiled is not None and compiled.metadata.num_warps <= tile["num_warps"]:  # None: nothing was compiled
         unspecialised.add(key)
         _log.warning(
             "cross_attention: Triton specialised no warps of %s[%s]; its default tile is taken from now", tile, key

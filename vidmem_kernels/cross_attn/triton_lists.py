@@ -1,7 +1,7 @@
-"""Triton kernels that list, for every tile of queries, the tiles of keys that it sees, and the reverse.
+"""Triton kernels that list the tiles of keys that each tile of queries sees, and the reverse.
 
-Each list has two parts: tiles of which every query sees every key, and those that need a mask. Entries stand in order
-of the candidates, so that sums over them are the same from run to run.
+Each list has two parts: tiles of which every query sees every key, and tiles that need a mask. Entries are in the order
+of the candidates, so that sums over them are the same in every run.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ROWS = tl.constexpr(16)  # of a block index at a time, where they are searched for one block
-_BAD = tl.constexpr(-1)  # stands for the end of the list of queries with a block that is out of range
+_ROWS = tl.constexpr(16)  # rows of a block index that are searched for a block at a time
+_BAD = tl.constexpr(-1)  # replaces the end of the list of queries whose block index is out of range
 LIST = {"CHUNK": 64, "num_warps": 4}
-OF_BLOCKS = {"CHUNK": 32, "num_warps": 4}  # for _block_tiles_kernel: of 64 it spills on sm_100
+OF_BLOCKS = {"CHUNK": 32, "num_warps": 4}  # for _block_tiles_kernel: with 64, registers spill on sm_100
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _verdict(
     q_spans, k_spans, q_tile, k_tile, listed, there, LQ, LK, SIZE_Q, SIZE_K, SINKS, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of tiles are all visible, and which are in part; of those that are `there`."""
+    """Which pairs of tiles are fully visible, and which partly, among those that are `there`."""
     parts_q = tl.cdiv(SIZE_Q, BLOCK_M)
     parts_k = tl.cdiv(SIZE_K, BLOCK_N)
     q_start = q_tile // parts_q * SIZE_Q + q_tile % parts_q * BLOCK_M
@@ -91,7 +91,7 @@ def _window_tiles_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The list of one tile, of queries or BY_KEY of keys, where windows alone hide."""
+    """The list of one tile, of queries or BY_KEY of keys, if only windows hide keys."""
     tiles_q = tl.cdiv(LQ, BLOCK_M)
     tiles_k = tl.cdiv(LK, BLOCK_N)
     rows = tiles_k if BY_KEY else tiles_q
@@ -122,7 +122,7 @@ def _put_range(ranges, row, begin, middle, end):
 
 @triton.jit
 def _among(index, stride, block, before, CHUNK: tl.constexpr):
-    """Whether `block` stands in an index, at a place less than `before`."""
+    """Whether `block` is in an index, at a place before `before`."""
     found = tl.zeros_like(block)
     for first in range(0, tl.max(before), CHUNK):
         j = first + tl.arange(0, CHUNK)
@@ -137,7 +137,7 @@ def _scan_blocks(
     entries, full_at, part_at, q_spans, k_spans, index, stride, q_tile, TOPK, LQ, LK, SIZE_Q, SIZE_K, SINKS,
     WRITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Places after the tiles of the listed blocks and then of the sinks', and whether a block is out of range."""
+    """The places after the tiles of the listed blocks and of the sinks, and whether a block is out of range."""
     parts = tl.cdiv(SIZE_K, BLOCK_N)
     count = TOPK + tl.cdiv(SINKS, SIZE_K)
     bad = q_tile * 0
@@ -184,7 +184,7 @@ def _block_tiles_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The list of one tile of queries: of the blocks of its index, each once, and of the sinks."""
+    """The list of one tile of queries: the blocks of its index, each once, and the sinks."""
     parts_q = tl.cdiv(SIZE_Q, BLOCK_M)
     parts_k = tl.cdiv(SIZE_K, BLOCK_N)
     tiles_q = tl.cdiv(LQ, SIZE_Q) * parts_q
@@ -213,7 +213,7 @@ def _scan_queries(
     entries, full_at, part_at, q_spans, k_spans, index, stride_q, stride_k, k_tile, TOPK, LQ, LK, SIZE_Q, SIZE_K,
     SINKS, WRITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Places after the tiles of queries that list the block of a tile of keys, or see sinks in it."""
+    """The places after the tiles of queries that list the block of a tile of keys, or see sinks in it."""
     parts_q = tl.cdiv(SIZE_Q, BLOCK_M)
     block = k_tile // tl.cdiv(SIZE_K, BLOCK_N)
     for first in range(0, tl.cdiv(LQ, SIZE_Q), _ROWS):
@@ -263,8 +263,10 @@ def _block_queries_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The list of one tile of keys: the tiles of queries whose blocks hold it. A launch with COUNT goes before: how
-    long the lists are says where they stand among the CAPACITY entries of their lane.
+    """The list of one tile of keys: the tiles of queries whose block lists contain it.
+
+    A first launch with COUNT computes the lengths of the lists, which determine their places among the CAPACITY entries
+    of their batch element and head.
     """
     tiles_k = tl.cdiv(LK, SIZE_K) * tl.cdiv(SIZE_K, BLOCK_N)
     tile = tl.program_id(0) % tiles_k
@@ -294,7 +296,7 @@ def _block_queries_kernel(
 
 
 def _entries(names: tuple[str, ...], **fixed: object) -> list:
-    """With a window of int64 times and of float32 ones, and without one where a block index can be alone."""
+    """AOT entries with a window of int64 times and of float32 times, and without one if a block index can be alone."""
     given = {"entries": "*i32", "ranges": "*i64", **{name: "*i32" for name in names}}
     sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": LIST["CHUNK"]}
     spans = [{"q_spans": f"*{t}", "k_spans": f"*{t}"} for t in ("i64", "i32")]

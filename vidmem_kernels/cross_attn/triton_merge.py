@@ -1,7 +1,7 @@
 """Triton kernels of merge_attention_states.
 
-Log-sum-exps are few: they are stacked. Outputs are read where they are, _GROUP parts at a time since a kernel takes no
-lists; more parts add to a sum in float32 that the last group rounds. The gradient takes a part at a time.
+Log-sum-exps are small: they are stacked. Outputs are read in place, _GROUP parts at a time because a kernel takes no
+lists; further parts are added to a float32 sum that the last group rounds. The gradient processes one part at a time.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 
 _GROUP = 4
-_ELEMENTS = 1024  # of a tile
+_ELEMENTS = 1024  # per tile
 
 
 @triton.jit
 def _lse_of(at, valid):
-    """-inf for a part without a visible key, where some attentions give +inf."""
+    """lse, with -inf for a part without a visible key, for which some libraries return +inf."""
     lse = tl.load(at, valid, other=0.0)
     return tl.where(lse == float("inf"), float("-inf"), lse)
 
 
 @triton.jit
 def _weight(lse, base):
-    """exp(lse - base), but 0 for a part without a visible key whatever the others' base is."""
+    """exp(lse - base), but 0 for a part without a visible key, whatever the others' base."""
     return tl.where(lse == float("-inf"), 0.0, tl.exp(lse - base))
 
 
@@ -58,7 +58,7 @@ def _merge_states_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds COUNT parts; rows are those of (B, L, H), log-sum-exps stand as (parts, B, H, L), of all and of these."""
+    """Adds COUNT parts; rows are those of (B, L, H), lse tensors are (parts, B, H, L), of all parts and of these."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = row < ROWS
     place = ((row // H // L) * H + row % H) * L + row // H % L
@@ -114,7 +114,7 @@ def _merge_states_part_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of one part: the gradient of its output, and the product of that output with the one of the result."""
+    """For one part: the gradient of its output, and the product of that output with the gradient of the result."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = row < ROWS
     place = ((row // H // L) * H + row % H) * L + row // H % L
@@ -146,7 +146,7 @@ def _merge_states_lse_backward_kernel(
     HAS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of the log-sum-exps, over the products that `grad_lses` holds."""
+    """Gradients of the log-sum-exps; they replace the products in `grad_lses`."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = n < N
     base = tl.load(lse + n, valid, other=0.0)
@@ -167,7 +167,7 @@ def _merge_states_lse_backward_kernel(
 
 
 def _width(channels: int) -> int:
-    """Channels at a time."""
+    """Number of channels processed at a time."""
     return min(256, triton.next_power_of_2(max(1, channels)))
 
 
@@ -176,7 +176,7 @@ def _tile(elements: int, channels: int, warps: int) -> Tile:
 
 
 def _tunable(kernel: str) -> Tunable:
-    """`channels`: at a time."""
+    """`channels`: number of channels processed at a time."""
     return Tunable(
         kernel,
         ("dtype", "channels"),
@@ -198,12 +198,12 @@ def _fields(x: Tensor) -> dict[str, object]:
 
 
 def tiles_merge_attention_states_fwd(outs: list[Tensor], lses: list[Tensor]) -> list[Chosen]:
-    """The tile that `launch_merge_attention_states_fwd` takes for the same arguments."""
+    """The tile that `launch_merge_attention_states_fwd` uses for the same arguments."""
     return [MERGE.chosen(outs[0].device, **_fields(outs[0]))]
 
 
 def tiles_merge_attention_states_bwd(grad_out: Tensor, *rest) -> list[Chosen]:
-    """The tile that `launch_merge_attention_states_bwd` takes for the same arguments."""
+    """The tile that `launch_merge_attention_states_bwd` uses for the same arguments."""
     return [MERGE_GRAD.chosen(grad_out.device, **_fields(grad_out))]
 
 

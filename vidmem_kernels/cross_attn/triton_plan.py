@@ -1,8 +1,8 @@
-"""Which tiles of keys a tile of queries needs, listed by small kernels before a kernel of cross-attention runs.
+"""Determines which tiles of keys a tile of queries needs; small kernels list them before a cross-attention kernel runs.
 
-Times become integers of the same order, so that a window compares as the reference's does: in int64, float32 or
-float64. `_attention_times_kernel` makes them, and what every tile spans; the kernels in triton_lists.py list tiles.
-A window or a block list costs one or two launches, both together three at most; none waits for a GPU.
+Times are converted to integers of the same order, so that a window compares as in the reference: in int64, float32 or
+float64. `_attention_times_kernel` computes them and the span of each tile; the kernels in triton_lists.py list the
+tiles. A window or a block list costs one or two launches, both together at most three; none waits for the GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPANS = {"num_warps": 4}
 
 @triton.jit
 def _ordered(x, WIDE: tl.constexpr):
-    """Integers that order as numbers do, those of NaN beyond infinity's, and which are numbers."""
+    """Integers that order like the numbers, NaN beyond infinity, and which of the numbers are not NaN."""
     known = x == x
     if x.dtype.is_floating():
         x = tl.where(x == 0.0, 0.0, x)  # -0.0 too
@@ -40,7 +40,7 @@ def _ordered(x, WIDE: tl.constexpr):
 
 @triton.jit
 def _moved(time, side, UP: tl.constexpr):
-    """time + side or time - side in int64, or the type's limit where that is beyond; `side` are bits of a uint64."""
+    """time + side or time - side in int64, saturated at the type's limit; `side` holds the bits of a uint64."""
     limit = tl.full(time.shape, _MOST if UP else _LEAST, tl.int64)
     room = limit - time if UP else time - limit
     beyond = side.to(tl.uint64, bitcast=True) > room.to(tl.uint64, bitcast=True)
@@ -49,13 +49,13 @@ def _moved(time, side, UP: tl.constexpr):
 
 @triton.jit
 def _as(x, INTEGER: tl.constexpr, WIDE: tl.constexpr):
-    """Times in the type that they are compared in."""
+    """Times in the dtype in which they are compared."""
     return x.to(tl.int64) if INTEGER else (x.to(tl.float64) if WIDE else x.to(tl.float32))
 
 
 @triton.jit
 def _rows_of(tile, L, SIZE, parts, BLOCK: tl.constexpr):
-    """Rows of a tile, which lies in one block of SIZE, and which of them there are."""
+    """Rows of a tile, which is within one block of SIZE, and which of them exist."""
     begin = tile // parts * SIZE
     row = begin + tile % parts * BLOCK + tl.arange(0, BLOCK)
     return row.to(tl.int64), row < tl.minimum(begin + SIZE, L)
@@ -66,7 +66,7 @@ def _span_queries(
     q_time, left, right, low, high, spans, tile, LQ, SIZE, INTEGER: tl.constexpr, WIDE: tl.constexpr,
     stride_l, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Windows of a tile of queries: low, high and [least low, most low, least high, most high]."""
+    """Windows of a tile of queries: low, high and [min low, max low, min high, max high]."""
     most: tl.constexpr = _MOST if WIDE else 2147483647
     least: tl.constexpr = _LEAST if WIDE else -2147483648
     row, inside = _rows_of(tile, LQ, SIZE, tl.cdiv(SIZE, BLOCK), BLOCK)
@@ -95,7 +95,7 @@ def _span_queries(
 def _span_keys(
     k_time, when, spans, tile, LK, SIZE, stride_l, INTEGER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Times of a tile of keys, and [least, most, whether all are numbers]."""
+    """Times of a tile of keys, and [min, max, whether none is NaN]."""
     most: tl.constexpr = _MOST if WIDE else 2147483647
     least: tl.constexpr = _LEAST if WIDE else -2147483648
     row, inside = _rows_of(tile, LK, SIZE, tl.cdiv(SIZE, BLOCK), BLOCK)
@@ -151,7 +151,7 @@ def _attention_times_kernel(
 
 
 def _bits(side: float, integer: bool) -> int:
-    """A side of a window as the kernel takes it: bits of a uint64 or of a float64, as those of an int64."""
+    """A side of a window as a kernel argument: the bits of a uint64 or a float64, as an int64."""
     if integer:
         side = 0 if side < 0 else 2**64 - 1 if side >= 2**64 else math.floor(side)
         return side - 2**64 if side >= 2**63 else side
@@ -160,7 +160,7 @@ def _bits(side: float, integer: bool) -> int:
 
 @dataclass
 class Windows:
-    """Windows and times as ordered integers, and what they span in every tile."""
+    """Windows and times as ordered integers, and their spans in each tile."""
 
     low: Tensor  # (B|1, Lq)
     high: Tensor  # (B|1, Lq)
@@ -171,7 +171,7 @@ class Windows:
 
 @dataclass
 class Visibility:
-    """What hides keys: windows of times or a block index (or both), with sinks."""
+    """The rules that hide keys: windows of times, a block index, or both, and sinks."""
 
     queries: int
     keys: int
@@ -201,10 +201,11 @@ class Visibility:
         return Windows(low, high, when, q_spans, k_spans)
 
     def arguments(self, block_m: int, block_n: int, by_key: bool) -> dict[str, object]:
-        """Windows, and the tiles of keys of every tile of queries; `by_key` the tiles of queries of every tile of keys.
+        """Windows, and the tiles of keys for each tile of queries; with `by_key`, the tiles of queries for each tile of
+        keys.
 
-        Entries are 2 * tile + listed; those of row r of a lane are entries[begin:middle], where all is visible, and
-        entries[middle:end]. `listed` is 0 where a block is there for its sinks alone.
+        An entry is 2 * tile + listed. For each row of a (batch, head), the entries [begin:middle] are fully visible,
+        the entries [middle:end] need a mask. `listed` is 0 if a block is there only for its sinks.
         """
         parts_q, parts_k = triton.cdiv(self.size_q, block_m), triton.cdiv(self.size_k, block_n)
         blocks_q, blocks_k = triton.cdiv(self.queries, self.size_q), triton.cdiv(self.keys, self.size_k)
@@ -254,13 +255,13 @@ class Visibility:
 
 
 def _stride(x: Tensor) -> int:
-    """Of the batch of a contiguous tensor, 0 where there is one for all."""
+    """Batch stride of a contiguous tensor, 0 if it is shared by the batch."""
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
 @dataclass
 class Call:
-    """Arguments of one call, as the kernels want them."""
+    """The arguments of one call in the form that the kernels need."""
 
     queries: int
     keys: int
@@ -285,7 +286,7 @@ class Call:
 
     @property
     def features(self) -> str:
-        """What a tile depends on: "bias", "window" and "blocks", those that there are."""
+        """The features that a tile depends on: "bias", "window" and "blocks", those that are present."""
         seen = self.visibility
         has = {
             "bias": self.key_bias is not None,
@@ -295,24 +296,24 @@ class Call:
         return " ".join(name for name, there in has.items() if there)
 
     def limited(self, tile: dict[str, object]) -> dict[str, object]:
-        """`tile` with sizes of at most its own that waste least on the blocks of queries and keys."""
+        """`tile` with block sizes that are at most its own and waste the least on the blocks of queries and keys."""
         if self.visibility is None:
             return tile
         sizes = {"BLOCK_M": self.visibility.size_q, "BLOCK_N": self.visibility.size_k}
         return tile | {name: min(tile[name], max(16, triton.next_power_of_2(s))) for name, s in sizes.items()}
 
     def query_tiles(self, block: int) -> int:
-        """Tiles of queries, each in one block."""
+        """The number of tiles of queries, each within one block."""
         size = max(1, self.queries) if self.visibility is None else self.visibility.size_q
         return triton.cdiv(self.queries, size) * triton.cdiv(size, block)
 
     def key_tiles(self, block: int) -> int:
-        """Tiles of keys, each in one block."""
+        """The number of tiles of keys, each within one block."""
         size = max(1, self.keys) if self.visibility is None else self.visibility.size_k
         return triton.cdiv(self.keys, size) * triton.cdiv(size, block)
 
     def arguments(self, tile: dict[str, object], by_key: bool) -> dict[str, object]:
-        """Those that all kernels share; lists the tiles of the call."""
+        """The arguments that all kernels share; lists the tiles of the call."""
         found = dict.fromkeys(("bias", "when", "low", "high", "ranges", "entries"))
         names = ("bias_stride_b", "bias_stride_h", "bias_stride_k", "when_stride_b", "low_stride_b")
         found |= dict.fromkeys((*names, "tiles_stride_b", "tiles_stride_h"), 0)

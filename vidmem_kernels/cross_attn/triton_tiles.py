@@ -1,4 +1,4 @@
-"""Tile sizes of cross_attention's Triton kernels: the defaults, and what tuning may try."""
+"""Tile sizes of cross_attention's Triton kernels: the defaults, and the candidates for tuning."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .._tuned import Tile, Tunable, dtype_name
 
-FEW = 256  # terms of a sum, as of which roundings to half precision average out
-_SIZES = (64, 128, 256)  # head sizes that tiles are kept for
+FEW = 256  # number of terms of a sum from which rounding errors of half precision average out
+_SIZES = (64, 128, 256)  # head sizes in the tables
 
-# A tile of the tables below: queries, keys, warps, stages of the pipeline. Half precision: kernel -> architecture ->
-# head size at most. They spill nothing, whatever the masks and the bias. sm_89 and sm_120 have Ampere's tensor cores
-# and 101,376 bytes of shared memory; where they have no entry, Ampere's fit.
+# Tiles: queries, keys, warps, stages of the pipeline. Half precision: kernel -> architecture -> largest head size. They
+# spill no registers, with any masks and bias. sm_89 and sm_120 have Ampere's tensor cores and 101,376 bytes of shared
+# memory; without an entry of their own, they use Ampere's.
 _HALF = {
     "fwd": {
         80: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},
@@ -33,16 +33,16 @@ _HALF = {
         100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
     },
 }
-# Where offsets kept from step to step would spill and are computed again; elsewhere it is the other way round.
+# Tiles for which offsets kept from step to step would spill, so they are recomputed; for others, recomputing spills.
 _RECOMPUTED = {("fwd", 90), ("fwd", 100), ("grad_q", 90), ("grad_kv", 90), ("grad_kv", 100)}
-# With a window, whose times and masks take registers, where those tiles would spill.
+# With a window, whose times and masks take registers, for tiles that would spill otherwise.
 _WINDOWED = {
     ("fwd", 80, 128): (64, 32, 4, 3),
     ("fwd", 80, 256): (64, 32, 8, 2),
     ("grad_kv", 90, 128): (64, 64, 8, 2),
     ("grad_kv", 90, 256): (32, 32, 8, 1),
 }
-# Of keys and values in 8 bits, which are converted in registers, where those tiles would spill.
+# With 8-bit keys and values, which are converted in registers, for tiles that would spill otherwise.
 _ROWS8 = {
     ("fwd", 80, 64): (64, 32, 4, 3),
     ("fwd", 80, 128): (64, 64, 8, 3),
@@ -50,13 +50,13 @@ _ROWS8 = {
     ("fwd", 90, 256): (64, 32, 8, 2),
     ("fwd", 100, 256): (64, 32, 8, 2),
 }
-# Single precision has no tensor cores to feed: kernel -> head size at most -> the same on every architecture.
+# Single precision does not use tensor cores: kernel -> largest head size -> the same tile on every architecture.
 _SINGLE = {
     "fwd": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
     "grad_q": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
     "grad_kv": {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
-# What tuning tries in half precision besides the default: what a sweep on an H200 found good, and its neighbours.
+# Candidates for tuning in half precision besides the default: good ones of a sweep on an H200, and their neighbours.
 _TRIED = {
     "fwd": [
         (64, 64, 4, 3),
@@ -70,7 +70,7 @@ _TRIED = {
     "grad_kv": [(32, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 1), (64, 64, 8, 2)],
 }
 _ONE_PASS = [(32, 128, 8, 1), (64, 128, 8, 1), (64, 64, 8, 1), (32, 64, 4, 1), (64, 128, 8, 2)]
-SPECIALISED = (90, 100, 103)  # architectures whose warps may be given loads or products of their own
+SPECIALISED = (90, 100, 103)  # architectures that support specialised warps
 
 
 def _tile(numbers: tuple[int, int, int, int], hoist: bool) -> Tile:
@@ -79,13 +79,16 @@ def _tile(numbers: tuple[int, int, int, int], hoist: bool) -> Tile:
 
 
 def _base(kernel: str, arch: int) -> int:
-    """The architecture whose tiles one takes."""
+    """The architecture whose tiles another one uses."""
     return 100 if arch == 103 else arch if arch in _HALF[kernel] else 80
 
 
 def _default(kernel: str, arch: int, dtype: str, size: int, features: str) -> Tile:
-    """`features`: "few" terms have factors in two parts, for which a tile of queries has fewer registers left; "rows8":
-    keys and values have 8 bits."""
+    """The default tile.
+
+    `features`: "few" terms have factors in two parts, which leaves fewer registers for a tile of queries; "rows8": keys
+    and values are 8-bit.
+    """
     half, few, base = dtype != "fp32", "few" in features, _base(kernel, arch)
     numbers = _HALF[kernel][base][size] if half else _SINGLE[kernel][size]
     if half and "window" in features and not few:
@@ -116,8 +119,8 @@ def _fwd_default(arch: int, **fields: Any) -> Tile:
 def _fwd_tried(arch: int, dtype: str, size: int, features: str) -> list[Tile]:
     tried = [t | {"WARP_SPECIALIZE": False} for t in _tried("fwd", arch, dtype, size, features)]
     if arch in SPECIALISED and tried and size <= 128 and not {"window", "rows8"} & set(features.split()):
-        # Specialised warps were compiled, never run: tuning takes them where they are right and faster.
-        # sm_100 spills with 4 warps, and 128 keys need 360 bytes more than it has.
+        # Specialised warps were compiled but never run: tuning selects them only if they are correct and faster.
+        # sm_100 spills with 4 warps, and 128 keys need 360 bytes more shared memory than it has.
         warps, held = (4, (128, 64)) if arch == 90 else (8, (64,))
         tried += [
             _tile((128, keys, warps, 2), True) | {"WARP_SPECIALIZE": True}
@@ -146,14 +149,14 @@ GRAD_Q = Tunable(
     default=lambda arch, **fields: _default("grad_q", arch, **fields),
     candidates=lambda arch, **fields: _tried("grad_q", arch, **fields),
 )
-# order: "any" where the gradient of a query may be summed in any order, "fixed" where it must not.
+# order: "any" if the gradient of a query may be summed in any order, else "fixed".
 GRAD_KV = Tunable(
     "_cross_attention_grad_kv_kernel", (*_FIELDS, "order"), default=_grad_kv_default, candidates=_grad_kv_tried
 )
 
 
 def fields_of(q: Tensor, v: Tensor, features: str, few: bool) -> dict[str, Any]:
-    """What the tile of a call depends on; `few`: its sums have few terms."""
+    """The fields that the tile of a call depends on; `few`: its sums have few terms."""
     size = min(s for s in _SIZES if s >= max(q.shape[3], v.shape[3]))
     words = [features, "few"] if few and q.dtype != torch.float32 else [features]
     return {"dtype": dtype_name(q.dtype), "size": size, "features": " ".join(w for w in words if w)}
@@ -168,8 +171,8 @@ _NONE = ("bias", "when", "low", "high", "ranges", "entries")
 _LIST = {"ranges": "*i64", "entries": "*i32"}
 _WINDOW = {"when": "*i64", "low": "*i64", "high": "*i64", **_LIST}
 _EVERY = (80, 89, 90, 100, 120)
-_LARGE = (80, 90, 100)  # those with the shared memory that D = 256 needs
-# The calls that AOT tables hold: dtype, head size, features, architectures.
+_LARGE = (80, 90, 100)  # architectures with enough shared memory for D = 256
+# The calls in AOT tables: dtype, head size, features, architectures.
 WANTED = (
     ("bf16", 64, "", (80,)),
     ("bf16", 64, "bias", _EVERY),
@@ -188,8 +191,8 @@ WANTED = (
 def variants(
     tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple = WANTED, **constants: object
 ) -> list:
-    """Entries of an AOT table for the calls that are wanted; `others` are types of other arguments than `tensors`, or
-    of those that have none of the call's dtype."""
+    """AOT entries for the calls in `wanted`; `others` are the types of further arguments, or of those without the
+    dtype."""
     return [_entry(tunable, tensors, others, constants, *call) for call in wanted]
 
 

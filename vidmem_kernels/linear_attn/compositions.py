@@ -1,6 +1,6 @@
-"""Linear attention as users compose it of torch in half precision: the yardstick of its kernels there.
+"""Linear attention as users would compose it from PyTorch in half precision: the yardstick of its kernels there.
 
-Features, scores and, where it is multiplied, the state have the dtype of q; the state itself is float32.
+Features, scores and, in products, the state have the dtype of q; the state itself is float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _with_ones(v: Tensor) -> Tensor:
-    """(B, H, L, Dv + 1): the last column of their sums is the denominator."""
+    """(B, H, L, Dv + 1): values with a column of ones, whose sums are the denominator."""
     return F.pad(_heads(v), (0, 1), value=1.0)
 
 
@@ -37,7 +37,7 @@ def _initial_state(q: Tensor, v: Tensor, S: Tensor | None, z: Tensor | None) -> 
 
 
 def _chunks(length: int, causal: bool, block_size: int, device) -> Iterator[tuple[slice, Tensor | None]]:
-    """Tokens of whole blocks, and who sees whom among them; None: they all see the state that has them in it."""
+    """Slices of whole blocks, and which tokens see each other; None: all see the state that includes the slice."""
     block = block_size if causal else max(1, length)
     step = max(1, CHUNK // block) * block
     for start in range(0, length, step):

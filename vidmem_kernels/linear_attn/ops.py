@@ -1,4 +1,4 @@
-"""Linear attention as torch ops: schemas, fakes and gradients."""
+"""Registers the ops of linear attention: schemas, fakes and gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _backward(ops, ctx, grad_out, grad_S, grad_z):
     q, k, v, S, z = ctx.saved_tensors
     if grad_out is None and grad_S is None and grad_z is None:
         return (None,) * (5 + len(ctx.options))
-    # A result that nobody used has no gradient.
+    # An unused result has no gradient.
     grad_out = torch.zeros_like(v) if grad_out is None else grad_out
     states = _state_sizes(q, v)
     grad_S, grad_z = (

@@ -1,7 +1,7 @@
-"""Linear attention in plain differentiable torch: the oracle of every other backend.
+"""Linear attention in plain differentiable PyTorch: the reference for all other backends.
 
-The values carry a column of ones, so that S and z are one state (B, H, D, Dv + 1) and the denominator is one more
-column of the numerator; normalisation and `scale` then touch results and their gradients only.
+The values get a column of ones, so that S and z form one state (B, H, D, Dv + 1) and the denominator is one more column
+of the numerator; normalisation and `scale` then affect only results and their gradients.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 from .._numerics import accumulate_dtype
 
 EPS = 1e-10  # added to the denominator, as in flash-linear-attention
-CHUNK = 128  # tokens at a time: scores inside a chunk, float32 copies of its inputs
+CHUNK = 128  # tokens per chunk, which bounds the scores and the float32 copies of inputs
 
 Span = tuple[int, int]
 
 
 def _elu1(x: Tensor) -> Tensor:
-    # exp(x) for x <= 0 rather than expm1(x) + 1, which cancels.
+    # exp(x) for x <= 0, because expm1(x) + 1 cancels.
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
@@ -36,16 +36,16 @@ def _spans(start: int, stop: int, step: int) -> list[Span]:
 
 
 class _Sequence:
-    """Spans of q, k and v as (B, H, n, ...) in the dtype of the sums, and who sees whom.
+    """Spans of q, k and v as (B, H, n, ...) in the accumulation dtype, and which tokens see each other.
 
-    `groups` are the spans of whole blocks that share a state. With `mask` a group holds many small blocks: its tokens
-    see the state before it and, by the mask, one another. Without, they all see the state that has the group in it.
+    `groups` are the spans of whole blocks that share a state. With `mask`, a group holds many small blocks: its tokens
+    see the state before it and, by the mask, one another. Without, they all see the state that includes the group.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, feature_map: str, causal: bool, block_size: int):
         self.q, self.k, self.v = q, k, v
         self.phi, self.derivative = FEATURE_MAPS[feature_map]
-        # Of what nothing is read or written, an expanded tensor may have any number.
+        # Without channels nothing is read or written, so an expanded tensor may have any length.
         length = q.shape[1] if q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) else 0
         blocks = max(1, CHUNK // block_size)
         self.groups = _spans(0, length, blocks * block_size) if causal else [(0, length)]
@@ -93,7 +93,7 @@ def _split_state(state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Spans (B, H, n, D) as one (B, L, H, D), the shape and dtype of `like`."""
+    """Concatenates spans (B, H, n, D) to one (B, L, H, D), with the shape and dtype of `like`."""
     if not parts:
         return like.clone(memory_format=torch.contiguous_format)  # empty
     return torch.cat([p.transpose(1, 2).to(like.dtype) for p in parts], dim=1)
@@ -140,7 +140,7 @@ def linear_attention_backward(
     normalize: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, S and z; of a token and head only two numbers are kept between the two passes."""
+    """Gradients of q, k, v, S and z; between the two passes only two numbers per token and head are kept."""
     seq = _Sequence(q, k, v, feature_map, causal, block_size)
     factors: dict[Span, tuple[Tensor, Tensor]] = {}
 
@@ -149,7 +149,7 @@ def linear_attention_backward(
         inverse, grad_denominator = factors[span]
         return torch.cat([seq.read(grad_out, span) * inverse, grad_denominator], dim=3)
 
-    # In order: gradient of q, which needs the state up to a token.
+    # Forward pass over the tokens: gradient of q, which needs the state up to each token.
     grads_q = []
     state = _initial_state(q, v, S, z)
     for group in seq.groups:
@@ -172,7 +172,7 @@ def linear_attention_backward(
                 grad_phi = grad_phi + grad_scores @ seq.keys(span)
             grads_q.append((grad_phi * seq.derivative(seq.read(q, span))).to(q.dtype))
 
-    # In reverse: gradients of k and v, which need the gradient of the state from a token on.
+    # Backward pass: gradients of k and v, which need the gradient of the state from each token on.
     grads_k, grads_v = [], []
     grad_state = torch.cat([grad_S, grad_z.unsqueeze(3)], dim=3)
     for group in reversed(seq.groups):

@@ -6,7 +6,7 @@ from . import api
 
 
 def _cases(make):
-    """(label, q, k, v, S, z, feature_map, causal, block_size, normalize, scale)"""
+    """Yields (label, q, k, v, S, z, feature_map, causal, block_size, normalize, scale)."""
 
     def qkv(length, heads=2, size=4, value_size=4, batch=2):
         shape = (batch, length, heads, size)
@@ -29,7 +29,7 @@ def _cases(make):
     strided = (make.strided(t) for t in qkv(7, 3))
     yield "strided", *strided, *map(make.strided, state(3)), "elu1", True, 2, True, 1.0
     yield "one channel", *qkv(5, 1, 1, 1), *none, "elu1", True, 1, True, 1.0
-    # Not relu: the gradient of a query with one small channel left is 0 but for rounding, a budget without a bound.
+    # Not relu: if one small channel of a query is left, its gradient is 0 except for rounding, and so is its budget.
     yield "scale", *qkv(7), *state(), "elu1", False, 1, True, 0.3
     yield "scale, causal, not normalised", *qkv(9), *state(), "elu1", True, 2, False, -0.7
     yield "scale of 0", *qkv(5), *state(), "identity", True, 2, False, 0.0
@@ -68,7 +68,7 @@ QKV = ("B L H 4", "B L H 4", "B L H 6")
 
 
 def attend(feature_map, block):
-    """A call of linear_attention, causal between blocks of so many tokens; 0 for not causal."""
+    """A call of linear_attention, causal in blocks of `block` tokens; 0 means not causal."""
     options = {"feature_map": feature_map, "causal": block > 0, "block_size": block or 1}
     return lambda q, k, v: api.linear_attention(q, k, v, normalize=feature_map != "identity", **options)
 

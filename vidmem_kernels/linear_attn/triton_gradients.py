@@ -1,7 +1,7 @@
-"""Triton kernel of linear attention's gradients of queries and keys; its backward.
+"""Triton kernel for the gradients of queries and keys of linear attention, and the launch of the backward pass.
 
-States, scores and denominators are computed anew. Between the passes of queries and of keys two numbers of a token and
-head are kept; while heads are split over programs, those of every split.
+States, scores and denominators are recomputed. Between the passes over queries and keys, two numbers per token and head
+are kept; if heads are split over programs, two for every split.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ def _linear_gradients_kernel(
 ):
     """Gradient of x = q, with a = grad_out, y = k, b = v; in REVERSE of x = k, with a = v, y = q, b = grad_out.
 
-    Transposed as in the outputs, with the roles of features and values exchanged: t = S a + sum of y (b a). With s
-    the scale, d the denominator and z the sum of the keys that q sees, the gradient of phi(q) is
-    s (t - s (q t) / d z) / d: what cancels in that difference is the same numbers. Rows of S are split over programs
-    when they do not all fit; q t and d are then sums over splits, and t is computed once for them (FACTORS_ONLY) and
-    once more for the gradient.
+    Transposed as in the outputs, with the roles of features and values exchanged: t = S a + sum of y (b a). With s the
+    scale, d the denominator and z the sum of the keys that q sees, the gradient of phi(q) is s (t - s (q t) / d z) / d;
+    the terms that cancel in this difference are computed from the same numbers. Rows of S are split over programs if
+    they do not all fit; q t and d are then sums over splits, and t is computed once for them (FACTORS_ONLY) and once
+    more for the gradient.
     """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
@@ -113,18 +113,18 @@ def _linear_gradients_kernel(
     if factors is not None:
         factors += lane * 2 * L
     dtype: tl.constexpr = x.dtype.element_ty
-    # The factors of a query go into float32 sums, whatever its gradient is rounded to.
+    # The factors of a query enter float32 sums, whatever dtype its gradient is rounded to.
     exact: tl.constexpr = dtype == tl.float32 or (NORMALIZE and not REVERSE)
-    # Of a few tokens' float16 gradients, TF32's rounding of the state alone is more than the yardstick has.
+    # For float16 gradients of few tokens, TF32's rounding of the state alone exceeds the yardstick's error.
     whole: tl.constexpr = exact or (dtype == tl.float16 and not SCAN)
-    # Of few channels hardly anything may be left of a query's difference.
+    # With few channels, a query's difference may cancel almost completely.
     wider: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
     weighted: tl.constexpr = factors is not None and REVERSE
     seen = states + (lane * PIECES + piece // PER_SPAN * PER_SPAN) * COUNT
     state = tl.load(seen + d[:, None] * DV + c[None, :], (d < D)[:, None] & (c < DV)[None, :], other=0.0)
     z = tl.load(seen + D * DV + d, d < D, other=0.0)
     groups = tl.cdiv(end - begin, GROUP)
-    # Masked groups are the steps of the inner loop, so that loads run ahead there.
+    # Masked groups are the steps of the inner loop, so that loads are prefetched.
     for g in tl.range(0, 1 if MASKED else groups):
         start = (begin + (groups - 1 - g if REVERSE else g) * GROUP).to(tl.int32)
         stop = tl.minimum(start + GROUP, end).to(tl.int32)
@@ -211,20 +211,21 @@ def _linear_gradients_kernel(
 
 
 def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
-    """Half tokens of up to 128 channels have all of S in one tile, so that nothing is computed twice for FACTORS_ONLY.
+    """For half-precision heads of up to 128 channels, one tile holds all of S, so that FACTORS_ONLY is not needed.
 
-    Before products of half factors had one part, an H200 took 1.23 ms so for the gradients of 32,760 bfloat16 tokens
-    of 12 heads of 128 channels, rather than 3.42 with tiles of 4,096 elements; causal 5.37 rather than 12.57.
+    Before products of half-precision factors had one part, this took 1.23 ms on an H200 for the gradients of 32,760
+    bfloat16 tokens of 12 heads of 128 channels, instead of 3.42 with tiles of 4,096 elements; causal 5.37 instead of
+    12.57.
     """
     reverse = walk == "scan" and direction == "reverse"
     if dtype == "fp32" or max(size, value_size) > 128:
         tile = 2048 if reverse else 4096
         block_n = 16 if size > 128 or walk == "scan" else 32
     else:
-        # Of float16 the state of a whole sequence is two factors.
+        # For float16, the state of a whole sequence is two factors.
         tile = 8192 if dtype == "fp16" and direction == "reverse" and walk != "scan" else 16384
         block_n = 16 if walk == "scan" and (dtype == "fp16" or arch not in (90, *TENSOR_MEMORY)) else 32
-        if reverse and dtype == "bf16":  # without what a query sees of z
+        if reverse and dtype == "bf16":  # without the part of z that a query sees
             block_n = 64 if arch in TENSOR_MEMORY or arch == 90 else 16 if arch == 120 else 32
     block_d = max(16, min(size, tile // value_size))
     return {
@@ -262,7 +263,8 @@ def _gradients(
     scale: float,
     reverse: bool,
 ) -> Tensor:
-    """Gradient of queries, which with `normalize` fills `factors`, or of keys, which reads them where there are any."""
+    """Gradient of the queries, which with `normalize` fills `factors`, or of the keys, which reads `factors` if
+    given."""
     batch, length, heads, size = x.shape
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = GRADIENTS.tile(x.device, **fields_of(x, a, feature_map, plan, reverse))
@@ -336,7 +338,7 @@ def launch_linear_attention_bwd(
     states = empty_states(q, v, plan)
     last_S = torch.empty(batch, heads, size, v.shape[3], dtype=torch.float32, device=q.device)
     last_z = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
-    # Of a query: what its features weigh in the sums for keys, scale by denominator, and grad_out along out.
+    # Per query: the weight of its features in the sums for keys, scale / denominator, and <grad_out, out>.
     factors = None
     if normalize or scale != 1:
         factors = torch.empty(batch * heads, 2, tokens, dtype=torch.float32, device=q.device)
@@ -346,7 +348,7 @@ def launch_linear_attention_bwd(
     prefix_states(states, S, z, last_S, last_z, plan, reverse=False)
     options = (plan, feature_map, block_size, normalize, scale)
     grad_q = _gradients(q, grad_out, k, v, factors, states, *options, reverse=False)
-    # In reverse: what a token's queries and those after it make of the state.
+    # In reverse: the state from the queries of a token and those after it.
     sum_pieces(q, grad_out, factors, states, plan, feature_map, with_z=normalize)
     prefix_states(states, grad_S, grad_z, last_S, last_z, plan, reverse=True)
     if takes_pairs(q, v, plan):
@@ -386,7 +388,7 @@ def _entry(dtype: str, size: int, feature_map: str, walk: str, masked: bool, rev
     return pointers, constants, (GRADIENTS, fields)
 
 
-# float32 at D = 128 spills only for sm_100 with strides of 64 bits.
+# float32 at D = 128 spills only on sm_100 with 64-bit strides.
 AOT = {
     "_linear_gradients_kernel": [
         _entry("bf16", 128, "relu", "scan", masked=True, reverse=False),

@@ -1,4 +1,4 @@
-"""Triton kernel of linear attention's outputs, and of the gradient of values."""
+"""Triton kernel for the outputs of linear attention, and for the gradient of values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .triton_states import SUMS, prefix_states, sum_pieces
 
 @triton.jit
 def _sum_features(z, y, ones, DTYPE: tl.constexpr, EXACT: tl.constexpr):
-    """z plus the features y (D, tokens) of all tokens; z is (D,), or (D, ONES) for a product to sum."""
+    """z plus the features y (D, tokens) of all tokens; z is (D,), or (D, ONES) if a product computes the sum."""
     if len(z.shape) == 1:
         return z + tl.sum(y.to(tl.float32), axis=1)
     else:
@@ -47,7 +47,7 @@ def _sum_features(z, y, ones, DTYPE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _weigh_features(x, z, ones, DTYPE: tl.constexpr, EXACT: tl.constexpr):
-    """x z of rows x, of the factors that a product would have: (tokens,), or (tokens, ONES) by a product."""
+    """x z for rows x, with the factors that a product would have: (tokens,), or (tokens, ONES) by a product."""
     if len(z.shape) == 1:
         return tl.sum(x.to(tl.float32) * factor(z, DTYPE).to(tl.float32)[None, :], axis=1)
     else:
@@ -97,13 +97,13 @@ def _linear_outputs_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """phi(q) S of a piece's tokens, and in REVERSE that of keys, with what later queries have summed up.
+    """phi(q) S for the tokens of a piece, and in REVERSE the same for keys, with the sums of later queries.
 
-    Scores are of rows, and so a left factor in the registers that they were computed in; keys are loaded transposed.
-    Denominators are what values of one would have: z and the sums of scores are of the same rounded factors, so that
-    the mean of equal values is that value. They come from products too, but for float32, whose products take no
-    tensor cores, and where heads are so large that columns of ones would spill. `factors` weigh the features of k:
-    scale by denominator.
+    Scores have one row per token, so they are a left factor in the registers in which they were computed; keys are
+    loaded transposed. The denominator is computed like the sums for a value of one: z and the sums of scores use the
+    same rounded factors, so that the mean of equal values is exactly that value. Denominators come from products too,
+    except in float32, whose products do not use tensor cores, and for heads so large that columns of ones would spill
+    registers. `factors` weigh the features of k by scale / denominator.
     """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
@@ -125,7 +125,7 @@ def _linear_outputs_kernel(
         z = tl.load(seen + D * DV + d[:, None] + tl.zeros([1, ONES], tl.int32), (d < D)[:, None], other=0.0)
     ones = tl.full([BLOCK_N, ONES], 1.0, dtype)
     groups = tl.cdiv(end - begin, GROUP)
-    # Masked groups are the steps of the inner loop, so that loads run ahead there.
+    # Masked groups are the steps of the inner loop, so that loads are prefetched.
     for g in tl.range(0, 1 if MASKED else groups):
         start = (begin + (groups - 1 - g if REVERSE else g) * GROUP).to(tl.int32)
         stop = tl.minimum(start + GROUP, end).to(tl.int32)
@@ -149,7 +149,7 @@ def _linear_outputs_kernel(
                 first = start + i * BLOCK_N
             n = first + chunk
             held, held_z = state, z
-            if MASKED:  # first of all, since keys as a left factor take registers
+            if MASKED:  # first, because keys as a left factor take registers
                 y = load_columns(k, n, d, stop, D, k_stride_l, k_stride_d)
                 y = feature_columns(y, n, d, stop, D, MAP)
                 if factors is not None:
@@ -182,15 +182,17 @@ def _linear_outputs_kernel(
 
 
 def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
-    """As much of the state as registers hold. A scan of half tokens has half of 128 values a program, of which two fit
-    on a multiprocessor; before sm_90, and on sm_120, factors of products are in registers too.
+    """As much of the state as fits in registers.
+
+    A scan of half-precision tokens holds half of 128 values per program, so that two programs fit on a multiprocessor;
+    before sm_90, and on sm_120, factors of products are in registers too.
     """
     wide = is_wide(dtype, features, direction)
     roomy = arch in TENSOR_MEMORY or arch == 90
     stages = 2
     if walk != "scan":
         block_n, block_v = 32 if wide or size > 128 else 64, (8192 if wide else 16384) // size
-    elif dtype == "fp32" and arch == 120:  # with 64-bit strides other tiles spill kilobytes there
+    elif dtype == "fp32" and arch == 120:  # with 64-bit strides, other tiles spill kilobytes of registers
         block_n, block_v, stages = 32, 2048 // size, 1
     elif dtype == "fp32" or size > 128 or (wide and not roomy):
         block_n, block_v, stages = 16, 4096 // size, 1
@@ -232,7 +234,7 @@ def outputs(
     scale: float,
     reverse: bool,
 ) -> Tensor:
-    """(B, L, H, Dv): what tokens q find in the states, and in the keys and values of their piece."""
+    """(B, L, H, Dv): what the tokens q read from the states and from the keys and values of their piece."""
     batch, length, heads, size = q.shape
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tile = OUTPUTS.tile(q.device, **fields_of(q, v, feature_map, plan, reverse))

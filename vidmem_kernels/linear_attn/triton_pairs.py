@@ -1,8 +1,8 @@
-"""Triton kernel of linear attention's gradients of keys and values where all of a piece's tokens see one state.
+"""Triton kernel for the gradients of keys and values of linear attention if all tokens of a piece see one state.
 
-That is so without `causal` and in large blocks. Keys and values are read once for both gradients. The state lies in
-shared memory both ways, for bfloat16 heads of up to 128 channels, 64 where there is less; others go by
-triton_gradients.
+This is the case without `causal` and in large blocks. Keys and values are read once for both gradients. The state is in
+shared memory in both orientations, for bfloat16 heads of up to 128 channels, or 64 on GPUs with less of it; other calls
+use triton_gradients.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _linear_pair_gradients_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of a piece's keys, dS v + dz, and values, dS^T phi(k), with dS and dz the gradient of S and z.
+    """Gradients of a piece's keys, dS v + dz, and values, dS^T phi(k), where dS and dz are the gradients of S and z.
 
     (channels, tokens), as in triton_gradients: the state is the left factor.
     """
@@ -84,7 +84,7 @@ def _linear_pair_gradients_kernel(
         values = load_columns(v, n, c, end, DV, v_stride_l, v_stride_d)
         phi = load_columns(k, n, d, end, D, k_stride_l, k_stride_d)
         phi = feature_columns(phi, n, d, end, D, MAP)
-        # The two all but cancel where denominators are small, so dS is not rounded here.
+        # The two terms nearly cancel if denominators are small, so dS is not rounded here.
         t = whole_product(to_keys, values, tl.zeros([BLOCK_D, BLOCK_N], tl.float32), dtype, EXACT=True) + z[:, None]
         t = times_derivative(t, phi.to(tl.float32), MAP)
         target = grad_k + n.to(tl.int64)[None, :] * H * D + d[:, None]
@@ -115,7 +115,7 @@ PAIRS = Tunable("_linear_pair_gradients_kernel", FIELDS, _default, _candidates)
 
 
 def takes_pairs(q: Tensor, v: Tensor, plan: Plan) -> bool:
-    """Whether the kernel of this file takes a call: three bfloat16 states must fit in shared memory beside tokens."""
+    """Whether this kernel supports a call: three bfloat16 states must fit in shared memory next to the tokens."""
     largest = 128 if arch_of(q.device) in (80, 90, *TENSOR_MEMORY) else 64
     return not plan.is_scan and q.dtype == torch.bfloat16 and max(q.shape[3], v.shape[3]) <= largest
 

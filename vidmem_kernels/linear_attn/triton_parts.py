@@ -1,7 +1,8 @@
-"""What the Triton kernels of linear attention share: pieces of a sequence, features, products.
+"""Parts shared by the Triton kernels of linear attention: pieces of a sequence, features, products.
 
-A few sequences (heads) must fill a GPU, so each is cut into pieces of a length that only shapes decide. Sums of all
-pieces come first (triton_states), then the state that every piece begins with, then what its tokens find there.
+A few sequences (heads) must fill a GPU, so each sequence is cut into pieces whose length depends only on shapes. The
+sums of all pieces are computed first (triton_states), then the state at the start of each piece, then the outputs of
+its tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from .. import _env
 from .._tuned import dtype_name
 
-PIECE = 256  # least tokens of a piece: 256 KiB of bfloat16 at D = Dv = 128, beside 64 KiB of float32 state
-SCANNED = 512  # tokens of the largest blocks of which a piece holds several
+PIECE = 256  # minimum tokens of a piece: 256 KiB of bfloat16 at D = Dv = 128, compared with 64 KiB of float32 state
+SCANNED = 512  # largest block size for which a piece holds several blocks
 EPS = tl.constexpr(1e-10)
-ONES = tl.constexpr(16)  # columns, all the same, of sums of features: as few as a product may have
+ONES = tl.constexpr(16)  # equal columns of sums of features: the minimum for a product
 FIELDS = ("dtype", "size", "value_size", "features", "walk", "direction")  # what the tiles of all kernels depend on
-TENSOR_MEMORY = (100, 103)  # GPUs that hold sums of products there, not in registers
-# The interpreter multiplies the bits of bfloat16, and cuts rather than rounds to it.
+TENSOR_MEMORY = (100, 103)  # GPUs that hold the sums of products in tensor memory, not in registers
+# The interpreter multiplies the bits of bfloat16, and truncates rather than rounds to it.
 _INTERPRETED = tl.constexpr(_env.triton_interpret())
 
 
@@ -31,14 +32,14 @@ class Plan(NamedTuple):
     """Pieces of a sequence, see `make_plan`."""
 
     pieces: int
-    span: int  # tokens whose queries see the same, or those of a piece
+    span: int  # tokens whose queries see the same state, or the tokens of a piece
     per_span: int  # pieces of a span
     piece: int
     is_scan: bool  # a piece holds several blocks
 
 
 def slots_of(device: torch.device, per_multiprocessor: int) -> int:
-    """Programs that a GPU runs at a time; under the interpreter as many as a small GPU's."""
+    """The number of programs that a GPU runs at a time; in the interpreter, that of a small GPU."""
     if device.type != "cuda":
         return 16 * per_multiprocessor
     return torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
@@ -46,18 +47,19 @@ def slots_of(device: torch.device, per_multiprocessor: int) -> int:
 
 @functools.lru_cache(1024)
 def _count(length: int, lanes: int, slots: int, least: int) -> int:
-    """Pieces of each of `lanes` sequences with which `slots` programs at a time are done first."""
+    """The number of pieces per sequence, for `lanes` sequences, with which `slots` concurrent programs finish first."""
     most = max(1, min(triton.cdiv(length, least), 2 * triton.cdiv(slots, max(1, lanes))))
-    # A state is written, summed up and read: the time of about 128 tokens.
+    # Writing, summing and reading a state takes the time of about 128 tokens.
     return min(
         range(1, most + 1), key=lambda count: triton.cdiv(lanes * count, slots) * (triton.cdiv(length, count) + 128)
     )
 
 
 def make_plan(length: int, causal: bool, block: int, lanes: int, device: torch.device) -> Plan:
-    """Pieces of whole small blocks, which are walked along; or of part of a large one, whose state all of it sees.
+    """Cuts a sequence into pieces: of whole small blocks, or of part of a large block, whose tokens all see one state.
 
-    As many as keep a GPU busy: one program a multiprocessor that walks, with its state in registers, else two.
+    There are as many pieces as keep a GPU busy: one program per multiprocessor if programs scan blocks with the state
+    in registers, else two.
     """
     if causal and block <= SCANNED:
         unit = max(1, 64 // block) * block
@@ -75,9 +77,9 @@ def make_plan(length: int, causal: bool, block: int, lanes: int, device: torch.d
 
 
 def steps_of(plan: Plan, block: int, chunk: int) -> tuple[int, int, bool]:
-    """Tokens of a group and of a block, as far as a step of `chunk` tokens knows, and whether a group holds several.
+    """Tokens of a group and of a block, for a step of `chunk` tokens, and whether a group holds several blocks.
 
-    A group is what a scan goes on by: whole small blocks, whose scores are a masked tile, or one larger block.
+    A scan proceeds by groups: whole small blocks, whose scores are a masked tile, or one larger block.
     """
     if plan.is_scan and block <= chunk:
         return chunk // block * block, block, True
@@ -85,7 +87,8 @@ def steps_of(plan: Plan, block: int, chunk: int) -> tuple[int, int, bool]:
 
 
 def fields_of(q: Tensor, v: Tensor, feature_map: str, plan: Plan, reverse: bool = False) -> dict[str, Any]:
-    """What the tile of a launch depends on. In reverse, features have weights, and states come from what is behind."""
+    """The fields that a launch's tile depends on; in reverse, features have weights and states come from later
+    tokens."""
     return {
         "dtype": dtype_name(q.dtype),
         "size": padded(q.shape[3]),
@@ -102,17 +105,17 @@ def is_wide(dtype: str, features: str, direction: str) -> bool:
 
 
 def tokens_to_walk(q: Tensor, v: Tensor) -> int:
-    """Tokens of which anything is read or written: of none an expanded tensor may have any number."""
+    """The tokens that are read or written; 0 if there is no channel, as an expanded tensor may then have any length."""
     return q.shape[1] if q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]) else 0
 
 
 def padded(channels: int) -> int:
-    """Sides of tiles are powers of two and, for products, at least 16."""
+    """The side of a tile: a power of two and, for products, at least 16."""
     return max(16, triton.next_power_of_2(channels))
 
 
 def state_count(size: int, value_size: int) -> int:
-    """Floats of a state in memory: S, z, and what keeps the next one aligned."""
+    """Floats of a state in memory: S, z, and padding that keeps the next state aligned."""
     return triton.cdiv(size * value_size + size, 4) * 4
 
 
@@ -123,7 +126,7 @@ def empty_states(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
 
 @triton.jit
 def program_of(PIECES, H, SPLITS):
-    """Batch, head, piece and split of a program; splits and heads share tokens' cache lines, so they are neighbours."""
+    """Batch, head, piece and split of a program; splits and heads, which share cache lines, are neighbours."""
     pid = tl.program_id(0)
     split = pid % SPLITS
     head = pid // SPLITS % H
@@ -134,7 +137,7 @@ def program_of(PIECES, H, SPLITS):
 
 @triton.jit
 def bounds_of(piece, L, SPAN, PER_SPAN, PIECE):
-    """First token of a piece and the one after its last; int32, also beside strides that need more."""
+    """First token of a piece and the one after its last; int32, even if strides need int64."""
     first = piece // PER_SPAN * SPAN
     begin = first + piece % PER_SPAN * PIECE
     return begin.to(tl.int32), tl.minimum(tl.minimum(begin + PIECE, first + SPAN), L).to(tl.int32)
@@ -142,26 +145,30 @@ def bounds_of(piece, L, SPAN, PER_SPAN, PIECE):
 
 @triton.jit
 def load_rows(base, n, c, end, C, stride_l, stride_c):
-    """(tokens, channels)"""
+    """Loads (tokens, channels)."""
     mask = (n < end)[:, None] & (c < C)[None, :]
     return tl.load(base + n.to(tl.int64)[:, None] * stride_l + c.to(tl.int64)[None, :] * stride_c, mask, other=0.0)
 
 
 @triton.jit
 def load_columns(base, n, c, end, C, stride_l, stride_c):
-    """(channels, tokens)"""
+    """Loads (channels, tokens)."""
     mask = (c < C)[:, None] & (n < end)[None, :]
     return tl.load(base + c.to(tl.int64)[:, None] * stride_c + n.to(tl.int64)[None, :] * stride_l, mask, other=0.0)
 
 
 @triton.jit
 def exp_negative(x):
-    """exp(x) of x <= 0 or NaN, to about a rounding. tl.exp is ex2.approx of a rounded product: what that product's
-    rounding and the approximation leave is several times the error of float32 references."""
+    """exp(x) for x <= 0 or NaN, accurate to about one rounding.
+
+    tl.exp is ex2.approx of a rounded product; the rounding and the approximation together have several times the error
+    of float32 references.
+    """
     x = tl.where(x < -104.0, -104.0, x)  # rounds to 0
-    shifted = x * 1.44269502162933349609375 + 12582912.0  # rounds to an integer, which the low bits then hold
+    shifted = x * 1.44269502162933349609375 + 12582912.0  # rounds to an integer, held in the low bits
     n = shifted - 12582912.0
-    r = x - n * 0.693145751953125 - n * 1.428606765330187045037746429443359375e-06  # ln 2, whose high part is short
+    # ln 2 in two parts, the first with few bits.
+    r = x - n * 0.693145751953125 - n * 1.428606765330187045037746429443359375e-06
     total = r * (1.0 / 5040) + 1.0 / 720
     total = total * r + 1.0 / 120
     total = total * r + 1.0 / 24
@@ -170,7 +177,7 @@ def exp_negative(x):
     total = total * r + 1.0
     total = total * r + 1.0
     power = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    first = power >> 1  # 2**power may be too small for one float
+    first = power >> 1  # 2**power may underflow, so it is applied in two factors
     low = ((first + 127) << 23).to(tl.float32, bitcast=True)
     high = ((power - first + 127) << 23).to(tl.float32, bitcast=True)
     return total * low * high
@@ -178,7 +185,7 @@ def exp_negative(x):
 
 @triton.jit
 def _rounded(x, BITS: tl.constexpr):
-    """float32 rounded, to even, to one whose last BITS are 0."""
+    """float32 rounded to nearest even, so that its last BITS bits are 0."""
     raised = x.to(tl.int32, bitcast=True)
     raised += ((raised >> BITS) & 1) + ((1 << (BITS - 1)) - 1)
     return tl.where(x == x, (raised & (-1 << BITS)).to(tl.float32, bitcast=True), x)
@@ -186,9 +193,10 @@ def _rounded(x, BITS: tl.constexpr):
 
 @triton.jit
 def factor(x, DTYPE: tl.constexpr):
-    """x as a factor of a product, where the tokens are of DTYPE: rounded to it once.
+    """x as a factor of a product for tokens of DTYPE: rounded once to that dtype.
 
-    Sums and features outgrow float16's range, so beside float16 they are float32 of as many bits, which is TF32.
+    Sums and features exceed the range of float16, so for float16 tokens they are float32 with as many bits, which is
+    TF32.
     """
     if x.dtype != tl.float32 or DTYPE == tl.float32:  # noqa: SIM300
         return x
@@ -202,7 +210,7 @@ def factor(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def features(x, mask, MAP: tl.constexpr):
-    """Exact, so in the dtype of the tokens; elu1's in float32. 0 where `mask` is not set, NaN of NaN."""
+    """The feature map of x, 0 if `mask` is not set, NaN for NaN; exact in the dtype of the tokens, float32 for elu1."""
     if MAP == "identity":
         return x
     elif MAP == "relu":
@@ -239,17 +247,18 @@ def times_derivative(t, phi, MAP: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr):
-    """acc + a b, where the tokens are of DTYPE; EXACT where float32 results come of it.
+    """acc + a b for tokens of DTYPE; EXACT if the results are float32.
 
-    A tensor core multiplies exactly, but cuts off, rather than rounds, each sum of some 16 products and the
-    accumulator: over 1,024 tokens of one sign up to float32's last six bits. So with EXACT a tile's products are summed
-    by themselves and added in registers, as in DeepSeek-V3's float8 products. Triton makes of `acc + tl.dot(a, b)` a
-    sum in the tensor core again, unless max_num_imprecise_acc is set (which otherwise matters to float8 alone).
+    A tensor core multiplies exactly, but truncates rather than rounds each sum of some 16 products and the accumulator:
+    over 1,024 tokens of one sign this affects up to the last six bits of float32. With EXACT, the products of a tile
+    are therefore summed separately and added in registers, as in DeepSeek-V3's float8 products. Triton turns `acc +
+    tl.dot(a, b)` back into a sum in the tensor core unless max_num_imprecise_acc is set (which otherwise affects only
+    float8).
 
-    float32 tokens are multiplied without tensor cores: three products of TF32 parts err more than float32 may.
+    float32 tokens are multiplied without tensor cores: three products of TF32 parts exceed the error budget of float32.
 
-    No factor is the transpose of a product: of `dot(trans(dot(...)), x)` Triton 3.4 to 3.7.0 makes wrong code for
-    Hopper at tiles of 64. What has to be transposed is computed transposed, or loaded so.
+    No factor is the transpose of a product: Triton 3.4 to 3.7.0 miscompile `dot(trans(dot(...)), x)` for Hopper at
+    tiles of 64. Transposed factors are computed transposed, or loaded transposed.
     """
     if DTYPE == tl.float32:  # noqa: SIM300
         return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
@@ -264,14 +273,14 @@ def product(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _rest(x, DTYPE: tl.constexpr):
-    """What rounding to a factor leaves; of infinity nothing."""
+    """The remainder of rounding to a factor; 0 for infinity."""
     rest = x - factor(x, DTYPE).to(tl.float32)
     return tl.where(rest == rest, rest, 0.0)
 
 
 @triton.jit
 def whole_product(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr):
-    """`product` which, with EXACT, has also what rounding leaves of a float32 factor: all but a float32's last bits."""
+    """`product` that, with EXACT, adds the product of the rounding remainders of a float32 factor."""
     if EXACT and DTYPE != tl.float32:  # noqa: SIM300
         if a.dtype == tl.float32:
             acc = product(_rest(a, DTYPE), b, acc, DTYPE, EXACT)
@@ -283,13 +292,13 @@ def whole_product(a, b, acc, DTYPE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def first_column(x, ONES: tl.constexpr):
-    """Of a (rows, ONES) tile."""
+    """The first column of a (rows, ONES) tile."""
     return tl.sum(tl.where((tl.arange(0, ONES) == 0)[None, :], x, 0.0), axis=1)
 
 
 @triton.jit
 def divide(x, y, EXACT: tl.constexpr):
-    """x / y; rounded correctly where no rounding to a shorter dtype follows."""
+    """x / y; correctly rounded if no rounding to a shorter dtype follows."""
     if x.dtype == tl.float64:
         return x / y
     elif EXACT:
@@ -301,7 +310,7 @@ def divide(x, y, EXACT: tl.constexpr):
 
 @triton.jit
 def sees(CHUNK: tl.constexpr, BLOCK, BACK: tl.constexpr):
-    """(tokens, tokens) of a group: those of a row's own block and, with BACK, of earlier ones; else of later ones."""
+    """(tokens, tokens) mask of a group: a row sees its own block and, with BACK, earlier blocks; else later ones."""
     block = (tl.arange(0, CHUNK) // BLOCK).to(tl.int32)
     if BACK:
         return block[:, None] >= block[None, :]

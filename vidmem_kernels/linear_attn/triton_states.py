@@ -1,7 +1,7 @@
-"""Triton kernels of linear attention's states: the sums of pieces, the states before them.
+"""Triton kernels for the states of linear attention: the sums of pieces, and the states before them.
 
 With B * H = 12, L = 32,760 and D = Dv = 128, the 22 pieces of a head on a GPU of 132 multiprocessors have 17 MiB of
-float32 sums: they are written, read and written again by the prefix, and read by what comes after. The bfloat16 keys
+float32 sums: they are written, read and written again by the prefix sum, and read by the next kernel. The bfloat16 keys
 and values are 2 * 96 MiB.
 """
 
@@ -59,8 +59,10 @@ def _linear_sums_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """S and z of the pieces' tokens alone. With `factors` (see launch_linear_attention_bwd) the sums that gradients
-    need. The columns of S are split over programs when they do not all fit in registers."""
+    """S and z of each piece's tokens alone; with `factors` (see launch_linear_attention_bwd), the sums for gradients.
+
+    The columns of S are split over programs if they do not all fit in registers.
+    """
     batch, head, piece, split = program_of(PIECES, H, SPLITS)
     begin, end = bounds_of(piece, L, SPAN, PER_SPAN, PIECE)
     d = tl.arange(0, BLOCK_D)
@@ -75,7 +77,7 @@ def _linear_sums_kernel(
         n = first + tl.arange(0, BLOCK_N)
         y = feature_columns(load_columns(k, n, d, end, D, k_stride_l, k_stride_d), n, d, end, D, MAP)
         w = load_rows(v, n, c, end, DV, v_stride_l, v_stride_d)
-        # The same factors in S and z: equal values have their mean, and of a gradient the two all but cancel.
+        # The same factors in S and z: the mean of equal values is exact, and the two nearly cancel in gradients.
         if factors is not None:
             at = factors + lane * 2 * L + n
             y = y.to(tl.float32) * tl.load(at, n < end, other=0.0)[None, :]
@@ -115,7 +117,7 @@ def _linear_prefix_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of pieces become, in place, the state before each (SCAN), or that of its span in the span's first piece."""
+    """Replaces the sums of pieces by the state before each (SCAN), or by that of its span in the span's first piece."""
     tiles = tl.cdiv(COUNT, BLOCK)
     lane = (tl.program_id(0) // tiles).to(tl.int64)
     at = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -132,7 +134,7 @@ def _linear_prefix_kernel(
     states += lane * PIECES * COUNT + at
     valid = in_S | in_z
     step = tl.full([], 1, tl.int64) * COUNT
-    # The slot that is written lies behind those that are loaded ahead.
+    # The slot being written is behind those that are prefetched.
     for i in tl.range(0, PIECES, num_stages=4):
         piece = PIECES - 1 - i if REVERSE else i
         own = tl.load(states + piece * step, valid, other=0.0)
@@ -141,7 +143,7 @@ def _linear_prefix_kernel(
             state += own
         else:
             state += own
-            # In reverse the first piece of a span is its last to come.
+            # In reverse, the first piece of a span comes last.
             if piece % PER_SPAN == (0 if REVERSE else PER_SPAN - 1):
                 tl.store(states + piece // PER_SPAN * PER_SPAN * step, state, valid)
     tl.store(last_S + lane * D * DV + at, state, in_S)
@@ -149,7 +151,7 @@ def _linear_prefix_kernel(
 
 
 def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str, walk: str, direction: str) -> Tile:
-    """Products of float32 tokens take registers, and so do both parts of a weighted feature."""
+    """Products of float32 tokens need registers, and so do both parts of a weighted feature."""
     wide = is_wide(dtype, features, direction)
     block_v = min(value_size, (8192 if wide or size > 128 else 16384) // size)
     return {
@@ -161,7 +163,7 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
 
 
 def _candidates(arch: int, **fields) -> list[Tile]:
-    """Half of the values at a time leave room for two programs a multiprocessor, which both read the keys."""
+    """Half of the values at a time leave room for two programs per multiprocessor, which both read the keys."""
     if fields["dtype"] == "fp32":
         return []
     widest = _default(arch, **fields)["BLOCK_V"]
@@ -184,7 +186,7 @@ def sum_pieces(
     """Fills `states` with the sums of the pieces; without `with_z`, their z is 0."""
     batch, length, heads, size = k.shape
     tile = SUMS.tile(k.device, **fields_of(k, v, feature_map, plan, reverse=factors is not None))
-    splits = max(1, triton.cdiv(v.shape[3], tile["BLOCK_V"]))  # z also has to be summed beside no values
+    splits = max(1, triton.cdiv(v.shape[3], tile["BLOCK_V"]))  # z must be summed even without value channels
     grid = (batch * heads * plan.pieces * splits,)
     if grid[0] == 0:
         return
@@ -218,7 +220,7 @@ _PREFIX_BLOCK = 512
 def prefix_states(
     states: Tensor, S: Tensor | None, z: Tensor | None, last_S: Tensor, last_z: Tensor, plan: Plan, reverse: bool
 ) -> None:
-    """Turns sums of pieces into the states that their tokens see; the final state goes to `last_S` and `last_z`."""
+    """Replaces sums of pieces by the states that their tokens see; writes the final state to `last_S` and `last_z`."""
     lanes, pieces, count = states.shape
     grid = (lanes * triton.cdiv(count, _PREFIX_BLOCK),)
     if grid[0] == 0:

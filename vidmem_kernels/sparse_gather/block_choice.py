@@ -1,7 +1,7 @@
-"""`topk_blocks` of blocks of their own lengths, with a mask of keys, blocks that are always there, and causal order.
+"""`topk_blocks` with blocks of different lengths, a key mask, blocks that are always chosen, and causal order.
 
-Means are taken of blocks that are gathered into places of one length, and chosen among by the op itself, as blocks of
-one row. Causal order alone has an op of its own, which holds the scores of some query blocks at a time.
+The means are computed from blocks padded to one length; the op then chooses among the means as blocks of one row.
+Causal order has its own op, which holds the scores of only some query blocks at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._numerics import accumulate_dtype
 
 
 def check_always(op: str, always: Sequence[int] | Tensor, q: Tensor, blocks_q: int, blocks_k: int, most: int) -> None:
-    """Checks what a user gave as such; at most `most` blocks of a list have a place."""
+    """Checks the user's `always`; a list may have at most `most` blocks."""
     if isinstance(always, Tensor):
         check_same(op, "q and always must be on the same device", q.device, always.device)
         if always.dtype == torch.bool:
@@ -41,13 +41,13 @@ def check_always(op: str, always: Sequence[int] | Tensor, q: Tensor, blocks_q: i
 def _means(
     x: Tensor, sizes: Tensor | None, size: int, mask: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """(B, blocks, H, D) means of blocks of rows that the mask has; (B|1, blocks) whether a block has any."""
+    """(B, blocks, H, D) means over the rows that the mask keeps; (B or 1, blocks) whether a block has such rows."""
     batch, length, heads, channels = x.shape
     if sizes is None:
         sizes = block_sizes_of(length, size, x.device)
     rows = padded_rows(sizes, size).unsqueeze(0)
     if mask is not None:
-        with_none = torch.cat([mask, mask.new_zeros(mask.shape[0], 1)], dim=1)  # which is what row -1 finds
+        with_none = torch.cat([mask, mask.new_zeros(mask.shape[0], 1)], dim=1)  # for row -1
         rows = torch.where(with_none[:, rows[0]], rows, -1)
     shape = (sizes.shape[0], size)
     count = (rows >= 0).unflatten(1, shape).sum(2)
@@ -58,15 +58,15 @@ def _means(
 
 
 def _always(always: Sequence[int] | Tensor, blocks: Tensor) -> Tensor:
-    """(nq|1, nk) mask of the blocks that a user wants always."""
+    """(query blocks or 1, key blocks) mask of the blocks that are always chosen."""
     if not isinstance(always, Tensor):
         always = torch.tensor(always, dtype=torch.int64, device=blocks.device)
     return always if always.dtype == torch.bool else (always.unsqueeze(1) == blocks).any(0, keepdim=True)
 
 
 def _best(q: Tensor, k: Tensor, present: Tensor, topk: int, backend: str | None) -> Tensor:
-    """(B, H, nq, topk) blocks of the best scores; -1 where no more are present."""
-    # The op knows no mask, but NaN counts as -inf, and of equal scores the first ones are taken: the others go last.
+    """(B, H, query blocks, topk) blocks with the best scores; -1 if fewer are present."""
+    # The op has no mask, but it treats NaN as -inf and takes the first of equal scores: hidden blocks come last.
     order = (~present).sort(dim=1, stable=True).indices
     hidden = ~present.gather(1, order)
     k = k.gather(1, order.unsqueeze(2).unsqueeze(3).expand(k.shape)).masked_fill(
@@ -78,7 +78,7 @@ def _best(q: Tensor, k: Tensor, present: Tensor, topk: int, backend: str | None)
 
 
 def _put_first(index: Tensor, priority: Tensor) -> Tensor:
-    """The list with the blocks of a priority (B|1, nq|1, nk) above 0 before all others, whose order stays."""
+    """Moves blocks of positive priority (B or 1, query blocks or 1, key blocks) to the front, the highest first."""
     topk = index.shape[3]
     found = priority.topk(topk, dim=2)
     first = found.indices.masked_fill(found.values == 0, -1).unsqueeze(1)
@@ -102,11 +102,11 @@ def choose_blocks(
     causal: bool,
     backend: str | None,
 ) -> Tensor:
-    """See `vidmem_kernels.topk_blocks`; arguments as checked there, q and k of one dtype and of batch or 1."""
+    """See `vidmem_kernels.topk_blocks`; takes checked arguments, q and k of one dtype and of the batch or batch 1."""
     q, k = q.detach(), k.detach()
     if key_mask is not None and not is_one(key_mask.shape[0]):
         k = k.expand(batch, *k.shape[1:])
-    offset = k.shape[1] - q.shape[1]  # of causal order
+    offset = k.shape[1] - q.shape[1]  # aligns queries to the end of the keys
     if causal:
         rows = q_sizes if q_sizes is not None else block_sizes_of(q.shape[1], block_size[0], q.device)
         columns = k_sizes if k_sizes is not None else block_sizes_of(k.shape[1], block_size[1], k.device)
@@ -116,12 +116,12 @@ def choose_blocks(
     q, k = (x.expand(batch, *x.shape[1:]) for x in (q, k))
     blocks = torch.arange(k.shape[1], device=k.device)
     if causal:
-        # Plain torch on every backend: no other has this op.
+        # Plain PyTorch on every backend: no other implements this op.
         index = call("topk_blocks_causal", q, k, own, present, topk, backend="auto").long()
     else:
         index = _best(q, k, present, topk, backend)
     if causal or always is not None:
-        # Its own block first, then by number.
+        # The query block's own block first, then by number.
         wanted = blocks >= blocks.shape[0] if always is None else _always(always, blocks)
         priority = torch.where(wanted, blocks.shape[0] - blocks, 0)
         if causal:

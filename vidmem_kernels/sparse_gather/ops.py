@@ -1,4 +1,4 @@
-"""Sparse gathering as torch ops: schemas, fakes and gradients."""
+"""Registers the ops of sparse gathering: schemas, fakes and gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def _gather_backward(ops, ctx, grad):
 
     def scatter(values):
         where = index
-        if batch == 1 != values.shape[0]:  # all lanes read one bank: one sum of all, not one a lane that autograd adds
+        if (
+            batch == 1 != values.shape[0]
+        ):  # a bank shared by the batch: one sum over the batch, not one per element that autograd adds
             count = values.shape[0] * values.shape[1]
             values, where = values.reshape(1, count, values.shape[2]), index.reshape(1, count)
         return ops.scatter_add_tokens(values, where, rows).to(ctx.bank_device)
@@ -40,7 +42,7 @@ def _gather_backward(ops, ctx, grad):
         return scatter(grad.to(wider)).to(ctx.bank_dtype), None, None, None
     if ctx.needs_input_grad[0]:
         raise RuntimeError("gather_tokens: bank must not require a gradient, which 8-bit dtypes cannot have; detach it")
-    # out = scale * row, so d/dscale is <grad, row>; the rows are read once more, unscaled.
+    # out = scale * row, so d/dscale is <grad, row>; the unscaled rows are gathered again.
     row = ops.gather_tokens(bank, index, torch.ones_like(scale, pin_memory=scale.is_pinned()), torch.float32)
     along = (grad.to(torch.float32) * row).sum(dim=2, keepdim=True)
     return None, None, scatter(along).squeeze(2), None
@@ -186,7 +188,7 @@ register_op(
 )
 
 
-# The choice of `topk_blocks` in causal order, among means that are taken already: plain torch everywhere.
+# `topk_blocks` in causal order, on means that are already computed: plain PyTorch on every backend.
 register_op(
     "topk_blocks_causal(Tensor q, Tensor k, Tensor last, Tensor present, SymInt topk) -> Tensor",
     reference=reference.topk_blocks_causal,

@@ -24,7 +24,7 @@ def gather_tokens(make):
     rows = make.randint(-127, 128, (2, 7, 37), torch.int8)
     yield "int8", (rows, index, scale, None)
     yield "int8, strided", (make.strided(rows), index, make.strided(scale), make.dtype)
-    # Every byte: subnormals and both zeros; the two NaNs apart, for they leave no other gradient of scale.
+    # Every byte, with subnormals and both zeros; the two NaNs separately, as they make the gradient of scale NaN.
     codes = torch.arange(256, dtype=torch.uint8, device=make.device)
     nans = codes[(codes & 0x7F) == 0x7F].repeat(7).view(1, 7, 2).view(torch.float8_e4m3fn)
     codes = codes[(codes & 0x7F) != 0x7F].repeat(7).view(1, 7, 254).view(torch.float8_e4m3fn)
@@ -120,7 +120,7 @@ def topk_blocks_causal(make):
 
 
 def _bank(m, s, dtype=None):
-    """A bank with an index into it; of codes, with their scale too."""
+    """A bank with an index into it; for 8-bit dtypes also the scale."""
     index = m.randint(-1, s["M"], (s["B"], s["K"]))
     if dtype is None:
         return m.randn(s["B"], s["M"], s["C"]), index

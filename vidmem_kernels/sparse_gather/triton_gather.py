@@ -1,4 +1,4 @@
-"""Triton kernel of gather."""
+"""Triton kernel of gather_tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from .._triton_tiles import FIRST_WITH_FLOAT8, RowMove, distinct, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, arch_of, dtype_name
 
-# Two warps read 512 channels of bfloat16, which divides the rows of real models; 4 loads of 16 bytes in each thread
-# are on their way before the first is used, and registers leave room for 40 warps a multiprocessor.
+# Two warps read 512 bfloat16 channels, which divides the rows of real models; each thread has 4 loads of 16 bytes in
+# flight before the first is used, and registers allow 40 warps per multiprocessor.
 _MOVE = RowMove(warps=4, across=2, loads=4)
 _MOVES = [_MOVE, *(RowMove(*m) for m in ((4, 1, 4), (4, 4, 2), (4, 4, 4), (4, 2, 8), (1, 1, 4), (1, 1, 8), (8, 2, 4)))]
 
@@ -29,9 +29,9 @@ GATHER = Tunable("_gather_tokens_fwd_kernel", ("bank", "out", "width"), _gather_
 
 @triton.jit
 def _decode_float8_e4m3fn(code):
-    """float32 of e4m3fn bytes held as uint8; sm_80 has no instruction for it, and this is as exact.
+    """float32 values of e4m3fn bytes held as uint8, exactly; sm_80 has no instruction for it.
 
-    The bits are those of a float16 whose exponent is 8 too small; subnormals come out right by themselves.
+    The bits are those of a float16 whose exponent is too small by 8; subnormals come out right without a special case.
     """
     bits = code.to(tl.int16)
     half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
@@ -60,7 +60,7 @@ def _gather_tokens_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """HAS_FLOAT8: the GPU converts e4m3fn by itself."""
+    """HAS_FLOAT8: the GPU has an instruction that converts e4m3fn."""
     # Offsets in int64: a bank may hold more than 2**31 elements.
     batch, k = tile_of(K, BLOCK_K)
     bits: tl.constexpr = max(bank.dtype.element_ty.primitive_bitwidth, out.dtype.element_ty.primitive_bitwidth)
@@ -81,7 +81,7 @@ def _gather_tokens_fwd_kernel(
         value = value.to(tl.float32) * factor[:, None]
     if value.dtype != tl.float64 or out.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
-    # -1 asks for zeros; any other row outside the bank is an error that a kernel can only mark.
+    # -1 asks for zeros; any other row outside the bank is an error, which a kernel can only mark by NaN.
     value = tl.where((valid | (row == -1))[:, None], value, float("nan"))
     target = out + (batch * K + k[:, None]) * C + c[None, :]
     tl.store(target, value.to(out.dtype.element_ty), in_k[:, None] & (c < C)[None, :])
@@ -135,13 +135,13 @@ def launch_gather_tokens_fwd(
 def tiles_gather_tokens_fwd(
     bank: Tensor, index: Tensor, scale: Tensor | None, out_dtype: torch.dtype | None
 ) -> list[Chosen]:
-    """The tiles that `launch_gather_tokens_fwd` takes."""
+    """The tiles that `launch_gather_tokens_fwd` uses."""
     return [GATHER.chosen(index.device, **_gather_fields(bank, _out_dtype(bank, scale, out_dtype)))]
 
 
-# What benchmarks/compile_kernels.py compiles ahead of time, per kernel: pointer types, constants (an argument that is
-# None or 1 is one, as at run time) and (Tunable, fields) or warps, of the calls that real shapes make; where a call is
-# compiled otherwise on other architectures, also those it is for, as in (80, 90).
+# The calls that benchmarks/compile_kernels.py compiles ahead of time, those of real shapes, per kernel: pointer types,
+# constants (including arguments that are None or 1, as at run time), (Tunable, fields) or warps, and the architectures,
+# such as (80, 90), if the call is compiled differently on others.
 _UNIT = {"bank_stride_c": 1, "index_stride_k": 1}
 _PLAIN = {"scale": None, "HAS_SCALE": False, "IS_FLOAT8": False, "HAS_FLOAT8": False}
 

@@ -1,4 +1,4 @@
-"""Triton kernels of row quantisation."""
+"""Triton kernels of quantize_rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from .._triton_tiles import FIRST_WITH_FLOAT8, distinct
 from .._tuned import Chosen, Tile, Tunable, arch_of, dtype_name
 from .reference import QUANTIZED_MAX, scale_limits
 
-# The widest row that a program keeps in registers; wider ones are read twice.
+# The widest row that a program keeps in registers; wider rows are read twice.
 _WIDEST_TILE = 8192
 
 
 def _tile(width: int, widest: int, warps: int, elements: int = 16) -> Tile:
-    """Rows of at most `widest` channels at a time, so many that a thread has `elements` of them, or one row."""
+    """Up to `widest` channels at a time, and rows such that each thread has `elements` of them, but at least one
+    row."""
     block_c = min(widest, width)
     return {"BLOCK_M": max(1, 32 * warps * elements // block_c), "BLOCK_C": block_c, "num_warps": warps}
 
@@ -28,7 +29,7 @@ def _forward_tile(arch: int, dtype: str, rows: str, width: int) -> Tile:
 
 
 def _forward_tiles(arch: int, dtype: str, rows: str, width: int) -> list[Tile]:
-    # Narrower blocks read a row again, from the first level of the cache.
+    # Narrower blocks read a row again, from the L1 cache.
     return distinct(_tile(width, widest, warps) for widest in (_WIDEST_TILE, 1024) for warps in (1, 2, 4, 8))
 
 
@@ -46,7 +47,7 @@ QUANTIZE_GRAD = Tunable("_quantize_rows_bwd_kernel", ("dtype", "width"), _backwa
 
 @triton.jit
 def _magnitude_bits(value):
-    """Bits of |value|, whose order as integers is that of the magnitudes, infinity and then NaN last."""
+    """Bits of |value|, which order as integers like the magnitudes, infinity and then NaN last."""
     if value.dtype == tl.float64:
         return value.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -63,7 +64,7 @@ def _infinity_bits(bits):
 
 @triton.jit
 def _divide(a, b):
-    """IEEE division, which `/` is in float64 only."""
+    """IEEE division; in Triton, `/` is IEEE only in float64."""
     a, b = tl.broadcast(a, b)
     if a.dtype == tl.float64:
         return a / b
@@ -73,10 +74,10 @@ def _divide(a, b):
 
 @triton.jit
 def _divide_rows(value, divisor, INTERPRET: tl.constexpr):
-    """IEEE quotients of rows by their positive divisors, where they are not too small for any code.
+    """IEEE quotients of rows by their positive divisors, exact unless too small for any code.
 
-    The reciprocal of a row, rounded right, and two corrections by exact remainders (Markstein): 6 instructions an
-    element, where a division has about 20. Divisors are scaled to [1, 2), so that no remainder vanishes. The
+    Uses the correctly rounded reciprocal of a row and two corrections by exact remainders (Markstein): 6 instructions
+    per element instead of about 20 for a division. Divisors are scaled to [1, 2), so that no remainder underflows. The
     interpreter rounds a product before it is added.
     """
     if INTERPRET or divisor.dtype == tl.float64:
@@ -96,11 +97,11 @@ def _divide_rows(value, divisor, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _encode_float8_e4m3fn(value):
-    """e4m3fn bytes of float32 of magnitude 464 at most, nearest, ties to even; sm_80 has no instruction for it."""
+    """e4m3fn bytes of float32 values up to magnitude 464, to nearest, ties to even; sm_80 has no instruction for it."""
     bits = value.to(tl.int32, bitcast=True)
     rest = bits & 0x7FFFFFFF
     normal = ((rest + 0x7FFFF + ((rest >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2**-6 codes count units of 2**-9, which is what the addition rounds to.
+    # Below 2**-6, codes are multiples of 2**-9, to which the addition rounds.
     shifted = rest.to(tl.float32, bitcast=True) + 16384.0
     subnormal = shifted.to(tl.int32, bitcast=True) - 0x46800000
     return (((bits >> 24) & 0x80) | tl.where(rest < 0x3C800000, subnormal, normal)).to(tl.uint8)
@@ -108,16 +109,16 @@ def _encode_float8_e4m3fn(value):
 
 @triton.jit
 def _quantize(value, scale, IS_FLOAT8: tl.constexpr, HAS_FLOAT8: tl.constexpr, INTERPRET: tl.constexpr):
-    """Codes of `value`; rows whose scale is 0 or NaN are zeros."""
+    """Codes of `value`; rows whose scale is 0 or NaN become zeros."""
     usable = scale > 0
     quotient = _divide_rows(value, tl.where(usable, scale, 1.0), INTERPRET)
     quotient = tl.where(usable[:, None], quotient, 0.0)
-    if HAS_FLOAT8:  # 464 is the largest that comes, and rounds to 448
+    if HAS_FLOAT8:  # the largest value is 464, which rounds to 448
         return quotient.to(tl.float32).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     elif IS_FLOAT8:
         return _encode_float8_e4m3fn(quotient.to(tl.float32))
     else:
-        # Adding 1.5 * 2**mantissa leaves no fraction: rounds to nearest, ties to even, and the lowest byte is the code.
+        # Adding 1.5 * 2**mantissa removes the fraction: rounds to nearest, ties to even; the lowest byte is the code.
         if scale.dtype == tl.float64:
             return (quotient + 6755399441055744.0).to(tl.int64, bitcast=True).to(tl.int8)
         else:
@@ -145,7 +146,7 @@ def _quantize_rows_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """N = B * M rows, BLOCK_M a program."""
+    """Quantises N = B * M rows, BLOCK_M per program."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = (row < N)[:, None]
     source = (x + (row // M) * x_stride_b + (row % M) * x_stride_m)[:, None]
@@ -216,7 +217,7 @@ def launch_quantize_rows_fwd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def tiles_quantize_rows_fwd(x: Tensor, dtype: torch.dtype) -> list[Chosen]:
-    """The tiles that `launch_quantize_rows_fwd` takes."""
+    """The tiles that `launch_quantize_rows_fwd` uses."""
     return [QUANTIZE.chosen(x.device, **_forward_fields(x, dtype))]
 
 
@@ -251,7 +252,7 @@ def _quantize_rows_bwd_kernel(
         at = start + c
         value = tl.load(source[:, None] + at * x_stride_c, in_rows[:, None] & (at < C), other=0)
         bits = _magnitude_bits(value)
-        # The first NaN counts, whatever its payload.
+        # The first NaN counts, regardless of its payload.
         bits = tl.where(at < C, tl.minimum(bits, _infinity_bits(bits) + 1), -1)
         here = tl.max(bits, axis=1)
         where = tl.min(tl.where(bits == here[:, None], at, C), axis=1)
@@ -262,7 +263,7 @@ def _quantize_rows_bwd_kernel(
     slope = tl.load(grad_scale + (row // M) * grad_scale_stride_b + (row % M) * grad_scale_stride_m, in_rows, other=0)
     sign = tl.where(largest > 0, 1.0, tl.where(largest < 0, -1.0, 0.0)).to(sum_dtype)
     step = _divide(slope * sign, tl.full((), QMAX, sum_dtype))
-    step = tl.where((factor < SMALLEST) | (factor > LARGEST), 0.0, step)  # where the scale is limited
+    step = tl.where((factor < SMALLEST) | (factor > LARGEST), 0.0, step)  # where the scale is clamped
     step = tl.where(best >= _infinity_bits(best), float("nan"), step)
     for start in range(0, C, BLOCK_C):
         at = start + c
@@ -272,7 +273,7 @@ def _quantize_rows_bwd_kernel(
 
 
 def launch_quantize_rows_bwd(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient in (B, M, C) of the scales (B, M); see `reference.quantize_rows_backward`."""
+    """Gradient of the scales (B, M) with respect to x (B, M, C); see `reference.quantize_rows_backward`."""
     channels = x.shape[2]
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if grad.numel() == 0:
@@ -297,7 +298,7 @@ def launch_quantize_rows_bwd(grad_scale: Tensor, x: Tensor, dtype: torch.dtype) 
 
 
 def _aot(dtype: torch.dtype, rows: torch.dtype, width: int, *archs: tuple[int, ...], **constants):
-    """A call on rows of `width`, on the architectures."""
+    """A call on rows of `width`, for the architectures."""
     wide = accumulate_dtype(dtype)
     pointers = {"x": _pointer(dtype), "out": "*u8" if rows == torch.float8_e4m3fn else "*i8", "scale": _pointer(wide)}
     constants = {"IS_FLOAT8": rows == torch.float8_e4m3fn, "INTERPRET": False, **constants}

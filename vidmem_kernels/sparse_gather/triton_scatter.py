@@ -1,7 +1,8 @@
-"""Triton kernels of scatter-add.
+"""Triton kernels of scatter_add_tokens.
 
-A stable sort groups the sources by row, so that each row is summed by one program, in order, without atomics. A row of
-more than _PIECE sources is summed in pieces of as many, by programs of their own, and then over these.
+A stable sort groups the sources by output row, so that one program sums each row, in order and without atomics. A row
+with more than _PIECE sources is split into pieces of _PIECE sources, which separate programs sum; their sums are then
+added.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .._triton_tiles import tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 
 _PIECE = 256  # sources that one program adds up
-_BLOCK = 256  # of the kernels that make an index
+_BLOCK = 256  # elements per program in the kernels that make an index
 
 
 def _sum_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
@@ -26,7 +27,7 @@ def _sum_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 
 def _sum_tile(arch: int, dtype: str, width: int) -> Tile:
-    # 16 bytes of 4 sources a thread; fewer threads where a row is narrower than 4 warps.
+    # Each thread reads 16 bytes of 4 sources; fewer threads if a row is narrower than 4 warps.
     vector = vector_of(dtype)
     warps = max(1, min(4, width // (32 * vector)))
     return {"BLOCK_C": min(32 * warps * vector, width), "SOURCES": 4, "num_warps": warps}
@@ -38,7 +39,7 @@ SUM_ROWS = Tunable("_sum_rows_fwd_kernel", ("dtype", "width"), _sum_tile, _sum_t
 
 @triton.jit
 def _group_keys_kernel(index, key, N, K, NUM_ROWS, index_stride_b, index_stride_k, BLOCK: tl.constexpr):
-    """What sorts N = B * K sources by their output row: the row, or NUM_ROWS for those that are dropped."""
+    """Sort keys of N = B * K sources: the output row, or NUM_ROWS for a dropped source."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(index + (i // K) * index_stride_b + (i % K) * index_stride_k, i < N, other=0).to(tl.int64)
     tl.store(key + i, tl.where((row < 0) | (row >= NUM_ROWS), NUM_ROWS, row).to(key.dtype.element_ty), i < N)
@@ -46,7 +47,7 @@ def _group_keys_kernel(index, key, N, K, NUM_ROWS, index_stride_b, index_stride_
 
 @triton.jit
 def _group_offsets_kernel(key, offsets, K, NUM_ROWS, STEPS, BLOCK: tl.constexpr):
-    """Offsets (B, NUM_ROWS + 1): of the K sorted keys of a batch, how many are below each row. 2**STEPS > K."""
+    """Offsets (B, NUM_ROWS + 1): how many of the K sorted keys of a batch element are below each row. 2**STEPS > K."""
     batch, row = tile_of(NUM_ROWS + 1, BLOCK)
     low, high = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64) + K
     for _ in range(STEPS):
@@ -61,7 +62,7 @@ def _group_offsets_kernel(key, offsets, K, NUM_ROWS, STEPS, BLOCK: tl.constexpr)
 def _sum_sources(
     src, order, begin, end, c, C, src_stride_k, src_stride_c, SOURCES: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Sum, in order, of the rows of `src` that `order` names from `begin` to `end`, SOURCES of them read at once."""
+    """Sum, in order, of the rows of `src` that `order` lists from `begin` to `end`; reads SOURCES of them at once."""
     sum_dtype: tl.constexpr = tl.float64 if src.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros([BLOCK_C], dtype=sum_dtype)
     for first in range(begin, end, SOURCES):
@@ -90,10 +91,11 @@ def _sum_pieces_fwd_kernel(
     SOURCES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One slot and channel block a program: the piece of a group of more than PIECE sources that belongs there.
+    """Sums one piece of a group with more than PIECE sources, for one slot and channel block per program.
 
-    Slot 2 i holds the piece that begins in the i-th PIECE of sorted positions and is not the first of its group, slot
-    2 i + 1 the one that is. There is one of each at most, for only groups longer than PIECE have pieces.
+    The sorted positions are divided into ranges of PIECE. Slot 2 i holds the piece that begins in range i and is not
+    the first of its group, slot 2 i + 1 the piece that is the first. There is at most one of each, because only groups
+    longer than PIECE have pieces.
     """
     slots = 2 * tl.cdiv(K, PIECE)
     batch = (tl.program_id(0) // slots).to(tl.int64)
@@ -102,7 +104,7 @@ def _sum_pieces_fwd_kernel(
     is_first = slot % 2
     low = slot // 2 * PIECE
     high = tl.minimum(low + PIECE, K)
-    # A long group that begins here holds the last position, any other one the first.
+    # A long group that begins here covers the last position, any other covers the first.
     row = tl.load(keys + batch * K + tl.where(is_first > 0, high - 1, low)).to(tl.int64)
     group = offsets + batch * (M + 1) + tl.minimum(row, M - 1)
     start = tl.load(group)
@@ -138,7 +140,7 @@ def _sum_rows_fwd_kernel(
     SOURCES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One output row and channel block a program: its group of source rows, or of their pieces, summed in order."""
+    """Sums the source rows of one output row, or their pieces, in order, for one channel block per program."""
     batch = (tl.program_id(0) // M).to(tl.int64)
     row = (tl.program_id(0) % M).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -158,7 +160,7 @@ def _sum_rows_fwd_kernel(
 
 
 def _group_keys(index: Tensor, num_rows: int) -> Tensor:
-    """(B, K) keys of the sources, in the narrowest dtype that holds them: torch sorts 8 bits of a key a pass."""
+    """(B, K) keys of the sources, in the narrowest dtype that holds them: torch sorts 8 bits of a key per pass."""
     dtype = next(d for d in (torch.int16, torch.int32, torch.int64) if num_rows <= torch.iinfo(d).max)
     key = torch.empty(index.shape, dtype=dtype, device=index.device)
     if key.numel() > 0:
@@ -169,7 +171,7 @@ def _group_keys(index: Tensor, num_rows: int) -> Tensor:
 
 
 def _group_offsets(key: Tensor, num_rows: int) -> Tensor:
-    """(B, num_rows + 1) int64: where each row's sources begin among sorted keys (B, K)."""
+    """(B, num_rows + 1) int64: where the sources of each row begin in the sorted keys (B, K)."""
     batch, count = key.shape
     offsets = torch.empty(batch, num_rows + 1, dtype=torch.int64, device=key.device)
     _group_offsets_kernel[(triton.cdiv(num_rows + 1, _BLOCK) * batch,)](
@@ -207,7 +209,7 @@ def launch_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> 
 
 
 def tiles_scatter_add_tokens_fwd(src: Tensor, index: Tensor, num_rows: int) -> list[Chosen]:
-    """The tiles that `launch_scatter_add_tokens_fwd` takes."""
+    """The tiles that `launch_scatter_add_tokens_fwd` uses."""
     kernels = [SUM_PIECES, SUM_ROWS] if src.shape[1] > _PIECE else [SUM_ROWS]
     return [kernel.chosen(src.device, **_fields(src)) for kernel in kernels]
 

@@ -13,7 +13,7 @@ from .._triton_tiles import RowMove, distinct, tile_of, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_gather import launch_gather_tokens_fwd, tiles_gather_tokens_fwd
 
-# A thread adds up the squares of 2 loads of 16 bytes at a time.
+# Each thread sums the squares of 2 loads of 16 bytes at a time.
 _MOVE = RowMove(warps=4, across=4, loads=2)
 _MOVES = [_MOVE, *(RowMove(*m) for m in ((4, 4, 1), (4, 2, 4), (4, 1, 4), (2, 2, 2), (1, 1, 4), (8, 8, 1)))]
 
@@ -37,9 +37,9 @@ def _load_row_tile(source, start, C, stride, valid, BLOCK_C: tl.constexpr, dtype
 
 @triton.jit
 def _score_of(norm, power, MANTISSA: tl.constexpr):
-    """What orders as norm * 2**power does, which may be beyond the range of the dtype.
+    """A value that orders like norm * 2**power, which itself may exceed the range of the dtype.
 
-    That times 2**-64, and a negative number where its exponent is too small even then; NaN and infinity stay.
+    It is norm * 2**power * 2**-64, or a negative number if even that underflows; NaN and infinity are unchanged.
     """
     code: tl.constexpr = tl.int64 if MANTISSA == 52 else tl.int32
     key = norm.to(code, bitcast=True) + ((power - 64).to(code) << MANTISSA)
@@ -62,14 +62,14 @@ def _norm_keys_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Keys of the L2 norms of ROWS = B * N rows; those whose squares overflow or vanish are read again."""
+    """Keys of the L2 norms of ROWS = B * N rows; rows whose squares overflow or underflow are read again."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = x + ((row // N) * x_stride_b + (row % N) * x_stride_n)[:, None]
     sum_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     code: tl.constexpr = tl.int64 if sum_dtype == tl.float64 else tl.int32
     MANTISSA: tl.constexpr = 52 if sum_dtype == tl.float64 else 23
     BIAS: tl.constexpr = 1023 if sum_dtype == tl.float64 else 127
-    # Of a smaller sum, part may have vanished.
+    # A smaller sum may have lost terms by underflow.
     LEAST: tl.constexpr = 2.0**-900 if sum_dtype == tl.float64 else 2.0**-100
     squares = tl.zeros([BLOCK_N, BLOCK_C], sum_dtype)
     for start in range(0, C, BLOCK_C):
@@ -79,7 +79,9 @@ def _norm_keys_kernel(
     power = tl.zeros([BLOCK_N], tl.int32)
     again = (row < ROWS) & ((total >= LEAST) & (total < float("inf")) == 0)
     if tl.max(again.to(tl.int32), axis=0) > 0:
-        largest = tl.zeros([BLOCK_N, BLOCK_C], code)  # bits of magnitudes order as they do, NaN above infinity
+        largest = tl.zeros(
+            [BLOCK_N, BLOCK_C], code
+        )  # bits of magnitudes, which have their order, with NaN above infinity
         for start in range(0, C, BLOCK_C):
             value = _load_row_tile(source, start, C, x_stride_c, again, BLOCK_C, sum_dtype)
             largest = tl.maximum(largest, tl.abs(value).to(code, bitcast=True))
@@ -112,7 +114,7 @@ def _norm_fields(x: Tensor) -> dict[str, str | int]:
 
 
 def _keys(x: Tensor, score: Tensor | None) -> Tensor:
-    """(B, N) keys of scores, or of the norms of the rows of x."""
+    """(B, N) keys of the scores, or of the norms of the rows of x."""
     batch, rows, channels = x.shape
     wide = accumulate_dtype(x.dtype if score is None else score.dtype)
     key = torch.empty(batch, rows, dtype=torch.int64 if wide == torch.float64 else torch.int32, device=x.device)
@@ -145,7 +147,7 @@ def launch_select_tokens_fwd(x: Tensor, keep: int, score: Tensor | None) -> tupl
 
 
 def tiles_select_tokens_fwd(x: Tensor, keep: int, score: Tensor | None) -> list[Chosen]:
-    """The tiles that `launch_select_tokens_fwd` takes."""
+    """The tiles that `launch_select_tokens_fwd` uses."""
     keys = [NORM_KEYS.chosen(x.device, **_norm_fields(x))] if score is None else []
     return keys + tiles_gather_tokens_fwd(x, x, None, None)
 

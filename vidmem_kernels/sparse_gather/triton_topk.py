@@ -1,9 +1,9 @@
 """Triton kernels of topk_blocks.
 
-First, means of blocks; rows of half precision that are blocks by themselves stay what they are, for tensor cores. Of
-one block wanted, the scores are compared in registers. Of several, the scores of some query blocks with all key blocks
-are written, few enough for the cache; the best of every row of scores are found by bisection of their keys and not by a
-sort, in chunks of columns whose winners meet again. Only these are sorted.
+First the means of the blocks are computed; half-precision rows that are blocks on their own are left as they are, for
+tensor cores. For topk = 1, the scores are compared in registers. For larger topk, the scores of some query blocks with
+all key blocks are written, few enough for the cache; the best of each row of scores are found by bisection of their
+keys rather than by a sort, in chunks of columns whose winners are compared again. Only the winners are sorted.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .._triton_tiles import distinct, vector_of
 from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_quantize import _divide
 
-# Scores held at a time: 32 MiB in float32, which the second level of the caches of sm_80 and later holds.
+# Scores held at a time: 32 MiB in float32, which fits the L2 cache of sm_80 and later.
 _SCORES = 1 << 23
-_STEP = 64  # query blocks are scored in multiples of as many
-_NARROW, _CHUNK = 256, 4096  # columns of a row that are looked at together: of short rows several rows at once
-_SORTED_AT_ONCE = 256  # best columns that a program sorts
+_STEP = 64  # query blocks are scored in multiples of this number
+_NARROW, _CHUNK = 256, 4096  # columns of a row per program; short rows are combined
+_SORTED_AT_ONCE = 256  # columns that a program sorts
 _LAST = tl.constexpr(2**31 - 1)
 
 
@@ -40,7 +40,7 @@ def _means_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 def _dot_tile(arch: int, dtype: str, width: int) -> Tile:
     if dtype in ("bf16", "fp16"):
-        return _dot(64 if arch in (100, 103) else 128, 64, min(64, width), 8, 3)  # 128 spill there
+        return _dot(64 if arch in (100, 103) else 128, 64, min(64, width), 8, 3)  # with 128, registers spill
     return _dot(64, 64, min(32, width), 8, 3)
 
 
@@ -53,8 +53,8 @@ def _dot_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 
 def _nearest_tile(arch: int, dtype: str, width: int) -> Tile:
-    # Running maxima and where they were take two registers an element: with 4 warps, 3 programs share a multiprocessor,
-    # and one multiplies while another compares.
+    # Running maxima and their positions take two registers per element: with 4 warps, 3 programs share a
+    # multiprocessor, and one multiplies while another compares.
     half = dtype in ("bf16", "fp16")
     return _dot(64, 64, min(64, width), 4, 3) if half else _dot(64, 32, min(16, width), 8, 3)
 
@@ -64,7 +64,7 @@ def _dot(q: int, k: int, d: int, warps: int, stages: int) -> Tile:
 
 
 def _best_tile(arch: int, columns: int) -> Tile:
-    # A warp alone needs no barrier to count.
+    # A single warp counts without a barrier.
     return {_NARROW: {"BLOCK_R": 2, "num_warps": 1}, _CHUNK: {"BLOCK_R": 1, "num_warps": 8}}.get(
         columns, {"BLOCK_R": 1, "num_warps": 16}
     )
@@ -120,7 +120,7 @@ def _block_means_kernel(
     for i in tl.range(0, tl.minimum(SIZE, L), loop_unroll_factor=8):
         at = row + i
         total += tl.load(source + at[:, None] * x_stride_l, (at < L)[:, None] & in_d, other=0).to(sum_dtype)
-    size = tl.maximum(tl.minimum(L - row, SIZE), 1)  # no division by zero past the end
+    size = tl.maximum(tl.minimum(L - row, SIZE), 1)  # avoids a division by zero past the end
     mean = _divide(total, size.to(sum_dtype)[:, None])
     target = means + ((batch * H + head) * COUNT + n[:, None]) * D + d[None, :]
     tl.store(target, mean.to(means.dtype.element_ty), (n < COUNT)[:, None] & in_d)
@@ -141,7 +141,7 @@ def _block_means(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _products(q, k, row, column, ROWS, K, D, PRECISION: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Products of rows `row` of q with rows `column` of k, in float32 (float64 of float64)."""
+    """Products of rows `row` of q with rows `column` of k, in float32 (float64 for float64)."""
     dtype: tl.constexpr = q.dtype.element_ty
     sum_dtype: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     total = tl.zeros([row.shape[0], column.shape[0]], sum_dtype)
@@ -149,7 +149,7 @@ def _products(q, k, row, column, ROWS, K, D, PRECISION: tl.constexpr, INTERPRET:
         d = start + tl.arange(0, BLOCK_D)
         query = tl.load(q + row[:, None] * D + d[None, :], (row < ROWS)[:, None] & (d < D)[None, :], other=0.0)
         key = tl.load(k + column[None, :] * D + d[:, None], (column < K)[None, :] & (d < D)[:, None], other=0.0)
-        if INTERPRET:  # whose products of bfloat16 are wrong
+        if INTERPRET:  # its bfloat16 products are wrong
             query, key = query.to(sum_dtype), key.to(sum_dtype)
         total = tl.dot(query, key, total, input_precision=PRECISION, out_dtype=sum_dtype)
     return total
@@ -197,7 +197,7 @@ def _nearest_blocks_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(B * H, Q) the first column of the largest product of every query mean, NaN being as small as -inf."""
+    """(B * H, Q) the first column of the largest product of each query mean; NaN counts as -inf."""
     blocks_q = tl.cdiv(Q, BLOCK_Q)
     lane = (tl.program_id(0) // blocks_q).to(tl.int64)
     row = (tl.program_id(0) % blocks_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -208,7 +208,7 @@ def _nearest_blocks_kernel(
     for first in range(0, K, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
         value = _products(queries, keys, row, column.to(tl.int64), Q, K, D, PRECISION, INTERPRET, BLOCK_D)
-        better = (value > best) & (column < K)[None, :]  # not so for NaN
+        better = (value > best) & (column < K)[None, :]  # false for NaN
         best = tl.where(better, value, best)
         at = tl.where(better, first, at).to(tl.int32)
     top = tl.max(best, axis=1)
@@ -230,9 +230,9 @@ def _best_columns_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The `k` smallest keys of every chunk of BLOCK_N columns (or all, of fewer), in the order of their columns.
+    """The `k` smallest keys of each chunk of BLOCK_N columns (or all of fewer columns), in the order of their columns.
 
-    `values` are (ROWS, N) scores, or the keys that earlier chunks have found in `columns`.
+    `values` are (ROWS, N) scores, or the keys that earlier chunks found in `columns`.
     """
     chunks = tl.cdiv(N, BLOCK_N)
     chunk = tl.program_id(0) % chunks
@@ -240,14 +240,14 @@ def _best_columns_kernel(
     at = chunk * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     valid = (row < ROWS) & (at < N)
     if ARE_SCORES:
-        key = ~order_key(tl.load(values + row * N + at, valid, other=0.0))  # the best first
+        key = ~order_key(tl.load(values + row * N + at, valid, other=0.0))  # inverted, so that the best come first
         column = at + tl.zeros_like(row).to(tl.int32)
     else:
         key = tl.load(values + row * N + at, valid, other=0)
         column = tl.load(columns + row * N + at, valid, other=0)
-    last: tl.constexpr = 0x7FFFFFFFFFFFFFFF if key.dtype == tl.int64 else 0x7FFFFFFF  # after any score's
+    last: tl.constexpr = 0x7FFFFFFFFFFFFFFF if key.dtype == tl.int64 else 0x7FFFFFFF  # above the key of any score
     want = tl.where(tl.max(row, axis=1) < ROWS, tl.minimum(k, N - chunk * BLOCK_N), 0)
-    # The smallest key that at least `want` columns do not exceed lies in [low, high].
+    # The smallest key that is at least as large as those of `want` columns lies in [low, high].
     low = tl.min(tl.where(valid, key, last), axis=1)
     high = tl.max(tl.where(valid, key, -last), axis=1)
     key = tl.where(valid, key, last)
@@ -255,7 +255,7 @@ def _best_columns_kernel(
     while open_rows > 0:
         middle = (low & high) + ((low ^ high) >> 1)
         count = tl.sum((key <= middle[:, None]).to(tl.int32), axis=1)
-        # Where just `want` are below there is nothing left to tell apart.
+        # If exactly `want` are below, the search is done.
         low = tl.where(count < want, middle + 1, tl.where(count == want, middle, low))
         high = tl.where(count < want, high, middle)
         open_rows = tl.max((low < high).to(tl.int32), axis=0)
@@ -271,7 +271,7 @@ def _best_columns_kernel(
 
 @triton.jit
 def _sort_columns_kernel(keys, columns, out, ROWS, k, out_stride_b, STEP, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns (ROWS, k) by ascending key, equal ones by column; STEP rows of each of the lanes that `out` has."""
+    """Sorts columns (ROWS, k) by key, equal keys by column; `out` has STEP rows for each batch element and head."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     at = tl.arange(0, BLOCK_N)[None, :]
     valid = (row < ROWS) & (at < k)
@@ -282,7 +282,8 @@ def _sort_columns_kernel(keys, columns, out, ROWS, k, out_stride_b, STEP, BLOCK_
 
 
 def _best_columns(scores: Tensor, k: int, out: Tensor) -> None:
-    """Writes the columns of the `k` largest of (lanes, rows, N) to `out`, best first, equal ones by column."""
+    """Writes the columns of the `k` largest of (batch and head, rows, N) scores to `out`, best first, ties by
+    column."""
     lanes, step, count = scores.shape
     rows = lanes * step
     values, columns = scores, None
@@ -311,12 +312,12 @@ def _best_columns(scores: Tensor, k: int, out: Tensor) -> None:
 
 
 def _is_exact(q: Tensor, block_q: int, block_k: int) -> bool:
-    """Whether blocks are single rows whose products tensor cores have exactly."""
+    """Whether blocks are single rows whose products tensor cores compute exactly."""
     return block_q == block_k == 1 and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of half rows the means in float32 are multiplied in three parts of tensor cores: 21 bits of each, not 8 or 11."""
+    """Float32 means of half rows are multiplied in three parts on tensor cores: 21 bits of each factor, not 8 or 11."""
     return "ieee" if dtype in (torch.float32, torch.float64) else "tf32x3"
 
 
@@ -326,7 +327,7 @@ def _dot_fields(q: Tensor, block_q: int, block_k: int) -> dict[str, str | int]:
 
 
 def launch_topk_blocks_fwd(q: Tensor, k: Tensor, block_q: int, block_k: int, topk: int) -> Tensor:
-    """(B, H, blocks of queries, topk) int32; see `vidmem_kernels.topk_blocks`."""
+    """(B, H, query blocks, topk) int32; see `vidmem_kernels.topk_blocks`."""
     batch, _, heads, channels = q.shape
     lanes = batch * heads
     queries = triton.cdiv(q.shape[1], block_q)
@@ -358,7 +359,7 @@ def launch_topk_blocks_fwd(q: Tensor, k: Tensor, block_q: int, block_k: int, top
 
 
 def tiles_topk_blocks_fwd(q: Tensor, k: Tensor, block_q: int, block_k: int, topk: int) -> list[Chosen]:
-    """The tiles that `launch_topk_blocks_fwd` takes."""
+    """The tiles that `launch_topk_blocks_fwd` uses."""
     width = triton.next_power_of_2(max(1, q.shape[3]))
     means = BLOCK_MEANS.chosen(q.device, dtype=dtype_name(q.dtype), width=width)
     fields = _dot_fields(q, block_q, block_k)

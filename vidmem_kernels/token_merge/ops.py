@@ -1,7 +1,7 @@
-"""Token merging as torch ops: schemas, fakes and gradients.
+"""Registers the ops of token merging: schemas, fakes and gradients.
 
-The groups of a plan come in two forms: `assignment` (the row of a token) for what is computed per token, and
-`order` with `offsets` (the tokens of a row) for sums, which then need no atomics.
+A plan stores its groups in two forms: `assignment` (the row of each token) for computations per token, and `order` with
+`offsets` (the tokens of each row) for sums, which then need no atomics.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ register_op(
     refuse={"triton": _match_refuse_triton},
 )
 
-# A threshold makes the number of rows depend on the data. Counting is an op of its own, so that every other op has
-# sizes that are known from its arguments, and a compiled graph carries at most one symbolic number.
+# A threshold makes the number of rows depend on the data. Counting is a separate op, so that the sizes of all other ops
+# are known from their arguments, and a compiled graph has at most one symbolic number.
 register_op(
     "count_neighbors(Tensor metric, SymInt[] grid, float threshold) -> Tensor",
     reference=reference.count_neighbors,
@@ -98,7 +98,7 @@ def _merge_setup(ctx, inputs, output):
     x, size, *groups = inputs
     ctx.channels, ctx.dtype = x.shape[2], x.dtype
     wants_size = ctx.needs_input_grad[1]
-    # Only the gradient of size needs x; without it, x is free after the forward pass.
+    # Only the gradient of size needs x; without it, x is freed after the forward pass.
     ctx.save_for_backward(x if wants_size else None, size, *groups)
     ctx.set_materialize_grads(False)
     if not wants_size:
@@ -107,7 +107,7 @@ def _merge_setup(ctx, inputs, output):
 
 def _merge_backward(ops, ctx, grad_tokens, grad_size):
     x, size, *groups = ctx.saved_tensors
-    # A result that nobody used has no gradient.
+    # An unused result has no gradient.
     if grad_tokens is None and grad_size is None:
         return None, None, None, None, None
     if grad_tokens is None:

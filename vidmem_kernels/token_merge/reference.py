@@ -1,4 +1,4 @@
-"""Token merging in plain differentiable torch: the oracle of every other backend."""
+"""Token merging in plain differentiable PyTorch: the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._numerics import accumulate_dtype, add_rows, check_index
 
-NO_SIMILARITY = -2.0  # stands for NaN: below every cosine and every threshold
-_CHUNK = 2**22  # elements of a temporary: 16 MiB in float32
+NO_SIMILARITY = -2.0  # replaces NaN; below every cosine and every threshold
+_CHUNK = 2**22  # elements of a temporary tensor: 16 MiB in float32
 _BLOCK = 48
 _TILE = 4
 
@@ -21,10 +21,10 @@ _TILE = 4
 
 
 def _unit_vectors(metric: Tensor) -> Tensor:
-    """Vectors of length one; zero ones stay zero, ones that hold a NaN or an infinity become NaN throughout."""
-    # Contiguous, so that sums have one order whatever the layout.
+    """Vectors of length one; zero vectors stay zero, vectors with a NaN or an infinity become NaN throughout."""
+    # Contiguous, so that the order of sums does not depend on the layout.
     x = metric.detach().to(accumulate_dtype(metric.dtype)).contiguous()
-    # Divided by its largest value first, a vector's squares neither overflow nor vanish.
+    # Dividing a vector by its largest value first keeps its squares from overflowing or underflowing.
     peak = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
     x = x / peak.masked_fill(peak == 0, 1)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -32,12 +32,12 @@ def _unit_vectors(metric: Tensor) -> Tensor:
 
 
 def _whole_blocks(x: Tensor) -> Tensor:
-    """(B, L, C) padded with zero rows; BLAS rounds the edge of a matrix differently, and equal tokens must tie."""
+    """(B, L, C) padded with zero rows: BLAS rounds the edge of a matrix differently, but equal tokens must tie."""
     return F.pad(x, (0, 0, 0, -x.shape[1] % _BLOCK))
 
 
 def _best_column(rows: Tensor, columns: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Highest similarity of each row (B, R, C) to the columns (B, K, C), and the first column that reaches it."""
+    """The highest similarity of each row (B, R, C) to the columns (B, K, C), and the first column that reaches it."""
     scores = torch.bmm(_whole_blocks(rows), _whole_blocks(columns).transpose(1, 2))
     scores = scores[:, : rows.shape[1], : columns.shape[1]].nan_to_num_(nan=NO_SIMILARITY)
     if hidden is not None:
@@ -47,9 +47,9 @@ def _best_column(rows: Tensor, columns: Tensor, hidden: Tensor | None = None) ->
 
 
 def _match_all(sources: Tensor, destinations: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Similarity and number of the best destination of every source, in chunks of the batch and of sources.
+    """Similarity and number of the best destination of each source, in chunks of the batch and of sources.
 
-    `hidden` (B, D): destinations that no source sees.
+    `hidden` (B, D) marks destinations that no source sees.
     """
     count = destinations.shape[1]
     score = sources.new_empty(sources.shape[:2])
@@ -67,7 +67,7 @@ def _match_all(sources: Tensor, destinations: Tensor, hidden: Tensor | None) -> 
 def _tiles(
     grid: Sequence[int], stride: Sequence[int], window: Sequence[int], ends: Sequence[int], lanes: int
 ) -> Iterator[tuple[list[slice], list[slice]]]:
-    """Boxes of cells that cover the grid: per axis, the tokens of a box and the cells before `ends` that any sees."""
+    """Boxes of cells that cover the grid: per axis, the tokens of a box and the cells before `ends` that they see."""
     cells = [-(-n // s) for n, s in zip(grid, stride, strict=True)]
     edge = [min(_TILE, n) for n in cells]
     last = [-(-n // s) for n, s in zip(ends, stride, strict=True)]
@@ -91,7 +91,7 @@ def _tiles(
 def _hidden(
     own: list[slice], seen: list[slice], stride: Sequence[int], window: Sequence[int], device: torch.device
 ) -> Tensor:
-    """(R, K): cell k lies outside the window of token r, on any axis."""
+    """(R, K): whether cell k is outside the window of token r on any axis."""
     hidden = torch.zeros(1, 1, dtype=torch.bool, device=device)
     for tokens, cells, s, w in zip(own, seen, stride, window, strict=True):
         cell = torch.arange(tokens.start, tokens.stop, device=device).unsqueeze(1) // s
@@ -104,9 +104,10 @@ def _hidden(
 def _match_window(
     x: Tensor, stride: Sequence[int], window: Sequence[int], ends: Sequence[int], protect: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W): similarity and position of the best destination in the window of every token of a grid.
+    """(B, T, H, W): similarity and position of the best destination in the window of each token of a grid.
 
-    `ends`: as of `_cell_ends`; `protect` (B, N): tokens that no source sees. Without any in sight it is -inf and 0.
+    `ends` is from `_cell_ends`; `protect` (B, N) marks tokens that no source sees. Without a visible destination the
+    results are -inf and 0.
     """
     batch, *grid, _ = x.shape
     every = slice(None)
@@ -131,9 +132,9 @@ def _match_window(
 
 
 def group_by_row(assignment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """int32 (order (B, N), offsets (B, rows + 1)) of a `MergePlan` for the row (B, N) of every token."""
+    """int32 (order (B, N), offsets (B, rows + 1)) of a `MergePlan` from the row (B, N) of each token."""
     order = assignment.argsort(dim=1, stable=True)
-    # The first place in the sorted rows that is not below row m is where group m starts.
+    # Group m starts at the first place in the sorted rows that is not below m.
     starts = torch.arange(rows + 1, dtype=assignment.dtype, device=assignment.device).repeat(assignment.shape[0], 1)
     offsets = torch.searchsorted(assignment.gather(1, order).contiguous(), starts)
     return order.to(torch.int32), offsets.to(torch.int32)
@@ -142,12 +143,17 @@ def group_by_row(assignment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def _plan(
     score: Tensor, source: Tensor, destination: Tensor, num_merge: int, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MergePlan of the `num_merge` best of the pairs.
+    """The MergePlan that merges the `num_merge` best pairs.
 
     Args:
         score: (B, S) similarity of each source to its destination.
-        source: (S,) ascending positions.
-        destination: (B, S) positions.
+        source: (S,) ascending positions of the sources.
+        destination: (B, S) positions of their destinations.
+        num_merge: number of sources to merge.
+        tokens: N.
+
+    Returns:
+        (assignment, kept, order, offsets).
     """
     batch, device = score.shape[0], score.device
     chosen = score.argsort(dim=1, descending=True, stable=True)[:, :num_merge]
@@ -162,7 +168,7 @@ def _plan(
 
 
 def _cell_ends(grid: Sequence[int], stride: Sequence[int], whole_cells: bool) -> list[int]:
-    """Per axis, where the cells end that have a destination."""
+    """Per axis, the end of the cells that have a destination."""
     return [n // s * s if whole_cells else n for n, s in zip(grid, stride, strict=True)]
 
 
@@ -174,7 +180,7 @@ def mark_destinations(
     num_destinations: int,
     device: torch.device,
 ) -> Tensor:
-    """(N,) bool: which tokens are destinations; arguments as of `match_tokens`."""
+    """(N,) bool: which tokens are destinations; takes the arguments of `match_tokens`."""
     position = torch.arange(tokens, device=device)
     if num_destinations >= 0:
         return position < num_destinations
@@ -198,16 +204,23 @@ def match_tokens(
     """See `vidmem_kernels.match_tokens`.
 
     Args:
-        metric, num_merge, grid, stride, window: as there.
-        whole_cells: cells that the grid cuts have no destination.
-        num_destinations: not negative: the first so many tokens are destinations, without a grid only.
-        protect: (B, N) bool, tokens that stay alone. `num_merge` must leave out the sources that can join none.
+        metric: see there.
+        num_merge: see there; it must not count sources that cannot merge.
+        grid: see there.
+        stride: see there.
+        window: see there.
+        whole_cells: cells that the border of the grid cuts have no destination.
+        num_destinations: if not negative, this many first tokens are destinations; only without a grid.
+        protect: (B, N) bool, tokens that stay alone.
+
+    Returns:
+        (assignment, kept, order, offsets).
     """
     batch, tokens, channels = metric.shape
     is_destination = mark_destinations(tokens, grid, stride, whole_cells, num_destinations, metric.device)
     position = torch.arange(tokens, device=metric.device)
     source = position[~is_destination]
-    if num_merge == 0:  # also where there is nothing to match with
+    if num_merge == 0:  # also if there is no destination
         score = metric.new_zeros(batch, source.shape[0], dtype=torch.float32)
         return _plan(score, source, score.to(torch.int64), 0, tokens)
     x = _unit_vectors(metric)
@@ -232,14 +245,14 @@ def match_into(metric: Tensor, memory_metric: Tensor, num_merge: int) -> tuple[T
 
 
 def _match_neighbors(metric: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarity (B, S) and position (B, S) of the best neighbour of the sources, and their positions (S,)."""
+    """Similarity (B, S) and position (B, S) of the best neighbour of each source, and the sources' positions (S,)."""
     batch, tokens, channels = metric.shape
-    x = _unit_vectors(metric.detach()).view(batch, *grid, channels)  # indices and counts carry no gradient
+    x = _unit_vectors(metric.detach()).view(batch, *grid, channels)  # indices and counts have no gradient
     position = torch.arange(tokens, device=metric.device).view(*grid)
     score = x.new_full((batch, *grid), float("-inf"))
     destination = torch.zeros(batch, *grid, dtype=torch.int64, device=metric.device)
     similarities = [_adjacent(x, axis) for axis in (1, 2, 3)]
-    # Neighbours by ascending position, so that of equal ones the first wins: t-1, h-1, w-1, w+1, h+1, t+1.
+    # Neighbours by ascending position, so that the first of equal ones wins: t-1, h-1, w-1, w+1, h+1, t+1.
     for axis, before in ((1, True), (2, True), (3, True), (3, False), (2, False), (1, False)):
         pairs = grid[axis - 1] - 1
         if pairs < 1:
@@ -256,7 +269,7 @@ def _match_neighbors(metric: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tenso
 
 
 def _adjacent(x: Tensor, axis: int) -> Tensor:
-    """Similarity of every token (B, T, H, W, C) to the next one along an axis."""
+    """Similarity of each token (B, T, H, W, C) to the next one along an axis."""
     pairs = max(0, x.shape[axis] - 1)
     first, second = x.narrow(axis, 0, pairs), x.narrow(axis, x.shape[axis] - pairs, pairs)
     out = x.new_empty(first.shape[:4])
@@ -273,7 +286,7 @@ def match_neighbors(metric: Tensor, num_merge: int, grid: Sequence[int]) -> tupl
 
 
 def count_neighbors(metric: Tensor, grid: Sequence[int], threshold: float) -> Tensor:
-    """(B,) int32: the sources of `match_neighbors` whose best neighbour is at least that similar."""
+    """(B,) int32: the number of sources of `match_neighbors` whose best neighbour has at least that similarity."""
     score, _, _ = _match_neighbors(metric, grid)
     return (score >= threshold).sum(dim=1, dtype=torch.int32)
 
@@ -282,34 +295,35 @@ def count_neighbors(metric: Tensor, grid: Sequence[int], threshold: float) -> Te
 
 
 def _chunks(tokens: int, batch: int, channels: int) -> Iterator[slice]:
-    """Tokens of which temporaries are made at a time."""
+    """Slices of tokens that bound the size of temporaries."""
     step = max(1, _CHUNK // max(1, batch * channels))
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
 
 
-def _lanes(assignment: Tensor) -> Tensor:
-    """(B, 1): what indexes the batch beside an index (B, K)."""
+def _batch_index(assignment: Tensor) -> Tensor:
+    """(B, 1): indexes the batch next to an index (B, K)."""
     return torch.arange(assignment.shape[0], device=assignment.device).unsqueeze(1)
 
 
 def _sum_groups(x: Tensor, assignment: Tensor, rows: int, term: Callable[[slice], Tensor] | None = None) -> Tensor:
-    """(B, rows, C) float32 sums, in order of the tokens, of the tokens (B, N, C) of each row, or of `term` of them."""
+    """(B, rows, C) float32 sums of the tokens (B, N, C), or of `term` of them, over each row, in the order of the
+    tokens."""
     batch, tokens, channels = x.shape
     dtype = accumulate_dtype(x.dtype)
     out = x.new_zeros(batch * rows, channels, dtype=dtype)
-    row = assignment + _lanes(assignment) * rows
+    row = assignment + _batch_index(assignment) * rows
     for chunk in _chunks(tokens, batch, channels):
         values = x[:, chunk].to(dtype) if term is None else term(chunk)
-        # Sizes in full: without channels there is nothing to infer them from.
+        # All sizes are given: without channels they could not be inferred.
         out = add_rows(out, row[:, chunk].flatten(), values.reshape(batch * values.shape[1], channels))
     return out.view(batch, rows, channels)
 
 
 def _shares(x: Tensor, size: Tensor | None, assignment: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A token's share of its group's size (B, N), the size of its group (B, N), and all group sizes (B, rows).
+    """Each token's share of its group's size (B, N), the size of its group (B, N), and all group sizes (B, rows).
 
-    A token alone in its group has a share of exactly 1. In a group of size 0 every share is 0.
+    A token alone in its group has a share of exactly 1. In a group of size 0 all shares are 0.
     """
     if size is None:
         size = x.new_ones(assignment.shape, dtype=accumulate_dtype(x.dtype))
@@ -320,9 +334,10 @@ def _shares(x: Tensor, size: Tensor | None, assignment: Tensor, rows: int) -> tu
 
 
 def _origins(size: Tensor | None, assignment: Tensor, rows: int) -> Tensor:
-    """(B, rows) the token of each group that the others are measured from: the first of the largest size.
+    """(B, rows) the token of each group that the others are measured from: the first one of the largest size.
 
-    Of the largest, since its value enters the rounding errors and should not exceed the mean by orders of magnitude.
+    It has the largest size because its value enters the rounding errors and should not exceed the mean by orders of
+    magnitude.
     """
     batch, tokens = assignment.shape
     row = assignment.to(torch.int64)
@@ -335,7 +350,7 @@ def _origins(size: Tensor | None, assignment: Tensor, rows: int) -> Tensor:
 
 
 def _scale_up(total: Tensor) -> Tensor:
-    """A power of two that brings sizes of a total below 1 to one of about 1, so that no product with them vanishes."""
+    """A power of two that scales sizes with a total below 1 to a total of about 1, so that no product underflows."""
     code, mantissa, bias = (torch.int64, 52, 1023) if total.dtype == torch.float64 else (torch.int32, 23, 127)
     exponent = total.detach().contiguous().view(code) >> mantissa
     power = ((2 * bias - exponent) << mantissa).view(total.dtype)
@@ -347,9 +362,9 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """See `vidmem_kernels.merge_tokens`.
 
-    A mean is origin - sum of size * (origin - x) / total, the origin being one of the tokens: equal tokens give
-    themselves, and what is a mean of integers is exact. Where that overflows it is the sum of the tokens' shares, which
-    tokens of any finite value keep finite, and which infinity passes through. Its derivative is that of the shares.
+    A mean is computed as origin - sum(size * (origin - x)) / total, where the origin is one of the tokens: equal tokens
+    give exactly that token, and means that are integers are exact. If this overflows, the mean is the sum of the
+    tokens' shares, which is finite for finite tokens and passes infinities on. The derivative is that of the shares.
     """
     batch, tokens, channels = x.shape
     rows = offsets.shape[1] - 1
@@ -358,20 +373,20 @@ def merge_tokens(
     if tokens == 0:
         return x.new_zeros(batch, rows, channels), total
     dtype = accumulate_dtype(x.dtype)
-    origin = x.detach()[_lanes(assignment), _origins(size, assignment, rows)]
+    origin = x.detach()[_batch_index(assignment), _origins(size, assignment, rows)]
     up = _scale_up(total)
     weight = torch.ones_like(share) if size is None else size.detach() * up.gather(1, assignment.to(torch.int64))
 
     def deviation(chunk: slice) -> Tensor:
         row = assignment[:, chunk].to(torch.int64)
-        values = origin[_lanes(row), row].to(dtype) - x[:, chunk].detach().to(dtype)
+        values = origin[_batch_index(row), row].to(dtype) - x[:, chunk].detach().to(dtype)
         by = weight[:, chunk].unsqueeze(2)
         return torch.where(by == 0, 0, values * by)
 
     def half(chunk: slice) -> Tensor:
         values, by = x[:, chunk].to(dtype), share[:, chunk].unsqueeze(2) * 0.5
-        # Not even a NaN counts that stands for no token; where a share is 0 only by rounding, infinity does. Finite
-        # values must not be cut from the derivative in size.
+        # A token of size 0 counts for nothing, even if it is NaN; with a share that only rounds to 0, infinity still
+        # counts. Finite values must stay in the derivative with respect to size.
         lost = torch.where(weight[:, chunk].unsqueeze(2) == 0, 0, values.detach())
         return torch.where((by == 0) & ~values.isfinite(), lost, values * by)
 
@@ -382,10 +397,10 @@ def merge_tokens(
     limit = torch.finfo(dtype).max
     doubled = halves * 2
     shares = torch.where(halves.isfinite(), doubled.clamp(-limit, limit), doubled)
-    # The subtracted zero, not an added one, leaves a mean of -0 as it is.
+    # Subtracting zero, unlike adding it, preserves a mean of -0.
     mean = torch.where(mean.isfinite(), mean - (halves.detach() - halves) * 2, shares)
     merged = torch.where(is_empty, 0, mean).to(x.dtype)
-    # A token alone in its group keeps the bits of a NaN too, and its size may be infinite.
+    # A token alone in its group also keeps the bits of a NaN, and its size may be infinite.
     alone = ((offsets.diff(dim=1) == 1) & (total > 0)).unsqueeze(2)
     return torch.where(alone & ~merged.isfinite(), origin, merged), total
 
@@ -399,7 +414,7 @@ def merge_tokens_backward(
     order: Tensor,
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `merge_tokens` in x and size; without x the latter is not wanted and is (B, 0)."""
+    """Gradients of `merge_tokens` with respect to x and size; without x, the latter is not needed and is (B, 0)."""
     batch, tokens = assignment.shape
     rows, channels = grad_tokens.shape[1:]
     check_index("merge_tokens_backward", "assignment", assignment, 0, rows)
@@ -408,18 +423,18 @@ def merge_tokens_backward(
     grad_x, along = [grad_tokens.new_empty(batch, 0, channels)], [grad_tokens.new_empty(batch, 0, dtype=dtype)]
     for chunk in _chunks(tokens, batch, channels):
         row = assignment[:, chunk].to(torch.int64)
-        grad = grad_tokens[_lanes(row), row].to(dtype)
+        grad = grad_tokens[_batch_index(row), row].to(dtype)
         if x is not None:
             along.append((grad * x[:, chunk].to(dtype)).sum(dim=2))
         grad_x.append((grad * share[:, chunk].unsqueeze(2)).to(grad_tokens.dtype))
     grad_x, along = torch.cat(grad_x, dim=1), torch.cat(along, dim=1)
     if x is None:
         return grad_x, along
-    # <grad, x> is the gradient of a share, size / total: by the size, and by the total of its group. In autograd's
-    # order, since the terms cancel and any other would differ by more than the rounding of the result.
+    # <grad, x> is the gradient of a share, size / total, which depends on the size and on the group's total. The order
+    # is autograd's: the terms cancel, and another order would differ by more than the rounding of the result.
     along = torch.where(own == 0, 0, along)
     own = own.masked_fill(own == 0, 1)
-    pull = torch.where(share == 0, 0, along * (share / own))  # a NaN of size 0 counts for no other token
+    pull = torch.where(share == 0, 0, along * (share / own))  # a NaN of size 0 does not affect other tokens
     of_total = grad_size - _sum_groups(pull.unsqueeze(2), assignment, rows).squeeze(2)
     return grad_x, along / own + of_total.gather(1, assignment.to(torch.int64))
 
@@ -427,7 +442,7 @@ def merge_tokens_backward(
 def unmerge_tokens(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """See `vidmem_kernels.unmerge_tokens`."""
     check_index("unmerge_tokens", "assignment", assignment, 0, y.shape[1])
-    return y[_lanes(assignment), assignment.to(torch.int64)]
+    return y[_batch_index(assignment), assignment.to(torch.int64)]
 
 
 def sum_groups(x: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> Tensor:

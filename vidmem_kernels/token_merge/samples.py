@@ -8,7 +8,7 @@ from . import api, reference
 
 
 def _every(make, batch, tokens, step):
-    """(B, N) bool: every so many tokens, from another one on in each batch element."""
+    """(B, N) bool: every `step`-th token, starting at another token in each batch element."""
     position = torch.arange(tokens) + torch.arange(batch).unsqueeze(1)
     return (position % step == 1).to(make.device)
 
@@ -20,7 +20,7 @@ def match_tokens(make):
 
 
 def _matches(make):
-    """Arguments of match_tokens, those that come last only where they are not the default."""
+    """Yields arguments of match_tokens; the last ones only where they differ from the default."""
     default = (2, 2, 2)
     yield "half and half", (make.randn(2, 16, 5), 5, None, default, None)
     yield "odd count, all sources", (make.randn(2, 17, 5), 9, None, default, None)
@@ -121,7 +121,7 @@ def count_neighbors(make):
 
 
 def _groups(make, batch, tokens, num_merge):
-    """assignment, order, offsets of a random plan."""
+    """assignment, order and offsets of a random plan."""
     metric = make.randn(batch, tokens, 3, dtype=torch.float32)
     assignment, _, order, offsets = reference.match_tokens(metric, num_merge, None, (2, 2, 2), None)
     return assignment, order, offsets
@@ -138,7 +138,7 @@ def _one_group(make, batch, tokens):
 
 
 def _long_groups(make):
-    """Groups of 0, 1, 9, 5 and 0 tokens; match_tokens makes no empty ones, a caller may."""
+    """Groups of 0, 1, 9, 5 and 0 tokens; match_tokens makes no empty groups, but a user may."""
     tokens = torch.tensor([[7, 0, 2, 3, 5, 8, 9, 10, 13, 14, 1, 4, 6, 11, 12]], dtype=torch.int32)
     offsets = torch.tensor([[0, 0, 1, 10, 15, 15]], dtype=torch.int32)
     rows = torch.arange(5, dtype=torch.int32).repeat_interleave(offsets[0].diff().long())
@@ -147,7 +147,7 @@ def _long_groups(make):
 
 
 def _merges(make):
-    """label, x, size, assignment, order, offsets."""
+    """Yields label, x, size, assignment, order, offsets."""
     plan = _groups(make, 2, 11, 5)
     yield "mean", make.randn(2, 11, 5), None, *plan
     yield "sizes", make.randn(2, 11, 5), _size(make, 2, 11), *plan
@@ -181,7 +181,7 @@ def merge_tokens_backward(make):
         if size is not None:
             yield label, (grad, grad_size, x, size, *groups)
         yield f"{label}, x only", (grad, grad_size, None, size, *groups)
-    # Not among the samples of merge_tokens: a group of size 0 has no derivative for finite differences to find.
+    # Not among the samples of merge_tokens: finite differences fail for a group of size 0, which has no derivative.
     groups = _one_group(make, 1, 6)
     size = torch.zeros_like(_size(make, 1, 6))
     yield "size 0", (make.randn(1, 1, 5), _size(make, 1, 1), make.randn(1, 6, 5), size, *groups)

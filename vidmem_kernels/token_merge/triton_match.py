@@ -1,6 +1,6 @@
-"""Triton kernels that find each source's most similar destination.
+"""Triton kernels that find the most similar destination of each source.
 
-Scores are compared tile by tile, in registers, and never stored; see triton_rows for what is multiplied.
+Scores are compared tile by tile in registers and never stored; see triton_rows for the rows that are multiplied.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def _tile(m: int, n: int, c: int, warps: int, stages: int) -> Tile:
 
 
 def _default_tile(dtype: str, width: int, narrow: bool) -> Tile:
-    """Sources x destinations x channels; `narrow`: few destinations at a time, of what a box sees."""
-    stages = 2 if narrow else 3  # of a box's few steps, one load ahead is enough
+    """Sources x destinations x channels; `narrow`: few destinations at a time, those that a box sees."""
+    stages = 2 if narrow else 3  # a box has few steps, so one load ahead is enough
     if dtype == "fp32":
         return _tile(64, 32 if narrow and width <= 16 else 64, min(32, width), 4, stages)
     if width <= 128:
@@ -37,7 +37,7 @@ def _all_tile(arch: int, dtype: str, width: int) -> Tile:
 
 
 def _all_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
-    # Running maxima and where they were take two registers an element: 128 x 128 needs 16 warps.
+    # Running maxima and their positions take two registers per element: 128 x 128 needs 16 warps.
     sizes = ((128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 32, 4), (64, 128, 4), (128, 128, 16))
     if dtype == "fp32":
         return [_tile(m, n, c, 4, 3) for m, n in ((64, 64), (128, 32), (32, 64)) for c in {16, min(32, width)}]
@@ -48,7 +48,7 @@ def _all_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 
 def _window_tile(arch: int, dtype: str, width: int) -> Tile:
     if dtype == "fp32" and width <= 16 and arch >= 100:
-        return _tile(32, 32, width, 4, 2)  # 64 sources spill there
+        return _tile(32, 32, width, 4, 2)  # with 64 sources, registers spill
     return _default_tile(dtype, width, narrow=True)
 
 
@@ -62,14 +62,14 @@ MATCH_ALL = Tunable("_match_all_kernel", ("dtype", "width"), _all_tile, _all_til
 MATCH_WINDOW = Tunable("_match_window_kernel", ("dtype", "width"), _window_tile, _window_tiles)
 
 NO_SIMILARITY = tl.constexpr(-2.0)
-# Below any product, above -inf, which marks what a source does not see.
+# Below any product, above -inf, which marks destinations that a source does not see.
 _NAN_PRODUCT = tl.constexpr(-3.0e38)
 _LAST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def _load_rows(where, first, INTERPRET: tl.constexpr, BLOCK_C: tl.constexpr):
-    # The interpreter's products are BLAS's: not of bfloat16, and in float32 equal rows' products need not be equal.
+    # The interpreter uses BLAS: it has no bfloat16 products, and in float32, products of equal rows may differ.
     value = tl.load(where[:, None] + first + tl.arange(0, BLOCK_C)[None, :])
     return value.to(tl.float64) if INTERPRET else value
 
@@ -108,9 +108,9 @@ def _match_all_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of sources against one span of all destinations.
+    """Matches a tile of sources against one span of all destinations.
 
-    PROTECT: tokens of negative factor stay alone. Without a destination a source gets a score of -inf.
+    PROTECT: tokens with a negative factor stay alone. A source without a destination gets the score -inf.
     """
     count = N - DESTINATIONS
     tiles = tl.cdiv(count, BLOCK_M)
@@ -119,16 +119,16 @@ def _match_all_kernel(
     batch = (tl.program_id(0) // tiles // splits).to(tl.int64)
     row_size = BLOCK_C if HOLD else WIDTH
     lane = rows + batch * N * row_size
-    # Tiles may reach beyond their rows, into other ones or the spare rows at the end: what is there is not used.
+    # Tiles may extend beyond their rows, into other rows or the spare ones at the end; these values are not used.
     sources = lane + (DESTINATIONS + tile * BLOCK_M).to(tl.int64) * row_size + tl.arange(0, BLOCK_M) * row_size
     held = _load_rows(sources, 0, INTERPRET, BLOCK_C)
-    # Positions fit int32 whatever the sizes' type.
+    # Positions fit int32, whatever the type of the sizes.
     begin = (split * span).to(tl.int32)
     end = tl.minimum(begin + span, DESTINATIONS).to(tl.int32)
     wide = tl.zeros([], dtype=tl.int64)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype=tl.float32)
     at = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32) + begin
-    unprotected = tl.full([], _LAST, dtype=tl.int32)  # the first destination that takes tokens
+    unprotected = tl.full([], _LAST, dtype=tl.int32)  # the first destination that is not protected
     for first in range(begin, end, BLOCK_N):
         d = first + tl.arange(0, BLOCK_N)
         inverse = tl.load(factor + batch * N + d, d < DESTINATIONS, other=float("nan"))
@@ -136,7 +136,7 @@ def _match_all_kernel(
             unprotected = tl.minimum(unprotected, tl.min(tl.where(inverse >= 0, d, _LAST), axis=0))
         destinations = lane + (wide + first) * row_size + tl.arange(0, BLOCK_N) * row_size
         value = _products(sources, held, destinations, WIDTH, HOLD, INTERPRET, BLOCK_C) * inverse[None, :]
-        # False for NaN, which comes last: it needs no care until nothing else is there.
+        # False for NaN, which ranks last: it matters only if there is nothing else.
         better = value > best
         best = tl.where(better, value, best)
         at = tl.where(better, first, at)
@@ -186,10 +186,10 @@ def _match_window_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sources of a box of edge_t x edge_h x edge_w cells against the box of the cells that any of them sees.
+    """Matches the sources of a box of edge_t x edge_h x edge_w cells against the cells that they see.
 
-    Boxes cover the cells that the grid cuts, too, which may have no destination: cells_t, cells_h and cells_w count
-    those that have. Scores and PROTECT as in `_match_all_kernel`.
+    Boxes also cover cells that the border of the grid cuts, which may have no destination: cells_t, cells_h and cells_w
+    count the cells that have one. Scores and PROTECT are as in `_match_all_kernel`.
     """
     inner_h, inner_w = edge_h * stride_h, edge_w * stride_w
     size = edge_t * stride_t * inner_h * inner_w
@@ -235,8 +235,8 @@ def _match_window_kernel(
         inverse = tl.load(factor + batch * N + d)
         destinations = lane + d.to(tl.int64) * WIDTH
         value = _products(sources, held, destinations, WIDTH, HOLD, INTERPRET, BLOCK_C) * inverse[None, :]
-        value = tl.where(value > _NAN_PRODUCT, value, _NAN_PRODUCT)  # which NaN becomes
-        # Unsigned, so that one comparison covers both sides of the window.
+        value = tl.where(value > _NAN_PRODUCT, value, _NAN_PRODUCT)  # replaces NaN
+        # Unsigned, so that one comparison tests both sides of the window.
         sees = (cell_t[None, :] - first_t[:, None]).to(tl.uint32) <= 2 * window_t
         sees &= (cell_h[None, :] - first_h[:, None]).to(tl.uint32) <= 2 * window_h
         sees &= (cell_w[None, :] - first_w[:, None]).to(tl.uint32) <= 2 * window_w
@@ -258,7 +258,7 @@ def _match_window_kernel(
 
 
 def _programs(device: torch.device) -> int:
-    """How many programs keep a device busy."""
+    """The number of programs that keep a device busy."""
     if device.type != "cuda":
         return 2
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -295,7 +295,7 @@ def _match_all(rows: Tensor, factor: Tensor, layout: Layout, protects: bool, til
 
 
 def box_edges(layout: Layout, window: Sequence[int], rows: int) -> list[int]:
-    """Cells of a box, per axis: of at most `rows` tokens, and such that few cells are seen from it."""
+    """Cells of a box, per axis: at most `rows` tokens, and chosen so that few cells are seen from it."""
     volume = layout.stride[0] * layout.stride[1] * layout.stride[2]
     edge = [1, 1, 1]
 
@@ -382,7 +382,7 @@ def launch_match_tokens_fwd(
 def tiles_match_tokens_fwd(
     metric: Tensor, num_merge: int, grid: Sequence[int] | None, stride: Sequence[int], window: Sequence[int] | None, *_
 ) -> list[Chosen]:
-    """The tiles that `launch_match_tokens_fwd` takes."""
+    """The tiles that `launch_match_tokens_fwd` uses."""
     return [(MATCH_ALL if window is None else MATCH_WINDOW).chosen(metric.device, **_fields(metric))]
 
 
@@ -390,13 +390,13 @@ def launch_match_into_fwd(
     metric: Tensor, memory_metric: Tensor, num_merge: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `vidmem_kernels.match_into`."""
-    # One tensor: it costs a copy, where the products would otherwise need rows of two tensors prepared as one.
+    # Concatenates the two tensors, which costs a copy, because the kernels expect the prepared rows in one tensor.
     both = torch.cat([memory_metric.expand(metric.shape[0], -1, -1), metric], dim=1)
     return launch_match_tokens_fwd(both, num_merge, None, (1, 1, 1), None, False, memory_metric.shape[1], None)
 
 
 def tiles_match_into_fwd(metric: Tensor, memory_metric: Tensor, num_merge: int) -> list[Chosen]:
-    """The tiles that `launch_match_into_fwd` takes."""
+    """The tiles that `launch_match_into_fwd` uses."""
     return [MATCH_ALL.chosen(metric.device, **_fields(metric))]
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of merging and unmerging.
 
-A plan's index that is out of range is never followed; what depends on it is NaN.
+An index of a plan that is out of range is never followed; results that depend on it are NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_sums import sum_groups, tiles_sum_groups
 from .triton_totals import group_totals
 
-# As a gather; where rows of x are read beside those of y, one load of each at a time.
+# As in gather_tokens; if rows of x are read along with those of y, one load of each at a time.
 _MOVE, _BESIDE = RowMove(warps=4, across=2, loads=4), RowMove(warps=4, across=4, loads=1)
 _MOVES = [_MOVE, _BESIDE, *(RowMove(*m) for m in ((4, 1, 4), (4, 4, 4), (4, 4, 2), (4, 2, 2), (1, 1, 4), (1, 1, 2)))]
 
@@ -57,9 +57,9 @@ def _spread_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Every token's row of y; with `total`, times the token's share; with `x`, also its product with x.
+    """Copies to each token its row of y; with `total`, times the token's share; with `x`, also its product with x.
 
-    Axis 1 of the grid has one program when there is x, which then needs all channels, else one a channel block.
+    With x, axis 1 of the grid has one program, which needs all channels; otherwise one program per channel block.
     """
     batch, n = tile_of(N, BLOCK_N)
     in_n = n < N
@@ -139,7 +139,7 @@ def _grad_size_kernel(
     assignment_stride_n,
     BLOCK_N: tl.constexpr,
 ):
-    """The mean moves by (x - mean) / total for a unit of size: <grad, x> less its own mean over the group."""
+    """The mean moves by (x - mean) / total per unit of size: <grad, x> minus its own mean over the group."""
     batch, n = tile_of(N, BLOCK_N)
     row = tl.load(assignment + batch * assignment_stride_b + n * assignment_stride_n, n < N, other=0).to(tl.int64)
     valid = (n < N) & (row >= 0) & (row < M)
@@ -171,7 +171,7 @@ def launch_merge_tokens_bwd(
     order: Tensor,
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in x and size; without x the latter is not wanted and is (B, 0)."""
+    """Gradients with respect to x and size; without x, the latter is not needed and is (B, 0)."""
     batch, tokens = assignment.shape
     rows = offsets.shape[1] - 1
     total = group_totals(size, None, None, order, offsets)
@@ -210,17 +210,17 @@ def launch_sum_groups_fwd(x: Tensor, assignment: Tensor, order: Tensor, offsets:
 def tiles_merge_tokens_fwd(
     x: Tensor, size: Tensor | None, assignment: Tensor, order: Tensor, offsets: Tensor
 ) -> list[Chosen]:
-    """The tiles that `launch_merge_tokens_fwd` takes."""
+    """The tiles that `launch_merge_tokens_fwd` uses."""
     return tiles_sum_groups(x, mean=True)
 
 
 def tiles_unmerge_tokens_fwd(y: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> list[Chosen]:
-    """The tiles that `launch_unmerge_tokens_fwd` takes."""
+    """The tiles that `launch_unmerge_tokens_fwd` uses."""
     return [SPREAD.chosen(y.device, **_spread_fields(y, beside=False))]
 
 
 def tiles_sum_groups_fwd(x: Tensor, assignment: Tensor, order: Tensor, offsets: Tensor) -> list[Chosen]:
-    """The tiles that `launch_sum_groups_fwd` takes."""
+    """The tiles that `launch_sum_groups_fwd` uses."""
     return tiles_sum_groups(x, mean=False)
 
 

@@ -33,7 +33,7 @@ NEIGHBORS = Tunable("_match_neighbors_kernel", ("dtype", "width"), _tile, _tiles
 def _compare_neighbor(
     x, scale, norm, n, m, exists, best, at, C, x_stride_n, x_stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Best similarity and neighbour of tokens n after neighbours m."""
+    """Updates the best similarity and neighbour of tokens n with neighbours m."""
     product = tl.zeros([BLOCK_N], dtype=tl.float32)
     scale_n, scale_m = tl.load(scale + n, exists, other=0.0), tl.load(scale + m, exists, other=0.0)
     for first in range(0, C, BLOCK_C):
@@ -67,7 +67,7 @@ def _match_neighbors_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Key and destination of every source; positions 2 i and 2 i + 1 hold one source and one destination."""
+    """Key and destination of each source; positions 2 i and 2 i + 1 hold one source and one destination."""
     batch, pair = tile_of(tl.cdiv(N, 2), BLOCK_N)
     even = 2 * pair.to(tl.int32)
     is_second = (even // (H * W) + even // W % H + even % W) % 2 == 0
@@ -80,7 +80,7 @@ def _match_neighbors_kernel(
     norm += batch * N
     best = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
     at = tl.full([BLOCK_N], 0, dtype=tl.int32)
-    # By ascending position, so that of equal neighbours the first stays.
+    # By ascending position, so that the first of equal neighbours wins.
     best, at = _compare_neighbor(
         x, scale, norm, n, n - H * W, valid & (t > 0), best, at, C, x_stride_n, x_stride_c, BLOCK_N, BLOCK_C
     )
@@ -151,7 +151,7 @@ def launch_match_neighbors_fwd(
 
 
 def tiles_match_neighbors_fwd(metric: Tensor, num_merge: int, grid: Sequence[int]) -> list[Chosen]:
-    """The tiles that `launch_match_neighbors_fwd` takes."""
+    """The tiles that `launch_match_neighbors_fwd` uses."""
     return [NEIGHBORS.chosen(metric.device, **_fields(metric))]
 
 

@@ -1,6 +1,6 @@
-"""Triton kernels that make a merge plan of scores: select, rank, group.
+"""Triton kernels that make a merge plan from scores: select, rank, group.
 
-Everything is in the order of the tokens: a score becomes an int32 key of the same order, and a destination gets the
+All arrays are in the order of the tokens: a score becomes an int32 key of the same order, and a destination gets the
 lowest key, that of -inf, so that it never merges. No step waits for the GPU.
 """
 
@@ -19,7 +19,7 @@ from .._triton_tiles import tile_of
 
 @triton.jit
 def destinations_before(t, h, w, stride_t, stride_h, stride_w, phase, cells_t, cells_h, cells_w):
-    """Whether a token is a destination, and how many destinations come before it."""
+    """Whether a token is a destination, and the number of destinations before it."""
     on_t = (t % stride_t == 0) & (t // stride_t < cells_t)
     on_h = on_t & (h % stride_h == 0) & (h // stride_h < cells_h)
     before = tl.minimum((t + stride_t - 1) // stride_t, cells_t) * (cells_h * cells_w)
@@ -49,9 +49,9 @@ def _source_keys_kernel(
     cells_w,
     BLOCK: tl.constexpr,
 ):
-    """Keys and destinations of all tokens, from the best of each split of the destinations."""
+    """Keys and destinations of all tokens, from the best score of each split of the destinations."""
     batch, n = tile_of(N, BLOCK)
-    n = n.to(tl.int32)  # divided below
+    n = n.to(tl.int32)  # used in divisions below
     is_destination, before = destinations_before(
         n // (H * W), n // W % H, n % W, stride_t, stride_h, stride_w, phase, cells_t, cells_h, cells_w
     )
@@ -79,7 +79,7 @@ def source_keys(
     phase: int,
     cells: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Keys and destinations' positions, (B, N), of scores (splits, B, S) and numbers of destinations."""
+    """Keys and destination positions, (B, N), from scores (splits, B, S) and numbers of destinations."""
     splits, batch, _ = score.shape
     key = torch.empty(batch, tokens, dtype=torch.int32, device=score.device)
     target = torch.empty_like(key)
@@ -104,7 +104,7 @@ def source_keys(
 
 @triton.jit
 def _rank_kernel(key, target, cut, counts, row, kept, N, num_merge, BLOCK: tl.constexpr):
-    """Row of every token that stays, ~destination of every other one, and the positions of the rows."""
+    """The row of each token that stays, ~destination of each other token, and the positions of the rows."""
     batch, n = tile_of(N, BLOCK)
     merges, merged_before = chosen_of_tile(key, cut, counts, N, BLOCK)
     rank = n.to(tl.int32) - merged_before
@@ -115,7 +115,7 @@ def _rank_kernel(key, target, cut, counts, row, kept, N, num_merge, BLOCK: tl.co
 
 @triton.jit
 def _assign_kernel(row, assignment, narrow, N, BLOCK: tl.constexpr):
-    """`narrow` gets a copy that sorts faster, where rows fit int16."""
+    """`narrow` gets a copy that sorts faster, if rows fit int16."""
     batch, n = tile_of(N, BLOCK)
     own = tl.load(row + batch * N + n, n < N, other=0)
     joined = tl.load(row + batch * N + ~own, (n < N) & (own < 0), other=0)
@@ -127,7 +127,7 @@ def _assign_kernel(row, assignment, narrow, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _groups_kernel(grouped, token, order, offsets, N, num_rows, BLOCK: tl.constexpr):
-    """CSR of the tokens sorted by row; no row is empty, so each begins where the row changes."""
+    """CSR form of the tokens sorted by row; no row is empty, so each begins where the row number changes."""
     batch, i = tile_of(N, BLOCK)
     tl.store(order + batch * N + i, tl.load(token + batch * N + i, i < N, other=0).to(tl.int32), i < N)
     row = tl.load(grouped + batch * N + i, i < N, other=0).to(tl.int32)
@@ -140,7 +140,7 @@ def _groups_kernel(grouped, token, order, offsets, N, num_rows, BLOCK: tl.conste
 def plan_from_keys(
     key: Tensor | None, target: Tensor | None, metric: Tensor, num_merge: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """assignment, kept, order and offsets when the `num_merge` tokens of the highest keys join their targets."""
+    """assignment, kept, order and offsets of the plan that merges the `num_merge` tokens with the highest keys."""
     batch, tokens, _ = metric.shape
     rows = tokens - num_merge
 
@@ -160,15 +160,15 @@ def plan_from_keys(
     _rank_kernel[tiles](key, target, cut, counts, row, kept, tokens, num_merge, BLOCK=TILE)
     narrow = torch.empty_like(assignment, dtype=torch.int16) if rows <= 2**15 else None
     _assign_kernel[tiles](row, assignment, narrow, tokens, BLOCK=TILE)
-    # The library's radix sort, 8 bits of a key a pass: a group may be as large as the clip, where own counting would
-    # have to be quadratic.
+    # The library's radix sort, 8 bits of a key per pass: a group may be as large as the clip, for which a counting
+    # kernel would need quadratic time.
     grouped, token = torch.sort(assignment if narrow is None else narrow, dim=1, stable=True)
     _groups_kernel[tiles](grouped, token, order, offsets, tokens, rows, BLOCK=TILE)
     return assignment, kept, order, offsets
 
 
 def count_at_least(key: Tensor, threshold: float) -> Tensor:
-    """(B,) int32: keys of scores that are at least `threshold`, compared in float32."""
+    """(B,) int32: the number of keys of scores of at least `threshold`, compared in float32."""
     bits = torch.tensor(threshold + 0.0, dtype=torch.float32, device="cpu").view(torch.int32).item()
     lowest = max(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7F800000)  # above the key of -inf
     return (key >= lowest).sum(dim=1, dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""Triton kernel that scales the rows of a metric for matching, and how tokens split.
+"""Triton kernel that scales the rows of a metric for matching, and the layout of sources and destinations.
 
-A row is multiplied by a power of two, exactly, so that no square overflows or vanishes, and keeps its dtype: products
-run on tensor cores, and are divided by both lengths where they are compared.
+A row is multiplied by a power of two, exactly, so that no square overflows or underflows, and keeps its dtype: products
+run on tensor cores and are divided by both lengths when they are compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._triton_tiles import distinct, tile_of
 from .._tuned import Tile, Tunable, dtype_name
 from .triton_plan import destinations_before
 
-_SPARE_ROWS = 128  # as a tile has at most
+_SPARE_ROWS = 128  # the most rows of a tile
 
 
 def _tile(arch: int, dtype: str, block_c: int, elements: int = 16) -> Tile:
@@ -33,10 +33,10 @@ PREPARE = Tunable("_prepare_kernel", ("dtype", "block_c"), _tile, _tiles)
 
 
 class Layout(NamedTuple):
-    """How the tokens (t, h, w) split: destinations are where every axis is at a multiple of its stride, in `cells`.
+    """The layout of tokens (t, h, w): destinations are where every axis is at a multiple of its stride, within `cells`.
 
-    Without a grid the odd positions of one axis are destinations: a stride of 2 that starts at 1. Where the first ones
-    are, these are the first line of a grid. The last line of a grid may lack tokens.
+    Without a grid, the odd positions of one axis are destinations: a stride of 2 that starts at 1. If the first tokens
+    are the destinations, they form the first line of a grid, whose last line may be incomplete.
     """
 
     grid: tuple[int, int, int]
@@ -56,7 +56,7 @@ def layout_of(
     whole_cells: bool = False,
     num_destinations: int = -1,
 ) -> Layout:
-    """The layout of `match_tokens`'s arguments."""
+    """The layout for the arguments of `match_tokens`."""
     if num_destinations >= 0:
         line = max(1, num_destinations)
         return Layout((1, triton.cdiv(tokens, line), line), (1, 1, 1), 0, (1, 1, num_destinations))
@@ -94,13 +94,13 @@ def _prepare_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Scaled rows with what to multiply their products by; or, without `rows`, the scales and lengths of tokens.
+    """Scaled rows and the factors of their products; without `rows`, the scales and lengths of tokens.
 
-    UNIT: rows are float32 unit vectors. LARGEST: exponent (biased) + 127 that a row's largest value gets. Tokens that
-    `protect` marks get rows of NaN and a factor of -1.
+    UNIT: rows are float32 unit vectors. LARGEST: the exponent (biased) + 127 that a row's largest value gets. Tokens
+    marked by `protect` get rows of NaN and the factor -1.
     """
     batch, n = tile_of(N, BLOCK_N)
-    n = n.to(tl.int32)  # divided below
+    n = n.to(tl.int32)  # used in divisions below
     in_n = n < N
     source = x + batch * x_stride_b + n[:, None].to(tl.int64) * x_stride_n
     peak = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -157,14 +157,14 @@ def _prepare_kernel(
 
 
 def is_unit_rows(dtype: torch.dtype, channels: int) -> bool:
-    """Whether rows become float32 unit vectors: for tensor cores too narrow, their cost is nothing."""
+    """Whether rows become float32 unit vectors: they are too narrow for tensor cores, and their cost is negligible."""
     return dtype == torch.float32 or channels <= 16
 
 
 def prepare_rows(metric: Tensor, layout: Layout, block_c: int, protect: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows (B N + spare, width), each element's destinations first, and what to multiply products by, (B, N).
+    """Rows (B N + spare, width), the destinations of each batch element first, and the factors of products, (B, N).
 
-    Of tokens that `protect` (B, N) marks the latter is -1.
+    The factor of a token marked by `protect` (B, N) is -1.
     """
     batch, tokens, channels = metric.shape
     unit = is_unit_rows(metric.dtype, channels)
@@ -179,7 +179,7 @@ def prepare_rows(metric: Tensor, layout: Layout, block_c: int, protect: Tensor |
 def launch_prepare(metric, rows, factor, scale, layout, width, unit, block_c, protect=None):
     batch, tokens, channels = metric.shape
     tile = PREPARE.tile(metric.device, dtype=dtype_name(metric.dtype), block_c=block_c)
-    # The largest exponent of float16, so that its subnormals keep every bit; 1 for the wide ones.
+    # The largest exponent for float16, so that subnormals keep every bit; 1 for dtypes of a wider range.
     largest = 269 if metric.dtype == torch.float16 else 255
     _prepare_kernel[(triton.cdiv(tokens, tile["BLOCK_N"]) * batch,)](
         metric,

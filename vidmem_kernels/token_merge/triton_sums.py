@@ -1,7 +1,7 @@
 """Triton kernels that sum the groups of a plan.
 
-Sums follow a plan's `order` and `offsets`, in order, without atomics. A plan's index that is out of range is never
-followed; what depends on it is NaN.
+Sums follow a plan's `order` and `offsets`, in order and without atomics. An index of a plan that is out of range is
+never followed; results that depend on it are NaN.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .._tuned import Chosen, Tile, Tunable, dtype_name
 from .triton_means import add_deviations, add_tokens, load_origins, mean_of, negative_zero
 from .triton_totals import group_bounds
 
-# Groups of more tokens are summed by several programs: of a still clip, all tokens may be one group.
+# Groups of more tokens are summed by several programs: in a still clip, all tokens may be one group.
 _WINDOW = 128
 _LARGEST = torch.finfo(torch.float32).max
 
 
 def _groups_tile(arch: int, dtype: str, width: int, mean: bool, warps: int = 4, rows: int = 1, tokens: int = 2) -> Tile:
-    """`rows` loads of 16 bytes a thread of each of the tokens that are read at once; most groups are pairs."""
+    """`rows` loads of 16 bytes per thread for each of the tokens that are read at once; most groups are pairs."""
     vector = vector_of(dtype)
     block_c = min(32 * warps * vector, width)
     return {
@@ -92,9 +92,10 @@ def _sum_windows_kernel(
     UNROLL: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Per WINDOW places of `order`, sums of the groups of more places than that: such a group holds the first
-    place of the window (slot 0) or the last one (slot 1). Smaller groups are left alone. With `total`, the two sums
-    that a mean is made of.
+    """Sums, for each window of WINDOW places of `order`, the parts of groups longer than WINDOW.
+
+    Such a group covers the first place of the window (slot 0) or the last one (slot 1). Shorter groups are skipped.
+    With `total`, it computes the two sums of a mean.
     """
     windows = tl.cdiv(N, WINDOW)
     window = (tl.program_id(0) % windows).to(tl.int64)
@@ -119,7 +120,9 @@ def _sum_windows_kernel(
         wanted = known & (end - begin > WINDOW)
         if slot == 1:
             wanted &= begin > low
-        nothing = tl.where(known, negative_zero(), float("nan"))  # the reader must not trust what contradicts itself
+        nothing = tl.where(
+            known, negative_zero(), float("nan")
+        )  # NaN, so that the sums of an inconsistent plan are not used
         result = tl.broadcast_to(nothing[:, None], [1, BLOCK_C]).to(partial.dtype.element_ty)
         first_place = tl.maximum(begin, low)
         end_place = tl.where(wanted, tl.minimum(end, high), 0)
@@ -183,7 +186,8 @@ def _join_windows_kernel(
     UNROLL: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The row of the group of more than WINDOW places that begins in a window, if one does: it holds the last place."""
+    """Adds the parts of a group longer than WINDOW, if one begins in a window; it then covers the window's last
+    place."""
     windows = tl.cdiv(N, WINDOW)
     window = (tl.program_id(0) % windows).to(tl.int64)
     batch = (tl.program_id(0) // windows).to(tl.int64)
@@ -203,7 +207,7 @@ def _join_windows_kernel(
     count = tl.where(wanted, (end - 1) // WINDOW - window + 1, 0)
     in_c = (c < C)[None, :]
     where = partial + (batch * windows + window) * 2 * C + c[None, :]
-    # Its part of the first window is in slot 1 unless it begins where the window does.
+    # Its part of the first window is in slot 1, unless it begins at the start of the window.
     start = where + tl.where(begin % WINDOW == 0, 0, C)[:, None]
     result = tl.load(start, wanted[:, None] & in_c, other=0)
     part = tl.num_programs(0).to(tl.int64) * 2 * C  # from the first sums to the second
@@ -251,12 +255,12 @@ def _sum_groups_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of groups; with `total`, the size of each, means, `origin` being the tokens that they are measured from."""
+    """Sums of groups; with `total`, the group sizes, means, measured from the tokens `origin`."""
     batch, row = tile_of(M, BLOCK_M)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, end, in_range = group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
     sum_dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    # Longer groups are left to `_join_windows_kernel`, or stay NaN where the plan contradicts itself.
+    # Longer groups are left to `_join_windows_kernel`, or stay NaN if the plan is inconsistent.
     in_range = in_range & (end - begin <= WINDOW)
     nothing = tl.where(in_range, tl.where(begin < end, negative_zero(), 0.0), float("nan"))
     result = tl.broadcast_to(nothing[:, None], [BLOCK_M, BLOCK_C]).to(sum_dtype)
@@ -297,7 +301,7 @@ def _fields(x: Tensor, mean: bool) -> dict[str, str | int | bool]:
 
 
 def tiles_sum_groups(x: Tensor, mean: bool) -> list[Chosen]:
-    """The tiles that `sum_groups` takes."""
+    """The tiles that `sum_groups` uses."""
     kernels = [SUM_GROUPS] if x.shape[1] <= _WINDOW else [SUM_GROUPS, SUM_WINDOWS, JOIN_WINDOWS]
     return [kernel.chosen(x.device, **_fields(x, mean)) for kernel in kernels]
 
@@ -311,7 +315,7 @@ def sum_groups(
     order: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """Sums of the groups; means by `size` where their `total` and `origin` are given."""
+    """Sums of the groups; with their `total` and `origin`, means weighted by `size`."""
     batch, tokens, channels = x.shape
     rows = offsets.shape[1] - 1
     out = torch.empty(batch, rows, channels, dtype=x.dtype, device=x.device)
@@ -339,7 +343,7 @@ def sum_groups(
         WINDOW=_WINDOW,
         **tile,
     )
-    if tokens <= _WINDOW:  # no group is longer
+    if tokens <= _WINDOW:  # no group can be longer
         return out
     windows = triton.cdiv(tokens, _WINDOW)
     parts = 1 if total is None else 2

@@ -1,4 +1,4 @@
-"""Triton kernel that sums one number a token over the groups of a plan, such as sizes; and where groups lie."""
+"""Triton kernel that sums one number per token over the groups of a plan, such as sizes; and the bounds of groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._tuned import Tile, Tunable
 
 
 def _tile(arch: int, has_value: bool, rows: int = 4) -> Tile:
-    # Wide enough that a group of a whole clip takes few steps, with rows enough for groups of two.
+    # Wide enough for a group of a whole clip to take few steps, with enough rows for groups of two.
     return {"BLOCK_M": rows, "BLOCK_K": 512 // rows, "num_warps": 4}
 
 
@@ -25,7 +25,7 @@ GROUP_TOTALS = Tunable("_group_totals_kernel", ("has_value",), _tile, _tiles)
 
 @triton.jit
 def group_bounds(offsets, row, valid, stride, N):
-    """Begin and end of the groups of rows, in bounds, and whether they were."""
+    """Begin and end of the groups of rows, clamped to the bounds, and whether they were within them."""
     begin = tl.load(offsets + row * stride, valid, other=0).to(tl.int64)
     end = tl.load(offsets + (row + 1) * stride, valid, other=0).to(tl.int64)
     in_range = (begin >= 0) & (begin <= end) & (end <= N)
@@ -56,9 +56,9 @@ def _group_totals_kernel(
 ):
     """float32 sum of a value per token over each group; with `size_total`, weighted by the tokens' shares of it.
 
-    Without `value` it is 1, without `size` that is 1. Into `origin`, if given, goes the first token of each group's
-    largest value. Summed in float64: the order of a sum over an axis is the
-    compiler's choice, which differs between strides and types of index, and must not show in the result.
+    Without `value` it is 1, without `size` that is 1. `origin`, if given, gets the first token with the largest value
+    of each group. Summed in float64, because the compiler chooses the order of a sum over an axis, which depends on
+    strides and index types and must not affect the result.
     """
     batch, row = tile_of(M, BLOCK_M)
     begin, end, in_range = group_bounds(offsets + batch * offsets_stride_b, row, row < M, offsets_stride_n, N)
@@ -82,7 +82,7 @@ def _group_totals_kernel(
             if size is not None:
                 share = tl.load(size + batch * size_stride_b + n * size_stride_n, member & valid, other=0)
             share = tl.where(whole == 0, 0.0, tl.div_rn(share, divisor))
-            term = tl.where(share == 0, 0.0, term * share)  # a NaN of size 0 counts for no other token
+            term = tl.where(share == 0, 0.0, term * share)  # a NaN of size 0 does not affect other tokens
         if origin is not None:
             known = tl.where(member & valid & (term == term), term, -1.0)
             largest = tl.max(known, axis=1)
@@ -104,7 +104,7 @@ def group_totals(
     offsets: Tensor,
     origin: Tensor | None = None,
 ) -> Tensor:
-    """(B, M) float32; see `_group_totals_kernel` for the rest."""
+    """(B, M) float32; see `_group_totals_kernel`."""
     batch, tokens = order.shape
     rows = offsets.shape[1] - 1
     total = torch.empty(batch, rows, dtype=torch.float32, device=order.device)
