@@ -1,6 +1,6 @@
 """Reference model of vidmem_kernels: compress a video's history to a short context and read it back.
 
-What people call is here, and imported when it is first asked for: `import vidmem_model` imports no torch.
+The public names are imported on first use: `import vidmem_model` itself imports no torch.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m vidmem_model`: the same as the command `vidmem`."""
+"""`python -m vidmem_model` runs the command `vidmem`."""
 
 import sys
 

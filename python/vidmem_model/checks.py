@@ -17,7 +17,7 @@ import math
 import re
 import reprlib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -378,6 +378,30 @@ def renewed(kind: type, values: Any, where: str = "") -> Any:
     parts = _parts(kind)
     made, _ = _renamed(kind, values, where)
     return {k: renewed(parts[k], v, f"{where}.{k}".lstrip(".")) if k in parts else v for k, v in made.items()}
+
+
+def former_names(kind: type, values: Any, where: str = "") -> Iterator[tuple[str, str | None]]:
+    """Find fields that are given by their former names.
+
+    Args:
+        kind: The dataclass.
+        values: Some or all of its fields, as plain dicts and lists.
+        where: Place of `values` in its file.
+
+    Yields:
+        The place of each such field, and its present name, or None if it has none.
+    """
+    if isinstance(values, (list, tuple)):
+        for i, value in enumerate(values):
+            yield from former_names(kind, value, f"{where}[{i}]")
+    elif isinstance(values, dict):
+        former, parts = getattr(kind, "FORMER", {}), _parts(kind)
+        for key, value in values.items():
+            place = f"{where}.{key}".lstrip(".")
+            if key in former:
+                yield place, former[key].name
+            elif key in parts:
+                yield from former_names(parts[key], value, place)
 
 
 def _renamed(kind: type, values: dict[Any, Any], where: str) -> tuple[dict[Any, Any], dict[str, str]]:

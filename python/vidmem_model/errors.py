@@ -1,19 +1,19 @@
-"""Errors that the user of the command line can mend: one line, what is wrong and what to do."""
+"""Errors that the user can fix. The message is one line: what is wrong, and what to do."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can put right; its message is one line that says how."""
+    """A mistake that the user can fix; the message is one line that says how."""
 
 
 class OptionError(UserError):
-    """An option of the command line; the help of the command says what it takes."""
+    """A wrong value of a command-line option; the message points to the help of the command."""
 
 
 class MediaError(UserError):
-    """A video that is missing, unreadable or holds nothing to take."""
+    """A video file that is missing or unreadable, or has no frame in the requested part."""
 
 
 class MemoryFormatError(UserError):
-    """A memory file that is damaged, foreign, or written by another version."""
+    """A memory or model file that is damaged, of another format, or written by another version."""

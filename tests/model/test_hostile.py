@@ -73,8 +73,13 @@ def test_the_worker_tells_of_each_fault(worker, tmp_path):
         ("pretrain", {"dit": {"unfold": 1}}, {}, "the model cannot be made (DiT: unfold must be at least the 32"),
         ("pretrain", {"dit": {"patch": 3}}, {}, "dit.patch: must be 2"),
         ("pretrain-vae", {}, {"frames": 400}, "no block of the films has 400 frames, the longest has 24"),
-        ("pretrain-vae", {"height": 48}, {"frames": 8}, "model.height in multiples of 32 and a model.width of 32"),
-        ("pretrain-vae", {"vae": {"stride": [1, 1, 1]}}, {"frames": 8}, "at most the 3 numbers of a block, got 8"),
+        ("pretrain-vae", {"height": 48}, {"frames": 8}, "model.height must be a multiple of 32 and model.width of 32"),
+        (
+            "pretrain-vae",
+            {"vae": {"stride": [1, 1, 1]}},
+            {"frames": 8},
+            "at most 3, the numbers of a block of pixels, got 8",
+        ),
     ],
 )
 def test_sizes_that_do_not_go_together(worker, command, model, more, says, tmp_path):

@@ -249,7 +249,7 @@ def test_the_profile_keeps_what_it_has_measured(tmp_path, monkeypatch, capfd):
     arguments = ["profile", "-o", str(tmp_path / "out"), "--lengths", "0.1,0.2", "--heads", "1", "--head-dim", "8"]
     assert cli.main(arguments) == 130
     out, err = capfd.readouterr()
-    assert err == "vidmem: interrupted; what was measured is kept, 6 measurements are missing\n"
+    assert err == "vidmem: interrupted; the measurements so far are written, 6 are missing\n"
     found = json.loads((tmp_path / "out" / "memory_vs_context.json").read_text())
     assert len(found["points"]) == 2 and len(found["missing"]) == 6
     assert found["missing"][0] == {"strategy": "sliding window", "seconds": 0.1}

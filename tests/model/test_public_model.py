@@ -139,9 +139,13 @@ CLIP = Clip(torch.zeros(4, 16, 16, 3, dtype=torch.uint8), 24.0, Path("f"), None)
     ("call", "error", "message"),
     [
         (lambda: compress("none.mkv"), MediaError, "none.mkv: no such file"),
-        (lambda: compress(frames_of(4)), ValueError, "fps must be given with frames, and only then, got None"),
-        (lambda: compress("none.mkv", fps=24), ValueError, "fps must be given with frames, and only then, got 24"),
-        (lambda: compress(CLIP, clip=ClipSpec()), ValueError, "clip must be given with a video file only, got Clip"),
+        (lambda: compress(frames_of(4)), ValueError, "fps is required for frames and not allowed for others, got None"),
+        (
+            lambda: compress("none.mkv", fps=24),
+            ValueError,
+            "fps is required for frames and not allowed for others, got 24",
+        ),
+        (lambda: compress(CLIP, clip=ClipSpec()), ValueError, "clip is allowed for a video file only, got Clip"),
         (
             lambda: compress(frames_of(4).float(), fps=24),
             ValueError,
@@ -162,7 +166,7 @@ CLIP = Clip(torch.zeros(4, 16, 16, 3, dtype=torch.uint8), 24.0, Path("f"), None)
             UserError,
             "the trained model 'none' is not in this installation; use --method dct or merge",
         ),
-        (lambda: CompressorConfig("dct", model="demo"), ValueError, "model belongs to method learned, got 'demo'"),
+        (lambda: CompressorConfig("dct", model="demo"), ValueError, "model requires method learned, got 'demo'"),
     ],
 )
 def test_what_is_not_right_is_told_in_one_line(call, error, message):
@@ -180,7 +184,7 @@ def test_frames_are_asked_for_by_integers(tmp_path):
         with pytest.raises(TypeError, match="retrieve: frame must be an integer, got"):
             opened.retrieve(wrong)
     for none in (-1, 5, 10**30):
-        with pytest.raises(UserError, match="there is no frame .*: this memory holds frames 0 to 4"):
+        with pytest.raises(UserError, match="there is no frame .*; give a frame from 0 to 4"):
             opened.retrieve(none)
     write_memory(tmp_path / "m", compress(frames_of(4, 128, 192), CompressorConfig("learned"), fps=12))
     opened = read_memory(tmp_path / "m")

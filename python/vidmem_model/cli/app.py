@@ -1,4 +1,4 @@
-"""The application that the commands register with, and what it does before each of them."""
+"""The typer application that the commands register with, and its global options."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _root(
         str | None,
         typer.Option(
             envvar="VIDMEM_BACKEND",
-            help="Kernels to use: auto, cpu, triton, cuda, library or reference.",
+            help="Backend of the kernels: auto, cpu, triton, cuda, library or reference.",
         ),
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
         print(f"vidmem {__version__}")

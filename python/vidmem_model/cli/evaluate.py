@@ -1,4 +1,4 @@
-"""Commands that judge trained models."""
+"""The command `evaluate retrieval`: reconstruction quality of trained memories."""
 
 from __future__ import annotations
 
@@ -12,30 +12,40 @@ from ..progress import progress_bar
 from .app import app
 from .options import configured
 
-evaluate = typer.Typer(help="Judge trained models on held-out video.", no_args_is_help=True)
+evaluate = typer.Typer(help="Evaluate trained models on held-out video.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
 
 
 @evaluate.command()
 def retrieval(
     model: Annotated[
-        list[Path] | None, typer.Option(help="Trained model, or several; default: the shipped one.")
+        list[Path] | None,
+        typer.Option(help="Model file or folder to evaluate; repeat for several.", show_default="the shipped model"),
     ] = None,
-    table: Annotated[Path | None, typer.Option(help="Folder of models; runs of one configuration make a row.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Folder of training runs; runs of one configuration share a table row.")
+    ] = None,
     video: Annotated[
-        Path | None, typer.Option(help="Take pieces of this video; by default of the test blocks of training's films.")
+        Path | None,
+        typer.Option(
+            help="Video file to take histories from.", show_default="the test blocks of the model's training videos"
+        ),
     ] = None,
-    clips: Annotated[int, typer.Option(help="Most histories to take.")] = 8,
-    history: Annotated[int | None, typer.Option(help="Their length in frames; by default that of training.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of its noise.")] = 0,
-    json_: Annotated[Path | None, typer.Option("--json", help="JSON file to write, with a value a position.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write: values against position.")] = None,
+    clips: Annotated[int, typer.Option(help="Maximum number of histories to evaluate.")] = 8,
+    history: Annotated[
+        int | None, typer.Option(help="Length of a history, in frames.", show_default="as in training")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps per frame.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed of the noise.")] = 0,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write, with one value per frame position.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write: quality against frame position.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Markdown file to write: the table.")] = None,
 ) -> None:
-    """Read every frame back from trained memories, dct, merge and a mean frame, and compare.
+    """Read every frame back from trained memories and compare it with dct, merge and the mean frame.
 
-    What was measured is kept beside the first file until all is done: the same command goes on after an interrupt.
+    Results are kept beside the first output file until the command ends: after an interrupt, the same command resumes.
     """
     from ..evaluate.held_out import RetrievalConfig, choose_histories, find_models, trained_films, trained_history
     from ..evaluate.retrieval import RUNS, evaluate_retrieval
@@ -52,7 +62,7 @@ def retrieval(
     if not models:
         models = [path for path in (shipped(),) if path]
     if not models:
-        raise UserError("no model is shipped with this vidmem; give --model or --table")
+        raise UserError("this installation of vidmem ships no model; give --model or --table")
     films = [video] if video else trained_films(models[0])
     first = next((path for path in (json_, markdown, plot) if path), None)
     store = table / "retrieval-runs" if table else first and first.with_name(f"{first.name}.parts")
@@ -70,7 +80,7 @@ def retrieval(
     except KeyboardInterrupt as stop:
         if not store:
             raise
-        raise KeyboardInterrupt(f"what was measured is kept in {store}, the same command goes on") from stop
+        raise KeyboardInterrupt(f"results so far are kept in {store}; run the same command again to resume") from stop
     if json_:
         write_json(json_, result)
     if markdown:

@@ -1,4 +1,4 @@
-"""Commands that make videos: generate, and storyboard, which has a language model write what to make."""
+"""The commands `generate` (storyboard to video) and `storyboard` (idea to storyboard, by a language model)."""
 
 from __future__ import annotations
 
@@ -21,36 +21,69 @@ if TYPE_CHECKING:
 
 @app.command()
 def generate(
-    storyboard: Annotated[Path, typer.Argument(help="A storyboard, YAML: shots with times and prompts.")],
+    storyboard: Annotated[
+        Path, typer.Argument(help="Storyboard to follow, a YAML file of shots with start times and prompts.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="MP4 file to write.")],
     model: Annotated[
-        Path | None, typer.Option(help="A model's file or folder, its vae.safetensors beside it; else the shipped one.")
+        Path | None,
+        typer.Option(
+            help="Model file, or folder that holds it and its vae.safetensors.", show_default="the shipped model"
+        ),
     ] = None,
-    vae: Annotated[Path | None, typer.Option(help="The VAE's file or folder, if it is not beside the model.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Folder of the text encoder, if the model needs one.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Length; else the storyboard's.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler per segment.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    segment: Annotated[int, typer.Option(help="Latent frames made together.")] = 6,
-    window: Annotated[int | None, typer.Option(help="Clean latent frames beside the memory; 0 for none.")] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none, else twice the time.")] = 1.0,
+    vae: Annotated[
+        Path | None, typer.Option(help="VAE file or folder.", show_default="vae.safetensors beside the model")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Folder of the text encoder, required by models that use one.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length of the video, in seconds.", show_default="that of the storyboard")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps per segment.")] = 16,
+    seed: Annotated[int, typer.Option(help="Random seed of the noise.")] = 0,
+    segment: Annotated[int, typer.Option(help="Latent frames denoised together.")] = 6,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Latest latent frames that the model reads uncompressed, beside the memory; 0 for none.",
+            show_default="as in training",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance scale; other values than 1 double the time.")
+    ] = 1.0,
     shift: Annotated[
-        float | None, typer.Option(help="Of the steps' times towards the noise; else as in training.")
+        float | None,
+        typer.Option(
+            help="Timestep shift of flow matching; above 1 spends more steps at high noise.",
+            show_default="as in training",
+        ),
     ] = None,
     cross_attention: Annotated[
         bool | None,
-        typer.Option("--cross-attention/--no-cross-attention", help="Read the memory by cross-attention too."),
+        typer.Option(
+            "--cross-attention/--no-cross-attention",
+            help="Read the memory by cross-attention, too.",
+            show_default="as in training",
+        ),
     ] = None,
     kv_cache: Annotated[
         bool | None,
-        typer.Option("--kv-cache/--no-kv-cache", help="Keep the history's keys and values; else where it is exact."),
+        typer.Option(
+            "--kv-cache/--no-kv-cache",
+            help="Reuse the history's keys and values in all denoising steps.",
+            show_default="on where the result is exact",
+        ),
     ] = None,
-    start: Annotated[Path | None, typer.Option(help="A video to continue.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget the segments of a run that was stopped.")] = False,
-    report: Annotated[Path | None, typer.Option(help="JSON file for tokens and times.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Video file to continue.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard the segments of an interrupted run and start again.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="JSON file to write: token counts and times.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Make a video from a storyboard, segment by segment; a run that was stopped goes on where it was."""
+    """Generate a video from a storyboard, segment by segment; run the same command again to resume."""
     from ..generation.storyboard import read_storyboard
 
     board = read_storyboard(storyboard)
@@ -80,11 +113,11 @@ def generate(
     )
     model = model or shipped(CONTINUING_MODEL)
     if model is None:
-        raise UserError("no model is shipped with this vidmem; give --model")
+        raise UserError("this installation of vidmem ships no model; give --model")
     read = [storyboard, start, vae, text, *files_of(model)]
     outputs(read, [output, report], {parts_of(output): PARTS})
     net = load_model(model, text)
-    require_encoder(net.config.text, text, "by --text")
+    require_encoder(net.config.text, text, "with --text")
     net = net.to(device)
     codec = load_vae(net.config.vae, vae or net.vae_weights)
     if device != "cpu" and hasattr(codec, "to"):
@@ -95,29 +128,36 @@ def generate(
         with _progress() as tell:
             made = generate_(board, net, codec, output, config, restart, tell)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt("the same command goes on after the last whole segment") from stop
+        raise KeyboardInterrupt("run the same command again to resume after the last finished segment") from stop
     if report is not None:
         write_json(report, made)
     first, last = made["memory_tokens"][0], made["memory_tokens"][-1]
     print(
         f"{output}: {made['seconds']:g} s of {net.config.height}x{net.config.width} at {net.config.fps:g} fps "
-        f"(height x width) in {made['segments']} segments, {made['wall_seconds']:.0f} s of work; "
+        f"(height x width) in {made['segments']} segments, took {made['wall_seconds']:.0f} s; "
         f"memory {first:,} -> {last:,} tokens, {made['context_per_second']:g} tokens/s, "
-        f"and {max(made['window_tokens']):,} of clean frames"
+        f"and up to {max(made['window_tokens']):,} tokens of uncompressed frames"
     )
 
 
 @app.command()
 def storyboard(
-    idea: Annotated[str, typer.Argument(help="What the video is about.")],
-    lm: Annotated[Path, typer.Option("--lm", help="Folder of a causal language model, such as Qwen.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write.")],
-    seconds: Annotated[float, typer.Option(help="Length of the video.")] = 20.0,
-    shots: Annotated[int, typer.Option(min=1, help="Number of shots to ask for.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first answer; a bad one is asked for again.")] = 0,
+    idea: Annotated[str, typer.Argument(help="What the video is about, in a sentence.")],
+    lm: Annotated[
+        Path, typer.Option("--lm", help="Folder of a causal language model in the Hugging Face format, such as Qwen.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Storyboard to write, a YAML file.")],
+    seconds: Annotated[float, typer.Option(help="Length of the video, in seconds.")] = 20.0,
+    shots: Annotated[int, typer.Option(min=1, help="Number of shots.")] = 5,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Random seed of the first answer; an invalid answer is asked for again with the next seed."
+        ),
+    ] = 0,
     device: Device = "auto",
 ) -> None:
-    """Have a local language model write a storyboard."""
+    """Write a storyboard with a local language model."""
     checked(Annotated[float, positive(MOST_SECONDS)], "--seconds", seconds)
     checked(Annotated[int, positive(100_000)], "--shots", shots)
     checked(Annotated[int, not_negative(MOST_SEED)], "--seed", seed)
@@ -135,7 +175,7 @@ def storyboard(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None] | None]:
-    """A line on stderr with segment, seconds made, context and time left; None where there is no terminal."""
+    """A progress line on stderr: segment, seconds generated, context and time left; None without a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
@@ -146,13 +186,13 @@ def _progress() -> Iterator[Callable[[Progress], None] | None]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
     with Bars(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("reading", total=None, left="")
+        task = bars.add_task("loading", total=None, left="")
 
         def tell(now: Progress) -> None:
             minutes, seconds = divmod(round(now.left), 60)
             bars.update(
                 task,
-                description=f"segment {now.segment}/{now.segments}, {now.seconds:.1f} s made, "
+                description=f"segment {now.segment}/{now.segments}, {now.seconds:.1f} s generated, "
                 f"context {now.context:,} tokens",
                 completed=(now.segment - 1) * now.steps + now.step,
                 total=now.segments * now.steps,

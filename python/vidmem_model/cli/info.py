@@ -1,4 +1,4 @@
-"""Command that tells what runs here."""
+"""The command `info`: versions, devices and backends of this installation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .app import app
 
 @app.command()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show versions, devices, and which kernels run here or why not."""
+    """Show versions, devices, and for every op which backends run here, or why not."""
     from vidmem_kernels.info import collect, render
 
     found = collect()
-    found["versions"]["vidmem_model"] = __version__  # also where it is not installed, only importable
+    found["versions"]["vidmem_model"] = __version__  # vidmem_model may be importable without being installed
     print(json.dumps(found, indent=2) if as_json else render(found))

@@ -1,4 +1,4 @@
-"""Commands that make memory files and read them: demo, compress, retrieve."""
+"""The commands that write and read memory files: demo, compress, retrieve."""
 
 from __future__ import annotations
 
@@ -16,30 +16,41 @@ from .app import app
 from .options import Seconds, Video, checked, configured, parse_fps, parse_lengths, parse_rate, parse_size
 
 _ANY_SIZE = listed(untrained(), "and")
-_OWN_SIZE = listed(trained(), "and")
+_SIZE = "Frame size in pixels, height x width, or source to keep that of the video."
+_FPS = "Frames per second, or source to keep those of the video."
+_RATE = "Compression rate: patch tokens per memory token, height x width x time."
+_FIXED = f"Not allowed with --method {listed(trained(), 'or')}."
 _METHODS = [f"{each.name} ({each.about})" if each.about else each.name for each in METHODS.values()]
 
 
 @app.command()
 def demo(
-    video: Annotated[Path | None, typer.Argument(help="A video file; without one, a sample film is fetched.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
-    seconds: Seconds = 20.0,
-    start: Annotated[float | None, typer.Option(help="First second to take; 0, or 60 in the sample film.")] = None,
-    size: Annotated[str | None, typer.Option(help=f"Height x width, or source, for {_ANY_SIZE}; 480x832.")] = None,
-    fps: Annotated[str | None, typer.Option(help=f"Frames per second, or source, for {_ANY_SIZE}; 24.")] = None,
-    rate: Annotated[
-        str | None, typer.Option(help=f"Patch tokens per token of {_ANY_SIZE}, height x width x time; 4x4x2.")
+    video: Annotated[
+        Path | None, typer.Argument(help="Video file to compress; without one, a sample film is downloaded.")
     ] = None,
-    frames: Annotated[int, typer.Option(help="How many frames to read back.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the positions of those frames.")] = 0,
-    lengths: Annotated[str, typer.Option(help="Seconds of history that the memory profile measures at.")] = "1,5,20",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Output folder for memory files, pictures and report.json.")
+    ] = Path("demo_output"),
+    seconds: Seconds = 20.0,
+    start: Annotated[
+        float | None,
+        typer.Option(help="Start of the part to compress, in seconds.", show_default="0, or 60 in the sample film"),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help=f"{_SIZE} Used by {_ANY_SIZE}.", show_default="480x832")] = None,
+    fps: Annotated[str | None, typer.Option(help=f"{_FPS} Used by {_ANY_SIZE}.", show_default="24")] = None,
+    rate: Annotated[str | None, typer.Option(help=f"{_RATE} Used by {_ANY_SIZE}.", show_default="4x4x2")] = None,
+    frames: Annotated[int, typer.Option(help="Number of random frames to read back.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed that chooses these frames.")] = 0,
+    lengths: Annotated[
+        str, typer.Option(help="History lengths at which attention memory is measured, in seconds.")
+    ] = "1,5,20",
 ) -> None:
-    """Compress 20 s of video, read random frames back, compare, plot memory.
+    """Compress 20 s of video with every method, read random frames back and compare them.
 
-    dct and merge run at --size; the trained model beside them at its own, unless --size, --fps or --rate is given.
+    dct and merge use --size, --fps and --rate. The trained model has a fixed frame size and frame rate; it runs only
+    if none of these options is given.
 
-    Frames are scaled to cover the size and centre-cropped: a portrait clip is best given a portrait --size.
+    Frames are scaled to cover --size, then centre-cropped: for a portrait video give a portrait size, such as 832x480.
     """
     at_default = (size, fps, rate) == (None, None, None)
     shape, fps_ = parse_size(size or "480x832"), parse_fps(fps or "24")
@@ -76,33 +87,45 @@ def demo(
 @app.command()
 def compress(
     video: Video,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Memory file to write.")],
-    method: Annotated[str, typer.Option("--method", "-m", help=f"{listed(_METHODS, 'or')}.")] = "dct",
-    size: Annotated[str | None, typer.Option(help=f"Height x width, or source; 480x832, {_OWN_SIZE}: its own.")] = None,
-    fps: Annotated[str | None, typer.Option(help=f"Frames per second, or source; 24, {_OWN_SIZE}: its own.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Memory file to write, in the safetensors format.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help=f"Compression method: {listed(_METHODS, 'or')}.")
+    ] = "dct",
+    size: Annotated[str | None, typer.Option(help=f"{_SIZE} {_FIXED}", show_default="480x832")] = None,
+    fps: Annotated[str | None, typer.Option(help=f"{_FPS} {_FIXED}", show_default="24")] = None,
     seconds: Seconds = 20.0,
-    start: Annotated[float, typer.Option(help="First second to take.")] = 0.0,
-    rate: Annotated[
-        str | None, typer.Option(help=f"Patch tokens per token, height x width x time; 4x4x2, {_OWN_SIZE}: its own.")
-    ] = None,
+    start: Annotated[float, typer.Option(help="Start of the part to compress, in seconds.")] = 0.0,
+    rate: Annotated[str | None, typer.Option(help=f"{_RATE} {_FIXED}", show_default="4x4x2")] = None,
     budget: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Tokens to keep, for {listed(takers('budget'), 'and')}; by default what rate gives."),
+        typer.Option(
+            min=1,
+            help=f"Number of memory tokens to keep; requires --method {listed(takers('budget'), 'or')}.",
+            show_default="the number that --rate gives",
+        ),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(help=f"Width of a {listed(takers('channels'), 'or')} token, 3072.")
+        int | None,
+        typer.Option(
+            help=f"Channels of a memory token, for --method {listed(takers('channels'), 'or')}.", show_default="3072"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16, float32, float8 or int8.")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help="Storage format of the tokens: float16, float32, float8 or int8.")
+    ] = "float16",
 ) -> None:
     """Compress a video to a memory file.
 
-    Frames are scaled to cover the size and centre-cropped: a portrait clip is best given a portrait --size.
+    Frames are scaled to cover --size, then centre-cropped: for a portrait video give a portrait size, such as 832x480.
     """
     options = {"--size": size, "--fps": fps, "--rate": rate, "--budget": budget, "--channels": channels}
     given = [name for name, value in options.items() if value is not None]
     model = METHODS[method].model if method in METHODS else None
     if model and given:
-        raise UserError(f"{given[0]} is for {_ANY_SIZE}; {METHODS[method].about} has its own")
+        raise UserError(
+            f"{given[0]} is not allowed with --method {method}: {METHODS[method].about} has a fixed one; "
+            f"leave it out, or choose --method {listed(untrained(), 'or')}"
+        )
     shape, fps_ = parse_size(size or "480x832"), parse_fps(fps or "24")
     rate_ = parse_rate(rate or "4x4x2")
     from ..files import outputs
@@ -142,20 +165,25 @@ def compress(
 
 @app.command()
 def retrieve(
-    memory: Annotated[Path, typer.Argument(help="A memory file that vidmem wrote.")],
-    frame: Annotated[int, typer.Option(help="Which frame to read, from 0.")],
+    memory: Annotated[Path, typer.Argument(help="Memory file that `vidmem compress` wrote.")],
+    frame: Annotated[int, typer.Option(help="Number of the frame to read, counted from 0.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
     steps: Annotated[
-        int | None, typer.Option(min=1, help=f"Steps of the sampler, for a {listed(takers('steps'), 'or')} memory.")
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Number of denoising steps; requires a memory of --method {listed(takers('steps'), 'or')}.",
+            show_default="8",
+        ),
     ] = None,
 ) -> None:
-    """Read one frame from a memory file."""
+    """Read one frame from a memory file and write it as PNG."""
     from ..files import outputs
     from ..memory.file import read_memory
     from ..video.png import write_png
 
     if output.suffix.lower() != ".png":
-        raise UserError(f"{output}: frames are written as PNG; give a name that ends in .png")
+        raise UserError(f"{output}: frames are written as PNG; give --output a name that ends in .png")
     checked(SamplerSteps | None, "--steps", steps)
     outputs([memory], [output])
     opened = read_memory(memory)

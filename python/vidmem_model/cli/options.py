@@ -1,4 +1,4 @@
-"""Options that several commands share: how they are written, read, and refused."""
+"""Options that several commands share, and the functions that parse and check option values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def configured(kind: Callable[..., T], **values: Any) -> T:
-    """Build a configuration; what it refuses is a mistake of the user."""
+    """Build a configuration from option values; turn its ValueError into an OptionError."""
     try:
         return kind(**values)
     except ValueError as error:
@@ -26,7 +26,7 @@ def configured(kind: Callable[..., T], **values: Any) -> T:
 
 
 def checked(declared: Any, option: str, value: T) -> T:
-    """Hold an option's value to a declaration of checks.py."""
+    """Check an option's value against a declaration of checks.py; raise OptionError if it does not fit."""
     try:
         return conform(declared, value, option)
     except ValueError as error:
@@ -34,10 +34,10 @@ def checked(declared: Any, option: str, value: T) -> T:
 
 
 def parse_numbers(option: str, text: str, form: str, parse: Callable[[str], T]) -> tuple[T, ...]:
-    """Split `text` as `form` is written, e.g. "480x832"."""
+    """Split `text` at the separator of `form`, an example such as "480x832"."""
     separator, count = ("x", form.count("x") + 1) if "x" in form else (",", None)
     try:
-        # Other scripts have digits too, which Python reads.
+        # Python's int() also reads the digits of other scripts, so anything but ASCII is refused.
         values = tuple(parse(part) for part in text.lower().split(separator)) if text.isascii() else ()
     except ValueError:
         values = ()
@@ -51,10 +51,13 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
 
 
 def parse_rate(text: str) -> Compression:
-    """Height, width and time, as in "4x4x2". It imports torch, if the text is right: call it after the others.
+    """Parse --rate: height x width x time, such as "4x4x2".
+
+    A valid text imports torch, which takes a second: call this after the other parsers.
 
     Raises:
-        OptionError, UserError: it is not of that form, or a number is not in [1, 128].
+        UserError: the text has another form.
+        OptionError: a number is not in [1, 128].
     """
     numbers = parse_numbers("--rate", text, "4x4x2", int)
     height, width, time = checked(Annotated[tuple[int, int, int], positive(128)], "--rate", numbers)
@@ -76,9 +79,9 @@ def parse_lengths(text: str) -> tuple[float, ...]:
     return parse_numbers("--lengths", text, "1,2,5,10,20", float)
 
 
-Video = Annotated[Path, typer.Argument(help="A video file.")]
-Seconds = Annotated[float, typer.Option(help="Length to take.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
+Video = Annotated[Path, typer.Argument(help="Video file to compress.")]
+Seconds = Annotated[float, typer.Option(help="Length of the part to compress, in seconds.")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:N, or auto for the first GPU, else the CPU.")]
 
 
 def parse_device(name: str) -> str:

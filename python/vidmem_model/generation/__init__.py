@@ -1,1 +1,1 @@
-"""Video from timed prompts, segment by segment."""
+"""Generate video from timed prompts, segment by segment."""

@@ -1,8 +1,8 @@
-"""Generation of a video segment by segment, with a memory that grows by the same number of tokens each time.
+"""Generate a video segment by segment, with a memory that grows by the same number of tokens per segment.
 
-A segment starts as noise and becomes latent frames by flow matching, given the memory of all that came
-before, the last clean latent frames and the prompt of the storyboard's shot nearest to its middle. Then
-it is decoded, encoded on its own, and its tokens are appended to the memory (arXiv 2512.23851).
+Each segment is denoised from noise by flow matching, conditioned on the memory of everything before, on the last clean
+latent frames, and on the prompt of the shot nearest to its middle. Then it is decoded and encoded, and its tokens are
+appended to the memory (arXiv 2512.23851).
 """
 
 from __future__ import annotations
@@ -49,31 +49,32 @@ from .storyboard import Storyboard
 _FORMAT = "vidmem.segment"
 _VERSION = 1
 _SETTINGS = "settings.json"
-# Names of what is kept until the video is whole.
+# Names of the files that are kept until the video is finished.
 PARTS = ("segment-*.safetensors", _SETTINGS)
-# Values of every weight that tell one model from another: training changes them all.
+# Values of every weight that go into the fingerprint of a model; training changes all of them.
 _FINGERPRINT_VALUES = 1024
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Checked):
-    """How a video is made.
+    """Settings of `generate`.
 
     Args:
-        seconds: length, or None for the storyboard's.
-        steps: Euler steps a segment.
-        seed: of the noise.
-        segment: latent frames made together.
-        window: clean latent frames before a segment, or None for the model's own number.
-        guidance: scale of classifier-free guidance; 1 is none, and takes half the time of others.
-        shift: of the steps' times towards the noise, or None for the model's own.
-        cross_attention: whether blocks read the memory by cross-attention too, or None for the model's own way.
-        kv_cache: whether the history's keys and values are kept over the steps of a segment, or None
-            for only where that changes nothing.
-        start: a video to continue; what is made follows it and does not repeat it.
+        seconds: Length of the video, in seconds; None for that of the storyboard.
+        steps: Number of denoising steps (Euler) per segment.
+        seed: Random seed of the noise.
+        segment: Latent frames denoised together.
+        window: Number of clean latent frames before a segment that the model reads beside the memory; None for the
+            number it was trained with, 0 for none.
+        guidance: Scale of classifier-free guidance; 1 turns it off, other values double the time.
+        shift: Timestep shift of flow matching; None for that of training.
+        cross_attention: Whether the memory is also read by cross-attention; None if the model was trained so.
+        kv_cache: Whether the history's keys and values are reused in all denoising steps of a segment; None to
+            reuse them only if the result is the same.
+        start: Video file to continue; the result follows it and does not repeat it.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     seconds: Annotated[float | None, positive(MOST_SECONDS)] = None
@@ -89,14 +90,16 @@ class GenerateConfig(Checked):
 
 
 class Progress(NamedTuple):
-    """How far the work is.
+    """Progress of `generate`.
 
     Attributes:
-        segment, segments: number of the present one, from 1, and of all.
-        step, steps: of the present segment that are done, and of all.
-        seconds: of video that are made.
-        context: tokens of memory and clean frames that the present segment is made from.
-        left: seconds of work left; None before a step is done.
+        segment: Number of the current segment, from 1.
+        segments: Number of all segments.
+        step: Denoising steps done of the current segment.
+        steps: Denoising steps of a segment.
+        seconds: Length of video generated so far, in seconds.
+        context: Tokens of memory and clean frames that the current segment reads.
+        left: Estimated time left, in seconds; None before the first step.
     """
 
     segment: int
@@ -109,18 +112,19 @@ class Progress(NamedTuple):
 
 
 class SegmentGenerator:
-    """Makes the segments of a video, and takes each in as history.
+    """Generates the segments of a video one by one, and appends each to the history.
 
     Args:
-        model, vae: the model and its VAE.
-        config: how the video is made; its `start` is not looked at.
+        model: The model.
+        vae: Its VAE.
+        config: Settings; `start` is not used.
 
     Attributes:
-        memory: of the history.
-        frames: latent frames of the history.
+        memory: Memory of the history.
+        frames: Latent frames of the history.
 
     Raises:
-        UserError: the configuration asks for cross-attention or a cache that the model lacks.
+        UserError: The settings ask for cross-attention or a KV cache that the model does not support.
     """
 
     def __init__(self, model: MemoryModel, vae: VideoCodec, config: GenerateConfig) -> None:
@@ -128,9 +132,9 @@ class SegmentGenerator:
         self.model, self.vae, self.config = model, vae, config
         own = model.config.dit
         if config.cross_attention and not own.memory_cross_attention:
-            raise UserError("this model has no cross-attention to the memory; leave --cross-attention out")
+            raise UserError("this model has no cross-attention to the memory; leave out --cross-attention")
         if config.kv_cache and own.diffusers is not None:
-            raise UserError("a transformer of diffusers keeps no keys and values; leave --kv-cache out")
+            raise UserError("a diffusers transformer supports no KV cache; leave out --kv-cache")
         self.cross_attention = own.memory_cross_attention and config.cross_attention is not False
         self.keep = config.kv_cache if config.kv_cache is not None else not own.history_sees_video
         self.window_length = own.window if config.window is None else config.window
@@ -142,25 +146,25 @@ class SegmentGenerator:
 
     @property
     def context(self) -> tuple[int, int]:
-        """Tokens of the memory, and of the clean frames, that the next segment is made from."""
+        """Number of memory tokens, and of tokens of clean frames, that the next segment reads."""
         tokens = self.memory.tokens
         clean = self.window.shape[2:] if self.window is not None else (0, 0, 0)
         return tokens.tokens.shape[1] if tokens else 0, clean[0] * (clean[1] // PATCH) * (clean[2] // PATCH)
 
     @torch.inference_mode()
     def make(self, prompt: str, number: int, step: Callable[[int], None]) -> torch.Tensor:
-        """Make the segment after the history.
+        """Generate the segment after the history.
 
         Args:
-            prompt: what it shows.
-            number: of the segment, from 0; noise depends on it and the seed alone.
-            step: called with the number of steps done after each.
+            prompt: Prompt of the segment.
+            number: Number of the segment, from 0; the noise depends on this number and the seed only.
+            step: Called after each denoising step with the number of steps done.
 
         Returns:
-            float32 (1, C, segment, H, W), scaled.
+            float32 (1, C, segment, H, W), scaled latents.
         """
         config, count = self.config, self.config.segment
-        # Two runs of neighbouring seeds share no noise, as they would with seed + number.
+        # With seed + number instead, runs of neighbouring seeds would share noise.
         seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
         shape = (1, self.model.config.vae.channels, count, *self.model.config.latent_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
@@ -194,7 +198,7 @@ class SegmentGenerator:
         """Decode a segment as the continuation of the history and append it to the memory, part by part.
 
         Args:
-            latents: (1, C, T, H, W), scaled.
+            latents: (1, C, T, H, W), scaled latents of the segment.
 
         Returns:
             Iterator over its frames, uint8 (t, H', W', 3).
@@ -202,26 +206,26 @@ class SegmentGenerator:
         height, width = self.model.config.height, self.model.config.width
         for part in latents.split(self.vae.chunk, 2):
             frames = self.vae.decode(self.vae.unscale(part), self.cache)
-            # As the frames are read from a file, so that a history made here and one read are alike.
+            # Rounded to uint8 as in a video file, so that a generated history equals one read from a file.
             pictures = frames_to_uint8(frames[..., :height, :width])
             self._remember(part, frames_to_float(pictures))
             yield pictures
 
     @torch.inference_mode()
     def start_from(self, frames: torch.Tensor) -> None:
-        """Take in a history that was filmed.
+        """Set the history to the frames of an existing video.
 
         Args:
-            frames: uint8 (T, H', W', 3), of the model's size; the first that fill no latent frame are left out.
+            frames: uint8 (T, H', W', 3), of the model's size; first frames that do not fill a latent frame are dropped.
 
         Raises:
-            UserError: there is not a single latent frame of them.
+            UserError: The frames do not fill a single latent frame.
         """
         vae = self.vae
         count = vae.latent_frames(len(frames))
         count -= vae.video_frames(count) > len(frames)
         if count < 1:
-            raise UserError(f"--start must have at least {vae.first_frames} frames, got {len(frames)}")
+            raise UserError(f"--start must be a video of at least {vae.first_frames} frames, got {len(frames)}")
         frames = frames[len(frames) - vae.video_frames(count) :]
         multiple = (1, vae.stride[1] * PATCH, vae.stride[2] * PATCH)
         cache: dict = {}
@@ -231,7 +235,7 @@ class SegmentGenerator:
         for part in frames.split(sizes):
             clip = frames_to_float(part.to(self.device))
             latents = vae.scale(vae.encode(pad_frames(clip, multiple), cache)).float()
-            vae.decode(vae.unscale(latents), self.cache)  # only for what its cache then holds
+            vae.decode(vae.unscale(latents), self.cache)  # only to fill the decoder's cache
             self._remember(latents, clip)
 
     def _remember(self, latents: torch.Tensor, frames: torch.Tensor) -> None:
@@ -254,31 +258,32 @@ def generate(
     restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Make a video from a storyboard and write it to an MP4 file.
+    """Generate a video from a storyboard and write it to an MP4 file.
 
-    The latents of every segment are kept in a folder beside the output until the video is whole. If the
-    work is stopped, the same call goes on after the last whole segment and gives the same video.
+    The latents of finished segments are kept in a folder beside the output until the video is finished. After an
+    interrupt, the same call resumes after the last finished segment and gives the same video.
 
     Args:
-        storyboard: what to show.
-        model, vae: the model and its VAE, on one device.
-        output: a file *.mp4.
-        config: how to make it.
-        restart: forget the segments that an earlier call left behind.
-        progress: called after every step.
+        storyboard: Shots with start times and prompts, from `read_storyboard`.
+        model: The model, from `load_model`.
+        vae: Its VAE, from `load_vae`, on the same device.
+        output: File *.mp4 to write.
+        config: Settings.
+        restart: Discard the segments of an interrupted call.
+        progress: Called after every denoising step.
 
     Returns:
-        Report: seconds, frames, latent frames, tokens of memory and of clean frames before each segment
-        and after the last, `context_per_second`, seconds of work.
+        A report: seconds, frames and latent frames of the video, tokens of memory and of clean frames before each
+        segment and after the last, `context_per_second`, and the seconds it took.
 
     Raises:
-        UserError: nothing says how long the video is to be, the output cannot be written, or segments were
-            left behind that were made with other settings.
+        UserError: Neither `config` nor the storyboard gives a length, the output cannot be written, or an interrupted
+            call with other settings has left segments.
     """
     began = time.perf_counter()
     seconds = config.seconds or storyboard.seconds
     if seconds is None:
-        raise UserError("nothing says how long the video is to be; give --seconds, or seconds in the storyboard")
+        raise UserError("the length of the video is missing; give --seconds, or `seconds` in the storyboard")
     fps = model.config.fps
     asked = max(1, round(seconds * fps))
     generator = SegmentGenerator(model, vae, config)
@@ -288,7 +293,7 @@ def generate(
 
 
 def parts_of(output: Path) -> Path:
-    """Folder that keeps the segments of a video until it is whole."""
+    """Folder that keeps the segments of a video until it is finished."""
     return output.with_name(f"{output.name}.parts")
 
 
@@ -308,7 +313,7 @@ def _generate(
         spec = ClipSpec(model.config.height, model.config.width, fps, seconds=None)
         generator.start_from(read_clip(config.start, spec).frames)
     before = generator.frames
-    most = asked - _frames_after(vae, before, 1)  # frames of the latent frames after the next one
+    most = asked - _frames_after(vae, before, 1)  # video frames of all latent frames after the next one
     segments = max(1, -(-(1 + -(-most // vae.stride[0])) // config.segment))
 
     memory: list[int] = []
@@ -341,7 +346,7 @@ def _generate(
                 latents = generator.make(prompt, number, functools.partial(tell, number, made))
                 write_tensors(file, {"latents": latents}, {"format": _FORMAT, "version": str(_VERSION)})
             for pictures in generator.take_in(latents):
-                if made < asked:  # the last segment may be longer than what is left
+                if made < asked:  # the last segment may be longer than the rest of the video
                     write(pictures[: asked - made])
                 made += len(pictures)
     remove_parts(parts, PARTS)
@@ -367,12 +372,12 @@ def _generate(
 
 
 def _read_segment(file: Path, generator: SegmentGenerator) -> torch.Tensor:
-    """Latents that an earlier call made."""
+    """Read the latents of a segment that an earlier call generated."""
     config = generator.model.config
     shape = (1, config.vae.channels, generator.config.segment, *generator.model.config.latent_size)
     weights = WeightsFile(file, _FORMAT, _VERSION)
     if weights.shapes != {"latents": shape}:
-        raise MemoryFormatError(f"{file}: is damaged; --restart makes the video anew")
+        raise MemoryFormatError(f"{file}: is damaged; give --restart to discard the segments")
     return weights.read()["latents"].to(generator.device)
 
 
@@ -384,13 +389,15 @@ def _frames_after(vae: VideoCodec, before: int, count: int) -> int:
 def _settings(
     storyboard: Storyboard, model: MemoryModel, vae: VideoCodec, config: GenerateConfig, frames: int
 ) -> dict[str, Any]:
-    """All that the latents depend on, as JSON holds it, each under the name that a message calls it by."""
+    """All settings that the latents depend on, as JSON values under the names that messages use."""
     start = None
     if config.start is not None:
         try:
             start = hashlib.sha256(config.start.read_bytes()).hexdigest()
         except OSError as error:
-            raise UserError(f"{config.start}: cannot be read ({error.strerror}); give the path of a video") from error
+            raise UserError(
+                f"{config.start}: cannot be read ({error.strerror}); give --start the path of a video"
+            ) from error
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("seconds", "start")}
     shots = [[shot.at, shot.prompt] for shot in storyboard.shots]
     values |= {
@@ -405,7 +412,7 @@ def _settings(
 
 def _fingerprint(part: Any) -> str:
     kind = repr(part.config) if hasattr(part, "config") else part.channels
-    if isinstance(part, MemoryModel):  # as the first versions wrote it, so that their videos go on
+    if isinstance(part, MemoryModel):  # in the form of the first versions, so that their videos can be resumed
         kind = re.sub(r"compression=Compression\(time=(\d+), height=(\d+), width=(\d+)\)", r"rate=(\2, \3, \1)", kind)
         kind = re.sub(r"(mlp=\d+), ", r"\1, patch=2, ", kind)
         for later in (", width=0", ", diffusers=None", ", memory_in_sequence=True", ", lora_rank=0"):
@@ -418,7 +425,7 @@ def _fingerprint(part: Any) -> str:
 
 
 def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
-    """Make the folder of segments, or check that the one there was made with the same settings."""
+    """Make the folder of segments, or check that an existing one has the same settings."""
     if restart:
         remove_parts(parts, PARTS)
     file = parts / _SETTINGS
@@ -427,15 +434,15 @@ def _open_parts(parts: Path, settings: dict[str, Any], restart: bool) -> None:
             found = parse_json(file.read_text(), "settings")
             require(isinstance(found, dict), "settings must be a mapping of keys to values", found)
         except ValueError as error:
-            raise MemoryFormatError(f"{file}: is damaged; --restart makes the video anew") from error
+            raise MemoryFormatError(f"{file}: is damaged; give --restart to discard the segments") from error
         other = [name for name in settings if settings[name] != found.get(name)]
         if other:
             name, was, now = other[0], found.get(other[0]), settings[other[0]]
-            # A digest or a whole storyboard says nothing to a reader.
-            values = "" if isinstance(now, (dict, str)) or isinstance(was, str) else f" ({was}, now {now})"
+            # The values of a digest or a whole storyboard would not help a reader.
+            values = "" if isinstance(now, (dict, str)) or isinstance(was, str) else f" ({was}, this run has {now})"
             raise UserError(
-                f"{parts}: holds segments made with another {name}{values}; "
-                "give the same settings to go on, or --restart"
+                f"{parts}: holds segments of an interrupted run with another {name}{values}; "
+                "give the same settings to resume, or --restart to discard them"
             )
         return
     try:

@@ -1,4 +1,4 @@
-"""Storyboards: prompts with times, read from YAML with the place of every mistake, or written by a language model.
+"""Storyboards: timed prompts, read from YAML (messages name line and column) or written by a language model.
 
 title: a walk
 seconds: 12
@@ -30,7 +30,12 @@ _TIME = re.compile(r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class Shot:
-    """A prompt and the moment it belongs to, in seconds."""
+    """A shot of a storyboard.
+
+    Attributes:
+        at: Start time, in seconds.
+        prompt: What the shot shows.
+    """
 
     at: float
     prompt: str
@@ -38,13 +43,13 @@ class Shot:
 
 @dataclass(frozen=True)
 class Storyboard:
-    """What a video is to show, and when.
+    """A list of shots for `generate`.
 
     Attributes:
-        shots: in the order of their times, the first at 0.
-        title: of the video, for people only.
-        seconds: length of the video, if the storyboard says.
-        style: what is added to every prompt.
+        shots: Shots in order of time; the first is at 0.
+        title: Title of the video; not used in generation.
+        seconds: Length of the video, in seconds, or None.
+        style: Text that is appended to every prompt.
     """
 
     shots: tuple[Shot, ...]
@@ -53,16 +58,15 @@ class Storyboard:
     style: str = ""
 
     def prompt_at(self, seconds: float) -> str:
-        """Return the prompt of the shot nearest in time, with the style.
+        """Return the prompt of the shot nearest in time, before or after, with the style appended.
 
-        Nearest means by distance, before or after: halfway between two shots the prompt changes. At the
-        same distance from both the earlier one holds.
+        At equal distance the earlier shot is taken.
 
         Args:
-            seconds: from the beginning of the video.
+            seconds: Time from the beginning of the video, in seconds.
 
         Returns:
-            "prompt, style", or the prompt alone if there is no style.
+            "prompt, style", or the prompt only if there is no style.
         """
         times = [shot.at for shot in self.shots]
         after = bisect.bisect_left(times, seconds)
@@ -75,13 +79,13 @@ def read_storyboard(path: str | Path) -> Storyboard:
     """Read a storyboard from a YAML file.
 
     Args:
-        path: the file.
+        path: The YAML file.
 
     Returns:
-        Storyboard.
+        The storyboard.
 
     Raises:
-        UserError: the file cannot be read or is no storyboard; the message is "file:line:column: …".
+        UserError: The file cannot be read or is not a storyboard; the message is "file:line:column: …".
     """
     path = Path(path)
     try:
@@ -96,23 +100,23 @@ def parse_storyboard(text: str, name: str = "storyboard") -> Storyboard:
     """Read a storyboard from YAML text.
 
     Args:
-        text: the YAML.
-        name: of the file, for messages.
+        text: YAML text.
+        name: File name for messages.
 
     Returns:
-        Storyboard.
+        The storyboard.
 
     Raises:
-        UserError: it is no storyboard; the message is "name:line:column: …".
+        UserError: The text is not a storyboard; the message is "name:line:column: …".
     """
     root = yaml_file.compose(text, name)
     if root is None:
-        raise UserError(f"{name}:1: is empty; it needs a list of shots")
+        raise UserError(f"{name}:1: is empty; write a list `shots` of {{at: seconds, prompt: text}}")
     return _Reader(name).storyboard(root)
 
 
 def format_storyboard(storyboard: Storyboard) -> str:
-    """Write a storyboard as YAML, which parse_storyboard reads back to the same."""
+    """Format a storyboard as YAML; `parse_storyboard` reads it back."""
     values: dict = {"title": storyboard.title, "seconds": storyboard.seconds, "style": storyboard.style}
     values = {key: value for key, value in values.items() if value not in ("", None)}
     values["shots"] = [{"at": shot.at, "prompt": shot.prompt} for shot in storyboard.shots]
@@ -120,7 +124,7 @@ def format_storyboard(storyboard: Storyboard) -> str:
 
 
 class _Reader:
-    """Turns YAML nodes, which know their place, into a storyboard."""
+    """Converts YAML nodes to a storyboard; messages name the line and column of a node."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -131,7 +135,7 @@ class _Reader:
     def storyboard(self, root: yaml.Node) -> Storyboard:
         entries = self.mapping(root, _KEYS, "a storyboard")
         if "shots" not in entries:
-            raise self.error(root, "shots is missing: a list of {at: seconds, prompt: text}")
+            raise self.error(root, "shots is missing; add a list of {at: seconds, prompt: text}")
         seconds = None
         if "seconds" in entries:
             seconds = self.time(entries["seconds"], "seconds")
@@ -149,17 +153,17 @@ class _Reader:
             entries = self.mapping(each, _SHOT_KEYS, "a shot")
             for key in _SHOT_KEYS:
                 if key not in entries:
-                    raise self.error(each, f"this shot has no {key}")
+                    raise self.error(each, f"this shot has no {key}; add it")
             place = entries["at"]
             at = self.time(place, "at")
             if at in lines:
-                raise self.error(place, f"there is a shot at {at:g} s on line {lines[at]} already")
+                raise self.error(place, f"line {lines[at]} already has a shot at {at:g} s")
             if before is None and at != 0:
                 raise self.error(place, f"the first shot must be at 0, got {at:g}")
             if before is not None and at < before:
                 raise self.error(place, f"shots must be in order of time, got {at:g} s after {before:g} s")
             if seconds is not None and at >= seconds:
-                raise self.error(place, f"this shot is at {at:g} s, the video ends at {seconds:g} s")
+                raise self.error(place, f"this shot starts at {at:g} s, after the end of the video at {seconds:g} s")
             lines[at] = place.start_mark.line + 1
             before = at
             yield Shot(at, self.text(entries["prompt"], "prompt"))
@@ -172,9 +176,9 @@ class _Reader:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name not in keys:
                 shown = show(name) if name is not None else "a list or mapping"
-                raise self.error(key, f"the key {shown} is unknown; {what} has {', '.join(keys)}")
+                raise self.error(key, f"the key {shown} is unknown; keys of {what} are {', '.join(keys)}")
             if name in entries:
-                raise self.error(key, f"the key {name!r} is there twice")
+                raise self.error(key, f"the key {name!r} is given twice")
             entries[name] = value
         return entries
 
@@ -211,21 +215,21 @@ def write_storyboard(
     seed: int = 0,
     tries: int = 3,
 ) -> Storyboard:
-    """Have a language model write a storyboard.
+    """Write a storyboard with a language model.
 
     Args:
-        idea: what the video is about.
-        write: the model: a function of the request and a seed that gives the answer (see language_model).
-        seconds: length of the video.
-        shots: number of shots asked for.
-        seed: of the first try; each further try takes the next.
-        tries: how often to ask before giving up.
+        idea: What the video is about.
+        write: The language model: a function (request, seed) -> answer, see `language_model`.
+        seconds: Length of the video, in seconds.
+        shots: Number of shots to ask for.
+        seed: Random seed of the first try; every further try adds 1.
+        tries: Maximum number of tries.
 
     Returns:
-        Storyboard whose `seconds` is the length asked for.
+        The storyboard, with `seconds` set.
 
     Raises:
-        UserError: no answer is a storyboard; the message says why and quotes the last one.
+        UserError: No answer was a valid storyboard; the message gives the reason and quotes the last answer.
     """
     request = _REQUEST.format(idea=" ".join(idea.split()), seconds=f"{seconds:g}", shots=shots, step=seconds / shots)
     answer, reason = "", ""
@@ -241,7 +245,8 @@ def write_storyboard(
             continue
         return Storyboard(made.shots, made.title, seconds, made.style)
     raise UserError(
-        f"the language model wrote no storyboard in {tries} tries ({reason}); it said: {shorten(answer, 160)!r}"
+        f"the language model wrote no valid storyboard in {tries} tries ({reason}); give another --seed or --lm; "
+        f"its last answer was {shorten(answer, 160)!r}"
     )
 
 
@@ -261,7 +266,7 @@ shots:
 
 
 def _yaml_part(answer: str) -> str:
-    """The YAML in an answer: what is between code fences, else from the first key on."""
+    """The YAML part of an answer: the text between code fences, else the text from the first key on."""
     fenced = re.search(r"```(?:ya?ml)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     if fenced:
         return fenced[1]
@@ -273,15 +278,15 @@ def language_model(path: str | Path, max_tokens: int = 1024, device: str = "cpu"
     """Load a causal language model, such as Qwen, from a local folder.
 
     Args:
-        path: folder with the model and its tokenizer, as transformers' save_pretrained writes them.
-        max_tokens: longest answer, in tokens.
-        device: where it runs.
+        path: Folder with the model and its tokenizer, as transformers' save_pretrained writes it.
+        max_tokens: Maximum length of an answer, in tokens.
+        device: Device to run on.
 
     Returns:
-        A function of a request and a seed that gives the model's answer, for write_storyboard.
+        A function (request, seed) -> answer, for `write_storyboard`.
 
     Raises:
-        UserError: transformers is missing, or the folder holds no such model.
+        UserError: transformers is not installed, or the folder holds no such model.
     """
     path = Path(path)
     if not path.is_dir():
@@ -296,20 +301,22 @@ def language_model(path: str | Path, max_tokens: int = 1024, device: str = "cpu"
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto").to(device).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{path}: holds no causal language model with its tokenizer ({shorten(error)})") from error
-    if not tokenizer("a").input_ids:  # without its files transformers makes an empty tokenizer
+    if not tokenizer("a").input_ids:  # transformers makes an empty tokenizer if its files are missing
         raise UserError(f"{path}: holds no causal language model with its tokenizer (the tokenizer is empty)")
 
     def write(request: str, seed: int) -> str:
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": request}]
             request = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        # A chat template writes the special tokens itself.
+        # A chat template adds the special tokens itself.
         inputs = tokenizer(request, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(device)
         length = inputs["input_ids"].shape[1]
         room = getattr(model.config, "max_position_embeddings", None) or length + max_tokens
         if room <= length:
-            raise UserError(f"{path}: the model reads {room} tokens, the request has {length}; take a larger one")
-        # The sampler of transformers draws from the global generator.
+            raise UserError(
+                f"{path}: the model reads at most {room} tokens, the request has {length}; choose another model"
+            )
+        # The sampler of transformers uses the global random generator.
         with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.inference_mode():
             torch.manual_seed(seed)
             output = model.generate(

@@ -1,24 +1,23 @@
-"""Memory and time against context length of one attention layer that reads a video's history.
+"""Measure memory and time of one attention layer against the length of the history it reads.
 
-Four ways to let the queries of one new latent frame see the history are measured on the device at
-hand, at rising lengths:
+Four strategies by which the queries of one new latent frame read the history are measured, at several lengths:
 
 - whole history: cross-attention over the keys and values of every history token;
 - sliding window: the same over the last 8 latent frames;
-- linear attention: the history is carried in a state (S, z) of fixed size; the call folds the newest
-  history frame in and reads;
-- compressed memory: cross-attention over the tokens that are left at a compression of 4x4x2.
+- linear attention: a state (S, z) of fixed size holds the history; the call adds the newest history frame to the
+  state and reads it;
+- compressed memory: cross-attention over the memory tokens at a compression of 4x4x2.
 
-What is counted, in bytes of one layer and one batch entry:
+Memory is in bytes, for one layer and batch size 1:
 
-- held: what a generator keeps between calls: the keys and values, or the state and the keys and
-  values of the newest frame. Computed from the shapes, and measured;
-- peak: the highest level, above the one before any of this existed, while it is held and one call
-  runs: held + workspace of the call + its output. The queries exist before and are not counted.
+- held: what a generator keeps between calls: keys and values, or the state and the keys and values of the newest
+  frame. It is computed from the shapes, and measured;
+- peak: the highest memory use during a call, above that before anything was allocated: held + workspace + output.
+  The queries exist before and are not counted.
 
-On the CPU the level is the resident memory of this process (see `peak.PeakMemory`; it resolves
-about 0.5 MiB), on CUDA that of torch's allocator. Time is that of the call alone, after a warm-up:
-the median of several, or of one call where it is slow. Building keys, values or state is not timed.
+On the CPU this is the resident memory of the process (see `peak.PeakMemory`; resolution about 0.5 MiB), on CUDA that
+of torch's allocator. Time is the median of several calls after a warm-up, or a single call if it is slow. Building
+keys, values or the state is not timed.
 """
 
 from __future__ import annotations
@@ -43,29 +42,30 @@ STRATEGIES = ("whole history", "sliding window", "linear attention", "compressed
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LENGTHS = (1.0, 2.0, 5.0, 10.0, 20.0)
 
-# Repeats that differ by more than this tell of other work on the machine.
+# Repeats that differ by more than this factor suggest that the machine is busy with other work.
 _NOISE = 3.0
-# Room for a call, as a multiple of the K/V; the second where they are copied in float32.
+# Memory for a call, as a multiple of the K/V; the second number if they are copied to float32.
 _HEADROOM, _HEADROOM_COPIED = 1.5, 3.5
 
 
 @dataclass(frozen=True)
 class ProfileConfig(Checked):
-    """One attention layer and the video that it looks back on; the defaults are Wan 1.3B's.
+    """An attention layer and the video history that it reads; the defaults are those of Wan 1.3B.
 
     Args:
-        lengths: seconds of history to measure at.
-        heads, head_dim: of the layer.
-        grid: patch tokens of a latent frame, (rows, columns); 480x832 pixels give 30x52.
-        fps: video frames per second.
-        frames_per_latent: video frames that one latent frame covers.
-        compression: of the compressed memory.
-        window_frames: latent frames that the sliding window keeps.
-        dtype: of queries, keys and values; "auto" is float32 on the CPU, where lower precisions are computed
-            through copies in float32, and bfloat16 elsewhere.
+        lengths: History lengths to measure, in seconds.
+        heads: Attention heads.
+        head_dim: Channels per head.
+        grid: Patch tokens of a latent frame, (rows, columns); 480x832 pixels (height x width) give (30, 52).
+        fps: Video frames per second.
+        frames_per_latent: Video frames per latent frame.
+        compression: Patch tokens per memory token.
+        window_frames: Latent frames of the sliding window.
+        dtype: Dtype of queries, keys and values. "auto" is float32 on the CPU, where lower precisions are computed
+            in float32 copies, and bfloat16 on a GPU.
 
     Raises:
-        ValueError: a number is not positive, or the dtype unknown.
+        ValueError: A number is not positive, or the dtype is unknown.
     """
 
     lengths: Lengths = LENGTHS
@@ -79,7 +79,7 @@ class ProfileConfig(Checked):
     dtype: Annotated[str, OneOf(*DTYPES)] = "auto"
 
     def on(self, device: torch.device | str) -> ProfileConfig:
-        """The same with the dtype that "auto" stands for on a device."""
+        """Return a copy with "auto" replaced by the dtype of a device."""
         if self.dtype != "auto":
             return self
         return replace(self, dtype="float32" if torch.device(device).type == "cpu" else "bfloat16")
@@ -90,17 +90,17 @@ class ProfileConfig(Checked):
         return self.grid[0] * self.grid[1]
 
     def latent_frames(self, seconds: float) -> int:
-        """Latent frames in so many seconds of video, at least one."""
+        """Number of latent frames of a history of `seconds`, at least one."""
         return max(1, round(seconds * self.fps / self.frames_per_latent))
 
     def compressed_tokens(self, frames: int) -> int:
-        """Tokens of compressed memory: rows and columns rounded down, the last frames kept."""
+        """Number of memory tokens: rows and columns are rounded down, time is rounded up."""
         time, height, width = self.compression
         rows, columns = max(1, self.grid[0] // height), max(1, self.grid[1] // width)
         return rows * columns * -(-frames // time)
 
     def held_tokens(self, strategy: str, frames: int) -> int:
-        """Tokens whose keys and values are held for a history of so many latent frames."""
+        """Number of tokens whose keys and values are held for a history of `frames` latent frames."""
         if strategy == "whole history":
             return frames * self.frame_tokens
         if strategy == "sliding window":
@@ -110,7 +110,7 @@ class ProfileConfig(Checked):
         return self.compressed_tokens(frames)
 
     def held_bytes(self, strategy: str, frames: int) -> int:
-        """Bytes of what is held, from the shapes alone; the dtype must not be "auto"."""
+        """Bytes held between calls, computed from the shapes; the dtype must not be "auto"."""
         width = self.heads * self.head_dim * getattr(torch, self.dtype).itemsize
         state = self.heads * self.head_dim * (self.head_dim + 1) * torch.float32.itemsize
         kept = 2 * self.held_tokens(strategy, frames) * width
@@ -119,18 +119,22 @@ class ProfileConfig(Checked):
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement; the module docstring says what is counted.
+    """One measurement; the module docstring defines the quantities.
 
     Attributes:
-        strategy: one of STRATEGIES.
-        seconds: seconds of history.
-        latent_frames, context_tokens: the same in latent frames and in uncompressed patch tokens.
-        held_tokens: tokens whose keys and values are held.
-        held_bytes_computed, held_bytes_measured: what is held.
-        peak_bytes: held, workspace and output.
-        call_seconds, call_seconds_fastest, call_seconds_slowest: time of a call; the first is the median.
-        repeats: calls the median is of.
-        backend: what runs the call.
+        strategy: One of STRATEGIES.
+        seconds: Length of the history, in seconds.
+        latent_frames: Length of the history, in latent frames.
+        context_tokens: Length of the history, in uncompressed patch tokens.
+        held_tokens: Tokens whose keys and values are held.
+        held_bytes_computed: Bytes held between calls, from the shapes.
+        held_bytes_measured: Bytes held between calls, measured.
+        peak_bytes: Peak memory: held, workspace and output.
+        call_seconds: Median time of a call, in seconds.
+        call_seconds_fastest: Shortest time of a call, in seconds.
+        call_seconds_slowest: Longest time of a call, in seconds.
+        repeats: Number of timed calls.
+        backend: Backend that ran the call.
     """
 
     strategy: str
@@ -151,7 +155,7 @@ class Point:
 def _filled(config: ProfileConfig, tokens: int, device: torch.device) -> torch.Tensor:
     """(1, tokens, heads, head_dim): random numbers of one latent frame, repeated.
 
-    Written straight into place, so that building leaves nothing behind to be counted.
+    They are written in place, so that no temporary memory is counted.
     """
     dtype = getattr(torch, config.dtype)
     whole = torch.empty(1, tokens, config.heads, config.head_dim, dtype=dtype, device=device)
@@ -166,7 +170,7 @@ def _filled(config: ProfileConfig, tokens: int, device: torch.device) -> torch.T
 def _hold(
     strategy: str, config: ProfileConfig, frames: int, query: torch.Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Build what is held; returns the arguments after the query, and the keywords, of the call."""
+    """Build what is held; return the arguments of the call after the query, and its keywords."""
     tokens = config.held_tokens(strategy, frames)
     key, value = (_filled(config, tokens, query.device) for _ in range(2))
     if strategy != "linear attention":
@@ -178,19 +182,19 @@ def _hold(
 
 
 def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: torch.device | str = "cpu") -> Point:
-    """Measure one strategy at one length; see the module docstring for what is counted.
+    """Measure one strategy at one history length.
 
     Args:
-        strategy: one of STRATEGIES.
-        config: layer and video.
-        seconds: length of the history.
-        device: where to measure.
+        strategy: One of STRATEGIES.
+        config: Layer and video.
+        seconds: Length of the history, in seconds.
+        device: Device to measure on.
 
     Returns:
-        Point.
+        The measurement.
 
     Raises:
-        ValueError: unknown strategy.
+        ValueError: The strategy is unknown.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"measure_point: strategy must be one of {STRATEGIES}, got {strategy!r}")
@@ -200,7 +204,7 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
     attention = linear_attention if strategy == "linear attention" else cross_attention
     query = _filled(config, config.frame_tokens, device)
     with torch.inference_mode():
-        # Thread pools and library workspaces, made by the first call, stay with the process.
+        # A first small call makes thread pools and library workspaces, which stay allocated and must not be counted.
         held, keywords = _hold(strategy, config, min(2, frames), query)
         attention(query, *held, **keywords)
         del held, keywords
@@ -229,7 +233,7 @@ def measure_point(strategy: str, config: ProfileConfig, seconds: float, device: 
 
 
 def check_room(config: ProfileConfig, device: torch.device | str) -> None:
-    """Raise UserError if the longest history does not fit the device's free memory."""
+    """Raise UserError if the longest history does not fit into the free memory of the device."""
     device = torch.device(device)
     config = config.on(device)
     longest = max(config.lengths)
@@ -239,7 +243,7 @@ def check_room(config: ProfileConfig, device: torch.device | str) -> None:
     free = free_bytes(device)
     if room > free:
         raise UserError(
-            f"keys and values of {longest:g} s take {need / 2**30:.1f} GiB, with room to work "
+            f"the keys and values of {longest:g} s take {need / 2**30:.1f} GiB, with workspace "
             f"{room / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}; "
             "give shorter --lengths"
         )
@@ -252,23 +256,23 @@ def profile(
     progress: Callable[[str, int, int], None] | None = None,
     interrupts: list[BaseException] | None = None,
 ) -> dict[str, Any]:
-    """Measure memory and time against context length.
+    """Measure memory and time of every strategy at every history length.
 
     Args:
-        config: layer, video and lengths.
-        device: where to measure.
-        strategies: which of STRATEGIES.
-        progress: called with (description, points done, points in all).
-        interrupts: where an interrupt goes that ends the measurement early, if there is a point; by default it
-            is raised.
+        config: Layer, video and lengths.
+        device: Device to measure on.
+        strategies: Some of STRATEGIES.
+        progress: Called with (description, points done, points in total).
+        interrupts: List that an interrupt is appended to, so that the points measured so far are returned; without
+            it, or before the first point, the interrupt is raised.
 
     Returns:
-        What goes into the JSON file: format, what is measured, device, versions, config, points, `noisy`:
-        whether repeats of a call differed so much that times should not be trusted, and `missing`: the points
-        that an interrupt has left out.
+        The content of memory_vs_context.json: format, description, device, versions, config, points, `noisy` (whether
+        repeats of a call differed so much that times should not be trusted), and `missing` (points that an interrupt
+        left out).
 
     Raises:
-        UserError: the longest history does not fit the device's memory.
+        UserError: The longest history does not fit into the memory of the device.
     """
     device = torch.device(device)
     config = (config or ProfileConfig()).on(device)

@@ -1,4 +1,4 @@
-"""Compress a clip to a memory, by the method that is asked for."""
+"""Compress a video to a memory with one of the methods."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .method import EncodedClip
 
 @dataclass(frozen=True)
 class CompressedMemory:
-    """What a method makes of a clip, to be written by `write_memory`.
+    """A compressed clip in memory; `write_memory` stores it.
 
     Attributes:
-        tokens: float32 (M, C), each channel scaled to unit mean square over the rows.
-        positions: float32 (M, 3), midpoints (t, h, w) in units of the patch-token grid.
-        extras: tensors that reading back needs, among them `scale` (C,), which undoes the scaling.
-        meta: header entries that reading back needs.
-        fps: frames per second of the clip.
-        source: name of the video it was made from.
+        tokens: float32 (M, C), memory tokens; each channel is scaled to a mean square of 1.
+        positions: float32 (M, 3), centre (t, h, w) of each token, in patch tokens.
+        extras: Tensors that reading frames back needs, among them `scale` (C,), which undoes the scaling.
+        meta: Header entries that reading frames back needs.
+        fps: Frames per second of the clip.
+        source: Name of the video file.
     """
 
     tokens: torch.Tensor
@@ -62,23 +62,23 @@ def compress(
     torch.Size([80, 112, 3])
 
     Args:
-        video: a video file; frames, a tensor or array, uint8 (T, H, W, 3) RGB; a Clip, as `video.read_clip` gives it,
-            or its latents.
-        config: method, compression, how rows are stored; by default dct at 4x4x2 in float16.
-        clip: the part of a video file to take; by default its first 20 seconds at the size and rate that `raster`
-            gives.
-        fps: frames per second of a tensor or array.
-        progress: called with (what is done, steps done, steps in all or None).
+        video: Path of a video file; frames as a uint8 (T, H, W, 3) tensor or array, RGB; a Clip from
+            `video.read_clip`; or an EncodedClip, its latents.
+        config: Method, compression and storage format; by default dct at 4x4x2 (height x width x time) in float16.
+        clip: Part, frame size and frame rate to take of a video file; by default the first 20 seconds, at 480x832
+            pixels (height x width) and 24 frames per second or, for learned, at the size and rate of its model.
+        fps: Frames per second of frames given as a tensor or array; required for these, and not allowed for others.
+        progress: Called with (stage name, steps done, steps in total or None).
 
     Returns:
-        CompressedMemory.
+        The compressed clip, ready for `write_memory`.
 
     Raises:
-        UserError: more memory is needed than there is; the clip cannot be compressed to what `config` asks, or has
-            another frame size than the trained model that is to compress it.
-        MediaError: the video file is missing, damaged, or has no frame in that part.
-        TypeError: `video` is none of these.
-        ValueError: frames of another dtype or shape, or without `fps`; `fps` or `clip` beside what has its own.
+        UserError: There is not enough memory, the clip cannot be compressed as `config` asks, or its frame size is
+            not that of the trained model.
+        MediaError: The video file is missing or damaged, or has no frame in the requested part.
+        TypeError: `video` is of none of these types.
+        ValueError: The frames have a wrong dtype or shape, or `fps` or `clip` is missing or not allowed.
     """
     config = config or CompressorConfig()
     method = METHODS[config.method]
@@ -88,8 +88,8 @@ def compress(
 
     is_file = isinstance(video, (str, Path))
     is_frames = isinstance(video, (torch.Tensor, np.ndarray))
-    require(clip is None or is_file, "compress: clip must be given with a video file only", clip)
-    require((fps is not None) == is_frames, "compress: fps must be given with frames, and only then", fps)
+    require(clip is None or is_file, "compress: clip is allowed for a video file only", clip)
+    require((fps is not None) == is_frames, "compress: fps is required for frames and not allowed for others", fps)
     if isinstance(video, (str, Path)):
         video = load_clip(Path(video), clip or ClipSpec(*raster(config)), method.room, step("decode"))
     elif is_frames:
@@ -108,8 +108,8 @@ def compress(
         "dtype": config.dtype,
         **made.meta,
     }
-    # Latents range over three decades. One mean square for all channels lets rows of 8 bits with one scale
-    # keep the high frequencies, and is what a projection that reads the tokens wants anyway.
+    # Channels of latents differ in size by a factor of a thousand. Scaling all to one mean square keeps the high
+    # frequencies in 8-bit tokens with one scale per token, and suits a projection that reads the tokens.
     scale = made.tokens.square().mean(0).sqrt_()
     scale[scale == 0] = 1.0
     extras = {"scale": scale, **made.extras}
@@ -117,10 +117,10 @@ def compress(
 
 
 def raster(config: CompressorConfig) -> tuple[int, int, float]:
-    """Height, width and frames per second that a method's clips have by default: 480x832 at 24, or its model's.
+    """Default frame height, frame width (pixels) and frame rate of a method: 480, 832, 24, or those of its model.
 
     Raises:
-        UserError: the model is not there, or damaged.
+        UserError: The model is missing or damaged.
     """
     if config.model_name is None:
         return ClipSpec.height, ClipSpec.width, ClipSpec.fps  # type: ignore[return-value]  # no default is None

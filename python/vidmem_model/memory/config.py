@@ -1,4 +1,4 @@
-"""How a clip is compressed to a memory."""
+"""The configuration of `compress`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ ROW_DTYPES = ("float16", "float32", "float8", "int8")
 
 @dataclass(frozen=True)
 class CompressorConfig(Checked):
-    """How a clip's patch tokens become a short context.
+    """Compression method and storage format of a memory.
 
     Args:
-        method: one of memory.METHODS: "dct" (one row a box, its strongest low frequencies), "merge" (token
-            merging, then sparsification) or "learned" (a trained model, whose compression and width are fixed).
-        compression: patch tokens of a box. It fixes the number of rows of dct, and of merge where `budget` is not
-            given.
-        channels: width of a dct row; a merge row is as wide as a patch token.
-        budget: number of rows of merge.
-        dtype: how rows are stored: float16, float32, or float8 and int8 with one scale a row.
-        model: of learned, a checkpoint that comes with the package; by default the one trained to give frames back.
+        method: "dct" (one memory token per box: its strongest low DCT frequencies), "merge" (token merging, then
+            sparsification) or "learned" (a trained model, whose compression and channels are fixed).
+        compression: Patch tokens per memory token. It sets the number of tokens of dct, and of merge without `budget`.
+        channels: Channels of a dct token. A merge token has the channels of a patch token.
+        budget: Number of tokens of merge.
+        dtype: Storage format of the tokens: "float16", "float32", or "float8" and "int8" with one scale per token.
+        model: Name of a shipped checkpoint, for learned; None for the default one.
 
     Raises:
-        ValueError: a value is out of range, or one is given that the method does not take.
+        ValueError: A value is out of range, or the method does not use it.
     """
 
     FORMER: ClassVar[dict[str, Former]] = {"rate": Former("compression", Compression.of_rate)}
@@ -42,19 +41,19 @@ class CompressorConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         method = METHODS[self.method]
-        fixed = f"; the compression fixes the rows of {self.method}" if "compression" in method.takes else ""
+        fixed = f" (the compression sets the number of {self.method} tokens)" if "compression" in method.takes else ""
         require(
             self.budget is None or "budget" in method.takes,
-            f"CompressorConfig: budget belongs to method {listed(takers('budget'), 'and')}{fixed}",
+            f"CompressorConfig: budget requires method {listed(takers('budget'), 'or')}{fixed}",
             self.budget,
         )
         require(
             self.model is None or method.model is not None,
-            f"CompressorConfig: model belongs to method {listed(trained(), 'and')}",
+            f"CompressorConfig: model requires method {listed(trained(), 'or')}",
             self.model,
         )
 
     @property
     def model_name(self) -> str | None:
-        """The checkpoint that the method runs; None for a method without one."""
+        """Name of the checkpoint that the method runs; None for a method without one."""
         return self.model or METHODS[self.method].model

@@ -1,4 +1,4 @@
-"""Configurations of the trained model: VAE, text encoder, memory encoders, DiT, and presets of all."""
+"""Configurations of the trained model (VAE, text encoder, memory encoders, DiT), and named presets."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from ..vae.config import VAEConfig
 
 BRANCHES = ("both", "lr", "hr", "patchifier", "merge", "sparse")
 ATTENTION = ("causal", "window", "none")
-# Fields of DiTConfig that say what the transformer of this package is made of, and no other.
+# Fields of DiTConfig that only apply to the transformer of this package, not to one of diffusers.
 OWN_LAYERS = ("prediction", "position_features", "unfold", "history_sees_video", "linear_blocks")
 
 
 @dataclass(frozen=True)
 class TextConfig(Checked):
-    """How a prompt becomes tokens.
+    """Configuration of the text encoder.
 
     Args:
-        kind: "words" (a table of hashed words, trained with the model) or "transformers" (a frozen
-            encoder such as UMT5, from a local folder).
-        dim: width of the text tokens.
-        max_tokens: longest prompt; what follows is cut off.
-        vocabulary: rows of the table of words.
+        kind: "words" (an embedding table of hashed words, trained with the model) or "transformers" (a frozen
+            pretrained encoder such as UMT5, loaded from a local folder).
+        dim: Channels of a text token.
+        max_tokens: Maximum length of a prompt, in tokens; the rest is cut off.
+        vocabulary: Rows of the embedding table, for kind "words".
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     kind: Annotated[str, OneOf("words", "transformers")] = "words"
@@ -55,10 +55,15 @@ class TextConfig(Checked):
 
 @dataclass(frozen=True)
 class Compression(Checked):
-    """How many patch tokens one token of memory stands for, along each axis.
+    """Compression rate: the box of patch tokens that becomes one memory token.
 
     Args:
-        time, height, width: patch tokens of the box that becomes one memory token.
+        time: Patch tokens of the box along time, 1 to 128.
+        height: Patch tokens of the box along rows, 1 to 128.
+        width: Patch tokens of the box along columns, 1 to 128.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
     time: Annotated[int, positive(128)] = 2
@@ -66,24 +71,30 @@ class Compression(Checked):
     width: Annotated[int, positive(128)] = 4
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over time, height and width, the order of every grid."""
+        """Iterate over time, height and width, in the axis order of every grid."""
         return iter((self.time, self.height, self.width))
 
     def __str__(self) -> str:
-        """Write it as the paper does, height x width x time: "4x4x2"."""
+        """Format as the paper does, height x width x time: "4x4x2"."""
         return f"{self.height}x{self.width}x{self.time}"
 
     @property
     def count(self) -> int:
-        """Patch tokens that one memory token stands for."""
+        """Patch tokens per memory token."""
         return math.prod(self)
 
     @classmethod
     def of_rate(cls, rate: Any) -> dict[str, int]:
-        """The fields of what earlier versions wrote as the list `rate`: height, width, time.
+        """Convert the former field `rate`, a list (height, width, time), to the fields of this class.
+
+        Args:
+            rate: The list.
+
+        Returns:
+            The fields by name.
 
         Raises:
-            ValueError: it is no list of three such numbers.
+            ValueError: It is not a list of three numbers from 1 to 128.
         """
         try:
             height, width, time = rate
@@ -100,26 +111,25 @@ def _powers_of_two(rate: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class EncoderConfig(Checked):
-    """A memory encoder.
+    """Configuration of a memory encoder.
 
     Args:
-        compression: patch tokens that one memory token stands for, along time, height and width; powers of two.
-        branches: "both", "lr" (only the low-resolution branch), "hr" (without it), "patchifier" (one
-            large patch projection), "merge" (token merging) or "sparse" (the strongest tokens).
-        channels: of the high-resolution branch's stages; time is reduced first, then space.
-        attention: over the tokens of the high-resolution branch: "causal" (all frames up to one's
-            own), "window" (the last `window` frames of memory and one's own) or "none".
-        window: frames of memory, in units of memory frames, for attention "window".
-        heads: of that attention.
-        shortcut: channels of a linear path beside the convolutions of the high-resolution branch, from the
-            whole box to the token, so that they learn what is missing in that; 0 for none. With it a small
-            model learns sooner. If it is smaller than the token's width by the numbers of a patch token, what
-            the low-resolution branch tells has directions of its own.
-        width: of the encoder's own tokens, which it then projects to the transformer's width; 0 makes them of
-            that width at once, the low-resolution branch with the transformer's first projection.
+        compression: Patch tokens per memory token along time, height and width; powers of two.
+        branches: "both", "lr" (low-resolution branch only), "hr" (high-resolution branch only), "patchifier" (one
+            large patch projection), "merge" (token merging) or "sparse" (the tokens with the largest norm).
+        channels: Channels of each stage of the high-resolution branch; early stages reduce time, later ones space.
+        attention: Attention between the tokens of the high-resolution branch: "causal" (a frame attends to itself
+            and all earlier frames), "window" (to itself and the `window` frames before) or "none".
+        window: Number of earlier memory frames that attention "window" reads.
+        heads: Heads of this attention.
+        shortcut: Channels of a linear shortcut around the convolutions of the high-resolution branch, from the whole
+            box to the memory token; 0 for none. A small model learns faster with it. If it leaves as many channels
+            of the token free as a patch token has, the low-resolution branch has these channels for itself.
+        width: Channels of the encoder's tokens before a projection to the transformer's width; 0 for no projection:
+            tokens have the transformer's width, and the low-resolution branch uses its patch embedding.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     FORMER: ClassVar[dict[str, Former]] = {"rate": Former("compression", _powers_of_two)}
@@ -153,7 +163,7 @@ class EncoderConfig(Checked):
 
     @property
     def reads_low(self) -> bool:
-        """Whether it reads the low-resolution video."""
+        """Whether the encoder reads the low-resolution video."""
         return self.branches in ("both", "lr")
 
 
@@ -164,38 +174,38 @@ def _only_patch(patch: Any) -> None:
 
 @dataclass(frozen=True)
 class DiTConfig(Checked):
-    """The diffusion transformer.
+    """Configuration of the diffusion transformer (DiT).
 
     Args:
-        dim: inner width.
-        depth: blocks.
-        heads: attention heads; a head has dim / heads channels, an even number of at least 6.
-        mlp: width of the gated MLP's hidden layer.
-        prediction: what the last layer gives: "velocity" (noise - sample) or "sample", from which the
-            velocity follows; the loss is on the velocity either way.
-        position_features: add features of a token's absolute position to it. A small model trained
-            from nothing reads its memory much sooner with them; a pretrained one needs none.
-        unfold: channels that a patch token reads of the memory token whose box it is in, by a linear map
-            of its own for each place in the box, besides by attention; at least as many as a patch token
-            has. With prediction "sample" the first of them are a first answer, which the transformer
-            corrects; frames beyond the memory read its last one, and of a window the newest clean frame is
-            the first answer for those after it. In 1,800 steps a small model trained from nothing did not
-            find such maps by attention. 0 for a pretrained model.
-        history_sees_video: whether memory and clean frames attend to the noisy frames too. If not,
-            their keys and values are the same at every step, and the KV cache is exact.
-        memory_cross_attention: read the memory by cross-attention in every block as well, through a
-            gate that starts closed.
-        linear_blocks: indices of blocks whose self-attention is linear attention.
-        window: clean latent frames before the ones to be made.
-        diffusers: folder of a pretrained transformer of diffusers that stands in this one's place
-            (diffusers_dit.DiffusersDiT), or the name of its class where it is given in Python. Its weights stay
-            frozen and in their folder; `dit_config` reads dim, depth, heads and mlp from there.
-        memory_in_sequence: whether the memory's tokens join those of the video in self-attention; False, which needs
-            `memory_cross_attention`, for a transformer of diffusers only.
-        lora_rank: rank of the updates of its layers that a model's file holds; training sets it.
+        dim: Hidden size, in channels.
+        depth: Number of transformer blocks.
+        heads: Attention heads; a head has dim / heads channels, an even number of at least 6.
+        mlp: Hidden size of the gated MLP.
+        prediction: What the last layer predicts: "velocity" (noise - sample) or "sample", which is converted to the
+            velocity. The loss is on the velocity in both cases.
+        position_features: Add features of its absolute position to each token. A small model trained from scratch
+            learns to read its memory much faster with them; a pretrained one does not need them.
+        unfold: Channels that a patch token reads, besides by attention, from the memory token of its box: by one
+            linear map for each place in the box. At least the channels of a patch token; 0 turns it off, as
+            for a pretrained model. With prediction "sample" the first of these channels are an initial estimate
+            that the transformer corrects. Frames after the memory read its last memory frame; if there is a window
+            of clean frames, its last frame is the initial estimate of the frames after it. A small model
+            trained from scratch did not learn such maps by attention in 1,800 steps.
+        history_sees_video: Whether memory tokens and clean frames also attend to the noisy frames. If not, their keys
+            and values are the same at every denoising step, and the KV cache is exact.
+        memory_cross_attention: Also read the memory by cross-attention in every block, through a gate that is zero
+            at the start of training.
+        linear_blocks: Indices of the blocks that use linear attention as self-attention.
+        window: Number of clean latent frames before the frames to generate.
+        diffusers: Folder of a pretrained diffusers transformer to use instead of this DiT (see
+            diffusers_dit.DiffusersDiT), or its class name if the transformer is passed in Python. Its weights are
+            frozen and stay in this folder; `dit_config` reads dim, depth, heads and mlp from there.
+        memory_in_sequence: Whether memory tokens join the video's tokens in self-attention. False is allowed only for
+            a diffusers transformer, and requires `memory_cross_attention`.
+        lora_rank: Rank of the LoRA updates in the model file; training sets it.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     FORMER: ClassVar[dict[str, Former]] = {"patch": Former(None, _only_patch)}
@@ -230,7 +240,7 @@ class DiTConfig(Checked):
         )
         require(
             self.diffusers is not None or not self.lora_rank,
-            "DiTConfig: lora_rank must be 0 for a transformer whose weights are stored themselves",
+            "DiTConfig: lora_rank must be 0 unless dit.diffusers is set",
             self.lora_rank,
         )
         require(
@@ -245,17 +255,20 @@ class DiTConfig(Checked):
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """A whole model.
+    """Configuration of a whole model.
 
     Args:
-        vae, text, dit: the parts.
-        encoders: one memory encoder, or several whose tokens are put one after another.
-        height, width: of the frames it is made for, in pixels.
-        fps: frames per second it is made for.
-        shift: of the flow's times towards the noise, in training and in sampling.
+        vae: The VAE.
+        text: The text encoder.
+        encoders: One memory encoder or several, whose tokens are concatenated.
+        dit: The diffusion transformer.
+        height: Rows of a frame, in pixels.
+        width: Columns of a frame, in pixels.
+        fps: Frames per second.
+        shift: Timestep shift of flow matching, in training and in sampling; above 1 moves timesteps towards the noise.
 
     Raises:
-        ValueError: the shift is not positive, or `dit.unfold` has no boxes to read.
+        ValueError: A value is out of range, or `dit.unfold` is set and the first encoder makes no tokens of boxes.
     """
 
     vae: VAEConfig = VAEConfig()
@@ -271,13 +284,13 @@ class ModelConfig(Checked):
         super().__post_init__()
         require(
             not self.dit.unfold or self.encoders[0].branches not in ("merge", "sparse"),
-            "ModelConfig: dit.unfold reads tokens of boxes, which the first encoder must make",
+            "ModelConfig: dit.unfold requires a first encoder whose branches are not merge or sparse",
             self.encoders[0].branches,
         )
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Latent rows and columns of the frames, padded up to whole patches."""
+        """Latent rows and columns of a frame, padded to whole patches."""
         rows, columns = (
             -(-n // (stride * PATCH)) * PATCH
             for n, stride in zip((self.height, self.width), self.vae.stride[1:], strict=True)
@@ -285,10 +298,10 @@ class ModelConfig(Checked):
         return rows, columns
 
     def require_boxes(self) -> None:
-        """Refuse frames that fill no box of an encoder, before they are encoded.
+        """Check that a frame fills at least one box of every encoder.
 
         Raises:
-            UserError: they are too small.
+            UserError: The frames are too small.
         """
         for i, each in enumerate(self.encoders):
             cells = [PATCH * stride for stride in self.vae.stride[1:]]
@@ -301,21 +314,27 @@ class ModelConfig(Checked):
                 )
 
     def with_depth(self, depth: int) -> ModelConfig:
-        """The same with so many blocks of softmax attention, for counting weights; a folder's stay as they are."""
+        """Return a copy with `depth` blocks of softmax attention, to count weights; unchanged for diffusers."""
         if self.dit.diffusers is not None:
             return self
         return dataclasses.replace(self, dit=dataclasses.replace(self.dit, depth=depth, linear_blocks=()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, dicts, numbers and strings, as JSON and YAML hold them."""
+        """Convert to dicts, lists, numbers and strings, for JSON and YAML."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Undo to_dict.
+        """Make a configuration from the result of `to_dict`.
+
+        Args:
+            values: The fields by name; former names are accepted.
+
+        Returns:
+            The configuration.
 
         Raises:
-            ValueError: a key is unknown or a value is out of range; the message names the key.
+            ValueError: A key is unknown or a value is out of range; the message names the key.
         """
         return build(cls, values)
 
@@ -328,7 +347,7 @@ def _wan(dim: int, depth: int, heads: int, mlp: int) -> ModelConfig:
     )
 
 
-# The demo's frames are a multiple of 64 pixels each way, so that boxes of 4x4 crop nothing.
+# The demo's height and width are multiples of 64 pixels, so that boxes of 4x4 patch tokens crop nothing.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         vae=VAEConfig(channels=8, width=16, depth=1),
@@ -358,7 +377,7 @@ PRESETS: dict[str, ModelConfig] = {
         fps=12.0,
         shift=6.0,
     ),
-    # Widths, depths and heads of the published models; the MLP here is gated, so its hidden layer is
+    # dim, depth and heads are those of the published models. The MLP here is gated, so that its hidden size is
     # two thirds of theirs for the same number of weights.
     "wan-1.3b": _wan(1536, 30, 12, 5973),
     "wan-14b": _wan(5120, 40, 40, 9216),

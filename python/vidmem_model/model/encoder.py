@@ -1,12 +1,12 @@
-"""Memory encoders: a history's latents to few tokens of the width of the diffusion transformer.
+"""Memory encoders: compress the latents of a history to memory tokens for the diffusion transformer.
 
-The encoder of arXiv 2512.23851 adds two branches, token by token, after the transformer's first
-projection: a video of low resolution through the VAE and that projection (LR), and the latents of full
-resolution through causal convolutions and an attention (HR). Switches leave one of them out, or put a
-single large patch projection, token merging or sparsification in their place.
+The encoder of arXiv 2512.23851 sums two branches. The low-resolution branch (LR) passes a downscaled video through the
+VAE and the transformer's patch embedding; the high-resolution branch (HR) passes the full latents through causal
+convolutions and attention. EncoderConfig.branches can select one branch only, or a single large patch projection,
+token merging or sparsification instead.
 
-A history may come in segments: `append` keeps what later segments need, and all its tokens, put one
-after another, are those of the whole history.
+A history may be encoded segment by segment: `append` keeps the state that later segments need, and the concatenated
+tokens equal those of the whole history.
 """
 
 from __future__ import annotations
@@ -30,39 +30,43 @@ PatchEmbed = Callable[[torch.Tensor], torch.Tensor]
 
 _MERGE_STRIDE = (2, 2, 2)
 _MERGE_WINDOW = (2, 2, 2)
-# Root mean square of the HR branch's tokens at the start, of its inputs of 1. That of LR tokens is
-# about 0.5: in "both" they lead from the first step on, and alone the HR tokens are no whisper beside
-# the features of position that the transformer adds.
+# Root mean square of HR tokens at initialisation, for inputs of 1. LR tokens have about 0.5, so that they dominate at
+# first in "both"; without LR tokens, HR tokens are still large enough beside the position features.
 _HIGH_INIT = 0.25
 
 
 class MemoryTokens(NamedTuple):
-    """Tokens (B, M, D) of a history and their positions (B or 1, M, 3), float32 (t, h, w) in patch tokens."""
+    """Memory tokens of a history.
+
+    Attributes:
+        tokens: (B, M, D), D being the width of the diffusion transformer.
+        positions: float32 (B or 1, M, 3), centre (t, h, w) of each token, in patch tokens.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
 
 
 class History(NamedTuple):
-    """What the memory of a video is made from.
+    """Latents of a video, the input of the memory encoders.
 
     Attributes:
-        latents: scaled latents (B, C, T, H, W), or None if no encoder reads them.
-        lows: for each encoder the scaled latents (B, C, T', H', W') of its low-resolution video (`low_resolution`),
-            or None for one that reads none.
+        latents: (B, C, T, H, W), scaled; None if no encoder reads them.
+        lows: For each encoder the scaled latents (B, C, T', H', W') of its low-resolution video (`low_resolution`),
+            or None if the encoder reads none.
     """
 
     latents: torch.Tensor | None
     lows: Sequence[torch.Tensor | None]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> History:
-        """Change all latents alike."""
+        """Apply a function to all latents."""
         latents, *lows = (None if x is None else change(x) for x in (self.latents, *self.lows))
         return History(latents, lows)
 
     @classmethod
     def stack(cls, histories: Sequence[History]) -> History:
-        """Make a batch of histories without one."""
+        """Stack histories without a batch dimension to a batch."""
         latents, lows = zip(*histories, strict=True)
         return cls(
             torch.stack(latents), [None if low[0] is None else torch.stack(low) for low in zip(*lows, strict=True)]

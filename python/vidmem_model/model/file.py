@@ -1,4 +1,4 @@
-"""The file of a model, and the files beside it."""
+"""Write and read model files, and find the files beside them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ FORMAT = "vidmem.model"
 VERSION = 1
 MODEL_FILE = "model.safetensors"
 VAE_FILE = "vae.safetensors"
-TRANSFORMER = "transformer"  # folder of the transformer of diffusers, if it lies beside a model's file
+TRANSFORMER = "transformer"  # folder of the diffusers transformer, if it is beside the model file
 
 
 def model_path(path: str | Path) -> Path:
-    """File of a model: the path itself, or model.safetensors in a folder."""
+    """Path of a model file: the path itself, or model.safetensors in a folder."""
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / MODEL_FILE
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """Files that a model is read from: its own, the one that its adapters are added to, and the VAE beside them."""
+    """Files that a model is read from: its own, the base model of its adapters, and the VAE beside them."""
     files = with_bases(model_path(path))
     return [*files, files[-1].with_name(VAE_FILE)]
 
@@ -39,27 +39,27 @@ def files_of(path: str | Path) -> list[Path]:
 def save_model(
     path: str | Path, model: MemoryModel, extra: dict[str, Any] | None = None, *, dtype: str = "float32"
 ) -> Path:
-    """Write a model and its configuration to a safetensors file, whole or not at all.
+    """Write a model and its configuration to a safetensors file; an error leaves an existing file unchanged.
 
     Args:
-        path: a file *.safetensors, or a folder, made if it is missing, for model.safetensors in it.
-        model: what to write; a pretrained text encoder and the weights of a transformer of diffusers are left out.
-        extra: anything JSON can hold, to be kept in the header.
-        dtype: how the weights are stored, see `weights.pack`.
+        path: File *.safetensors, or a folder for model.safetensors, which is made if it is missing.
+        model: Model to write. A pretrained text encoder and the weights of a diffusers transformer are left out.
+        extra: Further JSON values for the header.
+        dtype: Storage format of the weights, see `weights.pack`.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        UserError: the file cannot be written.
-        ValueError: the model has adapters (merge_lora first), or the weights cannot be stored so.
+        UserError: The file cannot be written.
+        ValueError: The model has adapters (call merge_lora first), or the weights do not fit the dtype.
     """
     file = model_path(path)
     stored = model.stored()
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items() if k in stored}
     adapters = [name for name in tensors if ".lora_" in name]
     if adapters:
-        raise ValueError(f"save_model: the model must have no adapters, merge_lora puts them in, got {adapters[0]}")
+        raise ValueError(f"save_model: the model must have no adapters (call merge_lora first), got {adapters[0]}")
     header = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -73,22 +73,21 @@ def save_model(
 def load_model(
     path: str | Path, text_path: str | Path | None = None, transformer: nn.Module | None = None
 ) -> MemoryModel:
-    """Read a model that save_model wrote, in float32, in evaluation mode.
+    """Load a model in float32 and evaluation mode.
 
     Args:
-        path: the file, or the folder it is in; or a file of adapters that names the model beside it
-            which they are to be added to (lora.attach_lora).
-        text_path: folder of the pretrained text encoder, if the model reads prompts with one.
-        transformer: of diffusers, for a model that has one; by default that of the folder transformer beside the
-            file, and without that the one of the folder that the model was trained with.
+        path: Model file, the folder that holds it, or a file of LoRA adapters whose base model is beside it.
+        text_path: Folder of the pretrained text encoder; required to encode prompts if the model uses one.
+        transformer: Transformer of diffusers, for a model that uses one. By default it is loaded from the folder
+            `transformer` beside the file or, without it, from the folder that the model was trained with.
 
     Returns:
-        The model; its attribute `extra` is what save_model was given, `vae_weights` the file
-        vae.safetensors in the same folder, if there is one.
+        The model. Its attribute `extra` holds what `save_model` stored, `vae_weights` the path of vae.safetensors in
+        the same folder, or None.
 
     Raises:
-        UserError: the file, the text encoder or the transformer is missing.
-        MemoryFormatError: the file is damaged, not a model, or of another version.
+        UserError: The file, the text encoder or the transformer is missing.
+        MemoryFormatError: The file is damaged, not a model file, or of another version.
     """
     file, *bases = with_bases(model_path(path))
     if bases:
@@ -100,7 +99,9 @@ def load_model(
         config, extra = ModelConfig.from_dict(weights.json("config")), weights.json("extra")
         if config.dit.diffusers is not None and (beside := file.with_name(TRANSFORMER)).is_dir():
             config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, diffusers=str(beside)))
-        blocks = config.dit.depth if config.dit.diffusers is None else 1  # those of diffusers are not in the file
+        blocks = (
+            config.dit.depth if config.dit.diffusers is None else 1
+        )  # blocks of a diffusers transformer are not in the file
         weights.check(
             lambda: MemoryModel(config, transformer=empty_transformer(config.dit, transformer)),
             blocks,
@@ -110,7 +111,7 @@ def load_model(
         raise MemoryFormatError(f"{file}: its header is damaged ({shorten(error)})") from error
     tensors = weights.read()
     model = MemoryModel(config, text_path, transformer)
-    model.load_state_dict(tensors, strict=False)  # without those of pretrained parts
+    model.load_state_dict(tensors, strict=False)  # weights of pretrained parts are not in the file
     if isinstance(model.dit, DiffusersDiT):
         model.dit.add_updates()
     vae = file.parent / VAE_FILE

@@ -1,4 +1,4 @@
-"""The whole model: text encoder, memory encoders and DiT."""
+"""The whole model: text encoder, memory encoders and DiT in one module."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ from .text import TextEncoder
 
 
 class MemoryModel(nn.Module):
-    """Remembers a history as a few tokens and makes latent frames from them.
+    """Encodes a history to memory tokens, and generates latent frames from them.
+
+    The VAE is not part of the model: `load_vae` loads it.
 
     Args:
-        config: of all parts. The VAE is not among them: it is frozen, and loaded apart.
-        text_path: folder of a pretrained text encoder, for `config.text.kind` "transformers".
-        transformer: of diffusers, for `config.dit.diffusers`; by default that of the folder named there.
+        config: Configuration of all parts.
+        text_path: Folder of the pretrained text encoder; required to encode prompts if `config.text.kind` is
+            "transformers".
+        transformer: Transformer of diffusers, if `config.dit.diffusers` is set; by default it is loaded from that
+            folder.
 
     Attributes:
-        extra: what save_model was given besides the model.
-        vae_weights: the VAE's weights beside the file the model came from, or None.
+        config: Configuration of all parts.
+        dit: The diffusion transformer.
+        encoders: The memory encoders.
+        text: The text encoder.
+        extra: The dict that `save_model` stored with the model.
+        vae_weights: Path of the VAE's weights beside the model file, or None.
 
     Raises:
-        UserError: the text encoder's folder, or the transformer, cannot be used.
+        UserError: The folder of the text encoder, or the transformer, cannot be used.
     """
 
     def __init__(
@@ -54,29 +62,29 @@ class MemoryModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the weights."""
         return next(self.dit.parameters()).device
 
     def stored(self) -> set[str]:
-        """Names of the state that a model's file holds: all but pretrained parts, which stay in their folders."""
+        """Names of the state that a model file stores: all but pretrained parts, which stay in their folders."""
         apart = {f"dit.{name}" for name in getattr(self.dit, "pretrained", ())}
         return {name for name in self.state_dict() if name not in apart and not name.startswith("text.pretrained.")}
 
     def remember(self, history: History) -> MemoryTokens:
-        """Encode a history with every encoder, one after another.
+        """Encode a history with every encoder and concatenate their tokens.
 
         Args:
-            history: its latents, and for each encoder those of its low-resolution video.
+            history: Latents of the history, and for each encoder those of its low-resolution video.
 
         Returns:
-            MemoryTokens of all encoders: tokens (B, M, D), positions (B or 1, M, 3).
+            Memory tokens (B, M, D) and their positions (B or 1, M, 3).
 
         Raises:
-            ValueError: there are not as many lows as encoders.
+            ValueError: `history.lows` does not have one entry for each encoder.
         """
         if len(history.lows) != len(self.encoders):
             count, got = len(self.encoders), len(history.lows)
-            raise ValueError(f"remember: history.lows must be as many as encoders ({count}), got {got}")
+            raise ValueError(f"remember: history.lows must have one entry for each encoder ({count}), got {got}")
         pairs = zip(self.encoders, history.lows, strict=True)
         made = [encoder(history.latents, low, self.dit.patch_embed) for encoder, low in pairs]
         batch = max(len(part.positions) for part in made)
@@ -84,16 +92,16 @@ class MemoryModel(nn.Module):
         return MemoryTokens(torch.cat([part.tokens for part in made], 1), torch.cat(positions, 1))
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], **given: Any) -> torch.Tensor:
-        """Predict the velocity of noisy latents: DiT.forward with prompts in place of text tokens.
+        """Predict the velocity of noisy latents, as `DiT.forward` does, from prompts instead of text tokens.
 
         Args:
-            x: (B, C, K, H, W) noisy latents.
-            t: (B,) or (B, K) times.
-            prompts: B texts.
-            given: frames, memory, window, window_frames, cache, memory_cross_attention; see DiT.forward.
+            x: (B, C, K, H, W), noisy latents.
+            t: (B,) or (B, K), timesteps in [0, 1]; 1 is pure noise.
+            prompts: B prompts.
+            **given: frames, memory, window, window_frames, cache, memory_cross_attention: see `DiT.forward`.
 
         Returns:
-            (B, C, K, H, W).
+            (B, C, K, H, W), the velocity noise - sample.
         """
         return self.dit(x, t, *self.text(prompts), **given)
 
@@ -112,26 +120,26 @@ class MemoryModel(nn.Module):
         size: tuple[int, int] | None = None,
         approximate: bool = False,
     ) -> torch.Tensor:
-        """Make latent frames from noise, Euler steps along the predicted velocity.
+        """Generate latent frames from noise, by Euler steps along the predicted velocity.
 
         Args:
-            memory: what `remember` gave, or None.
-            frames: (B, K) positions in time, in latent frames.
-            prompts: B texts.
-            steps: number of steps.
-            generator: of the noise, on its own device.
-            window, window_frames: (B, C, W, H, W') clean latents and (B, W) their positions in time.
-            shift: of the steps' times towards the noise; by default the configuration's.
-            size: latent rows and columns; by default those of the configuration's frames.
-            approximate: keep the history's keys and values of the first step also where they would
-                change (`history_sees_video`): faster, some quality lost. Where they do not change they
-                are always kept.
+            memory: Result of `remember`, or None for no memory.
+            frames: (B, K), positions of the frames in time, in latent frames.
+            prompts: B prompts.
+            steps: Number of denoising steps.
+            generator: Random generator of the noise; it may be on another device.
+            window: (B, C, W, H, W'), clean latents beside the memory, or None.
+            window_frames: (B, W), their positions in time, in latent frames; required with `window`.
+            shift: Timestep shift of flow matching; by default that of the configuration.
+            size: Latent rows and columns; by default those of the configuration's frames.
+            approximate: Reuse the history's keys and values of the first step in all steps even if this is not exact
+                (`history_sees_video`): faster, with some loss of quality. If it is exact, they are always reused.
 
         Returns:
-            float32 (B, C, K, H, W) scaled latents.
+            float32 (B, C, K, H, W), scaled latents.
 
         Raises:
-            ValueError: sizes that do not fit.
+            ValueError: The sizes do not fit together.
         """
         height, width = size or self.config.latent_size
         b, k = frames.shape

@@ -1,4 +1,4 @@
-"""Prompts to tokens: a small table of words trained with the model, or a frozen pretrained encoder."""
+"""Text encoders: a small embedding table of words, trained with the model, or a frozen pretrained encoder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .config import TextConfig
 
 
 class Words(NamedTuple):
-    """Prompts cut into words.
+    """Prompts as word ids.
 
     Attributes:
-        rows: int64 (B, S), of the table.
-        mask: bool (B, S), False where a shorter prompt is padded.
+        rows: int64 (B, S), rows of the embedding table.
+        mask: bool (B, S), False for padding.
     """
 
     rows: torch.Tensor
@@ -28,15 +28,15 @@ class Words(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """Turns prompts into tokens for the DiT's cross-attention; "" is the prompt of an unconditional model.
+    """Encodes prompts to tokens for the DiT's cross-attention; "" is the unconditional prompt.
 
     Args:
-        config: kind and sizes.
-        path: for kind "transformers", the local folder of the encoder and its tokenizer. Without it
-            the model can be built and loaded, but no prompt be encoded.
+        config: Kind and sizes.
+        path: Folder of the encoder and its tokenizer, for kind "transformers". Without it the model can be loaded,
+            but no prompt can be encoded.
 
     Raises:
-        UserError: the folder cannot be used.
+        UserError: The folder cannot be used.
     """
 
     TRAINED_AS = {"places": "no_decay"}
@@ -57,18 +57,18 @@ class TextEncoder(nn.Module):
         """Encode prompts.
 
         Args:
-            prompts: B texts, or what `cut` made of them.
+            prompts: B prompts, or the result of `cut`.
 
         Returns:
-            tokens (B, S, dim), and bool (B, S), False where a shorter prompt is padded.
+            Tokens (B, S, dim), and a bool mask (B, S), False for padding.
 
         Raises:
-            UserError: the pretrained encoder was not given.
+            UserError: The folder of the pretrained encoder was not given.
         """
         if self.config.kind == "words":
             return self._words(prompts)
         if self.pretrained is None:
-            raise UserError("this model reads prompts with a pretrained text encoder; give the folder that holds it")
+            raise UserError("this model needs a pretrained text encoder; give its folder")
         device = next(self.pretrained.parameters()).device
         made = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
@@ -78,21 +78,21 @@ class TextEncoder(nn.Module):
         return tokens, made.attention_mask.bool()
 
     def train(self, mode: bool = True) -> TextEncoder:
-        """Set the training mode; a pretrained encoder stays in evaluation, without dropout."""
+        """Set the training mode; a pretrained encoder stays in evaluation mode, without dropout."""
         super().train(mode)
         if self.pretrained is not None:
             self.pretrained.eval()
         return self
 
     def cut(self, prompts: list[str], length: int | None = None) -> Words:
-        """Cut prompts into words, for `words` alone.
+        """Split prompts into words, for kind "words".
 
         Args:
-            prompts: B texts.
-            length: S to pad to; by default that of the longest prompt.
+            prompts: B prompts.
+            length: Length S to pad to; by default that of the longest prompt.
 
         Returns:
-            Words, on the CPU.
+            Word ids and mask, on the CPU.
         """
         rows = [word_rows(prompt, self.config.vocabulary)[: self.config.max_tokens] for prompt in prompts]
         longest = length or max(map(len, rows), default=1)
@@ -106,27 +106,27 @@ class TextEncoder(nn.Module):
 
 
 def require_encoder(config: TextConfig, path: str | Path | None, how: str) -> None:
-    """Refuse, before any work, a model whose prompts could not be encoded.
+    """Check, before any work, that the prompts of a model can be encoded.
 
     Args:
-        config: of the model's text encoder.
-        path: folder of a pretrained one, if it was given.
-        how: it is given, for the message.
+        config: Configuration of the text encoder.
+        path: Folder of the pretrained encoder, or None.
+        how: How the folder is given, for the message.
 
     Raises:
-        UserError: it is needed and was not given, or there is no such folder.
+        UserError: The folder is required and was not given, or does not exist.
     """
     if config.kind != "transformers":
         return
     if path is None:
-        raise UserError(f"this model reads prompts with a pretrained text encoder; give the folder that holds it {how}")
+        raise UserError(f"this model needs a pretrained text encoder; give its folder {how}")
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder; give the one that holds the text encoder's config.json {how}")
+        raise UserError(f"{path}: no such folder; give the folder of the text encoder's config.json {how}")
 
 
 def word_rows(prompt: str, vocabulary: int) -> list[int]:
-    """Rows of the table, in [1, vocabulary], of the words of a prompt; [0] if it has none."""
-    # crc32 and not hash(), which differs from process to process.
+    """Rows of the embedding table, in [1, vocabulary], of the words of a prompt; [0] if it has none."""
+    # crc32 instead of hash(), which differs between processes.
     return [1 + zlib.crc32(word.encode()) % vocabulary for word in re.findall(r"\w+", prompt.lower())] or [0]
 
 
@@ -136,16 +136,18 @@ def _load_pretrained(path: Path, config: TextConfig) -> tuple[object, nn.Module]
     except ImportError as error:
         raise UserError("a pretrained text encoder needs the package transformers: pip install transformers") from error
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give the one that holds the text encoder's config.json")
+        raise UserError(f"{path}: no such folder; give the folder of the text encoder's config.json")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         known = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        # The encoder alone of T5 and UMT5, whose AutoModel has a decoder too.
+        # Of T5 and UMT5 only the encoder is needed; AutoModel would load the decoder, too.
         kind = transformers.AutoModelForTextEncoding if known.is_encoder_decoder else transformers.AutoModel
         model = kind.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a damaged folder may fail anywhere inside the package
+    except Exception as error:  # a damaged folder may raise any error inside transformers
         raise UserError(f"{path}: cannot be read as a text encoder with its tokenizer ({shorten(error)})") from error
     width = model.config.hidden_size
     if width != config.dim:
-        raise UserError(f"{path}: its tokens have {width} channels, the model needs {config.dim}; give another encoder")
+        raise UserError(
+            f"{path}: its tokens have {width} channels, the model needs {config.dim}; give another text encoder"
+        )
     return tokenizer, model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: everything that the next step depends on, written whole or not at all."""
+"""Write and read checkpoints of a training run: everything that the next step depends on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .distributed import local, sharded_as
 
 _SETTINGS = "settings.json"
 _BEGINNING = "beginning.safetensors"
-# What torch's description of a checkpoint of tensors is made of, by module.
+# Classes that torch's metadata of a checkpoint of tensors may contain, by module.
 _DESCRIBES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -47,18 +47,17 @@ _DESCRIBES = {
 def training_state(
     parameters: dict[str, torch.nn.Parameter], ema: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """Name the tensors of a run: trained weights, their moving average, and the optimizers' moments.
+    """Collect the tensors of a run by name: trained weights, their EMA, and the optimizers' moments.
 
-    Moments that AdamW has not made yet are made here, as zeros, so that a checkpoint can be read into
-    them in place.
+    Moments that AdamW has not allocated yet are allocated here as zeros, so that a checkpoint can be loaded in place.
 
     Args:
-        parameters: trained weights by name.
-        ema: their moving averages by the same names.
-        optimizers: AdamW and others, of these weights; a weight has one of them.
+        parameters: Trained weights by name.
+        ema: Exponential moving averages of the weights, by the same names.
+        optimizers: AdamW and others; each weight has one of them.
 
     Returns:
-        The tensors themselves, not copies; DTensors where the weights are sharded.
+        The tensors themselves, not copies; DTensors if the weights are sharded.
     """
     state: dict[str, torch.Tensor] = {}
     owner = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
@@ -75,17 +74,17 @@ def training_state(
 
 
 def save(folder: Path, step: int, state: dict[str, torch.Tensor], settings: dict[str, Any], keep: int = 2) -> None:
-    """Write a checkpoint and delete all but the last ones. Every process of a run calls this.
+    """Write a checkpoint and delete all but the last `keep`. Every process of a run calls this.
 
     Args:
-        folder: of the run's checkpoints.
-        step: optimisation steps done.
-        state: from `training_state`.
-        settings: JSON of what the run must go on with.
-        keep: how many checkpoints stay.
+        folder: Folder of the run's checkpoints.
+        step: Optimisation steps done.
+        state: Tensors from `training_state`.
+        settings: Settings, as JSON values, that must be the same when the run is resumed.
+        keep: Number of checkpoints to keep.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The checkpoint cannot be written.
     """
     alone = not dist.is_initialized()
     need = sum(local(tensor).nbytes for tensor in state.values())
@@ -111,13 +110,13 @@ def save(folder: Path, step: int, state: dict[str, torch.Tensor], settings: dict
             shutil.rmtree(part, ignore_errors=True)
         raise UserError(
             f"{folder}: the checkpoint of step {step} cannot be written ({reason(cause, folder, need)}); "
-            "make room and run again, it goes on from the one before"
+            "make room and run the same command again, which resumes from the checkpoint before"
         ) from error
     _wait()
 
 
 def _cause(error: BaseException, folder: Path, need: int) -> OSError:
-    """The system's error behind one of PyTorch, which holds some as text and loses others."""
+    """Find the system error behind an error of PyTorch, which keeps some as text only and loses others."""
     each = [error, *(failure[0] for failure in getattr(error, "failures", {}).values())]
     for one in [link for link in each for link in (link, link.__cause__, link.__context__)]:
         if isinstance(one, OSError):
@@ -128,7 +127,7 @@ def _cause(error: BaseException, folder: Path, need: int) -> OSError:
 
 
 def clean(folder: Path, everything: bool = False) -> None:
-    """Remove what killed processes left of checkpoints that were not complete, or all of them."""
+    """Remove incomplete checkpoints that killed processes left, or all checkpoints."""
     for path in folder.glob(".step-*.part"):
         shutil.rmtree(path, ignore_errors=True)
     if everything:
@@ -138,69 +137,71 @@ def clean(folder: Path, everything: bool = False) -> None:
 
 
 def begin_with(folder: Path, step: int, weights: dict[str, torch.Tensor]) -> None:
-    """Let a run that has no checkpoint go on from weights and a count of steps alone, as another machine left them.
+    """Prepare a run to resume from weights and a step of another machine, without a checkpoint.
 
     Args:
-        folder: of the run's checkpoints.
-        step: optimisation steps done.
-        weights: those that are trained, by name.
+        folder: Folder of the run's checkpoints.
+        step: Optimisation steps done.
+        weights: Trained weights by name.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: The weights cannot be written.
     """
     write_tensors(folder / _BEGINNING, weights, {"step": str(step)})
 
 
 def first_step(folder: Path) -> int:
-    """Step that `begin_with` was given; 0 without that.
+    """Step that was given to `begin_with`, or 0.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: The file is damaged.
     """
     path = folder / _BEGINNING
     try:
         return int(WeightsFile(path).header["step"]) if path.exists() else 0
     except (MemoryFormatError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+        raise UserError(f"{path}: cannot be read; give --restart to discard the run and start again") from error
 
 
 def begin(folder: Path, state: dict[str, torch.Tensor]) -> int:
-    """Set the weights of `state` and their moving averages to what `begin_with` was given, if it was.
+    """Set the weights of `state` and their EMA to those given to `begin_with`, if there are any.
 
     Returns:
-        The step to go on from; the optimizers begin there without moments.
+        The step to resume from; the optimizers have no moments there.
 
     Raises:
-        UserError: the file is damaged, or of another model.
+        UserError: The file is damaged, or holds another model.
     """
     path = folder / _BEGINNING
     step = first_step(folder)
     try:
         weights = WeightsFile(path).read() if step else {}
     except MemoryFormatError as error:
-        raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+        raise UserError(f"{path}: cannot be read; give --restart to discard the run and start again") from error
     given = {f"{key}.{name}": tensor for name, tensor in weights.items() for key in ("weight", "ema")}
     wanted = {name: tensor for name, tensor in state.items() if name.startswith(("weight.", "ema."))}
     if step and {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in wanted.items()}:
-        raise UserError(f"{path}: holds the weights of another model; --restart begins anew")
+        raise UserError(
+            f"{path}: holds the weights of another model; give --restart to discard the run and start again"
+        )
     for name, tensor in given.items():
         state[name].copy_(sharded_as(tensor.to(state[name].device), state[name]))
     return step
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes the objects that describe a checkpoint and no others: a pickle may name any function to call."""
+    """Unpickles only the classes of checkpoint metadata, because a pickle may call any function."""
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         path = module.split(".")[0] == "pathlib" and name == type(Path()).__name__
         if dtype or path or name in _DESCRIBES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} describes no checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
 
 
 class _Reader(dcp.FileSystemReader):
-    """Torch's reader, which would unpickle whatever the description holds."""
+    """Torch's reader with the restricted unpickler for the metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -211,29 +212,29 @@ class _Reader(dcp.FileSystemReader):
 
 
 def load(path: Path, state: dict[str, torch.Tensor]) -> int:
-    """Read a checkpoint into the tensors of `state`, with any number of processes.
+    """Load a checkpoint into the tensors of `state`, with any number of processes.
 
     Returns:
-        Its step.
+        The step of the checkpoint.
 
     Raises:
-        UserError: it is damaged or of another model.
+        UserError: The checkpoint is damaged, or of another model.
     """
     level = logging.root.manager.disable
-    logging.disable()  # torch tells of damaged files by tracebacks, too
+    logging.disable()  # torch also logs tracebacks of damaged files
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(state, storage_reader=_Reader(path), no_dist=not dist.is_initialized())
-    except (Exception, CheckpointException) as error:  # the latter is a BaseException of its own
-        raise UserError(f"{path}: cannot be read; --restart begins anew") from error
+    except (Exception, CheckpointException) as error:  # CheckpointException derives from BaseException only
+        raise UserError(f"{path}: cannot be read; give --restart to discard the run and start again") from error
     finally:
         logging.disable(level)
     return step_of(path)
 
 
 def newest(folder: Path) -> Path | None:
-    """The last complete checkpoint of a run, or None."""
+    """Path of the last complete checkpoint of a run, or None."""
     return next(iter(reversed(_complete(folder))), None)
 
 
@@ -246,14 +247,14 @@ def settings_of(path: Path) -> dict[str, Any]:
     """Settings that a checkpoint was written with.
 
     Raises:
-        UserError: they are damaged.
+        UserError: The file of the settings is damaged.
     """
     try:
         settings = parse_json((path / _SETTINGS).read_text(), "settings")
         require(isinstance(settings, dict), "settings must be a mapping of keys to values", settings)
         return settings
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is damaged; --restart begins anew") from error
+        raise UserError(f"{path}: is damaged; give --restart to discard the run and start again") from error
 
 
 def _complete(folder: Path) -> list[Path]:

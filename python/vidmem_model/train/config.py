@@ -1,4 +1,4 @@
-"""How a model is optimised."""
+"""Configuration of the optimisation, shared by all training stages."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from ..checks import MOST_SECONDS, MOST_SEED, Checked, Former, OneOf, not_negati
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
-    """How a model is optimised.
+    """Configuration of the optimisation.
 
     Args:
-        steps: optimisation steps.
-        batch: samples a step, over all processes.
-        lr: learning rate of AdamW after the warm-up.
-        muon_lr: learning rate of Muon, of which an update is about as large as AdamW's, for the matrices of
-            the transformer's blocks (those that read the prompt apart); 0 leaves them to AdamW.
-        fitted_lr: share of `lr` for the layers that a linear start sets. AdamW's steps do not get smaller
-            near an optimum, and at the full rate they lead away from it.
-        warmup_steps: steps over which the learning rate rises from zero.
-        schedule: "cosine" (down to a hundredth) or "constant".
-        weight_decay: of matrices; norms, biases and tables have none.
-        max_grad_norm: largest norm of the gradient.
-        ema_decay: of the moving average of the weights, which is what is saved in the end.
-        seed: of the initial weights and of all samples.
-        precision: "float32", "bfloat16" by autocast, or "auto": bfloat16 where the device multiplies it in
-            hardware. Where it does not, a product in bfloat16 can take a hundred times as long.
-        checkpoint_every, log_every: in steps.
-        max_seconds: train for so long at most in one call, which then ends with what it has, a checkpoint and the
-            model; another call goes on. The preparation before the first step does not count. Null for no limit.
-        draw_ahead: threads that draw batches while others are trained on; 0 draws each when its step begins.
-        cuda_graph: launch the forward and backward pass of a step as one CUDA graph instead of op by op; for one
-            process, and for a text encoder that is trained with the model.
-        threads: of the CPU; null leaves them as they are.
-        device: "cpu", "cuda", or "auto".
+        steps: Number of optimisation steps.
+        batch: Batch size, summed over all processes.
+        lr: Peak learning rate of AdamW, after the warmup.
+        muon_lr: Learning rate of Muon for the matrices of the transformer blocks, except those that read the prompt.
+            Its updates are about as large as those of AdamW at the same rate. 0 trains them with AdamW.
+        fitted_lr: Factor on `lr` for the layers that a linear start initialises. They start near an optimum, and
+            AdamW at the full learning rate would move them away from it.
+        warmup_steps: Steps over which the learning rate rises linearly from zero.
+        schedule: Learning-rate schedule after the warmup: "cosine" (decays to 1 % of the peak) or "constant".
+        weight_decay: Weight decay of matrices; norms, biases and embedding tables have none.
+        max_grad_norm: Maximum norm of the gradient; larger gradients are clipped.
+        ema_decay: Decay of the exponential moving average (EMA) of the weights, which is saved as the model.
+        seed: Random seed of the initial weights and of all samples.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 if the device multiplies it in hardware.
+            Without hardware support, a matrix product in bfloat16 can take a hundred times as long.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between lines of progress.
+        max_seconds: Maximum time of one call, in seconds; the call then saves a checkpoint and the model, and the next
+            call resumes. The time before the first step does not count. Null for no limit.
+        draw_ahead: Number of threads that prepare the next batches during a step; 0 prepares each batch in its step.
+        cuda_graph: Whether the forward and backward pass of a step are launched as one CUDA graph. Requires a single
+            process, and a text encoder that is trained with the model.
+        threads: Number of CPU threads; null keeps the current setting.
+        device: "cpu", "cuda" or "auto" (cuda if there is a GPU).
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     FORMER: ClassVar[dict[str, Former]] = {"warmup": Former("warmup_steps"), "clip_norm": Former("max_grad_norm")}

@@ -1,7 +1,7 @@
-"""Stage II: the pretrained memory continues video (arXiv 2512.23851).
+"""Stage II: train the pretrained model to continue a video from its memory (arXiv 2512.23851).
 
-The history is whole and clean; the DiT, with fresh adapters (LoRA), makes the frames that follow it,
-given the memory and, in some steps, the last frames of the history themselves.
+The history is clean. The DiT, with new LoRA adapters, denoises the frames after it, given the memory and, in some
+steps, the last frames of the history uncompressed.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from .run import finish, prepare_latents, run_extra, run_folder, run_settings
 
 @dataclass(frozen=True)
 class ContinuationConfig(Checked):
-    """What a sample of Stage II is.
+    """Configuration of the training samples of Stage II.
 
     Args:
-        history: latent frames of a history.
-        targets: latent frames after it that are to be made.
-        window: last frames of the history that the DiT sees as they are.
-        window_probability: share of the steps with a window.
-        empty_probability: share of the steps without any history, as for a video's first segment.
-        drop_prompt: how often a sample has no prompt.
-        max_change: mean square of the change from one latent frame to the next (their variance is about 1)
-            that is no cut: targets with a cut in or before them, which nobody can foresee, are not taken.
-            None takes all.
+        history: Length of a history, in latent frames.
+        targets: Number of latent frames after the history to denoise.
+        window: Number of last latent frames of the history that the DiT also reads uncompressed.
+        window_probability: Probability that a step has such a window.
+        empty_probability: Probability that a step has no history, as at the start of a video.
+        drop_prompt: Probability that a sample has an empty prompt, for classifier-free guidance.
+        max_change: Maximum mean squared difference between neighbouring latent frames (whose variance is about 1)
+            within a shot. Targets with a larger change in or right before them have an unpredictable cut and are
+            not used. None uses all targets.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     FORMER: ClassVar[dict[str, Former]] = {"most_change": Former("max_change")}
@@ -72,17 +72,19 @@ class ContinuationConfig(Checked):
 
 @dataclass(frozen=True)
 class FinetuneConfig(Checked):
-    """A run of Stage II.
+    """Configuration of a training run of Stage II.
 
     Args:
-        start: the model of Stage I, a file or its folder; in YAML this key is `from`.
-        output: folder of the run.
-        data, sampling, optimisation: films, samples, and how to optimise.
-        vae: file of the VAE's weights; by default those beside the model of Stage I.
-        text: folder of the pretrained text encoder, if the model has one.
-        lora_rank: of the adapters; 0 trains all weights of the DiT.
-        freeze_encoder: train neither the memory encoders nor the text encoder. The adapters are then all
-            that Stage II adds, and are written to lora.safetensors too.
+        start: Model of Stage I, a file or its folder. In a recipe the key is `from`.
+        output: Output folder of the run.
+        data: Training videos.
+        sampling: Training samples.
+        optimisation: Optimisation.
+        vae: File of the VAE's weights; by default the one beside the model of Stage I.
+        text: Folder of the pretrained text encoder; required if the model uses one.
+        lora_rank: Rank of the LoRA adapters; 0 trains all weights of the DiT.
+        freeze_encoder: Whether the memory encoders and the text encoder stay frozen. Then Stage II trains the
+            adapters only, and also writes them to lora.safetensors.
     """
 
     start: FileName
@@ -97,17 +99,17 @@ class FinetuneConfig(Checked):
 
 
 class Continuations:
-    """Samples of Stage II, a function of seed, step and number of the sample.
+    """Training samples of Stage II, determined by seed, step and sample number.
 
     Args:
-        latents: blocks to take histories and what follows them from.
-        encoders: of the model; they say which low-resolution latents are needed.
-        config: what a sample is.
-        seed: of all choices.
-        shift: of the flow's times towards the noise.
+        latents: Blocks that histories and targets are drawn from.
+        encoders: Memory encoders of the model; they determine which low-resolution latents are needed.
+        config: Configuration of the samples.
+        seed: Random seed.
+        shift: Timestep shift of flow matching.
 
     Raises:
-        UserError: no block is as long as a history and its targets, or all targets have cuts.
+        UserError: No block is as long as a history and its targets, or all targets contain cuts.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class Continuations:
         self.spans = Spans(latents, config.history + config.targets, alignment(encoders), self._goes_on)
 
     def __call__(self, step: int, samples: Sequence[int]) -> Batch:
-        """Return the batch of these samples of a step."""
+        """Return the batch of these samples at a step."""
         config = self.config
         drawn = [self._sample(seeded(self.seed, step, number)) for number in samples]
         history, target, noise, t, prompts = zip(*drawn, strict=True)
@@ -135,7 +137,7 @@ class Continuations:
             frames=torch.arange(config.history, config.history + config.targets).float().expand(len(drawn), -1),
             prompts=list(prompts),
         )
-        # One choice for the whole step, so that a batch has one length.
+        # One choice for the whole step, so that all samples of a batch have one length.
         generator = seeded(self.seed, step)
         windowed = torch.rand((), generator=generator) < config.window_probability
         if torch.rand((), generator=generator) < config.empty_probability:
@@ -152,7 +154,7 @@ class Continuations:
         )
 
     def _goes_on(self, block: Block, start: int) -> bool:
-        """Whether the targets of a stretch belong to the shot that its history ends with."""
+        """Whether the targets of a span are in the same shot as the end of its history."""
         config = self.config
         if config.max_change is None:
             return True
@@ -173,23 +175,23 @@ class Continuations:
 
 
 def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
-    """Run Stage II, or go on with it.
+    """Run Stage II, or resume it from the last checkpoint.
 
     Args:
-        config: of the run.
-        restart: begin anew although the output folder holds a run.
+        config: Configuration of the run.
+        restart: Discard a run in the output folder and start from step 0.
 
     Returns:
-        The model's file, adapters merged; None in all processes but the first.
+        Path of the model file, with the adapters merged; None in all processes but the first.
 
     Raises:
-        Interrupted: it was stopped; the same call goes on from there.
-        UserError: something in the configuration cannot be used.
+        Interrupted: A signal stopped the run; the same call resumes it.
+        UserError: Something in the configuration cannot be used.
     """
     read = (*files_of(config.start), config.vae, config.text)
     with processes(config.optimisation) as device, run_folder(config, *read) as output:
         start = load_model(config.start, config.text)
-        require_encoder(start.config.text, config.text, "by the key text:")
+        require_encoder(start.config.text, config.text, "with the key `text` of the recipe")
         start.config.require_boxes()
         weights = Path(config.vae) if config.vae else start.vae_weights
         vae = load_vae(start.config.vae, weights)
@@ -209,7 +211,7 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
             restart,
         )
         if config.lora_rank:
-            # Only where adapters are all that was trained.
+            # Only if nothing but adapters was trained.
             if config.freeze_encoder and rank() == 0 and not model.dit.added():
                 save_lora(output / LORA_FILE, model, run_extra(output, config))
             merge_lora(model)
@@ -217,7 +219,7 @@ def finetune(config: FinetuneConfig, restart: bool = False) -> Path | None:
 
 
 def adapted(config: FinetuneConfig) -> MemoryModel:
-    """Load the model of Stage I and choose what is trained."""
+    """Load the model of Stage I, add the adapters and freeze what is not trained."""
     model = load_model(config.start, config.text)
     if config.freeze_encoder:
         model.encoders.requires_grad_(False)

@@ -73,4 +73,6 @@ def read_curve(path: Path) -> list[dict[str, float]]:
         return [{**row, "step": int(row["step"])} for row in rows]
     except (OSError, KeyError, ValueError, TypeError, OverflowError, csv.Error) as error:
         reason = shorten(error)
-        raise UserError(f"{path}: cannot be read as a training curve ({reason}); --restart begins anew") from error
+        raise UserError(
+            f"{path}: cannot be read as a training curve ({reason}); give --restart to discard the run and start again"
+        ) from error

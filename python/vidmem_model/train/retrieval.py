@@ -1,7 +1,7 @@
-"""Stage I: the memory of a history learns to give back any single frame of it (arXiv 2512.23851).
+"""Stage I: train the memory to reconstruct any single frame of a history (arXiv 2512.23851).
 
-A few random frames Omega of the history stay clean, the others are masked with noise; the DiT is to
-make the frames of Omega from noise, given the memory of the masked history.
+A few random frames Omega of the history stay clean, the others are masked with noise. The DiT denoises the frames of
+Omega, given the memory of the masked history.
 """
 
 from __future__ import annotations
@@ -34,30 +34,29 @@ from .linear_start import start_linearly
 from .loop import Batch, fit
 from .run import finish, prepare_latents, run_folder, run_settings
 
-# Noise of the masked frames, and times of the flow: logit-normal with this mean and deviation.
+# Noise levels of the masked frames, and timesteps: logit-normal with this mean and standard deviation.
 MASK_LEVEL = (0.2, 1.0)
 TIME = (0.0, 1.0)
-# Of the latents of a sample: history, noise, and what the layers make of them at the least.
+# Memory of a batch, in copies of its latents: history, noise, and at least two for activations.
 _COPIES = 4
 
 
 @dataclass(frozen=True)
 class QueryConfig(Checked):
-    """What a sample of Stage I is.
+    """Configuration of the training samples of Stage I.
 
     Args:
-        history: latent frames of a history.
-        queries: frames of it that are to be made, in random places.
-        mask_probability: how often the rest of the history is masked with noise; else all stays clean.
-        mix_probability: how often two histories are added, with weights that keep the variance, to one
-            that no film holds: a model that has seen its few films often can no longer answer from what
-            it knows of them, and has to read the memory.
-        roll: move every history round its frame's edges by a random number of low-resolution cells, so
-            that what lies in one box of the memory is another each time.
-        drop_prompt: how often a sample has no prompt.
+        history: Length of a history, in latent frames.
+        queries: Number of random latent frames of the history to denoise.
+        mask_probability: Probability that the other frames of a history are masked with noise.
+        mix_probability: Probability that two histories are added, with weights that keep the variance. Such a
+            mixture is in no training video, so that a model that has memorised its few videos must read the memory.
+        roll: Whether every history is shifted cyclically by a random number of low-resolution cells along rows and
+            columns, so that the boxes of the memory cover different content each time.
+        drop_prompt: Probability that a sample has an empty prompt, for classifier-free guidance.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     history: Annotated[int, positive(1_000_000)] = 24
@@ -78,20 +77,23 @@ class QueryConfig(Checked):
 
 @dataclass(frozen=True)
 class PretrainConfig(Checked):
-    """A run of Stage I.
+    """Configuration of a training run of Stage I.
 
     Args:
-        model: its sizes; in YAML a preset's name, or fields with `preset` among them.
-        output: folder of the run.
-        data, sampling, optimisation: films, samples, and how to optimise.
-        vae: file of the VAE's weights; null for the codec without any.
-        text: folder of the pretrained text encoder, for `model.text.kind` transformers.
-        linear_start: histories of which linear_start.start_linearly finds where to begin; 0 to begin at
-            random. Their boxes should be many times the numbers of a box (demo: 28,800 boxes, 2,048 numbers).
-        lora_rank: of the adapters of a transformer of diffusers, whose own weights are not trained; 0 for none.
+        model: Configuration of the model. In a recipe the name of a preset, or fields that may include `preset`.
+        output: Output folder of the run.
+        data: Training videos.
+        sampling: Training samples.
+        optimisation: Optimisation.
+        vae: File of the VAE's weights; null for `model.vae.kind` dct, which has none.
+        text: Folder of the pretrained text encoder; required for `model.text.kind` transformers.
+        linear_start: Number of histories that `linear_start.start_linearly` initialises the model from; 0 for a random
+            initialisation. They should have many times more boxes than a box has numbers (demo: 28,800 boxes of
+            2,048 numbers).
+        lora_rank: Rank of the LoRA adapters of a diffusers transformer, whose weights are frozen; 0 for none.
 
     Raises:
-        ValueError: a value is out of range, or not for the model's transformer.
+        ValueError: A value is out of range, or not allowed for the model's transformer.
     """
 
     model: ModelConfig
@@ -109,12 +111,12 @@ class PretrainConfig(Checked):
         pretrained = self.model.dit.diffusers is not None
         require(
             pretrained or not self.lora_rank,
-            "PretrainConfig: lora_rank must be 0 for a transformer that is trained itself",
+            "PretrainConfig: lora_rank must be 0 unless model.dit.diffusers is set",
             self.lora_rank,
         )
         require(
             not self.linear_start or not (pretrained or any(each.width for each in self.model.encoders)),
-            "PretrainConfig: linear_start must be 0 for a transformer of diffusers or an encoder of its own width",
+            "PretrainConfig: linear_start must be 0 if model.dit.diffusers or the width of an encoder is set",
             self.linear_start,
         )
 
@@ -125,22 +127,22 @@ def low_compressions(encoders: Sequence[EncoderConfig]) -> list[Compression | No
 
 
 def alignment(encoders: Sequence[EncoderConfig]) -> int:
-    """Latent frames that whole boxes of all encoders cover."""
+    """Smallest number of latent frames that is a whole number of boxes of every encoder."""
     return max(each.compression.time for each in encoders)
 
 
 class FrameQueries:
-    """Samples of Stage I, a function of seed, step and number of the sample.
+    """Training samples of Stage I, determined by seed, step and sample number.
 
     Args:
-        latents: blocks to take histories from.
-        encoders: of the model; they say which low-resolution latents are needed.
-        config: what a sample is.
-        seed: of all choices.
-        shift: of the flow's times towards the noise.
+        latents: Blocks that histories are drawn from.
+        encoders: Memory encoders of the model; they determine which low-resolution latents are needed.
+        config: Configuration of the samples.
+        seed: Random seed.
+        shift: Timestep shift of flow matching.
 
     Raises:
-        UserError: no block is as long as a history.
+        UserError: No block is as long as a history.
     """
 
     def __init__(
@@ -154,12 +156,12 @@ class FrameQueries:
         self.latents, self.config, self.seed, self.shift = latents, config, seed, shift
         self.compressions = low_compressions(encoders)
         self.spans = Spans(latents, config.history, alignment(encoders))
-        # Latent cells that a low-resolution cell covers; the same for encoders that read none.
+        # Latent cells per low-resolution cell; also used for encoders that read no low-resolution video.
         boxes = [each.compression for each in encoders]
         self.cell = [max(box.height for box in boxes), max(box.width for box in boxes)]
 
     def __call__(self, step: int, samples: Sequence[int]) -> Batch:
-        """Return the batch of these samples of a step."""
+        """Return the batch of these samples at a step."""
         drawn = [self._sample(seeded(self.seed, step, number)) for number in samples]
         history, target, noise, t, frames, prompts = zip(*drawn, strict=True)
         return Batch(
@@ -219,22 +221,22 @@ class FrameQueries:
 
 
 def _mixed(history: History, other: History, angle: torch.Tensor) -> History:
-    """The sum of two histories with weights that keep the variance."""
+    """Add two histories with weights that keep the variance."""
     pairs = zip((history.latents, *history.lows), (other.latents, *other.lows), strict=True)
     latents, *lows = (None if x is None else angle.cos() * x + angle.sin() * y for x, y in pairs)
     return History(latents, lows)
 
 
 def low_levels(levels: torch.Tensor, omega: torch.Tensor, span: int) -> torch.Tensor:
-    """Noise levels of the low-resolution latent frames, each of which covers `span` frames.
+    """Noise levels of the low-resolution latent frames, each of which covers `span` latent frames.
 
     Args:
-        levels: (T,) of the history's frames.
-        omega: indices of the frames that stay clean.
-        span: frames that one covers.
+        levels: (T,), noise levels of the history's latent frames.
+        omega: Indices of the latent frames that stay clean.
+        span: Latent frames per low-resolution latent frame.
 
     Returns:
-        (T / span,): 0 where a frame of omega is covered, else the mean.
+        (T / span,): 0 if a frame of omega is covered, else the mean.
     """
     count = len(levels) // span
     boxes = levels[: count * span].view(count, span).mean(1)
@@ -244,27 +246,27 @@ def low_levels(levels: torch.Tensor, omega: torch.Tensor, span: int) -> torch.Te
 
 
 def mask(latents: torch.Tensor, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Mix every frame of latents (C, T, H, W) with noise: (1 - s) x + s eps, s of `levels` (T,)."""
+    """Mix every frame of latents (C, T, H, W) with noise: (1 - s) x + s eps, s from `levels` (T,)."""
     s = levels.view(-1, 1, 1)
     return (1 - s) * latents + s * torch.randn(latents.shape, generator=generator)
 
 
 def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
-    """Run Stage I, or go on with it.
+    """Run Stage I, or resume it from the last checkpoint.
 
     Args:
-        config: of the run.
-        restart: begin anew although the output folder holds a run.
+        config: Configuration of the run.
+        restart: Discard a run in the output folder and start from step 0.
 
     Returns:
-        The model's file; None in all processes but the first.
+        Path of the model file; None in all processes but the first.
 
     Raises:
-        Interrupted: it was stopped; the same call goes on from there.
-        UserError: something in the configuration cannot be used.
+        Interrupted: A signal stopped the run; the same call resumes it.
+        UserError: Something in the configuration cannot be used.
     """
     with processes(config.optimisation) as device, run_folder(config, config.vae, config.text) as output:
-        require_encoder(config.model.text, config.text, "by the key text:")
+        require_encoder(config.model.text, config.text, "with the key `text` of the recipe")
         config.model.require_boxes()
         dit = config.model.dit
         require_trainable(
@@ -294,10 +296,10 @@ def pretrain(config: PretrainConfig, restart: bool = False) -> Path | None:
 
 
 def require_batch(latents: Latents, batch: int, frames: int) -> None:
-    """Refuse a batch whose samples of so many latent frames do not fit into memory, let alone the work on them.
+    """Check that a batch of samples of `frames` latent frames fits into memory.
 
     Raises:
-        UserError: there is too little memory.
+        UserError: There is not enough memory.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     cells = max((block.latents[:, 0].numel() for block in latents.blocks), default=0)

@@ -1,4 +1,4 @@
-"""Training of the small causal VAE on the training blocks of films."""
+"""Train the small causal VAE on the training blocks of the videos."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ from .vae_loss import SMALL, ClipSampler, Reconstruction, measure_latents
 
 @dataclass(frozen=True)
 class PretrainVAEConfig(Checked):
-    """A run that trains the VAE of `model`.
+    """Configuration of a training run of the VAE.
 
     Args:
-        model: its VAE, and height, width and rate of the frames.
-        output: folder of the run.
-        data, optimisation: films, and how to optimise.
-        frames: length of a clip in video frames.
+        model: Configuration of the model; its VAE, height, width and fps are used.
+        output: Output folder of the run.
+        data: Training videos.
+        optimisation: Optimisation.
+        frames: Length of a training clip, in video frames; a multiple of the VAE's time stride.
 
     Raises:
-        ValueError: the VAE is not the causal one, or a value is out of range.
+        ValueError: The VAE is not of kind causal, or a value is out of range.
     """
 
     model: ModelConfig
@@ -60,38 +61,38 @@ class PretrainVAEConfig(Checked):
 
 
 def _check_frames(config: PretrainVAEConfig) -> None:
-    """Check that frames, and those of a quarter of the size that some steps see, are whole blocks of the VAE.
+    """Check that frames consist of whole blocks of the VAE, also at the quarter size that some steps use.
 
     Raises:
-        UserError: they are not, or a block has fewer numbers than the VAE channels.
+        UserError: They do not, or the VAE has more channels than a block has numbers.
     """
     model, (_, *stride) = config.model, config.model.vae.stride
     rows, columns = (SMALL * s for s in stride)
     if model.height % rows or model.width % columns:
         raise UserError(
-            f"training a VAE needs a model.height in multiples of {rows} and a model.width of {columns}, "
+            f"to train a VAE, model.height must be a multiple of {rows} and model.width of {columns}, "
             f"got {model.height} and {model.width}"
         )
     numbers = 3 * math.prod(model.vae.stride)
     if model.vae.channels > numbers:
         raise UserError(
-            f"model.vae.channels must be at most the {numbers} numbers of a block, got {model.vae.channels}"
+            f"model.vae.channels must be at most {numbers}, the numbers of a block of pixels, got {model.vae.channels}"
         )
 
 
 def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | None:
-    """Train the VAE, or go on with it.
+    """Train the VAE, or resume from the last checkpoint.
 
     Args:
-        config: of the run.
-        restart: begin anew although the output folder holds a run.
+        config: Configuration of the run.
+        restart: Discard a run in the output folder and start from step 0.
 
     Returns:
-        The file of the VAE's weights; None in all processes but the first.
+        Path of the VAE's weights; None in all processes but the first.
 
     Raises:
-        Interrupted: it was stopped; the same call goes on from there.
-        UserError: something in the configuration cannot be used.
+        Interrupted: A signal stopped the run; the same call resumes it.
+        UserError: Something in the configuration cannot be used.
     """
     with processes(config.optimisation) as device, run_folder(config) as output:
         vae = config.model.vae
@@ -110,7 +111,7 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
 
         def build() -> CausalVAE:
             vae = CausalVAE(config.model.vae)
-            # Every sixth latent frame's worth of film is plenty for the principal components.
+            # A sixth of the video is enough for the principal components.
             vae.start_from(
                 torch.cat([frames_to_float(b[i : i + step]) for b in blocks for i in range(0, len(b), 6 * step)])
             )

@@ -27,24 +27,24 @@ __all__ = [
 
 
 def load_vae(config: VAEConfig, weights: str | Path | None = None) -> VideoCodec:
-    """Make the VAE that a model's latents come from, frozen and in evaluation mode.
+    """Load a VAE, frozen and in evaluation mode.
 
     Args:
-        config: kind and sizes.
-        weights: for "causal" a safetensors file of its state, or None for new, untrained weights; for
-            "wan" and "hunyuan" the folder that diffusers' save_pretrained wrote; none for "dct".
+        config: Kind and sizes of the VAE, such as `model.config.vae`.
+        weights: For kind "causal" a safetensors file, or None for random weights; for "wan" and "hunyuan" the folder
+            that diffusers' save_pretrained wrote; None for "dct".
 
     Returns:
-        VideoCodec on the CPU in float32; `to(device)` moves it.
+        The VAE, on the CPU in float32; its method `to(device)` moves it.
 
     Raises:
-        UserError: the weights are missing, not needed, or another VAE's.
-        MemoryFormatError: the file is damaged.
+        UserError: The weights are missing, not needed, or those of another VAE.
+        MemoryFormatError: The file is damaged.
     """
     path = None if weights is None else Path(weights)
     if config.kind == "dct":
         if path is not None:
-            raise UserError(f"{path}: the codec dct has no weights; leave the path out")
+            raise UserError(f"{path}: the codec dct has no weights; leave out the path of the VAE")
         if config.stride != DCTCodec.stride:
             raise UserError(f"the codec dct has stride {DCTCodec.stride}, the model asks for {config.stride}")
         return DCTCodec(CodecConfig(config.channels))
@@ -61,7 +61,7 @@ def load_vae(config: VAEConfig, weights: str | Path | None = None) -> VideoCodec
             file.check(lambda: CausalVAE(config), config.depth)
         except MemoryFormatError as error:
             reason = str(error).removeprefix(f"{path}: its weights do not fit its configuration ")
-            raise UserError(f"{path}: not the weights of the VAE that the model asks for {reason}") from error
+            raise UserError(f"{path}: does not hold the weights of this model's VAE {reason}") from error
         state = file.read()
     vae = CausalVAE(config)
     if state is not None:

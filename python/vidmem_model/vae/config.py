@@ -12,18 +12,18 @@ VAES = ("causal", "dct", "wan", "hunyuan")
 
 @dataclass(frozen=True)
 class VAEConfig(Checked):
-    """Which VAE makes the latents.
+    """Configuration of the VAE.
 
     Args:
-        kind: "causal" (the small 3D VAE trained here), "dct" (the embedded codec), "wan" or "hunyuan"
-            (diffusers' AutoencoderKLWan and AutoencoderKLHunyuanVideo from a local folder).
-        channels: latent channels.
-        stride: frames, rows and columns a latent cell covers; (4, 8, 8) or, for Wan 2.2, (4, 16, 16).
-        width: channels of the causal VAE's hidden layers.
-        depth: residual blocks of the causal VAE's encoder and, again, of its decoder.
+        kind: "causal" (the small 3D VAE that `vidmem pretrain-vae` trains), "dct" (the built-in DCT codec), "wan" or
+            "hunyuan" (diffusers' AutoencoderKLWan and AutoencoderKLHunyuanVideo, from a local folder).
+        channels: Latent channels.
+        stride: Frames, rows and columns per latent cell; (4, 8, 8) or, for Wan 2.2, (4, 16, 16).
+        width: Channels of the hidden layers, for kind "causal".
+        depth: Residual blocks of the encoder, and of the decoder, for kind "causal".
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     kind: Annotated[str, OneOf(*VAES)] = "causal"
@@ -36,17 +36,17 @@ class VAEConfig(Checked):
         super().__post_init__()
         require(
             self.kind != "dct" or self.channels <= 768,
-            "VAEConfig: channels of the codec dct must be at most 768, those of a block",
+            "VAEConfig: channels must be at most 768 for kind dct",
             self.channels,
         )
 
 
 @dataclass(frozen=True)
 class CodecConfig(Checked):
-    """The embedded codec: an orthonormal DCT over blocks of 4 frames x 8 x 8 pixels x 3 colours.
+    """Configuration of the built-in codec: an orthonormal DCT over blocks of 4 frames x 8 x 8 pixels x 3 colours.
 
     Args:
-        channels: coefficients kept of a block's 768, lowest frequencies first.
+        channels: Number of DCT coefficients to keep of the 768 of a block, lowest frequencies first.
 
     Raises:
         ValueError: channels is outside [1, 768].

@@ -1,4 +1,4 @@
-"""What is known of a video, and the frames that were taken of it."""
+"""Descriptions of videos: the part to take, file metadata, and decoded frames."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import torch
 from ..checks import MOST_FPS, MOST_PIXELS, MOST_SECONDS, Checked, not_negative, positive, require
 from .picture import cropped_share
 
-# A film of 4:3 in a raster of 16:9 loses 25 %; what loses more was hardly meant to.
+# Cropping 4:3 to 16:9 loses 25 % of a picture. A larger loss is probably unintended and is reported.
 _MUCH_CROPPED = 0.255
 
 
 @dataclass(frozen=True)
 class ClipSpec(Checked):
-    """The part of a video to take, and the raster that it is brought to.
+    """Which part of a video to take, and at which frame size and frame rate.
+
+    Frames are scaled to cover height x width, then centre-cropped.
 
     Args:
-        height: rows of a frame in pixels, or None for the video's own.
-        width: columns of a frame in pixels, or None for the video's own.
-        fps: constant frame rate in frames per second, or None for the video's own.
-        start: first moment to take, in seconds.
-        seconds: length to take, or None for all that follows `start`.
+        height: Rows of a frame, in pixels; None keeps those of the video.
+        width: Columns of a frame, in pixels; None keeps those of the video.
+        fps: Frames per second, constant; None keeps the mean rate of the video.
+        start: Start of the part, in seconds from the beginning of the video.
+        seconds: Length of the part, in seconds; None takes everything after `start`.
 
     Raises:
-        ValueError: a size, rate or length is not positive, or only one of height and width is given.
+        ValueError: A size, rate or length is not positive, or only one of height and width is given.
     """
 
     height: Annotated[int | None, positive(MOST_PIXELS)] = 480
@@ -47,14 +49,15 @@ class ClipSpec(Checked):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file says of itself.
+    """Metadata of a video file.
 
     Attributes:
-        width, height: size as displayed (pixel aspect and orientation applied), in pixels.
-        fps: mean rate in frames per second.
-        frames: number of frames, estimated for a large file whose container does not count them.
-        duration: seconds from the first frame's beginning to the last one's end.
-        interlaced: whether its first frame holds two fields of different moments.
+        width: Columns of a frame as displayed, in pixels (pixel aspect ratio and orientation are applied).
+        height: Rows of a frame as displayed, in pixels.
+        fps: Mean frame rate, in frames per second.
+        frames: Number of frames; an estimate for a large file whose container does not store it.
+        duration: Time from the start of the first frame to the end of the last one, in seconds.
+        interlaced: Whether the first frame is interlaced.
     """
 
     width: int
@@ -67,14 +70,14 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded frames at a constant rate.
+    """Decoded frames at a constant frame rate.
 
     Attributes:
-        frames: uint8 (T, H, W, 3) RGB.
-        fps: frames per second.
-        source: the file they came from.
-        asked: how many frames the spec asked for; None where it asked for all.
-        remarks: a line for each thing that may have been done unawares, as `remarks` gives them.
+        frames: uint8 (T, H, W, 3), RGB.
+        fps: Frames per second.
+        source: The video file.
+        asked: Number of frames that the ClipSpec asked for; None if it asked for all.
+        remarks: Warnings for the user, from the function `remarks`.
     """
 
     frames: torch.Tensor
@@ -85,38 +88,35 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Frames, rows and columns."""
+        """Number of frames, rows and columns."""
         frames, rows, columns, _ = self.frames.shape
         return frames, rows, columns
 
     @property
     def short(self) -> bool:
-        """Whether the video held fewer frames than were asked for."""
+        """Whether the video has fewer frames than asked for."""
         return self.asked is not None and len(self.frames) < self.asked
 
 
 def remarks(path: str | Path, info: VideoInfo, spec: ClipSpec) -> tuple[str, ...]:
-    """Say what somebody who takes a part of a video may want to know before relying on it.
+    """Warn of what may spoil a clip: interlacing, and cropping of more than a quarter of the picture.
 
     Args:
-        path: the video's file.
-        info: what `probe` says of it.
-        spec: what is taken.
+        path: The video file.
+        info: Its metadata, from `probe`.
+        spec: The part, size and rate to take.
 
     Returns:
-        At most a line for interlaced material and one for a picture that is cropped by more than a quarter.
+        One line for each warning.
     """
     lines = []
     if info.interlaced:
-        lines.append(
-            f"{path}: is interlaced; its frames are taken as they are, with combed edges where something moves; "
-            "deinterlace it first"
-        )
+        lines.append(f"{path}: is interlaced, so that moving edges look combed; deinterlace it first")
     if spec.height and spec.width:
         lost = cropped_share((info.height, info.width), (spec.height, spec.width))
         if lost > _MUCH_CROPPED:
             lines.append(
-                f"{path}: {lost:.0%} of the picture is cut off: {info.height}x{info.width} (height x width) is "
-                f"scaled to cover {spec.height}x{spec.width} and centre-cropped; a size of its own shape keeps all"
+                f"{path}: {lost:.0%} of the picture is cut off, because {info.height}x{info.width} (height x width) "
+                f"is scaled to cover {spec.height}x{spec.width} and centre-cropped; give a size of its aspect ratio"
             )
     return tuple(lines)

@@ -1,4 +1,4 @@
-"""Which films are taken, which parts of them, and their captions."""
+"""Which videos are used for training, which parts of them, and their captions."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ SAMPLE = "sample"
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """Which films are trained on and how they are cut.
+    """Training videos, and how they are cut into blocks.
 
     Args:
-        videos: paths of videos; "sample" is the sample film, fetched the first time.
-        start: first moment of each video, in seconds.
-        seconds: length to take of each video; null for all.
-        block_seconds: whole consecutive scenes are grouped to about this length.
-        test_every: every so many blocks one is for testing; what is tested is never trained on.
-        test: the stretches [from, to] of each video that are for testing instead, in its seconds,
-            ascending. Their ends should be cuts.
-        cut_threshold: mean change of luma, of 255, at which a new scene begins.
-        shortest: blocks of fewer latent frames (a video's end, or a short video) are left out.
-        mirror: train on every block's mirror image too.
-        zooms: train on every block enlarged by these factors too, a window of the frame's size from a place
-            of the enlarged frames that is another for every block.
-        captions: a YAML list of {start, end, prompt}, in seconds of the video; for one video.
-        cache: folder of the latents; by default one in the cache folder of this program.
+        videos: Paths of videos; "sample" is the sample film, which is downloaded on first use.
+        start: Start of the part to use of each video, in seconds.
+        seconds: Length of the part to use of each video, in seconds; null for everything after `start`.
+        block_seconds: Target length of a block, in seconds; a block consists of whole consecutive scenes.
+        test_every: Every test_every-th block is held out for testing; training never uses it.
+        test: Parts [from, to] of each video to hold out for testing instead, in seconds, in ascending order. They
+            should start and end at cuts.
+        cut_threshold: Mean change of luma, from 0 to 255, at which a new scene starts.
+        shortest: Minimum length of a block, in latent frames; shorter blocks (the end of a video) are not used.
+        mirror: Whether the mirror image of every block is used, too.
+        zooms: Factors above 1 by which every block is enlarged for further copies; each copy is a crop of the frame
+            size at a random place, fixed for each block.
+        captions: YAML file of a list of {start, end, prompt}, in seconds of the video; for a single video.
+        cache: Folder for the latents; by default in the cache folder of vidmem.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     videos: Annotated[tuple[str, ...], Entries(1, 100_000), PathName()] = (SAMPLE,)
@@ -70,19 +70,19 @@ class DataConfig(Checked):
         ends = [self.start, *(moment for part in self.test for moment in part)]
         require(
             all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
-            "DataConfig: test must be ascending stretches [from, to] after start",
+            "DataConfig: test must be parts [from, to] in ascending order, after start",
             self.test,
         )
         require(
             self.captions is None or len(self.videos) == 1,
-            "DataConfig: captions belong to one video",
+            "DataConfig: captions requires a single video",
             self.videos,
         )
 
     def parts(self) -> list[tuple[float, float | None, str | None]]:
-        """Return (first second, seconds or None for the rest, split or None) of the parts of a video.
+        """Return (start second, seconds or None for the rest, split or None) of each part of a video.
 
-        Without `test` that is one part, whose blocks are split by number.
+        Without `test` there is one part, whose blocks are split by number.
         """
         if not self.test:
             return [(self.start, self.seconds, None)]
@@ -98,7 +98,13 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class Caption(Checked):
-    """What is to be seen from `start` to `end`, in seconds of the film."""
+    """The prompt of a part of a video.
+
+    Args:
+        start: Start of the part, in seconds of the video.
+        end: End of the part, in seconds of the video.
+        prompt: What the part shows.
+    """
 
     start: Annotated[float, not_negative(MOST_SECONDS)]
     end: Annotated[float, not_negative(MOST_SECONDS)]
@@ -106,16 +112,16 @@ class Caption(Checked):
 
 
 def film_paths(config: DataConfig) -> list[Path]:
-    """Paths of the videos, the sample film fetched if it is among them."""
+    """Paths of the videos; downloads the sample film if it is among them."""
 
     return [fetch_sample_clip() if name == SAMPLE else Path(name) for name in config.videos]
 
 
 def read_captions(path: Path) -> tuple[Caption, ...]:
-    """Read a YAML list of {start, end, prompt}.
+    """Read captions from a YAML list of {start, end, prompt}.
 
     Raises:
-        UserError: the file is missing, is no such list, or an entry is wrong; the message numbers it.
+        UserError: The file is missing or not such a list, or an entry is wrong; the message names its line.
     """
     try:
         rows, lines = yaml_file.load(yaml_file.read_text(path), str(path), "cannot be read as captions")

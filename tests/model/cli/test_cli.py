@@ -75,7 +75,7 @@ def run(arguments, **options):
         (["compress", "a.mp4", "-o", "b", "--seconds", "0"], ["seconds must be positive, got 0.0"]),
         (["compress", "a.mp4", "-o", "b", "--start", "-1"], ["start must not be negative, got -1.0"]),
         (["compress", "a.mp4", "-o", "b", "--method", "pca"], ["method must be one of", "'pca'"]),
-        (["compress", "a.mp4", "-o", "b", "--budget", "9"], ["budget belongs to method merge"]),
+        (["compress", "a.mp4", "-o", "b", "--budget", "9"], ["budget requires method merge"]),
         (["compress", "a.mp4", "-o", "b", "--dtype", "int4"], ["dtype must be one of", "'int4'"]),
         (["demo", "a.mp4", "--frames", "0"], ["frames must be positive, got 0"]),
         (["profile", "--lengths", "1;2"], ["--lengths must look like 1,2,5,10,20", "'1;2'"]),
@@ -210,7 +210,7 @@ def test_clip_beyond_free_memory(capfd, monkeypatch, video, tmp_path):
 @pytest.mark.parametrize("frame", [-1, 24, 10**9])
 def test_frame_out_of_range(capfd, memory, tmp_path, frame):
     arguments = ["retrieve", memory, "--frame", frame, "-o", tmp_path / "x.png"]
-    refused(capfd, arguments, f"no frame {frame}", "frames 0 to 23")
+    refused(capfd, arguments, f"no frame {frame}", "give a frame from 0 to 23")
     assert os.listdir(tmp_path) == []
 
 

@@ -199,7 +199,7 @@ def test_models_of_other_sizes_are_not_mixed(tmp_path, quick_stlpips):
 def test_command_without_models(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(shipped, "CHECKPOINTS", tmp_path)
     assert cli.main(["evaluate", "retrieval"]) == 2
-    assert "no model is shipped with this vidmem; give --model or --table" in capfd.readouterr().err
+    assert "this installation of vidmem ships no model; give --model or --table" in capfd.readouterr().err
     assert cli.main(["evaluate", "retrieval", "--table", str(tmp_path)]) == 2
     assert "holds no folder with a model.safetensors" in capfd.readouterr().err
 
@@ -259,7 +259,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, quick_stlpips, monkeypat
 
     monkeypatch.setattr(retrieval, "measure_row", interrupted)
     assert cli.main([*arguments, "--json", str(found)]) == 130
-    said = f"vidmem: interrupted; what was measured is kept in {found}.parts, the same command goes on\n"
+    said = f"vidmem: interrupted; results so far are kept in {found}.parts; run the same command again to resume\n"
     assert capfd.readouterr().err.splitlines(keepends=True)[-1] == said
     parts = tmp_path / "out.json.parts"
     assert len(list(parts.iterdir())) == 2 and not found.exists()

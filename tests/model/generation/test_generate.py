@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on_to_the_same_video(parts, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             make(parts, path, dataclasses.replace(CONFIG, **change))
-    with pytest.raises(UserError, match="another storyboard; give the same settings to go on, or --restart"):
+    with pytest.raises(UserError, match="another storyboard; give the same settings to resume, or --restart"):
         make(parts, path, board=Storyboard((Shot(0, "a dog"),)))
     with pytest.raises(UserError, match="another model;"):
         make((build(tiny(dit={"depth": 1}))[0], parts[1]), path)
@@ -250,7 +250,7 @@ def test_a_filmed_history_is_continued(tmp_path):
     assert report["memory_tokens"] == [6, 12] and report["window_tokens"] == [24, 24]
     assert (report["frames"], report["history_latent_frames"]) == (24, 6)
     torch.testing.assert_close(made, generator.make("a fox", 0, lambda _: None))
-    with pytest.raises(UserError, match="--start must have at least 4 frames, got 3"):
+    with pytest.raises(UserError, match="--start must be a video of at least 4 frames, got 3"):
         SegmentGenerator(model, vae, CONFIG).start_from(seen[:3])
 
 
@@ -332,7 +332,7 @@ def test_the_command(parts, tmp_path, capsys):
     out, report = tmp_path / "a.mp4", tmp_path / "a.json"
     common = ["generate", str(board), "-o", str(out), "--model", str(tmp_path), "--steps", "2", "--device", "cpu"]
     assert cli.main(common) == 2
-    assert "nothing says how long the video is to be" in capsys.readouterr().err
+    assert "the length of the video is missing; give --seconds" in capsys.readouterr().err
     assert cli.main([*common, "--seconds", "0"]) == 2
     assert "seconds must be positive, got 0" in capsys.readouterr().err
     assert cli.main([*common, "--seconds", "8.5", "--seed", "3", "--report", str(report)]) == 0

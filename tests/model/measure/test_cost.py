@@ -262,8 +262,8 @@ def test_command(capfd, monkeypatch, tmp_path):
     assert json.loads((out / "model_cost.json").read_text())["depth"] == 1
     for arguments, message in (
         (["--model", "huge"], "no such file, nor one of the presets tiny, demo"),
-        (["--model", "tiny", "--heads", "2"], "--heads does not go with --model"),
-        (["--depth", "2"], "--depth belongs to --model"),
+        (["--model", "tiny", "--heads", "2"], "--heads is not allowed with --model"),
+        (["--depth", "2"], "--depth requires --model"),
         (["--model", "tiny", "--depth", "3"], "depth must be in [1, 2], got 3"),
         (["--model", "tiny", "--lengths", "0"], "lengths must be positive seconds"),
     ):

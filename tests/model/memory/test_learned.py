@@ -156,10 +156,13 @@ def test_commands(package, tmp_path, capfd):
     assert cli.main(["retrieve", str(path), "--frame", "7", "-o", str(image), "--steps", "2"]) == 0
     assert "from 2 learned tokens" in capfd.readouterr().out
     assert cli.main(["compress", str(video), "-o", str(path), "-m", "learned", "--rate", "4x4x2"]) == 2
-    assert "--rate is for dct and merge" in capfd.readouterr().err
+    assert "--rate is not allowed with --method learned" in capfd.readouterr().err
     assert cli.main(["compress", str(video), "-o", str(path), "--size", "32x64", "--fps", "8", "--seconds", "1"]) == 0
     assert cli.main(["retrieve", str(path), "--frame", "7", "-o", str(image), "--steps", "2"]) == 2
-    assert "steps belong to a learned memory; this one is of the method dct" in capfd.readouterr().err
+    assert (
+        "steps requires a memory of method learned, this one is of method dct; leave steps out"
+        in capfd.readouterr().err
+    )
 
 
 def test_without_a_checkpoint_the_way_out_is_told(empty_package, tmp_path, capfd):

@@ -75,7 +75,7 @@ def test_row_types_trade_size_for_quality(tmp_path, clip):
 
 @pytest.mark.parametrize("frame", [-1, 11, 10**9])
 def test_frames_that_are_not_there(file, frame):
-    with pytest.raises(UserError, match=rf"no frame {frame}: this memory holds frames 0 to 10"):
+    with pytest.raises(UserError, match=rf"no frame {frame}; give a frame from 0 to 10"):
         read_memory(file).retrieve(frame)
 
 
@@ -127,12 +127,12 @@ def test_foreign_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "2"}, "is of version 2, this vidmem reads version 1"),
+        ({"version": "2"}, "has format version 2, this vidmem reads version 1"),
         ({"size": "[11, 70]"}, "header is damaged"),
         ({"size": "eleven"}, "header is damaged"),
         ({"fps": "fast"}, "header is damaged"),
         ({"method": "wavelet"}, "header is damaged"),
-        ({"grid": None}, "header is damaged .no 'grid'"),
+        ({"grid": None}, "header is damaged .it lacks 'grid'"),
         ({"grid": "[3, 1, 2]"}, "header is damaged"),
     ],
 )

@@ -77,7 +77,9 @@ def test_a_fourth_method_is_compressed_stored_and_read(mean, tmp_path):
     assert all((opened.retrieve(i).float() - expected).abs().max() <= 0.51 for i in range(5))
     back = untrained_memory("mean", frames, Compression(2, 2, 2), 48)
     assert back.frames.shape == frames.shape and (back.tokens, back.width) == (20, 102)
-    with pytest.raises(ValueError, match="to method merge; the compression fixes the rows of mean, got 3"):
+    with pytest.raises(
+        ValueError, match=r"requires method merge \(the compression sets the number of mean tokens\), got 3"
+    ):
         CompressorConfig("mean", budget=3)
 
 
@@ -85,7 +87,7 @@ def test_files_of_a_fourth_method_are_checked(mean, tmp_path, monkeypatch):
     memory = compress_clip(torch.zeros(3, 16, 16, 3, dtype=torch.uint8), CompressorConfig("mean"), fps=25)
     for meta, message in (
         ({"shape": "[16, 15, 3]"}, "its header is damaged .16 rows of 48 for size"),
-        ({"shape": None}, "its header is damaged .no 'shape'"),
+        ({"shape": None}, "its header is damaged .it lacks 'shape'"),
         ({"method": "median"}, "method must be one of dct, merge, learned, mean, got 'median'"),
     ):
         texts = {key: text for key, text in {**memory.meta, **meta}.items() if text is not None}
@@ -105,7 +107,10 @@ def test_a_fourth_method_in_the_commands(mean, video, tmp_path, capfd):
     assert cli.main(["retrieve", str(path), "--frame", "7", "-o", str(image)]) == 0
     assert "from 80 mean tokens" in capfd.readouterr().out
     assert cli.main(["retrieve", str(path), "--frame", "7", "-o", str(image), "--steps", "2"]) == 2
-    assert "steps belong to a learned memory; this one is of the method mean" in capfd.readouterr().err
+    assert (
+        "steps requires a memory of method learned, this one is of method mean; leave steps out"
+        in capfd.readouterr().err
+    )
     assert cli.main(["compress", str(video), "-o", str(path), "-m", "median"]) == 2
     assert "--method must be one of dct, merge, learned, mean, got 'median'" in capfd.readouterr().err
 

@@ -45,7 +45,7 @@ def test_memory_of_several_encoders_is_one_after_another():
     assert torch.equal(memory.tokens, torch.cat([part.tokens for part in parts], 1))
     assert memory.positions[0, :, 0].tolist() == [0.5, 0.5, 2.5, 2.5, 1.5, 1.5]
     assert memory.positions[0, :2, 1:].tolist() == [[0.5, 0.5], [0.5, 2.5]]
-    with pytest.raises(ValueError, match="lows must be as many as encoders"):
+    with pytest.raises(ValueError, match="lows must have one entry for each encoder"):
         model.remember(History(latents, lows[:1]))
 
 
@@ -147,7 +147,7 @@ def test_a_pretrained_text_encoder_stays_in_its_folder(tmp_path):
         assert not any(name.startswith("text.") for name in opened.keys())  # noqa: SIM118
     again = load_model(file, folder)
     torch.testing.assert_close(again.text(["a cat"])[0], model.text(["a cat"])[0])
-    with pytest.raises(UserError, match="give the folder that holds it"):
+    with pytest.raises(UserError, match="give its folder"):
         load_model(file).text(["a cat"])
 
 

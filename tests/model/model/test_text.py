@@ -91,8 +91,11 @@ def test_errors_of_a_pretrained_encoder(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "give the folder that holds it by the key text:"),
-        ("text: none", "none: no such folder; give the one that holds the text encoder's config.json by the key text:"),
+        ("", "give its folder with the key `text` of the recipe"),
+        (
+            "text: none",
+            "none: no such folder; give the folder of the text encoder's config.json with the key `text` of the recipe",
+        ),
     ],
 )
 def test_a_missing_encoder_is_told_before_any_film_is_opened(text, says, tmp_path, capsys, monkeypatch):

@@ -263,7 +263,7 @@ def test_named_stretches_are_for_testing(film, vae, tmp_path):
     assert places == [(0, 40, "train"), (41, 48, "test"), (90, 32, "train"), (125, 44, "test")]
     frames = torch.from_numpy(film_frames())[125:169]
     assert torch.equal(made.blocks[3].latents, encode_block(frames, vae))
-    with pytest.raises(ValueError, match="test must be ascending stretches"):
+    with pytest.raises(ValueError, match="test must be parts .from, to. in ascending order"):
         DataConfig(test=((3.0, 5.0), (4.0, 6.0)))
 
 
@@ -356,5 +356,5 @@ def test_named_test_stretches_and_mirror_images(film, vae, tmp_path):
 
 @pytest.mark.parametrize("test", [((5.0, 3.0),), ((1.0, 4.0), (3.0, 6.0))])
 def test_test_stretches_must_ascend(test):
-    with pytest.raises(ValueError, match="^DataConfig: test must be ascending stretches"):
+    with pytest.raises(ValueError, match="^DataConfig: test must be parts .from, to. in ascending order"):
         DataConfig(test=test)

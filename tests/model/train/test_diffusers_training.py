@@ -361,7 +361,7 @@ def test_commands_from_a_folder_to_a_video(family, tmp_path, capsys, monkeypatch
     said = capsys.readouterr().out
     assert "memory 0 -> 4 tokens" in said and video.is_file(), said
     assert main([*generate, "--kv-cache", "--restart"]) == 2
-    assert "keeps no keys and values; leave --kv-cache out" in capsys.readouterr().err
+    assert "a diffusers transformer supports no KV cache; leave out --kv-cache" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def folders(tmp_path_factory):
         ("diffusers: wan", "vae: {kind: dct, channels: 8}", "model.vae.channels must be 4, that of the transformer"),
         ("diffusers: wan", "text: {dim: 17}", "model.text.dim must be 16, that of the transformer"),
         ("diffusers: wan", "linear_start: 4", "linear_start must be 0 for a transformer of diffusers"),
-        ("dim: 48", "lora_rank: 4", "lora_rank must be 0 for a transformer that is trained itself, got 4"),
+        ("dim: 48", "lora_rank: 4", "lora_rank must be 0 unless model.dit.diffusers is set, got 4"),
     ],
 )
 def test_a_wrong_transformer_is_one_line(folders, tmp_path, capsys, monkeypatch, dit, other, says):

@@ -117,7 +117,7 @@ def test_beginning_with_what_does_not_fit(tmp_path):
             train(tmp_path / str(number), steps=6)
     file = tmp_path / "0" / "checkpoints" / "beginning.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"beginning.safetensors: cannot be read; --restart begins anew"):
+    with pytest.raises(UserError, match=r"beginning.safetensors: cannot be read; give --restart to discard"):
         train(tmp_path / "0", steps=6)
 
 

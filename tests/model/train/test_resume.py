@@ -170,7 +170,7 @@ def test_damaged_checkpoint_is_one_line(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     for file in (folder / "checkpoints" / "step-00000012").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"step-00000012: cannot be read; --restart begins anew"):
+    with pytest.raises(UserError, match=r"step-00000012: cannot be read; give --restart to discard"):
         train(folder)
 
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_calls_nothing(whole, tmp_path, kind):
         description.state_dict_metadata[next(iter(description.state_dict_metadata))] = made
         made = pickle.dumps(description)
     file.write_bytes(made)
-    with pytest.raises(UserError, match=r"step-00000012: cannot be read; --restart begins anew"):
+    with pytest.raises(UserError, match=r"step-00000012: cannot be read; give --restart to discard"):
         train(folder)
     assert not marker.exists()
 

@@ -442,7 +442,7 @@ def test_a_wrong_configuration_is_one_line_with_the_key(tmp_path, capsys, text, 
 def test_other_mistakes_are_one_line(tmp_path, capsys):
     file = tmp_path / "b.yaml"
     for text, says in (
-        ("output: x", "needs the key from"),
+        ("output: x", "the key `from` is missing"),
         ("start: x\noutput: x", "is `from`, got start"),
         (f"from: {tmp_path}/none\noutput: {tmp_path}/x", "no such file"),
         ("from: a\noutput: x\nlora_rank: -1", "lora_rank must not be negative"),
@@ -493,10 +493,8 @@ def test_commands_from_film_to_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training.FlowMatching, "forward", interrupting)
     assert main(["pretrain", str(one)]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        said
-        == f"vidmem: stopped after step 2, all of it kept in {tmp_path / 'one'}; the same command goes on from there"
-    )
+    kept = f"the checkpoint is in {tmp_path / 'one'}; run the same command again to resume"
+    assert said == f"vidmem: stopped after step 2, {kept}"
     assert main(["pretrain", str(one)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "one" / "model.safetensors")
     assert main(["finetune", str(two)]) == 0

@@ -123,7 +123,7 @@ def test_load_vae_reads_a_causal_vae(tmp_path):
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in vae.parameters())
     torch.testing.assert_close(vae.decoder_out.weight, first.decoder_out.weight, atol=1e-3, rtol=1e-3)
     assert torch.equal(vae.scale(torch.ones(1, 4, 1, 1, 1)), torch.full((1, 4, 1, 1, 1), 0.5))
-    with pytest.raises(UserError, match="not the weights of the VAE"):
+    with pytest.raises(UserError, match="does not hold the weights of this model's VAE"):
         load_vae(VAEConfig(channels=4, width=16, depth=1), tmp_path / "vae.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(MemoryFormatError, match="is damaged"):

@@ -187,7 +187,7 @@ def test_the_commands_tell_of_a_crop_once(tmp_path, capfd):
     assert cli.main([*arguments[:-3], "160x90", *arguments[-2:]]) == 0
     assert "note" not in capfd.readouterr().err
     assert cli.main(["compress", "--help"]) == 0
-    assert "scaled to cover the size and centre-cropped" in " ".join(capfd.readouterr().out.split())
+    assert "scaled to cover --size, then centre-cropped" in " ".join(capfd.readouterr().out.split())
 
 
 # Names
