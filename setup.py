@@ -262,8 +262,12 @@ packs = {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv)
 if packs and NEEDED["numbers"](setuptools.__version__) < (70, 1) and (line := NEEDED["missing"]({"wheel": ""})):
     raise SystemExit(f"vidmem_kernels: with setuptools {setuptools.__version__} building {line}")
 
+# An SPDX expression, for which pyproject.toml has no form that setuptools reads both before and after 77.
+LICENSE = {"license_expression" if NEEDED["numbers"](setuptools.__version__) >= (77,) else "license": "Apache-2.0"}
+
 setuptools.setup(
     # Optional: without it every op runs its reference.
     ext_modules=[setuptools.Extension("vidmem_kernels._C", ["csrc/module.cpp"], optional=True)] if builds else [],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
+    **LICENSE,
 )

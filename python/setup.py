@@ -37,4 +37,7 @@ class BuildPackage(build_py):
         super().run()
 
 
-setuptools.setup(cmdclass={"build_py": BuildPackage})
+# An SPDX expression, for which pyproject.toml has no form that setuptools reads both before and after 77.
+LICENSE = {"license_expression" if numbers >= (77,) else "license": "Apache-2.0"}
+
+setuptools.setup(cmdclass={"build_py": BuildPackage}, **LICENSE)
