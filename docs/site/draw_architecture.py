@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -221,6 +222,7 @@ def draw_rooms(drawing: Drawing) -> None:
         drawing.y += 12 + 18 * max(len(names), len(calls))
 
 
+@cache
 def picture() -> str:
     """The whole picture, as SVG."""
     drawing = Drawing()

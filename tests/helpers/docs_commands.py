@@ -129,13 +129,13 @@ def _wrong_script(path: str, words: list[str]) -> str | None:
 
 
 def run_vidmem(words: list[str]) -> None:
-    """Runs a command of vidmem here, on film.mp4 for the reader's film, at the size of that where none is given."""
+    """Runs a command of vidmem here, on film.mp4 for the reader's film, and at the size of that."""
     from film_helpers import SMALL
 
     from vidmem_model.cli import main
 
     words = ["film.mp4" if word in _FILMS and not Path(word).exists() else word for word in words]
-    if words[0] == "compress" and not {"--size", "--fps", "learned"} & set(words):
+    if words[0] == "compress" and "learned" not in words:  # of two values of an option the last one holds
         words = [*words, *SMALL]
     code = main(words)
     assert code == 0, f"vidmem {shlex.join(words)} ended with {code}"
