@@ -12,6 +12,7 @@ from .page_parts import table
 from .registry import BENCHMARKS
 
 RESULTS = "benchmarks/results"
+AUTO = "vidmem (auto)"  # the row of ours that a user gets; files may have others, of one backend each
 PASSES = {"fwd": "forward", "bwd": "gradient", "fwd+bwd": "forward and gradient"}
 
 Row = dict[str, Any]
@@ -58,7 +59,7 @@ def measured(root: Path) -> tuple[list[Measured], int]:
     newest: dict[tuple[str, ...], Measured] = {}
     for path, result in results(root):
         for ours in result["rows"]:
-            if ours.get("kind") != "ours" or ours["status"] != "ok":
+            if ours.get("contender") != AUTO or ours["status"] != "ok":
                 continue
             other = next((r for r in result["rows"] if report.is_best(r, ours)), None)
             row = Measured(path, result, ours, other)
@@ -157,12 +158,17 @@ def tables(root: Path) -> str:
 
 
 def _wanting(rows: list[Measured], root: Path) -> Iterator[str]:
-    """What the runs of a device did not come to, and no other of its runs measured."""
+    """Shapes that the runs of a device left out when their time was up, and that no other run of it measured."""
     have = {(r.ours["op"], r.ours["shape"], r.ours["dtype"]) for r in rows}
-    began = [result["not_begun"] for path, result in results(root) if path in {r.path for r in rows}]
-    left = dict.fromkeys(each for result in began for each in result if tuple(each.split()) not in have)
+    files = {row.path for row in rows}
+    left: dict[str, list[str]] = {}
+    for each in dict.fromkeys(each for path, result in results(root) if path in files for each in result["not_begun"]):
+        op, shape, dtype = each.split()
+        if (op, shape, dtype) not in have:
+            left.setdefault(op, []).append(shape)
     if left:
-        yield f"Not measured yet, for the time was up: {', '.join(f'`{each}`' for each in left)}."
+        listed = ", ".join(f"`{op}` ({', '.join(shapes)})" for op, shapes in left.items())
+        yield f"Not measured, because the time of the run was up: {listed}."
 
 
 def lengths(root: Path) -> str:
