@@ -32,7 +32,8 @@ def plot(
     from ..files import outputs
     from ..show.figure import WIDTHS, check_plot
     from ..show.plots import plots_missing
-    from ..show.redraw import redraw
+    from ..show.redraw import read_result, redraw
+    from ..train.curve import read_curve
 
     outputs([result], [output])
     check_plot(output)
@@ -40,5 +41,6 @@ def plot(
         raise OptionError(f"--columns must be 1 or 2, got {columns}")
     if missing := plots_missing():
         raise UserError(missing)
-    redraw(result, output, columns, positions)
+    content = read_curve(result) if result.suffix.lower() == ".csv" else read_result(result)
+    redraw(result, content, output, columns, positions)
     print(output)

@@ -41,7 +41,7 @@ def write_cost_plot(path: Path, result: dict[str, Any], columns: int = 2) -> Non
     points, skipped = result["points"], result["skipped"]
     parts = [part for part in PARTS if any(p["part"] == part for p in points)]
     used = [strategy for strategy in _LINES if any(p["strategy"] == strategy for p in points)]
-    below = _left_out(skipped, 128 if columns == 2 else 60)
+    below = _left_out(skipped, 112 if columns == 2 else 50)
     title = f"Time and peak memory of the parts of {result['model']} against the length of the history"
     height = (3.7 if columns == 2 else 0.9 + 1.4 * len(parts)) + 0.14 * len(below)
     with plot(path, columns, height, title) as figure:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..checks import parse_json
 from ..errors import UserError
-from ..train.curve import read_curve
 from .cost import write_cost_plot
 from .curve import write_curve_plot
-from .figure import check_plot
 from .plots import write_memory_plot
 from .retrieval import write_positions_plot, write_retrieval_plot
 
@@ -20,43 +19,50 @@ _BY_FORMAT = {
 }
 
 
-def redraw(result: Path, path: Path, columns: int = 2, positions: bool = False) -> None:
-    """Draw the plot of a result file, of any version.
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a JSON file of `vidmem profile`, `demo` (memory_vs_context.json) or `evaluate retrieval`, of any version.
+
+    Raises:
+        UserError: it cannot be read, or is none of these.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"), "it")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    kind = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in _BY_FORMAT:
+        kinds = ", ".join(_BY_FORMAT)
+        raise UserError(f"{path}: must be curve.csv or JSON of one of the formats {kinds}; got {kind!r}")
+    return content
+
+
+def redraw(
+    name: Path, result: dict[str, Any] | list[dict[str, float]], path: Path, columns: int = 2, positions: bool = False
+) -> None:
+    """Draw the plot of a result.
 
     Args:
-        result: JSON file of `vidmem profile`, `demo` (memory_vs_context.json) or `evaluate retrieval`, or the
-            curve.csv of a training run.
+        name: its file, for messages.
+        result: from `read_result` or `read_curve`.
         path: PNG, PDF or SVG file to write, by its suffix.
         columns: of a paper that the plot is as wide as, 1 or 2.
         positions: of `evaluate retrieval`, quality against the position in the history in place of tokens.
 
     Raises:
-        UserError: the suffix of `path` is another, `result` is no such file or has no numbers, or a file cannot be
-            read or written.
+        UserError: the suffix of `path` is another, the result has no numbers or is not whole, or `path` cannot be
+            written.
     """
-    check_plot(path)
-    try:
-        if result.suffix.lower() == ".csv":
-            draw, content = write_curve_plot, read_curve(result)
-            empty, kind = not content, "curve"
-        else:
-            content = parse_json(result.read_text(encoding="utf-8"), str(result))
-            kind = content.get("format") if isinstance(content, dict) else None
-            if kind not in _BY_FORMAT:
-                kinds = ", ".join(_BY_FORMAT)
-                raise UserError(f"{result}: must be curve.csv or JSON of one of the formats {kinds}; got {kind!r}")
-            draw, empty = _BY_FORMAT[kind], not content.get("points", content.get("rows"))
-    except OSError as error:
-        raise UserError(f"{result}: cannot be read ({error.strerror})") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{result}: is damaged: {error}") from error
-    if empty:
-        raise UserError(f"{result}: has no measurements to draw")
+    kind = "curve" if isinstance(result, list) else result["format"]
+    if not (result if isinstance(result, list) else result.get("points") or result.get("rows")):
+        raise UserError(f"{name}: has no measurements to draw")
+    draw = _BY_FORMAT.get(kind, write_curve_plot)
     if positions:
         if kind != "vidmem.retrieval":
-            raise UserError("--positions requires a result of vidmem evaluate retrieval")
+            raise UserError(f"--positions requires a result of vidmem evaluate retrieval, got {name}")
         draw = write_positions_plot
     try:
-        draw(path, content, columns)
+        draw(path, result, columns)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{result}: is no whole result of its kind ({type(error).__name__}: {error})") from error
+        raise UserError(f"{name}: is no whole result of its kind ({type(error).__name__}: {error})") from error
