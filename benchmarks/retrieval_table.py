@@ -132,6 +132,8 @@ def evaluate(out: Path, options: list[str]) -> None:
     command += ["--json", str(out / "retrieval.json"), "--markdown", str(out / "retrieval.md")]
     command += ["--plot", str(out / "retrieval.png"), *options]
     subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "vidmem_model", "plot", str(out / "retrieval.json"), "--positions"]
+    subprocess.run([*command, "-o", str(out / "retrieval_positions.png")], check=True)
 
 
 def fill_page(page: Path, made: str) -> None:
@@ -160,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluate(given.out, options)
     if given.page:
         fill_page(given.page, (given.out / "retrieval.md").read_text(encoding="utf-8"))
-        for name in ("retrieval.json", "retrieval.png"):
+        for name in ("retrieval.json", "retrieval.png", "retrieval_positions.png"):
             shutil.copyfile(given.out / name, given.page.parent / name)
 
 

@@ -14,6 +14,7 @@ from vidmem_model.model.config import PRESETS
 from vidmem_model.model.file import MODEL_FILE, VAE_FILE, load_model, save_model
 from vidmem_model.model.lora import LORA_FILE
 from vidmem_model.model.memory_model import MemoryModel
+from vidmem_model.show.figure import BLUE, log_axis, plot
 from vidmem_model.skeleton import skeleton
 from vidmem_model.train import checkpoint
 from vidmem_model.train.config import TrainConfig
@@ -164,17 +165,12 @@ def write_curves(path: Path, curves: dict[str, list[list[float]]]) -> None:
     """Plot the loss of every stage against its steps.
 
     Args:
-        path: PNG file to write.
+        path: PNG, PDF or SVG file to write.
         curves: pairs of step and loss by stage, at least one.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((4.2 * len(curves), 3.4), dpi=110, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    for axes, (stage, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        axes.plot(*zip(*points, strict=True), color="#0072B2", linewidth=1.2)
-        axes.set(title=f"{stage}: loss", xlabel="step", yscale="log")
-        axes.grid(which="major", color="0.85", linewidth=0.8)
-    with replacing(path) as part:
-        canvas.print_png(part)
+    with plot(path, 2, 2.2, "Loss of every stage of a training") as figure:
+        panels = figure.subplots(1, len(curves), squeeze=False)[0]
+        for axes, (stage, points) in zip(panels, curves.items(), strict=True):
+            axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=0.8)
+            axes.set(title=stage, xlabel="step", ylabel="loss")
+            log_axis(axes, "y")

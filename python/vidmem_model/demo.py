@@ -1,4 +1,4 @@
-"""The demo: a video's history becomes a short context, and random frames are read back from it.
+"""The demo: a video's history becomes a short context, and frames are read back from it, one from each part.
 
 Every frame is read from a memory file opened afresh, after the decoded video and its latents have
 been given up; only the few source frames that results are compared with are kept.
@@ -6,6 +6,7 @@ been given up; only the few source frames that results are compared with are kep
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -46,6 +47,11 @@ SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
 # Names of what the demo writes.
 FILES = ("report.json", "memory-*.safetensors", "memory_vs_context.*", "contact_sheet*.png")
+WHAT = (
+    "A video's history as memory files: for each method the tokens before and after, the bytes of the file, and frames "
+    "read back from that file alone, one from each equal part of the video. psnr_db and ssim compare a frame with the "
+    "source; psnr_db is null where both are equal. What attention to such a history costs is in memory_vs_context.json."
+)
 # What is read back: the frames of each method, and the seconds of each frame.
 _Retrieved = dict[str, tuple[list[torch.Tensor], list[float]]]
 
@@ -57,8 +63,8 @@ class DemoConfig(Checked):
     Args:
         video: a video file, or None for the sample film.
         clip: the part to take.
-        frames: how many frames to read back.
-        seed: of the frames' random positions.
+        frames: how many frames to read back: the clip is cut into as many equal parts, and one is read from each.
+        seed: of the frames' positions in those parts.
         compression: of the memories.
         trained: methods that run a model, for each of which the same part is also taken at the model's size and
             rate, and its memory shown beside those of the other methods with as many tokens, as wide.
@@ -71,7 +77,7 @@ class DemoConfig(Checked):
     seed: Annotated[int, not_negative(MOST_SEED)] = 0
     compression: Compression = Compression()
     trained: Annotated[tuple[MethodName, ...], Entries(0, 100)] = ()
-    profile: ProfileConfig = ProfileConfig(lengths=(1.0, 5.0, 20.0))
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +147,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
     result = {
         "format": "vidmem.demo",
         "version": 2,
+        "what": WHAT,
         "video": _describe(clip, config.clip.start),
         "config": {"seed": config.seed, "frames": config.frames, "compression": asdict(config.compression)},
         "context_tokens_before": context_tokens(clip.size, DCTCodec.stride),
@@ -191,9 +198,18 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
 
 
 def _choose(config: DemoConfig, clip: Clip) -> list[int]:
-    """The frames to read back, in order: at most as many as the clip has."""
-    count = len(clip.frames)
-    return sorted(random.Random(config.seed).sample(range(count), min(config.frames, count)))
+    """The frames to read back: one from each of `config.frames` equal parts of the clip, in order.
+
+    Each is drawn from the middle half of its part, so that neighbours in the sheet are never near duplicates.
+    """
+    random_ = random.Random(config.seed)
+    count = min(config.frames, len(clip.frames))
+    bounds = [i * len(clip.frames) // count for i in range(count + 1)]
+    margins = [(end - start) // 4 for start, end in itertools.pairwise(bounds)]
+    return [
+        random_.randrange(start + margin, end - margin)
+        for (start, end), margin in zip(itertools.pairwise(bounds), margins, strict=True)
+    ]
 
 
 def _encode(clip: Clip, tell: Progress) -> EncodedClip:

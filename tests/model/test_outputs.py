@@ -40,6 +40,7 @@ INPUTS = {
     "evaluate retrieval": {"model", "table", "video"},
     "generate": {"storyboard", "model", "vae", "text", "start"},
     "storyboard": {"lm"},
+    "plot": {"result"},
 }
 OUTPUTS = {
     "demo": {"output": None},
@@ -50,6 +51,7 @@ OUTPUTS = {
     "generate": {"output": ".mp4", "report": ".json"},
     "storyboard": {"output": ".yaml"},
     "profile": {"output": None},
+    "plot": {"output": ".png"},
 }
 FILES = [(command, name) for command, names in OUTPUTS.items() for name, ending in names.items() if ending]
 
@@ -129,6 +131,7 @@ def arguments(given, command, outputs):
         "storyboard": (["storyboard", "a fox", "--lm", given["lm"]], [given["config"]]),
         "generate": (["generate", board, "--model", model, "--start", video], [board, model, video]),
         "evaluate retrieval": (["evaluate", "retrieval", "--model", given["run"], "--video", video], [model, video]),
+        "plot": (["plot", given["config"]], [given["config"]]),
     }[command]
     if command == "generate" and "output" not in outputs:
         outputs = {**outputs, "output": given["video"].with_name("new.mp4")}

@@ -26,7 +26,7 @@ from .app import app
 
 # The commands register themselves with `app` on import, in the order of the help.
 # isort: off
-from . import memory, train, evaluate, generate, profile, info  # noqa: F401
+from . import memory, train, evaluate, generate, profile, plot, info  # noqa: F401
 # isort: on
 
 # Typer brought click along as a dependency once and carries a copy now: the base class of usage

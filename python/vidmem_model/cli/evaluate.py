@@ -40,7 +40,9 @@ def retrieval(
     json_: Annotated[
         Path | None, typer.Option("--json", help="JSON file to write, with one value per frame position.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write: quality against frame position.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot to write (.png, .pdf or .svg): quality against tokens.")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Markdown file to write: the table.")] = None,
 ) -> None:
     """Read every frame back from trained memories and compare it with dct, merge and the mean frame.
@@ -52,7 +54,9 @@ def retrieval(
     from ..files import outputs, remove_parts, replacing, write_json
     from ..model.file import files_of
     from ..shipped import shipped
-    from ..show.plots import plots_missing, write_retrieval_plot
+    from ..show.figure import check_plot
+    from ..show.plots import plots_missing
+    from ..show.retrieval import write_retrieval_plot
     from ..show.tables import print_retrieval, retrieval_markdown
 
     outputs([video], [json_, plot, markdown])
@@ -68,6 +72,8 @@ def retrieval(
     store = table / "retrieval-runs" if table else first and first.with_name(f"{first.name}.parts")
     folders = {store: (RUNS,)} if store else None
     outputs([*films, *(file for path in models for file in files_of(path))], [json_, plot, markdown], folders)
+    if plot:
+        check_plot(plot)
     if history is None:
         history = trained_history(models[0])
     config = configured(RetrievalConfig, clips=clips, history=history, steps=steps, seed=seed)

@@ -39,13 +39,15 @@ def demo(
     size: Annotated[str | None, typer.Option(help=f"{_SIZE} Used by {_ANY_SIZE}.", show_default="480x832")] = None,
     fps: Annotated[str | None, typer.Option(help=f"{_FPS} Used by {_ANY_SIZE}.", show_default="24")] = None,
     rate: Annotated[str | None, typer.Option(help=f"{_RATE} Used by {_ANY_SIZE}.", show_default="4x4x2")] = None,
-    frames: Annotated[int, typer.Option(help="Number of random frames to read back.")] = 8,
-    seed: Annotated[int, typer.Option(help="Random seed that chooses these frames.")] = 0,
+    frames: Annotated[
+        int, typer.Option(help="Number of frames to read back, one from each equal part of the clip.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed that chooses a frame in each part.")] = 0,
     lengths: Annotated[
         str, typer.Option(help="History lengths at which attention memory is measured, in seconds.")
-    ] = "1,5,20",
+    ] = "1,2,5,10,20",
 ) -> None:
-    """Compress 20 s of video with every method, read random frames back and compare them.
+    """Compress 20 s of video with every method, read frames back and compare them.
 
     dct and merge use --size, --fps and --rate. The trained model has a fixed frame size and frame rate; it runs only
     if none of these options is given.

@@ -30,6 +30,13 @@ Progress = Callable[[str, int, int | None], None]
 # Names of the files that keep what was measured.
 RUNS = "[0-9a-f]" * 16 + ".json"
 MEASURES = ("psnr", "ssim", "stlpips")
+WHAT = (
+    "Frames of held-out histories read back from memories and compared with the video. A row is a memory: tokens, how "
+    "many a history takes, of `width` numbers each; trained, whether a model makes it; runs, its models of other seeds "
+    "(without training, one). psnr (dB, at most 60 a frame), ssim and stlpips: mean; spread, the standard deviation "
+    "over the runs; curve, a value for each latent frame of the history in order; of a run also clips, a value for "
+    "each of `clips` in order. frame_size is height, width; fps, frames a second."
+)
 # A frame that comes back equal, as black ones do, would have infinite PSNR.
 _BEST_PSNR = 60.0
 
@@ -208,6 +215,7 @@ def evaluate_retrieval(
     return {
         "format": "vidmem.retrieval",
         "version": 1,
+        "what": WHAT,
         "config": dataclasses.asdict(config),
         "clips": [{"source": h.source, "start_seconds": h.start} for h in histories],
         "frame_size": [first.model.config.height, first.model.config.width],

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..files import replacing
 from ..measure.parts import EVERY, PARTS
+from .figure import LINES, YELLOW, log_axis, plain, plot, seconds_axis
 from .tables import _mebi, _print_files, _print_table, _table
 
-# Okabe and Ito's colours, told apart in all common kinds of colour vision; so are the markers.
-_LINES = {
-    "whole history": ("#D55E00", "o"),
-    "sliding window": ("#0072B2", "s"),
-    "merged": ("#CC79A7", "v"),
-    "linear attention": ("#009E73", "^"),
-    "compressed memory": ("#000000", "D"),
-    EVERY: ("#E69F00", "P"),
-}
-_DASHES = {
-    "first step": "solid",
-    "next step": (0, (1, 1.5)),
-    "memory encode": "solid",
-    "append": (0, (1, 1.5)),
-    "VAE encode": "dashed",
-}
-_ROWS = (("Denoising", ("first step", "next step")), ("Encoding", ("VAE encode", "memory encode", "append")))
+_CROSS = {"marker": "x", "markersize": 5.5, "markeredgewidth": 1.6}
+# Parts that are drawn on one scale.
+_GROUPS = (("VAE encode", "memory encode", "append"), ("first step", "next step"))
+_LINES = LINES | {EVERY: {"color": YELLOW, "marker": "P"}}
 
 
 def _blocks(result: dict[str, Any]) -> str:
@@ -35,65 +23,92 @@ def _blocks(result: dict[str, Any]) -> str:
     return f"{all_} blocks" if measured == all_ else f"measured with {measured} of its {all_} blocks"
 
 
-def write_cost_plot(path: Path, result: dict[str, Any]) -> None:
-    """Plot what `model.profile_model` measured: time and peak memory against length, log axes.
+def write_cost_plot(path: Path, result: dict[str, Any], columns: int = 2) -> None:
+    """Plot what `model.profile_model` measured: time and peak memory of each part against length, log axes.
+
+    Memory is the peak above the weights. A cross at the upper edge marks what was left out; a line below says why.
 
     Args:
-        path: PNG file to write.
-        result: as returned by `profile_model`.
+        path: PNG, PDF or SVG file to write, by its suffix.
+        result: as returned by `profile_model`, with at least one point.
+        columns: of a paper that the plot is as wide as, 1 or 2.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
-        UserError: the path cannot be written.
+        UserError: the suffix is another, or the path cannot be written.
+        ValueError: columns is neither 1 nor 2.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    points, skipped = result["points"], result["skipped"]
+    parts = [part for part in PARTS if any(p["part"] == part for p in points)]
+    used = [strategy for strategy in _LINES if any(p["strategy"] == strategy for p in points)]
+    below = _left_out(skipped, 112 if columns == 2 else 50)
+    title = f"Time and peak memory of the parts of {result['model']} against the length of the history"
+    height = (3.7 if columns == 2 else 0.9 + 1.4 * len(parts)) + 0.14 * len(below)
+    with plot(path, columns, height, title) as figure:
+        grid = figure.subplots(*((2, len(parts)) if columns == 2 else (len(parts), 2)), squeeze=False)
+        cells = dict(zip(parts, grid.T if columns == 2 else grid, strict=True))
+        for group in _GROUPS:
+            shown = [part for part in parts if part in group]
+            unit, factor = seconds_axis(p["call_seconds"] for p in points if p["part"] in group)
+            for i, (name, value) in enumerate(
+                (
+                    (f"time ({unit})", lambda p, factor=factor: p["call_seconds"] * factor),
+                    ("memory (MiB)", lambda p: p["peak_bytes"] / 2**20),
+                )
+            ):
+                values = [value(p) for p in points if p["part"] in group]
+                for part in shown:
+                    axes = cells[part][i]
+                    _draw(axes, part, points, skipped, value)
+                    # One scale for what is alike; above it is room for the crosses.
+                    axes.set_ylim(min(values) / 1.15, max(values) * 1.4)
+                    log_axis(axes, "y")
+                    if columns == 1 or part == shown[0]:
+                        axes.set_ylabel(name)
+        for part, (first, _) in cells.items():
+            first.set_title(part, loc="left")
+        figure.supxlabel("\n".join(["history (s of video)", *below]), fontsize=8, linespacing=1.3)
+        handles = [figure.axes[0].plot([], [], label=s, **_LINES[s])[0] for s in used]
+        if any(each["part"] in parts for each in skipped):
+            handles += figure.axes[0].plot([], [], label="left out", color="0.35", linestyle="none", **_CROSS)
+        figure.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=len(handles) if columns == 2 else 2,
+            columnspacing=1.0,
+            handletextpad=0.4,
+        )
 
-    figure = Figure((11.5, 9.2), dpi=110, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    points = result["points"]
-    lengths = sorted({point["seconds"] for point in points})
-    tokens = {point["seconds"]: point["history_tokens"] for point in points}
-    for (title, parts), (clock, memory) in zip(_ROWS, figure.subplots(2, 2), strict=True):
-        lines = {(p["part"], p["strategy"]): [] for p in points if p["part"] in parts}
-        for point in points:
-            if point["part"] in parts:
-                lines[point["part"], point["strategy"]].append(point)
-        for (part, strategy), mine in lines.items():
-            colour, marker = _LINES[strategy]
-            style = {"color": colour, "marker": marker, "linestyle": _DASHES[part], "markersize": 5, "linewidth": 1.7}
-            x = [p["seconds"] for p in mine]
-            clock.plot(x, [p["call_seconds"] * 1e3 for p in mine], **style)
-            memory.plot(x, [p["peak_bytes"] / 2**20 for p in mine], **style)
-        for axes, what in ((clock, "time, ms"), (memory, "peak memory above the weights, MiB")):
-            axes.set(xscale="log", yscale="log", xlabel="history (s of video; below: patch tokens)")
-            axes.set_title(f"{title}: {what}", fontsize=11)
-            axes.set_xticks(lengths, [f"{s:g} s\n{tokens[s]:,}" for s in lengths])
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-            axes.grid(which="major", color="0.85", linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-        drawn = [part for part in parts if any(part == p for p, _ in lines)]
-        handles = [Line2D([], [], color="0.3", linestyle=_DASHES[part], label=part) for part in drawn]
-        clock.legend(handles=handles, frameon=False, fontsize=9)
-    device, config = result["device"], result["config"]
-    threads = f", {device['threads']} threads" if "threads" in device else ""
-    figure.suptitle(
-        f"Model {result['model']} ({_blocks(result)}, {config['dtype']}, random weights), a segment of "
-        f"{config['segment']} latent frames of {config['model']['height']}×{config['model']['width']}\n"
-        f"{device['name']}{threads}, torch {result['versions']['torch']}",
-        fontsize=11,
-    )
-    used = {point["strategy"] for point in points}
-    handles = [Line2D([], [], color=c, marker=m, label=s) for s, (c, m) in _LINES.items() if s in used]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    with replacing(path) as part:
-        canvas.print_png(part)
+
+def _draw(axes: Any, part: str, points: list[dict[str, Any]], skipped: list[dict[str, Any]], value: Any) -> None:
+    """Draw one part: a line a strategy, and crosses for what was left out."""
+    for strategy, style in _LINES.items():
+        mine = [p for p in points if (p["part"], p["strategy"]) == (part, strategy)]
+        if mine:
+            axes.plot([p["seconds"] for p in mine], [value(p) for p in mine], **style)
+        lost = [s["seconds"] for s in skipped if (s["part"], s["strategy"]) == (part, strategy)]
+        edge = axes.get_xaxis_transform()
+        axes.plot(lost, [0.95] * len(lost), transform=edge, color=style["color"], linestyle="none", **_CROSS)
+    lengths = sorted({p["seconds"] for p in points + skipped})
+    log_axis(axes, "x", lengths)
+    axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.25)
+
+
+def _left_out(skipped: list[dict[str, Any]], width: int) -> list[str]:
+    """Lines that say what was left out and why, each at most `width` long: parts with the same reason together."""
+    lengths: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in skipped:
+        lengths.setdefault((each["strategy"], each["part"]), []).append(each)
+    parts: dict[tuple[str, str, str], list[str]] = {}
+    for (strategy, part), lost in lengths.items():
+        where = " and ".join(f"{plain(each['seconds'])} s" for each in lost)
+        where = where if len(lost) < 3 else f"{plain(lost[0]['seconds'])} s and more"
+        parts.setdefault((strategy, where, lost[0]["reason"]), []).append(part)
+    lines = [
+        f"left out: {' and '.join(each)} ({strategy}) at {where}: {reason}"
+        for (strategy, where, reason), each in parts.items()
+    ]
+    return [line for each in lines for line in textwrap.wrap(each, width)]
 
 
 def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> None:

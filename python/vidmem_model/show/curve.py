@@ -6,44 +6,39 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import replacing
+from .figure import BLUE, log_axis, plain, plot
 
 
-def write_curve_plot(path: Path, rows: list[dict[str, float]]) -> None:
+def write_curve_plot(path: Path, rows: list[dict[str, float]], columns: int = 2) -> None:
     """Plot loss and gradient norm of a run against its steps.
 
     Args:
-        path: PNG file to write.
+        path: PNG, PDF or SVG file to write, by its suffix.
         rows: from `read_curve`, at least one.
+        columns: of a paper that the plot is as wide as, 1 or 2.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
-        UserError: the path cannot be written.
+        UserError: the suffix is another, or the path cannot be written.
+        ValueError: columns is neither 1 nor 2.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure = Figure((11.5, 4.6), dpi=110, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
     steps = np.array([row["step"] for row in rows])
-    for axes, name, title in zip(
-        figure.subplots(1, 2),
-        ("loss", "grad_norm"),
-        ("Loss (velocity, mean square)", "Norm of the gradient"),
-        strict=True,
-    ):
-        values = np.array([row[name] for row in rows])
-        # Single steps differ by their timesteps alone: the line is the mean of a hundredth of the run.
-        width = max(1, len(rows) // 100)
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(steps, values, color="0.8", linewidth=0.6)
-        axes.plot(steps[width - 1 :], smooth, color="#0072B2", linewidth=1.8)
-        axes.set_xlabel("step")
-        axes.set_title(title, fontsize=11)
-        if (values > 0).all():
-            axes.set_yscale("log")
-        axes.grid(which="major", color="0.85", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as part:
-        canvas.print_png(part)
+    # Single steps differ by their timesteps alone: the line is the mean of some of them.
+    width = max(1, len(rows) // 50)
+    with plot(path, columns, 2.4 if columns == 2 else 4.0, "Loss and gradient norm of a training run") as figure:
+        panels = figure.subplots(*((1, 2) if columns == 2 else (2, 1)))
+        for axes, name, label in zip(panels, ("loss", "grad_norm"), ("loss", "norm of the gradient"), strict=True):
+            values = np.array([row[name] for row in rows])
+            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+            axes.plot(steps, values, color="0.8", linewidth=0.5, label="a step")
+            mean = f"mean of the last {width} steps" if width > 1 else None
+            axes.plot(steps[width - 1 :], smooth, color=BLUE, marker="." if len(rows) == 1 else None, label=mean)
+            axes.set(xlabel="step", ylabel=label)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+            if (values > 0).all():
+                log_axis(axes, "y")
+        if width > 1:
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)

@@ -1,7 +1,4 @@
-"""What the user looks at: PNG files, the contact sheet, the plots.
-
-Pictures of frames are written with zlib alone; the contact sheet and the plot need matplotlib.
-"""
+"""The plot of `measure.attention`: memory and time against context length; and whether there can be plots."""
 
 from __future__ import annotations
 
@@ -9,15 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
-
-# Okabe and Ito's colours, told apart in all common kinds of colour vision; so are the markers.
-_LINES = {
-    "whole history": ("#D55E00", "o"),
-    "sliding window": ("#0072B2", "s"),
-    "linear attention": ("#009E73", "^"),
-    "compressed memory": ("#000000", "D"),
-}
+from .figure import LINES, label_ends, log_axis, plain, plot, seconds_axis
 
 
 def plots_missing() -> str | None:
@@ -27,125 +16,60 @@ def plots_missing() -> str | None:
     return None
 
 
-def write_memory_plot(path: Path, result: dict[str, Any]) -> None:
+def write_memory_plot(path: Path, result: dict[str, Any], columns: int = 2) -> None:
     """Plot what `attention.profile` measured: peak memory and time against length, log axes.
 
+    At the end of a line stands how much less it takes than the whole history does, at the longest length of both.
+
     Args:
-        path: PNG file to write.
+        path: PNG, PDF or SVG file to write, by its suffix.
         result: as returned by `attention.profile`.
+        columns: of a paper that the plot is as wide as, 1 or 2.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; ask `plots_missing` first.
-        UserError: the path cannot be written.
+        UserError: the suffix is another, or the path cannot be written.
+        ValueError: columns is neither 1 nor 2.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    figure = Figure((11.5, 5.6), dpi=110, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    memory, clock = figure.subplots(1, 2)
-    points = result["points"]
-    lengths = sorted({point["seconds"] for point in points})
-    tokens = {point["seconds"]: point["context_tokens"] for point in points}
-    handles = []
-    for strategy in dict.fromkeys(point["strategy"] for point in points):
-        mine = sorted((p for p in points if p["strategy"] == strategy), key=lambda p: p["seconds"])
-        colour, marker = _LINES[strategy]
-        x = [p["seconds"] for p in mine]
-        style = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.8}
-        (line,) = memory.plot(x, [p["peak_bytes"] / 2**20 for p in mine], label=strategy, **style)
-        memory.plot(
-            x,
-            [p["held_bytes_computed"] / 2**20 for p in mine],
-            color=colour,
-            linewidth=1.2,
-            linestyle=(0, (1, 2)),
-        )
-        clock.plot(x, [p["call_seconds"] * 1e3 for p in mine], **style)
-        handles.append(line)
-    handles += memory.plot([], [], color="0.35", linewidth=1.2, linestyle=(0, (1, 2)), label="held, from shapes")
-    for axes, title, unit in (
-        (memory, "Peak memory: held K/V or state, workspace, output", "MiB"),
-        (clock, "Time of one call", "ms"),
-    ):
-        axes.set(xscale="log", yscale="log", xlabel="history (s of video; below: patch tokens)")
-        axes.set_title(title, fontsize=11)
-        axes.set_ylabel(unit)
-        axes.set_xticks(lengths, [f"{s:g} s\n{_thousands(tokens[s])}" for s in lengths])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-        axes.grid(which="major", color="0.85", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    config, device = result["config"], result["device"]
-    rows, columns = config["grid"]
-    threads = f", {device['threads']} threads" if "threads" in device else ""
-    figure.suptitle(
-        f"One attention layer ({config['heads']} heads of {config['head_dim']}, {config['dtype']}) "
-        f"reads the history for one latent frame ({rows}×{columns} queries)\n"
-        f"{device['name']}{threads}, torch {result['versions']['torch']}",
-        fontsize=11,
-    )
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    with replacing(path) as part:
-        canvas.print_png(part)
+    lines = {
+        strategy: sorted((p for p in result["points"] if p["strategy"] == strategy), key=lambda p: p["seconds"])
+        for strategy in dict.fromkeys(point["strategy"] for point in result["points"])
+    }
+    tokens = {point["seconds"]: point["context_tokens"] for point in result["points"]}
+    longest = max(tokens)
+    unit, factor = seconds_axis(point["call_seconds"] for point in result["points"])
+    title = "Peak memory and time of one attention layer against the length of the history it reads"
+    with plot(path, columns, 2.9 if columns == 2 else 5.2, title) as figure:
+        memory, clock = figure.subplots(*((1, 2) if columns == 2 else (2, 1)))
+        for strategy, points in lines.items():
+            seconds = [p["seconds"] for p in points]
+            memory.plot(seconds, [p["peak_bytes"] / 2**20 for p in points], **LINES[strategy])
+            held = [p["held_bytes_computed"] / 2**20 for p in points]
+            memory.plot(seconds, held, color=LINES[strategy]["color"], linewidth=1.0, linestyle="dotted")
+            clock.plot(seconds, [p["call_seconds"] * factor for p in points], **LINES[strategy])
+        for axes, label, value, less in (
+            (memory, "peak memory (MiB)", lambda p: p["peak_bytes"] / 2**20, "less"),
+            (clock, f"time of one call ({unit})", lambda p: p["call_seconds"] * factor, "faster"),
+        ):
+            axes.set(xlabel=f"history (s of video; {plain(longest)} s: {tokens[longest]:,} tokens)", ylabel=label)
+            log_axis(axes, "x", sorted(tokens))
+            log_axis(axes, "y")
+            ends = []
+            for strategy, points in lines.items():
+                ratio = _less(points, lines.get("whole history", []), value)
+                words = f"\n{ratio}× {less}" if ratio else ""
+                ends.append((value(points[-1]), f"{strategy}{words}", LINES[strategy]["color"]))
+            label_ends(axes, ends)
+        kinds = (("solid", "measured"), ("dotted", "held between calls, computed"))
+        handles = [memory.plot([], [], color="0.35", linestyle=style, label=what)[0] for style, what in kinds]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
 
 
-# Rows of the retrieval table: trained ones have full lines, the others dashed or dotted ones.
-_ROW_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
-_ROW_MARKERS = "osD^vPX*"
-
-
-def write_retrieval_plot(path: Path, result: dict[str, Any]) -> None:
-    """Plot what `retrieval.evaluate_retrieval` measured: each measure against the position in the history.
-
-    Args:
-        path: PNG file to write.
-        result: as returned by `retrieval.evaluate_retrieval`.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `plots_missing` first.
-        UserError: the path cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((13.5, 5.2), dpi=110, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    better = {"psnr": "PSNR (dB), higher", "ssim": "SSIM, higher", "stlpips": "ST-LPIPS, lower"}
-    seconds = result["config"]["history"] / result["fps"]
-    panels = figure.subplots(1, len(better))
-    for axes, (measure, title) in zip(panels, better.items(), strict=True):
-        for i, (name, row) in enumerate(result["rows"].items()):
-            curve = row[measure]["curve"]
-            axes.plot(
-                [(p + 0.5) * seconds / len(curve) for p in range(len(curve))],
-                curve,
-                label=name,
-                color=_ROW_COLOURS[i % len(_ROW_COLOURS)],
-                marker=_ROW_MARKERS[i // 2 % len(_ROW_MARKERS)],
-                markevery=max(1, len(curve) // 8),
-                markersize=5,
-                linewidth=1.6,
-                linestyle="-" if row["trained"] else (0, (4, 2)),
-            )
-        axes.set_title(f"{title} is better", fontsize=11)
-        axes.set_xlabel("position in the history (s)")
-        axes.grid(color="0.88", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    height, width = result["frame_size"]
-    figure.suptitle(
-        f"Frames read back from {seconds:g} s of held-out video ({height}×{width}, {result['fps']:g} fps): "
-        f"means over {len(result['clips'])} histories",
-        fontsize=11,
-    )
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
-    with replacing(path) as part:
-        canvas.print_png(part)
-
-
-def _thousands(count: int) -> str:
-    return f"{count / 1000:.3g}k" if count >= 1000 else str(count)
+def _less(points: list[dict[str, Any]], whole: list[dict[str, Any]], value: Any) -> str | None:
+    """How many times less than the whole history at the longest length of both, or None if it is not less."""
+    by_length = {p["seconds"]: value(p) for p in whole}
+    shared = [(by_length[p["seconds"]], value(p)) for p in points if p["seconds"] in by_length]
+    if not shared or points is whole or shared[-1][1] * 1.05 > shared[-1][0]:
+        return None
+    ratio = shared[-1][0] / shared[-1][1]
+    return f"{ratio:.1f}" if ratio < 9.95 else f"{float(f'{ratio:.2g}'):,.0f}"

@@ -240,15 +240,20 @@ def test_plot_is_written(measured, tmp_path):
 def test_key_of_the_plot_names_what_is_drawn(measured, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-    keys = []
-    monkeypatch.setattr(Axes, "legend", lambda _, handles, **__: keys.append([h.get_label() for h in handles]))
+    keys, panels = [], []
+    monkeypatch.setattr(Figure, "legend", lambda _, handles, **__: keys.append([h.get_label() for h in handles]))
+    title = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda axes, part, **way: panels.append(part) or title(axes, part, **way))
     result = measured[0]
     write_cost_plot(tmp_path / "cost.png", result)
-    known = [p for p in result["points"] if p["part"] != "VAE encode"]
-    write_cost_plot(tmp_path / "cost.png", {**result, "points": known})
-    denoising = ["first step", "next step"]
-    assert keys == [denoising, ["VAE encode", "memory encode", "append"], denoising, ["memory encode", "append"]]
+    known = [p for p in result["points"] if p["part"] != "VAE encode" and p["strategy"] != "merged"]
+    lost = [{"part": "append", "strategy": "compressed memory", "seconds": LONG, "reason": "it does not fit"}]
+    write_cost_plot(tmp_path / "cost.png", {**result, "points": known, "skipped": lost})
+    strategies = ["whole history", "sliding window", "merged", "linear attention", "compressed memory"]
+    assert keys == [[*strategies, "every strategy"], [s for s in strategies if s != "merged"] + ["left out"]]
+    assert panels == [*PARTS, *PARTS[1:]]
 
 
 def test_command(capfd, monkeypatch, tmp_path):

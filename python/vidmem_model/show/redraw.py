@@ -1,0 +1,68 @@
+"""Plots drawn again from the result files of commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..checks import parse_json
+from ..errors import UserError
+from .cost import write_cost_plot
+from .curve import write_curve_plot
+from .plots import write_memory_plot
+from .retrieval import write_positions_plot, write_retrieval_plot
+
+_BY_FORMAT = {
+    "vidmem.memory_vs_context": write_memory_plot,
+    "vidmem.model_cost": write_cost_plot,
+    "vidmem.retrieval": write_retrieval_plot,
+}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a JSON file of `vidmem profile`, `demo` (memory_vs_context.json) or `evaluate retrieval`, of any version.
+
+    Raises:
+        UserError: it cannot be read, or is none of these.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"), "it")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    kind = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in _BY_FORMAT:
+        kinds = ", ".join(_BY_FORMAT)
+        raise UserError(f"{path}: must be curve.csv or JSON of one of the formats {kinds}; got {kind!r}")
+    return content
+
+
+def redraw(
+    name: Path, result: dict[str, Any] | list[dict[str, float]], path: Path, columns: int = 2, positions: bool = False
+) -> None:
+    """Draw the plot of a result.
+
+    Args:
+        name: its file, for messages.
+        result: from `read_result` or `read_curve`.
+        path: PNG, PDF or SVG file to write, by its suffix.
+        columns: of a paper that the plot is as wide as, 1 or 2.
+        positions: of `evaluate retrieval`, quality against the position in the history in place of tokens.
+
+    Raises:
+        UserError: the suffix of `path` is another, the result has no numbers or is not whole, or `path` cannot be
+            written.
+    """
+    kind = "curve" if isinstance(result, list) else result["format"]
+    if not (result if isinstance(result, list) else result.get("points") or result.get("rows")):
+        raise UserError(f"{name}: has no measurements to draw")
+    draw = _BY_FORMAT.get(kind, write_curve_plot)
+    if positions:
+        if kind != "vidmem.retrieval":
+            raise UserError(f"--positions requires a result of vidmem evaluate retrieval, got {name}")
+        draw = write_positions_plot
+    try:
+        draw(path, result, columns)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{name}: is no whole result of its kind ({type(error).__name__}: {error})") from error
