@@ -19,7 +19,7 @@ class Target(NamedTuple):
         op, shape, which: of the benchmarks.
         floor_ms: least milliseconds at the rates above; None where only the host's memory bounds it.
         of_floor: part of the floor that ours is to reach.
-        at_most_ms: time that ours may take.
+        max_ms: time that ours may take.
         faster: name, or part of the name, of alternatives -> how many times as fast as the best of them ours is to
             be; "" is all of them.
     """
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     which: str
     floor_ms: float | None
     of_floor: float | None = None
-    at_most_ms: float | None = None
+    max_ms: float | None = None
     faster: dict[str, float] = {}
 
     def key(self) -> tuple[str, str, str]:
@@ -41,8 +41,8 @@ class Target(NamedTuple):
         found = []
         if self.of_floor is not None and ours["floor_fraction"] < self.of_floor:
             found.append(f"{ours['floor_fraction']:.0%} of the floor, not {self.of_floor:.0%}")
-        if self.at_most_ms is not None and ours["median_ms"] > self.at_most_ms:
-            found.append(f"{ours['median_ms']:.3g} ms, not {self.at_most_ms:.3g}")
+        if self.max_ms is not None and ours["median_ms"] > self.max_ms:
+            found.append(f"{ours['median_ms']:.3g} ms, not {self.max_ms:.3g}")
         for name, ratio in self.faster.items():
             against = [row for row in others if name in row["contender"]]
             best = min(against, key=lambda row: row["over_ours"], default=None)

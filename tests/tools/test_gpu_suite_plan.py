@@ -28,7 +28,7 @@ def test_targets_are_rows_of_the_benchmarks_with_the_floors_that_they_name():
             assert target.floor_ms == pytest.approx(floor, rel=0.06), target
         names = [b.name for b in entry.baselines("cuda", compiled=True)]
         assert all(any(part in name for name in names) for part in target.faster), target
-        assert target.of_floor or target.at_most_ms or target.faster, target
+        assert target.of_floor or target.max_ms or target.faster, target
 
 
 def test_targets_tell_what_is_wanting():
