@@ -91,7 +91,7 @@ def test_the_plan_reaches_every_target_whatever_hangs(seconds):
             limits, used = walk(steps, seconds, lambda s, hangs=hangs: 1e9 if s in hangs else draw.uniform(0.3, 2.5))
             assert reached(limits) == set(BY_KEY)
             assert used <= seconds + 1e-6
-            assert all(limit <= step.most for step, limit in limits.items())
+            assert all(limit <= step.max_seconds for step, limit in limits.items())
 
 
 def test_where_nothing_hangs_all_is_reached():
