@@ -34,8 +34,8 @@ class Shape(NamedTuple):
 CPU, GPU, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 SMOKE = "smallest that has every code path; for tests"
 
-# Results are verified on inputs of about this number of tokens and at most this number of heads, smaller ones first. The
-# last ones exceed the range of int16 indices, even if half of the tokens merge.
+# Results are verified on inputs of about this number of tokens and at most this number of heads, smaller ones first.
+# The last ones exceed the range of int16 indices, even if half of the tokens merge.
 VERIFIED_AT = ((4096, 2), (4096, 64), (16_384, 2), (16_384, 64), (81_920, 64))
 _RESIDUE = 4096  # a multiple of every tile size, also times 16, and of the divisors that Triton specialises lengths for
 
