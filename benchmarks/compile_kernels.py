@@ -1,15 +1,15 @@
-"""Compiles every Triton kernel and every CUDA file ahead of time, without a GPU, and tabulates what they use.
+"""Compiles every Triton kernel and every CUDA file ahead of time, without a GPU, and tabulates their resource usage.
 
     python benchmarks/compile_kernels.py [--only triton|cuda] [--archs 80 90 100] [--json FILE] [--table FILE]
                                          [--sample N] [--kernels NAME] [--candidates]
 
-Exits 1 when a kernel does not compile, has no entry in its module's AOT table, spills registers, needs more shared
-memory than the architecture has, when ptxas serialises its tensor-core instructions, or when it should have specialised
-warps and has none. Must not run under TRITON_INTERPRET=1.
+Exits 1 if a kernel does not compile, has no entry in its module's AOT table, spills registers, needs more shared memory
+than the architecture has, if ptxas serialises its tensor-core instructions, or if it should have specialised warps and
+has none. Must not run under TRITON_INTERPRET=1.
 
 An entry of an AOT table is (pointer types, constants, how), for every architecture, or (pointer types, constants, how,
-architectures). `how` is a number of warps, or (Tunable, fields): then every tile that may be launched is compiled, the
-kernel's default and the one of the table of that architecture (with --candidates all that tuning tries).
+architectures). `how` is a number of warps, or (Tunable, fields): then every tile that may be launched is compiled, i.e.
+the kernel's default and the one in the table of that architecture (with --candidates, all that tuning tries).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks import ptxas  # noqa: E402
 
 
 class Usage(NamedTuple):
-    """Resources of one compiled kernel: registers and spilled bytes a thread, shared memory a block; what is wrong."""
+    """Resources of a compiled kernel: registers and spilled bytes per thread, shared memory per block, and faults."""
 
     kernel: str
     variant: str
@@ -47,7 +47,7 @@ class Usage(NamedTuple):
 
 
 def triton_modules() -> list:
-    """The modules of Triton kernels: every family's and those that families share."""
+    """The modules of Triton kernels: those of every family and the shared ones."""
     paths = sorted((ROOT / "vidmem_kernels").rglob("*triton_*.py"))
     return [importlib.import_module(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in paths]
 
@@ -59,8 +59,8 @@ class Job(NamedTuple):
     kernel: str
     variant: int
     arch: int
-    integer: str  # type of sizes and strides: i32, or i64 as they are from 2**31 on
-    tile: dict  # constants that the entry leaves open, num_warps, num_stages
+    integer: str  # type of sizes and strides: i32, or i64 from 2**31 on
+    tile: dict  # constants that the entry does not set, num_warps, num_stages
 
 
 def tiles_of(how, arch: int, candidates: bool) -> list[dict]:
@@ -75,7 +75,7 @@ def tiles_of(how, arch: int, candidates: bool) -> list[dict]:
 
 
 def compile_triton(job: Job) -> Usage:
-    """Compiles one variant as a call with aligned pointers and sizes would."""
+    """Compiles one variant as for a call with aligned pointers and sizes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -93,10 +93,10 @@ def compile_triton(job: Job) -> Usage:
         with ptxas.listening() as log:
             compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
         report = ptxas.read(log.getvalue())[job.kernel][-1]
-    except Exception as error:  # Triton's own do not survive the way out of a process
+    except Exception as error:  # Triton's own errors cannot be pickled
         raise RuntimeError(f"{job}: {error}") from None
     strides = {name for name in names if "_stride_" in name}
-    strided = ["strided"] if strides and not strides & constants.keys() else []  # none is known to be 1
+    strided = ["strided"] if strides and not strides & constants.keys() else []  # no stride is known to be 1
     variant = " ".join([*(t.lstrip("*") for t in pointers.values()), *strided, job.integer])
     if not isinstance(how, int):
         variant = f"{how[0].key(**how[1])} {job.integer}: {' '.join(f'{k}={v}' for k, v in job.tile.items())}"
@@ -108,7 +108,7 @@ def compile_triton(job: Job) -> Usage:
 
 
 def drawn(jobs: list, sample: int | None) -> list:
-    """`sample` of the jobs, always the same ones; all of them without it."""
+    """`sample` of the jobs, always the same ones; all of them if it is None."""
     return jobs if sample is None else random.Random(0).sample(jobs, min(sample, len(jobs)))
 
 
@@ -137,14 +137,14 @@ def triton_jobs(archs: list[int], part: str = "", candidates: bool = False) -> l
 
 
 def all_triton(jobs: list[Job]) -> list[Usage]:
-    with tempfile.TemporaryDirectory() as cache:  # of its own: ptxas says nothing of what Triton's cache has
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: ptxas prints nothing for cached kernels
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(compile_triton, jobs, chunksize=min(8, len(jobs) // 16 + 1)))
 
 
 def compile_cuda(source: Path, arch: int, folder: Path) -> list[Usage]:
-    """One .cu for one architecture; a row for each kernel template, the largest instance of it."""
+    """Compiles one .cu file for one architecture; a row for each kernel template, for its largest instance."""
     from torch.utils.cpp_extension import include_paths
 
     binary = folder / f"{source.stem}-{arch}.o"
@@ -172,7 +172,7 @@ def all_cuda(archs: list[int], folder: Path, sample: int | None) -> list[Usage]:
 
 
 def table(usages: list[Usage]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     lines = [
         "| kernel | variant | sm | registers | spills (B/thread) | shared (B/block) |",
         "|---|---|---|---|---|---|",
@@ -182,7 +182,7 @@ def table(usages: list[Usage]) -> str:
 
 
 def heading() -> str:
-    """Which compilers made the table."""
+    """The heading of the table, with the compilers that were used."""
     import triton
 
     nvcc = shutil.which("nvcc") and subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout

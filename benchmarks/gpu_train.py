@@ -1,12 +1,12 @@
-"""Train the VAE, the demo memory (Stage I) and its continuation (Stage II) for some minutes; see gpu_train.sh.
+"""Trains the VAE, the demo memory (Stage I) and its continuation (Stage II) for some minutes; see gpu_train.sh.
 
     python benchmarks/gpu_train.py OUT [--minutes 4]
     python benchmarks/gpu_train.py --join OUT -o FOLDER
 
-A call is a round: each stage goes on for its share of the minutes, from its last checkpoint in the working folder. A
-call that was killed is taken up where it was, its finished stages left alone, so that what a stage sees does not change
-under it. On a machine whose working folder is empty, or behind, the round before is taken from OUT: weights and counts
-of steps, without the moments of the optimizers.
+Each call is a round: every stage trains for its share of the minutes, from its last checkpoint in the working folder. A
+call that was killed is continued where it stopped, without repeating finished stages, so that the inputs of a stage do
+not change. On a machine whose working folder is empty, or behind, the previous round is restored from OUT: weights and
+step counts, without the moments of the optimizers.
 """
 
 from __future__ import annotations
@@ -46,25 +46,27 @@ from vidmem_model.train.run import CURVE, SPEED  # noqa: E402
 from vidmem_model.vae import load_vae  # noqa: E402
 
 REPORT, CURVES, PICTURE, STATE = "train.json", "curves.png", "held_out.png", "state.json"
-# Of a call's time; and what the last measuring and writing take of it.
+# Shares of a call's time, and the share of the final measuring and writing.
 SHARES = {"vae": 0.25, "memory": 0.5, "continuation": 0.25}
 _RESERVED = 0.08
 _POINTS = 300  # of a curve in the report
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", nargs="?", type=Path, help="folder of the results; those of before may lie in it")
-    parser.add_argument("--minutes", type=float, default=4.0, help="this call may take")
+    parser.add_argument("out", nargs="?", type=Path, help="folder for the results; may contain earlier ones")
+    parser.add_argument("--minutes", type=float, default=4.0, help="time limit of this call")
     parser.add_argument("--bundle", type=Path, default=train_stages.BUNDLE, help="made by train_bundle.py")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_train", help="folder of the runs, kept here")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "gpu_train", help="folder of the runs, which stays on this machine"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--preset", choices=("demo", "tiny"), default="demo")
-    parser.add_argument("--steps", type=int, help="of each stage, all rounds together")
-    parser.add_argument("--batch", type=int, default=32, help="samples a step")
+    parser.add_argument("--steps", type=int, help="steps of each stage, over all rounds")
+    parser.add_argument("--batch", type=int, default=32, help="samples per step")
     parser.add_argument("--no-graph", action="store_true", help="launch the ops of a step one by one")
-    parser.add_argument("--join", type=Path, metavar="OUT", help="put the models in OUT together, in the folder of -o")
+    parser.add_argument("--join", type=Path, metavar="OUT", help="join the models in OUT, in the folder of -o")
     parser.add_argument("-o", "--output", type=Path, help="with --join")
     given = parser.parse_args(arguments)
     if (given.join is None) == (given.out is None) or (given.join is None) != (given.output is None):
@@ -73,7 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, or put models together; the exit code."""
+    """Trains, or joins models; returns the exit code."""
     began = time.monotonic()
     given = parse(arguments)
     try:
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(given: argparse.Namespace, began: float) -> int:
-    """Do a round, or what is left of one."""
+    """Runs a round, or the rest of one."""
     if not given.bundle.is_file():
         raise UserError(
             f"{given.bundle}: no such file; make it by `python benchmarks/train_bundle.py -o {given.bundle}`"
@@ -122,14 +124,14 @@ def train(given: argparse.Namespace, began: float) -> int:
             state["rounds"].append(summary(state, stage))
             write_json(given.work / STATE, state)
             write_out(given, plan, state, held_out, began)
-        elif stage != STAGES[-1]:  # for the picture alone
+        elif stage != STAGES[-1]:  # only for the picture
             measure(held_out, stage, plan, device)
         print(f"{stage}: {json.dumps(summary(state, stage))} in {folder.name}/", flush=True)
     return 0
 
 
 def resume(given: argparse.Namespace, plan: Plan) -> dict[str, Any]:
-    """The state of the rounds here, or that of OUT where it is further; the runs' folders are made ready."""
+    """Restores the state of the local rounds, or that of OUT if it is further; prepares the folders of the runs."""
     here = given.work / STATE
     state = json.loads(here.read_text()) if here.is_file() else {"round": 1, "done": [], "stages": {}, "rounds": []}
     steps = sum(plan.steps_done(stage) for stage in STAGES)
@@ -152,7 +154,7 @@ def resume(given: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
 
 def run_stage(plan: Plan, stage: str, seconds: float, gemm: float | None) -> dict[str, Any]:
-    """Train a stage for so long; what the report says of it."""
+    """Trains a stage for the given seconds; returns its entry for the report."""
     began, before = time.monotonic(), plan.steps_done(stage)
     with gpu_use(plan.device) as percent:
         plan.train(stage, seconds)
@@ -174,7 +176,7 @@ def run_stage(plan: Plan, stage: str, seconds: float, gemm: float | None) -> dic
 
 
 def measure(held_out: HeldOut, stage: str, plan: Plan, device: torch.device) -> dict[str, float] | None:
-    """PSNR of a stage on held-out film; None where the bundle has none of that length."""
+    """PSNR of a stage on held-out film; None if the bundle has none of that length."""
     if not held_out.pieces:
         return None
     if stage == "vae":
@@ -184,7 +186,7 @@ def measure(held_out: HeldOut, stage: str, plan: Plan, device: torch.device) -> 
 
 
 def summary(state: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The line of a stage and round."""
+    """The report line of a stage and round."""
     each = state["stages"][stage]
     psnr = each["held_out"] and round(each["held_out"]["psnr"], 2)
     per_second = each["steps_per_second"] and round(each["steps_per_second"], 2)
@@ -192,7 +194,7 @@ def summary(state: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def write_out(given: argparse.Namespace, plan: Plan, state: dict[str, Any], held_out: HeldOut, began: float) -> None:
-    """Write the report, the weights so far, the curves and the picture to OUT."""
+    """Writes the report, the weights so far, the curves and the picture to OUT."""
     with tempfile.TemporaryDirectory(dir=given.work) as scratch:
         pieces = train_pieces.split(plan.export(state["stages"], Path(scratch)), given.out)
     if plots_missing() is None:
@@ -218,7 +220,7 @@ def write_out(given: argparse.Namespace, plan: Plan, state: dict[str, Any], held
 
 
 def read_report(out: Path) -> dict[str, Any]:
-    """Read the report in a folder.
+    """Reads the report in a folder.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -233,14 +235,14 @@ def read_report(out: Path) -> dict[str, Any]:
 
 
 def gemm_rate(device: torch.device) -> float:
-    """FLOPs a second of a large product in bfloat16, as the benchmarks measure them."""
+    """FLOP/s of a large bfloat16 matrix product, as measured by the benchmarks."""
     rates = timing.measure_rates(timing.CudaClock(device), device, {"bfloat16": torch.bfloat16})
     return rates.flops_per_second["bfloat16"]
 
 
 @contextmanager
 def gpu_use(device: str) -> Iterator[list[float]]:
-    """Collect, twice a second, the per cent of the time that the GPU was busy, where the driver tells."""
+    """Collects, twice a second, the percentage of time that the GPU was busy, if the driver reports it."""
     percent: list[float] = []
     stop = threading.Event()
 
@@ -248,7 +250,7 @@ def gpu_use(device: str) -> Iterator[list[float]]:
         while not stop.wait(0.5):
             try:
                 percent.append(float(torch.cuda.utilization()))
-            except Exception:  # no NVML, or none that answers
+            except Exception:  # no NVML, or it does not answer
                 return
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -1,12 +1,12 @@
-"""What token merging costs and gains in diffusers' Wan: error on latents of real video, time and memory against length.
+"""Measures token merging in diffusers' Wan: error on latents of real video, time and memory against length.
 
     python benchmarks/integrations.py                         # under 3 minutes on two cores; prints the tables
     python benchmarks/integrations.py --frames 2 4 8 16 32    # longer videos: a frame is 390 tokens
-    python benchmarks/integrations.py --quick                 # seconds: latents that are drawn, one small model
+    python benchmarks/integrations.py --quick                 # seconds: random latents, one small model
     python benchmarks/integrations.py --page docs/integrations.md -o benchmarks/results/integrations
 
-Weights are random: no transformer of Wan comes with this package. Errors are of the first self-attention, whose input
-is the same with and without merging, and of what the model predicts; both relative to the model without merging.
+The weights are random: this package contains no transformer of Wan. Errors are those of the first self-attention, whose
+input is the same with and without merging, and of the model's prediction; both relative to the model without merging.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from vidmem_kernels.diffusers import apply_token_merging  # noqa: E402
 
 RATIOS = (0.0, 0.25, 0.5, 0.75)
 NOISE = (0.1, 0.5, 0.9)
-# Seconds of the sample film at which clips begin: a meadow, and a chase.
+# Start times of the clips in the sample film, in seconds: a meadow, and a chase.
 CLIPS = (60.0, 420.0)
 # Pixels, and frames a second: 15 x 26 tokens a latent frame.
 HEIGHT, WIDTH, FPS = 240, 416, 16.0
 CHANNELS, TEXT_TOKENS = 16, 512
-# A step of a sampler of 30 between two forwards, for plans that are kept.
+# Noise of two consecutive steps of a 30-step sampler, for plans that are kept.
 STEP = 1 / 30
 
 Row = dict[str, Any]
@@ -59,7 +59,7 @@ MODELS = {
 
 
 def make_model(name: str, device: torch.device) -> nn.Module:
-    """A model with random weights, the same in every call."""
+    """Makes a model with random weights, the same in every call."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -68,12 +68,15 @@ def make_model(name: str, device: torch.device) -> nn.Module:
 
 
 def merging_copy(model: nn.Module, kv_ratio: float, reused: bool) -> nn.Module:
-    """A model of the same weights, which are not copied, that merges.
+    """Makes a copy of a model that merges tokens and shares its weights.
 
     Args:
-        model: without merging.
+        model: the model without merging.
         kv_ratio: share of keys and values that are merged away.
-        reused: whether plans are made in the first block of the first forward, and used in all blocks and forwards.
+        reused: whether plans are made in the first block of the first forward pass and used in all others.
+
+    Returns:
+        The copy.
     """
     made = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     reuse = {"reuse_steps": 1_000_000, "reuse_blocks": len(made.blocks)} if reused else {}
@@ -82,7 +85,7 @@ def merging_copy(model: nn.Module, kv_ratio: float, reused: bool) -> nn.Module:
 
 
 def film_latents(start: float, frames: int) -> Tensor:
-    """Latents (1, C, frames, H, W) of the sample film, by the VAE that comes with the package, from a second on."""
+    """Latents (1, C, frames, H, W) of the sample film from `start` seconds on, by the VAE of the package."""
     from vidmem_model.model.config import PRESETS
     from vidmem_model.shipped import CHECKPOINTS
     from vidmem_model.vae import load_vae
@@ -99,17 +102,17 @@ def film_latents(start: float, frames: int) -> Tensor:
 
 
 def drawn_latents(seed: float, frames: int) -> Tensor:
-    """Smooth latents of a small size, for a run that shows only that everything works."""
+    """Smooth random latents of a small size, for a run that only checks that everything works."""
     draw = torch.Generator().manual_seed(int(seed))
     coarse = torch.randn(1, CHANNELS, frames, 3, 4, generator=draw)
     return nn.functional.interpolate(coarse, size=(frames, 12, 16), mode="trilinear")
 
 
 class Forward:
-    """Forwards of a model on latents with noise, and what its self-attentions took.
+    """Runs a model on noisy latents, and measures its self-attentions.
 
     Args:
-        model: on the device.
+        model: model on the device.
         latents: (1, C, T, H, W).
     """
 
@@ -119,8 +122,8 @@ class Forward:
         self.model, self.latents = model, latents.to(device)
         self.noise = torch.randn(latents.shape, generator=draw).to(device)
         self.text = torch.randn(1, TEXT_TOKENS, model.config.text_dim, generator=draw).to(device)
-        self.first: Tensor | None = None  # what the first self-attention gave
-        self.seconds = 0.0  # that self-attentions took in the last forward
+        self.first: Tensor | None = None  # output of the first self-attention
+        self.seconds = 0.0  # time of the self-attentions in the last forward pass
         self._began = 0.0
         for i, block in enumerate(model.blocks):
             block.attn1.register_forward_pre_hook(self._begin)
@@ -128,7 +131,7 @@ class Forward:
 
     @torch.no_grad()
     def __call__(self, noise: float = 0.5) -> Tensor:
-        """The prediction for latents of which that share is noise."""
+        """The prediction for latents with the given share of noise."""
         self.seconds = 0.0
         noisy = (1 - noise) * self.latents + noise * self.noise
         time = torch.tensor([1000 * noise], device=noisy.device)
@@ -151,12 +154,12 @@ class Forward:
 
 
 def relative(made: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over that of what is expected."""
+    """The norm of the difference, divided by the norm of the expected tensor."""
     return float((made - expected).norm() / expected.norm())
 
 
 def measure_errors(name: str, clips: dict[float, Tensor], device: torch.device) -> Iterator[Row]:
-    """Errors at each ratio and share of noise, with plans of their own and with those of a step before."""
+    """Errors at each ratio and share of noise, with plans of the same step and of the step before."""
     model = make_model(name, device)
     for clip, latents in clips.items():
         dense = Forward(merging_copy(model, 0.0, False), latents)
@@ -182,14 +185,14 @@ def measure_errors(name: str, clips: dict[float, Tensor], device: torch.device) 
 
 
 def measure_costs(name: str, latents: Tensor, device: torch.device, budget: float) -> Iterator[Row]:
-    """Time and peak memory of a forward at each ratio; with reuse, of one after that in which the plans were made."""
+    """Time and peak memory of a forward pass at each ratio; with reuse, of the one after the plans were made."""
     model, clock = make_model(name, device), clock_of(device)
     choices = {(ratio, reused) for ratio in RATIOS for reused in (False, True) if ratio or not reused}
     forwards, attention, peaks = {}, {}, {}
     for choice in sorted(choices):
         forward = Forward(merging_copy(model, *choice), latents)
         if choice[1]:
-            forward()  # makes the plans that are kept
+            forward()  # makes the plans to keep
         peaks[str(choice)] = clock.peak_bytes(lambda forward=forward: forward)
         forwards[str(choice)], attention[str(choice)] = (choice, forward), []
 
@@ -222,7 +225,7 @@ def measure_costs(name: str, latents: Tensor, device: torch.device, budget: floa
 
 
 def _outlasts(rows: list[Row], name: str, frames: int, limit: float) -> bool:
-    """Whether a forward will take longer than so many seconds, by the square of the length after the last that ran."""
+    """Whether a forward pass will exceed `limit` seconds, by quadratic extrapolation from the last one that ran."""
     ran = [row for row in rows if row["kind"] == "cost" and row["model"] == name and not row["kv_ratio"]]
     return bool(ran) and 1e-3 * ran[-1]["median_ms"] * (frames / ran[-1]["frames"]) ** 2 > limit
 
@@ -261,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     clips |= {start: latents(start, args.error_frames) for start in CLIPS[1:] if not args.quick}
     for name in args.models:
         print(f"errors of {name}", file=sys.stderr, flush=True)
-        # A clip takes the block of true width half a minute: it gets one.
+        # The block of full width takes half a minute per clip, so it gets only one.
         result["rows"] += measure_errors(name, clips if name == "tiny" else {CLIPS[0]: clips[CLIPS[0]]}, device)
         for frames in sorted(args.frames):
             if _outlasts(result["rows"], name, frames, args.limit):

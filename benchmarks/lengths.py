@@ -1,12 +1,12 @@
-"""Time and peak memory against length, compared with softmax attention, and the length from which ours is the better.
+"""Measures time and peak memory against length, and the length from which ours is better than softmax attention.
 
     python benchmarks/lengths.py                                        # linear attention; about a minute
     python benchmarks/lengths.py --op linear_attention_frames --passes fwd --lengths 16384 561600
     python benchmarks/lengths.py --op cross_attention -o /tmp/lengths.json   # a memory of fixed size instead of all
 
-Softmax attention of the same tokens is SDPA: dense, causal by tokens, or of every frame to the frames up to it. It
-grows with the square of the length, and is left out where a call would take longer than --limit. Exits 1 if anything
-failed or did not fit into memory.
+Softmax attention of the same tokens is SDPA: dense, causal by tokens, or of each frame to all frames up to it. Its time
+is quadratic in the length, so it is left out if a call would take longer than --limit. Exits 1 if anything failed or
+did not fit into memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks.verify import check_ours, expect  # noqa: E402
 LENGTHS = (64, 256, 1024, 4096, 16_384, 65_536, 187_200, 561_600)
 FRAME = HISTORY_60S[1] * HISTORY_60S[2]
 OPS = ("linear_attention", "linear_attention_frames", "linear_attention_causal", "cross_attention")
-# heads, channels and type: what two cores do in a minute; Wan 1.3B's.
+# heads, channels and dtype: for the CPU, what two cores compute in a minute; for CUDA, those of Wan 1.3B.
 DEFAULTS = {"cpu": (2, 64, "float32"), "cuda": (12, 128, "bfloat16")}
 OURS, SOFTMAX = "ours", "softmax"
 
@@ -65,15 +65,14 @@ def ours(op: str, x: Inputs, s: Sizes, backend: str = "auto") -> torch.Tensor:
 
 
 def crossing(rows: list[Row], key: str) -> Row:
-    """From which length on ours is below softmax attention in `key`, between measured lengths by interpolation of
-    the logarithms.
+    """Finds the length from which on ours is below softmax attention in `key`, interpolating the logarithms.
 
     Returns:
         {"length": number or None, "says": in words}.
     """
     values = {name: {r["length"]: r[key] for r in rows if r["contender"] == name} for name in (OURS, SOFTMAX)}
     both = sorted(values[OURS].keys() & values[SOFTMAX].keys())
-    # Logarithm of how many times as much softmax attention takes; a peak below the resolution counts as one byte.
+    # Logarithm of the ratio of softmax attention to ours; a peak below the resolution counts as one byte.
     gains = [log(max(values[SOFTMAX][n], 1e-9) / max(values[OURS][n], 1e-9)) for n in both]
     if not both:
         return {"length": None, "says": "not compared"}
@@ -89,7 +88,7 @@ def crossing(rows: list[Row], key: str) -> Row:
 
 
 class Sweep:
-    """Measures one op at rising lengths."""
+    """Measures one op at increasing lengths."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -104,7 +103,7 @@ class Sweep:
         return BENCHMARKS[args.op].make(s, DTYPES[args.dtype], str(args.device), rng), s
 
     def check(self) -> None:
-        """Ours against the reference, at the shortest length."""
+        """Checks ours against the reference at the shortest length."""
         op, dtype = BENCHMARKS[self.args.op], DTYPES[self.args.dtype]
         x, s = self.inputs(min(self.args.lengths))
         for which in self.args.passes:

@@ -1,4 +1,4 @@
-"""Measures one op at one shape and dtype: verifies every contender, times those that passed, makes the rows."""
+"""Measures one op at one shape and dtype: verifies every contender, times the correct ones, makes the rows."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
 
     def out(self, status: str, reason: str) -> None:
+        """Excludes the contender, with a status and a reason."""
         self.status, self.reason = status, reason
 
 
@@ -48,12 +49,12 @@ def explain(error: BaseException) -> str:
 
 
 def ours(bench: Benchmark, s: Sizes, backend: str = "auto") -> Contender:
-    """Our public function on a backend; "reference" is a contender of its own kind where it stands beside another."""
+    """Our public function on a backend; "reference" has its own kind if it is measured next to another backend."""
     return Contender(f"vidmem ({backend})", "ours", partial(_call_ours, bench, s, backend))
 
 
 def alternative(bench: Benchmark, b: Baseline, s: Sizes) -> Contender:
-    """A baseline, compiled if it is to be; skipped where it lacks a package."""
+    """A baseline, compiled if requested; skipped if a package is missing."""
     function = partial(b.function, bench, s=s)
     if b.is_compiled:
         function = torch.compile(function, dynamic=False, fullgraph=True)
@@ -66,7 +67,7 @@ def alternative(bench: Benchmark, b: Baseline, s: Sizes) -> Contender:
 
 @contextmanager
 def failures(contender: Contender) -> Iterator[None]:
-    """What is raised within puts a contender out: wrong results and crashes alike are a row without a speed."""
+    """Excludes a contender if an error is raised inside: wrong results and crashes give a row without a speed."""
     try:
         yield
     except (Unsupported, _dispatch.BackendError) as error:
@@ -80,13 +81,13 @@ def failures(contender: Contender) -> Iterator[None]:
 
 @contextmanager
 def choices_of_backends() -> Iterator[list[_dispatch.Choice]]:
-    """The choices that ops make within; backward runs on this thread, for choices are recorded by thread."""
+    """Records the backend choices of ops called inside; backward runs on this thread, as recording is per thread."""
     with _dispatch.recording() as choices, torch.autograd.set_multithreading_enabled(False):
         yield choices
 
 
 def speed(bench: Benchmark, s: Sizes, dtype: str, which: str, rates: Rates, seconds: list[float]) -> Row:
-    """The part of a row that tells how fast: times of all rounds, rates of the required work, the floor."""
+    """The speed entries of a row: times of all rounds, rates of the required work, the floor."""
     work = bench.work_of(which, s, DTYPES[dtype].itemsize)
     floor = rates.floor(work, dtype)
     times = summarise(seconds)
@@ -123,7 +124,7 @@ class Runner:
         self.reference = reference and backends != ["reference"]
 
     def measure(self, bench: Benchmark, shape: str, dtype_name: str, passes: list[str]) -> Iterator[Row]:
-        """A row for every contender and pass; whatever fails is an error row."""
+        """A row for every contender and pass; a failure becomes an error row."""
         s, dtype = bench.shapes[shape].sizes, DTYPES[dtype_name]
         row = {"op": bench.name, "covers": bench.covers, "shape": shape, "sizes": s, "dtype": dtype_name}
         try:
@@ -141,7 +142,7 @@ class Runner:
 
     def _contenders(self, bench: Benchmark, s: Sizes) -> list[Contender]:
         if self.compiled:
-            torch._dynamo.reset()  # each shape is compiled anew, and after a few Dynamo would give up
+            torch._dynamo.reset()  # each shape recompiles, and Dynamo stops after a few recompilations
         contenders = [ours(bench, s, backend) for backend in self.backends]
         if self.reference:
             contenders.append(Contender("reference", "reference", partial(_call_ours, bench, s, "reference")))
@@ -154,7 +155,7 @@ class Runner:
         contenders = self._contenders(bench, s)
         try:
             expected = expect(bench, inputs[0], s, which, dtype)
-        except Exception as error:  # nothing can be verified, so nothing is timed
+        except Exception as error:  # without expected results nothing can be verified or timed
             yield row | {"contender": None, "kind": None, "status": "error", "reason": f"reference: {explain(error)}"}
             return
 
@@ -166,7 +167,7 @@ class Runner:
                 self._verify(bench, contender, prepared, expected, inputs[0], s, which, dtype)
         del expected
         if any(c.kind == "ours" and c.backend == "reference" for c in contenders):
-            # The same code twice tells nothing.
+            # Timing the same code twice is pointless.
             contenders = [c for c in contenders if c.kind != "reference"]
         valid = {c.name: c for c in contenders if c.status == "ok"}
         calls = {name: partial(prepared, c) for name, c in valid.items()}
@@ -189,7 +190,7 @@ class Runner:
         which: str,
         dtype: torch.dtype,
     ) -> None:
-        """Runs a contender once, checks it, and notes its peak memory and, of ours, the backends it took."""
+        """Runs a contender once, checks it, and records its peak memory and, for ours, the backends that it used."""
         with failures(contender):
             with choices_of_backends() as choices:
                 call = prepared(contender, 0)

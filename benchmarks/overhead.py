@@ -1,12 +1,12 @@
-"""What a call costs on tensors so small that nothing else does: µs beside plain torch, or beside another commit.
+"""Measures the cost of a call on tiny tensors, in µs, compared with plain PyTorch or with another commit.
 
-    pytest benchmarks/overhead.py                   each public function, in turn with plain torch (pytest-benchmark)
-    python benchmarks/overhead.py --base REV        in turn with the package of a git commit, which is built first
-    python benchmarks/overhead.py --base FOLDER     … of a checkout that is built already
+    pytest benchmarks/overhead.py                   each public function, alternating with plain torch
+    (pytest-benchmark) python benchmarks/overhead.py --base REV        alternating with the package of a git commit,
+    which is built first python benchmarks/overhead.py --base FOLDER     … of a checkout that is built already
 
-One thread, B=1, N=16, C=8 (where nothing is written below, the smoke shape and first baseline of a function's
-benchmark), float32 on the CPU. A round measures one contender right after the other, each as the best
-of some repeats; shown is the median over the rounds. Ratios are taken within a round.
+One thread, B=1, N=16, C=8 (unless given below: the smoke shape and first baseline of a function's benchmark), float32
+on the CPU. A round measures one contender right after the other, each as the best of some repeats; the median over the
+rounds is shown. Ratios are computed within a round.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # behind the folder of --serve
+sys.path.append(str(ROOT))  # after the folder of --serve
 
 from benchmarks import cases  # noqa: E402, F401  (register themselves)
 from benchmarks.registry import BENCHMARKS, Benchmark  # noqa: E402
@@ -37,7 +37,7 @@ N, C = 16, 8
 
 
 def calls() -> dict[str, tuple[Callable, Callable, torch.Tensor | None]]:
-    """For each public function: a call of it, the same in plain torch, and the tensor that gets a gradient, if any."""
+    """For each public function: a call of it, the same in plain PyTorch, and the tensor with a gradient, if any."""
     import vidmem_kernels as vk
 
     x, q, lse = torch.randn(1, N, C), torch.randn(1, N, 1, C), torch.randn(1, 1, N)
@@ -101,13 +101,13 @@ def calls() -> dict[str, tuple[Callable, Callable, torch.Tensor | None]]:
         "merge_attention_states": (lambda q: vk.merge_attention_states([q, q], [lse, lse])[0], states, q),
     }  # fmt: skip
     for bench in BENCHMARKS.values():
-        if bench.covers not in table and hasattr(vk, bench.covers):  # a commit to compare with may lack it
+        if bench.covers not in table and hasattr(vk, bench.covers):  # the other commit may lack it
             table[bench.covers] = of_benchmark(bench)
     return table
 
 
 def of_benchmark(bench: Benchmark) -> tuple[Callable, Callable, torch.Tensor | None]:
-    """What `calls` has of a function, by its benchmark."""
+    """The entry of `calls` for a function, from its benchmark."""
     s = bench.shapes["smoke"].sizes
     given = bench.make(s, torch.float32, "cpu", torch.Generator().manual_seed(0))
     first = bench.differentiable[:1]
@@ -121,7 +121,7 @@ def of_benchmark(bench: Benchmark) -> tuple[Callable, Callable, torch.Tensor | N
 
 
 def steps(call: Callable, tensor: torch.Tensor | None) -> dict[str, Callable[[], None]]:
-    """What is timed: the call under no_grad and, where it has one, forward and backward."""
+    """The steps to time: the call under no_grad and, with a gradient, forward and backward."""
 
     def forward():
         with torch.no_grad():
@@ -141,7 +141,7 @@ def steps(call: Callable, tensor: torch.Tensor | None) -> dict[str, Callable[[],
 
 
 def micros(step: Callable[[], None], seconds: float = 0.01, repeats: int = 5) -> float:
-    """The best of some repeats, in µs a call."""
+    """The best of some repeats, in µs per call."""
     step()
     once = max(timeit.timeit(step, number=10) / 10, 1e-7)
     number = max(10, int(seconds / once))
@@ -174,7 +174,7 @@ def test_beside_torch(benchmark, name, mode):
 
 
 def serve() -> None:
-    """Measures what is asked for, a line of input each."""
+    """Measures what each input line asks for."""
     torch.set_num_threads(1)
     table = {
         f"{name}, {mode}": step
@@ -187,7 +187,7 @@ def serve() -> None:
 
 
 class Package:
-    """A process that measures the package of a folder."""
+    """A process that measures the package in a folder."""
 
     def __init__(self, folder: Path):
         environment = dict(os.environ, PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
@@ -209,7 +209,7 @@ class Package:
 
 
 def checkout(revision: str, folder: Path) -> Path:
-    """The package of a commit, built in `folder`."""
+    """Builds the package of a commit in `folder`."""
     archive = subprocess.run(["git", "-C", ROOT, "archive", revision], check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
     subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=folder, check=True)

@@ -1,4 +1,4 @@
-"""What ptxas says of the kernels that Triton compiles: registers, spills, and what makes it serialise tensor cores."""
+"""Reads the output of ptxas for Triton kernels: registers, spills, and serialised tensor-core instructions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may use
-SPILL_LIMIT = 16  # bytes a thread: four registers, outside of loops nothing that one could measure
-# C7510: wgmma.mma_async instructions are serialised; C7512: its registers are, for want of a wait.
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a block may use
+SPILL_LIMIT = 16  # bytes per thread: four registers, not measurable outside of loops
+# C7510: wgmma.mma_async instructions are serialised; C7512: its registers are, because a wait is missing.
 SERIALISED = ("C7510", "C7512")
 
 
 class Report(NamedTuple):
-    """Of one kernel: registers a thread, bytes of them that are spilled to memory, complaints that cost speed, and the
-    shared memory that is known at compile time (Triton's is not), bytes a block.
+    """The report on a kernel: registers and spilled bytes per thread, warnings, shared bytes per block.
+
+    The shared memory is the part known at compile time (that of Triton kernels is not).
     """
 
     registers: int
@@ -27,7 +28,7 @@ class Report(NamedTuple):
 
 @contextlib.contextmanager
 def listening() -> Iterator[io.StringIO]:
-    """Collects what ptxas prints while Triton compiles; what comes out of Triton's cache says nothing."""
+    """Collects what ptxas prints while Triton compiles; for kernels in Triton's cache it prints nothing."""
     from triton import knobs
 
     log = io.StringIO()
@@ -37,7 +38,7 @@ def listening() -> Iterator[io.StringIO]:
 
 
 def read(log: str) -> dict[str, list[Report]]:
-    """Kernel -> a report each time that it was compiled, of a log of `ptxas -v` (or ptxas-blackwell)."""
+    """Parses a log of `ptxas -v` (or ptxas-blackwell): kernel -> one report for each time that it was compiled."""
     found: dict[str, list[Report]] = {}
     for run in re.split(r"(?=ptxas\S* info\s+: \d+ bytes gmem)", log):
         complaints = tuple(code for code in SERIALISED if code in run)
@@ -51,7 +52,7 @@ def read(log: str) -> dict[str, list[Report]]:
 
 
 def threads_of(ptx: str) -> int:
-    """Threads of a block that a kernel is compiled for: more than its warps have where warps are specialised."""
+    """Threads of a block that a kernel is compiled for: more than num_warps implies if warps are specialised."""
     return int(re.search(r"\.reqntid (\d+)", ptx).group(1))
 
 

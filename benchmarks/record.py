@@ -1,4 +1,4 @@
-"""What a result file tells about where it comes from, and how it is written."""
+"""Describes where a result file comes from, and writes it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _commit(root: Path) -> dict[str, Any]:
-    """Revision, and whether the code that runs differs from it.
+    """The revision, and whether the running code differs from it.
 
-    Outside git it is what VIDMEM_COMMIT or a file COMMIT at the root says, else "unknown".
+    Outside git, the revision is VIDMEM_COMMIT or the content of a file COMMIT at the root, else "unknown".
     """
     revision = _git(root, "rev-parse", "--short=10", "HEAD")
     if revision is None:
@@ -90,12 +90,12 @@ def describe(root: Path, device: torch.device, argv: list[str]) -> dict[str, Any
 
 
 def slug(name: str) -> str:
-    """Lower-case letters, digits and dashes."""
+    """The name in lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def result_path(output: Path | None, root: Path, result: dict[str, Any]) -> Path:
-    """The file to write: `output` if that ends in .json, else a file named by date and commit in that folder."""
+    """The file to write: `output` if it ends in .json, else a file named by date and commit in that folder."""
     if output is not None and output.suffix == ".json":
         return output
     device = result["device"]
@@ -106,7 +106,7 @@ def result_path(output: Path | None, root: Path, result: dict[str, Any]) -> Path
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

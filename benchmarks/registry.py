@@ -1,4 +1,4 @@
-"""What a benchmark is: its inputs, our call, the alternatives, and the least work that any of them must do.
+"""Defines a benchmark: its inputs, our call, the alternatives, and the minimum work of the task.
 
 @benchmark("gather_tokens")
 class GatherTokens(Benchmark):
@@ -7,7 +7,7 @@ class GatherTokens(Benchmark):
     def work(self, s, itemsize): ...               # Work of the forward pass
 
     @baseline("index_select")
-    def index_select(self, x, s): ...              # the strongest alternatives that there are
+    def index_select(self, x, s): ...              # the strongest known alternatives
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Work(NamedTuple):
-    """What the task itself requires: every input read and every result written once, and the arithmetic.
+    """The minimum work of the task: every input read and every result written once, and the arithmetic.
 
-    `host_bytes` are those that a GPU reads from the host's memory.
+    `host_bytes` are the bytes that a GPU reads from host memory.
     """
 
     bytes: float
@@ -44,21 +44,21 @@ class Work(NamedTuple):
 
 
 class Unsupported(Exception):
-    """A baseline cannot take these inputs; the message says why. Recorded, not an error."""
+    """A baseline does not support these inputs; the message says why. It is recorded and is not an error."""
 
 
 class Baseline(NamedTuple):
-    """An alternative.
+    """An alternative to our function.
 
     Attributes:
-        name: as shown.
+        name: name in tables.
         function: (benchmark, inputs, sizes) -> results, comparable with those of `call`.
-        devices: where it exists.
-        compiled: also run it under torch.compile, where that is asked for.
-        needs: module that must be installed, as in "fla" or "flash_attn.cute".
-        on_request: device types where it runs only where compilation is asked for: it takes long to compile there, or
-            another that runs is known to be faster.
-        is_compiled: this is the compiled one.
+        devices: device types that it supports.
+        compiled: whether to also run it under torch.compile, if that is requested.
+        needs: module that must be installed, such as "fla" or "flash_attn.cute".
+        on_request: device types on which it runs only if compilation is requested, because it takes long to compile
+            there or because another baseline is known to be faster.
+        is_compiled: whether this is the compiled variant.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Baseline(NamedTuple):
             return None
         try:
             found = importlib.util.find_spec(self.needs)
-        except ModuleNotFoundError:  # the package around it
+        except ModuleNotFoundError:  # the parent package is missing
             found = None
         return None if found else f"{self.needs} is not installed"
 
@@ -98,14 +98,14 @@ def baseline(
 
 
 class Benchmark:
-    """One entry; subclasses say what differs.
+    """A benchmark; subclasses define its parts.
 
     Attributes:
         covers: the public function that it measures.
         differentiable: inputs whose gradients the passes "bwd" and "fwd+bwd" compute; none: forward only.
-        selects: results are choices among near ties; `comparable` gives the float64 scores of what was chosen, and
-            ours may be off by SELECTION_TOLERANCE.
-        by_frame: its lengths are of whole frames.
+        selects: whether results are choices among near ties; `comparable` then returns the float64 scores of what was
+            chosen, and ours may be off by SELECTION_TOLERANCE.
+        by_frame: whether its lengths are whole frames.
         tolerance: largest error of a baseline, as a fraction of the largest magnitude; default by dtype.
     """
 
@@ -117,23 +117,23 @@ class Benchmark:
     tolerance: float | None = None
 
     def make(self, s: Sizes, dtype: torch.dtype, device: str, rng: torch.Generator) -> Inputs:
-        """Inputs by name; tensors, or trees of them."""
+        """Returns inputs by name: tensors, or trees of tensors."""
         raise NotImplementedError
 
     def call(self, x: Inputs, s: Sizes, backend: str) -> Any:
-        """Our public function on these inputs."""
+        """Calls our public function on these inputs."""
         raise NotImplementedError
 
     def work(self, s: Sizes, itemsize: int) -> Work:
-        """Least work of the forward pass, for elements of so many bytes."""
+        """Minimum work of the forward pass, for elements of `itemsize` bytes."""
         raise NotImplementedError
 
     def work_backward(self, s: Sizes, itemsize: int) -> Work:
-        """Least work of the backward pass."""
+        """Minimum work of the backward pass."""
         raise NotImplementedError
 
     def exact(self, x: Inputs, s: Sizes) -> Any:
-        """The reference in float64."""
+        """The results of the reference in float64."""
 
         def widen(t: Tensor) -> Tensor:
             return t.to(torch.float64) if t.is_floating_point() else t
@@ -141,11 +141,11 @@ class Benchmark:
         return self.call(pytree.tree_map_only(Tensor, widen, x), s, "reference")
 
     def comparable(self, results: Any, x: Inputs, s: Sizes) -> Any:
-        """Results in the form in which ours, the reference's and the baselines' are compared."""
+        """Converts results to the form in which those of ours, the reference and the baselines are compared."""
         return results
 
     def verified_at(self, s: Sizes) -> Iterator[Sizes]:
-        """Sizes at which results may be verified, smaller ones first; the last are `s` themselves."""
+        """Sizes at which results may be verified, smaller ones first; the last are `s` itself."""
         found = [smaller(s, *most, self.by_frame) for most in VERIFIED_AT]
         yield from (small for i, small in enumerate(found) if small != s and small not in found[:i])
         yield s
@@ -159,7 +159,7 @@ class Benchmark:
         return PASSES if self.differentiable else ("fwd",)
 
     def baselines(self, device: str, compiled: bool) -> list[Baseline]:
-        """The alternatives on a device type; if `compiled`, those that it helps twice."""
+        """The alternatives on a device type; with `compiled`, those that benefit are listed twice."""
         marked = [getattr(type(self), name).baseline for name in dir(self) if hasattr(getattr(self, name), "baseline")]
         found = [b for b in marked if device in b.devices and (compiled or device not in b.on_request)]
         if compiled:
@@ -167,7 +167,7 @@ class Benchmark:
         return found
 
     def work_of(self, which: str, s: Sizes, itemsize: int) -> Work:
-        """Least work of a pass."""
+        """Minimum work of a pass."""
         if which == "fwd":
             return self.work(s, itemsize)
         backward = self.work_backward(s, itemsize)
@@ -180,7 +180,7 @@ BENCHMARKS: dict[str, Benchmark] = {}
 def benchmark(
     name: str, *, covers: str | None = None, shapes: dict[str, Shape] | None = None
 ) -> Callable[[type[Benchmark]], type[Benchmark]]:
-    """Registers a class that measures `covers`, default what it is named; its sizes are `shapes`, or in shapes.py."""
+    """Registers a class that measures `covers` (default: `name`); its sizes are `shapes`, or those in shapes.py."""
 
     def register(cls: type[Benchmark]) -> type[Benchmark]:
         entry = cls()
@@ -194,10 +194,10 @@ def benchmark(
 
 
 def choose(option: str, wanted: Iterable[str], choices: Iterable[str]) -> list[str]:
-    """`wanted`, all of them among `choices`.
+    """Returns `wanted`, after checking that all are among `choices`.
 
     Raises:
-        ValueError: one is not; names the option, the nearest choice and all choices.
+        ValueError: one is not; names the option, the closest choice and all choices.
     """
     choices = list(dict.fromkeys(choices))
     wanted = list(wanted)
@@ -220,7 +220,7 @@ def randint(rng: torch.Generator, high: int, *shape: int) -> Tensor:
 
 
 def upstream(result: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient that flows into a result: the same values at every dtype of the result."""
+    """The gradient with respect to a result: the same values for every dtype of the result."""
     rng = torch.Generator(result.device).manual_seed(1)
     return randn(rng, dtype, *result.shape).to(result.dtype)
 
@@ -228,9 +228,9 @@ def upstream(result: Tensor, dtype: torch.dtype) -> Tensor:
 def prepare(
     function: Callable[[Inputs], Any], x: Inputs, which: str, differentiable: tuple[str, ...], dtype: torch.dtype
 ) -> Callable[[], Any]:
-    """What is timed and verified: a call that returns the results ("fwd") or the gradients of the first of them.
+    """Makes the call to time or verify, which returns the results ("fwd") or the gradients of the first of them.
 
-    Everything that the pass does not include has been done when this returns.
+    Everything that the pass does not include is done before this returns.
     """
     if which == "fwd":
 

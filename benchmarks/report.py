@@ -2,8 +2,8 @@
 
     python benchmarks/report.py benchmarks/results/*/*.json [--contenders]
 
-By default a line for each op, shape, dtype and pass: ours, the best alternative, the floor. `--contenders` gives every
-contender a line.
+By default there is one line per op, shape, dtype and pass: ours, the best alternative, the floor. `--contenders` prints
+a line for every contender.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _where(row: Row) -> list[str]:
 
 
 def _rate(row: Row) -> str:
-    """Of what bounds it: bandwidth, or arithmetic."""
+    """The rate of what limits it: bandwidth, or arithmetic."""
     by_bytes = row["bytes"] / max(row["flops"], 1) > 0.05
     return f"{row['gb_s']:.3g} GB/s" if by_bytes else f"{row['tflop_s']:.3g} TFLOP/s"
 
@@ -63,7 +63,7 @@ def title(result: Row) -> str:
 
 
 def table(result: Row) -> str:
-    """Ours against the best alternative."""
+    """Ours compared with the best alternative."""
     header = ["op", "shape", "dtype", "pass", "backend", "ours", "rate", "of floor", "best alternative", "speed-up"]
     peaks = any(row.get("peak_bytes") is not None for row in result["rows"])
     lines = []
@@ -88,7 +88,7 @@ def is_best(candidate: Row, ours: Row) -> bool:
 
 
 def contenders(result: Row) -> str:
-    """A line for every contender that was timed; `over ours`: the median ratio of its time to that of ours."""
+    """A line for every timed contender; `over ours` is the median ratio of its time to ours."""
     header = ["op", "shape", "dtype", "pass", "contender", "median", "over ours", "p20", "p80", "rate", "of floor"]
     lines = []
     for row in result["rows"]:
@@ -124,13 +124,13 @@ def length_rows(result: Row) -> tuple[list[str], list[list[str]], list[str]]:
 
 
 def lengths(result: Row) -> str:
-    """What a sweep of lengths says."""
+    """A line for each length of benchmarks/lengths.py, and the length from which ours is better."""
     header, lines, says = length_rows(result)
     return "\n".join([length_title(result), "", _markdown(header, lines), "", *says])
 
 
 def targets(result: Row) -> str:
-    """A line for every row of targets.py that was measured: where its time goes, and what is still wanting."""
+    """A line for every measured row of targets.py: where its time goes, and which goals it misses."""
     header = ["target", "pass", "ours", "floor", "best alternative", "speed-up", "kernels", "library", "planning"]
     header += ["host", "first call", "side stream", "CUDA graph", "still wanting"]
     lines = []
@@ -152,14 +152,14 @@ def targets(result: Row) -> str:
 
 
 def _works(told: Row) -> str:
-    """What breakdown.py found of a side stream or a graph."""
+    """The result of breakdown.py for a side stream or a graph."""
     if told.get("works"):
         return "equal" if told.get("equal") else f"differs by {told['difference']:.1g}"
     return " ".join(str(told.get("reason", "")).split())[:60]
 
 
 def notes(result: Row) -> str:
-    """What was measured as floor, what failed, what was left out."""
+    """The rates measured for the floor, the failures, and what was left out."""
     lines = [result["note"]] if result["note"] else []
     if "rates" in result:
         gemm = ", ".join(f"{name} {rate:.3g}" for name, rate in result["rates"]["gemm_tflop_s"].items())

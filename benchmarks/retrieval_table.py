@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Train every row of the retrieval table and evaluate all: the rows of arXiv 2512.23851, at a small size.
+"""Trains every row of the retrieval table and evaluates all: the rows of arXiv 2512.23851, at a small size.
 
-A row is a base recipe of `vidmem pretrain` with other memory encoders. Every run is a process of its own
-with one thread. Nothing is lost by an interrupt: the same command goes on, finished models are not trained
-again, and what was evaluated is not evaluated again.
+A row is a base recipe of `vidmem pretrain` with other memory encoders. Every run is a separate process with one thread.
+An interrupt loses nothing: the same command continues, without training finished models or evaluating them again.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class Row:
-    """A row: a memory encoder, and the seeds it is trained with."""
+    """A row: a memory encoder, and the seeds that it is trained with."""
 
     branches: str
     compression: Compression
     seeds: tuple[int, ...]
 
     def runs(self) -> list[tuple[str, int]]:
-        """Names of the runs' folders, and their seeds."""
+        """Names of the folders of the runs, and their seeds."""
         return [(f"{self.branches}-{self.compression}-seed{seed}", seed) for seed in self.seeds]
 
 
@@ -56,22 +55,22 @@ ROWS = (
 
 
 def write_recipes(base: Path, out: Path, rows: tuple[Row, ...]) -> list[Path]:
-    """Write the recipe of every run, first seeds first, so that a first table is there soon.
+    """Writes the recipe of every run, first seeds first, so that a first table is available soon.
 
     Args:
         base: recipe that all runs share.
         out: folder of the table.
-        rows: of the table.
+        rows: rows of the table.
 
     Returns:
         The recipes.
 
     Raises:
-        SystemExit: the base is no recipe, or an existing recipe says otherwise.
+        SystemExit: the base is not a recipe, or an existing recipe differs.
     """
     recipe = yaml.safe_load(base.read_text(encoding="utf-8"))
     if not isinstance(recipe, dict) or "model" not in recipe:
-        raise SystemExit(f"{base}: is no recipe of vidmem pretrain: it has no model")
+        raise SystemExit(f"{base}: is not a recipe of vidmem pretrain: it has no model")
     captions = (recipe.get("data") or {}).get("captions")
     if captions and (base.parent / captions).is_file():
         recipe["data"]["captions"] = str((base.parent / captions).resolve())
@@ -97,10 +96,10 @@ def write_recipes(base: Path, out: Path, rows: tuple[Row, ...]) -> list[Path]:
 
 
 def train_all(recipes: list[Path], jobs: int) -> None:
-    """Train what has no model yet, `jobs` at a time.
+    """Trains the models that do not exist yet, `jobs` at a time.
 
     Raises:
-        SystemExit: a run failed; the others have been stopped with a checkpoint.
+        SystemExit: a run failed; the others were stopped with a checkpoint.
     """
     waiting = [recipe for recipe in recipes if not (recipe.with_suffix("") / MODEL).is_file()]
     running: dict[Path, subprocess.Popen] = {}
@@ -112,7 +111,7 @@ def train_all(recipes: list[Path], jobs: int) -> None:
                 command = [sys.executable, "-m", "vidmem_model", "pretrain", str(recipe)]
                 with recipe.with_suffix(".log").open("ab") as log:
                     running[recipe] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-                print(f"training {recipe.stem}, {len(waiting)} to follow", flush=True)
+                print(f"training {recipe.stem}, {len(waiting)} more to train", flush=True)
             time.sleep(1)
             for recipe in [r for r, process in running.items() if process.poll() is not None]:
                 code = running.pop(recipe).returncode
@@ -127,7 +126,7 @@ def train_all(recipes: list[Path], jobs: int) -> None:
 
 
 def evaluate(out: Path, options: list[str]) -> None:
-    """Evaluate all models of the folder."""
+    """Evaluates all models in the folder."""
     command = [sys.executable, "-m", "vidmem_model", "evaluate", "retrieval", "--table", str(out)]
     command += ["--json", str(out / "retrieval.json"), "--markdown", str(out / "retrieval.md")]
     command += ["--plot", str(out / "retrieval.png"), *options]
@@ -137,7 +136,7 @@ def evaluate(out: Path, options: list[str]) -> None:
 
 
 def fill_page(page: Path, made: str) -> None:
-    """Put the table into its part of the page, whole or not at all."""
+    """Replaces the table between the marks of the page, atomically."""
     try:
         text = with_part(page.read_text(encoding="utf-8"), "retrieval", made)
     except ValueError as error:
@@ -148,13 +147,13 @@ def fill_page(page: Path, made: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Other options go to vidmem evaluate retrieval."
+        description=__doc__.splitlines()[0], epilog="Other options are passed to vidmem evaluate retrieval."
     )
     parser.add_argument("base", type=Path, help="recipe of vidmem pretrain that all rows share")
     parser.add_argument("--out", type=Path, required=True, help="folder of recipes, runs and results")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, of one thread each")
     parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="page of the table, JSON and plot")
     given, options = parser.parse_known_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -171,6 +170,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+        sys.exit("interrupted; run the same command to continue")
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

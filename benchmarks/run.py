@@ -1,11 +1,11 @@
-"""Runs the benchmarks: every op against the strongest alternatives, checked before it is timed.
+"""Runs the benchmarks: every op against the strongest alternatives, verified before it is timed.
 
     python benchmarks/run.py                                     # default shapes and dtypes of this machine's device
     python benchmarks/run.py --ops merge_tokens --passes fwd bwd --dtypes float32 bfloat16
     python benchmarks/run.py --shapes smoke --quick -o /tmp/smoke.json
 
-Writes one JSON (rewritten after every shape, so that an interrupt loses nothing) and prints a table. Exits 1 if any
-row failed, 2 if the command line names something that does not exist, 130 if interrupted.
+Writes one JSON file (rewritten after every shape, so that an interrupt loses nothing) and prints a table. Exits 1 if
+any row failed, 2 if the command line names something that does not exist, 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16"]}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, every name in it checked."""
+    """Reads the command line and checks every name in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", metavar="OP", help="default: all")
-    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="names of shapes.py; default: those of the device")
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="names in shapes.py; default: those of the device")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="default: float32 on cpu, bfloat16 on cuda")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--passes", nargs="+", metavar="PASS", help=f"of {', '.join(PASSES)}; default: fwd bwd")
@@ -45,15 +45,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="also compositions under torch.compile, and what is rarely best; default: on cuda (C++ compiles slowly)",
+        help="also compositions under torch.compile, and rarely fastest ones; default: on cuda (C++ compiles slowly)",
     )
-    parser.add_argument("--no-reference", action="store_true", help="our reference checks results, but is not timed")
+    parser.add_argument(
+        "--no-reference", action="store_true", help="use our reference only to check results, do not time it"
+    )
     parser.add_argument("--quick", action="store_true", help="the first shape of each op, and a quarter of the rounds")
-    parser.add_argument("--seconds", type=float, default=1.2, help="of rounds for each op, shape, dtype and pass")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's. 1 on a machine that others use")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no row is begun after it")
+    parser.add_argument("--seconds", type=float, default=1.2, help="seconds of rounds per op, shape, dtype and pass")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's. Use 1 on a shared machine")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="in seconds; no row starts after it")
     parser.add_argument("--contenders", action="store_true", help="print a line for every contender, too")
-    parser.add_argument("--note", default="", help="kept in the result: what else ran on the machine, for example")
+    parser.add_argument("--note", default="", help="text stored in the result, e.g. what else ran on the machine")
     parser.add_argument("-o", "--output", type=Path, help=".json file or folder; default: benchmarks/results/DEVICE")
     args = parser.parse_args(argv)
     try:
@@ -100,7 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends like an interrupt
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # handles SIGTERM, which `timeout` sends, like an interrupt
     result = describe(ROOT, args.device, sys.argv[1:] if argv is None else argv)
     result["note"] = args.note
     path = result_path(args.output, ROOT, result)

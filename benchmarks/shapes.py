@@ -1,8 +1,8 @@
-"""Named sizes of the benchmarks and where they come from.
+"""Named sizes of the benchmarks, and their origin.
 
-A video clip of T x H x W tokens is flattened to N = T * H * W. 81 frames of 480 x 832 pixels are 21 x 30 x 52 tokens
-in Wan 2.1 (a VAE of stride 4 x 8 x 8, patches of 1 x 2 x 2); its 1.3B model has 12 heads of 128 (C = 1536),
-HunyuanVideo 24 heads of 128 (C = 3072). Sizes for the CPU take fewer heads where that is what they cost.
+A video clip of T x H x W tokens is flattened to N = T * H * W. 81 frames of 480 x 832 pixels are 21 x 30 x 52 tokens in
+Wan 2.1 (a VAE of stride 4 x 8 x 8, patches of 1 x 2 x 2); its 1.3B model has 12 heads of 128 (C = 1536), HunyuanVideo
+24 heads of 128 (C = 3072). Sizes for the CPU have fewer heads where the time would be too long.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 CLIP_480P = (21, 30, 52)  # Wan 2.1, 81 frames of 480 x 832
-CLIP_240P = (21, 15, 26)  # the same at half the height and width: what two CPU cores do in a second
+CLIP_240P = (21, 15, 26)  # half the height and width, which two CPU cores process in a second
 HISTORY_20S = (120, 30, 52)  # 20 s at 24 frames per second and 480 x 832
 HISTORY_60S = (360, 30, 52)
 MEMORY_20S = 60 * 7 * 13  # those 20 s compressed by 2 x 4 x 4
@@ -21,9 +21,9 @@ class Shape(NamedTuple):
     """One set of sizes.
 
     Attributes:
-        sizes: names as in the benchmark's `make`.
-        where: where they come from.
-        devices: device types whose default run has it; the others take it by name.
+        sizes: sizes by the names that the benchmark's `make` uses.
+        where: origin of the sizes.
+        devices: device types that run it by default; others run it only by name.
     """
 
     sizes: dict[str, Any]
@@ -34,27 +34,27 @@ class Shape(NamedTuple):
 CPU, GPU, BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 SMOKE = "smallest that has every code path; for tests"
 
-# Of about so many tokens and at most so many heads are the inputs that results are verified on, what takes less first.
-# The last are beyond what int16 indexes, even where half of the tokens merge.
+# Results are verified on inputs of about this number of tokens and at most this number of heads, smaller ones first.
+# The last ones exceed the range of int16 indices, even if half of the tokens merge.
 VERIFIED_AT = ((4096, 2), (4096, 64), (16_384, 2), (16_384, 64), (81_920, 64))
-_RESIDUE = 4096  # a multiple of every tile, of its pieces by 16, and of what Triton compiles a length for
+_RESIDUE = 4096  # a multiple of every tile size, also times 16, and of the divisors that Triton specialises lengths for
 
 
-def smaller(sizes: dict[str, Any], most: int, heads: int, by_frame: bool = False) -> dict[str, Any]:
-    """The same task of about `most` tokens: sizes from which kernels choose their code stay, or are alike.
+def smaller(sizes: dict[str, Any], max_tokens: int, heads: int, by_frame: bool = False) -> dict[str, Any]:
+    """The same task with at most about `max_tokens` tokens, at sizes for which kernels choose similar code.
 
-    Channels, head sizes, blocks and topk stay. Lengths keep their remainder by 4,096, clips their pictures (fewer of
-    them, the same number by 16), windows their frames (of fewer tokens), a choice its share. At most `heads` heads;
-    `by_frame`: of whole frames.
+    Channels, head sizes, blocks and topk stay. Lengths keep their remainder modulo 4,096; clips their picture size
+    (with fewer pictures, the same number modulo 16), windows their frames (of fewer tokens), a choice its share. At
+    most `heads` heads; with `by_frame`, whole frames.
     """
     small = dict(sizes)
 
     def length(n: int) -> int:
-        return n if n <= most else most // _RESIDUE * _RESIDUE + n % _RESIDUE
+        return n if n <= max_tokens else max_tokens // _RESIDUE * _RESIDUE + n % _RESIDUE
 
     def whole(count: int, size: int) -> int:
-        """At least four and about most / size of `count` parts, as many by 16 as there were."""
-        fewer = max(4, most // size)
+        """At least four of `count` parts, about max_tokens / size, with the same remainder modulo 16."""
+        fewer = max(4, max_tokens // size)
         return count if count <= fewer else min(count, fewer + (count - fewer) % 16)
 
     if "grid" in sizes:
@@ -63,7 +63,7 @@ def smaller(sizes: dict[str, Any], most: int, heads: int, by_frame: bool = False
         small["N"] = prod(small["grid"])
     elif "frames" in sizes:
         frame = sizes["Lk"] // sizes["frames"]
-        fewer = max(1, most // sizes["frames"] // 128) * 128 + frame % 128
+        fewer = max(1, max_tokens // sizes["frames"] // 128) * 128 + frame % 128
         small |= {name: sizes[name] // frame * min(frame, fewer) for name in ("Lq", "Lk")}
     elif by_frame and sizes["L"] % sizes["frame"] == 0:
         small["L"] = whole(sizes["L"] // sizes["frame"], sizes["frame"]) * sizes["frame"]

@@ -1,7 +1,7 @@
-"""What the kernels are to reach on an H200 in bfloat16: the rows that gpu_suite.sh measures before all others.
+"""The performance goals on an H200 in bfloat16: the rows that gpu_suite.sh measures before all others.
 
-A row names an entry of shapes.py and a pass. `floor_ms` is arithmetic, the required work at 4.3 TB/s and 790 TFLOP/s;
-what a run compares with is the floor at the rates that it measures itself. N = 32,760 is a clip at 480 x 832.
+A row names an entry of shapes.py and a pass. `floor_ms` is computed from the required work at 4.3 TB/s and 790 TFLOP/s;
+a run compares with the floor at the rates that it measures itself. N = 32,760 is a clip at 480 x 832.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ class Target(NamedTuple):
 
     Attributes:
         title: the row in words.
-        op, shape, which: of the benchmarks.
-        floor_ms: least milliseconds at the rates above; None where only the host's memory bounds it.
-        of_floor: part of the floor that ours is to reach.
-        at_most_ms: time that ours may take.
-        faster: name, or part of the name, of alternatives -> how many times as fast as the best of them ours is to
-            be; "" is all of them.
+        op: benchmark.
+        shape: name of its shape.
+        which: pass.
+        floor_ms: minimum milliseconds at the rates above; None if only host memory limits it.
+        of_floor: fraction of the floor's speed that ours should reach.
+        max_ms: milliseconds that ours may take.
+        faster: name, or part of the name, of alternatives -> how many times as fast as the best of them ours should be;
+            "" is all of them.
     """
 
     title: str
@@ -30,19 +32,19 @@ class Target(NamedTuple):
     which: str
     floor_ms: float | None
     of_floor: float | None = None
-    at_most_ms: float | None = None
+    max_ms: float | None = None
     faster: dict[str, float] = {}
 
     def key(self) -> tuple[str, str, str]:
         return self.op, self.shape, self.which
 
     def unmet(self, ours: Row, others: list[Row]) -> list[str]:
-        """What a measured row lacks, in words; `others` are the rows of its alternatives, timed ones only."""
+        """The goals that a measured row misses, in words; `others` are the rows of its alternatives that were timed."""
         found = []
         if self.of_floor is not None and ours["floor_fraction"] < self.of_floor:
             found.append(f"{ours['floor_fraction']:.0%} of the floor, not {self.of_floor:.0%}")
-        if self.at_most_ms is not None and ours["median_ms"] > self.at_most_ms:
-            found.append(f"{ours['median_ms']:.3g} ms, not {self.at_most_ms:.3g}")
+        if self.max_ms is not None and ours["median_ms"] > self.max_ms:
+            found.append(f"{ours['median_ms']:.3g} ms, not {self.max_ms:.3g}")
         for name, ratio in self.faster.items():
             against = [row for row in others if name in row["contender"]]
             best = min(against, key=lambda row: row["over_ours"], default=None)
@@ -54,7 +56,7 @@ class Target(NamedTuple):
 
 
 FLEX = "FlexAttention"
-PLAIN = {"": 0.99}  # dispatch may add one in a hundred
+PLAIN = {"": 0.99}  # dispatch may add 1 %
 FRAMES = {"each frame": 1.2, FLEX: 1}
 
 TARGETS = (

@@ -1,11 +1,11 @@
-"""Times calls against each other: interleaved, with cold caches, compilation and set-up left out.
+"""Times calls against each other: interleaved, with cold caches, without compilation and set-up.
 
-CPU: perf_counter; inputs rotate through copies larger than the last-level cache; results of the last calls are kept
-alive, so that nobody writes into the buffer that was just written. CUDA: events; before every call the L2 cache is
+CPU: perf_counter; inputs rotate through copies larger than the last-level cache; the results of the last calls are kept
+alive, so that no call writes into a buffer that was just written. CUDA: events; before every call the L2 cache is
 flushed by reading a larger buffer, which takes long enough to hide the launch of the first kernels.
 
-A round calls every contender once, in an order that shifts from round to round. What disturbs the machine for a while
-then disturbs all of them, and the ratio within a round holds where the times alone do not.
+A round calls every contender once, in an order that shifts from round to round. A temporary disturbance of the machine
+then affects all of them, and the ratio within a round stays valid even if the times alone do not.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def summarise(seconds: Sequence[float]) -> Times:
 
 
 class CpuClock:
-    """Time of a call on the CPU."""
+    """Times calls on the CPU."""
 
     def __init__(self) -> None:
         self._kept: deque[Any] = deque(maxlen=2)
 
     def copies(self, x: Any) -> int:
-        """How many copies of the inputs to rotate through."""
+        """The number of copies of the inputs to rotate through."""
         size = sum(t.nbytes for t in pytree.tree_leaves(x) if isinstance(t, torch.Tensor))
         wanted = -(-2 * _last_level_cache() // max(1, size))
         return max(1, min(wanted, MAX_COPIES, COPY_BYTES // max(1, size)))
@@ -69,7 +69,7 @@ class CpuClock:
         return seconds
 
     def peak_bytes(self, make: Callable[[], Callable[[], Any]]) -> int:
-        """Bytes that the process grew by at most during a call, its results with it; free heap is given back first."""
+        """Bytes by which the process grew at most during a call, including its results; free heap is released first."""
         call = make()
         with PeakMemory() as peak:
             call()
@@ -77,7 +77,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time of a call on a GPU."""
+    """Times calls on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -99,7 +99,7 @@ class CudaClock:
         return 1e-3 * start.elapsed_time(end)
 
     def peak_bytes(self, make: Callable[[], Callable[[], Any]]) -> int:
-        """Bytes that a call held at most, its results with it, beyond what was there when it had been made."""
+        """Bytes that a call held at most, including its results, beyond those held before it."""
         call = make()
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -124,15 +124,16 @@ def _last_level_cache() -> int:
 def interleave(
     clock: CpuClock | CudaClock, contenders: dict[str, Prepare], copies: int, budget: float
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times every contender once a round, until the budget is spent.
+    """Times every contender once per round, until the budget is spent.
 
     Args:
-        contenders: by name, what prepares a call on one of the copies of the inputs.
-        copies: of the inputs.
+        clock: clock of the device.
+        contenders: by name, a function that prepares a call on one of the copies of the inputs.
+        copies: number of copies of the inputs.
         budget: seconds for all rounds; at least MIN_ROUNDS, at most MAX_ROUNDS run.
 
     Returns:
-        (seconds of every round by name, errors by name: a contender that fails is out, and so are its times).
+        (seconds of every round by name, errors by name). A contender that fails is excluded, with its times.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     errors: dict[str, str] = {}
@@ -158,25 +159,25 @@ def interleave(
 
 
 def speedup(ours: Sequence[float], other: Sequence[float]) -> float:
-    """How many times as long as ours the other takes: the median over rounds of the ratio within a round."""
+    """How many times longer the other takes than ours: the median over rounds of the ratio within a round."""
     return median(b / a for a, b in zip(ours, other, strict=True))
 
 
 class Rates(NamedTuple):
-    """What this device reaches, measured in this run: the floor's denominators."""
+    """The rates that this device reaches, measured in this run: the denominators of the floor."""
 
     bytes_per_second: float
     flops_per_second: dict[str, float]
     host_bytes_per_second: float = inf  # from pinned memory of the host to a GPU
 
     def floor(self, work: Work, dtype: str) -> float:
-        """Least seconds for so many bytes and operations."""
+        """Minimum seconds for this number of bytes and operations."""
         rates = (self.bytes_per_second, self.flops_per_second[dtype], self.host_bytes_per_second)
         return max(amount / rate for amount, rate in zip(work, rates, strict=True))
 
 
 def measure_rates(clock: CpuClock | CudaClock, device: torch.device, dtypes: dict[str, torch.dtype]) -> Rates:
-    """Copy bandwidth, reads and writes counted, matrix product rate of each dtype, and of a GPU that from the host."""
+    """Measures copy bandwidth (reads and writes counted), matrix product rates per dtype, and host reads of a GPU."""
     on_cuda = device.type == "cuda"
     source = torch.ones(2**28 if on_cuda else 2**26, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)

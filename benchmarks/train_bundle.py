@@ -1,9 +1,9 @@
-"""The bundle that `gpu_train.sh` trains from: a film's frames at the demo model's size, in at most 8 MiB.
+"""Makes the bundle that `gpu_train.sh` trains from: a film's frames at the demo model's size, in at most 8 MiB.
 
     python benchmarks/train_bundle.py [FILM ...] [-o runs/train_bundle.safetensors]
 
-Without a film it is the sample film, cut and split as the recipes of the shipped models have it. Needs PyAV; what reads
-the bundle does not.
+The default film is the sample film, cut and split as in the recipes of the shipped models. Making the bundle needs
+PyAV; reading it does not.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ BUNDLE = ROOT / "runs" / "train_bundle.safetensors"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the bundle; the exit code."""
+    """Makes the bundle; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("films", nargs="*", help="videos; by default the sample film")
     parser.add_argument("-o", "--output", type=Path, default=BUNDLE, help="file *.safetensors to write")
     parser.add_argument(
-        "--preset", default="demo", choices=sorted(PRESETS), help="model whose frame size and rate it has"
+        "--preset", default="demo", choices=sorted(PRESETS), help="model that sets the frame size and rate"
     )
-    parser.add_argument("--seconds", type=float, help="of each film; fewer are kept more finely")
-    parser.add_argument("--block-seconds", type=float, help="about the length of a block of scenes")
-    parser.add_argument("--mib", type=float, default=8.0, help="size of the file at most")
+    parser.add_argument(
+        "--seconds", type=float, help="seconds of each film; fewer seconds are stored at higher quality"
+    )
+    parser.add_argument("--block-seconds", type=float, help="approximate length of a block of scenes")
+    parser.add_argument("--mib", type=float, default=8.0, help="maximum size of the file in MiB")
     given = parser.parse_args(arguments)
     data = DataConfig(videos=tuple(given.films)) if given.films else read_pretrain_vae(Path("vae")).data
     if given.seconds is not None:

@@ -1,4 +1,4 @@
-"""How well the stages of `gpu_train.py` do on film that they were not trained on: PSNR, and a picture."""
+"""Evaluates the stages of `gpu_train.py` on held-out film: PSNR, and a picture."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from vidmem_model.vae import VideoCodec, frames_to_uint8
 from vidmem_model.video.films import DataConfig, film_paths
 from vidmem_model.video.png import write_png
 
-# A frame that comes back equal, as black ones do, would have infinite PSNR.
+# A frame that is reproduced exactly, such as a black one, would have infinite PSNR.
 _BEST = 60.0
 _SHOWN = 6  # columns of the picture
 
 
 class HeldOut:
-    """Pieces of held-out film: as many frames as a history and what follows it.
+    """Clips of held-out film, each as long as a history and what follows it.
 
     Args:
         data: films and their split.
-        model: size and rate of the frames.
-        vae: its stride.
+        model: frame size and rate.
+        vae: for its stride.
         sampling: latent frames of the history and after it.
-        most: pieces at most, one a block.
+        max_pieces: maximum number of clips, one per block.
 
     Attributes:
-        pictures: rows of the picture by name, uint8 (H, W, 3) each, of the first piece.
+        pictures: rows of the picture by name, uint8 (H, W, 3) each, of the first clip.
     """
 
     def __init__(
-        self, data: DataConfig, model: ModelConfig, vae: VideoCodec, sampling: ContinuationConfig, most: int = 4
+        self, data: DataConfig, model: ModelConfig, vae: VideoCodec, sampling: ContinuationConfig, max_pieces: int = 4
     ) -> None:
         self.sampling = sampling
         self.history = vae.video_frames(sampling.history)
         length = vae.video_frames(sampling.history + sampling.targets)
         blocks = cut_films(data, film_paths(data), model, vae, "test")
-        self.pieces = [frames[:length] for _, frames in blocks if len(frames) >= length][:most]
+        self.pieces = [frames[:length] for _, frames in blocks if len(frames) >= length][:max_pieces]
         self.pictures: dict[str, list[torch.Tensor]] = {}
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class HeldOut:
 
     @torch.no_grad()
     def continuation(self, folder: Path, device: torch.device) -> dict[str, float]:
-        """PSNR of the frames after histories, and of the histories' last frames in their place."""
+        """PSNR of the generated frames after histories, and of repeating the last frame of the history instead."""
         trained, made, config = _on(TrainedModel.load(folder), device), [], self.sampling
         asked = torch.arange(config.history, config.history + config.targets, device=device).float()[None]
         first = config.history - config.window
@@ -94,11 +94,11 @@ class HeldOut:
         return {"psnr": self._level(made, after), "psnr_of_the_last_frame": self._level(still, after)}
 
     def write_picture(self, path: Path) -> None:
-        """Write the rows of `pictures` as a PNG, frames of the first piece from left to right."""
+        """Writes the rows of `pictures` as a PNG, with the frames of the first clip from left to right."""
         write_png(path, torch.cat([torch.cat(row, 1) for row in self.pictures.values()]))
 
     def describe(self) -> dict[str, Any]:
-        """What the report says of the pieces and of the picture."""
+        """The report's entry on the clips and the picture."""
         return {"pieces": len(self.pieces), "history_frames": self.history, "picture_rows": list(self.pictures)}
 
     def _level(self, made: list[torch.Tensor], part: slice) -> float:

@@ -1,4 +1,4 @@
-"""Files that leave a machine in pieces of a bounded size, each with its checksum."""
+"""Splits files into pieces of a bounded size, each with its checksum, to move them to another machine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _NAME = "weights-"
 
 
 def split(files: Mapping[str, Path], out: Path, size: int = PIECE) -> list[dict[str, Any]]:
-    """Write files as one archive in pieces. Pieces of before stay until `remove_others`.
+    """Writes files as one archive in pieces. Earlier pieces stay until `remove_others`.
 
     Args:
-        files: names in the archive, and where they are.
-        out: folder of the pieces.
-        size: bytes of a piece at most.
+        files: names in the archive -> paths.
+        out: folder for the pieces.
+        size: maximum bytes of a piece.
 
     Returns:
-        JSON, for `join`: name, bytes and sha256 of every piece.
+        JSON for `join`: name, bytes and sha256 of every piece.
     """
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for name, path in files.items():
-            entry = tarfile.TarInfo(name)  # no times or owners: equal files give equal pieces
+            entry = tarfile.TarInfo(name)  # without times and owners, so that equal files give equal pieces
             entry.size = path.stat().st_size
             with path.open("rb") as file:
                 tar.addfile(entry, file)
@@ -47,7 +47,7 @@ def split(files: Mapping[str, Path], out: Path, size: int = PIECE) -> list[dict[
 
 
 def remove_others(pieces: list[dict[str, Any]], out: Path) -> None:
-    """Remove pieces that are not among these."""
+    """Removes pieces that are not among these."""
     names = {piece["name"] for piece in pieces}
     for path in out.glob(f"{_NAME}*.*"):
         if path.name not in names:
@@ -55,15 +55,15 @@ def remove_others(pieces: list[dict[str, Any]], out: Path) -> None:
 
 
 def join(pieces: list[dict[str, Any]], out: Path, folder: Path) -> None:
-    """Put pieces together and unpack what they hold.
+    """Joins pieces and unpacks their content.
 
     Args:
-        pieces: what `split` returned.
+        pieces: result of `split`.
         out: folder of the pieces.
-        folder: to unpack to; made if it is missing.
+        folder: folder to unpack to; created if missing.
 
     Raises:
-        UserError: a piece is missing or not as it was written.
+        UserError: a piece is missing or has changed.
     """
     archive = io.BytesIO(b"".join(_checked(pieces, out)))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The stages of `gpu_train.py`: recipes for a GPU, folders, and weights on their way to another machine."""
+"""The stages of `gpu_train.py`: recipes for a GPU, folders, and weights to move to another machine."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ _ON_GPU = {"schedule": "constant", "ema_decay": 0.999, "precision": "auto", "log
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, from what, and where.
+    """What is trained, from what data, and where.
 
     Args:
-        preset: "demo", or "tiny" to try all this out.
-        bundle: of film.
-        work: folder of the runs and of the latents.
+        preset: "demo", or "tiny" to try everything out.
+        bundle: file with the films.
+        work: folder of the runs and latents.
         device: "cuda" or "cpu".
-        steps: of each stage, all rounds together; by default some thousands.
-        batch: samples a step.
+        steps: steps of each stage, over all rounds; default some thousands.
+        batch: samples per step.
         graph: launch a step on a GPU as a CUDA graph.
     """
 
@@ -73,12 +73,12 @@ class Plan:
 
     @property
     def data(self) -> DataConfig:
-        """The bundle, as all stages see it."""
+        """The bundle, in the form that all stages use."""
         recipe = read_pretrain(Path("demo")).data if self.preset == "demo" else DataConfig()
         return dataclasses.replace(recipe, videos=(str(self.bundle),), cache=str(self.work / "latents"))
 
     def config(self, stage: str, seconds: float | None = None) -> Any:
-        """Configuration of a stage; `seconds` that this call may train it."""
+        """Configuration of a stage; `seconds` limits its training in this call."""
         read = {"vae": read_pretrain_vae, "memory": read_pretrain, "continuation": read_finetune}[stage]
         recipe = read(Path({"vae": "vae", "memory": "demo", "continuation": "demo_continue"}[stage]))
         cuda = self.device == "cuda"
@@ -103,23 +103,23 @@ class Plan:
         return dataclasses.replace(recipe, **changes)
 
     def complete(self, stage: str) -> bool:
-        """Whether a stage has all its steps, and has written what they led to."""
+        """Whether a stage has done all its steps and has written its results."""
         made = {self._weights(stage), self.folder(stage) / (VAE_FILE if stage == "vae" else MODEL_FILE)}
         return self.steps_done(stage) >= self.config(stage).optimisation.steps and all(map(Path.is_file, made))
 
     def train(self, stage: str, seconds: float) -> None:
-        """Train a stage for so long, unless it is complete."""
+        """Trains a stage for this number of seconds, unless it is complete."""
         if not self.complete(stage):
             _TRAIN[stage](self.config(stage, seconds))
 
     def steps_done(self, stage: str) -> int:
-        """Steps of a stage that its folder holds."""
+        """Number of steps of a stage in its folder."""
         folder = self.folder(stage) / "checkpoints"
         last = checkpoint.newest(folder)
         return checkpoint.step_of(last) if last else checkpoint.first_step(folder)
 
     def export(self, stages: dict[str, Any], scratch: Path) -> dict[str, Path]:
-        """Weights and curves of stages by the names they leave with; the memory's in 8 bits, in `scratch`."""
+        """Weights and curves of the stages by their exported names; the memory's weights in 8 bits, in `scratch`."""
         files = {}
         for stage in stages:
             file = self._weights(stage)
@@ -131,7 +131,7 @@ class Plan:
         return files
 
     def begin_with(self, stage: str, step: int, exported: Path) -> None:
-        """Let a stage go on from what another machine has exported."""
+        """Lets a stage continue from what another machine has exported."""
         folder, weights = self.folder(stage), WeightsFile(exported / _WEIGHTS[stage]).read()
         shutil.rmtree(folder, ignore_errors=True)
         if stage == "continuation":
@@ -152,7 +152,7 @@ class Plan:
 
 
 def _tiny(stage: str, recipe: Any) -> dict[str, Any]:
-    """What differs for the tiny preset: a small model, and short samples for short films."""
+    """The changes for the tiny preset: a small model, and short samples for short films."""
     if stage == "vae":
         return {"model": PRESETS["tiny"], "frames": 8}
     if stage == "memory":
@@ -162,11 +162,11 @@ def _tiny(stage: str, recipe: Any) -> dict[str, Any]:
 
 
 def write_curves(path: Path, curves: dict[str, list[list[float]]]) -> None:
-    """Plot the loss of every stage against its steps.
+    """Plots the loss of every stage against its steps.
 
     Args:
         path: PNG, PDF or SVG file to write.
-        curves: pairs of step and loss by stage, at least one.
+        curves: pairs of step and loss by stage; at least one stage.
     """
     with plot(path, 2, 2.2, "Loss of every stage of a training") as figure:
         panels = figure.subplots(1, len(curves), squeeze=False)[0]

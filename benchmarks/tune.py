@@ -2,11 +2,12 @@
 
     python benchmarks/tune.py [--seconds 200] [--kernels NAME ...] [--ops NAME ...] [-o FILE]
 
-Runs the benchmarks' calls at their true shapes, notes which tiles their kernels ask for, compiles the candidates beside
-each kernel in parallel processes, drops what spills, serialises its tensor-core instructions, fails or gives other
-results than the default tile, and times the rest. Writes vidmem_kernels/tuned/<class>.json, or FILE, after every call:
-what was tuned replaces its entries, the others stay (in a new FILE those of the shipped table, so that it can take its
-place). Exits 1 if nothing could be tuned.
+Runs the benchmarks' calls at full shapes, records which tiles their kernels request, and compiles the candidates of
+each kernel in parallel processes. Candidates are dropped if they spill, serialise tensor-core instructions, fail, or
+give other results than the default tile; the rest are timed. Writes vidmem_kernels/tuned/<class>.json, or FILE, after
+every
+call: tuned entries are replaced, the others stay (a new FILE starts with the shipped table, so that it can replace it).
+Exits 1 if nothing could be tuned.
 
 A dry run without a GPU: TRITON_INTERPRET=1 python benchmarks/tune.py --device cpu --shapes smoke -o FILE
 """
@@ -40,12 +41,12 @@ from benchmarks.timing import clock_of, interleave, summarise  # noqa: E402
 from vidmem_kernels import _tuned  # noqa: E402
 from vidmem_kernels._tuned import Tile, Tunable  # noqa: E402
 
-COMPILING = 0.55  # of the seconds; what is not compiled by then is left out
-CLOSE = 0.02  # how far a candidate's results may be from the default tile's, as a fraction of the largest magnitude
+COMPILING = 0.55  # share of the seconds; what is not compiled by then is left out
+CLOSE = 0.02  # largest difference to the default tile's results, relative to the largest magnitude
 
 
 class Call(NamedTuple):
-    """What is run: a benchmark's call by Triton."""
+    """A benchmark's call, run by Triton."""
 
     op: str
     shape: str
@@ -56,7 +57,7 @@ class Call(NamedTuple):
         return " ".join(self)
 
     def prepared(self, device: str) -> Callable[[], Any]:
-        """The call on inputs of its own; the forward pass before a gradient has been done."""
+        """The call on new inputs; for a gradient, the forward pass is already done."""
         bench, dtype = BENCHMARKS[self.op], DTYPES[self.dtype]
         sizes = bench.shapes[self.shape].sizes
         inputs = bench.make(sizes, dtype, device, torch.Generator(device).manual_seed(0))
@@ -64,7 +65,7 @@ class Call(NamedTuple):
         return prepare(function, inputs, self.which, bench.differentiable, dtype)
 
     def again(self, device: str) -> Callable[[], Any]:
-        """The call any number of times; a gradient's forward pass is part of each."""
+        """The call as a function that can be repeated; for a gradient, each call includes the forward pass."""
         return self._replace(which="fwd+bwd" if self.which == "bwd" else self.which).prepared(device)
 
 
@@ -78,7 +79,7 @@ class Task(NamedTuple):
 
 
 def calls(device: str, ops: list[str], shapes: list[str] | None, dtypes: list[str]) -> list[Call]:
-    """The benchmarks' calls at the shapes that are default on a device, or at the named ones; targets first."""
+    """The benchmarks' calls at the default shapes of a device, or at the named ones; targets first."""
     found = []
     for op in ops:
         bench = BENCHMARKS[op]
@@ -92,7 +93,7 @@ def calls(device: str, ops: list[str], shapes: list[str] | None, dtypes: list[st
 
 
 def asked(call: Call, device: str) -> list[tuple[Tunable, dict[str, Any]]]:
-    """Which tiles a call asks for, each once."""
+    """The tiles that a call requests, without duplicates."""
     run = call.prepared(device)
     with _tuned.watching() as found, torch.autograd.set_multithreading_enabled(False):
         run()
@@ -100,15 +101,15 @@ def asked(call: Call, device: str) -> list[tuple[Tunable, dict[str, Any]]]:
 
 
 def compiled(task: Task, device: str) -> list[str]:
-    """Runs a call once with a tile, in a worker: why the tile is out, if it is."""
-    triton_modules()  # a worker begins with none
+    """Runs a call once with a tile, in a worker process; returns why the tile is excluded, if it is."""
+    triton_modules()  # a new worker has not imported them
     tunable = _tuned.TUNABLES[task.kernel]
     try:
         with ptxas.listening() as log, tunable.forced(task.tile), torch.autograd.set_multithreading_enabled(False):
             task.call.prepared(device)()
             if device != "cpu":
                 torch.cuda.synchronize()
-    except Exception as error:  # a tile too large for this GPU, among others
+    except Exception as error:  # for example a tile that is too large for this GPU
         return [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"]
     found = ptxas.read(log.getvalue()).get(task.kernel, [])
     arch = _tuned.arch_of(torch.device(device))
@@ -116,20 +117,20 @@ def compiled(task: Task, device: str) -> list[str]:
 
 
 def differs(result: Any, expected: Any) -> str | None:
-    """Why results are not those of the default tile, or None."""
+    """Why results differ from those of the default tile, or None."""
     pairs = zip(_tensors(result), _tensors(expected), strict=True)
     for given, wanted in pairs:
         if not wanted.is_floating_point():
-            if (given != wanted).float().mean() > CLOSE:  # near ties may fall otherwise
-                return "chooses otherwise than the default tile"
+            if (given != wanted).float().mean() > CLOSE:  # near ties may be decided differently
+                return "makes other choices than the default tile"
             continue
         given, wanted = given.double(), wanted.double()
         finite = wanted.isfinite()
         if not torch.equal(finite, given.isfinite()):
-            return "is not finite where the default tile is"
+            return "is not finite where the default tile is finite"
         error = (given - wanted)[finite].abs().max() if finite.any() else torch.zeros(())
         if error > CLOSE * wanted[finite].abs().max():
-            return f"is {error:.3g} off the default tile's results"
+            return f"differs by {error:.3g} from the default tile's results"
     return None
 
 
@@ -139,7 +140,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class Tuner:
-    """Tunes call after call within a time; `document` is the table so far."""
+    """Tunes calls within a time limit; `document` is the table so far."""
 
     def __init__(self, device: str, seconds: float, document: dict[str, Any], workers: int) -> None:
         self.device, self.seconds, self.document, self.workers = device, seconds, document, workers
@@ -154,12 +155,12 @@ class Tuner:
         return share * self.seconds - (perf_counter() - self.started)
 
     def tune(self, todo: list[Call], kernels: list[str]) -> Iterator[str]:
-        """Tunes what the calls ask for; yields a line for each kernel and call."""
+        """Tunes the tiles that the calls request; yields a line for each kernel and call."""
         tasks: dict[tuple[Call, str, str], list[Task]] = {}
         tuned: set[tuple[str, str]] = set()
         for call in todo:
             if self.left(COMPILING) <= 0:
-                yield f"{call}: not begun, out of time"
+                yield f"{call}: not started, out of time"
                 continue
             try:
                 found = asked(call, self.device)
@@ -180,12 +181,12 @@ class Tuner:
             yield self.time(call, kernel, key, group, faults)
 
     def candidates(self, tunable: Tunable, fields: dict[str, Any]) -> list[Tile]:
-        """The default first, then what is shipped and what the kernel declares."""
+        """The default first, then the shipped tile and those that the kernel declares."""
         tiles = tunable.shipped(self.arch, **fields)
         return tiles + [tile for tile in tunable.candidates(self.arch, **fields) if tile not in tiles]
 
     def compile_all(self, tasks: list[Task]) -> list[tuple[Task, list[str]]]:
-        """Every task with why it is out, if it is; what is not compiled in time is."""
+        """Every task, with the reason if it is excluded; tasks that are not compiled in time are excluded."""
         if self.workers == 0:
             return [(task, compiled(task, self.device)) for task in tasks]
         context = multiprocessing.get_context("spawn")
@@ -199,13 +200,13 @@ class Tuner:
                 found.append((task, ["not compiled in time"]))
             except Exception as error:  # the worker died
                 found.append((task, [f"{type(error).__name__}: {error}"]))
-        for process in pool._processes.values():  # they must not run beside what is timed
+        for process in pool._processes.values():  # they must not run during timing
             process.kill()
         pool.shutdown(wait=False, cancel_futures=True)
         return found
 
     def time(self, call: Call, kernel: str, key: str, group: list[Task], faults: list[tuple[Task, list[str]]]) -> str:
-        """Times the tiles of one kernel in one call and enters the fastest."""
+        """Times the tiles of one kernel in one call and stores the fastest."""
         tunable = _tuned.TUNABLES[kernel]
         out = {str(task.tile): why for task, why in faults if task in group and why}
         default = group[0].tile
@@ -253,7 +254,7 @@ def _forcing(tunable: Tunable, tile: Tile, run: Callable[[], Any]) -> Callable[[
 
 
 def measured_on(device: str) -> str:
-    """GPU, date and Triton of a measurement."""
+    """GPU, date and Triton version of a measurement."""
     import triton
 
     name = torch.cuda.get_device_name() if device != "cpu" else "interpreter"
@@ -262,13 +263,15 @@ def measured_on(device: str) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=200, help="for everything (default: %(default)s)")
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="benchmarks whose calls are run (default: all)")
+    parser.add_argument("--seconds", type=float, default=200, help="time limit (default: %(default)s)")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="benchmarks whose calls to run (default: all)")
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="default: those of this device's benchmarks")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], metavar="DTYPE")
     parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: the interpreter, a dry run")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="0: compile in this one")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="0: compile in this process"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     try:
@@ -285,7 +288,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if args.output is None:
             name = _tuned.class_of(_tuned.arch_of(torch.device("cuda")))
             if name is None:
-                raise ValueError("-o: this GPU is of no class that has a table; name a file")
+                raise ValueError("-o: this GPU belongs to no class with a table; name a file")
             args.output = _tuned.FOLDER / f"{name}.json"
     except ValueError as error:
         parser.error(str(error))

@@ -1,9 +1,9 @@
-"""Writes which kernels passed their tests on this machine's GPU, for `python -m vidmem_kernels.info` to tell.
+"""Records which kernels passed their tests on this machine's GPU, for `python -m vidmem_kernels.info`.
 
     python -m pytest -m gpu --junitxml tests.xml
     python benchmarks/verified.py tests.xml -o vidmem_kernels/verified/DEVICE-DATE.json
 
-A kernel passed if its op's comparison with the reference did, at every dtype. See vidmem_kernels/_verified.py.
+A kernel passed if its op's comparison with the reference passed at every dtype. See vidmem_kernels/_verified.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def passed_ops(report: ElementTree.Element) -> list[str]:
 
 
 def summary(report: ElementTree.Element) -> str:
-    """How the tests went, e.g. "pytest -m gpu: 469 passed, 37 skipped, 20 failed"."""
+    """The outcome of the tests, e.g. "pytest -m gpu: 469 passed, 37 skipped, 20 failed"."""
     count = dict.fromkeys(("tests", "skipped", "failures", "errors"), 0)
     for suite in report.iter("testsuite"):
         count = {key: total + int(suite.get(key, 0)) for key, total in count.items()}
@@ -46,7 +46,7 @@ def summary(report: ElementTree.Element) -> str:
 
 
 def fingerprints(op: Op) -> dict[str, str]:
-    """Of the kernels of an op that run on this machine's GPU."""
+    """Fingerprints of the kernels of an op that run on this machine's GPU."""
     here = [b for b in ("triton", "cuda") if _dispatch.unavailable(op, b, "cuda") is None]
     known = {
         "triton": lambda: _verified.triton_fingerprint(op.family.rpartition(".")[2], op.triton),
@@ -58,7 +58,7 @@ def fingerprints(op: Op) -> dict[str, str]:
 def record(
     report: ElementTree.Element, where: dict[str, Any], kernels_of: Callable[[Op], dict[str, str]]
 ) -> dict[str, Any]:
-    """The content of a file of vidmem_kernels/verified, of a machine that `record.describe` describes."""
+    """The content of a file in vidmem_kernels/verified, for the machine that `record.describe` describes."""
     return {
         "device": where["device"]["name"],
         "commit": where["commit"][:7],
@@ -71,12 +71,12 @@ def record(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", type=Path, help="what pytest --junitxml wrote")
-    parser.add_argument("--commit", help="where there is no git to ask")
+    parser.add_argument("report", type=Path, help="file written by pytest --junitxml")
+    parser.add_argument("--commit", help="commit, if git is not available")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA GPU: nothing to tell", file=sys.stderr)
+        print("no CUDA GPU: nothing to record", file=sys.stderr)
         return 2
     where = describe(ROOT, torch.device("cuda"), sys.argv[1:])
     where["commit"] = options.commit or where["commit"]

@@ -1,8 +1,8 @@
-"""Checks results before their speed counts.
+"""Verifies results before their speed counts.
 
-Ours are held to `vidmem_kernels.testing.assert_within_budget`: against the reference in float64 at most twice the error
-of the reference at the same dtype, plus one rounding. Baselines round as they like (bf16 in between, sums in another
-order), so they are held to TOLERANCE, which tells a wrong result from a rounded one and no more.
+Ours must satisfy `vidmem_kernels.testing.assert_within_budget`: relative to the float64 reference, at most twice the
+error of the reference at the same dtype, plus one rounding. Baselines may round differently (bf16 intermediates,
+another order of sums), so they must satisfy TOLERANCE, which only distinguishes a wrong result from a rounded one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .registry import Benchmark, Inputs, Sizes, prepare
 
 # Largest error, as a fraction of the largest magnitude.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-SELECTION_TOLERANCE = 1e-5  # of the scores of what was chosen; ours are computed in float32 at every dtype
+SELECTION_TOLERANCE = 1e-5  # for the scores of choices; ours are computed in float32 at every dtype
 
 
 class Expected(NamedTuple):
@@ -34,14 +34,14 @@ def _leaves(tree: Any) -> list[Tensor]:
 
 
 def expect(bench: Benchmark, x: Inputs, s: Sizes, which: str, dtype: torch.dtype) -> Expected:
-    """What a pass must give, in the form in which it is compared."""
+    """The expected results of a pass, in the form in which they are compared."""
 
     def run(function, inputs):
         results = prepare(function, inputs, which, bench.differentiable, dtype)()
         return _leaves(bench.comparable(results, x, s) if which == "fwd" else results)
 
     at_dtype = run(lambda inputs: bench.call(inputs, s, "reference"), x)
-    # The choice among near ties is made once, at the dtype that the inputs have.
+    # The choice among near ties is made once, at the dtype of the inputs.
     return Expected(at_dtype, at_dtype if bench.selects else run(lambda inputs: bench.exact(inputs, s), x))
 
 
@@ -53,12 +53,12 @@ def _assert_close(actual: list[Tensor], exact: list[Tensor], tolerance: float, w
             continue
         error = (a.double() - e.double()).abs().max().item()
         limit = tolerance * e.double().abs().max().item()
-        # Not `error > limit`, which a NaN would pass.
+        # Not `error > limit`, which is false for NaN.
         assert error <= limit, f"{what} result {i}: error {error:.3e} over {limit:.3e}"
 
 
 def check_ours(bench: Benchmark, results: Any, expected: Expected, x: Inputs, s: Sizes, which: str) -> None:
-    """Asserts our results to be within the derived budget."""
+    """Asserts that our results are within the derived budget."""
     what = f"{bench.name} {which}"
     actual = _leaves(bench.comparable(results, x, s) if which == "fwd" else results)
     if bench.selects:
@@ -70,6 +70,6 @@ def check_ours(bench: Benchmark, results: Any, expected: Expected, x: Inputs, s:
 def check_baseline(
     bench: Benchmark, results: Any, expected: Expected, x: Inputs, s: Sizes, which: str, dtype: torch.dtype
 ) -> None:
-    """Asserts a baseline to have done the same task."""
+    """Asserts that a baseline computed the same task."""
     actual = _leaves(bench.comparable(results, x, s) if which == "fwd" else results)
     _assert_close(actual[: len(expected.exact)], expected.exact, bench.tolerance or TOLERANCE[dtype], bench.name)

@@ -1,4 +1,4 @@
-"""A stand-in for PyAV on a machine that has none, for scripts that read no video."""
+"""Replaces PyAV on a machine that lacks it, for scripts that read no video."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class _Absent(ModuleType):
-    """A module of which any name is a class that nothing is made of."""
+    """A module with a class under any name, of which no object can be made."""
 
     __path__: list[str] = []
 
@@ -22,7 +22,7 @@ def _refuse(*_: object, **__: object) -> None:
 
 
 def stand_in() -> bool:
-    """Let vidmem_model be imported without PyAV, before it is; whether that was needed."""
+    """Allows importing vidmem_model without PyAV; returns whether that was needed."""
     try:
         import av  # noqa: F401
     except ModuleNotFoundError:
@@ -31,7 +31,7 @@ def stand_in() -> bool:
         return False
     names = ("av", "av.video", "av.video.reformatter", "av.codec", "av.codec.codec", "av.format")
     modules = {name: _Absent(name) for name in names}
-    modules["av"].__version__ = "15.0"  # the least that vidmem_model asks for
+    modules["av"].__version__ = "15.0"  # the minimum version that vidmem_model requires
     modules["av"].open = _refuse
     sys.modules.update(modules)
     return True

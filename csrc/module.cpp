@@ -1,5 +1,5 @@
-// Python module _C: what was built and what this processor can do. The kernels are torch ops (vidmem_cpp::*),
-// registered by the other files of the library when it is loaded.
+// Python module _C: describes the build and the processor. The kernels are torch ops (vidmem_cpp::*), which the other
+// files of the library register when it is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

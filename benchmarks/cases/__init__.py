@@ -1,4 +1,4 @@
-"""The benchmarks, a file a family; importing this package registers them."""
+"""The benchmarks, one file per family; importing this package registers them."""
 
 from . import cross_attn, linear_attn, sparse_gather, token_merge
 

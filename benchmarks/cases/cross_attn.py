@@ -1,4 +1,4 @@
-"""Softmax attention to a memory: dense, with a bias a key, in a temporal window, to chosen blocks; and its merging."""
+"""Softmax attention to a memory: dense, with a bias per key, in a time window, to chosen blocks; merging of states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _heads_first(x):
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    # fullgraph: where Dynamo gives up it must not fall back to the eager form, which holds all scores.
+    # fullgraph: Dynamo must not fall back to the eager form, which holds all scores.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -35,7 +35,7 @@ def _flex(x, **options):
 
 
 def _chunked(x, bias=None):
-    """Scores of CHUNK queries at a time; `bias`, broadcast over queries, is added to them."""
+    """Computes scores of CHUNK queries at a time; `bias`, broadcast over queries, is added to them."""
     q, k, v = _heads_first(x)
     parts = []
     for queries in (q * q.shape[3] ** -0.5).split(CHUNK, dim=2):
@@ -45,9 +45,9 @@ def _chunked(x, bias=None):
 
 
 def _flash(module, q, k, v, **options):
-    """flash_attn_func of a package, of (B, L, H, D)."""
+    """flash_attn_func of a package, for (B, L, H, D) tensors."""
     if q.dtype == torch.float32:
-        raise Unsupported("takes no float32")
+        raise Unsupported("does not support float32")
     if module == "fa3_fwd_interface" and torch.is_grad_enabled():
         raise Unsupported("has no backward")
     out = importlib.import_module(module).flash_attn_func(q, k, v, **options)
@@ -55,8 +55,10 @@ def _flash(module, q, k, v, **options):
 
 
 def _with_bias(x, s):
-    """q and k of (B, L, H, D + 8): the bias is a channel of the keys that meets a one in the queries; 8, since flash
-    wants multiples."""
+    """q and k as (B, L, H, D + 8): the bias is a key channel that is multiplied by a one in the queries.
+
+    There are 8 channels because flash needs multiples of 8.
+    """
     bias = (x["key_bias"] * s["D"] ** 0.5)[:, :, None, None].expand(-1, -1, s["H"], -1)
     q = F.pad(F.pad(x["q"], (0, 1), value=1.0), (0, 7))
     return q, torch.cat([x["k"], F.pad(bias, (0, 7))], dim=3)
@@ -70,7 +72,7 @@ class Cross(Benchmark):
         return {name: randn(rng, dtype, s["B"], length, s["H"], s["D"]) for name, length in lengths.items()}
 
     def share(self, s):
-        """Part of the keys that a query sees."""
+        """Share of the keys that a query sees."""
         return 1.0
 
     def call(self, x, s, backend):
@@ -169,7 +171,7 @@ class CrossAttentionBias(Cross):
 
 @benchmark("cross_attention_window", covers="cross_attention")
 class CrossAttentionWindow(Cross):
-    """Frames of queries, each of which sees as many frames of keys: its own, which is the last, and those before."""
+    """Each frame of queries sees as many frames of keys: its own, which is the last, and those before."""
 
     def make(self, s, dtype, device, rng):
         # The first frame of queries is the first with a whole window before it.
@@ -303,7 +305,7 @@ def _window_mask(q_time, k_time, s):
 
 @benchmark("merge_attention_states")
 class MergeAttentionStates(Benchmark):
-    """Two sources of keys: the memory and the present clip."""
+    """Merges two sources of keys: the memory and the current clip."""
 
     differentiable = ("out0", "out1", "lse0", "lse1")
 

@@ -1,7 +1,7 @@
-"""Linear attention: of all tokens to all, causal by frames, causal by tokens.
+"""Linear attention: all tokens to all, causal by frames, causal by tokens.
 
-The alternatives that hold most or all chunks at once suit a GPU. On a CPU a Python loop over chunks that stay in the
-cache is 1.5 to 5 times as fast, so that loop, at several sizes, is what ours has to beat there.
+The alternatives that hold most or all chunks at once suit a GPU. On a CPU, a Python loop over chunks that stay in the
+cache is 1.5 to 5 times as fast, so ours is compared with that loop, at several chunk sizes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import vidmem_kernels as vk
 from ..registry import Benchmark, Unsupported, Work, baseline, benchmark, randn
 
 EPS = 1e-10
-QUADRATIC_TOKENS = 4096  # beyond it all scores at once take gigabytes and seconds
+QUADRATIC_TOKENS = 4096  # beyond it, all scores at once take gigabytes and seconds
 
 
 class Linear(Benchmark):
@@ -49,7 +49,7 @@ def _phi(x):
 
 
 class _Loop:
-    """A loop over chunks with a running state: in place where no gradient is asked for.
+    """A loop over chunks with a running state, which is updated in place if no gradient is needed.
 
     Chunks come from `split`, whose gradient is one concatenation; that of every slice would be as long as the sequence.
     """
@@ -84,7 +84,7 @@ class _Loop:
 
 
 def _frame_loop(x, frame, size):
-    """Every frame is added to the state and then reads it, `size` tokens at a time."""
+    """Adds each frame to the state, then reads it, `size` tokens at a time."""
     loop = _Loop(x)
     for chunk in loop.split(frame):
         q, k, v, out = (t.split(size, dim=1) for t in chunk)
@@ -96,7 +96,7 @@ def _frame_loop(x, frame, size):
 
 
 def _token_loop(x, size):
-    """A chunk reads the state of those before, and itself by scores, masked."""
+    """Each chunk reads the state of those before it, and itself by masked scores."""
     loop = _Loop(x)
     for queries, keys, values, part in loop.split(size):
         queries, keys, values = _phi(queries), _phi(keys), values.float()
@@ -108,7 +108,7 @@ def _token_loop(x, size):
 
 
 def _quadratic(x, s, block):
-    """All scores at once, masked like softmax attention's."""
+    """All scores at once, masked as in softmax attention."""
     if s["L"] > QUADRATIC_TOKENS:
         raise Unsupported(f"holds all scores, {s['L']} x {s['L']}")
     q, k, v = _heads(x)

@@ -1,4 +1,4 @@
-"""Reading, writing, quantising and selecting tokens of a memory."""
+"""Gathering, scattering, quantising and selecting tokens of a memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GatherTokens(Benchmark):
 
 @benchmark("gather_tokens_pinned", covers="gather_tokens")
 class GatherTokensPinned(Benchmark):
-    """A bank in the host's memory, pinned where a GPU reads it; on the CPU the same as any other."""
+    """A bank in host memory, pinned for a GPU; on the CPU the same as any other."""
 
     def make(self, s, dtype, device, rng):
         index = randint(rng, s["M"], 1, s["K"])
@@ -87,7 +87,9 @@ class GatherTokensInt8(Benchmark):
     @baseline("index_select, multiply", compiled=True)
     def index_select(self, x, s):
         index = x["index64"][0]
-        rows = x["rows"][0].view(torch.int8).index_select(0, index).view(self.stored).float()  # CPUs select no fp8
+        rows = (
+            x["rows"][0].view(torch.int8).index_select(0, index).view(self.stored).float()
+        )  # index_select does not support fp8 on CPUs
         return (rows * x["scale"][0].index_select(0, index).unsqueeze(1)).to(x["dtype"]).unsqueeze(0)
 
 
@@ -130,7 +132,7 @@ class ScatterAddTokens(Benchmark):
 
 @benchmark("quantize_rows")
 class QuantizeRows(Benchmark):
-    tolerance = 1 / 126  # torch's division rounds a tie the other way now and then: one step of 127
+    tolerance = 1 / 126  # torch's division sometimes rounds a tie the other way: one step of 127
 
     def make(self, s, dtype, device, rng):
         return {"x": randn(rng, dtype, s["M"], s["C"])}

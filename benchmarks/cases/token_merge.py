@@ -13,7 +13,7 @@ from ..registry import Benchmark, Unsupported, Work, baseline, benchmark, randn
 from ..shapes import CPU, GPU, MEMORY_20S, N240, N480, SMOKE, Shape
 
 STRIDE, WINDOW = (2, 2, 2), (1, 1, 1)
-SCORE_BYTES = 2**33  # a baseline that holds all scores is not asked to hold more
+SCORE_BYTES = 2**33  # limit for baselines that hold all scores
 
 
 def _cells(grid):
@@ -21,7 +21,7 @@ def _cells(grid):
 
 
 class Match(Benchmark):
-    """Plans are compared by the similarities of the merged pairs, sorted: near ties may fall either way."""
+    """Compares plans by the sorted similarities of the merged pairs, as near ties may be decided either way."""
 
     selects = True
 
@@ -36,11 +36,11 @@ class Match(Benchmark):
         return s["N"] // 4
 
     def tokens(self, s):
-        """How many tokens the plan is of."""
+        """The number of tokens that the plan covers."""
         return s["N"]
 
     def comparable(self, results, x, s):
-        # A baseline gives (merged sources, their destinations) as positions; a plan says the same of every token.
+        # A baseline returns the positions of (merged sources, their destinations); a plan has the same for every token.
         if isinstance(results, vk.MergePlan):
             target = results.kept.long().gather(1, results.assignment.long())[0]
         else:
@@ -57,7 +57,7 @@ class Match(Benchmark):
         return (unit[source] * unit[destination]).sum(1).sort().values
 
     def metric(self, x):
-        """(1, N, C) of the tokens that the plan is of."""
+        """(1, N, C) of the tokens that the plan covers."""
         return x["metric"]
 
     def check_pairs(self, source, destination, s):

@@ -1,4 +1,4 @@
-"""The command of gpu_suite.sh: parts one after another, a table at the end."""
+"""The command of gpu_suite.sh: runs parts one after another, and prints a table at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESULTS_OF_A_PART = 3  # files that a part adds at most: its log and its results
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; SystemExit 2 with one line where it makes no sense."""
+    """Reads the command line; exits with 2 and one line if it is invalid."""
     seconds = ", ".join(f"{name} {part.seconds:g}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(prog="gpu_suite.sh", usage="%(prog)s OUT [PARTS...] [--seconds N] [--device D]")
     parser.add_argument("out", nargs="?", metavar="OUT", help="folder for what is found")
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def called_from(path: str) -> Path:
-    """A path as who called gpu_suite.sh means it."""
+    """Resolves a path relative to the folder in which gpu_suite.sh was called."""
     return Path(os.environ.get("SUITE_CALLED_FROM", "."), path).resolve()
 
 
@@ -63,7 +63,7 @@ def cannot(device: str) -> str | None:
 
 
 class Suite:
-    """Runs parts and tells of them, after each what there is so far."""
+    """Runs parts and reports after each one the results so far."""
 
     def __init__(self, out: Path, device: str, seconds: float | None) -> None:
         self.out, self.device, self.seconds = out, device, seconds
@@ -86,7 +86,7 @@ class Suite:
             self._tell(name, code, here)
 
     def _tell(self, name: str, code: int, here: Context) -> None:
-        """Notes how a part ended, and shows the last of its log if that was badly."""
+        """Records how a part ended, and shows the end of its log if it failed."""
         part, log = PARTS[name], here.log
         words = {0: "passed", LEFT_OUT: "left out", OUT_OF_TIME: "out of time", INTERRUPTED: "interrupted"}
         self.told.append(
@@ -112,20 +112,20 @@ class Suite:
         return all(part["status"] in ("passed", "left out") for part in self.told)
 
     def write(self) -> None:
-        """summary.json: what has run so far."""
+        """Writes summary.json: the parts that have run so far."""
         whole = {"device": self.device, "seconds": round(monotonic() - self.started), "passed": self.passed}
         text = json.dumps({**whole, **self.more, "parts": self.told}, indent=1)
         (self.out / "summary.json").write_text(text + "\n")
 
     def pack(self, spare: int = 0) -> None:
-        """Leaves few files, and names those for which there was no room."""
+        """Keeps only a few files, and names those for which there was no room."""
         self.write()
         if lost := outbox.pack(self.out, spare):
             self.more["no_room_for"] = self.more.get("no_room_for", []) + lost
             self.write()
 
     def table(self) -> str:
-        """A line for every part, one for the wheels."""
+        """A line for every part, and one for the wheels."""
         lines = [f"{'part':8}  {'status':11}  {'exit':>4}  {'time':>6}  results"]
         for part in self.told:
             results = ", ".join(filter(None, [*part["results"], part["note"]])) or "-"

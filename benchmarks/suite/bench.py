@@ -1,11 +1,11 @@
-"""The part bench: every row of `targets` and then all others, within so many seconds, whatever hangs.
+"""The part bench: measures every row of `targets`, then all others, within a time limit, even if contenders hang.
 
     python -m benchmarks.suite.bench -o bench.json --seconds 170
     python -m benchmarks.suite.bench -o bench.json --seconds 30 --device cpu --shape smoke --ops gather_tokens
 
-First all that compiles is called once in parallel processes, so that its code lies on disk; then come the steps of
-`schedule`, one at a time. The JSON, rows as of run.py, is written after every step. Exits 1 if one of our rows is
-wrong, fails or hangs, 2 for a command line that makes no sense, 130 if interrupted.
+First everything that compiles is called once in parallel processes, so that its code is on disk; then the steps of
+`schedule` run one at a time. The JSON, with rows as in run.py, is written after every step. Exits 1 if one of our rows
+is wrong, fails or hangs, 2 for an invalid command line, 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -37,21 +37,24 @@ NO_TIME = "no time was left"
 
 
 class Bench:
-    """Takes the steps and keeps the result, which lies on disk after each."""
+    """Runs the steps and keeps the result, which is written to disk after each."""
 
     def __init__(self, result: dict[str, Any], path: Path, pool: Pool, round_seconds: float) -> None:
         self.result, self.path, self.pool, self.round_seconds = result, path, pool, round_seconds
         self.rows: dict[tuple[Row, str], dict[str, Any]] = {}
         self.rates: Any = None
-        self.cold: dict[tuple[Row, str], float] = {}  # milliseconds of first calls that compiled
+        self.cold: dict[tuple[Row, str], float] = {}  # milliseconds of first calls, including compilation
         self.hung: dict[tuple[str, str], Row] = {}  # op and contender -> where
-        self.timer, self.profiler = pool.start(), pool.start()  # profiling leaves hooks behind in its process
+        self.timer, self.profiler = (
+            pool.start(),
+            pool.start(),
+        )  # a separate process, because profiling leaves hooks behind
 
     def write(self) -> None:
         write_json(self.path, self.result)
 
     def warm(self, todo: Sequence[Step], device: str, processes: int, seconds: float) -> None:
-        """Calls what compiles, ours and then the alternatives, in parallel processes."""
+        """Calls what compiles, first ours and then the alternatives, in parallel processes."""
         passes: dict[tuple[str, str, str, str | None], list[str]] = {}
         for step in todo:
             if step.kind == OURS or (step.kind == BASELINE and _compiles(step, device)):
@@ -84,7 +87,7 @@ class Bench:
         self.write()
 
     def measure_rates(self, dtypes: Sequence[str], compiler: bool, limit: float) -> None:
-        """Measures what the floor is divided by; the first to use the GPU, and so to see that forks cannot."""
+        """Measures the denominators of the floor; as the first use of the GPU, it shows whether forks can use it."""
         job = {"kind": RATES, "dtypes": dtypes, "compiler": compiler}
         outcome = self.timer.do(job, limit)
         if outcome.status != "ok":
@@ -103,7 +106,7 @@ class Bench:
             self.result["rates"]["host_gb_s"] = self.rates.host_bytes_per_second / 1e9
 
     def take(self, step: Step, limit: float) -> None:
-        """Takes a step within its limit, or names why not."""
+        """Runs a step within its limit, or records why not."""
         reason = self._why_not(step, limit)
         if reason is not None:
             self.result["left_out"].append({**_where(step.row), **_who(step), "reason": reason})
@@ -134,7 +137,7 @@ class Bench:
         row |= {"backend": None, "peak_bytes": None, "status": outcome.status, "reason": outcome.reason or None}
         row |= outcome.said
         if outcome.status != "ok":
-            # What was timed before it was stopped counts, with what stopped it.
+            # Rounds timed before it was stopped count, with the reason.
             row["status"] = "ok" if "median_ms" in row else "error" if outcome.status == "died" else outcome.status
         if (cold := self.cold.get((step.row, step.contender))) is not None:
             row["cold_call_ms"] = cold

@@ -1,4 +1,4 @@
-"""Where the time of a call goes, and whether it runs on a side stream and under CUDA-graph capture."""
+"""Measures where the time of a call goes, and whether it works on a side stream and in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
-Prepare = Callable[[], Callable[[], Any]]  # gives the call, what is not part of it done
+Prepare = Callable[[], Callable[[], Any]]  # makes the call, after everything that is not part of it
 
-# Names of torch's own kernels, copies and those that it compiles; all others but ours are a library's.
+# Names of torch's own kernels, copies and compiled kernels; all others that are not ours belong to a library.
 _TORCH = re.compile(r"at::|at_cuda_detail|\bcub::|thrust::|^Memcpy|^Memset|^triton_(poi|red|per|for)_")
 _CALLS, _TOP, _ALIKE = 5, 8, 4e-2  # _ALIKE: part of the largest magnitude, as for alternatives in half precision
 
 
 def split(prepare: Prepare, device: torch.device, kernels: Sequence[str]) -> dict[str, Any]:
-    """Milliseconds of our kernels, of libraries', of torch's (our planning), of the host.
+    """Milliseconds of our kernels, of libraries' kernels, of PyTorch's (our planning), and of the host.
 
     Args:
-        prepare: gives a call.
-        device: where it runs.
-        kernels: names of our Triton kernels; those of CUDA C++ are known by their namespace.
+        prepare: makes a call.
+        device: device of the call.
+        kernels: names of our Triton kernels; CUDA C++ kernels are recognised by their namespace.
 
     Returns:
-        {"by": "device" or "host", "kernels_ms", "library_ms", "planning_ms", "host_ms", "idle_ms", "top"}. On a GPU
-        `host_ms` is what the host takes to launch everything and `idle_ms` what the device waits in between. On the
-        CPU (`by` the host) times are those of operators, and `host_ms` what is outside of all of them. `top` are the
-        longest by name, with milliseconds and number of launches.
+        {"by": "device" or "host", "kernels_ms", "library_ms", "planning_ms", "host_ms", "idle_ms", "top"}. On a GPU,
+        `host_ms` is the time in which the host launches everything and `idle_ms` the time that the device waits in
+        between. On the CPU (`by` the host), times are those of operators, and `host_ms` is the time outside of all of
+        them. `top` are the longest by name, with milliseconds and number of launches.
     """
     prepare()()
     on_device = device.type == "cuda"
@@ -68,7 +68,7 @@ def _part(name: str, kernels: Sequence[str]) -> str:
 
 
 def _by_name(profiler: profile, on_device: bool) -> dict[str, tuple[float, int]]:
-    """(milliseconds, number) of every kernel by name, or of every operator by itself."""
+    """(milliseconds, number) of every kernel by name, or of every operator itself."""
     found: dict[str, tuple[float, int]] = {}
     for event in profiler.key_averages():
         if on_device and event.device_type == DeviceType.CUDA:
@@ -83,7 +83,7 @@ def _by_name(profiler: profile, on_device: bool) -> dict[str, tuple[float, int]]
 
 
 def _span_and_host(prepare: Prepare, device: torch.device) -> tuple[float, float]:
-    """Milliseconds from the first launch to the end on the device, and until the host has launched all."""
+    """Milliseconds from the first launch to the end on the device, and until the host has launched everything."""
     spans, hosts = [], []
     for _ in range(_CALLS):
         call = prepare()
@@ -100,10 +100,15 @@ def _span_and_host(prepare: Prepare, device: torch.device) -> tuple[float, float
 
 
 def on_side_stream(prepare: Prepare, device: torch.device) -> dict[str, Any]:
-    """Whether a call on another stream gives what it gives on the current one.
+    """Whether a call on another stream gives the same results as on the current one.
+
+    Args:
+        prepare: makes a call.
+        device: device of the call.
 
     Returns:
-        {"works": bool or None (no GPU), "reason"?, "equal"?: to the bit, "difference"?: of the largest magnitude}.
+        {"works": bool or None (no GPU), "reason"?, "equal"?: bit by bit, "difference"?: relative to the largest
+        magnitude}.
     """
     if device.type != "cuda":
         return _no_gpu()
@@ -120,7 +125,7 @@ def on_side_stream(prepare: Prepare, device: torch.device) -> dict[str, Any]:
 
 
 def in_graph(prepare: Prepare, device: torch.device) -> dict[str, Any]:
-    """Whether a call can be captured in a CUDA graph whose replay gives the same; "replay_ms" where it can."""
+    """Whether a call can be captured in a CUDA graph whose replay gives the same results; "replay_ms" if it can."""
     if device.type != "cuda":
         return _no_gpu()
     expected = prepare()()

@@ -1,12 +1,12 @@
-"""Which Triton kernels a call launched and as what, so that two calls can be told to take the same path.
+"""Records which Triton kernels a call launched, and how, to check that two calls take the same path.
 
     with recording() as launches:
         call()
 
-Of every launch: the kernel, its constants and options (tiles, warps, stages, features such as EVEN), and what Triton
-compiles it for apart from those: dtypes, strides and lengths that are 1 or multiples of 16, pointers that are aligned.
-Also which axes of the grid have more than one program, and whether a kernel ran once or more often, so that work split
-in pieces differs from work in one piece. Numbers of pieces, programs and launches beyond one make no difference.
+For every launch: the kernel, its constants and options (tiles, warps, stages, features such as EVEN), and what Triton
+specialises besides those: dtypes, strides and lengths that are 1 or multiples of 16, aligned pointers. Also which axes
+of the grid have more than one program, and whether a kernel ran once or more often, so that work split in pieces
+differs from work in one piece. Numbers of pieces, programs and launches above one make no difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Launch(NamedTuple):
 
 
 class Path(NamedTuple):
-    """What a call took: "op: backend (library)" of every op, and of every launch once or many."""
+    """The path of a call: "op: backend (library)" of every op, and every launch, once or several times."""
 
     choices: frozenset[str]
     launches: frozenset[tuple[Launch, str]]
@@ -47,7 +47,7 @@ def path_of(choices: Iterable[_dispatch.Choice], launches: Iterable[Launch]) -> 
 
 
 def differences(full: Path, small: Path) -> list[str]:
-    """In what two paths differ, in words; nothing where they are the same."""
+    """The differences between two paths, in words; empty if they are the same."""
     found = [f"{choice} at one shape only" for choice in sorted(full.choices ^ small.choices)]
     for kernel in sorted({launch.kernel for launch, _ in full.launches ^ small.launches}):
         here, there = (
@@ -67,7 +67,7 @@ def differences(full: Path, small: Path) -> list[str]:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects the launches of Triton kernels in this process; none where Triton is missing."""
+    """Records the launches of Triton kernels in this process; none if Triton is missing."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
@@ -110,7 +110,7 @@ def launch_of(kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def _specialised(value: Any) -> Any:
-    """What Triton compiles an argument for."""
+    """What Triton specialises an argument for."""
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int):

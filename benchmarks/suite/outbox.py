@@ -1,4 +1,4 @@
-"""Keeps a folder to a few files of a few megabytes: what is more goes into an archive, and that into pieces."""
+"""Limits a folder to a few files of a few megabytes: the rest goes into an archive, which is split into pieces."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ARCHIVE = "more.tar.gz"
 
 
 def _worth(path: Path) -> tuple[int, str]:
-    """What is to lie open first: the summary, weights that a part goes on from, results; logs last."""
+    """Order of the files to keep outside the archive: the summary, weights to continue from, results; logs last."""
     kinds = {"summary.json": 0, ".json": 2, ".log": 4}
     is_weights = path.suffix not in kinds and path.name != ARCHIVE
     return 1 if is_weights else kinds.get(path.name, kinds.get(path.suffix, 3)), str(path)
 
 
 def unpack(folder: Path) -> None:
-    """Puts back what an earlier `pack` archived; files that lie open are the newer ones and stay."""
+    """Restores what an earlier `pack` archived; files outside the archive are newer and stay."""
     pieces = sorted(folder.glob(f"{ARCHIVE}*"))
     if not pieces:
         return
     whole = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
-    # One that was not finished has nothing that does not lie open.
+    # An unfinished archive contains nothing that is not also in the folder.
     with (
         contextlib.suppress(tarfile.TarError, EOFError, zlib.error),
         tarfile.open(fileobj=whole, mode="r:gz") as archive,
@@ -43,14 +43,14 @@ def pack(folder: Path, spare: int = 0) -> list[str]:
     """Leaves at most MOST_FILES - spare files of at most MOST_BYTES in a folder.
 
     Args:
-        folder: an archive of before in it is opened first.
-        spare: files for which room is left.
+        folder: the folder; an earlier archive in it is opened first.
+        spare: number of files to leave room for.
 
     Returns:
-        Names of the files for which no room was: they are gone.
+        Names of the files for which there was no room; they are deleted.
     """
     unpack(folder)
-    for path in folder.glob(".*"):  # a file that was being written when its writer was killed
+    for path in folder.glob(".*"):  # partial files of killed processes
         if path.is_file():
             path.unlink()
     files = sorted((p.relative_to(folder) for p in folder.rglob("*") if p.is_file()), key=_worth)
@@ -85,5 +85,5 @@ def pack(folder: Path, spare: int = 0) -> list[str]:
 
 
 def _pieces(rest: list[Path], size: dict[Path, int]) -> int:
-    """At most so many pieces an archive has; a file costs its header, and nothing grows by compression beyond that."""
+    """The maximum number of pieces of an archive; a file adds its header, and compression adds nothing more."""
     return math.ceil(sum(1.001 * size[path] + 2048 for path in rest) / MOST_BYTES)

@@ -1,4 +1,4 @@
-"""What each part runs. A part gets its seconds and says how it went; what it finds lies in the folder by then."""
+"""The parts: each runs within its seconds, returns how it went, and leaves its results in the folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import outbox, sanitize
 from .process import run
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = -1  # instead of an exit code: the part cannot run here, and nothing is wrong
+LEFT_OUT = -1  # instead of an exit code: the part cannot run here, which is not an error
 
 
 @dataclass
@@ -24,12 +24,12 @@ class Context:
     """Where a part runs.
 
     Attributes:
-        out: folder for what it finds.
-        scratch: folder for what nobody needs.
+        out: folder for results.
+        scratch: folder for temporary files.
         device: "cuda", or "cpu" for a dry run.
-        seconds: that the part may take.
-        log: file of all that it prints.
-        note: what the table tells of it, besides how it ended.
+        seconds: time limit of the part.
+        log: file for everything that it prints.
+        note: text for the table, besides how it ended.
     """
 
     out: Path
@@ -56,7 +56,7 @@ class Context:
         ask: signal.Signals = signal.SIGTERM,
         output: Path | None = None,
     ) -> int:
-        """Runs Python within the seconds that are left, less those to `keep`; see `process.run`."""
+        """Runs Python within the remaining seconds, less those to `keep`; see `process.run`."""
         command = [sys.executable, *map(str, arguments)]
         return run(
             command, max(1.0, self.left - keep), self.log, environment=environment, ask=ask, output=output
@@ -64,17 +64,17 @@ class Context:
 
 
 def build(here: Context) -> int:
-    """Compiles in place, then tells what runs each op, also after a failed build: it says why."""
+    """Compiles in place, then reports what runs each op, even after a failed build, because the report says why."""
     environment = {"VIDMEM_BUILD_CUDA": "1" if here.on_gpu else "0"}
     code = here.python("setup.py", "build_ext", "--inplace", keep=20, environment=environment)
     return here.python("-m", "vidmem_kernels.info", "--json", output=here.out / "info.json") or code
 
 
 def tests(here: Context) -> int:
-    """All tests for a GPU, in as many processes as there are cores: Triton compiles some 900 kernels for them."""
+    """All tests for a GPU, in one process per core: Triton compiles some 900 kernels for them."""
     report = here.scratch / "tests.xml"
     command = ["-m", "pytest", "-m", "gpu" if here.on_gpu else "not gpu", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    # A test file that needs a package missing here must not keep the others from running.
+    # A test file that needs a missing package must not stop the others.
     command += ["--continue-on-collection-errors", "--durations=10", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(len(os.sched_getaffinity(0)))]
@@ -89,7 +89,7 @@ def tests(here: Context) -> int:
 
 
 def bench(here: Context) -> int:
-    """Every row of targets.py and then the rest; keeps its own limits."""
+    """Every row of targets.py and then the rest; keeps its own time limits."""
     options: list[object] = ["--device", here.device, "--seconds", max(1.0, here.seconds - 12)]
     if not here.on_gpu:
         options += ["--shape", "smoke", "--ops", "gather_tokens", "quantize_rows", "--round-seconds", 0.01]
@@ -107,7 +107,7 @@ def tune(here: Context) -> int:
 
 
 def profile(here: Context) -> int:
-    """Memory and time against length: of an attention layer and of linear attention beside SDPA."""
+    """Memory and time against length: of an attention layer, and of linear attention compared with SDPA."""
     layer: list[object] = ["-m", "vidmem_model", "profile", "--device", here.device, "-o", here.scratch / "profile"]
     lengths: list[object] = ["--device", here.device, "--seconds", 0.2, "--limit", 0.3, "-o", here.out / "lengths.json"]
     if not here.on_gpu:
@@ -130,14 +130,14 @@ def sanitized(here: Context) -> int:
 
 
 def train(here: Context) -> int:
-    """Trains on; what it leaves it goes on from."""
+    """Continues the training from its earlier results."""
     command = ["benchmarks/gpu_train.sh", str(here.out), "--minutes", f"{max(0.1, (here.seconds - 30) / 60):.2f}"]
     if not (ROOT / command[0]).is_file():
         here.note = f"there is no {command[0]}"
         return LEFT_OUT
     if not here.on_gpu:
         command += ["--device", "cpu"]
-    outbox.unpack(here.out)  # the weights that it goes on from
+    outbox.unpack(here.out)  # the weights to continue from
     return run(command, here.left, here.log, environment={"PYTHON": sys.executable})
 
 
@@ -146,11 +146,11 @@ class Part:
     """A part.
 
     Attributes:
-        run: what it does; returns an exit code, or LEFT_OUT.
-        seconds: that it may take by default.
+        run: function that runs it; returns an exit code, or LEFT_OUT.
+        seconds: default time limit.
         results: names of the JSON files that it leaves.
         log: name of its log; default: its own.
-        goes_on: from the results of before, which are removed else.
+        goes_on: whether it continues from earlier results, which are otherwise removed.
     """
 
     run: Callable[[Context], int]
@@ -167,7 +167,9 @@ PARTS = {
     "tune": Part(tune, 240, ("tuned.json",)),
     "profile": Part(profile, 120, ("profile.json", "lengths.json")),
     "sanitize": Part(sanitized, 180, ("sanitize.json",)),
-    "train": Part(train, 240, ("train.json",), "gpu_train.log", goes_on=True),  # beside gpu_train.sh's own train.log
+    "train": Part(
+        train, 240, ("train.json",), "gpu_train.log", goes_on=True
+    ),  # in addition to gpu_train.sh's own train.log
 }
 DEFAULT = ("build", "tests", "bench")  # with the wheels at most 8 minutes
 WHEELS_SECONDS = 30.0

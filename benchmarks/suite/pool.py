@@ -1,12 +1,12 @@
-"""Workers: processes that do one job after another and can be killed with a job that hangs.
+"""Workers: processes that run one job after another and are killed if a job hangs.
 
     with Pool("cuda", []) as pool:
         worker = pool.start()
         outcome = worker.do({"kind": "ours", ...}, limit=20.0)   # Outcome(status, reason, said)
 
-A worker says what it has found as soon as it has it, so that a job which is stopped loses no more than it had not said.
-Workers are forks of one process that has imported everything and touched no GPU, which takes them milliseconds; each
-leads a process group of its own, so that compilers that it started end with it.
+A worker reports each result as soon as it has it, so that a stopped job loses only what it had not reported. Workers
+are forks of one process that has imported everything and has not touched the GPU, so they start within milliseconds;
+each leads its own process group, so that compilers that it started end with it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ START_SECONDS = 60.0  # importing torch and Triton on a cold disk
 
 
 class Outcome(NamedTuple):
-    """How a job ended: "ok", "hung" (over its limit), "died" or "error", why, and what the worker had said by then.
+    """How a job ended: "ok", "hung" (over its limit), "died" or "error", the reason, and what the worker had reported.
 
-    Of what it says, "spent" means that its process is of no more use: the next job gets a new one.
+    A report "spent" means that the process cannot be used again: the next job gets a new one.
     """
 
     status: str
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
 
 
 class Worker:
-    """A process that does jobs; after one that hung or killed it, the next is done by a new one."""
+    """A process that runs jobs; after a job that hung or killed it, a new process runs the next one."""
 
     def __init__(self, start: Callable[[], tuple[Any, Connection]]) -> None:
         self._start = start
@@ -47,7 +47,7 @@ class Worker:
         self._pipe: Connection | None = None
 
     def do(self, job: Job, limit: float) -> Outcome:
-        """Has a job done within `limit` seconds, the start of a process included."""
+        """Runs a job within `limit` seconds, including the start of a process."""
         end = monotonic() + limit
         said: dict[str, Any] = {}
         try:
@@ -82,7 +82,7 @@ class Worker:
         if (process := self._process) is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.kill()  # it may not lead its group yet
+            process.kill()  # it may not lead its process group yet
 
     def stop(self) -> None:
         """Kills the process and forgets it."""
@@ -98,8 +98,8 @@ class Pool:
 
     Args:
         device: "cuda" or "cpu".
-        cases: Python files that register benchmarks, besides those of benchmarks/cases.
-        environment: variables of the workers.
+        cases: Python files that register benchmarks besides those of benchmarks/cases.
+        environment: environment variables of the workers.
     """
 
     def __init__(self, device: str, cases: Sequence[Path], environment: dict[str, str] | None = None) -> None:
@@ -110,7 +110,7 @@ class Pool:
         self._context.set_forkserver_preload(["benchmarks.suite.row"])
 
     def no_forks(self) -> None:
-        """Processes that import everything anew: where a fork cannot use the GPU."""
+        """Uses processes that import everything again, if a fork cannot use the GPU."""
         self._context = multiprocessing.get_context("spawn")
 
     def __enter__(self) -> Pool:
@@ -136,7 +136,7 @@ class Pool:
     def all_at_once(
         self, jobs: Iterable[Job], count: int, seconds: float, limit: float, told: Callable[[Job, Outcome], None]
     ) -> None:
-        """Has `count` workers do jobs, each within `limit`, until `seconds` are over; `told` hears of each."""
+        """Lets `count` workers run jobs, each within `limit`, until `seconds` are over; `told` gets each outcome."""
         end = monotonic() + seconds
         waiting = iter(jobs)
         lock = threading.Lock()
@@ -167,10 +167,10 @@ class Pool:
 
 
 def serve(pipe: Connection, device: str, cases: Sequence[str]) -> None:
-    """What a worker's process does: jobs, until the pipe is closed."""
+    """The main function of a worker's process: runs jobs until the pipe is closed."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the pool decides
-    os.dup2(2, 1)  # what libraries print is no result
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent by the terminal; the pool decides
+    os.dup2(2, 1)  # so that the output of libraries is not taken for results
     jobs: list[Job] = []
     ready = threading.Semaphore(0)
     threading.Thread(target=_listen, args=(pipe, jobs, ready), daemon=True).start()
@@ -178,7 +178,7 @@ def serve(pipe: Connection, device: str, cases: Sequence[str]) -> None:
 
     load_cases(cases)
     session = Session(device)
-    gc.freeze()  # what was imported is never looked through again: a collection after each job then takes no time
+    gc.freeze()  # excludes imported objects from garbage collection, which then takes no time after each job
     while ready.acquire():
         job, fault = jobs.pop(0), None
         try:
@@ -190,7 +190,7 @@ def serve(pipe: Connection, device: str, cases: Sequence[str]) -> None:
 
 
 def _listen(pipe: Connection, jobs: list[Job], ready: threading.Semaphore) -> None:
-    """Takes jobs as they come; where the pool is gone, the worker and its compilers go, whatever they are at."""
+    """Receives jobs; if the pool is gone, ends the worker and its compilers, whatever they are doing."""
     try:
         while True:
             jobs.append(pipe.recv())

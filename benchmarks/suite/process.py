@@ -1,4 +1,4 @@
-"""Runs commands within a limit, and ends all that they started with them."""
+"""Runs commands within a time limit, and ends all processes that they started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-GRACE_SECONDS = 8.0  # between asking a command to end and ending it
+GRACE_SECONDS = 8.0  # between asking a command to end and killing it
 OUT_OF_TIME = 124  # exit code, as of `timeout`
 
 
@@ -22,18 +22,18 @@ def run(
     ask: signal.Signals = signal.SIGTERM,
     output: Path | None = None,
 ) -> int:
-    """Runs a command in a process group of its own.
+    """Runs a command in its own process group.
 
     Args:
         command: program and arguments.
-        seconds: at most; GRACE_SECONDS before they are over (or half way, if that is later) it is asked to end.
+        seconds: time limit; GRACE_SECONDS before it (or half way, if that is later) the command is asked to end.
         log: file to append stdout and stderr to.
         environment: variables besides those of this process.
-        ask: the signal that asks; a pytest reports at SIGINT what it has.
+        ask: the signal that asks; at SIGINT, pytest reports what it has.
         output: file for stdout alone.
 
     Returns:
-        Its exit code, 128 + n if signal n ended it, OUT_OF_TIME if that was for its seconds, 127 if there is no such
+        Its exit code, 128 + n if signal n ended it, OUT_OF_TIME if the time limit ended it, 127 if there is no such
         program.
     """
     with contextlib.ExitStack() as files:
@@ -54,7 +54,7 @@ def run(
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(GRACE_SECONDS, seconds / 2))
         return OUT_OF_TIME
-    except BaseException:  # an interrupt: the command may still write what it has
+    except BaseException:  # an interrupt: the command may still write its results
         _signal(process, ask)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)

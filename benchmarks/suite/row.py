@@ -1,8 +1,8 @@
-"""What a worker does: one contender of one row, told piece by piece.
+"""The work of a worker: one contender of one row, reported piece by piece.
 
 Ours is verified at the smallest of `Benchmark.verified_at` whose call takes the same path as that of the full shape
 (`launches`): the same backends and libraries, the same Triton kernels with the same constants. An alternative is
-verified by what ours gives at the full shape, which needs no second compilation, and timed in turn with ours.
+verified against our results at the full shape, which needs no second compilation, and timed alternating with ours.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_cases(paths: Sequence[str]) -> None:
 
 
 class Session:
-    """Does the jobs of a process; the device is not touched before the first."""
+    """Runs the jobs of a process; the device is not touched before the first."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -55,7 +55,7 @@ class Session:
         return self._clock
 
     def do(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Does a job, which names its `kind` and, but for rates, its `row`; gives what it finds as it finds it."""
+        """Runs a job, which names its `kind` and, except for rates, its `row`; yields results as it has them."""
         kinds = {RATES: self.rates, WARM: self.warm, OURS: self.ours, BASELINE: self.baseline, DETAIL: self.detail}
         yield from kinds[job["kind"]](**{name: value for name, value in job.items() if name != "kind"})
         gc.collect()
@@ -63,17 +63,17 @@ class Session:
             torch.cuda.empty_cache()
             try:
                 torch.cuda.synchronize(self.device)
-            except RuntimeError:  # an illegal access, say: all later calls would fail too
+            except RuntimeError:  # for example an illegal access, after which all later calls fail too
                 yield {"spent": True}
 
     def rates(self, dtypes: Sequence[str], compiler: bool) -> Iterator[dict[str, Any]]:
-        """Bandwidth and matrix product rates: the floor's denominators. Imports `compiler`, torch's, or not."""
-        if compiler:  # seconds, which the first alternative that is compiled would be charged
+        """Bandwidth and matrix product rates: the denominators of the floor; `compiler`: also imports torch's."""
+        if compiler:  # takes seconds, which would otherwise count for the first compiled alternative
             importlib.import_module("torch._inductor.compile_fx")
         yield {"rates": measure_rates(self.clock, self.device, {name: DTYPES[name] for name in dtypes})}
 
     def warm(self, row: Row, passes: Sequence[str], contender: str | None) -> Iterator[dict[str, Any]]:
-        """Calls ours, or an alternative, for what it compiles to be on disk when it is measured."""
+        """Calls ours, or an alternative, so that its compiled code is on disk when it is measured."""
         bench, s, dtype = self._of(row)
         x = self._make(bench, s, dtype)
         called = self._contender(bench, s, contender)
@@ -87,7 +87,7 @@ class Session:
             raise RuntimeError(called.reason)
 
     def ours(self, row: Row, rates: Any, seconds: float) -> Iterator[dict[str, Any]]:
-        """Verified and timed, alone on the device."""
+        """Verifies and times ours, alone on the device."""
         bench, s, dtype = self._of(row)
         contender = ours(bench, s)
         with failures(contender):
@@ -110,10 +110,10 @@ class Session:
     def _alike(
         self, bench: Benchmark, s: Sizes, x: Inputs, which: str, dtype: torch.dtype, path: Taken
     ) -> tuple[Sizes, Inputs, Any, list[dict[str, Any]]]:
-        """Calls ours at the smallest sizes that take the path of the full ones.
+        """Calls ours at the smallest sizes that take the same path as the full ones.
 
         Returns:
-            (those sizes, inputs, results, the sizes that were tried before with what differs there).
+            (those sizes, inputs, results, the smaller sizes that were tried, with the differences).
         """
         elsewhere: list[dict[str, Any]] = []
         for sizes in bench.verified_at(s):
@@ -121,7 +121,7 @@ class Session:
             try:
                 results, taken, _ = self._call(bench, ours(bench, sizes), small, which, dtype)
                 differs = [] if sizes == s else differences(path, taken)
-            except ValueError as error:  # such sizes are refused: fewer blocks than are to be chosen, say
+            except ValueError as error:  # such sizes are refused, e.g. fewer blocks than topk
                 if sizes == s:
                     raise
                 differs = [explain(error)]
@@ -133,7 +133,7 @@ class Session:
     def baseline(
         self, row: Row, contender: str, rates: Any, seconds: float, ours_is_right: bool
     ) -> Iterator[dict[str, Any]]:
-        """Verified, and timed in turn with ours where that is right."""
+        """Verifies an alternative, and times it alternating with ours if ours is right."""
         bench, s, dtype = self._of(row)
         other, mine = self._contender(bench, s, contender), ours(bench, s)
         if other.status != "ok":
@@ -168,14 +168,14 @@ class Session:
         yield {"status": other.status, "reason": other.reason}
 
     def detail(self, row: Row) -> Iterator[dict[str, Any]]:
-        """Where the time of ours goes, and whether it runs on a side stream and in a CUDA graph."""
+        """Measures where the time of ours goes, and whether it works on a side stream and in a CUDA graph."""
         bench, s, dtype = self._of(row)
         x = self._make(bench, s, dtype)
         contender = ours(bench, s)
         kernels = self._call(bench, contender, x, row.which, dtype)[1].kernels()
         call = partial(_prepared, bench, contender, x, row.which, dtype, 0)
         yield {"split": breakdown.split(call, self.device, kernels)}
-        # The gradient of what was computed on one stream runs on that stream: another takes both passes.
+        # A backward pass runs on the stream of its forward pass, so another stream needs both passes.
         whole = partial(_prepared, bench, contender, x, "fwd" if row.which == "fwd" else "fwd+bwd", dtype, 0)
         yield {"side_stream": breakdown.on_side_stream(whole, self.device)}
         graph = breakdown.in_graph(whole, self.device)
@@ -194,13 +194,13 @@ class Session:
             return ours(bench, s)
         known = {b.name: b for b in bench.baselines(self.device.type, compiled=True)}
         if known[name].is_compiled:
-            torch._dynamo.reset()  # each shape is compiled anew, and after a few Dynamo would give up
+            torch._dynamo.reset()  # each shape recompiles, and Dynamo stops after a few recompilations
         return alternative(bench, known[name], s)
 
     def _call(
         self, bench: Benchmark, contender: Contender, x: Inputs, which: str, dtype: torch.dtype
     ) -> tuple[Any, Taken | None, float]:
-        """(results, path, seconds) of one call; notes the backends of ours."""
+        """(results, path, seconds) of one call; records the backends of ours."""
         call = _prepared(bench, contender, x, which, dtype)
         is_ours = contender.kind == "ours"
         with recording() if is_ours else nullcontext() as launches, choices_of_backends() as choices:
@@ -226,6 +226,6 @@ def _leaves(results: Any) -> list[torch.Tensor]:
 
 
 def _told(path: Taken) -> dict[str, Any]:
-    """A path as JSON: the choices, and what each Triton kernel was launched as."""
+    """A path as JSON: the choices, and the features of each Triton kernel's launches."""
     launches = [{"kernel": launch.kernel, "launches": n, **dict(launch.features)} for launch, n in path.launches]
     return {"choices": sorted(path.choices), "launches": sorted(launches, key=str)}

@@ -1,4 +1,4 @@
-"""compute-sanitizer over a few tests: memcheck finds accesses out of bounds, racecheck shared memory without order."""
+"""Runs compute-sanitizer over a few tests: memcheck finds accesses out of bounds, racecheck races in shared memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from .process import run
 
 TESTS = "tests/kernels/test_contract.py"
-# Tool -> ops whose comparison with the reference it watches, one process each: the tool is slow, and dies with a fault.
+# Tool -> ops whose comparison with the reference it checks, one process each: the tool is slow and a fault ends it.
 SELECTION = {
     "memcheck": (
         "gather_tokens", "scatter_add_tokens", "topk_blocks", "match_tokens", "merge_tokens", "linear_attention",
@@ -24,21 +24,27 @@ SELECTION = {
     ),
     "racecheck": ("select_tokens", "topk_blocks", "merge_tokens"),
 }  # fmt: skip
-LEAST_SECONDS = 15.0  # starting torch under the tool takes nearly so long
+LEAST_SECONDS = 15.0  # starting torch under the tool takes nearly this long
 
 
 def find() -> str | None:
-    """The tool's path, or None where it is not installed."""
+    """The tool's path, or None if it is not installed."""
     roots = [os.environ.get("CUDA_HOME", ""), *sorted(glob.glob("/usr/local/cuda*"), reverse=True)]
     places = [f"{root}/{folder}" for root in roots if root for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
 
 
 def check(tool: str, path: Path, log: Path, seconds: float) -> int:
-    """Watches the selection within so many seconds; writes each outcome as it comes.
+    """Checks the selection within the time limit; writes each outcome immediately.
+
+    Args:
+        tool: path of compute-sanitizer.
+        path: JSON file for the outcomes.
+        log: log file.
+        seconds: time limit.
 
     Returns:
-        0 where no fault was found, 1 where one was, or a test failed. What there was no time for is named.
+        0 if no fault was found, 1 if one was, or if a test failed. What there was no time for is named.
     """
     from ..record import write_json  # imports torch
 
@@ -66,7 +72,7 @@ def _watch(tool: Sequence[str], op: str, log: Path, seconds: float) -> tuple[int
     chosen = ["-k", f"test_backends_agree_with_reference and cuda-{op}-", "-m", "gpu"]
     command = [*tool, "--error-exitcode", "99", "--target-processes", "all", sys.executable, *tests, *chosen]
     before = log.stat().st_size if log.exists() else 0
-    # Else all of a block that torch holds counts as allocated.
+    # Otherwise the whole block that torch holds counts as allocated.
     code = run(command, seconds, log, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, ask=signal.SIGINT)
     with log.open("rb") as file:
         file.seek(before)
@@ -74,7 +80,7 @@ def _watch(tool: Sequence[str], op: str, log: Path, seconds: float) -> tuple[int
 
 
 def outcome(code: int, text: str) -> dict[str, Any]:
-    """How a run under the tool ended: "clean", "faults", how many, "tests failed", "nothing ran" or "out of time"."""
+    """How a run under the tool ended: "clean", "faults", "tests failed", "nothing ran" or "out of time"."""
     found = sum(map(int, re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", text)))
     if found or code == 99:
         return {"status": "faults", "faults": found}

@@ -1,8 +1,8 @@
-"""In which order and within which limits the contenders of all rows are measured, on a clock that tests can fake.
+"""Orders the contenders of all rows and sets their time limits, on a clock that tests can replace.
 
-Ours of every row comes first, those of `targets` before the others, then where the time of ours goes, then the
-alternatives: one for every row of `targets`, then the rest. Each step that must be reached has seconds of its own that
-no other can take, however long that hangs: a limit is what is left less what the steps to come are owed.
+Ours of every row come first, those of `targets` before the others, then where the time of ours goes, then the
+alternatives: one for every row of `targets`, then the rest. Each step that must be reached has reserved seconds that no
+other step can use, even if it hangs: a limit is the time left minus what is reserved for later steps.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..registry import BENCHMARKS
 from ..targets import BY_KEY, TARGETS
 
 OURS, DETAIL, BASELINE = "ours", "detail", "baseline"
-# Seconds that a step is owed, and that it may take at most: warm, one takes 1 to 3.
+# Reserved and maximum seconds of a step; warm, a step takes 1 to 3.
 OWED = {OURS: 3.0, DETAIL: 1.0, BASELINE: 2.5}
-LEAST = 1.0  # of a step that is owed nothing
+LEAST = 1.0  # of a step without reserved time
 MOST = {OURS: 20.0, DETAIL: 10.0, BASELINE: 15.0}
 
 
@@ -38,25 +38,28 @@ class Step(NamedTuple):
     Attributes:
         kind: "ours", "detail" (where the time of ours goes) or "baseline".
         contender: its name.
-        owed: seconds that are kept for it; 0: it gets what is left over.
-        most: seconds after which it is stopped.
+        owed: seconds reserved for it; 0: it gets what is left over.
+        max_seconds: seconds after which it is stopped.
     """
 
     kind: str
     row: Row
     contender: str
     owed: float
-    most: float
+    max_seconds: float
 
 
 def rows(device: str, dtypes: Sequence[str], ops: Sequence[str] | None = None, shape: str | None = None) -> list[Row]:
     """Rows to measure, those of `targets` first and in their order.
 
     Args:
-        device: type of device, whose default shapes are taken.
-        dtypes: names.
+        device: device type, whose default shapes are used.
+        dtypes: names of dtypes.
         ops: names of benchmarks; None: all.
-        shape: its name, where one is taken for all ops: of every op the one row then stands for its targets.
+        shape: name of one shape to use for all ops; each op then has one row for all its targets.
+
+    Returns:
+        The rows.
     """
     first = [(t.op, shape or t.shape, t.which) for t in TARGETS]
     rest = [
@@ -71,7 +74,7 @@ def rows(device: str, dtypes: Sequence[str], ops: Sequence[str] | None = None, s
 
 
 def steps(todo: Sequence[Row], device: str, compiled: bool) -> list[Step]:
-    """Every step of these rows, in the order of their worth."""
+    """Every step of these rows, the most important ones first."""
     wanted = {(t.op, t.which) for t in TARGETS}
 
     def is_target(row: Row) -> bool:
@@ -97,7 +100,7 @@ def steps(todo: Sequence[Row], device: str, compiled: bool) -> list[Step]:
 
 
 def _alternatives(row: Row, device: str, compiled: bool) -> list[str]:
-    """Names of the baselines of a row: those that can run and that its target names first, the absent ones last."""
+    """Names of the baselines of a row: those that can run and that its target names first, the missing ones last."""
     known = BENCHMARKS[row.op].baselines(device, compiled)
     target = BY_KEY.get((row.op, row.shape, row.which))
     wanted = [name for name in target.faster if name] if target else []
@@ -106,21 +109,21 @@ def _alternatives(row: Row, device: str, compiled: bool) -> list[str]:
 
 
 def plan(todo: Sequence[Step], seconds: float, clock: Callable[[], float]) -> Iterator[tuple[Step, float]]:
-    """Gives every step its limit when its turn comes.
+    """Computes the time limit of every step when its turn comes.
 
     Args:
         todo: steps in order.
-        seconds: for all of them.
-        clock: the time now, in seconds.
+        seconds: time for all of them.
+        clock: returns the current time, in seconds.
 
     Yields:
-        (step, seconds that it may take); 0 where none are left: the step is left out.
+        (step, seconds that it may take); 0 if no time is left and the step is left out.
     """
     owed = sum(step.owed for step in todo)
-    share = min(1.0, seconds / owed) if owed else 1.0  # with less time than that, everyone gets less
+    share = min(1.0, seconds / owed) if owed else 1.0  # with less time, all reservations shrink
     end = clock() + seconds
     for step in todo:
         owed -= step.owed
         left = end - clock() - share * owed
         least = share * step.owed or LEAST
-        yield step, min(step.most, left) if left >= least - 1e-6 else 0.0
+        yield step, min(step.max_seconds, left) if left >= least - 1e-6 else 0.0

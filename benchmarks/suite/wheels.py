@@ -1,4 +1,4 @@
-"""Installs wheels that lie in a folder: libraries to measure against, on a machine that reaches no package index."""
+"""Installs wheels from a folder: libraries to measure against, on a machine that cannot reach a package index."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ LIST = Path(__file__).resolve().parents[1] / "gpu_wheels.txt"
 
 
 def wanted(path: Path = LIST) -> dict[str, str]:
-    """Name -> version of what the list names."""
+    """Name -> version of the entries of the list."""
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return dict(line.split("==") for line in lines if line)
 
 
 def install(folder: Path, seconds: float) -> dict[str, Any]:
-    """Installs every wheel of a folder by itself, for one that does not fit must not keep the others out.
+    """Installs every wheel of a folder separately, so that one that does not fit does not affect the others.
+
+    Args:
+        folder: folder of the wheels.
+        seconds: time limit.
 
     Returns:
-        {"installed": names of files, "failed": {file: why}, "missing": what the list names and the folder lacks}.
+        {"installed": file names, "failed": {file: reason}, "missing": entries of the list that the folder lacks}.
     """
     found: dict[str, Any] = {"installed": [], "failed": {}, "missing": []}
     files = sorted(folder.glob("*.whl"))

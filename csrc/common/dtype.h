@@ -1,4 +1,4 @@
-// Storage types as numbers that a kernel compiled without torch's headers can switch on.
+// Storage types as an enum, for kernels that are compiled without torch's headers.
 #pragma once
 
 #include "common/numeric.h"
@@ -22,7 +22,7 @@ template <class F>
   }
 }
 
-// The same with the two quantised types.
+// The same, with the two quantised types.
 template <class F>
 [[maybe_unused]] inline void dispatch_storage(DType dtype, const F& f) {
   switch (dtype) {

@@ -1,8 +1,8 @@
-// Which instruction set the CPU kernels run with: compiled for several, chosen at run time.
+// The instruction set of the CPU kernels: they are compiled for several, one is chosen at run time.
 //
-// A file cpu/<family>_kernels.cpp is compiled once per instruction set, with VIDMEM_ISA naming the namespace its
-// functions live in. It must not instantiate inline functions or templates of other headers (std::, c10::): the
-// linker keeps one copy of those for the whole library, possibly the AVX-512 one.
+// A file cpu/<family>/<op>_kernels.cpp is compiled once per instruction set; VIDMEM_ISA is the namespace of its
+// functions. It must not instantiate inline functions or templates of other headers (std::, c10::): the linker keeps
+// one copy of those for the whole library, possibly the AVX-512 one.
 #pragma once
 
 #include <string>
@@ -12,8 +12,8 @@ namespace vidmem {
 
 enum class Isa { baseline, avx2, avx512 };
 
-Isa isa();                                 // in use, the best one until set_isa is called
-void set_isa(const std::string& name);     // throws when this build or processor lacks it
+Isa isa();                                 // in use; the best one until set_isa is called
+void set_isa(const std::string& name);     // throws if this build or processor lacks it
 std::string isa_name(Isa isa);
 std::vector<std::string> available_isas();  // compiled and supported by this processor, ascending
 

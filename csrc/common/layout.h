@@ -1,5 +1,4 @@
-// How kernels see tensors, without a header of torch: where one begins, and how many elements lie between two indices
-// of each axis.
+// Tensors as kernels see them, without torch's headers: a data pointer and the stride of each axis, in elements.
 #pragma once
 
 #include <stdint.h>

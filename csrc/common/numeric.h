@@ -39,13 +39,13 @@ struct fp8 { uint8_t bits; };  // e4m3fn
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t rest = uint32_t(x.bits & 0x7fff) << 13;
   if (rest >= 0x0f800000) return bits_to_float(sign | rest | 0x7f800000);  // infinity, NaN
-  // The exponent's bias goes from 15 to 127. No float32 subnormal on the way: the processor may flush those to zero.
+  // The exponent's bias changes from 15 to 127, without a float32 subnormal on the way, which may be flushed to zero.
   const float value = rest < 0x00800000 ? float(x.bits & 0x3ff) * 0x1p-24f : bits_to_float(rest + (112u << 23));
   return bits_to_float(sign | float_to_bits(value));
 #endif
 }
 
-// Without branches, so that loops are vectorised.
+// Without branches, so that the compiler vectorises loops.
 [[maybe_unused]] inline float widen(fp8 x) {
   const uint32_t sign = uint32_t(x.bits & 0x80) << 24;
   const uint32_t rest = uint32_t(x.bits & 0x7f) << 20;
@@ -89,7 +89,7 @@ struct fp8 { uint8_t bits; };  // e4m3fn
 [[maybe_unused]] inline void narrow(double x, bf16& out) { narrow(static_cast<float>(x), out); }
 [[maybe_unused]] inline void narrow(double x, fp16& out) { narrow(static_cast<float>(x), out); }
 
-// The type sums are kept in: float, but double for double.
+// The type of sums: float, or double for double.
 template <class T> struct Accumulate { using type = float; };
 template <> struct Accumulate<double> { using type = double; };
 

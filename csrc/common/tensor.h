@@ -1,4 +1,4 @@
-// What the op files need of torch's stable ABI: checks of arguments, and tensors as kernels see them.
+// Argument checks and conversions of tensors on torch's stable ABI, for the op files.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,7 @@ namespace vidmem {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// As Python writes it.
+// The dtype's name in Python.
 inline const char* name_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double: return "float64";
@@ -65,7 +65,7 @@ inline bool is_quantized(DType dtype) {
   return dtype == DType::int8 || dtype == DType::float8_e4m3fn;
 }
 
-// float64 for float64, else float32: what sums are kept in.
+// The dtype of sums: float64 for float64, else float32.
 inline ScalarType sum_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -103,8 +103,8 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sha
   VIDMEM_CHECK(same, op, argument, " must have shape ", shape_name(shape), ", got ", shape_name(tensor.sizes()));
 }
 
-// No product of sizes, padding and bytes per element overflows, even where one size is 0 or a stride of 0 pretends to
-// memory that nobody has.
+// Ensures that no product of sizes, padding and bytes per element overflows, even if a size is 0, or if a stride of 0
+// makes a tensor larger than memory.
 inline void check_extent(const Tensor& tensor, const char* op, const char* argument) {
   double elements = 1;
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) elements *= std::max<double>(1, tensor.size(axis));
@@ -119,7 +119,7 @@ inline HeadRows head_rows_of(const Tensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-// Where the rows (L, D) of one batch element and head of (B, L, H, D) begin; pairs are counted head by head.
+// The start of the rows (L, D) of one pair (batch element, head) of (B, L, H, D); pair = batch * H + head.
 inline const void* pair_data(const Tensor& x, int64_t pair) {
   const int64_t heads = x.size(2), offset = pair / heads * x.stride(0) + pair % heads * x.stride(2);
   return static_cast<const char*>(x.data_ptr()) + offset * x.element_size();
@@ -127,7 +127,7 @@ inline const void* pair_data(const Tensor& x, int64_t pair) {
 
 struct IndexView;
 
-// A CPU (B, K) int32 or int64 index, every entry checked to lie in [lowest, rows).
+// A view of a CPU (B, K) int32 or int64 index, after checking that every entry is in [lowest, rows).
 IndexView view_index(const Tensor& index, int64_t lowest, int64_t rows, const char* op);
 
 }  // namespace vidmem

@@ -1,4 +1,4 @@
-// From dtypes of tensors to template arguments of kernels.
+// Maps dtypes of tensors to template arguments of kernels.
 #pragma once
 
 #include "common/tensor.h"

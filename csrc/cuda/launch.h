@@ -13,7 +13,7 @@
 
 namespace vidmem::cuda {
 
-// Checks a call of torch's C interface; torch's own macro for it has changed its name between versions.
+// Checks a call of torch's C interface; the name of torch's own macro for this differs between versions.
 inline void check_torch(AOTITorchError error, const char* what) {
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("vidmem: torch failed in ") + what);
 }
@@ -25,7 +25,7 @@ inline void check_same_gpu(const Tensor& tensor, const char* argument, const Ten
                place_name(other));
 }
 
-// Makes the tensor's device current while it lives, and knows that device's current stream.
+// Makes the tensor's device current during its lifetime, and holds that device's current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -47,7 +47,7 @@ class Launch {
   cudaStream_t stream_;
 };
 
-// Blocks for `work` items that kernels walk over with a stride: enough to fill the GPU, within the grid's limit.
+// Number of blocks for `work` items in grid-stride loops: enough to fill the GPU, within the limit of the grid.
 inline unsigned int grid_size(int64_t work) {
   return static_cast<unsigned int>(std::clamp<int64_t>(work, 1, 1 << 20));
 }

@@ -28,7 +28,7 @@ template <class F> struct Narrow<__half, F> {
 template <class T> struct Accumulate { using type = float; };
 template <> struct Accumulate<double> { using type = double; };
 
-// kVector neighbouring elements, by one load where kVector > 1; that requires stride 1 and aligned addresses.
+// kVector neighbouring elements, by one load if kVector > 1, which requires stride 1 and aligned addresses.
 template <class T, int kVector>
 struct alignas(sizeof(T) * kVector) Vector {
   T value[kVector];

@@ -1,9 +1,9 @@
 // CUDA kernels of select_tokens on raw pointers; strides count elements.
 //
 // Radix select: passes over the scores count the digits of their ranks, highest digit first, and so find the rank of
-// the last token kept; two more passes count and write what is kept, in order. Counts are integers, so that atomics
-// leave the result deterministic. Why beside Triton: the seven or more short launches in a row cost less from C++, and
-// atomics in shared memory replace Triton's histogram, in which every warp goes through all bins.
+// the last token kept; two more passes count and write the kept tokens, in order. Counts are integers, so the result is
+// deterministic despite atomics. Reasons for CUDA in addition to Triton: the seven or more short launches in a row cost
+// less from C++, and atomics in shared memory replace Triton's histogram, in which every warp scans all bins.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -15,7 +15,7 @@ struct RowNorms {
   using Norm = typename Accumulate<T>::type;
   const T* x;
   int64_t batch_stride, row_stride, channel_stride;
-  Norm* norms;  // (batches, rows) contiguous: scores that order as the norms do
+  Norm* norms;  // (batches, rows) contiguous: scores in the order of the norms
   int64_t batches, rows, channels;
 };
 
@@ -26,7 +26,7 @@ template <class Norm> struct FloatBits;
 template <> struct FloatBits<float> {
   using Int = int32_t;
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr float least = 0x1p-100f;  // a smaller sum of squares may miss what vanished
+  static constexpr float least = 0x1p-100f;  // a smaller sum of squares may have lost terms by underflow
   __device__ static Int bits(float x) { return __float_as_int(x); }
   __device__ static float from(Int bits) { return __int_as_float(bits); }
 };
@@ -38,8 +38,8 @@ template <> struct FloatBits<double> {
   __device__ static double from(Int bits) { return __longlong_as_double(bits); }
 };
 
-// A number that orders as norm * 2^power does, which may be beyond the range of Norm: that times 2^-64, and a negative
-// number where its exponent is too small for Norm even then. NaN and infinity stay what they are.
+// A number that orders like norm * 2^power, which itself may exceed the range of Norm: norm * 2^power * 2^-64, or a
+// negative number if even that underflows. NaN and infinity are unchanged.
 template <class Norm>
 __device__ Norm score_of(Norm norm, int power) {
   using L = FloatBits<Norm>;
@@ -49,7 +49,7 @@ __device__ Norm score_of(Norm norm, int power) {
   return key >= 0 ? L::from(key) : -L::from(-key);
 }
 
-// What add(value) is called with: the values of a row that a lane of a warp reads.
+// Calls add(value) for the values of a row that a lane of a warp reads.
 template <class T, int kVector, class Add>
 __device__ void for_row(const RowNorms<T>& a, const T* row, int lane, const Add& add) {
   for (int64_t c = int64_t(lane) * kVector; c < a.channels; c += 32 * kVector) {
@@ -59,8 +59,8 @@ __device__ void for_row(const RowNorms<T>& a, const T* row, int lane, const Add&
   }
 }
 
-// A warp takes one row. Rows whose squares overflow or vanish are read again, once for their largest value; one element
-// at a time, which takes fewer registers. With 4 blocks a multiprocessor asked for, none spills.
+// One warp per row. Rows whose squares overflow or underflow are read again, once for their largest value; one element
+// at a time, which needs fewer registers. With 4 blocks per multiprocessor requested, none spill.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads, 4) row_norms_kernel(RowNorms<T> a) {
   using Norm = typename Accumulate<T>::type;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 4) row_norms_kernel(RowNorms<T> a) {
     for_row<T, kVector>(a, row, lane, [&](Norm value) { total += value * value; });
     for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
     if (!(total >= L::least && total - total == 0)) {  // the same in all lanes
-      typename L::Int peak = 0;  // bits of magnitudes order as they do, NaN above infinity
+      typename L::Int peak = 0;  // bits of magnitudes, which have their order, with NaN above infinity
       const typename L::Int sign = typename L::Int(1) << (8 * sizeof(Norm) - 1);
       for_row<T, 1>(a, row, lane, [&](Norm value) {
         const typename L::Int bits = L::bits(value) & ~sign;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 4) row_norms_kernel(RowNorms<T> a) {
         peak = other > peak ? other : peak;
       }
       const int exponent = peak >> L::mantissa > 0 ? static_cast<int>(peak >> L::mantissa) : 1;
-      Norm score = peak == 0 ? Norm(-1) : L::from(peak);  // of zeros; infinity or NaN
+      Norm score = peak == 0 ? Norm(-1) : L::from(peak);  // zeros; else infinity or NaN
       if (peak > 0 && exponent <= 2 * L::bias) {
         const Norm factor = L::from(typename L::Int(2 * L::bias + 1 - exponent) << L::mantissa);
         total = 0;
@@ -100,10 +100,10 @@ __global__ void __launch_bounds__(kThreads, 4) row_norms_kernel(RowNorms<T> a) {
   }
 }
 
-constexpr int kBins = kThreads;  // values of a digit of 8 bits, a thread for each
+constexpr int kBins = kThreads;  // values of an 8-bit digit, one thread each
 constexpr int kSelectTile = 16 * kThreads;
 
-// Of the ranks that begin with the digits `prefix`, the `left` first are kept, and all that begin with lower digits.
+// Of the ranks that begin with the digits `prefix`, the first `left` are kept, and all ranks with lower digits.
 struct Cut {
   uint64_t prefix;
   int64_t left;
@@ -117,13 +117,13 @@ struct SelectTokens {
   int64_t keep;                     // in [1, columns]
   int32_t* counts;                  // (batches, digits, kBins), zeros at first
   Cut* cuts;                        // (batches, digits): the cut before each digit
-  int32_t* tile_counts;             // (batches, tiles): better ones, and 2**16 times the equal ones
+  int32_t* tile_counts;             // (batches, tiles): number of better scores, plus 2**16 times that of equal ones
   int32_t* index;                   // (batches, keep)
 };
 
 template <class T> constexpr int kDigits = sizeof(typename Accumulate<T>::type);
 
-// Integers that fall as scores rise; NaN counts as -inf, -0 as 0.
+// Integers in descending order of the scores; NaN counts as -inf, -0 as 0.
 __device__ inline uint64_t rank_of(float score) {
   if (isnan(score)) score = __int_as_float(0xff800000);
   const int32_t bits = score == 0 ? 0 : __float_as_int(score);
@@ -151,11 +151,11 @@ __device__ inline int block_scan(int value) {
   if (lane == 31) sums[warp] = value;
   __syncthreads();
   for (int w = 0; w < warp; ++w) value += sums[w];
-  __syncthreads();  // the next call writes sums
+  __syncthreads();  // because the next call writes sums
   return value;
 }
 
-// The cut before digit `digit`, from the one before and its counts. All threads of a block must call it.
+// The cut before digit `digit`, from the previous cut and its counts. All threads of a block must call it.
 template <class T>
 __device__ Cut cut_before(const SelectTokens<T>& a, int64_t batch, int digit) {
   __shared__ Cut cut;
@@ -171,7 +171,7 @@ __device__ Cut cut_before(const SelectTokens<T>& a, int64_t batch, int digit) {
   return cut;
 }
 
-// Counts digit `digit` of the ranks that share the digits before it with the last one kept. A block takes one tile.
+// Counts digit `digit` of the ranks whose earlier digits equal those of the last one kept. One block per tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) select_digits_kernel(SelectTokens<T> a, int digit) {
   __shared__ int32_t found[kBins];
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) select_digits_kernel(SelectTokens<T>
       same = rest >> 8 == cut.prefix;
       value = rest & (kBins - 1);
     }
-    // Most scores share their highest digit: one atomic for all lanes that have the same.
+    // Most scores share their highest digit: one atomic for all lanes with the same digit.
     const unsigned lanes = __ballot_sync(~0u, same);
     if (same) {
       const unsigned peers = __match_any_sync(lanes, value);
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) select_digits_kernel(SelectTokens<T>
   }
 }
 
-// How many scores of a tile are better than the last one kept, and how many equal it. A block takes one tile.
+// Counts the scores of a tile that are better than the last one kept, and those equal to it. One block per tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) select_count_kernel(SelectTokens<T> a) {
   const int64_t batch = blockIdx.x / a.tiles, tile = blockIdx.x % a.tiles;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) select_count_kernel(SelectTokens<T> 
   if (threadIdx.x == kThreads - 1) a.tile_counts[blockIdx.x] = found;
 }
 
-// Writes the columns of all better scores and of the first equal ones, ascending. A block takes one tile.
+// Writes the columns of all better scores and of the first equal ones, ascending. One block per tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) select_write_kernel(SelectTokens<T> a) {
   __shared__ int before[2];
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) select_write_kernel(SelectTokens<T> 
     before[1] = equal;
   }
   __syncthreads();
-  better = before[0];  // of the columns before this strip
+  better = before[0];  // number in the columns before this strip
   equal = before[1];
   for (int i = 0; i < kSelectTile; i += kThreads) {
     const int64_t column = tile * kSelectTile + i + threadIdx.x;

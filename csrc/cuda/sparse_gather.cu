@@ -26,20 +26,20 @@ void dispatch_index(const Tensor& index, const char* op, const F& f) {
   check_index_dtype(index, op, "index");
 }
 
-// Where kernels find the data of a bank or scale: what is on the host must be pinned.
+// The device address of the data of a bank or scale; host memory must be pinned.
 template <class T>
 const T* readable(const Tensor& tensor, const char* op, const char* argument) {
   if (!tensor.is_cpu() || tensor.numel() == 0) return static_cast<const T*>(tensor.data_ptr());
   cudaPointerAttributes attributes{};
   const cudaError_t error = cudaPointerGetAttributes(&attributes, tensor.data_ptr());
-  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  if (error != cudaSuccess) cudaGetLastError();  // otherwise the next launch would report it
   VIDMEM_CHECK(error == cudaSuccess && attributes.type != cudaMemoryTypeUnregistered && attributes.devicePointer, op,
                argument, " must be on the GPU or in pinned host memory, got pageable host memory");
   return static_cast<const T*>(attributes.devicePointer);
 }
 
-// Torch's allocator of pinned memory hands a freed block out again once the copies that it has seen are done. It sees
-// no kernels, so this copies one element behind the kernel, on the same stream.
+// Torch's allocator of pinned memory reuses a freed block once the copies that it knows of are done. It does not know
+// of kernels, so this copies one element after the kernel, on the same stream.
 void keep_until_read(const Tensor& host, const Tensor& on_device) {
   Tensor one = host;
   for (int64_t dim = 0; dim < host.dim(); ++dim) one = torch::stable::narrow(one, dim, 0, 1);
@@ -120,7 +120,7 @@ Tensor gather_tokens(const Tensor& bank, const Tensor& index, const std::optiona
 
 namespace {
 
-// Ascending keys of each batch and where they stood; equal keys keep their order.
+// Ascending keys of each batch element and their original positions; equal keys keep their order.
 std::array<Tensor, 2> stable_sort(const Tensor& keys) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;

@@ -1,7 +1,7 @@
 // CUDA kernels of sparse gathering on raw pointers; strides count elements.
 //
-// Why beside Triton: the bank may lie in pinned host memory, where each row is fetched over PCIe. Loads of whole warps,
-// 256 bytes side by side or more, make full-size requests there, and no staging copy is needed.
+// Reason for CUDA in addition to Triton: the bank may be in pinned host memory, from which each row is fetched over
+// PCIe. Loads of whole warps, of at least 256 contiguous bytes, make full-size requests, and no staging copy is needed.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -20,15 +20,15 @@ struct GatherRows {
   int64_t batches, columns, rows, channels;
 };
 
-// Channels that a lane reads and writes side by side: 16 bytes of the wider type, so that neighbouring lanes' stores
-// leave no gaps between them either.
+// Channels that a lane reads and writes as one vector: 16 bytes of the wider type, so that the stores of neighbouring
+// lanes leave no gaps either.
 template <class In, class Out>
 constexpr int kRowVector = 16 / (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
 
-constexpr int kLoads = 4;  // of a lane, on their way at once
+constexpr int kLoads = 4;  // loads of a lane in flight
 
-// A warp takes one output row at a time; a lane takes kVector neighbouring channels each time.
-// kVector > 1 requires channel stride 1, channels a multiple of it and rows aligned to as many elements.
+// A warp processes one output row at a time, a lane kVector neighbouring channels at a time. kVector > 1 requires
+// channel stride 1, a multiple of kVector channels, and rows aligned to kVector elements.
 template <class In, class Out, class Index, int kVector>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRows<In, Out, Index> a) {
   struct alignas(sizeof(Out) * kVector) Stored { Out value[kVector]; };
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRows<In, Ou
     const int64_t row = a.index[batch * a.index_batch_stride + column * a.index_column_stride];
     Out* out = a.out + i * a.channels;
     if (row < 0 || row >= a.rows) {
-      // -1 asks for zeros; any other row outside the bank is an error that a kernel can only mark.
+      // -1 asks for zeros; any other row outside the bank is an error, which a kernel can only mark by NaN.
       const Out fill = Narrow<Out, float>::of(row == -1 ? 0.f : __int_as_float(0x7fc00000));
       for (int64_t c = lane; c < a.channels; c += 32) out[c] = fill;
       continue;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(GatherRows<In, Ou
   }
 }
 
-// Sorting keys of scatter-add: the output row, or `rows` for what is dropped.
+// Sort keys of scatter-add: the output row, or `rows` for a dropped source.
 template <class Index>
 __global__ void __launch_bounds__(kThreads)
 group_keys_kernel(const Index* index, int64_t batch_stride, int64_t column_stride, int64_t batches, int64_t columns,
@@ -89,7 +89,7 @@ struct SumRows {
   const int64_t* keys;   // (batches, columns) ascending in each batch
   const int64_t* order;  // (batches, columns) source row of each key
   T* out;                // (batches, rows, channels) contiguous
-  typename Accumulate<T>::type* pieces;  // (batches, slots, channels), see piece_slot; null where no group is long
+  typename Accumulate<T>::type* pieces;  // (batches, slots, channels), see piece_slot; null if no group is long
   int64_t batches, columns, rows, channels;
 };
 
@@ -107,10 +107,10 @@ __device__ inline int64_t lower_bound(const int64_t* keys, int64_t count, int64_
   return low;
 }
 
-// A group of more sources than this is summed in pieces of as many, so that no block adds up a long one alone.
+// A group of more sources than this is summed in pieces of this size, so that no block sums a long group alone.
 constexpr int64_t kPiece = 256;
 
-// Sorted positions of one output row's sources.
+// The sorted positions of one output row's sources.
 struct Group {
   int64_t begin, end;
   __device__ bool is_long() const { return end - begin > kPiece; }
@@ -121,8 +121,8 @@ __device__ Group group_of(const SumRows<T>& a, const int64_t* keys, int64_t row)
   return {lower_bound(keys, a.columns, row), lower_bound(keys, a.columns, row + 1)};
 }
 
-// Where the sum of the piece that begins at `position` is kept. Of the pieces that begin within kPiece positions one at
-// most is the first of its group and one at most is not, for long groups only have pieces.
+// The slot for the sum of the piece that begins at `position`. Of the pieces that begin within kPiece positions, at
+// most one is the first of its group and at most one is not, because only long groups have pieces.
 __host__ __device__ inline int64_t piece_slot(int64_t position, bool first) {
   return 2 * (position / kPiece) + (first ? 1 : 0);
 }
@@ -137,7 +137,7 @@ __device__ Sum sum_sources(const SumRows<T>& a, const T* src, const int64_t* ord
   return total;
 }
 
-// A block takes a slot of a batch: the piece of a long group, if there is one, that belongs there.
+// One block per slot of a batch element: sums the piece of a long group that belongs there, if there is one.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(SumRows<T> a) {
   using Sum = typename Accumulate<T>::type;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(SumRows<T> a) {
       const int64_t low = slot / 2 * kPiece;
       const int64_t high = low + kPiece < a.columns ? low + kPiece : a.columns;
       piece = {0, 0};
-      // A long group that begins here holds the last position, unless it began before; others hold the first one.
+      // A long group that begins here covers the last position; one that began before covers the first.
       const int64_t row = keys[first ? high - 1 : low];
       if (row < a.rows) {
         const Group group = group_of(a, keys, row);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(SumRows<T> a) {
   }
 }
 
-// A block takes one output row; each channel's sum runs over the group, or its pieces, in order: deterministic.
+// One block per output row; each channel is summed over the group, or its pieces, in order, so it is deterministic.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_rows_kernel(SumRows<T> a) {
   using Sum = typename Accumulate<T>::type;

@@ -1,4 +1,4 @@
-// What other ops use of sparse gathering.
+// Functions of sparse gathering that other ops use.
 #pragma once
 
 #include <optional>

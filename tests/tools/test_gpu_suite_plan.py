@@ -28,7 +28,7 @@ def test_targets_are_rows_of_the_benchmarks_with_the_floors_that_they_name():
             assert target.floor_ms == pytest.approx(floor, rel=0.06), target
         names = [b.name for b in entry.baselines("cuda", compiled=True)]
         assert all(any(part in name for name in names) for part in target.faster), target
-        assert target.of_floor or target.at_most_ms or target.faster, target
+        assert target.of_floor or target.max_ms or target.faster, target
 
 
 def test_targets_tell_what_is_wanting():
@@ -91,7 +91,7 @@ def test_the_plan_reaches_every_target_whatever_hangs(seconds):
             limits, used = walk(steps, seconds, lambda s, hangs=hangs: 1e9 if s in hangs else draw.uniform(0.3, 2.5))
             assert reached(limits) == set(BY_KEY)
             assert used <= seconds + 1e-6
-            assert all(limit <= step.most for step, limit in limits.items())
+            assert all(limit <= step.max_seconds for step, limit in limits.items())
 
 
 def test_where_nothing_hangs_all_is_reached():

@@ -201,8 +201,7 @@ class Visibility:
         return Windows(low, high, when, q_spans, k_spans)
 
     def arguments(self, block_m: int, block_n: int, by_key: bool) -> dict[str, object]:
-        """Windows, and the tiles of keys for each tile of queries; with `by_key`, the tiles of queries for each tile of
-        keys.
+        """Windows, and the tiles of keys for each tile of queries, or with `by_key` the reverse.
 
         An entry is 2 * tile + listed. For each row of a (batch, head), the entries [begin:middle] are fully visible,
         the entries [middle:end] need a mask. `listed` is 0 if a block is there only for its sinks.

@@ -191,8 +191,7 @@ WANTED = (
 def variants(
     tunable: Tunable, tensors: tuple[str, ...], others: dict[str, str], wanted: tuple = WANTED, **constants: object
 ) -> list:
-    """AOT entries for the calls in `wanted`; `others` are the types of further arguments, or of those without the
-    dtype."""
+    """AOT entries for the calls in `wanted`; `others` are the types of further arguments."""
     return [_entry(tunable, tensors, others, constants, *call) for call in wanted]
 
 

@@ -263,8 +263,7 @@ def _gradients(
     scale: float,
     reverse: bool,
 ) -> Tensor:
-    """Gradient of the queries, which with `normalize` fills `factors`, or of the keys, which reads `factors` if
-    given."""
+    """Gradient of the queries, which with `normalize` fills `factors`, or of the keys, which reads them."""
     batch, length, heads, size = x.shape
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = GRADIENTS.tile(x.device, **fields_of(x, a, feature_map, plan, reverse))

@@ -87,7 +87,7 @@ def steps_of(plan: Plan, block: int, chunk: int) -> tuple[int, int, bool]:
 
 
 def fields_of(q: Tensor, v: Tensor, feature_map: str, plan: Plan, reverse: bool = False) -> dict[str, Any]:
-    """The fields that a launch's tile depends on; in reverse, features have weights and states come from later
+    """The fields that a launch's tile depends on; in reverse, features have weights, and states come from later
     tokens."""
     return {
         "dtype": dtype_name(q.dtype),

@@ -18,8 +18,7 @@ _WIDEST_TILE = 8192
 
 
 def _tile(width: int, widest: int, warps: int, elements: int = 16) -> Tile:
-    """Up to `widest` channels at a time, and rows such that each thread has `elements` of them, but at least one
-    row."""
+    """Up to `widest` channels at a time, and rows (at least one) such that each thread has `elements` of them."""
     block_c = min(widest, width)
     return {"BLOCK_M": max(1, 32 * warps * elements // block_c), "BLOCK_C": block_c, "num_warps": warps}
 

@@ -282,8 +282,7 @@ def _sort_columns_kernel(keys, columns, out, ROWS, k, out_stride_b, STEP, BLOCK_
 
 
 def _best_columns(scores: Tensor, k: int, out: Tensor) -> None:
-    """Writes the columns of the `k` largest of (batch and head, rows, N) scores to `out`, best first, ties by
-    column."""
+    """Writes the columns of the `k` largest of (batch and head, rows, N) scores to `out`, best first."""
     lanes, step, count = scores.shape
     rows = lanes * step
     values, columns = scores, None

@@ -307,8 +307,7 @@ def _batch_index(assignment: Tensor) -> Tensor:
 
 
 def _sum_groups(x: Tensor, assignment: Tensor, rows: int, term: Callable[[slice], Tensor] | None = None) -> Tensor:
-    """(B, rows, C) float32 sums of the tokens (B, N, C), or of `term` of them, over each row, in the order of the
-    tokens."""
+    """(B, rows, C) float32 sums of the tokens (B, N, C), or of `term` of them, over each row, in order."""
     batch, tokens, channels = x.shape
     dtype = accumulate_dtype(x.dtype)
     out = x.new_zeros(batch * rows, channels, dtype=dtype)

@@ -186,8 +186,7 @@ def _join_windows_kernel(
     UNROLL: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds the parts of a group longer than WINDOW, if one begins in a window; it then covers the window's last
-    place."""
+    """Adds the parts of a group longer than WINDOW that begins in a window; it covers the window's last place."""
     windows = tl.cdiv(N, WINDOW)
     window = (tl.program_id(0) % windows).to(tl.int64)
     batch = (tl.program_id(0) // windows).to(tl.int64)

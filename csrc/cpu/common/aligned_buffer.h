@@ -1,4 +1,4 @@
-// Uninitialised memory on a cache line, so that no vector of a kernel straddles two. For op files only.
+// Uninitialised memory aligned to a cache line, so that no vector of a kernel straddles two. For op files only.
 #pragma once
 
 #include <stdint.h>

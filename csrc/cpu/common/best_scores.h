@@ -1,4 +1,4 @@
-// Which scores are the best, without a sort. For op files only.
+// Finds the best scores without sorting. For op files only.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +11,7 @@
 
 namespace vidmem {
 
-// Unsigned integers that order as the scores do; NaN as -infinity, zeros of both signs alike.
+// Unsigned integers in the order of the scores; NaN counts as -infinity, zeros of both signs are equal.
 template <class T>
 auto order_key(T score) {
   using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
@@ -22,8 +22,8 @@ auto order_key(T score) {
   return bits & sign ? ~bits : bits | sign;
 }
 
-// The wanted-th largest key, and how many of its equals are among the wanted largest: a radix selection from
-// the highest byte, which goes on with the keys of one byte only. `wanted` is in [1, keys.size()].
+// The wanted-th largest key, and how many keys equal to it are among the wanted largest: a radix selection from the
+// highest byte, which continues only with the keys of one byte value. `wanted` is in [1, keys.size()].
 template <class Key>
 std::pair<Key, int64_t> threshold(std::vector<Key> keys, int64_t wanted) {
   int64_t size = keys.size();
@@ -45,7 +45,7 @@ std::pair<Key, int64_t> threshold(std::vector<Key> keys, int64_t wanted) {
   return {found, wanted};
 }
 
-// Writes the i of the `wanted` best of the scores read(0), ..., read(count - 1), ascending; of equal ones the first.
+// Writes the indices of the `wanted` best of the scores read(0), ..., read(count - 1), ascending; the first of equals.
 template <class Read>
 void best_scores(int64_t count, int64_t wanted, const Read& read, int32_t* out) {
   if (wanted == 0) return;

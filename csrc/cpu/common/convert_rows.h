@@ -1,5 +1,5 @@
-// Loops over contiguous elements, with the conversions of float16 that no compiler vectorises by itself. For
-// *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
+// Loops over contiguous elements, with the conversions of float16 that compilers do not vectorise. For *_kernels.cpp:
+// internal linkage, each instruction set keeps its own copy.
 #pragma once
 
 #include "common/numeric.h"
@@ -36,7 +36,7 @@ template <class T, class Float>
 }
 #endif
 
-// `count` elements as contiguous floats: in the buffer, or where they lie if that is what they are.
+// `count` elements as contiguous floats: in the buffer, or in place if they already are contiguous floats.
 template <class T, class Float>
 [[maybe_unused]] inline const Float* as_floats(const T* in, int64_t stride, Float* buffer, int64_t count) {
   if (stride == 1) {
@@ -54,13 +54,13 @@ template <class Float>
   return buffer;
 }
 
-// A tensor without channels has no memory, and null is no argument of memset and memcpy even for 0 bytes.
+// A tensor without channels has no memory, and memset and memcpy do not accept null even for 0 bytes.
 template <class T>
 [[maybe_unused]] inline void zero_row(T* out, int64_t count) {
   if (count > 0) memset(static_cast<void*>(out), 0, count * sizeof(T));
 }
 
-// Rows of one type are copied, whatever their bits.
+// Rows of the same type are copied bit by bit.
 template <class T>
 [[maybe_unused]] inline void copy_row(const T* in, int64_t stride, T* out, int64_t count) {
   if (stride == 1) {

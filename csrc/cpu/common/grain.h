@@ -1,4 +1,4 @@
-// How a loop is cut into tasks for torch::stable::parallel_for.
+// The task size of a loop for torch::stable::parallel_for.
 #pragma once
 
 #include <stdint.h>
@@ -10,8 +10,8 @@ namespace vidmem {
 constexpr int64_t kTaskBytes = 65536;
 constexpr int64_t kTaskProducts = 1 << 20;
 
-// Items that one task should at least handle, if each costs `cost` and a task should cost `least`: bytes that are moved
-// by default, or kTaskProducts of multiplications.
+// The minimum items per task, if each costs `cost` and a task should cost at least `least`: bytes moved by default, or
+// kTaskProducts for multiplications.
 inline int64_t grain(int64_t cost, int64_t least = kTaskBytes) {
   return std::max<int64_t>(1, least / std::max<int64_t>(1, cost));
 }

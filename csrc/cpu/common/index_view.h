@@ -1,4 +1,4 @@
-// An int32 or int64 (B, K) index, read where it lies.
+// An int32 or int64 (B, K) index, read in place.
 #pragma once
 
 #include <stdint.h>

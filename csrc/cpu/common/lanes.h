@@ -1,5 +1,5 @@
-// Vectors as wide as the registers of the instruction set that the including kernel file is compiled for: loads widen
-// to the type of sums, stores narrow from it. Rounding is that of common/numeric.h.
+// Vectors of the register width of the instruction set that the including kernel file is compiled for: loads widen to
+// the type of sums, stores narrow from it, with the rounding of common/numeric.h.
 #pragma once
 
 #include "common/numeric.h"
@@ -21,7 +21,7 @@ typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
-// A vector of S (float or double) and how many it holds.
+// A vector of S (float or double), and its number of lanes.
 template <class S> struct Lanes { using type = Floats; static constexpr int count = kFloats; };
 template <> struct Lanes<double> { using type = Doubles; static constexpr int count = kDoubles; };
 
@@ -45,7 +45,7 @@ template <> struct Lanes<double> { using type = Doubles; static constexpr int co
 
 [[maybe_unused]] inline Floats load(const fp16* p) {
 #if defined(__AVX512F__)
-  // The masked forms: GCC 12 warns of an uninitialised operand inside the plain ones.
+  // The masked forms, because GCC 12 warns of an uninitialised operand inside the plain ones.
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -71,10 +71,10 @@ typedef float FloatsHalf __attribute__((vector_size(kVectorBytes / 2)));
   return __builtin_convertvector(half, Doubles);
 }
 
-// By halves. In intrinsics: as shuffles, which GCC compiles badly, causal linear attention took 22.4 ms, not 19.5.
+// By halves, in intrinsics: with shuffles, which GCC compiles badly, causal linear attention took 22.4 ms, not 19.5.
 [[maybe_unused]] inline float sum_lanes(Floats v) {
 #if defined(__AVX512F__)
-  // The masked form: GCC 12 warns of an uninitialised operand inside the plain one.
+  // The masked form, because GCC 12 warns of an uninitialised operand inside the plain one.
   const __m256 x = (__m256)_mm512_maskz_extractf64x4_pd(0xf, (__m512d)v, 1) +
                    (__m256)_mm512_maskz_extractf64x4_pd(0xf, (__m512d)v, 0);
 #elif defined(__AVX2__)

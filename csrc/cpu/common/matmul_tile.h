@@ -1,7 +1,7 @@
-// Products of small matrices that lie in the caches, row-major and padded to whole vectors of 64 bytes.
+// Products of small matrices in the caches, row-major and padded to whole vectors of 64 bytes.
 //
-// Every element is a sum over the depth in an order of its own: it does not depend on the rows and columns that it is
-// computed with. For *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
+// The order of the sum over the depth does not depend on the rows and columns that an element is computed with. For
+// *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
 #pragma once
 
 #include "cpu/common/lanes.h"
@@ -11,7 +11,7 @@ namespace {
 
 #define VIDMEM_INLINE inline __attribute__((always_inline))
 
-// A register tile is kTileRows rows of kTileVectors vectors; a row of vectors and a broadcast come on top.
+// A register tile has kTileRows rows of kTileVectors vectors; a row of vectors and a broadcast need further registers.
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kDepth = 128;  // products that one accumulator sums
 #if defined(__AVX512F__)
@@ -28,7 +28,7 @@ VIDMEM_INLINE void clear(float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = 0;
 }
 
-// Clears out[first .. last), whose last vector may be written whole.
+// Sets out[first .. last) to zero; the last vector may be written whole.
 VIDMEM_INLINE void clear_from(float* out, int64_t first, int64_t last) {
   Ints lane;
 #pragma GCC unroll 16
@@ -109,8 +109,8 @@ void multiply_part(const Left& a, const float* b, int64_t b_row, int64_t depth, 
   }
 }
 
-// c (rows, columns) = or += a (rows, depth) @ b (depth, columns); columns are rounded up to whole vectors. Sums of
-// kDepth products are taken by themselves, for one long sum rounds worse than the reference's products.
+// c (rows, columns) = or += a (rows, depth) @ b (depth, columns); columns are rounded up to whole vectors. Every kDepth
+// products are summed separately, because one long sum has larger rounding errors than the reference's products.
 template <bool Add>
 void multiply(Left a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, int64_t rows,
               int64_t columns) {

@@ -7,7 +7,7 @@
 namespace vidmem {
 namespace {
 
-// Indices that one task should at least read.
+// Minimum number of indices per task.
 constexpr int64_t kGrain = 32768;
 
 template <class Index>
@@ -15,7 +15,7 @@ struct Range {
   Index smallest, largest;
 };
 
-// Smallest and largest of the flattened indices [begin, end), which are not none.
+// Smallest and largest of the flattened indices [begin, end), a non-empty range.
 template <class Index>
 Range<Index> range_of(const IndexView& index, int64_t count, int64_t begin, int64_t end) {
   const auto at = [&](int64_t i) {
@@ -26,7 +26,7 @@ Range<Index> range_of(const IndexView& index, int64_t count, int64_t begin, int6
     const auto* data = static_cast<const Index*>(index.data) + begin / count * index.batch_stride;
     const int64_t first = begin % count, last = std::min(count, first + end - begin);
     begin += last - first;
-    if (index.stride == 1) {  // its own loop: the compiler vectorises it
+    if (index.stride == 1) {  // a separate loop, which the compiler vectorises
       for (int64_t k = first; k < last; ++k) {
         range.smallest = data[k] < range.smallest ? data[k] : range.smallest;
         range.largest = data[k] > range.largest ? data[k] : range.largest;

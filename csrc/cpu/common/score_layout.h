@@ -1,4 +1,4 @@
-// The layout of score tiles that their callers must know; the same for every instruction set.
+// The layout of score tiles, as far as callers need it; the same for every instruction set.
 #pragma once
 
 #include <stdint.h>

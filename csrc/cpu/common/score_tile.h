@@ -1,10 +1,10 @@
-// Dot products of many rows with many columns, consumed tile by tile and never stored as a matrix.
+// Dot products of many rows with many columns, processed tile by tile and never stored as a matrix.
 //
-// A row occupies one lane of a vector and a column is broadcast, so that a running best per row needs no shuffles
-// and a row's state stays in registers. Every product is summed over the channels in order with one accumulator,
-// wherever its row and column lie: equal vectors have equal scores to the bit.
+// A row occupies one lane of a vector and a column is broadcast, so that a running best per row needs no shuffles and a
+// row's state stays in registers. Every product is summed over the channels in order with one accumulator, whatever the
+// position of its row and column: equal vectors have equal scores, bit by bit.
 //
-// For *_kernels.cpp only: all of it is internal to one instruction set.
+// For *_kernels.cpp only: everything is internal to one instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -61,7 +61,7 @@ VIDMEM_INLINE void store(P* to, const V& v) {
   memcpy(to, &v, sizeof v);
 }
 
-// x * y + sum with one rounding where the instruction set has it; elsewhere compilers are told not to fuse.
+// x * y + sum with one rounding if the instruction set supports it; otherwise compilers are told not to fuse.
 template <class V>
 VIDMEM_INLINE V multiply_add(const V& x, const V& y, const V& sum) {
 #if defined(__AVX512F__)
@@ -110,7 +110,7 @@ inline void read_row(const void* data, DType dtype, int64_t offset, int64_t stri
   }
 }
 
-// Four rows of `pitch` elements go to four neighbouring columns of out[channel][stride].
+// Writes four rows of `pitch` elements to four neighbouring columns of out[channel][stride].
 template <class T>
 inline void interleave(const T* rows, int64_t pitch, int64_t channels, T* __restrict out, int64_t stride) {
   for (int64_t c = 0; c < channels; ++c) {
@@ -171,7 +171,7 @@ VIDMEM_INLINE void score_panels(const T* pack, const T* panels, int64_t count, i
   }
 }
 
-// Panels that are scored with every pack of a group before the next ones: they stay in the L2 cache.
+// Number of panels that are scored with every pack of a group before the next ones; they stay in the L2 cache.
 constexpr int64_t kPanelBlockBytes = 256 << 10;
 
 // score(first row, panels, number of panels, number of the first column) for every pack of `rows` with every block of

@@ -1,4 +1,4 @@
-// Copies past the caches. For *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
+// Copies that bypass the caches. For *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
 #pragma once
 
 #include <stdint.h>
@@ -10,10 +10,10 @@
 namespace vidmem {
 namespace {
 
-// A result that the caches do not hold anyway need not be read into them before it is written.
+// A result too large for the caches need not be read into them before it is written.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-// Copies bytes with stores past the caches where addresses allow; call stream_end() before the result is read.
+// Copies bytes with stores that bypass the caches where alignment allows; call stream_end() before reading the result.
 [[maybe_unused]] inline void stream_row(const void* in, void* out, int64_t bytes) {
 #if defined(__SSE2__)
 #if defined(__AVX512F__)
@@ -43,7 +43,7 @@ constexpr int64_t kStreamBytes = 8 << 20;
   memcpy(out, in, bytes);
 }
 
-// Orders streamed stores before those that tell other threads that the work is done.
+// Orders streamed stores before the stores that signal other threads that the work is done.
 [[maybe_unused]] inline void stream_end() {
 #if defined(__SSE2__)
   _mm_sfence();

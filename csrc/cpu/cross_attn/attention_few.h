@@ -1,7 +1,7 @@
-// Attention of few queries, which the packs of attention_tile.h would leave mostly empty: every row of keys and values
-// is read once, where it lies, and multiplied by all queries.
+// Attention of few queries, for which the packs of attention_tile.h would be mostly empty: every row of keys and values
+// is read once, in place, and multiplied by all queries.
 //
-// For *_kernels.cpp only: all of it is internal to one instruction set.
+// For *_kernels.cpp only: everything is internal to one instruction set.
 #pragma once
 
 #include "cpu/common/prefetch.h"
@@ -10,10 +10,10 @@
 namespace vidmem {
 namespace {
 
-constexpr int64_t kFewQueries = 24;  // from about here on packs are faster
-constexpr int kKeyStep = 4;  // keys whose products with a query are summed side by side; divides kAttentionTile
+constexpr int64_t kFewQueries = 24;  // above about this number, packs are faster
+constexpr int kKeyStep = 4;  // keys whose products with a query are summed together; divides kAttentionTile
 #if defined(__AVX512F__)
-constexpr int kQueryStep = 4;  // queries that a row is loaded for at once
+constexpr int kQueryStep = 4;  // queries per load of a row
 #else
 constexpr int kQueryStep = 2;
 #endif
@@ -28,8 +28,8 @@ VIDMEM_INLINE void each_queries(int64_t count, const F& f) {
   for (; i < count; ++i) f(i, Queries<1>{});
 }
 
-// scores[query][key] of kQueries queries, whose rows have `channels` elements; E is what keys are stored as. Meanwhile
-// the rows of `next` are fetched, if given: every row is on a page of its own, which the processor does not foresee.
+// scores[query][key] of kQueries queries, whose rows have `channels` elements; E is the storage type of keys.
+// Prefetches the rows of `next`, if given: each is on a separate page, which the hardware prefetcher does not predict.
 template <class T, int kQueries, class E>
 VIDMEM_INLINE void score_keys(const E* const* keys, const E* const* next, int64_t count, const T* queries,
                               int64_t channels, T* scores) {
@@ -55,7 +55,7 @@ VIDMEM_INLINE void score_keys(const E* const* keys, const E* const* next, int64_
         T score = sum_lanes(sum[q][i]);
         for (int64_t d = c; d < channels; ++d) {
           score += queries[q * channels + d] * widen(keys[j + i][d]);
-          asm volatile("");  // else GCC multiplies in vectors and adds in order: two roundings, the gradient has one
+          asm volatile("");  // otherwise GCC multiplies and adds separately: two roundings, the gradient has one
         }
         scores[q * kAttentionTile + j + i] = score;
       }
@@ -116,9 +116,9 @@ VIDMEM_INLINE void add_values(const E* const* rows, const E* const* next, int64_
 VIDMEM_INLINE Doubles in_double(Floats v) { return lower(v) + upper(v); }
 VIDMEM_INLINE Doubles in_double(Doubles v) { return v; }
 
-// Scores of one query with the keys of a tile become weights; returns the factor of what was summed before. What is
-// beyond `count` up to whole vectors gets weights of 0. The total is double: gradients of so few queries are at the
-// mercy of a single rounding of lse.
+// Converts the scores of one query with the keys of a tile to weights; returns the factor for earlier sums. Weights
+// beyond `count`, up to whole vectors, are 0. The total is double, because gradients of so few queries are sensitive to
+// a single rounding of lse.
 template <class T>
 inline T weigh(T* scores, int64_t count, T* largest, double* total) {
   using V = Vector<T>;
@@ -132,7 +132,7 @@ inline T weigh(T* scores, int64_t count, T* largest, double* total) {
   }
   T highest = *largest;
   for (int l = 0; l < kWidth<T>; ++l) highest = most[l] > highest ? most[l] : highest;
-  const T base = highest == -kInfinity<T> ? 0 : highest;  // nothing is visible yet: every weight is 0
+  const T base = highest == -kInfinity<T> ? 0 : highest;  // no key is visible yet: every weight is 0
   for (int64_t j = 0; j < whole; j += kWidth<T>) {
     const V weight = exp_of(load(scores + j) - base);
     store(weight, scores + j);

@@ -1,4 +1,4 @@
-// What callers of the attention kernels must know of tiles; the same for every instruction set.
+// Tile sizes that callers of the attention kernels need; the same for every instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -9,18 +9,18 @@ namespace vidmem {
 
 constexpr int64_t kAttentionTile = 96;   // keys (backward: queries) of a tile, whole panels of every instruction set
 constexpr int64_t kAttentionLanes = 32;  // a multiple of the rows of a pack of every instruction set
-constexpr int64_t kChannelPad = 32;      // channels of scratch rows: whole panels and packs, at most so many more
+constexpr int64_t kChannelPad = 32;      // padding of scratch rows, in channels: whole panels and packs
 
 struct AttentionRows {  // the queries, keys or values of one batch element and head
   const void* data;
   DType dtype;
   int64_t row_stride, channel_stride, channels;
-  const float* scales = nullptr;  // a factor of every row, for rows of 8 bits
+  const float* scales = nullptr;  // one factor per row, for 8-bit rows
   int64_t scale_stride = 0;
 };
 
-// Which pairs see each other, blocks aside: keys below num_sinks, and low[query] <= time[key] <= high[query]. Times of
-// every type are integers in the same order here, so that no comparison rounds.
+// The visible pairs, apart from blocks: keys below num_sinks, and low[query] <= time[key] <= high[query]. Times of all
+// types are converted to integers of the same order, so that no comparison rounds.
 struct AttentionWindow {
   const int64_t *low, *high;  // null: no window
   const int64_t* time;

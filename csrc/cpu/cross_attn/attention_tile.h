@@ -1,10 +1,10 @@
-// What the forward and the backward pass of attention share: packing of rows, small matrix products, exp.
+// Code shared by the forward and backward pass of attention: packing of rows, small matrix products, exp.
 //
 // A product is out[column][lane] (+)= sum over i of a[i][column] * b[i][lane]: the vectors of b hold kPackRows<T> rows
-// (queries or keys) side by side, so that everything a softmax keeps per row is a vector and needs no shuffles; a is
-// cut into panels of kPanel columns, which are broadcast.
+// (queries or keys) in their lanes, so that the state of a softmax per row is a vector and needs no shuffles; a is cut
+// into panels of kPanel columns, which are broadcast.
 //
-// For *_kernels.cpp only: all of it is internal to one instruction set.
+// For *_kernels.cpp only: everything is internal to one instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -32,8 +32,8 @@ constexpr int kPanel = 6;
 constexpr int kPanel = 4;
 #endif
 constexpr int kPackVectors = 2;
-// More terms than the first are not one running sum, which would round worse than the reference's products, but sums of
-// at most as many as the second: what halves cost is not felt beside that many.
+// Sums of more terms than the first constant are split into sums of at most the second number of terms, because one
+// running sum would have larger rounding errors than the reference's products; the cost of splitting is negligible.
 constexpr int64_t kDepth = 128, kDeepSum = 32;
 
 template <class T> using Vector = typename Lanes<T>::type;
@@ -50,7 +50,7 @@ VIDMEM_INLINE Floats exp_of(Floats x) {
   const Floats magic = Floats{} + 0x1.8p23f;  // puts the integer nearest to x / log(2) into the lowest bits
   const Floats shifted = x * 0x1.715476p0f + magic;
   const Floats n = shifted - magic;
-  const Floats r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;  // log(2) in two parts, n times the first is exact
+  const Floats r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;  // log(2) in two parts; n times the first is exact
   Floats p = r * (1.0f / 5040) + (1.0f / 720);
   p = p * r + (1.0f / 120);
   p = p * r + (1.0f / 24);
@@ -86,7 +86,7 @@ VIDMEM_INLINE Doubles exp_of(Doubles x) {
   return x > 709.0 ? Doubles{} + __builtin_inf() : p;
 }
 
-// A row of 8 bits times its scale, in the buffer.
+// An 8-bit row times its scale, in the buffer.
 template <class E>
 VIDMEM_INLINE const float* scaled_row(const AttentionRows& rows, int64_t row, float* buffer) {
   as_floats(static_cast<const E*>(rows.data) + row * rows.row_stride, rows.channel_stride, buffer, rows.channels);
@@ -95,7 +95,7 @@ VIDMEM_INLINE const float* scaled_row(const AttentionRows& rows, int64_t row, fl
   return buffer;
 }
 
-// Row `row`, widened: in the buffer, or where it lies.
+// Row `row`, widened in the buffer, or in place.
 template <class T>
 VIDMEM_INLINE const T* row_of(const AttentionRows& rows, int64_t row, T* buffer) {
   const int64_t offset = row * rows.row_stride;
@@ -115,7 +115,7 @@ VIDMEM_INLINE const T* row_of(const AttentionRows& rows, int64_t row, T* buffer)
   }
 }
 
-// A row to a dtype that its results have.
+// Converts a row to the dtype of the results.
 template <class T>
 VIDMEM_INLINE void write_row(const T* row, DType dtype, void* out, int64_t offset, int64_t channels) {
   if constexpr (sizeof(T) == 8) {
@@ -163,8 +163,8 @@ inline void pack_panels(const AttentionRows& rows, const int32_t* index, int64_t
 }
 
 // out[j][lane] (+)= sum over i < depth of a[i * a_row + j * a_column] * b[i * b_row + lane] for j < kPanel and the
-// lanes of kPackVectors vectors. What is there is added last: one running sum over thousands of keys would round
-// several times worse than the reference's products.
+// lanes of kPackVectors vectors. The previous content is added last: one running sum over thousands of keys would have
+// several times the rounding error of the reference's products.
 template <class T, bool kAdd>
 VIDMEM_INLINE void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, int64_t depth,
                                  T* out, int64_t out_row) {
@@ -196,7 +196,7 @@ VIDMEM_INLINE void multiply_tile(const T* a, int64_t a_row, int64_t a_column, co
   }
 }
 
-// multiply_tile of a panel and a pack, by halves, and halves of halves, until a running sum is short.
+// multiply_tile of a panel and a pack, split recursively in halves until a running sum is short.
 template <class T>
 __attribute__((noinline)) void multiply_deep(const T* panel, const T* pack, int64_t depth, T* out) {
   constexpr int64_t kRows = kPackRows<T>;
@@ -211,7 +211,7 @@ __attribute__((noinline)) void multiply_deep(const T* panel, const T* pack, int6
 // The same for all `columns` of a, panels[column / kPanel][depth][kPanel], and one pack b[depth][lane].
 template <class T, bool kAdd>
 inline void multiply_panels(const T* panels, int64_t columns, const T* pack, int64_t depth, T* out) {
-  if (!kAdd && depth > kDepth) {  // where sums are added to, depth is that of a tile
+  if (!kAdd && depth > kDepth) {  // with kAdd, depth is that of a tile
     for (int64_t j = 0; j < columns; j += kPanel, panels += depth * kPanel, out += kPanel * kPackRows<T>) {
       multiply_deep(panels, pack, depth, out);
     }
@@ -223,8 +223,8 @@ inline void multiply_panels(const T* panels, int64_t columns, const T* pack, int
 }
 
 // --- NaN and infinities ---
-// A weight of 0 does not hide them: what some lanes of a product must not see is left out of it, and added to the
-// other lanes one by one.
+// A weight of 0 does not hide them: values that some lanes of a product must not see are left out of the product and
+// added to the other lanes one by one.
 
 template <class T>
 VIDMEM_INLINE bool is_special(T x) { return !(x - x == 0); }
@@ -244,7 +244,7 @@ inline bool any_special(const T* x, int64_t count) {
   return any;
 }
 
-// Zeros instead; says whether there were any.
+// Replaces them by zeros; returns whether there were any.
 template <class T>
 inline bool drop_special(T* x, int64_t count) {
   if (!any_special(x, count)) return false;
@@ -252,7 +252,7 @@ inline bool drop_special(T* x, int64_t count) {
   return true;
 }
 
-// What a window leaves of the pairs of a pack and a tile.
+// The pairs of a pack and a tile that a window leaves visible.
 enum class Seen { none, some, all };
 
 // Cuts scratch memory into arrays that begin on a cache line.

@@ -6,7 +6,7 @@
 namespace vidmem {
 namespace {
 
-// Bytes of the queries and values that a group keeps; with a tile of keys they fit the L2 cache.
+// Bytes of the queries and sums of a group; together with a tile of keys they fit the L2 cache.
 constexpr int64_t kGroupBytes = 384 << 10;
 constexpr int64_t kGroupRows = 384;
 
@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> attend(const AttentionArgs& args, ScalarType out_type
   Tensor lse = torch::stable::empty({args.batch, heads, queries}, args.sum_type());
   if (lse.numel() == 0) return {out, lse};
 
-  // Groups of queries lie within a block, so that all of a group see the same blocks.
+  // A group of queries is within one block, so that all its queries see the same blocks.
   const int64_t block = std::min(args.block_q, queries), blocks = attention_blocks(queries, block);
   const int64_t row_bytes = std::max<int64_t>(1, (args.channels + args.value_channels) * size);
   const int64_t most = std::clamp<int64_t>(kGroupBytes / row_bytes / kAttentionLanes * kAttentionLanes,

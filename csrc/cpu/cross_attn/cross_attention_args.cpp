@@ -26,7 +26,7 @@ void check_input(const char* op, const char* name, const Tensor& x) {
 
 bool is_integer(const Tensor& x) { return x.scalar_type() == ScalarType::Int || x.scalar_type() == ScalarType::Long; }
 
-// Integers in the order of numbers. NaN has no place there: see kNever.
+// Integers in the order of the numbers. NaN is handled separately: see kNever.
 int64_t ordered(double x) {
   const double positive_zero = x + 0.0;
   int64_t bits;
@@ -34,8 +34,8 @@ int64_t ordered(double x) {
   return bits >= 0 ? bits : bits ^ INT64_MAX;
 }
 
-// A key at no time is before every bound, and a query at no time has bounds that hold no key: those of numbers are in
-// between.
+// A key with a NaN time is before every bound, and a query with a NaN time has bounds that contain no key; the bounds
+// of numbers are in between.
 constexpr int64_t kNever = INT64_MIN;
 int64_t ordered_key(double x) { return x != x ? kNever : ordered(x); }
 int64_t ordered_low(double x) { return x != x ? INT64_MAX : ordered(x); }
@@ -64,8 +64,7 @@ std::vector<T> read_times(const char* op, const char* name, const Tensor& time, 
   return times;
 }
 
-// The outermost integer that is at most `side` after a time, or with sign -1 before it; the limit of the type where
-// that is beyond.
+// The integer time + sign * floor(side), saturated at the limits of the type.
 int64_t moved(int64_t time, double side, int sign) {
   if (side != side) return sign < 0 ? INT64_MAX : INT64_MIN;
   const __int128 distance = static_cast<__int128>(std::floor(std::clamp(side, -0x1p65, 0x1p65)));
@@ -140,7 +139,7 @@ void AttentionArgs::read_window(const char* op, const AttentionOptions& options)
   const std::vector<double> query_times = read_times<double>(op, "q_time", q_time, batch, queries);
   time_.resize(key_times.size());
   std::transform(key_times.begin(), key_times.end(), time_.begin(), ordered_key);
-  // The bounds are rounded to the type that times are compared in, which then makes no difference.
+  // The bounds are rounded to the type in which times are compared, so the rounding makes no difference.
   const bool single = q_time.scalar_type() == ScalarType::Float && k_time.scalar_type() == ScalarType::Float;
   low_.resize(query_times.size());
   high_.resize(query_times.size());

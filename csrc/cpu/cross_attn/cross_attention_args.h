@@ -1,4 +1,4 @@
-// Arguments of cross_attention and its gradient: checked, times and biases made ready for the kernels.
+// Checked arguments of cross_attention and its gradient, with times and biases prepared for the kernels.
 #pragma once
 
 #include <math.h>
@@ -39,25 +39,25 @@ class AttentionArgs {
 
   int64_t pairs() const { return batch * heads; }
   ScalarType sum_type() const { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
-  // Those of `x`, (B, L, H, C), that belong to the batch element and head of number `pair`.
+  // The rows of `x`, (B, L, H, C), of the batch element and head with number `pair`.
   AttentionRows rows(const Tensor& x, int64_t pair) const;
   AttentionRows key_rows(int64_t pair) const { return scaled_rows(k, k_scale_, pair); }
   AttentionRows value_rows(int64_t pair) const { return scaled_rows(v, v_scale_, pair); }
-  const void* bias(int64_t pair) const;  // of every key in the type of sums, or null
+  const void* bias(int64_t pair) const;  // of every key, in the type of sums, or null
   AttentionWindow window(int64_t pair) const;
-  // The keys that some of the queries [first, last), all of one block, may see, ascending; none with a bias of -inf.
+  // The keys that some of the queries [first, last) of one block may see, ascending, without those of bias -inf.
   void visible_keys(int64_t pair, int64_t first, int64_t last, std::vector<int32_t>& keys) const;
-  // Blocks of keys that a block of queries sees, ascending, each once; only with `has_blocks`.
+  // The key blocks that a query block sees, ascending, each once; only with `has_blocks`.
   void visible_blocks(int64_t pair, int64_t row, std::vector<int64_t>& blocks) const;
 
   const Tensor &q, &k, &v;
   DType dtype;
-  int64_t size;  // bytes of a sum
+  int64_t size;  // bytes of an element of sums
   int64_t batch, queries, keys, heads, channels, value_channels;
   bool has_blocks;
-  int64_t block_q, block_k;  // without blocks all queries are one block
+  int64_t block_q, block_k;  // without blocks, all queries form one block
   double scale;
-  int64_t num_sinks;  // 0 if every query sees every key anyway
+  int64_t num_sinks;  // 0 if every query sees every key
 
  private:
   AttentionRows scaled_rows(const Tensor& x, const Tensor* scale, int64_t pair) const;

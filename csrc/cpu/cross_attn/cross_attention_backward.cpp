@@ -8,15 +8,15 @@
 namespace vidmem {
 namespace {
 
-// Bytes that a group of keys keeps: with a tile of queries they fit the L2 cache.
+// Bytes of a group of keys; together with a tile of queries they fit the L2 cache.
 constexpr int64_t kGroupBytes = 512 << 10;
 constexpr int64_t kGroupRows = 192;
-// Units of work there should be: the keys of a pair are cut into parts, each with its own sums of grad_q.
+// Minimum units of work: the keys of a pair are cut into parts, each with its own sums of grad_q.
 constexpr int64_t kUnits = 16;
-constexpr int64_t kPartKeys = 1024;  // a part has at least so many
+constexpr int64_t kPartKeys = 1024;  // minimum keys of a part
 
 struct KeyGroup {
-  int64_t first, last, block;  // all of one block; block -1: sinks, which every query sees
+  int64_t first, last, block;  // keys of one block; block -1: sinks, which every query sees
 };
 
 std::vector<KeyGroup> group_keys(const AttentionArgs& args) {
@@ -35,7 +35,7 @@ std::vector<KeyGroup> group_keys(const AttentionArgs& args) {
   return groups;
 }
 
-// Which queries see some key of a group.
+// Finds the queries that see some key of a group.
 class GroupQueries {
  public:
   GroupQueries(const AttentionArgs& args, int64_t pair) : args_(args), window_(args.window(pair)) {
@@ -71,7 +71,7 @@ class GroupQueries {
  private:
   const AttentionArgs& args_;
   AttentionWindow window_;
-  std::vector<std::vector<int64_t>> rows_;  // of every block of keys: the blocks of queries that see it
+  std::vector<std::vector<int64_t>> rows_;  // for every key block, the query blocks that see it
 };
 
 void check_grads(const char* op, const AttentionArgs& args, const Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -92,7 +92,7 @@ void check_grads(const char* op, const AttentionArgs& args, const Tensor& grad_o
   if (grad_lse) check_lse("grad_lse", *grad_lse);
 }
 
-// The gradients of the biases of every pair, (B, H, Lk), to the shape and dtype of key_bias, in order of the heads.
+// Reduces the bias gradients of every pair, (B, H, Lk), to the shape and dtype of key_bias, in the order of the heads.
 template <class T>
 Tensor sum_bias(const AttentionArgs& args, const Tensor& key_bias, const T* grads) {
   Tensor out = torch::stable::empty(key_bias.sizes(), key_bias.scalar_type());
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     }
   });
 
-  // A part of the keys of a pair is one thread's, so that its sums of grad_q have one order.
+  // One thread processes a part of the keys of a pair, so that the order of its sums of grad_q is fixed.
   const std::vector<KeyGroup> groups = group_keys(args);
   const int64_t num_groups = groups.size();
   const int64_t parts = std::clamp<int64_t>(std::min(kUnits / std::max<int64_t>(1, pairs), args.keys / kPartKeys), 1,

@@ -1,5 +1,5 @@
-// Keys lie in the lanes, and all products of a tile of pairs are taken at once. Gradients of the keys and values of a
-// group stay in cache while its queries pass by; those of the queries are added up in memory.
+// Each key is a lane, and all products of a tile of pairs are computed at once. The gradients of the keys and values of
+// a group stay in the cache while its queries are processed; those of the queries are summed in memory.
 #include "cpu/cross_attn/cross_attention_backward_kernels.h"
 
 #include "cpu/cross_attn/attention_tile.h"
@@ -43,7 +43,7 @@ void run_sum_queries(const SumQueries& args, int64_t begin, int64_t end) {
   }
 }
 
-// Queries whose gradients of a bias are summed in T before they join a sum in double: there may be thousands.
+// Number of queries whose bias gradients are summed in T before they are added to a sum in double.
 constexpr int64_t kBiasStep = 8;
 
 // The keys of one pack.
@@ -51,9 +51,9 @@ template <class T>
 struct KeyPack {
   using V = Vector<T>;
   static constexpr int kRows = kPackRows<T>;
-  const T* bias;  // -inf in lanes whose key no query sees, or that have none
+  const T* bias;  // -inf in lanes without a key, or with a key that no query sees
   double* grad_bias;
-  const int64_t* time;  // null: the window hides nothing
+  const int64_t* time;  // null: the window hides no key
   int64_t earliest, latest;
 
   void set_times(const AttentionWindow& window, int64_t first, int64_t count, int64_t* times) {
@@ -88,8 +88,8 @@ struct KeyPack {
     return !any ? Seen::none : all ? Seen::all : Seen::some;
   }
 
-  // weights[query][key] holds products of queries and keys and becomes weights, grads[query][key] those of gradients
-  // and values and becomes gradients of scores.
+  // Converts weights[query][key] from products of queries and keys to weights, and grads[query][key] from products of
+  // gradients and values to gradients of scores.
   template <bool kMasked>
   VIDMEM_INLINE void differentiate(const AttendKeys& args, const int32_t* queries, int64_t count, T* weights,
                                    T* grads) {
@@ -149,8 +149,8 @@ void add_to_queries(const T* grads, int64_t count, const T* keys, int64_t key_ro
   }
 }
 
-// Adds to the gradients of keys or values, out[channel][lane], what drop_special took out of the rows of a tile of
-// queries, where it is seen; `panels` has it still.
+// Adds to the gradients of keys or values, out[channel][lane], the values that drop_special removed from the rows of a
+// tile of queries, for visible pairs; `panels` still has them.
 template <class T>
 void add_special_queries(const T* panels, int64_t count, int64_t channels, const T* factors, const KeyPack<T>& pack,
                          const AttentionWindow& window, const int32_t* queries, T* out) {
@@ -182,7 +182,7 @@ void add_special_keys(const T* keys, int64_t channels, const T* factors, const K
   }
 }
 
-// values[channel][lane], times factor, to a row of each key.
+// Writes values[channel][lane], times factor, to the row of each key.
 template <class T>
 void write_transposed(const T* values, int64_t channels, T factor, int64_t first, int64_t count, DType dtype, void* out,
                       int64_t stride, T* buffer) {
@@ -291,7 +291,7 @@ void run_attend_keys(const AttendKeys& args) {
 
   for (int64_t p = 0; p < packs; ++p) {
     const int64_t first = args.first + p * kRows, left = args.count - p * kRows, some = left < kRows ? left : kRows;
-    for (int64_t l = 0; l < some; ++l) {  // where 0 times NaN was added for a key that nobody sees
+    for (int64_t l = 0; l < some; ++l) {  // 0 times NaN was added for a key that no query sees
       if (bias[p * kRows + l] != -kInfinity<T>) continue;
       for (int64_t c = 0; c < channels; ++c) grad_k[p * kRows * panel_row + c * kRows + l] = 0;
       for (int64_t c = 0; c < value_channels; ++c) grad_v[p * kRows * value_row + c * kRows + l] = 0;

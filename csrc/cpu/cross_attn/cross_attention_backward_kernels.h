@@ -10,7 +10,7 @@
 
 namespace vidmem {
 
-// What a query's keys share: its lse, or 0 if it sees nothing, and grad . out - grad_lse.
+// Computes the terms that all keys of a query share: its lse, or 0 if it sees no key, and grad . out - grad_lse.
 struct QueryTerms {
   AttentionRows out, grad;
   const void *lse, *grad_lse;  // in the type of sums; grad_lse may be null
@@ -25,13 +25,13 @@ struct AttendKeys {
   AttentionWindow window;  // none for keys that are sinks
   double scale;
   const void *base, *shared;  // of every query
-  const int32_t* queries;     // those that see some key of the group, ascending; the window is applied again
+  const int32_t* queries;     // the queries that see some key of the group, ascending; the window is applied again
   int64_t num_queries;
   int64_t first, count;           // keys of the group
   void *grad_k, *grad_v;          // of this batch element and head, in the dtype of q
   int64_t grad_k_stride, grad_v_stride;
   void* grad_bias;  // of every key, in the type of sums
-  void* grad_q;     // (Lq, D) sums that this adds to, without the scale
+  void* grad_q;     // (Lq, D) sums to add to, without the scale
   void* scratch;
 };
 

@@ -5,7 +5,7 @@
 namespace vidmem {
 namespace {
 
-// Bounds of the windows of the queries of a pack, lane by lane and together.
+// Bounds of the windows of the queries of a pack, per lane and for all lanes.
 struct PackWindow {
   const int64_t *low, *high;  // kPackRows each
   int64_t lowest, largest_low, smallest_high, highest;
@@ -40,7 +40,8 @@ struct PackWindow {
   }
 };
 
-// Keys whose weights are summed in T before they join the total in double: a gradient is at the mercy of lse.
+// Number of keys whose weights are summed in T before they are added to the total in double; gradients need a precise
+// lse.
 constexpr int64_t kTotalStep = 16;
 
 // Running maximum, sum of weights and weighted values of the queries of a pack.
@@ -52,7 +53,7 @@ struct Softmax {
   double* total;
   T* values;  // values[channel][lane]
 
-  // scores[key][lane] become weights.
+  // Converts scores[key][lane] to weights.
   template <bool kMasked>
   VIDMEM_INLINE void add(T* scores, const T* bias, T scale, const AttentionWindow& window, const PackWindow& bounds,
                          const int32_t* keys, int64_t count, int64_t channels) {
@@ -76,7 +77,7 @@ struct Softmax {
       }
     }
     for (int v = 0; v < kPackVectors; ++v) {
-      // Nothing is visible yet: every weight is 0.
+      // No key is visible yet: every weight is 0.
       base[v] = most[v] == V{} - kInfinity<T> ? V{} : most[v];
       rescale[v] = exp_of(load(largest + v * kWidth<T>) - base[v]);
       store(most[v], largest + v * kWidth<T>);
@@ -107,7 +108,7 @@ struct Softmax {
   }
 };
 
-// Adds to the values of a pack what drop_special took out of the rows of a tile, where it is seen.
+// Adds to the values of a pack what drop_special removed from the rows of a tile, for visible pairs.
 template <class T>
 void add_special(const AttendQueries& args, const int32_t* keys, int64_t count, const T* weights,
                  const PackWindow& bounds, Seen seen, T* values, T* buffer) {
@@ -125,7 +126,7 @@ void add_special(const AttendQueries& args, const int32_t* keys, int64_t count, 
   }
 }
 
-// Results of query number `row`, from its sums.
+// Writes the results of query number `row` from its sums.
 template <class T>
 VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* values, int64_t step, T largest,
                           double total, T* buffer) {
@@ -139,8 +140,8 @@ VIDMEM_INLINE void finish(const AttendQueries& args, int64_t row, const T* value
       empty ? -kInfinity<T> : static_cast<T>(largest + __builtin_log(sum));
 }
 
-// Rows of a tile as they lie, or widened into `copies` if their channels lie apart. Repetitions of the last one fill up
-// the list.
+// Rows of a tile in place, or widened into `copies` if their channels are strided. The last row is repeated to fill the
+// list.
 template <class T, class E>
 VIDMEM_INLINE void list_rows(const AttentionRows& rows, const int32_t* index, int64_t count, T* copies,
                              const E** list) {
@@ -155,7 +156,7 @@ VIDMEM_INLINE void list_rows(const AttentionRows& rows, const int32_t* index, in
   for (int64_t j = count; j < kAttentionTile; ++j) list[j] = list[count - 1];
 }
 
-// Rows of values of a tile that hold NaN or infinities, as copies with zeros instead.
+// Replaces rows of values of a tile that hold NaN or infinities by copies with zeros instead.
 template <class E>
 bool list_without_special(const E** list, int64_t count, int64_t channels, E* copies) {
   bool found = false;
@@ -171,8 +172,8 @@ bool list_without_special(const E** list, int64_t count, int64_t channels, E* co
   return found;
 }
 
-// False if NaN or an infinity came out where a window hides keys: it may be a hidden one's, then all is done again with
-// `careful`, which keeps them apart.
+// Returns false if a result is NaN or infinite while a window hides keys: a hidden key may have caused it, so the call
+// is repeated with `careful`, which excludes hidden keys.
 template <class T, class E>
 bool attend_few_queries(const AttendQueries& args, bool careful) {
   const int64_t channels = args.q.channels, value_channels = args.v.channels, count = args.count;
@@ -186,7 +187,7 @@ bool attend_few_queries(const AttendQueries& args, bool careful) {
   E* clean_values = reinterpret_cast<E*>(arena.take<T>(kAttentionTile * value_channels));
   T largest[kFewQueries], rescale[kFewQueries];
   double total[kFewQueries];
-  const E *lists[2][kAttentionTile], *rows[kAttentionTile];  // keys of a tile and of the next one; values
+  const E *lists[2][kAttentionTile], *rows[kAttentionTile];  // keys of a tile and of the next one; values of the tile
   const T scale = static_cast<T>(args.scale);
 
   for (int64_t i = 0; i < count; ++i) {

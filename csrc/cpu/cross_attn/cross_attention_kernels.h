@@ -15,7 +15,7 @@ struct AttendQueries {
   const void* bias;  // of every key, in the type of sums; null: none
   AttentionWindow window;
   double scale;
-  const int32_t* keys;  // those that some query of the group sees, ascending; the window is applied again
+  const int32_t* keys;  // the keys that some query of the group sees, ascending; the window is applied again
   int64_t num_keys;
   int64_t first, count;  // queries of the group
   void* out;             // (Lq, Dv), out_stride from row to row

@@ -13,7 +13,7 @@ namespace {
 
 LogSums view_sums(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// The states that are merged, checked.
+// The checked states to merge.
 struct States {
   std::vector<HeadRows> outs;
   std::vector<LogSums> lses;

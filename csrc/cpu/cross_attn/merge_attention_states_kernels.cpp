@@ -32,8 +32,7 @@ inline const T* at(const HeadRows& rows, const Row& r) {
          r.head * rows.head_stride;
 }
 
-// Of a part with a visible key. Where there is none, some attentions give +inf, and what the part holds counts for
-// nothing.
+// Whether a part has a visible key. For a part without one, some libraries return +inf; the part is then ignored.
 template <class S>
 inline bool counts(S lse) { return __builtin_fabs(lse) != __builtin_inf(); }
 
@@ -72,7 +71,7 @@ void run_merge(const MergeStates& args, int64_t begin, int64_t end, void* scratc
       weights[i] = counts(lse) ? lse : -infinity;
       largest = weights[i] > largest ? weights[i] : largest;
     }
-    if (largest == -infinity) largest = 0;  // nothing is visible: every weight is 0
+    if (largest == -infinity) largest = 0;  // no key is visible: every weight is 0
     for (int64_t i = 0; i < args.parts; ++i) total += weights[i] = exp_of(weights[i] - largest);  // NaN stays NaN
     const bool empty = total == 0;
     if (empty) total = 1;

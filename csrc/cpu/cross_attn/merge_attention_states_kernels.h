@@ -24,12 +24,12 @@ struct MergeStates {
   DType dtype;
   int64_t length, heads, channels;
   void *out, *lse;
-  bool streams;  // `out` is better not read into the caches
+  bool streams;  // write `out` without reading it into the caches
 };
 
 struct MergeStatesBackward {
   HeadRows grad_out;
-  LogSums grad_lse;  // of null: zeros
+  LogSums grad_lse;  // null: zeros
   const HeadRows* outs;
   const LogSums* lses;
   int64_t parts;
@@ -39,7 +39,7 @@ struct MergeStatesBackward {
   void *grad_outs, *grad_lses;            // part after part
 };
 
-// Bytes of scratch, which every call of a kernel needs for itself.
+// Bytes of scratch for each call of a kernel.
 constexpr int64_t merge_states_scratch(int64_t parts, int64_t channels, int64_t size) {
   return (2 * parts + 3 * channels) * size + 512;
 }

@@ -12,10 +12,10 @@ namespace {
 // Relative error below 2^-24 before the last rounding; x <= 0 or NaN. Results below 2^-126 are rounded twice.
 [[maybe_unused]] inline Floats exp_negative(Floats x) {
   x = x < -104.0f ? Floats{} - 104.0f : x;  // rounds to 0
-  const Floats magic = Floats{} + 0x1.8p23f;  // adding it rounds to an integer, which its low bits then hold
+  const Floats magic = Floats{} + 0x1.8p23f;  // adding it rounds to an integer, which is then in the low bits
   const Floats shifted = x * 0x1.715476p0f + magic;
   const Floats n = shifted - magic;
-  const Floats r = x - n * 0x1.62e400p-1f - n * 0x1.7f7d1cp-20f;  // the high part of ln 2 has zeros at its end
+  const Floats r = x - n * 0x1.62e400p-1f - n * 0x1.7f7d1cp-20f;  // the high part of ln 2 has trailing zero bits
   Floats sum = r * (1.0f / 5040) + 1.0f / 720;
   sum = sum * r + 1.0f / 120;
   sum = sum * r + 1.0f / 24;
@@ -24,7 +24,7 @@ namespace {
   sum = sum * r + 1.0f;
   sum = sum * r + 1.0f;
   const Ints power = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic);
-  const Ints first = power >> 1;  // 2^power may be too small for one float
+  const Ints first = power >> 1;  // 2^power may underflow, so it is applied in two factors
   const Floats low = reinterpret_cast<Floats>((first + 127) << 23);
   const Floats high = reinterpret_cast<Floats>((power - first + 127) << 23);
   return sum * low * high;
@@ -43,7 +43,7 @@ VIDMEM_INLINE Floats elu1(Floats x) { return x > 0 ? x + 1 : exp_negative(x > 0 
   }
 }
 
-// Tokens [first, first + count) as rows of `pitch` elements, f(vector) of each, zeros behind the channels.
+// Writes f(vector) of the tokens [first, first + count) as rows of `pitch` elements, with zeros after the channels.
 template <class T, class F>
 VIDMEM_INLINE void read_rows(const Tokens& tokens, int64_t first, int64_t count, int64_t channels, float* out,
                              int64_t pitch, const F& f) {

@@ -1,7 +1,7 @@
 // CPU side of linear_attention: allocation, threads.
 //
-// Of every batch element and head, pieces of a fixed number of tokens have their sums taken by themselves, and states
-// are sums of those: whether one thread walks along a sequence or several share its pieces, results are the same.
+// For every batch element and head, pieces of a fixed number of tokens are summed separately, and states are sums of
+// these: the results are the same whether one thread processes a sequence or several share its pieces.
 #include "cpu/linear_attn/linear_attention_call.h"
 
 #include <tuple>
@@ -11,12 +11,12 @@
 namespace vidmem {
 namespace {
 
-// Of heads that are walked along side by side: tokens of one before those of the next, and bytes of their states.
+// For heads that one thread processes together: tokens of one head before the next, and bytes of their states.
 constexpr int64_t kStepTokens = 256;
 constexpr int64_t kStateBytes = 384 << 10;
 
 struct Call {
-  LinearAttention args;  // of no batch element and head yet, without scratch
+  LinearAttention args;  // not yet of a batch element and head, without scratch
   Plan plan;
   const Tensor &q, &k, &v;
   const std::optional<Tensor>&initial_S, &initial_z;
@@ -29,7 +29,7 @@ class Runner {
 
   void run() const {
     const int64_t threads = torch::stable::get_num_threads(), rounds = (sequences + threads - 1) / threads;
-    // Walking along sequences takes no sums twice; sharing their pieces keeps every thread busy.
+    // Processing whole sequences computes no sum twice; sharing their pieces keeps every thread busy.
     if (call.plan.is_scan && 4 * sequences >= 3 * threads * rounds) {
       walk();
     } else {
@@ -54,7 +54,7 @@ class Runner {
 
   void write(int64_t sequence, const float* state) const { write_final(state, sequence, call.args, call.S, call.z); }
 
-  // Each sequence by one thread, a few side by side: neighbouring heads lie on the same pages.
+  // One thread per sequence, a few sequences together, because neighbouring heads share pages.
   void walk() const {
     touch_pages(call.out);
     const int64_t cost = size * value_size * std::max<int64_t>(1, call.q.size(1));
@@ -87,7 +87,7 @@ class Runner {
     for_sequences([&](int64_t i, float* state, float*) { write(i, state); });
   }
 
-  // The sums of all pieces, the states that they give, then what the queries find.
+  // The sums of all pieces, the states from these, then the outputs.
   void share() const {
     const int64_t pieces = call.plan.pieces.size();
     const AlignedBuffer states(sequences * pieces * count * int64_t(sizeof(float)));

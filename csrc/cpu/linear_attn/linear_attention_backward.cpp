@@ -1,4 +1,4 @@
-// CPU side of linear_attention_backward: allocation, threads. Pieces of a sequence as in the forward.
+// CPU side of linear_attention_backward: allocation, threads. Sequences are cut into pieces as in the forward pass.
 #include "cpu/linear_attn/linear_attention_call.h"
 
 #include <tuple>
@@ -9,7 +9,7 @@ namespace {
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Call {
-  LinearAttentionBackward args;  // of no batch element and head yet, without scratch
+  LinearAttentionBackward args;  // not yet of a batch element and head, without scratch
   Plan plan;
   const Tensor &grad_out, &grad_S, &grad_z, &q, &k, &v;
   const std::optional<Tensor>&initial_S, &initial_z;
@@ -20,7 +20,7 @@ class Runner {
  public:
   explicit Runner(const Call& call) : call(call) {}
 
-  // The sums of all pieces, the states that they give and gradients of queries; likewise in reverse for keys.
+  // The sums of all pieces, the states from these, and gradients of queries; then the same in reverse for keys.
   void run() const {
     const bool scan = call.plan.is_scan;
     const AlignedBuffer states(sequences * pieces * count * int64_t(sizeof(float)));

@@ -1,5 +1,5 @@
-// Gradients of linear attention: denominators and scores are computed anew, chunk by chunk. In order for
-// the queries, which need the state up to them; in reverse for keys and values, which need the gradient of the state.
+// Gradients of linear attention: denominators and scores are recomputed chunk by chunk, in order for the queries, which
+// need the state up to them; in reverse for keys and values, which need the gradient of the state.
 #include "cpu/linear_attn/linear_chunk.h"
 
 namespace vidmem {
@@ -96,16 +96,16 @@ struct Backward : Chunk<T> {
   }
 
   // From the gradient t of a query without normalisation: with s the scale, d its denominator and z the sum of the keys
-  // that it sees, s (t - s (q t) / d z) / d. The numerator is not needed, and what cancels in that difference has no error of it.
+  // that it sees, s (t - s (q t) / d z) / d. The numerator is not needed, so its error does not enter the difference.
   void normalize_query_grads(int64_t first, int64_t count, const float* z, bool masked) {
-    float* visible = sums;  // not in use here
+    float* visible = sums;  // not used otherwise here
     for (int64_t c = 0; c < row; c += kFloats) store(load(z + c), visible + c);
     const double scale = a.scale;
     int64_t end = 0;
     for (int64_t t = 0; t < count; ++t) {
       for (; masked && end < this->end_of_block(t, count); ++end) add_rows(visible, keys + end * row, visible, row);
       float* grad = features + t * row;
-      double total = 1, ratio = 0;  // of few channels hardly anything may be left of the difference
+      double total = 1, ratio = 0;  // with few channels, the difference may cancel almost completely
       if (a.normalize) {
         total = wide_dot(queries + t * row, visible, row) * scale + kEps;
         ratio = wide_dot(queries + t * row, grad, a.size) * scale / total;
@@ -185,7 +185,7 @@ struct Backward : Chunk<T> {
     scale_grads(first, count);
   }
 
-  // Gradients of outputs to those of numerators.
+  // Converts gradients of outputs to gradients of numerators.
   void scale_grads(int64_t first, int64_t count) {
     for (int64_t t = 0; t < count; ++t) {
       float* grad = grads + t * value_row;
@@ -204,7 +204,7 @@ struct Backward : Chunk<T> {
     }
   }
 
-  // Through the feature map, whose argument is read again.
+  // Applies the derivative of the feature map, whose argument is read again.
   void write_grads(const Tokens& tokens, float* argument, int64_t first, int64_t count, T* out, int64_t stride) {
     if (a.map != FeatureMap::identity) {
       read_tokens<T>(tokens, first, count, a.size, argument, row);

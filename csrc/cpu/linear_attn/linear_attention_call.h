@@ -1,4 +1,4 @@
-// What linear attention and its gradient share on the CPU side: checks, pieces of a sequence, states.
+// Code shared by linear attention and its gradient on the CPU side: checks, pieces of a sequence, states.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace vidmem {
 
-constexpr int64_t kPieceTokens = 2048;  // a state per piece is small beside its tokens
+constexpr int64_t kPieceTokens = 2048;  // a state per piece is small compared with its tokens
 
 inline FeatureMap feature_map_of(const char* op, const std::string& name) {
   if (name == "relu") return FeatureMap::relu;
@@ -27,12 +27,12 @@ struct Piece {
 };
 
 struct Plan {
-  bool is_scan;  // pieces hold many groups; else a block holds many pieces
+  bool is_scan;  // a piece has many groups; else a block has many pieces
   int64_t group;
   std::vector<Piece> pieces;
 };
 
-// Tokens of which anything is read or written: of none an expanded tensor may have any number.
+// Number of tokens to process; 0 without channels, because an expanded tensor may then have any length.
 inline int64_t tokens_to_walk(const Tensor& q, const Tensor& v) {
   return q.size(0) * q.size(2) == 0 || q.size(3) + v.size(3) == 0 ? 0 : q.size(1);
 }
@@ -60,8 +60,8 @@ inline Plan make_plan(int64_t tokens, int64_t block) {
   return plan;
 }
 
-// Calls f(sequence, number of the piece, piece, scratch of so many floats) for all pieces. Every thread has a range of
-// tokens, all heads of it: of a token they lie on the same pages.
+// Calls f(sequence, number of the piece, piece, scratch of the given floats) for all pieces. Every thread processes a
+// range of tokens for all heads, because the heads of a token share pages.
 template <class F>
 void for_pieces(const Plan& plan, int64_t sequences, int64_t cost, int64_t scratch, const F& f) {
   const int64_t tasks = sequences * int64_t(plan.pieces.size());
@@ -75,11 +75,11 @@ void for_pieces(const Plan& plan, int64_t sequences, int64_t cost, int64_t scrat
 }
 
 inline Tokens tokens_of(const Tensor& x, int64_t sequence) {
-  if (x.size(3) == 0) return {x.data_ptr(), 0, 1};  // strides of what is empty may be anything
+  if (x.size(3) == 0) return {x.data_ptr(), 0, 1};  // an empty tensor may have any strides
   return {pair_data(x, sequence), x.stride(1), x.stride(3)};
 }
 
-// The state of one batch element and head before the call, as kernels take it.
+// The state of one batch element and head before the call, in the layout of the kernels.
 inline void read_initial(const std::optional<Tensor>& matrix, const std::optional<Tensor>& vector, int64_t sequence,
                   const LinearAttention& args, float* state) {
   const int64_t size = args.size, value_size = args.value_size, row = padded(value_size);
@@ -106,7 +106,7 @@ inline void write_final(const float* state, int64_t sequence, const LinearAttent
   std::copy_n(state + size * padded(value_size), size, z);
 }
 
-// state += sum, where `sum` becomes the state before or after that.
+// state += sum; `sum` becomes the state before or after the addition.
 inline void accumulate(float* state, float* sum, int64_t count, bool before) {
   for (int64_t i = 0; i < count; ++i) {
     const float after = state[i] + sum[i];
@@ -127,7 +127,7 @@ inline void check_state(const char* op, const char* name, const Tensor& x, std::
   check_shape(x, shape, op, name);
 }
 
-// Checks the arguments that forward and backward have in common.
+// Checks the arguments that forward and backward share.
 inline LinearAttention check_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                        const std::optional<Tensor>& S, const std::optional<Tensor>& z,
                                        const std::string& feature_map, bool causal, int64_t block_size,

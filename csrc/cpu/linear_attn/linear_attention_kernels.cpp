@@ -1,5 +1,5 @@
-// Linear attention: tokens are widened chunk by chunk into tiles, where the feature map is applied, and all products
-// are taken of tiles.
+// Linear attention: tokens are widened chunk by chunk into tiles, where the feature map is applied; all products are
+// computed on tiles.
 #include "cpu/linear_attn/linear_chunk.h"
 
 namespace vidmem {

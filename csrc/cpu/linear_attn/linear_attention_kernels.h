@@ -26,9 +26,9 @@ struct LinearAttention {
   DType dtype;
   FeatureMap map;
   bool normalize;
-  float scale;  // of the queries' features: multiplies what they find in a state
+  float scale;  // factor of the queries' features
   int64_t size, value_size;
-  int64_t block;  // tokens that see one another
+  int64_t block;  // tokens that see each other
   int64_t group;  // tokens of whole blocks between two updates of the state: a block, or a chunk of small blocks
   Tokens q, k, v;
   void* out;  // channels are contiguous

@@ -1,4 +1,4 @@
-// What the passes of linear attention share: tiles of a chunk of tokens, its products with a state and within itself.
+// Code shared by the passes of linear attention: tiles of a chunk of tokens, its products with a state and with itself.
 //
 // For *_kernels.cpp: internal linkage, each instruction set keeps its own copy.
 #pragma once
@@ -46,14 +46,14 @@ struct Chunk {
   // The first token of a masked group that its token `i` does not see.
   int64_t end_of_block(int64_t i, int64_t count) const { return smaller(count, ends[i]); }
 
-  // Rows of the group that are taken together: a product of 0 and a row of `tile` that is not seen must not matter,
-  // so one at a time where it could.
+  // Rows of the group that are multiplied together: one at a time if a product of 0 and a row of `tile` that is not
+  // visible could be NaN.
   int64_t rows_at_once(const float* tile, int64_t size) const { return all_finite(tile, size) ? kTileRows : 1; }
 
   void see(const float* before, const float* state) { add_rows(before, state, seen, state_size(a.size, a.value_size)); }
 
-  // multiply(), meanwhile asking for the tokens [first, first + kChunkTokens) of up to two tensors: between heads lie
-  // gaps that no hardware prefetcher looks beyond.
+  // multiply(), and prefetches the tokens [first, first + kChunkTokens) of up to two tensors: hardware prefetchers do
+  // not cross the gaps between heads.
   template <bool Add>
   void multiply_ahead(Left left, const float* right, int64_t depth, float* out, int64_t rows, const Tokens& tokens,
                       const Tokens* more, int64_t first) {
@@ -80,7 +80,7 @@ struct Chunk {
     read_tokens<T>(a.v, first, count, a.value_size, values, value_row);
   }
 
-  // With keys and values of `next` to be read after that.
+  // Prefetches keys and values of `next`.
   void add_keys(int64_t next, int64_t count, float* state) {
     multiply_ahead<true>(Left{keys, 1, row}, values, count, state, a.size, a.k, &a.v, next);
     add_column_sums(keys, row, count, row, z_of(state));
@@ -105,7 +105,7 @@ struct Chunk {
     for (int64_t t = 0; t < count && a.normalize; ++t) totals[t] = dot(queries + t * row, z, row);
   }
 
-  // Those of a masked group, whose keys have been read; `z` becomes the sum that its last token sees.
+  // Denominators of a masked group, whose keys have been read; `z` becomes the sum that its last token sees.
   void query_totals(int64_t count, float* z) {
     int64_t end = 0;
     for (int64_t t = 0; t < count && a.normalize; ++t) {
@@ -114,7 +114,7 @@ struct Chunk {
     }
   }
 
-  // Adds what the tokens of a masked group see of one another to their numerators.
+  // Adds to the numerators of a masked group what its tokens see of each other.
   void query_group(int64_t count) {
     transpose(keys, row, count, a.size, transposed, kChunkTokens);
     const int64_t step = rows_at_once(values, count * value_row);

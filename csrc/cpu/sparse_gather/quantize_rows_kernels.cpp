@@ -8,7 +8,7 @@ namespace {
 // Elements that are converted through a buffer in the L1 cache.
 constexpr int64_t kBlock = 512;
 
-// Magnitudes as integers: these order as the numbers do, then infinity, then NaN.
+// Magnitudes as integers, which have their order, followed by infinity and NaN.
 inline int64_t magnitude(double x) {
   int64_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -34,7 +34,7 @@ template <class T> struct Bits { using type = decltype(magnitude(T())); };
 template <class T>
 typename Bits<T>::type largest(const T* in, int64_t stride, int64_t channels) {
   typename Bits<T>::type found = 0;
-  if (stride == 1) {  // its own loop: the compiler vectorises it
+  if (stride == 1) {  // a separate loop, which the compiler vectorises
     for (int64_t c = 0; c < channels; ++c) found = magnitude(in[c]) > found ? magnitude(in[c]) : found;
   } else {
     for (int64_t c = 0; c < channels; ++c) {
@@ -44,7 +44,7 @@ typename Bits<T>::type largest(const T* in, int64_t stride, int64_t channels) {
   return found;
 }
 
-// Largest magnitude that a row dtype holds.
+// Largest magnitude of a row dtype.
 template <class Q> struct Largest;
 template <> struct Largest<int8_t> { static constexpr double value = 127; };
 template <> struct Largest<fp8> { static constexpr double value = 448; };
@@ -60,7 +60,7 @@ template <class Q> struct Limits<Q, double> {
   static constexpr double largest = 0x1.fffffffffffffp1023 / Largest<Q>::value * (1 - 0x1p-52);
 };
 
-// Rounds a magnitude of at most 127.5 to nearest, ties to even: in the lowest bits of what it is added to.
+// Rounds a magnitude of at most 127.5 to nearest, ties to even, by adding a constant whose lowest bits hold the result.
 inline void encode(float x, int8_t& out) { out = static_cast<int8_t>(float_to_bits(x + 0x1.8p23f)); }
 inline void encode(double x, int8_t& out) {
   const double shifted = x + 0x1.8p52;
@@ -69,7 +69,7 @@ inline void encode(double x, int8_t& out) {
   out = static_cast<int8_t>(bits);
 }
 
-// A magnitude below 464, which rounds to 448 at most.
+// A magnitude below 464, which rounds to at most 448.
 inline void encode(float x, fp8& out) {
   const uint32_t bits = float_to_bits(x), rest = bits & 0x7fffffff;
   const uint32_t subnormal = float_to_bits(bits_to_float(rest) + 0x1p14f) - (141u << 23);  // a unit is 2^-9
@@ -115,7 +115,7 @@ void quantize(const QuantizeRows& args, int64_t begin, int64_t end) {
   }
 }
 
-// Where the first largest magnitude is; the first NaN if there is one.
+// The position of the first largest magnitude, or of the first NaN.
 template <class T>
 int64_t first_largest(const T* in, int64_t stride, int64_t channels) {
   const auto bits = largest(in, stride, channels);
@@ -140,7 +140,7 @@ void quantize_backward(const QuantizeRowsBackward& args, int64_t begin, int64_t 
     const Float value = widen(at);
     const Float scale = (value < 0 ? -value : value) / Float(Largest<Q>::value);
     Float step = grad * Float((value > 0) - (value < 0)) / Float(Largest<Q>::value);
-    if (scale < Limits<Q, Float>::smallest || scale > Limits<Q, Float>::largest) step = 0;  // there it is limited
+    if (scale < Limits<Q, Float>::smallest || scale > Limits<Q, Float>::largest) step = 0;  // the scale is clamped
     if (magnitude(at) >= Infinity<T>::bits) step = Float(__builtin_nanf(""));
     narrow(step, out[first]);
   }

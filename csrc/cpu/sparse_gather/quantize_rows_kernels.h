@@ -1,4 +1,4 @@
-// CPU kernels of quantisation by rows on raw pointers; strides count elements.
+// CPU kernels of quantize_rows on raw pointers; strides count elements.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// CPU side of select_tokens: checks, the choice, allocation, threads.
+// CPU side of select_tokens: checks, selection, allocation, threads.
 #include <limits>
 #include <tuple>
 

@@ -9,8 +9,8 @@ namespace {
 // Elements that are converted through a buffer in the L1 cache.
 constexpr int64_t kBlock = 512;
 
-// Sums are kept in double, in the same lanes for every instruction set. Squares of floats are exact there and their sum
-// errs far less than float32, to which it is rounded: a token and its permutation tie but by rare chance.
+// Sums are kept in double, in the same lanes for every instruction set. Squares of floats are exact in double, and the
+// error of their sum is far below float32, to which it is rounded: a token and its permutation nearly always tie.
 constexpr int kLanes = 8, kChains = 4;
 typedef double Lanes __attribute__((vector_size(8 * kLanes)));
 
@@ -43,8 +43,8 @@ inline Float from_bits(Int bits) {
   return x;
 }
 
-// A number that orders as norm * 2^power does, which may be beyond the range of Float: that times 2^-64, and a negative
-// number where its exponent is too small for Float even then. NaN and infinity stay what they are.
+// A number that orders like norm * 2^power, which itself may exceed the range of Float: norm * 2^power * 2^-64, or a
+// negative number if even that underflows. NaN and infinity are unchanged.
 template <class Float>
 inline Float score_of(Float norm, int64_t power) {
   using Int = std::conditional_t<sizeof(Float) == 8, int64_t, int32_t>;
@@ -65,7 +65,7 @@ inline double total_of(const Lanes (&sums)[kChains]) {
   return sum;
 }
 
-// The sum of squares of floats neither overflows nor vanishes in double.
+// The sum of squares of floats neither overflows nor underflows in double.
 template <class T, class Row>
 inline float score_of_row(float, double sum, const T*, const Row&) {
   if (sum == 0 || sum - sum != 0) return score_of(static_cast<float>(__builtin_sqrt(sum)), 0);
@@ -75,11 +75,11 @@ inline float score_of_row(float, double sum, const T*, const Row&) {
   return score_of(static_cast<float>(__builtin_sqrt(near_one)), half);
 }
 
-// That of doubles may: then once more, times a power of two.
+// That of doubles may; then it is computed again, scaled by a power of two.
 template <class T, class Row>
 inline double score_of_row(double, double sum, const T* in, const Row& args) {
   if (sum >= 0x1p-900 && sum - sum == 0) return score_of(__builtin_sqrt(sum), 0);
-  int64_t peak = 0;  // bits of magnitudes order as they do, NaN above infinity
+  int64_t peak = 0;  // bits of magnitudes, which have their order, with NaN above infinity
   for (int64_t c = 0; c < args.channels; ++c) {
     const int64_t bits = bits_of<int64_t>(double(in[c * args.x.channel_stride])) & 0x7fffffffffffffff;
     peak = bits > peak ? bits : peak;

@@ -18,7 +18,7 @@ struct RowNorms {
   int64_t rows_per_batch, channels;
 };
 
-// Scores that order as the norms of the rows [begin, end) of the flattened (B, N) do, however large or small those are.
+// Scores in the order of the norms of the rows [begin, end) of the flattened (B, N), however large or small.
 VIDMEM_DECLARE_KERNEL(row_norms, void(const RowNorms&, int64_t begin, int64_t end))
 
 }  // namespace vidmem

@@ -6,7 +6,7 @@
 namespace vidmem {
 namespace {
 
-// Adds `registers` vectors of the rows order[0], ..., order[count - 1] to as many sums.
+// Adds `registers` vectors of the rows order[0], ..., order[count - 1] to the same number of sums.
 template <int registers, class T, class Sum, class Before>
 inline void add_tile(const T* src, int64_t row_stride, const int64_t* order, int64_t count, Sum* sums,
                      const Before& before_row) {
@@ -22,7 +22,7 @@ inline void add_tile(const T* src, int64_t row_stride, const int64_t* order, int
   for (int i = 0; i < registers; ++i) store(tile[i], sums + i * kLanes);
 }
 
-// The same for the sums of a row of `width`, as far as they fill vectors: returns how many sums that are. Calls
+// The same for the sums of a row of `width`, as far as they fill whole vectors; returns the number of these sums. Calls
 // before_row(k) before the first read of row k.
 template <class T, class Sum, class Before>
 inline int64_t add_tiles(const T* src, int64_t row_stride, const int64_t* order, int64_t count, Sum* sums,

@@ -10,14 +10,14 @@
 namespace vidmem {
 namespace {
 
-// Bytes of keys packed at a time, unless those of one head are more.
+// Bytes of keys packed at a time, or those of one head if they are more.
 constexpr int64_t kPanelsBytes = 8 << 20;
-// Bytes of queries packed at a time by each thread: with a block of panels they fit the L2 cache.
+// Bytes of queries packed at a time by each thread; together with a block of panels they fit the L2 cache.
 constexpr int64_t kGroupBytes = 384 << 10;
 
 int64_t blocks_of(int64_t size, int64_t block) { return size / block + (size % block != 0); }
 
-// Rows whose products are the scores: the tensor's own, or means of their blocks.
+// Rows whose products are the scores: rows of the tensor, or means of their blocks.
 class Pooled {
  public:
   Pooled(const Tensor& x, DType dtype, int64_t block)
@@ -39,7 +39,7 @@ class Pooled {
     });
   }
 
-  // Those of the batch element and head that are number `pair`.
+  // The rows of the batch element and head with number `pair`.
   ScoreRows rows(int64_t pair) const {
     const int64_t channels = x_.size(3);
     if (is_pooled_) {

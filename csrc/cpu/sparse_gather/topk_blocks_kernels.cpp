@@ -5,7 +5,7 @@
 namespace vidmem {
 namespace {
 
-// Adds `count` rows to a sum, in order; four at a time, which saves most of the sum's loads and stores.
+// Adds `count` rows to a sum, in order, four at a time to save loads and stores of the sum.
 template <class T>
 VIDMEM_INLINE void add_rows(const T* rows, int64_t stride, int64_t count, int64_t channels, T* __restrict sum) {
   int64_t r = 0;
@@ -19,7 +19,7 @@ VIDMEM_INLINE void add_rows(const T* rows, int64_t stride, int64_t count, int64_
   }
 }
 
-// Whole rows of all heads in turn, as they lie in memory.
+// Whole rows of all heads in turn, in memory order.
 template <class T>
 void run_mean_blocks(const MeanBlocks& args, int64_t begin, int64_t end) {
   const HeadRows& x = args.x;
@@ -51,7 +51,7 @@ void run_mean_blocks(const MeanBlocks& args, int64_t begin, int64_t end) {
   }
 }
 
-// Rows first .. first + kColumns - 1; those from `end` on are NaN, which is never found.
+// Rows first .. first + kColumns - 1; rows from `end` on are NaN, which is never chosen.
 template <class T>
 inline void pack_rows(const ScoreRows& rows, int64_t first, int64_t end, T* scratch, T* out, int64_t stride) {
   const int64_t pitch = padded_row(rows.channels);
@@ -91,9 +91,9 @@ VIDMEM_INLINE uint32_t lanes_above(const typename Simd<T>::V& a, const typename 
 #endif
 }
 
-// Puts a column behind all that are at least as good in a list of k, best first, and drops the last one. Whole vectors
-// from the end, without a branch on values but for the first vector that stays as it is: in front of the list lie
-// kRowPad entries of infinity. NaN is an empty place.
+// Inserts a column into a list of k, best first, after all that are at least as good, and drops the last one. Moves
+// whole vectors from the end; the only branch on values is at the first vector that does not change. kRowPad entries of
+// infinity precede the list. NaN marks an empty place.
 template <class T>
 VIDMEM_INLINE void insert_sorted(T* value, typename Simd<T>::Int* index, int64_t k, T score, int64_t column) {
   using V = typename Simd<T>::V;
@@ -110,7 +110,7 @@ VIDMEM_INLINE void insert_sorted(T* value, typename Simd<T>::Int* index, int64_t
   }
 }
 
-// The same columns as a heap with the worst on top, of equal ones the last: for k at which a list takes longer.
+// The same columns as a heap with the worst on top (of equal ones the last), for values of k at which a list is slower.
 constexpr int64_t kLongestList = 256;
 
 template <class T>
@@ -160,14 +160,14 @@ struct Heap {
   }
 };
 
-// The k best columns of every row of a pack. Once k columns are in, most tiles hold none that is better.
+// The k best columns of every row of a pack. Once there are k columns, most tiles contain no better one.
 template <class T>
 struct BestK {
   using V = typename Simd<T>::V;
   T* limit;  // the worst of the k, per lane
   T* value;  // k per lane, a list or a heap, `pitch` from lane to lane
   typename Simd<T>::Int* index;
-  int64_t k, pitch, lanes;  // lanes that hold a row; the others' scores are NaN
+  int64_t k, pitch, lanes;  // lanes with a row; the scores of the other lanes are NaN
 
   template <int P>
   VIDMEM_INLINE void take(int64_t column, const Tile<T, P>& score) {
@@ -231,7 +231,7 @@ void run_topk_blocks(const TopkBlocks& args, int64_t begin, int64_t end) {
   T* packs = scratch + kColumns * padded_row(channels);
   T* best = packs + args.group * channels;  // or the limits of lists
   Int* index = reinterpret_cast<Int*>(best + args.group);
-  const int64_t pitch = k == 1 ? 1 : kRowPad + k;  // of lists, behind their padding
+  const int64_t pitch = k == 1 ? 1 : kRowPad + k;  // of lists, after their padding
   T* value = reinterpret_cast<T*>(index + args.group * pitch);
   const T* panels = static_cast<const T*>(args.panels);
 

@@ -37,7 +37,7 @@ struct TopkBlocks {
   const void* panels;
   int64_t num_keys;
   int64_t topk;    // at most num_keys, not 0
-  int64_t group;   // queries that are packed at a time, a multiple of kTileRows
+  int64_t group;   // queries packed at a time, a multiple of kTileRows
   void* scratch;   // kPanelColumns padded rows, group x (channels + 1 + 2 * (topk + kRowPad))
   int32_t* index;  // (queries, topk)
 };

@@ -1,4 +1,4 @@
-// The groups of a plan as the kernels of merging read them. For *_kernels.cpp: internal linkage, each instruction set
+// The groups of a plan, as read by the kernels of merging. For *_kernels.cpp: internal linkage, each instruction set
 // keeps its own copy.
 #pragma once
 
@@ -20,8 +20,8 @@ struct Group {
   int64_t operator[](int64_t k) const { return order[k * stride]; }
 };
 
-// The tokens of a row, after a check that they are what the rest of the plan says. All rows passing makes `order` a
-// permutation: ascending and equally assigned, no token can occur twice, and there are as many as tokens.
+// The tokens of a row, after a check that they agree with the rest of the plan. If all rows pass, `order` is a
+// permutation: tokens of a row are ascending and assigned to it, so none occurs twice, and their number is right.
 template <class Index>
 inline bool find_group(const Groups& g, int64_t batch, int64_t row, Group<Index>& group) {
   const Index* offsets = static_cast<const Index*>(g.offsets.data) + batch * g.offsets.batch_stride;
@@ -40,7 +40,7 @@ inline bool find_group(const Groups& g, int64_t batch, int64_t row, Group<Index>
   return true;
 }
 
-// Calls work(batch, row, group) for the rows [begin, end) of the flattened (B, M); false once a group is not one.
+// Calls work(batch, row, group) for the rows [begin, end) of the flattened (B, M); returns false at an invalid group.
 template <class Index, class Work>
 inline bool for_groups(const Groups& g, int64_t begin, int64_t end, const Work& work) {
   int64_t batch = g.rows ? begin / g.rows : 0, row = begin - batch * g.rows;
@@ -56,7 +56,7 @@ inline bool for_groups(const Groups& g, int64_t begin, int64_t end, const Work& 
   return true;
 }
 
-// Size of a token and of groups of them; 1 per token where no sizes are given.
+// Sizes of tokens and of groups; 1 per token if no sizes are given.
 template <class S>
 struct Sizes {
   const S* data;
@@ -78,7 +78,7 @@ struct Sizes {
   S share(int64_t token, S total) const { return total == 0 ? S(0) : (*this)[token] / total; }
 };
 
-// The processor foresees no jump to another row: this much of one that comes later is asked for.
+// Prefetches this many bytes of a later row, because the hardware prefetcher does not predict jumps between rows.
 constexpr int64_t kAheadBytes = 2048;
 
 template <class T>

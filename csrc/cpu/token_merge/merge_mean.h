@@ -8,9 +8,9 @@
 namespace vidmem {
 namespace {
 
-constexpr int kBatch = 4;  // rows that are added in one pass, their sum in registers
+constexpr int kBatch = 4;  // rows added in one pass, with their sum in registers
 
-// Division by the size of a group; by a power of two, as that of every pair is, it is exact as a product too.
+// Division by the size of a group; a power of two, such as the size of a pair, divides exactly by a product.
 template <class S>
 struct Divisor {
   S total, inverse;
@@ -33,7 +33,7 @@ struct Divisor {
 };
 
 // sums = start + (origin - rows[0]) * weight[0] + ..., from left to right, where start may be null. With kLast: out =
-// origin - sums / total instead, and returns whether all of it is surely finite: their sum is.
+// origin - sums / total instead; returns whether all values are certainly finite, which holds if their sum is.
 template <int K, bool kSized, bool kLast, bool kPower, class T, class S, class Out>
 inline bool add_deviations(const T* origin, const T* const* in, const S* weights, const S* start, const Divisor<S>& by,
                            Out* out, int64_t channels) {
@@ -45,7 +45,7 @@ inline bool add_deviations(const T* origin, const T* const* in, const S* weights
     rows[k] = in[k];
     weight[k] = kSized ? weights[k] : S(1);
   }
-  Vector rests[2] = {};  // two, so that one addition need not wait for the last
+  Vector rests[2] = {};  // two, so that additions need not wait for each other
   const auto vector_at = [&](int64_t c, Vector& rest) {
     const Vector from = load(origin + c);
     Vector sum = start ? load(start + c) : Vector{};
@@ -56,7 +56,7 @@ inline bool add_deviations(const T* origin, const T* const* in, const S* weights
     if (kLast) {
       sum = from - (kPower ? sum * by.inverse : sum / by.total);
       rest += sum;
-      store_number(sum, out + c);  // a NaN is written anew
+      store_number(sum, out + c);  // a NaN is written again
     } else {
       store(sum, out + c);
     }
@@ -96,7 +96,7 @@ inline bool add_deviations(int count, const T* origin, const T* const* in, const
   }
 }
 
-// A power of two that brings sizes of a total below 1 to one of about 1, so that no product with them vanishes.
+// A power of two that scales sizes with a total below 1 to a total of about 1, so that no product underflows.
 inline float scale_up(float total) {
   return total < 1 ? bits_to_float((254 - (float_to_bits(total) >> 23)) << 23) : 1;
 }
@@ -112,7 +112,7 @@ inline double scale_up(double total) {
 inline float largest_of(float) { return 0x1.fffffep127f; }
 inline double largest_of(double) { return 0x1.fffffffffffffp1023; }
 
-// One channel of a mean as the reference has it, where deviations may overflow.
+// One channel of a mean, computed like the reference if deviations may overflow.
 template <class S, class T, class Index>
 S mean_at(const T* src, int64_t row_stride, const Group<Index>& group, const Sizes<S>& size, int64_t origin, S total) {
   const S from = widen(src[origin * row_stride]);
@@ -123,7 +123,7 @@ S mean_at(const T* src, int64_t row_stride, const Group<Index>& group, const Siz
     if (weight == 0) continue;
     sum += (from - value) * (weight * up);
     const S share = size.share(group[k], total) * S(0.5);
-    half += share == 0 && value - value != 0 ? value : value * share;  // infinity, whatever the share rounds to
+    half += share == 0 && value - value != 0 ? value : value * share;  // infinity, even if the share rounds to 0
   }
   const S mean = from - sum / (total * up);
   if (mean - mean == 0) return mean;

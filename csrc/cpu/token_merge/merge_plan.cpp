@@ -33,7 +33,7 @@ void fill(const Outputs& out, const int32_t* destination, int64_t tokens, int64_
     ++out.offsets[out.assignment[i] + 1];
   }
   for (int64_t m = 0; m < rows; ++m) out.offsets[m + 1] += out.offsets[m];
-  std::copy_n(out.offsets, rows, row.begin());  // now: where the next token of a row goes
+  std::copy_n(out.offsets, rows, row.begin());  // now the place of the next token of each row
   for (int64_t i = 0; i < tokens; ++i) out.order[row[out.assignment[i]]++] = static_cast<int32_t>(i);
 }
 

@@ -5,8 +5,8 @@
 namespace vidmem {
 namespace {
 
-constexpr float kNoSimilarity = -2.0f;  // stands for NaN: below every cosine
-constexpr float kUnseen = -__builtin_inff();  // of a source that sees no destination
+constexpr float kNoSimilarity = -2.0f;  // replaces NaN; below every cosine
+constexpr float kUnseen = -__builtin_inff();  // score of a source that sees no destination
 
 template <class T> struct Bits;
 template <> struct Bits<float> {
@@ -32,14 +32,14 @@ struct Divisors {
   T peak, length;
 };
 
-// What a row is divided by: first by its largest magnitude, so that squares neither overflow nor vanish. NaN for a
-// row that is not finite, 1 for one of zeros. `row` is padded with zeros.
+// The divisors of a row: first its largest magnitude, so that squares neither overflow nor underflow. NaN for a row
+// that is not finite, 1 for a row of zeros. `row` is padded with zeros.
 template <class T>
 inline Divisors<T> divisors(const T* row, int64_t channels) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   I highest{};
-  for (int64_t c = 0; c < channels; c += kWidth<T>) {  // bits of magnitudes order as they do, NaN above infinity
+  for (int64_t c = 0; c < channels; c += kWidth<T>) {  // bits order like magnitudes, NaN above infinity
     const I bits = load<I>(row + c) & Bits<T>::magnitude;
     highest = bits > highest ? bits : highest;
   }
@@ -91,7 +91,7 @@ inline void pack_units(const TokenRows& rows, const int32_t* positions, T* scrat
   interleave(scratch, pitch, rows.channels, out, stride);
 }
 
-// Packs of up to kTileRows sources; the last pack is filled up with the last one.
+// Packs of up to kTileRows sources; the last pack is filled by repeating the last source.
 template <class T>
 inline void pack_sources(const TokenRows& rows, const int32_t* positions, int64_t count, T* scratch, T* packs) {
   const int64_t lanes = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -142,7 +142,7 @@ void run_match_all(const MatchAll& args, int64_t begin, int64_t end) {
                     });
     for (int64_t s = 0; s < count; ++s) {
       const int32_t position = args.sources[first + s];
-      // Without a similarity to any, the first destination; without any destination, none.
+      // The first destination if no similarity is a number; none if there is no destination.
       const bool found = best[s] > kNoSimilarity, unseen = !found && some_column == columns_end;
       static_cast<T*>(args.score)[position] = unseen ? kUnseen : best[s];
       args.destination[position] = unseen ? 0 : found ? args.columns[index[s]] : *some_column;
@@ -150,7 +150,7 @@ void run_match_all(const MatchAll& args, int64_t begin, int64_t end) {
   }
 }
 
-// Best column of those whose cell along w a row sees.
+// Best column among those whose cell along w is visible to a row.
 template <class T>
 struct BestInWindow : Best<T> {
   using V = typename Simd<T>::V;
@@ -244,7 +244,7 @@ void match_row(const MatchWindow& args, int64_t t, int64_t h, const int32_t* pos
     epilogue.write(best, index);
     for (int l = 0; l < kLanes<T> && s + l < count; ++l) {
       int64_t column = index[l];
-      if (!(best[l] > kNoSimilarity)) {  // to none, so the first that it sees
+      if (!(best[l] > kNoSimilarity)) {  // no similarity is a number, so the first visible one
         column = first_column(args, frames, lines, seen_cells(cell[s + l], window, width));
       }
       static_cast<T*>(args.score)[positions[s + l]] = column < 0 ? kUnseen : best[l];

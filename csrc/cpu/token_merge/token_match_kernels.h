@@ -25,7 +25,7 @@ struct TokenRows {  // the tokens of one batch element: the rows of a memory, if
 
 struct PackPanels {
   TokenRows rows;
-  const int32_t* columns;  // position of the token of every column, -1: none, a column that is never found
+  const int32_t* columns;  // position of the token of every column; -1: an empty column, which is never chosen
   void* panels;            // unit vectors
   void* scratch;           // kPanelColumns padded rows
 };
@@ -36,7 +36,7 @@ struct MatchAll {
   int64_t num_panels;
   const int32_t* columns;  // of the panels, -1: none
   const int32_t* sources;  // positions
-  int64_t group;           // sources that are packed at a time, a multiple of kTileRows
+  int64_t group;           // sources packed at a time, a multiple of kTileRows
   void* scratch;           // kPanelColumns padded rows, group x (channels + 2)
   void* score;             // by position, of the sources; -infinity for one that sees no destination
   int32_t* destination;    // position, by position
@@ -44,11 +44,11 @@ struct MatchAll {
 
 struct MatchWindow {
   TokenRows rows;
-  const void* panels;      // of every row of cells along w in turn, padded to whole panels
+  const void* panels;      // for every row of cells along w in turn, padded to whole panels
   const int32_t* columns;
   int64_t grid[3], stride[3];
-  int64_t cells[3];  // that have a destination
-  int64_t blocks[3];  // cells whose tokens see one; at most one more, which the grid cuts
+  int64_t cells[3];  // cells that have a destination
+  int64_t blocks[3];  // cells whose tokens see one; at most one more per axis, which the grid cuts
   int64_t window[3];  // < blocks
   int64_t cells_per_unit, units_per_row;
   void* scratch;  // kPanelColumns padded rows, kTileRows x channels

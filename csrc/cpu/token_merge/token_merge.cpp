@@ -13,7 +13,7 @@ namespace {
 
 // --- plans ---
 
-// A plan's tensors, read in place where all have the same integer type, else from int64 copies.
+// A plan's tensors, read in place if all have the same integer type, else from int64 copies.
 struct Plan {
   const char* op;
   Groups groups;
@@ -80,7 +80,7 @@ void check_range(const Plan& plan, const Matrix& field, const char* name, int64_
   }
 }
 
-// Says what is wrong with a plan that a kernel found not to be one.
+// Raises the error for a plan that a kernel found invalid.
 [[noreturn]] void refuse(const Plan& plan) {
   const Groups& g = plan.groups;
   check_range(plan, g.assignment, "assignment", g.tokens, g.rows - 1);
@@ -99,7 +99,7 @@ void check_range(const Plan& plan, const Matrix& field, const char* name, int64_
   fail<std::out_of_range>(plan.op, "order must hold the tokens of every row of assignment, ascending, got other tokens");
 }
 
-// The first row whose work starts at or after `unit`, where a batch element's work is its tokens and its rows.
+// The first row whose work starts at or after `unit`; the work of a batch element is its tokens plus its rows.
 int64_t row_at(const Groups& g, int64_t unit) {
   const int64_t units = g.tokens + g.rows, batch = unit / units, work = unit - batch * units;
   int64_t low = 0, high = work ? g.rows : 0;
@@ -114,8 +114,8 @@ int64_t row_at(const Groups& g, int64_t unit) {
   return batch * g.rows + low;
 }
 
-// Runs a kernel on all rows, in ranges of equal work however long the groups are. Any offsets give ranges that cover
-// all rows, so that a kernel sees what is wrong with them.
+// Runs a kernel on all rows, in ranges of equal work whatever the lengths of groups. Even invalid offsets give ranges
+// that cover all rows, so that a kernel detects them.
 template <class Kernel, class Args>
 void run_rows(const Plan& plan, Kernel kernel, const Args& args, int64_t bytes_per_row) {
   const Groups& g = plan.groups;
@@ -142,7 +142,7 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor, int64_t bat
   return vidmem::rows_of(tensor);
 }
 
-// One number a token or row, in the type of sums.
+// One number per token or row, in the type of sums.
 Matrix weights_of(const char* op, const char* name, const Tensor& tensor, ScalarType tokens, int64_t batch,
                   int64_t columns) {
   check_cpu(tensor, op, name);
@@ -187,8 +187,9 @@ Tensor sum_groups(const Tensor& x, const Tensor& assignment, const Tensor& order
   return out;
 }
 
-// <grad, x> of every token in float64, into grad_size. Its error may be one rounding of the result, less than two
-// orders of summation differ by, so products are summed by torch as in the reference; in chunks of the same size.
+// Writes <grad, x> of every token in float64 to grad_size. Its error may be at most one rounding of the result, less
+// than the difference between two orders of summation, so torch sums the products as in the reference, in chunks of the
+// same size.
 void dot_float64(const Plan& plan, const MergeBackward& args) {
   const Groups& g = plan.groups;
   const int64_t bytes = args.channels * sizeof(double);

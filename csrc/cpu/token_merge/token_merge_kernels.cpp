@@ -1,5 +1,6 @@
-// Products are rounded before they are added (the build forbids fusing), as in the reference: results are its own to
-// the bit for every instruction set, but for dot products, whose order of summation goes with the width of a vector.
+// Products are rounded before they are added (the build forbids fusing), as in the reference: results equal the
+// reference's bit by bit for every instruction set, except dot products, whose order of summation depends on the vector
+// width.
 #include "cpu/token_merge/token_merge_kernels.h"
 
 #include "cpu/common/stream_rows.h"
@@ -8,9 +9,9 @@
 namespace vidmem {
 namespace {
 
-constexpr int64_t kPiece = 512;       // channels of what is staged, so that it stays in the L1 cache
-constexpr int64_t kDotPiece = 2048;   // channels summed up before they join the rest
-constexpr int kDotVectors = 2;        // of a dot product in flight
+constexpr int64_t kPiece = 512;       // channels staged at a time, so that they stay in the L1 cache
+constexpr int64_t kDotPiece = 2048;   // channels summed before they are added to the total
+constexpr int kDotVectors = 2;        // vectors of a dot product in flight
 
 // --- rows ---
 
@@ -50,8 +51,8 @@ inline auto with_flag(bool flag, const Run& run) {
   return flag ? run(std::true_type{}) : run(std::false_type{});
 }
 
-// Work on the tokens of a group: what all kinds of sums of rows share. Of rows with a stride of channels other than 1
-// pieces are copied to `stage`.
+// Processes the tokens of a group, for all kinds of sums of rows. Rows whose channel stride is not 1 are copied to
+// `stage` in pieces.
 template <class T>
 inline const T* piece_of(const T* row, int64_t channel_stride, int64_t first, int64_t width, T* stage) {
   row += first * channel_stride;
@@ -60,7 +61,7 @@ inline const T* piece_of(const T* row, int64_t channel_stride, int64_t first, in
   return stage;
 }
 
-// The next groups' tokens, as in unmerge.
+// Prefetches the tokens of the next groups, as in unmerge.
 template <class T, class Index>
 inline void prefetch_next(const MergeRows& args, const T* src, const Group<Index>& group) {
   if (args.x.channel_stride != 1) return;
@@ -126,14 +127,14 @@ bool merge(const MergeRows& args, int64_t begin, int64_t end) {
       zero_row(out, channels);
       return;
     }
-    // The first of the largest size, and how many others count.
+    // The first token of the largest size, and the number of other tokens that count.
     int64_t origin = 0, others = group.count - 1;
     S own = size[group[0]];
     if (kSized) {
       others -= own == 0;
       for (int64_t k = 1; k < group.count; ++k) {
         const S weight = size[group[k]];
-        const bool is_larger = weight > own;  // no branch, which would be foreseen half of the time
+        const bool is_larger = weight > own;  // no branch, which would be mispredicted half of the time
         own = is_larger ? weight : own;
         origin = is_larger ? k : origin;
         others -= weight == 0;
@@ -196,7 +197,7 @@ inline void scale_row(const T* grad, S share, T* out, int64_t channels) {
   for (; c < channels; ++c) narrow(widen(grad[c]) * share, out[c]);
 }
 
-// The same, and returns <grad, x>; summed in double, since the gradient of size is what large terms of it leave.
+// The same, and returns <grad, x>, summed in double because large terms cancel in the gradient of size.
 template <class T>
 inline float scale_and_dot(const T* grad, const T* x, float share, T* out, int64_t channels) {
   Doubles sums[2 * kDotVectors] = {};
@@ -271,7 +272,7 @@ bool backward(const MergeBackward& args, int64_t begin, int64_t end) {
     if (total != 0) {
       for (int64_t k = 0; k < group.count; ++k) {
         const S share = size.share(group[k], total);
-        if (share != 0) of_total += along[group[k]] * (share / total);  // a NaN of size 0 counts for no other token
+        if (share != 0) of_total += along[group[k]] * (share / total);  // a NaN of size 0 does not affect other tokens
       }
     }
     of_total = grad_total[row * args.grad_total.stride] - of_total;
@@ -302,8 +303,8 @@ bool multiply(const MergeBackward& args, int64_t batch, int64_t first, int64_t b
 
 // --- unmerging ---
 
-// By token: writing in order beats reading every row only once by group, 7.2 ms to 9.2 for 16,384 x 1,536 float32 in
-// memory on huge pages. Streamed: 8,192 x 512 took 0.69 ms, and 0.79 with stores through the caches.
+// By token: writing in order is faster than reading every row only once by group, 7.2 ms versus 9.2 ms for
+// 16,384 x 1,536 float32 on huge pages. With streaming stores 8,192 x 512 took 0.69 ms, through the caches 0.79 ms.
 template <class T, class Index>
 bool unmerge(const UnmergeRows& args, int64_t begin, int64_t end) {
   const Groups& g = args.groups;

@@ -22,8 +22,8 @@ struct MergeRows {
   Rows x;
   DType dtype;
   int64_t channels;
-  bool is_mean;  // by size, else plain sum
-  Matrix size;  // (B, N) float32, or float64 for float64 tokens; of null where it is not given
+  bool is_mean;  // weighted by size, else a plain sum
+  Matrix size;  // (B, N) float32, or float64 for float64 tokens; null if not given
   void* out;    // (B, M, C) contiguous
   void* total;  // (B, M) contiguous, if a mean
 };
@@ -47,9 +47,9 @@ struct UnmergeRows {
   void* out;  // (B, N, C) contiguous
 };
 
-// Work on the rows [begin, end) of the flattened (B, M), unmerge_rows on the tokens of the flattened (B, N), and check
-// their part of the plan on the way: false if it is not one. Nothing outside the tensors is touched, but results are
-// incomplete then.
+// Process the rows [begin, end) of the flattened (B, M), unmerge_rows the tokens of the flattened (B, N), and check
+// their part of the plan: they return false if it is invalid. Nothing outside the tensors is accessed, but the results
+// are then incomplete.
 VIDMEM_DECLARE_KERNEL(merge_rows, bool(const MergeRows&, int64_t, int64_t))
 VIDMEM_DECLARE_KERNEL(merge_backward, bool(const MergeBackward&, int64_t, int64_t))
 VIDMEM_DECLARE_KERNEL(unmerge_rows, bool(const UnmergeRows&, int64_t, int64_t))
