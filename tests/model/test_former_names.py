@@ -1,4 +1,4 @@
-"""Fields that were renamed: recipes, models and runs that still have the earlier names mean what they meant."""
+"""Former names of fields: recipes, models and runs that have them are read as before, recipes with a warning."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 from paths import GOLDEN
 
 from vidmem_model.checks import FieldError, build, renewed
+from vidmem_model.cli import main
 from vidmem_model.errors import UserError
 from vidmem_model.generation.generator import _fingerprint
 from vidmem_model.model.config import PRESETS, Compression, EncoderConfig, ModelConfig
@@ -139,14 +140,38 @@ def test_another_patch_is_told():
         ModelConfig.from_dict({"dit": {"patch": 1}})
 
 
-def test_a_recipe_of_stage_two(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        "from: one\noutput: run\nsampling: {most_change: 0.5}\noptimisation: {warmup: 3}\n"
-    )
-    config = read_finetune(tmp_path / "a.yaml")
+def test_a_recipe_of_stage_two(tmp_path, capfd):
+    """Former names give a DeprecationWarning with file, line and remedy, which the command prints as a note."""
+    path = tmp_path / "a.yaml"
+    path.write_text("from: one\noutput: run\nsampling: {most_change: 0.5}\noptimisation: {warmup: 3}\n")
+    with pytest.warns(DeprecationWarning) as told:
+        config = read_finetune(path)
+    wanted = [
+        f"{path}:3: sampling.most_change: most_change is deprecated; rename it to max_change",
+        f"{path}:4: optimisation.warmup: warmup is deprecated; rename it to warmup_steps",
+    ]
+    assert [str(each.message) for each in told] == wanted and {each.filename for each in told} == {__file__}
+    assert main(["finetune", str(path)]) == 2
+    notes = capfd.readouterr().err.splitlines()
+    assert notes[:2] == [f"vidmem: note: {line}" for line in wanted] and "one" in notes[2]
     assert config == FinetuneConfig(
         "one", "run", sampling=ContinuationConfig(max_change=0.5), optimisation=TrainConfig(warmup_steps=3)
     )
+
+
+def test_no_former_name_no_warning(tmp_path, recwarn):
+    (tmp_path / "a.yaml").write_text("output: run\nmodel: {preset: tiny, encoders: [{window: 2}]}\n")
+    read_pretrain(tmp_path / "a.yaml")
+    assert not [each for each in recwarn if each.category is DeprecationWarning]
+
+
+def test_a_former_option(capfd, tmp_path):
+    assert main(["profile", "--most-seconds", "3", "-o", str(tmp_path / "out")]) == 2
+    err = capfd.readouterr().err.splitlines()
+    assert err == [
+        "vidmem: note: --most-seconds is deprecated; use --max-seconds",
+        "vidmem: error: --max-seconds requires --model",
+    ]
 
 
 def test_shipped_recipes_have_the_present_names():

@@ -1,4 +1,4 @@
-"""What the header of a memory file says, and whether the file holds what it says."""
+"""The header of a memory file, and checks that the file agrees with it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROW_TORCH_DTYPES = {
     "float8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# Written as JSON; the others are texts as they are.
+# Entries that are stored as JSON; the others are plain text.
 _JSON = ("size", "fps", "codec_channels", "grid", "box")
-_CHECKED_ELEMENTS = 1 << 22  # numbers looked at at a time
+_CHECKED_ELEMENTS = 1 << 22  # numbers checked at a time
 
 _Frames = Annotated[int, positive(1 << 30)]
 _Pixels = Annotated[int, positive(MOST_PIXELS)]
@@ -31,18 +31,21 @@ _Name = Annotated[str, Text(256)]
 
 @dataclass(frozen=True)
 class MemoryHeader(Checked):
-    """The header of a memory file.
+    """Header of a memory file.
 
     Args:
-        method: how the rows were made.
-        size: frames, rows and columns of the clip.
-        fps: frames per second.
-        source: name of the video.
-        codec, codec_channels: what made the latents.
-        dtype: how rows are stored.
-        grid: boxes (dct) or patch tokens (merge) of the clip, (time, height, width).
-        box: frames, rows and columns of pixels that a box of dct covers; at most what a compression of 128 gives.
-        model, model_sha256, vae_sha256: the trained model that made the rows, its hash and its VAE's.
+        method: Compression method.
+        size: Frames, rows and columns of the clip.
+        fps: Frames per second.
+        source: Name of the video file.
+        codec: Name of the codec or VAE of the latents.
+        codec_channels: Channels of the latents.
+        dtype: Storage format of the tokens.
+        grid: Boxes (dct) or patch tokens (merge) of the clip, (time, height, width).
+        box: Frames, rows and columns of pixels that a box covers, for dct.
+        model: Name of the trained model, for learned.
+        model_sha256: Hash of the trained model.
+        vae_sha256: Hash of its VAE.
     """
 
     method: MethodName
@@ -60,18 +63,18 @@ class MemoryHeader(Checked):
 
     @classmethod
     def read(cls, metadata: Mapping[str, str]) -> MemoryHeader:
-        """Read the header entries of a bank.
+        """Read the header from the metadata of a bank.
 
         Raises:
-            KeyError: an entry is missing.
-            ValueError: one is out of range.
+            KeyError: An entry is missing.
+            ValueError: An entry is out of range.
         """
         values = {}
         for name in cls.__dataclass_fields__:
             if name in metadata:
                 values[name] = parse_json(metadata[name], name) if name in _JSON else metadata[name]
         for name in ("method", "size", "fps", "source", "codec", "codec_channels", "dtype"):
-            values[name]  # noqa: B018 (a KeyError where it is missing)
+            values[name]  # noqa: B018 (raises KeyError if it is missing)
         header = build(cls, values)
         for name in METHODS[header.method].needs:
             metadata[name]  # noqa: B018
@@ -79,41 +82,43 @@ class MemoryHeader(Checked):
 
 
 def check_rows(bank: MemoryBank, header: MemoryHeader, ends: Sequence[float]) -> None:
-    """Check what all methods have in common: the rows, their positions and the scale of their channels.
+    """Check what all methods have in common: tokens, their positions and the scale of their channels.
 
     Args:
-        bank: loaded bank.
-        header: its header.
-        ends: where the clip ends, (t, h, w) in patch tokens; positions lie before.
+        bank: Loaded bank.
+        header: Its header.
+        ends: End of the clip, (t, h, w) in patch tokens; positions must be below.
 
     Raises:
-        KeyError, ValueError: something is missing, not finite or out of place.
+        KeyError: Something is missing.
+        ValueError: Something is not finite or out of range.
     """
     if bank.dtype != ROW_TORCH_DTYPES[header.dtype]:
-        raise ValueError(f"rows of {str(bank.dtype).removeprefix('torch.')}, dtype {header.dtype!r}")
+        raise ValueError(f"tokens of {str(bank.dtype).removeprefix('torch.')}, but dtype {header.dtype!r}")
     scale = extra(bank, "scale", (torch.float32,), (bank.channels,))
     if not (scale.isfinite() & (scale > 0)).all():
-        raise ValueError("scale with a number that is not positive and finite")
+        raise ValueError("scale holds a number that is not positive and finite")
     inside = (bank.positions > -1) & (bank.positions < torch.tensor(list(ends), dtype=torch.float32))
     if not inside.all():  # NaN is not inside either
-        raise ValueError(f"positions outside of the clip, {tuple(float(f'{end:g}') for end in ends)} patch tokens")
+        raise ValueError(f"positions outside the clip of {tuple(float(f'{end:g}') for end in ends)} patch tokens")
     step = max(1, _CHECKED_ELEMENTS // bank.channels)
     for start in range(0, len(bank), step):
         rows = bank.gather(torch.arange(start, min(start + step, len(bank))), out_dtype=torch.float32)
         if not (rows * scale).isfinite().all():
-            raise ValueError("rows that are not finite")
+            raise ValueError("tokens that are not finite")
 
 
 def extra(bank: MemoryBank, name: str, dtypes: Sequence[torch.dtype], shape: Sequence[int]) -> torch.Tensor:
-    """A tensor kept beside the rows.
+    """Return a tensor that is stored beside the tokens.
 
     Raises:
-        KeyError, ValueError: it is missing, or of another dtype or shape.
+        KeyError: It is missing.
+        ValueError: It has another dtype or shape.
     """
     tensor = bank.extras[name]
     if tensor.dtype not in dtypes or tensor.shape != tuple(shape):
         got = f"{str(tensor.dtype).removeprefix('torch.')} of shape {show(tuple(tensor.shape))}"
-        raise ValueError(f"{name} of {got}, not {show(tuple(shape))}")
+        raise ValueError(f"{name} must have shape {show(tuple(shape))}, got {got}")
     return tensor
 
 
@@ -121,8 +126,8 @@ def check_range(name: str, tensor: torch.Tensor, end: int) -> None:
     """Check that every number is in [0, end).
 
     Raises:
-        ValueError: one is not.
+        ValueError: A number is not.
     """
     least, most = (int(value) for value in tensor.aminmax()) if tensor.numel() else (0, 0)
     if least < 0 or most >= end:
-        raise ValueError(f"{name} of {least} to {most}, not in [0, {end})")
+        raise ValueError(f"{name} must be in [0, {end}), got {least} to {most}")

@@ -60,13 +60,27 @@ class History(NamedTuple):
     lows: Sequence[torch.Tensor | None]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> History:
-        """Apply a function to all latents."""
+        """Apply a function to all latents.
+
+        Args:
+            change: The function, called with each tensor.
+
+        Returns:
+            The changed history.
+        """
         latents, *lows = (None if x is None else change(x) for x in (self.latents, *self.lows))
         return History(latents, lows)
 
     @classmethod
     def stack(cls, histories: Sequence[History]) -> History:
-        """Stack histories without a batch dimension to a batch."""
+        """Stack histories without a batch dimension to a batch.
+
+        Args:
+            histories: Histories of one shape.
+
+        Returns:
+            A history with a batch dimension.
+        """
         latents, lows = zip(*histories, strict=True)
         return cls(
             torch.stack(latents), [None if low[0] is None else torch.stack(low) for low in zip(*lows, strict=True)]

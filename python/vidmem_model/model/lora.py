@@ -217,11 +217,12 @@ def _write(file: Path, state: dict[str, torch.Tensor], form: dict[str, Any], ext
 
 @dataclass(frozen=True)
 class AdapterForm(Checked):
-    """What the header of a file of adapters says of them.
+    """Header of an adapter file.
 
     Args:
-        rank, alpha: see add_lora.
-        base: name of the model in the same folder that they are to be added to, or None.
+        rank: Rank of the adapters.
+        alpha: Strength of the adapters, see `add_lora`.
+        base: File name of their base model in the same folder, or None.
     """
 
     rank: Annotated[int, positive(MOST_RANK)]

@@ -66,7 +66,11 @@ class MemoryModel(nn.Module):
         return next(self.dit.parameters()).device
 
     def stored(self) -> set[str]:
-        """Names of the state that a model file stores: all but pretrained parts, which stay in their folders."""
+        """Name the tensors that a model file stores: all but pretrained parts, which stay in their folders.
+
+        Returns:
+            Keys of the state dict.
+        """
         apart = {f"dit.{name}" for name in getattr(self.dit, "pretrained", ())}
         return {name for name in self.state_dict() if name not in apart and not name.startswith("text.pretrained.")}
 

@@ -51,7 +51,18 @@ _FIRST, _FINEST, _COARSEST, _LOOKS, _SAMPLE = 40.0, 2.0, 255.0, 3, 4
 
 @dataclass(frozen=True)
 class Row(Checked):
-    """What the name of a block's files is, and how a Block came about."""
+    """Metadata of a block; see `blocks.Block`.
+
+    Args:
+        name: Name of the block's files.
+        film: Path of the video.
+        start: Start of the block, in seconds of the video.
+        frames: Number of video frames.
+        scenes: Number of scenes.
+        split: "train" or "test".
+        mirrored: Whether the frames are mirrored.
+        zoom: Factor by which the frames are enlarged.
+    """
 
     name: FileName
     film: FileName
