@@ -34,11 +34,11 @@ TITLES = {
 }
 # backend -> (title, where its kernels are, colour)
 BACKENDS = {
-    "cpu": ("C++", "csrc/cpu", "#2b6cb0"),
-    "library": ("library", "library*.py", "#8a5a00"),
-    "triton": ("Triton", "triton_*.py", "#6b46c1"),
-    "cuda": ("CUDA C++", "csrc/cuda", "#2f7d32"),
-    "reference": ("reference", "reference.py", "#5f6368"),
+    "cpu": ("C++", "csrc/cpu", "#3b82d6"),
+    "library": ("library", "library*.py", "#b7791f"),
+    "triton": ("Triton", "triton_*.py", "#8b6be8"),
+    "cuda": ("CUDA C++", "csrc/cuda", "#3f9d46"),
+    "reference": ("reference", "reference.py", "#7d8590"),
 }
 STYLE = """
   .page { fill: #ffffff; stroke: #d5d8de; }
