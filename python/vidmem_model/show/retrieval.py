@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def _panels(figure: Any, columns: int) -> Any:
 def write_retrieval_plot(path: Path, result: dict[str, Any], columns: int = 2) -> None:
     """Plot what `retrieval.evaluate_retrieval` measured: each measure against the tokens of the memory.
 
+    A bar is the standard deviation over the seeds of trained models.
+
     Args:
         path: PNG, PDF or SVG file to write, by its suffix.
         result: as returned by `retrieval.evaluate_retrieval`.
@@ -79,7 +82,7 @@ def write_retrieval_plot(path: Path, result: dict[str, Any], columns: int = 2) -
             for method, rows in methods.items():
                 values = [row[measure]["mean"] for row in rows]
                 if rows[0]["tokens"]:
-                    spreads = [row[measure]["spread"] or 0.0 for row in rows]
+                    spreads = [row[measure]["spread"] or math.nan for row in rows]
                     axes.errorbar([row["tokens"] for row in rows], values, spreads, capsize=2, **styles[method])
                 else:
                     axes.axhline(values[0], linewidth=1.0, **styles[method])
