@@ -6,7 +6,7 @@ A plot has no title inside: its caption says what it shows. The same picture goe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,38 +158,41 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.10f}".rstrip("0").rstrip(".")
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 4.0) -> None:
-    """Write labels to the right of the axes, each at the height of its line's end, moved where they would overlap.
+def label_ends(figure: Figure, ends: Mapping[Axes, Sequence[tuple[float, str, str]]], gap: float = 4.0) -> None:
+    """Write labels to the right of panels, each at the height of its line's end, moved where they would overlap.
 
-    Call it when all is drawn and the axes are scaled; it takes part in the layout.
+    Call it when all is drawn and the axes are scaled; the labels take part in the layout.
 
     Args:
-        axes: of the figure.
-        ends: value of y, text of one or more lines, and colour.
+        figure: of the panels.
+        ends: for each panel value of y, text of one or more lines, and colour.
         gap: points between axes and text.
     """
-    figure = axes.figure
-    notes = [
-        axes.annotate(
-            text,
-            (1.0, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(gap, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            linespacing=1.15,
-            annotation_clip=False,
-        )
-        for y, text, colour in ends
-    ]
+    notes = {
+        axes: [
+            axes.annotate(
+                text,
+                (1.0, y),
+                xycoords=("axes fraction", "data"),
+                xytext=(gap, 0),
+                textcoords="offset points",
+                color=colour,
+                va="center",
+                linespacing=1.15,
+                annotation_clip=False,
+            )
+            for y, text, colour in lines
+        ]
+        for axes, lines in ends.items()
+    }
     # The text's width decides about the axes' size, and that about the heights.
     figure.draw_without_rendering()
     points = 72 / figure.dpi
-    heights = [_LINE_HEIGHT * (text.count("\n") + 1) + _BETWEEN for _, text, _ in ends]
-    places = [axes.transData.transform((1, y))[1] * points for y, _, _ in ends]
-    for note, place, moved in zip(notes, places, spread(places, heights), strict=True):
-        note.set_position((gap, moved - place))
+    for axes, lines in ends.items():
+        heights = [_LINE_HEIGHT * (text.count("\n") + 1) + _BETWEEN for _, text, _ in lines]
+        places = [axes.transData.transform((1, y))[1] * points for y, _, _ in lines]
+        for note, place, moved in zip(notes[axes], places, spread(places, heights), strict=True):
+            note.set_position((gap, moved - place))
 
 
 def spread(places: Sequence[float], heights: Sequence[float]) -> list[float]:

@@ -47,6 +47,7 @@ def write_memory_plot(path: Path, result: dict[str, Any], columns: int = 2) -> N
             held = [p["held_bytes_computed"] / 2**20 for p in points]
             memory.plot(seconds, held, color=LINES[strategy]["color"], linewidth=1.0, linestyle="dotted")
             clock.plot(seconds, [p["call_seconds"] * factor for p in points], **LINES[strategy])
+        ends: dict[Any, list[tuple[float, str, str]]] = {}
         for axes, label, value, less in (
             (memory, "peak memory (MiB)", lambda p: p["peak_bytes"] / 2**20, "less"),
             (clock, f"time of one call ({unit})", lambda p: p["call_seconds"] * factor, "faster"),
@@ -54,15 +55,15 @@ def write_memory_plot(path: Path, result: dict[str, Any], columns: int = 2) -> N
             axes.set(xlabel=f"history (s of video; {plain(longest)} s: {tokens[longest]:,} tokens)", ylabel=label)
             log_axis(axes, "x", sorted(tokens))
             log_axis(axes, "y")
-            ends = []
+            ends[axes] = []
             for strategy, points in lines.items():
                 ratio = _less(points, lines.get("whole history", []), value)
                 words = f"\n{ratio}× {less}" if ratio else ""
-                ends.append((value(points[-1]), f"{strategy}{words}", LINES[strategy]["color"]))
-            label_ends(axes, ends)
+                ends[axes].append((value(points[-1]), f"{strategy}{words}", LINES[strategy]["color"]))
         kinds = (("solid", "measured"), ("dotted", "held between calls, computed"))
         handles = [memory.plot([], [], color="0.35", linestyle=style, label=what)[0] for style, what in kinds]
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
+        label_ends(figure, ends)
 
 
 def _less(points: list[dict[str, Any]], whole: list[dict[str, Any]], value: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def _panels(figure: Any, columns: int) -> Any:
 def write_retrieval_plot(path: Path, result: dict[str, Any], columns: int = 2) -> None:
     """Plot what `retrieval.evaluate_retrieval` measured: each measure against the tokens of the memory.
 
+    A bar is the standard deviation over the seeds of trained models.
+
     Args:
         path: PNG, PDF or SVG file to write, by its suffix.
         result: as returned by `retrieval.evaluate_retrieval`.
@@ -74,16 +77,17 @@ def write_retrieval_plot(path: Path, result: dict[str, Any], columns: int = 2) -
     title = f"Quality of frames read back against the tokens of the memory: {', '.join(methods)}"
     with plot(path, columns, 3.2 if columns == 2 else 5.4, title) as figure:
         panels = _panels(figure, columns)
+        ends: dict[Any, list[tuple[float, str, str]]] = {}
         for axes, (measure, name) in zip(panels, _MEASURES.items(), strict=True):
-            ends = []
+            ends[axes] = []
             for method, rows in methods.items():
                 values = [row[measure]["mean"] for row in rows]
                 if rows[0]["tokens"]:
-                    spreads = [row[measure]["spread"] or 0.0 for row in rows]
+                    spreads = [row[measure]["spread"] or math.nan for row in rows]
                     axes.errorbar([row["tokens"] for row in rows], values, spreads, capsize=2, **styles[method])
                 else:
                     axes.axhline(values[0], linewidth=1.0, **styles[method])
-                ends.append((values[-1], method, styles[method]["color"]))
+                ends[axes].append((values[-1], method, styles[method]["color"]))
             axes.set_ylabel(name)
             if tokens:
                 log_axis(axes, "x", tokens, [plain(n) for n in tokens])
@@ -92,7 +96,7 @@ def write_retrieval_plot(path: Path, result: dict[str, Any], columns: int = 2) -
                 axes.set_xlabel("tokens of the memory")
             else:
                 axes.tick_params(labelbottom=False)
-            label_ends(axes, ends)
+        label_ends(figure, ends)
 
 
 def write_positions_plot(path: Path, result: dict[str, Any], columns: int = 2) -> None:
@@ -108,17 +112,18 @@ def write_positions_plot(path: Path, result: dict[str, Any], columns: int = 2) -
     title = f"Quality of frames read back against their position in {seconds:g} s of video: {', '.join(methods)}"
     with plot(path, columns, 3.2 if columns == 2 else 5.4, title) as figure:
         panels = _panels(figure, columns)
+        ends: dict[Any, list[tuple[float, str, str]]] = {}
         for axes, (measure, name) in zip(panels, _MEASURES.items(), strict=True):
-            ends = []
+            ends[axes] = []
             for method, row in methods.items():
                 curve = row[measure]["curve"]
                 places = [(p + 0.5) * seconds / len(curve) for p in range(len(curve))]
                 axes.plot(places, curve, markevery=max(1, len(curve) // 8), **styles[method])
-                ends.append((curve[-1], method, styles[method]["color"]))
+                ends[axes].append((curve[-1], method, styles[method]["color"]))
             axes.set_ylabel(name)
             axes.set_xlim(0, seconds)
             if axes in (panels[-1], panels[0] if columns == 2 else None):
                 axes.set_xlabel(where)
             else:
                 axes.tick_params(labelbottom=False)
-            label_ends(axes, ends)
+        label_ends(figure, ends)
