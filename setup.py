@@ -1,16 +1,16 @@
-"""Builds vidmem_kernels._C: the CPU kernels always, the CUDA kernels where this torch has CUDA.
+"""Builds vidmem_kernels._C: always the CPU kernels, and the CUDA kernels if this torch has CUDA.
 
     VIDMEM_BUILD=1|0              0 compiles nothing: every op runs its reference
-    VIDMEM_BUILD_CUDA=auto|0|1    auto (default): build CUDA when torch was built with it and nvcc is found
-    VIDMEM_CUDA_ARCHS="80 90"     architectures to compile (default: the GPUs that are visible, else all supported)
-    MAX_JOBS=2                    parallel compiler processes (default: the number of cores, 8 at most)
+    VIDMEM_BUILD_CUDA=auto|0|1    auto (default): build CUDA if torch was built with it and nvcc is found
+    VIDMEM_CUDA_ARCHS="80 90"     architectures to compile (default: those of the visible GPUs, else all supported)
+    MAX_JOBS=2                    parallel compiler processes (default: the number of cores, at most 8)
     CXX=clang++                   the C++ compiler (default: g++)
 
-A CPU kernel file (csrc/cpu/*/*_kernels.cpp) is compiled once for every instruction set below and chosen at run
-time; nothing is built with -march=native. A later build compiles what changed: the compiler notes the headers of each
-file. When compiling fails the package still installs: every op then runs
-its reference, and `import vidmem_kernels` and `python -m vidmem_kernels.info` tell why. A missing or old package that
-the build needs ends it, with a line that names it.
+A CPU kernel file (csrc/cpu/*/*_kernels.cpp) is compiled once for every instruction set below, and one is chosen at run
+time; nothing is built with -march=native. A later build compiles only what changed, including headers, which the
+compiler records for each file. If compiling fails, the package is still installed: every op then runs its reference,
+and `import vidmem_kernels` and `python -m vidmem_kernels.info` show the reason. If a package that the build needs is
+missing or too old, the build ends with a line that names it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEEDED = runpy.run_path(str(ROOT / "vidmem_kernels" / "_requirements.py"))
 
 
 def require(*packages: str) -> None:
-    """Ends the build unless all are there: with --no-build-isolation pip does not look."""
+    """Ends the build unless all packages are present: pip does not check them with --no-build-isolation."""
     if line := NEEDED["missing"]({package: MINIMUM[package] for package in packages}):
         raise SystemExit(f"vidmem_kernels: building {line}")
 
@@ -57,8 +57,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 else:
     CPU_CAPABILITIES = {"baseline": []}
-# Here the compiler may fuse a product with the sum that it goes into. These are held to an error budget, all others to
-# equal bits from every instruction set.
+# Kernels for which the compiler may fuse multiplication and addition: their results must be within an error budget. All
+# others must give the same bits with every instruction set.
 FUSED = {
     "cross_attention_backward_kernels",
     "cross_attention_kernels",
@@ -66,12 +66,12 @@ FUSED = {
     "linear_attention_kernels",
     "merge_attention_states_kernels",
 }
-# Lies beside the package's files in place of _C, for vidmem_kernels/_extension.py.
+# Written next to the package's files instead of _C, for vidmem_kernels/_extension.py.
 NOT_BUILT = "_C_not_built.txt"
 
 
 class CannotCompile(Exception):
-    """Says why there will be no _C."""
+    """The reason why _C cannot be built."""
 
 
 def setting(name: str, default: str, pattern: str, rule: str) -> str:
@@ -117,7 +117,7 @@ def wants_cuda(torch) -> bool:
 
 
 def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Path, Path]]:
-    """(command without source and object, source, object) of everything that goes into _C."""
+    """(command without source and object, source, object) for every file of _C."""
     import pybind11
     from torch.utils import cpp_extension
 
@@ -135,9 +135,9 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
         *[f"-DVIDMEM_HAS_{name.upper()}" for name in CPU_CAPABILITIES],
     ]
     compiler = [*cxx_compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-c"]
-    compiler.append("-ffp-contract=off")  # results shall not depend on what a compiler fuses: kernels do so by hand
+    compiler.append("-ffp-contract=off")  # results must not depend on what a compiler fuses; kernels fuse explicitly
     cxx = [*compiler, *defines, *includes]
-    module = [  # no header of torch: it brings an older pybind11
+    module = [  # without torch's headers, which include an older pybind11
         *compiler,
         f'-DVIDMEM_TORCH_VERSION="{torch.__version__}"',
         f'-DVIDMEM_CUDA_ARCHS="{" ".join(archs)}"',
@@ -160,7 +160,7 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
     if cuda:
         nvcc = ["nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         nvcc += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        lowest = min(archs, key=lambda a: int(a.rstrip("af")))  # its PTX serves GPUs that are not in the list
+        lowest = min(archs, key=lambda a: int(a.rstrip("af")))  # its PTX runs on later GPUs that are not in the list
         nvcc += [f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
         nvcc += ["-DUSE_CUDA", *defines, *includes, "-c"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
@@ -169,7 +169,7 @@ def compile_jobs(torch, build_dir: Path, cuda: bool) -> list[tuple[list[str], Pa
 
 
 def is_fresh(obj: Path, line: str) -> bool:
-    """Whether an object was compiled by this command line, from files that have not changed since."""
+    """Whether an object was compiled by this command line from files that have not changed since."""
     stamp, depends = obj.with_suffix(".cmd"), obj.with_suffix(".d")
     if not (obj.exists() and stamp.exists() and depends.exists()) or stamp.read_text() != line:
         return False
@@ -181,7 +181,7 @@ def is_fresh(obj: Path, line: str) -> bool:
 
 class BuildPackage(build_py):
     def run(self):
-        if not self.editable_mode:  # a file that an earlier build left there would be packed, too
+        if not self.editable_mode:  # otherwise a file of an earlier build would be packed too
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
@@ -217,7 +217,7 @@ class BuildExtension(build_ext):
 
     def copy_extensions_to_source(self):
         package = ROOT / "vidmem_kernels"
-        for stale in [*package.glob("_C*.so"), package / NOT_BUILT]:  # of an earlier build
+        for stale in [*package.glob("_C*.so"), package / NOT_BUILT]:  # left by an earlier build
             stale.unlink(missing_ok=True)
         super().copy_extensions_to_source()
         built = Path(self.build_lib).resolve() / "vidmem_kernels" / NOT_BUILT
@@ -227,7 +227,9 @@ class BuildExtension(build_ext):
     def compile_and_link(self, torch, build_dir: Path, target: Path, cuda: bool) -> None:
         def compile_one(job):
             command, source, obj = job
-            name = os.path.relpath(source, ROOT)  # and so are the headers named: a tree that is moved stays fresh
+            name = os.path.relpath(
+                source, ROOT
+            )  # headers are also recorded by relative path, so that a moved tree stays fresh
             line = " ".join([*command, name])
             if is_fresh(obj, line):
                 return
@@ -243,11 +245,11 @@ class BuildExtension(build_ext):
             try:
                 for done in [pool.submit(compile_one, job) for job in jobs]:
                     done.result()
-            except BaseException:  # the other files would only fail in the same way
+            except BaseException:  # the other files would fail in the same way
                 pool.shutdown(cancel_futures=True)
                 raise
 
-        # nvcc knows where its runtime is, and links the static one.
+        # nvcc finds its runtime and links it statically.
         linker = ["nvcc"] if cuda else cxx_compiler()
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if cuda else [])]
         objects = [str(obj) for _, _, obj in jobs]
@@ -256,7 +258,7 @@ class BuildExtension(build_ext):
 
 
 builds = setting("VIDMEM_BUILD", "1", "0|1", "0 or 1") == "1"
-if builds and "dist_info" in sys.argv:  # pip's first step: before it downloads what the package depends on
+if builds and "dist_info" in sys.argv:  # pip's first step, before it downloads the dependencies
     require("pybind11", "torch")
 packs = {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv)
 if packs and NEEDED["numbers"](setuptools.__version__) < (70, 1) and (line := NEEDED["missing"]({"wheel": ""})):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts that fit its minutes.
+# Runs everything that needs a GPU, in parts with a time limit.
 #
 #     benchmarks/gpu_suite.sh OUT [PARTS...] [--seconds N] [--device cuda|cpu]
 #     benchmarks/gpu_suite.sh OUT                     # build, tests and bench, in at most 8 minutes
@@ -13,15 +13,15 @@
 #   sanitize   compute-sanitizer over some tests        sanitize.json
 #   train      gpu_train.sh                             weights, curves
 #
-# Each part may take N seconds (default: 70 to 240, see --help), and loses nothing of the others if it fails or runs out
-# of them. What it finds is written as it comes; OUT ends with at most 8 files of at most 16 MiB, what is more lies in
+# Each part may take N seconds (default: 70 to 240, see --help); a part that fails or times out does not affect the
+# others. Results are written immediately. OUT contains at most 8 files of at most 16 MiB; further files are in
 # more.tar.gz (in pieces: cat more.tar.gz.* | tar xz). Exit code: 0 all parts passed, 1 some failed, 2 nothing was run.
 #
-# Needs Python with torch, triton, numpy, pytest, pybind11 and setuptools, and nvcc; pytest-xdist to run the tests in
-# their time. Downloads nothing, needs no git: VIDMEM_COMMIT, or a file COMMIT at the root, tells the commit instead.
+# Needs Python with torch, triton, numpy, pytest, pybind11 and setuptools, and nvcc; pytest-xdist to run the tests within
+# their time limit. Downloads nothing and needs no git: VIDMEM_COMMIT, or a file COMMIT at the root, gives the commit.
 #
 #   PYTHON=python3            interpreter
-#   GPU_SUITE_WHEELS=FOLDER   wheels that are installed first (gpu_wheels.txt): libraries to measure against
+#   GPU_SUITE_WHEELS=FOLDER   wheels to install first (gpu_wheels.txt): libraries to measure against
 set -u
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Train the VAE, the demo memory and its continuation on a GPU, for some minutes at a time.
+# Trains the VAE, the demo memory and its continuation on a GPU, for some minutes at a time.
 #
 #     python benchmarks/train_bundle.py                    # once, on any machine with PyAV: a film in at most 8 MiB
 #     benchmarks/gpu_train.sh OUT [--minutes 4] [--bundle FILE] [--work FOLDER]
 #     python benchmarks/gpu_train.py --join OUT -o FOLDER  # the models, for the command vidmem
 #
-# Called again it goes on: exactly from the checkpoints in the working folder (runs/gpu_train) while the machine stays; from the
-# weights and the counts of steps in OUT on another one. Needs Python with torch and what vidmem_model does but PyAV,
-# and peft; downloads nothing, needs no git.
+# Each call continues the training: on the same machine exactly from the checkpoints in the working folder
+# (runs/gpu_train), on another machine from the weights and step counts in OUT. Needs Python with torch, peft and the
+# requirements of vidmem_model except PyAV; downloads nothing and needs no git.
 # Leaves in OUT at most 8 files of at most 16 MiB: train.json (steps, speed, utilisation, held-out PSNR, curves),
-# train.log, curves.png, held_out.png and the weights in pieces. Exit code: 0 a round is done, 2 it cannot begin.
+# train.log, curves.png, held_out.png and the weights in pieces. Exit code: 0 a round is done, 2 it cannot start.
 #
 #   PYTHON=python3   interpreter
 set -u

@@ -219,7 +219,7 @@ class MemoryCrossAttention(nn.Module):
         """Reshapes (B, L, H * D) to (B, L, H, D) and applies the norm."""
         if norm is not None:
             groups = tokens.unflatten(2, (-1, *norm.normalized_shape))
-            # Under autocast the projections are narrower than the weight, for which RMSNorm has no fused kernel.
+            # Under autocast, projections have a narrower dtype than the weight, for which RMSNorm has no fused kernel.
             tokens = norm(groups.to(norm.weight.dtype)).flatten(2)
         return tokens.unflatten(2, (self.num_heads, -1))
 

@@ -121,6 +121,8 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
             check_same(op, f"x and {name} must have the same B", x.shape[0], table.shape[0])
         check_same(op, f"x and {name} must be on the same device", x.device, table.device)
     wide = accumulate_dtype(x.dtype)
-    even, odd = x.to(wide).unflatten(3, (x.shape[3] // 2, 2)).unbind(4)  # not -1, which no empty x can tell
+    even, odd = (
+        x.to(wide).unflatten(3, (x.shape[3] // 2, 2)).unbind(4)
+    )  # not -1, which cannot be inferred for an empty x
     cos, sin = (table.to(wide).unsqueeze(-2) for table in rotary)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=4).flatten(3).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Calls of cross-attention, and what SDPA makes of them in float64 with the equivalent dense mask."""
+"""Calls of cross-attention, and SDPA in float64 with the equivalent dense mask."""
 
 import math
 
@@ -36,7 +36,7 @@ def arguments(which, batch=2, queries=70, keys=210, heads=2, size=12, value_size
 
 
 def visible(q, k, options):
-    """Who sees whom by the definition of each feature: (B, H, Lq, Lk)."""
+    """Which query sees which key, by the definition of each feature: (B, H, Lq, Lk)."""
     o = {**DEFAULTS, **options}
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     seen = torch.ones(batch, heads, queries, keys, dtype=torch.bool)

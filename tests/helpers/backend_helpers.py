@@ -1,4 +1,4 @@
-"""Backends to run a test on: the reference, the compiled kernels at each instruction set, Triton's interpreter."""
+"""Backends to run a test on: the reference, the compiled kernels per instruction set, Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ compiled = pytest.mark.skipif(_extension.module is None, reason="vidmem_kernels.
 
 @contextmanager
 def backend_called(name: str) -> Iterator[str]:
-    """What to call a backend by, one of `BACKENDS`; an instruction set is chosen meanwhile."""
+    """Yields the backend argument for one of `BACKENDS`; selects its instruction set meanwhile."""
     if name not in CAPABILITIES:
         yield name
         return

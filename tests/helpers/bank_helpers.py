@@ -1,4 +1,4 @@
-"""Shared by the tests of sparse gathering, of token merging and of MemoryBank."""
+"""Helpers shared by the tests of sparse gathering, token merging and MemoryBank."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def fill(bank, count, seed=0):
 
 
 def stored(tokens, dtype):
-    """What a bank of `dtype` gives back for `tokens`, in float32."""
+    """The rows that a bank of `dtype` returns for `tokens`, in float32."""
     if dtype not in QUANTIZED:
         return tokens.to(dtype).float()
     rows, scale = quantize_rows(tokens, dtype)

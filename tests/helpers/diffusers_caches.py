@@ -1,4 +1,4 @@
-"""diffusers' caches as the tests of adapters put them on a model, and steps of denoising that fill and use them."""
+"""Puts diffusers' caches on a model for the tests of adapters, and runs denoising steps that fill and use them."""
 
 from contextlib import contextmanager
 

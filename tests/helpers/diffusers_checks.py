@@ -1,4 +1,4 @@
-"""What the tests of adapters for diffusers' models ask of every one of them."""
+"""Checks that the tests run for every adapter of diffusers' models."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Commands in the documentation, held to the options that there are."""
+"""Checks that commands in the documentation use existing options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the golden files hold, as plain values: golden/write.py recorded them, test_golden.py asks for them again."""
+"""The content of the golden files as plain values: golden/write.py recorded them, test_golden.py recomputes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of a module with what it should be, gradients too."""
+"""Compares a module with its expected results, including gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def same_gradients(module, got, expected, *inputs):
-    """Of all parameters and inputs; asserts that both results are the same first."""
+    """Gradients of all parameters and inputs, after asserting that both results are equal."""
     torch.testing.assert_close(got, expected)
     leaves = [*module.parameters(), *inputs]
     weight = torch.randn_like(got)

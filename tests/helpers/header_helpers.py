@@ -1,4 +1,4 @@
-"""Changes of a memory file's header and tensors."""
+"""Modifies a memory file's header and tensors."""
 
 import json
 import math

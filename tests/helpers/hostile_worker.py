@@ -1,4 +1,4 @@
-"""The worker that hostile files are read in: it has imported the program and runs each command in a fork of its own."""
+"""The worker that reads hostile files: it has imported the program and runs each command in a separate fork."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-ins for libraries of attention, in torch, and choices for a GPU that need not be there."""
+"""Stand-ins for attention libraries, in PyTorch, and backend choices for a GPU that need not exist."""
 
 from __future__ import annotations
 

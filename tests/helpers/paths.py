@@ -1,4 +1,4 @@
-"""Where things lie that tests look at."""
+"""Paths that tests use."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Commands of `vidmem` as processes of their own that cost no import: forks of one that has imported everything."""
+"""Runs commands of `vidmem` as separate processes without import time: forks of one that has imported everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks for tests of the suite: alternatives that hang, fail, die and are wrong, and own calls that do."""
+"""Benchmarks for tests of the suite: alternatives, and calls of ours, that hang, fail, die or are wrong."""
 
 import os
 import subprocess

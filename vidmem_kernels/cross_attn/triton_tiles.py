@@ -15,7 +15,7 @@ _SIZES = (64, 128, 256)  # head sizes in the tables
 
 # Tiles: queries, keys, warps, stages of the pipeline. Half precision: kernel -> architecture -> largest head size. They
 # spill no registers, with any masks and bias. sm_89 and sm_120 have Ampere's tensor cores and 101,376 bytes of shared
-# memory; without an entry of their own, they use Ampere's.
+# memory; without an own entry, they use Ampere's.
 _HALF = {
     "fwd": {
         80: {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},

@@ -19,7 +19,7 @@ from ..foreign_attention import FEATURES, attend
 from .families import base_model
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "return_lse")
-_UNSET = object()  # the class's own value counts
+_UNSET = object()  # marks a processor without an own value, which uses that of its class
 _lock = threading.RLock()
 
 
@@ -74,10 +74,10 @@ def _unregister(member: AttentionBackendName) -> None:
     del AttentionBackendName._member_map_[member.name]
     del AttentionBackendName._value2member_map_[member.value]
     AttentionBackendName._member_names_.remove(member.name)
-    _AttentionBackendRegistry._backends[member] = _ended  # a copy of the model may still name it
+    _AttentionBackendRegistry._backends[member] = _ended  # a copy of the model may still refer to it
 
 
-_members: dict[object, AttentionBackendName] = {}  # by name and features; compiled graphs know a member again
+_members: dict[object, AttentionBackendName] = {}  # by name and features, so that compiled graphs can be reused
 _numbers = iter(range(1, 1 << 62))
 
 

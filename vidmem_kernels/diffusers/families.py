@@ -186,8 +186,8 @@ def grid_of(latents: Tensor, patch_size: Grid) -> Grid:
     return frames // patch_size[0], height // patch_size[1], width // patch_size[2]
 
 
-# How the grid gets to the blocks. The hooks are objects of module-level classes: a closure could be neither pickled
-# nor copied with the model.
+# Hooks that pass the grid to the blocks. They are objects of module-level classes, because a closure could be neither
+# pickled nor copied with the model.
 
 
 class _RopeHook:
@@ -205,7 +205,7 @@ def _attach_to_rope(model: nn.Module, make_record: Callable[[Grid], object]) -> 
 
 
 def _detach_from_rope(model: nn.Module) -> None:
-    hooks = model.rope._forward_hooks  # of a copied model there is no handle
+    hooks = model.rope._forward_hooks  # not by a handle, which a copied model lacks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _RopeHook)]:
         del hooks[key]
 
@@ -254,7 +254,7 @@ def _wan_output(attn: nn.Module, out: Tensor, encoder_hidden_states: Tensor | No
     return attn.to_out[1](attn.to_out[0](out))
 
 
-# HunyuanVideo and FramePack: one attention of video and text; the text has projections of its own in the first blocks.
+# HunyuanVideo and FramePack: one attention of video and text, with separate text projections in the first blocks.
 
 
 def _hunyuan_project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Projections:
@@ -312,7 +312,7 @@ HUNYUAN = Family(
     cross_attention=None,
     patch_embedding="x_embedder",
     patch_size=_hunyuan_patch_size,
-    extra_tokens="after",  # token_replace modulates the first tokens as those of the first frame
+    extra_tokens="after",  # token_replace treats the first tokens as those of the first frame
     project=_hunyuan_project,
     output=_hunyuan_output,
     attach=_attach_to_rope,

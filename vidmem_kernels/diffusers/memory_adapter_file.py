@@ -75,7 +75,7 @@ def read(op: str, path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tenso
         MemoryFileError: the file is not a memory adapter, or is damaged.
         OSError: the file cannot be read.
     """
-    with open(path, "rb"):  # an error of its own kind where there is no file, or a folder
+    with open(path, "rb"):  # raises the usual OSError if the file is missing or a folder
         pass
     path = os.fspath(path)
     try:

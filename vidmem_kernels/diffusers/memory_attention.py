@@ -67,7 +67,7 @@ class MemoryAttnProcessor(WrappingProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        # diffusers' Attention hands over only what the signature of __call__ names.
+        # diffusers' Attention passes only the arguments in the signature of __call__.
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
     def forward(
@@ -124,7 +124,7 @@ def _check_encoder(op: str, encoder: object) -> None:
 
 
 def _replace(owner: nn.Module, name: str, processor: Callable) -> None:
-    delattr(owner, name)  # a module may not be replaced by what is none
+    delattr(owner, name)  # otherwise nn.Module refuses to replace a module by a plain object
     setattr(owner, name, processor)
 
 
@@ -155,7 +155,10 @@ class MemoryAttention:
             attn = _attention(self.family, block.module)
             holder, processor = attn, attn.processor
             while processor is not None and not isinstance(processor, MemoryAttnProcessor):
-                holder, processor = processor, getattr(processor, "inner", None)  # of an adapter that came later
+                holder, processor = (
+                    processor,
+                    getattr(processor, "inner", None),
+                )  # skip a processor of an adapter added later
             if processor is not None:
                 yield block.name, attn, holder, processor
 
@@ -264,7 +267,7 @@ class MemoryAttention:
         self._hold(self._attached("MemoryAttention.clear"), None)
 
     def _hold(self, attached: list, held: Held | None) -> None:
-        attached[0][3].slot.held = held  # one slot for all
+        attached[0][3].slot.held = held  # all blocks share one slot
         reset_caches(self.model)
 
     def save(self, path: str | os.PathLike[str]) -> None:

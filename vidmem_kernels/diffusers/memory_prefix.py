@@ -92,7 +92,7 @@ class _WanPrefix(_Prefix):
 
     def __init__(self, model: nn.Module, time: str):
         super().__init__(model, time)
-        self.video_length = 0  # of the forward that runs
+        self.video_length = 0  # of the current forward pass
 
     def hooks(self, model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
         hooks = [
@@ -119,7 +119,7 @@ class _WanPrefix(_Prefix):
             return None
         video = output.flatten(2).transpose(1, 2)
         self.video_length = video.shape[1]
-        return torch.cat([self.held.of(video), video], dim=1).transpose(1, 2)  # the model flattens from 2 on
+        return torch.cat([self.held.of(video), video], dim=1).transpose(1, 2)  # the model flattens from axis 2 on
 
     def time_of_tokens(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Expands one timestep per sample to one per token, which requires equal times in a sample."""
@@ -142,14 +142,14 @@ class _WanPrefix(_Prefix):
     def modulate(self, embedder: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
         """The modulation of each token, the memory tokens first."""
         length = kwargs.get("timestep_seq_len")
-        if self.held is None or length is None:  # None: all tokens of a sample have one
+        if self.held is None or length is None:  # None: all tokens of a sample have the same timestep
             return None
         temb, projected, *rest = output
         if self.time == "zero":
             memory, temb, projected = projected[:, :1], temb[:, 1:], projected[:, 1:]
             if projected.shape[1] == 1:
                 projected = projected.expand(-1, self.video_length, -1)
-        else:  # that of the noisiest token
+        else:  # "step": use the timestep of the noisiest token
             noisiest = args[0].unflatten(0, (-1, length)).argmax(1).reshape(-1, 1, 1)
             memory = projected.gather(1, noisiest.expand(-1, 1, projected.shape[2]))
         memory = memory.expand(-1, self.held.tokens.shape[1], -1)
@@ -214,7 +214,7 @@ class _FramePackPrefix(_Prefix):
         ]
 
     def begin(self, embedder: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        self.clean_is_next = False  # also after a forward that ended by an exception
+        self.clean_is_next = False  # also after a forward pass that raised an exception
 
     def put(self, embedder: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
         if self.held is None:
@@ -236,7 +236,7 @@ class _FramePackPrefix(_Prefix):
 
 _KINDS = {"wan": _WanPrefix, "hunyuan-video": _HunyuanPrefix, "framepack": _FramePackPrefix}
 _TIMES = ("step", "zero")
-_ARGUMENTS = ("hidden_states", "encoder_hidden_states", "attention_mask")  # of an attention, in that order
+_ARGUMENTS = ("hidden_states", "encoder_hidden_states", "attention_mask")  # arguments of an attention, in this order
 
 
 def _hook_tables(model: nn.Module) -> Iterator[tuple[dict, dict]]:
@@ -421,7 +421,7 @@ def patch_tokens(model: nn.Module, latents: Tensor, start: int = 0) -> tuple[Ten
         raise ValueError(f"{op}: model must be of family {', '.join(FAMILIES)}, got {family.name}")
     check_tensor(op, "latents", latents, "B, channels, frames, height, width")
     frames, height, width = family.grid(model, latents)
-    tokens = getattr(model, family.patch_embedding).forward(latents)  # not the hooks, which would add the memory
+    tokens = getattr(model, family.patch_embedding).forward(latents)  # without the hooks, which would add the memory
     if tokens.dim() == 5:
         tokens = tokens.flatten(2).transpose(1, 2)
     axes = (torch.arange(n, device=latents.device) for n in (frames, height, width))

@@ -26,10 +26,10 @@ class MemorySlot:
 
     def get(self, forward: Tensor | None) -> tuple | None:
         """The memory of the forward pass that the tensor `forward` belongs to."""
-        # A compiled graph keeps the memory that it read, as any input.
+        # A compiled graph keeps the memory that it read, like any input.
         if forward is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.held
-        if torch._C._current_graph_task_id() != -1:  # inside a backward
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass
             return self._of_forward.get(forward, self.held)
         self._of_forward[forward] = self.held
         return self.held

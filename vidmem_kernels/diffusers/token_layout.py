@@ -43,7 +43,7 @@ class TokenLayout(NamedTuple):
         protected: list[int] = []  # ascending
         for frame in protect_frames:
             frame = frame + frames if frame < 0 else frame
-            place = 0  # by comparisons: torch.compile sorts no numbers that it leaves open
+            place = 0  # by comparisons, because torch.compile cannot sort symbolic numbers
             while place < len(protected) and protected[place] < frame:
                 place += 1
             known = place < len(protected) and protected[place] == frame

@@ -62,11 +62,11 @@ def apply_token_merging(model: nn.Module, config: TokenMergingConfig | None = No
     blocks = list(family.blocks(model))
     config.check_blocks(len(blocks))
     for block in blocks if callable(config.kv_ratio) or callable(config.q_ratio) else ():
-        config.ratios(block.number, 0)  # raises before anything is changed
+        config.ratios(block.number, 0)  # raises an error before anything is changed
     state = MergingState(config)
     merging = [block.number for block in blocks if config.merges(block.number)]
     group = {number: i // config.reuse_blocks for i, number in enumerate(merging)}
-    for block in blocks:  # all of them: no other processor takes a rotary embedding with a grid
+    for block in blocks:  # all blocks, because other processors do not accept a rotary embedding with a grid
         attn = getattr(block.module, family.self_attention)
         processor = MergingProcessor(attn.processor, family, state, block.number, group.get(block.number, 0))
         attn.set_processor(processor)
@@ -184,7 +184,7 @@ class TokenMerging:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if _processors(self._model):  # may have been removed inside
+        if _processors(self._model):  # it may have been removed inside the block
             self.remove()
 
 
@@ -214,5 +214,5 @@ def _skipped(attn: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple
     return hidden_states if text is None else (hidden_states, text)
 
 
-# diffusers' LayerSkip asks for processors by their class.
+# diffusers' LayerSkip looks processors up by class.
 AttentionProcessorRegistry.register(MergingProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skipped))

@@ -72,12 +72,12 @@ class TokenMergingConfig:
             _check_ints(name, value, low)
             if len(value) != 3:
                 raise ValueError(f"{_NAME}: {name} must be three ints (t, h, w), got {value!r}")
-            object.__setattr__(self, name, tuple(value))  # copied: what is given may be changed later
+            object.__setattr__(self, name, tuple(value))  # copied, because the argument may be changed later
         for name in ("protect_frames", "blocks", "steps"):
             value = getattr(self, name)
             if value is not None:
                 _check_ints(name, value, 0 if name == "steps" else None)
-                # A range is kept: it may hold more steps than one would list.
+                # A range is kept as it is, because it may be too long for a list.
                 object.__setattr__(self, name, value if isinstance(value, range) else tuple(value))
         if self.protect_frames is None:
             raise TypeError(f"{_NAME}: protect_frames must be ints, got None")
@@ -106,7 +106,7 @@ class TokenMergingConfig:
         if not 0 <= ratio <= most:
             bounds = f"[0, {float(most):g}], what stride {self.stride} leaves"
             raise ValueError(f"{_NAME}: {name} must be in {bounds}, got {ratio}")
-        return Fraction(str(float(ratio))).limit_denominator(10**6)  # as written: .3 of 10 tokens is 3
+        return Fraction(str(float(ratio))).limit_denominator(10**6)  # the decimal as written: .3 of 10 tokens is 3
 
     def check_blocks(self, number: int) -> None:
         """Raises if `blocks`, or the keys of a ratio, name a block that a model with `number` blocks does not have.

@@ -52,8 +52,8 @@ class MergingState:
 
     def reset(self) -> None:
         """Resets to the state before the first forward pass."""
-        self.step_is_set = False  # by the user; until then the forwards are counted
-        self._latest: tuple[Tensor | None, int, float] | None = None  # of the latest forward: see begin_forward
+        self.step_is_set = False  # set by the user; until then forward passes are counted
+        self._latest: tuple[Tensor | None, int, float] | None = None  # of the latest forward pass: see begin_forward
         self.forwards = self.plans_made = 0
         self.grid: Grid | None = None
         self.lengths: dict[int, tuple[int, int, int]] = {}  # by block: tokens, queries, keys
@@ -148,14 +148,14 @@ class MergingState:
         batch, device = hidden_states.shape[0], hidden_states.device
         if plan is None or plan.kept.shape[0] != (1 if shared else batch) or plan.kept.device != device:
             compared = metric()
-            if shared:  # cosines of all samples' channels side by side: the mean of their cosines, by length
+            if shared:  # with concatenated channels, the cosine is the mean of the samples' cosines, weighted by length
                 compared = compared.transpose(0, 1).flatten(1)[None]
             plan = match_tokens(compared.detach(), num_merge, grid=grid, stride=config.stride, window=config.window)
             if not compiling:
                 self.plans_made += 1
             if keeps:
                 self._kept[record.call, key] = record.grid, plan
-        # Compiled with checkpointing, a block may leave nothing behind; then only what other blocks need is left.
+        # Compiled with checkpointing, a block must not leave tensors behind, except plans that other blocks need.
         if not compiling or config.reuse_blocks > 1:
             record.plans[key] = plan
         return MergePlan(*(x.expand(batch, -1) for x in plan)) if shared else plan

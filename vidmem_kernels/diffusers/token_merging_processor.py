@@ -40,7 +40,7 @@ class MergingProcessor(WrappingProcessor):
         kv_ratio, q_ratio = self.state.config.ratios(self.block, step)
         self.kv_ratio, self.q_ratio = kv_ratio.as_integer_ratio(), q_ratio.as_integer_ratio()
 
-    # Not `forward`: attentions read from the signature of __call__ which arguments a processor takes.
+    # Not `forward`, because attentions read the accepted arguments from the signature of __call__.
     def __call__(
         self,
         attn: nn.Module,
@@ -114,7 +114,7 @@ class MergingProcessor(WrappingProcessor):
             keys, size = _merged_tokens(key, kv_plan, layout)
             values, _ = _merged_tokens(value, kv_plan, layout)
             key_angles = _merged_angles(angles, kv_plan, layout)
-            if bias is not None:  # a merged key is seen where the token that was kept is
+            if bias is not None:  # a merged key is visible where the kept token is
                 video, rest = bias[:, : key.shape[1], None], bias[:, key.shape[1] :]
                 kept = gather_tokens(layout.free(video), kv_plan.kept)
                 bias = torch.cat([layout.fixed(video)[..., 0], kept[..., 0], rest], dim=1)
@@ -137,7 +137,7 @@ class MergingProcessor(WrappingProcessor):
             video = queries.shape[1] - texts
             out = torch.cat([_unmerged_tokens(out[:, :video], q_plan, layout), out[:, video:]], dim=1)
         out = self.family.output(attn, out, encoder_hidden_states)
-        # Memory attention that was there before adds to what the attention gives, whoever computes that.
+        # A memory attention added earlier adds to this output too.
         add_to = getattr(self.inner, "add_to", None)
         return out if add_to is None else add_to(out, hidden_states, encoder_hidden_states, rotary[:2])
 
@@ -178,7 +178,7 @@ def _key_bias(mask: Tensor, batch: int, keys: int) -> Tensor:
     )
 
 
-# Tokens that were merged stand behind those that may not merge.
+# Merged tokens are placed after those that may not merge.
 
 
 def _merged_tokens(x: Tensor, plan: MergePlan, layout: TokenLayout) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .._checks import FLOAT_DTYPES, check_tensor
 
-FAMILIES = ("wan", "hunyuan-video", "framepack")  # whose rotary embedding is known here
+FAMILIES = ("wan", "hunyuan-video", "framepack")  # families whose rotary embedding is known here
 _DTYPES = (*FLOAT_DTYPES, torch.int32, torch.int64)
-_WAN_THETA = 10000.0  # which its constructor does not let choose
+_WAN_THETA = 10000.0  # its constructor has no argument for it
 
 
 def rotary_tables(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""Linear attention: softmax replaced by a feature map, so that a state of fixed size stands for all past tokens."""
+"""Linear attention: a feature map replaces softmax, so that a state of fixed size summarises all past tokens."""

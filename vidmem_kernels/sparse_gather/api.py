@@ -343,7 +343,7 @@ def topk_blocks(
         )
     if always is not None:
         check_always(op, always, q, blocks_q, blocks_k, topk)
-    # Widening is exact, so queries and keys of two dtypes, as autocast leaves them, need no kernel of their own.
+    # Widening is exact, so queries and keys of two dtypes, as autocast leaves them, need no separate kernel.
     wider = torch.promote_types(q.dtype, k.dtype)
     q, k = q.to(wider), k.to(wider)
     if block_sizes is None and key_mask is None and always is None and not causal:

@@ -31,7 +31,7 @@ from .memory_rows import (
 from .reference import merge_best
 
 _SMALLEST_CAPACITY = 64  # rows of the first allocation, so that single appends do not reallocate at once
-_SCORED_ELEMENTS = 1 << 22  # elements of the rows that `topk` widens to float32 at a time
+_SCORED_ELEMENTS = 1 << 22  # elements that `topk` widens to float32 at a time
 
 
 class MemoryBank:
@@ -137,8 +137,8 @@ class MemoryBank:
         """Initialises the attributes of the bank from its content."""
         self.channels, self.dtype = held.rows.shape[1], held.rows.dtype
         self.device, self.storage = device, storage
-        self._held = held  # replaced as a whole: readers take it once
-        self._folder = folder  # where "mmap" rows get a file when the one they lie in must not be appended to
+        self._held = held  # replaced as a whole, so that a reader sees a consistent state
+        self._folder = folder  # folder for a new file of "mmap" rows if their current file must not be appended to
         self._writing = threading.Lock()
         memory_pickle.BANKS.add(self)
 
@@ -153,7 +153,7 @@ class MemoryBank:
         super().__init_subclass__(**kwargs)
         memory_pickle.share_when_sent(cls)
 
-    # Parts of `_held`, for those who need just one.
+    # Single parts of `_held`.
 
     @property
     def _rows(self) -> Tensor:
@@ -292,7 +292,7 @@ class MemoryBank:
         before = self._held
         self._held = before.grown(capacity, self.storage, self._folder)
         if self.storage == "pinned":
-            torch.cuda.synchronize()  # kernels may still read the rows of `before`, whose memory others get next
+            torch.cuda.synchronize()  # kernels may still read the rows of `before`, whose memory is freed
 
     def gather(self, index: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Gathers rows and dequantises them in the same pass; see `gather_tokens`.
@@ -320,7 +320,7 @@ class MemoryBank:
             out_dtype=out_dtype,
         )
         if out.is_cuda and self.storage == "pinned" and self._held.rows is not held.rows:
-            torch.cuda.current_stream(out.device).synchronize()  # replaced meanwhile: see `_grow`
+            torch.cuda.current_stream(out.device).synchronize()  # the rows were replaced meanwhile: see `_grow`
         return out.squeeze(0) if single else out
 
     def topk(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -397,7 +397,7 @@ class MemoryBank:
         tensors |= {f"extras.{name}": tensor for name, tensor in extras.items()}
         saved = memory_file.write(Path(path), tensors, metadata)
         with self._writing:
-            # A pickle may name that file, unless rows came meanwhile or the bank still has another.
+            # A pickle may refer to this file, unless rows were appended meanwhile or the bank still has another file.
             if self._held.count == held.count and not memory_file.is_untouched(self._held.saved):
                 self._held = self._held._replace(saved=saved)
 

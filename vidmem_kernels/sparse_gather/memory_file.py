@@ -25,7 +25,7 @@ from .memory_mapping import OpenFile, map_tensor
 
 FORMAT = "vidmem_kernels.MemoryBank"
 VERSION = 1
-RESERVED = "vidmem."  # prefix of the header entries that are ours; the others are the user's
+RESERVED = "vidmem."  # prefix of our own header entries; all others belong to the user
 
 _NAMES = {
     torch.float64: "F64",
@@ -44,10 +44,10 @@ _NAMES = {
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 DTYPES = tuple(_NAMES)
 _CHUNK = 1 << 22  # bytes hashed, read and written at a time
-_ALIGNMENT = 64  # of the first tensor in the file
-_HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors package
+_ALIGNMENT = 64  # alignment of the first tensor in the file
+_HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors package
 _NO_CHECKSUM = "0" * 64
-_SETTLED = 2.0  # seconds after which a change gives a file another time stamp, on any file system
+_SETTLED = 2.0  # seconds after which a change surely gives a file another time stamp, on any file system
 IMPORT = "MemoryBank.from_safetensors"
 
 
@@ -65,7 +65,7 @@ class Saved(NamedTuple):
     path: str
     checksum: str
     stamp: tuple[int, ...]
-    settled: bool  # whether the same stamp later means the same bytes
+    settled: bool  # whether an equal stamp later implies equal bytes
 
 
 class Content(NamedTuple):
@@ -140,7 +140,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             read-only file. The temporary file is removed, as after any exception.
     """
     path = files.target_of(path)
-    # Wide elements first: every tensor is then aligned to its element size.
+    # Wide elements first, so that every tensor is aligned to its element size.
     ordered = {name: tensors[name] for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))}
     header = _header(ordered, metadata)
     digest = hashlib.sha256(header)
@@ -157,7 +157,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         file.write(digest.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
-        files.put(temporary, path)  # while it is locked: no other writer may take it for a leftover
+        files.put(temporary, path)  # while it is locked, so that no other writer takes it for a leftover
         saved = _stamp(str(path), digest.hexdigest(), file)
     files.sync(path.parent)
     return saved
@@ -175,7 +175,7 @@ class Header:
         if length > min(size - 8, _HEADER_LIMIT):
             raise refused("it has no safetensors header, or ends inside it")
         self.bytes += file.read(length)
-        self.doubled: list[str] = []  # keys that come twice, of which JSON keeps the last
+        self.doubled: list[str] = []  # duplicate keys, of which JSON keeps the last
         try:
             content = json.loads(self.bytes[8:], object_pairs_hook=self._object)
         except (ValueError, RecursionError):
@@ -199,7 +199,7 @@ class Header:
     def is_ours(self) -> bool:
         """Whether the header has the form that `write` gives it; damage keeps the form, another program changes it."""
         text = json.dumps(self.content, separators=(",", ":")).encode()
-        first = [f"{RESERVED}format", f"{RESERVED}version"]  # behind the checksum
+        first = [f"{RESERVED}format", f"{RESERVED}version"]  # after the checksum
         if list(self.metadata)[1:3] != first or self.bytes[8:] != text + b" " * (-(8 + len(text)) % _ALIGNMENT):
             return False
         try:
@@ -207,7 +207,7 @@ class Header:
         except (KeyError, TypeError, ValueError):
             return True
         by_name = {entry.name: (-entry.dtype.itemsize, entry.name) for entry in entries}
-        # A name that damage changed may be out of order too, but no program renames these two.
+        # A damaged name may also be out of order, but no program renames these two.
         return list(by_name.values()) == sorted(by_name.values()) or not {"rows", "positions"} <= by_name.keys()
 
     @staticmethod

@@ -77,7 +77,7 @@ def read(
                 )
             extras[extra] = name
         check_metadata(op, header.user_metadata)
-        # Tensors without memory first: the sizes in a header may be anything.
+        # Check tensors without memory first, because the sizes in a header may be arbitrary.
         check_parts(op, *(_empty(entries.get(name)) for name in parts))
 
         def load(entry: Entry, to: Tensor | None = None) -> Tensor:

@@ -65,7 +65,7 @@ def reserve(file: OpenFile, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError:
-            os.truncate(file.fileno(), before)  # gives back what it got before the disk was full
+            os.truncate(file.fileno(), before)  # frees the blocks allocated before the disk was full
             raise
 
 

@@ -158,7 +158,7 @@ def _from_rows(
     rows = _unpacked(rows)
     held = Held(rows.shape[0], rows, positions, scale)
     if state["storage"] == "mmap":
-        folder = state["folder"]  # which the machine that loads the pickle may not have
+        folder = state["folder"]  # may be missing on the machine that loads the pickle
         state["folder"] = folder if folder is not None and folder.is_dir() else None
         held = held._replace(rows=rows.cpu()).grown(held.count, "mmap", state["folder"])
     return _restored(cls, held, state)
@@ -174,7 +174,7 @@ def _sent(bank: MemoryBank) -> tuple[Any, ...]:
     held, state, cls = _shared(bank), _state(bank), type(bank)
     if held.file is None:
         return _from_rows, (cls, _packed(held.rows), held.positions, held.scale, state)
-    # The file is sent itself, not its name: it may have none, and under its name there may soon be another.
+    # Sends the file descriptor, not a name: the file may have no name, or be replaced under its name.
     mapped = (held.offset, (held.count, bank.channels), bank.dtype, held.working, held.saved)
     return _from_descriptor, (cls, DupFd(held.file.fileno()), mapped, held.positions, held.scale, state)
 
@@ -202,7 +202,7 @@ def _shared(bank: MemoryBank) -> Held:
     """
     with bank._writing:
         held = bank._held
-        if held.rows.device.type != "cpu":  # goes by reference, and what is appended lies behind it
+        if held.rows.device.type != "cpu":  # sent by reference; later appends are behind these rows
             return held.trimmed()
         parts = [held.positions, held.scale, None if held.file is not None else held.rows]
         host = [part for part in parts if part is not None and part.device.type == "cpu" and part.numel()]

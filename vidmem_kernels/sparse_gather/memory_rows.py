@@ -19,8 +19,8 @@ from .memory_mapping import OpenFile, map_tensor, nameless_file, reserve
 BANK_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *QUANTIZED_DTYPES)
 STORAGES = ("device", "pinned", "mmap")
 POSITION_DTYPES = (*FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_CHECKED_ELEMENTS = 1 << 22  # elements looked at at a time
-_EXACT_INTEGERS = 1 << 24  # float32 holds every integer up to here
+_CHECKED_ELEMENTS = 1 << 22  # elements checked at a time
+_EXACT_INTEGERS = 1 << 24  # float32 represents every integer up to here
 
 
 class StoredRows(NamedTuple):
@@ -32,9 +32,9 @@ class StoredRows(NamedTuple):
         positions: (M, 3) float32.
     """
 
-    rows: Tensor  # (M, C) of the bank's dtype
-    scale: Tensor | None  # (M,) float32 of int8 and float8_e4m3fn rows
-    positions: Tensor  # (M, 3) float32
+    rows: Tensor
+    scale: Tensor | None
+    positions: Tensor
 
 
 class Held(NamedTuple):
@@ -44,14 +44,14 @@ class Held(NamedTuple):
     """
 
     count: int
-    rows: Tensor  # (capacity, C), as the next two: room for more than `count`
+    rows: Tensor  # (capacity, C); this and the next two have room for more than `count` rows
     positions: Tensor
     scale: Tensor | None
-    file: OpenFile | None = None  # what the rows of an "mmap" bank are mapped from,
-    offset: int = 0  # from this byte on
+    file: OpenFile | None = None  # file that the rows of an "mmap" bank are mapped from
+    offset: int = 0  # first byte of the rows in that file
     own: bool = False  # whether an append may write to that file
-    working: str | None = None  # its name where it is a working file, not a memory file
-    saved: Saved | None = None  # the memory file that has exactly these rows
+    working: str | None = None  # name of the file if it is a working file, not a memory file
+    saved: Saved | None = None  # memory file with exactly these rows
 
     def trimmed(self) -> Held:
         """The same rows without spare capacity: an append has to allocate new buffers."""
@@ -69,7 +69,7 @@ class Held(NamedTuple):
             new[: self.count].copy_(old[: self.count])
             return new
 
-        # A tensor made in inference mode could not be appended to outside of it.
+        # A tensor created in inference mode could not be appended to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             return self._replace(
                 rows=copy(self.rows) if rows else self.rows,
@@ -82,7 +82,7 @@ class Held(NamedTuple):
         if storage != "mmap":
             return self.copied(capacity, storage)
         held = self.copied(capacity, storage, rows=False)
-        # A memory file, or the file of another bank, must stay what it is: its rows move to a nameless file beside it.
+        # A memory file, or the file of another bank, must not change: its rows go to an unnamed file next to it.
         file = self.file if self.own else nameless_file(folder)
         shape = (capacity, self.rows.shape[1])
         reserve(file, math.prod(shape) * self.rows.element_size())
@@ -106,7 +106,7 @@ class Held(NamedTuple):
         """A version with every part on the device that the storage asks for."""
         host = device if storage == "device" else torch.device("cpu")
         rows, scale = self.rows.to(host), None if self.scale is None else self.scale.to(host)
-        if storage == "pinned":  # CUDA reads rows in place only where their scales are pinned too
+        if storage == "pinned":  # CUDA reads rows in place only if their scales are pinned too
             rows, scale = rows.pin_memory(), None if scale is None else scale.pin_memory()
         return self._replace(rows=rows, positions=self.positions.to(device), scale=scale)
 

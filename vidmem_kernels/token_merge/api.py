@@ -69,7 +69,7 @@ class MergePlan(NamedTuple):
         order, offsets = group_by_row(assignment, num_rows)
         tokens = assignment.shape[1]
         start, end = offsets[:, :-1].long(), offsets[:, 1:].long()
-        # One more column, for rows that start behind the last token.
+        # An extra column, for rows that start after the last token.
         first = torch.cat([order, order.new_full((order.shape[0], 1), tokens)], dim=1).gather(1, start)
         return cls(assignment.to(torch.int32), first.masked_fill(start == end, tokens), order, offsets)
 
@@ -137,7 +137,7 @@ def _count_merges(op: str, num_merge: int | None, ratio: float | None, sources: 
 
 def _read_fewest(counts: Tensor, limit: Any) -> Any:
     """The minimum of the counts (B,) and the limit, which may be symbolic, read back from the device."""
-    # The limit is one more count, so that an empty batch has a smallest one.
+    # The limit is an extra count, so that the minimum exists for an empty batch.
     fewest = torch.cat([counts, counts.new_full((1,), limit)]).amin().item()
     torch._check(fewest >= 0)
     torch._check(fewest <= limit)
@@ -148,7 +148,7 @@ def _read_destinations(op: str, destinations: Tensor) -> int:
     """The number of tokens that the mask marks in each batch element, read back from the device."""
     batch, tokens = destinations.shape
     if batch == 0:
-        return torch.sym_min(tokens, 1)  # the fewest that anything could merge with
+        return torch.sym_min(tokens, 1)  # the minimum number of destinations
     counts = destinations.sum(dim=1)
     fewest, most = torch.stack([counts.amin(), counts.amax()]).tolist()
     require(
@@ -249,7 +249,7 @@ def match_tokens(
     sources = split.count_sources()
     if protect is not None:
         sources = _read_fewest(split.count_unprotected(protect), sources)
-        # Another tensor than was given: the fast path cannot take this call, which depends on values, for the same.
+        # A different tensor, so that the fast path does not repeat this call, which depends on the argument's values.
         protect = protect.expand(metric.shape[0], -1)
     num_merge = _count_merges(op, num_merge, ratio, sources)
     plan = call("match_tokens", metric, num_merge, *split.arguments, protect, backend=backend)
