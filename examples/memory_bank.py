@@ -1,4 +1,4 @@
-"""Keep a video's tokens in a file of int8 rows, read back only those that a query wants."""
+"""Store a video's tokens in a file of int8 rows, and read back only those that match a query."""
 
 import tempfile
 from pathlib import Path

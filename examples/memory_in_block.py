@@ -1,4 +1,4 @@
-"""Give a trained block a memory: merged tokens of past frames, read by cross-attention whose gate starts closed."""
+"""Give a trained block a memory: merged tokens of past frames, read by gated cross-attention."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,14 @@ from vidmem_kernels import MemoryCrossAttention, match_tokens, merge_tokens
 
 
 class BlockWithMemory(nn.Module):
-    """Lets the tokens read a memory, then runs `block` on them. At first it does what `block` does, to the bit."""
+    """Reads a memory by cross-attention, then runs `block`. At first, with a gate of 0, it equals `block` bitwise."""
 
     def __init__(self, block: nn.Module, dim: int, num_heads: int):
         super().__init__()
         self.block, self.read = block, MemoryCrossAttention(dim, num_heads)
 
     def forward(self, x: Tensor, memory: Tensor, size: Tensor) -> Tensor:  # (B, L, C), (B, M, C), (B, M)
-        return self.block(self.read(x, memory, key_bias=size.log()))  # a merged token counts as often as its size
+        return self.block(self.read(x, memory, key_bias=size.log()))  # a merged token gets the weight of its size
 
 
 if __name__ == "__main__":
@@ -28,9 +28,9 @@ if __name__ == "__main__":
     print(f"{past.shape[1]} past tokens, {memory.shape[1]} in memory, of {int(size.sum())}")
     print(f"changed by the closed gate: {(model(now, memory, size) - block(now)).abs().max():.1e}")
 
-    for p in block.parameters():  # the trained block stays as it is
+    for p in block.parameters():  # the trained block stays frozen
         p.requires_grad_(False)
-    target = block(now + past.mean(1, keepdim=True))  # something that only the past tells
+    target = block(now + past.mean(1, keepdim=True))  # a target that depends on the past
     optimizer = torch.optim.AdamW(model.read.parameters(), lr=1e-2)
     for step in range(61):
         loss = nn.functional.mse_loss(model(now, memory, size), target)

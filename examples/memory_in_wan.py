@@ -1,4 +1,4 @@
-"""Give Wan a memory of what went before: train cross-attention to it alone, save it, load it into another Wan."""
+"""Give Wan a memory of past frames: train only cross-attention to it, save it, and load it into another Wan."""
 
 import tempfile
 from pathlib import Path
@@ -20,7 +20,7 @@ def tiny_wan() -> WanTransformer3DModel:  # for WanTransformer3DModel.from_pretr
 
 
 def remember(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patch tokens of past latents, half of them merged: (B, M, C), and how many each stands for."""
+    """Merge half of the patch tokens of past latents; return tokens (B, M, C) and the number of tokens in each."""
     tokens, _ = patch_tokens(model, latents)
     grid = [size // patch for size, patch in zip(latents.shape[2:], model.config.patch_size, strict=True)]
     return merge_tokens(tokens, match_tokens(tokens, tokens.shape[1] // 2, grid=grid, window=(1, 1, 1)))
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     m.remember(past)
     print(f"changed by the closed gate: {(model(now, **call)[0] - before).abs().max():.1e}")
 
-    target = before + past.mean((2, 3, 4), keepdim=True)  # something that only the past tells
+    target = before + past.mean((2, 3, 4), keepdim=True)  # a target that depends on the past
     optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
     for step in range(61):
         loss = nn.functional.mse_loss(model(now, **call)[0], target)

@@ -1,4 +1,4 @@
-"""A longer video through Wan: what went before joins the sequence as memory tokens, half as many by merging."""
+"""Condition Wan on past frames: their patch tokens, or half as many merged ones, join its sequence as memory."""
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -22,10 +22,10 @@ if __name__ == "__main__":
     call = {"timestep": torch.tensor([500]), "encoder_hidden_states": torch.randn(1, 5, 16), "return_dict": False}
     with torch.no_grad():
         alone = model(now, **call)[0]
-        whole = model(video, **call)[0][:, :, 6:]  # what the model makes of these frames behind the others
+        whole = model(video, **call)[0][:, :, 6:]  # output for these frames after the past ones
 
         memory = MemoryPrefix(model)
-        tokens, positions = patch_tokens(model, past, start=-6)  # times -6 to -1: before the frames, which begin at 0
+        tokens, positions = patch_tokens(model, past, start=-6)  # times -6 to -1, before the frames, which start at 0
         memory.set(tokens, positions)
         print(
             f"{tokens.shape[1]} memory tokens: {(model(now, **call)[0] - whole).abs().max():.1e} from the whole video"

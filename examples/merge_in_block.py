@@ -1,4 +1,4 @@
-"""Halve the tokens that a transformer block sees: merge, run the block, unmerge. Works with any block and compiles."""
+"""Halve the tokens of a transformer block: merge, run the block, unmerge. Works with any block and torch.compile."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from vidmem_kernels import match_tokens, merge_tokens, unmerge_tokens
 
 
 class MergedBlock(nn.Module):
-    """Runs `block` on the merged tokens of a (T, H, W) video grid and adds what it changed to every token."""
+    """Runs `block` on the merged tokens of a (T, H, W) grid and adds their changes to all tokens."""
 
     def __init__(self, block: nn.Module, grid: tuple[int, int, int], ratio: float = 0.5):
         super().__init__()

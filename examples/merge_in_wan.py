@@ -1,4 +1,4 @@
-"""Token merging in Wan: fewer keys and values in its self-attention by one line, out of it again by another."""
+"""Token merging in Wan: one line reduces the keys and values of its self-attention, and another undoes that."""
 
 import time
 
@@ -15,21 +15,21 @@ from vidmem_kernels.diffusers import apply_token_merging
 
 
 def tiny_wan() -> WanTransformer3DModel:
-    """A model with Wan's layers, few and narrow, and random weights."""
+    """A small Wan with random weights."""
     return WanTransformer3DModel(
         num_attention_heads=4, attention_head_dim=64, text_dim=32, freq_dim=32, ffn_dim=512, num_layers=2
     ).eval()
 
 
 def smooth_latents(frames: int, height: int, width: int) -> Tensor:
-    """(1, 16, frames, height, width) that change slowly in space and time, as those of a video do."""
+    """Latents (1, 16, frames, height, width) that change slowly in space and time, as those of a video do."""
     small = torch.randn(1, 16, 3, height // 8, width // 8)
     return torch.nn.functional.interpolate(small, size=(frames, height, width), mode="trilinear")
 
 
 @torch.no_grad()
 def timed(model: WanTransformer3DModel, inputs: dict) -> tuple[float, Tensor]:
-    """The shortest of three runs in milliseconds, and the output."""
+    """Return the shortest time of three runs, in milliseconds, and the output."""
     times = []
     for _ in range(3):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Wan's self-attention by `cross_attention` for one block of code: dense, then to the blocks that queries want."""
+"""Run Wan's self-attention with `cross_attention` inside a `with` statement: dense, then block-sparse."""
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -6,7 +6,7 @@ from diffusers import WanTransformer3DModel
 from vidmem_kernels import topk_blocks
 from vidmem_kernels.diffusers import attention_backend
 
-BLOCKS = {"block_size": (32, 16)}  # queries and keys; (128, 64) on a GPU
+BLOCKS = {"block_size": (32, 16)}  # queries, keys; use (128, 64) on a GPU
 
 
 def tiny_wan() -> WanTransformer3DModel:  # for WanTransformer3DModel.from_pretrained(..., subfolder="transformer")
@@ -17,7 +17,7 @@ def tiny_wan() -> WanTransformer3DModel:  # for WanTransformer3DModel.from_pretr
 
 
 def half(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """For every block of queries the half of the blocks of keys that it scores highest."""
+    """For every block of queries select the half of the blocks of keys with the highest scores."""
     return topk_blocks(q, k, topk=-(-k.shape[1] // BLOCKS["block_size"][1]) // 2, **BLOCKS)
 
 

@@ -1,4 +1,4 @@
-"""Attend to a video that arrives in segments: linear attention carries its state, softmax attention merges parts."""
+"""Attention over a video in segments: linear attention keeps a state, softmax attention merges partial results."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What vidmem_model needs, looked at before anything else, without importing it: that would take seconds."""
+"""Check the packages that vidmem_model needs, without importing them, which would take seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# Module -> the distribution's name and lowest version; python/pyproject.toml declares the same.
+# Module -> name and minimum version of its distribution, as in python/pyproject.toml.
 NEEDED = {
     "torch": "torch>=2.11",
     "numpy": "numpy",
@@ -22,13 +22,14 @@ NEEDED = {
 
 
 def check(version: str) -> None:
-    """Ends the import unless all is there that vidmem_model needs.
+    """Check that everything that vidmem_model needs is installed.
 
     Args:
-        version: of vidmem_model, which that of vidmem_kernels must equal.
+        version: Version of vidmem_model; vidmem_kernels must have the same.
 
     Raises:
-        ImportError: with the one line that says what to install; the command `vidmem` prints it and exits with 2.
+        ImportError: Something is missing; the message is one line that says what to install. The command `vidmem`
+            prints it and exits with 2.
     """
     faults = _faults(f"vidmem-kernels=={version}")
     if not faults:
@@ -38,7 +39,7 @@ def check(version: str) -> None:
     if any(requirement.startswith("vidmem-kernels") for requirement in faults):
         line += "; or in the repository of both: pip install --no-build-isolation . ./python"
     program = sys.argv[0] if sys.argv else ""
-    # An import that nobody catches: by the script `vidmem`, or while Python still looks for what `-m` shall run.
+    # Nothing catches the error in the script `vidmem`, nor while Python looks for the module of `-m`.
     if Path(program).name == "vidmem" or (program == "-m" and "vidmem_model" in sys.orig_argv):
         print(f"vidmem: error: {line}", file=sys.stderr)
         raise SystemExit(2)
@@ -46,7 +47,7 @@ def check(version: str) -> None:
 
 
 def _faults(kernels: str) -> dict[str, str]:
-    """Requirement -> what is wrong with it."""
+    """Map each unmet requirement to the reason."""
     faults = {}
     for module, requirement in {"vidmem_kernels": kernels, **NEEDED}.items():
         distribution, comparison, wanted = re.fullmatch(r"([\w-]+)(>=|==|)(.*)", requirement).groups()
@@ -64,16 +65,16 @@ def _importable(module: str) -> bool:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         return False
-    except (ImportError, ValueError):  # what does not load; what was imported from no file
+    except (ImportError, ValueError):  # a module that cannot be loaded, or that was not imported from a file
         return True
-    return spec is not None and spec.origin is not None  # without an origin: an empty folder of that name
+    return spec is not None and spec.origin is not None  # no origin: an empty folder of that name
 
 
 def _version(module: str, distribution: str) -> str | None:
-    """What the module itself states, which need not be installed to be imported; else what its installer noted."""
+    """Version that the module states, which may not be installed, else that of the installed distribution."""
     if version := getattr(sys.modules.get(module), "__version__", None):
         return str(version)
-    if module == "vidmem_kernels":  # in plain sight in its first file; that of torch is long, and others import it
+    if module == "vidmem_kernels":  # its first file is short; reading that of torch would be slow
         source = importlib.util.find_spec(module).loader.get_source(module) or ""
         if stated := re.search(r"^__version__ *= *[\"'](.*)[\"']", source, re.MULTILINE):
             return stated[1]

@@ -1,11 +1,11 @@
-"""What the fields of configurations and file headers must hold: declared beside each field, checked in one place.
+"""Check the fields of configurations and file headers against bounds that are declared with each field.
 
-A field is declared with its bounds in one line:
+A field declares its bounds in one line:
 
     depth: Annotated[int, positive(10_000)] = 4
 
-`Checked`, the base of all such dataclasses, holds every field to its declaration when an object is made; `build` makes
-one from what a YAML or JSON file gave. Rules between fields stand in a class's own `__post_init__`.
+`Checked`, the base of all such dataclasses, checks every field when an object is made; `build` makes an object from the
+values of a YAML or JSON file. A class checks rules between fields in its `__post_init__`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-# Lengths, sizes and rates beyond these are mistakes, whatever they are of.
+# Lengths, sizes and rates beyond these are mistakes in any field.
 MOST_SECONDS = 10_000_000
 MOST_PIXELS = 16_384
 MOST_FPS = 100_000
@@ -33,10 +33,10 @@ _MOST_JSON_NESTING = 32
 
 
 class FieldError(ValueError):
-    """A field that does not hold what it must.
+    """A field has a wrong value.
 
     Attributes:
-        place: of the field in the file, as "model.encoders[0].compression".
+        place: Place of the field in its file, such as "model.encoders[0].compression".
     """
 
     def __init__(self, message: str, place: str) -> None:
@@ -45,7 +45,7 @@ class FieldError(ValueError):
 
 
 class _Shown(reprlib.Repr):
-    """repr of a value, cut where it is long, wide or deep."""
+    """repr of a value, shortened if it is long, wide or deep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Shown(reprlib.Repr):
         self.maxstring = self.maxother = _MOST_SHOWN
 
     def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to write a number of more than 4,300 digits.
+        # Python raises for numbers of more than 4,300 digits.
         return repr(value) if abs(value) < 10**20 else f"{'-' if value < 0 else ''}{_digits(value)} digits"
 
 
@@ -65,13 +65,13 @@ _SHOWN = _Shown()
 
 
 def show(value: object) -> str:
-    """A value as messages name it: its repr, on one line and at most 80 characters long."""
+    """Format a value for a message: its repr, on one line, at most 80 characters."""
     return shorten(_SHOWN.repr(value), _MOST_SHOWN)
 
 
 def shorten(text: object, most: int = 200) -> str:
-    """The text of a message of others, on one line and cut at `most` characters."""
-    # Of a long text only the beginning is looked at.
+    """Format a text for a message: on one line, at most `most` characters."""
+    # Only the beginning of a long text is processed.
     line = " ".join(str(text)[: 4 * most].split())
     line = "".join(c if c.isprintable() else "?" for c in line)
     return line if len(line) <= most else line[: most - 2] + " …"
@@ -88,10 +88,11 @@ class Range:
     """Bounds of a number, or of every number in a list.
 
     Args:
-        least, most: the ends, both allowed.
-        above: `least` itself is not allowed.
-        below: `most` itself is not allowed.
-        words: what a number must be that is too small or not finite.
+        least: Minimum.
+        most: Maximum.
+        above: Whether the minimum itself is excluded.
+        below: Whether the maximum itself is excluded.
+        words: Message for a number that is too small or not finite, such as "must be positive".
     """
 
     least: float
@@ -102,7 +103,7 @@ class Range:
 
     def problem(self, value: Any) -> str | None:
         """What `value` must be and is not, or None."""
-        # Not by `<`, which NaN would pass.
+        # Written with `not`, because NaN makes every comparison false.
         if not (value > self.least if self.above else value >= self.least) or value == math.inf:
             return self.words
         if not (value < self.most if self.below else value <= self.most):
@@ -112,7 +113,7 @@ class Range:
 
 
 def positive(most: float, unit: str = "") -> Range:
-    """Above 0 and at most `most`; `unit` says of what it is, as "seconds"."""
+    """Above 0 and at most `most`; `unit` is for messages, such as "seconds"."""
     return Range(0, most, above=True, words=f"must be positive {unit}".rstrip())
 
 
@@ -132,12 +133,12 @@ def more_than(least: float, most: float) -> Range:
 
 
 def within(least: float, most: float, below: bool = False) -> Range:
-    """`least` to `most`, two ends that belong to the meaning of the field; `below` leaves the upper one out."""
+    """`least` to `most`, shown as an interval in messages; `below` excludes the upper end."""
     return Range(least, most, below=below, words=f"must be in [{least}, {most}{')' if below else ']'}")
 
 
 class OneOf:
-    """One of a few names, which are given one by one or as the keys of a mapping."""
+    """One of several names, given as arguments or as the keys of a mapping."""
 
     def __init__(self, *choices: str | Mapping[str, Any]) -> None:
         self._choices = choices[0] if isinstance(choices[0], Mapping) else choices
@@ -154,7 +155,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Text:
-    """A text of `least` to `most` characters, all of which can be shown."""
+    """A text of `least` to `most` characters without NUL."""
 
     most: int
     least: int = 0
@@ -166,11 +167,11 @@ class Text:
             return "must not be empty"
         if len(text) > self.most:
             return f"must have at most {self.most:,} characters"
-        return None if "\0" not in text else "must hold no NUL character"
+        return None if "\0" not in text else "must not contain a NUL character"
 
 
 class PathName(Text):
-    """A path that a file can have."""
+    """A valid path of a file."""
 
     def __init__(self) -> None:
         super().__init__(4096, least=1)
@@ -202,12 +203,12 @@ Lengths = Annotated[tuple[float, ...], Entries(1, 100), positive(MOST_SECONDS, "
 
 
 class Checked:
-    """Base of dataclasses whose fields are held to their declarations.
+    """Base of dataclasses whose fields are checked against their declarations.
 
-    Numbers and lists are brought to the declared types: 1 is 1.0 in a float's field, a list becomes a tuple.
+    Numbers and lists are converted to the declared types: 1 becomes 1.0 in a float field, a list becomes a tuple.
 
     Raises:
-        FieldError: "<class>: <field> must …, got …".
+        FieldError: A field is wrong; the message is "<class>: <field> must …, got …".
     """
 
     def __post_init__(self) -> None:
@@ -218,7 +219,7 @@ class Checked:
 
 @functools.cache
 def declarations(kind: type) -> dict[str, Any]:
-    """The declared type of every field of a dataclass, bounds included."""
+    """The declared type of every field of a dataclass, including bounds."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
@@ -230,21 +231,21 @@ def _types(kind: type) -> dict[str, Any]:
 
 
 def conform(hint: Any, value: Any, what: str, place: str = "", bounds: tuple = ()) -> Any:
-    """Hold a value to a declaration.
+    """Check a value against a declaration and convert it to the declared type.
 
     Args:
-        hint: a type, or Annotated with bounds: Range, OneOf and Text are of the value, or of each entry
-            of a list, Entries of the list.
-        value: what a file or a caller gave.
-        what: how the message calls it.
-        place: of the value in its file.
-        bounds: those of the hint that this one is part of.
+        hint: A type, or Annotated with bounds. Entries applies to a list, other bounds to a value or to each entry of
+            a list.
+        value: The value.
+        what: Name of the value in messages.
+        place: Place of the value in its file.
+        bounds: Bounds of the enclosing declaration.
 
     Returns:
         The value in the declared type.
 
     Raises:
-        FieldError: it is of another type, or out of bounds.
+        FieldError: The value has another type or is out of bounds.
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -279,7 +280,7 @@ def _conform_list(inner: tuple, value: Any, what: str, place: str, bounds: tuple
     if not free and len(value) != len(inner):
         raise FieldError(f"{what}: must have {len(inner)} entries, got {show(value)}", place)
     shown = list(value) if free else tuple(value)
-    if not value:  # of which the words for its entries say more
+    if not value:  # the message about its entries is clearer
         whole = [dataclasses.replace(bound, least=0) if _words(each) else bound for bound in whole]
         if whole != [bound for bound in bounds if isinstance(bound, Entries)]:
             raise FieldError(f"{what} {_words(each)}, got {show(shown)}", place)
@@ -289,7 +290,7 @@ def _conform_list(inner: tuple, value: Any, what: str, place: str, bounds: tuple
     made = []
     for i, (kind, entry) in enumerate(zip(kinds, value, strict=True)):
         made.append(conform(kind, entry, f"{what}[{i}]", f"{place}[{i}]", () if plain else each))
-        if plain:  # a short list is told whole
+        if plain:  # show a short list as a whole
             _hold(each, made[-1], what, place, shown if len(value) <= 6 else entry)
     return tuple(made)
 
@@ -306,18 +307,18 @@ def _hold(bounds: Sequence[Any], value: Any, what: str, place: str, shown: Any) 
 
 
 def build(kind: type, values: Any, where: str = "") -> Any:
-    """Build a dataclass from plain dicts and lists, nested ones too.
+    """Build a dataclass from plain, possibly nested, dicts and lists.
 
     Args:
-        kind: the dataclass.
-        values: a dict of its fields; earlier names of fields (`Former`) are read too.
-        where: name of the place, for messages.
+        kind: The dataclass.
+        values: Its fields by name; former names (`Former`) are accepted.
+        where: Place of `values` in its file, for messages.
 
     Returns:
         An instance of `kind`.
 
     Raises:
-        FieldError: a key is unknown, a value has another type than the field, or is out of range.
+        FieldError: A key is unknown, or a value has another type than its field or is out of range.
     """
     name = where or kind.__name__
     if not isinstance(values, dict):
@@ -339,7 +340,7 @@ def build(kind: type, values: Any, where: str = "") -> Any:
         raise FieldError(f"{name}: needs {missing}, got {show(sorted(values))}", where)
     try:
         return kind(**given)
-    except FieldError as error:  # out of bounds: the class knows its field, this place the way to it
+    except FieldError as error:  # out of bounds: the class knows the field only, not its place in the file
         field = re.match(r"\w*", error.place).group()
         place = f"{where}.{given_as.get(field, field)}{error.place[len(field) :]}".lstrip(".")
         raise FieldError(f"{place}: {error}", place) from error
@@ -349,11 +350,11 @@ def build(kind: type, values: Any, where: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Former:
-    """An earlier field of a dataclass, which its files may still have: an entry of the class's dict FORMER.
+    """A former name of a field, which old files may still contain: an entry of the dict FORMER of a dataclass.
 
     Args:
-        name: the field that has its meaning now; None if there is none.
-        convert: makes the value that this field has now; raises ValueError for one that nothing has.
+        name: Present name of the field; None if the field was removed.
+        convert: Converts the former value to the present one; raises ValueError if there is no such value.
     """
 
     name: str | None
@@ -361,15 +362,18 @@ class Former:
 
 
 def renewed(kind: type, values: Any, where: str = "") -> Any:
-    """Plain dicts and lists of a dataclass with the present names of its fields, and of those of its parts.
+    """Replace former names of fields by their present names, in nested dicts and lists.
 
     Args:
-        kind: the dataclass.
-        values: some or all of its fields. What is no field, or not of its type, stays as it is.
-        where: name of the place, for messages.
+        kind: The dataclass.
+        values: Some or all of its fields. Unknown keys, and values of other types, stay unchanged.
+        where: Place of `values` in its file, for messages.
+
+    Returns:
+        The values with the present names.
 
     Raises:
-        FieldError: a field is given by both names, or its former value has no meaning now.
+        FieldError: A field is given by both names, or its former value cannot be converted.
     """
     if isinstance(values, (list, tuple)):
         return [renewed(kind, value, f"{where}[{i}]") for i, value in enumerate(values)]
@@ -405,7 +409,7 @@ def former_names(kind: type, values: Any, where: str = "") -> Iterator[tuple[str
 
 
 def _renamed(kind: type, values: dict[Any, Any], where: str) -> tuple[dict[Any, Any], dict[str, str]]:
-    """The fields of a dataclass by their present names, and the former names of those that were given by them."""
+    """The fields by their present names, and a map from present to former names of those given by former names."""
     former, made, given_as = getattr(kind, "FORMER", {}), {}, {}
     for key, value in values.items():
         if key not in former:
@@ -413,7 +417,7 @@ def _renamed(kind: type, values: dict[Any, Any], where: str) -> tuple[dict[Any, 
             continue
         name, place = former[key].name, f"{where}.{key}".lstrip(".")
         if name is not None and name in values:
-            raise FieldError(f"{place}: is the earlier name of {name}; give one of them, got both", place)
+            raise FieldError(f"{place}: is the former name of {name}; give only {name}, got both", place)
         try:
             value = former[key].convert(value)
         except ValueError as error:
@@ -425,7 +429,7 @@ def _renamed(kind: type, values: dict[Any, Any], where: str) -> tuple[dict[Any, 
 
 @functools.cache
 def _parts(kind: type) -> dict[str, type]:
-    """The fields that are dataclasses, or lists of them."""
+    """Fields that are dataclasses or lists of dataclasses."""
     found = {}
     for name, hint in _types(kind).items():
         for each in (hint, *typing.get_args(hint)):
@@ -438,11 +442,14 @@ def parse_json(text: str, what: str) -> Any:
     """Parse JSON from a file.
 
     Args:
-        text: the JSON.
-        what: how messages call it.
+        text: JSON text.
+        what: Name of the text in messages.
+
+    Returns:
+        The parsed value.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or an object has a key twice; the message is short.
+        ValueError: The text is not JSON, is nested too deeply, or has a key twice in an object; the message is short.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -461,7 +468,7 @@ def parse_json(text: str, what: str) -> Any:
         raise ValueError(f"{what} is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} is not JSON ({error.msg} at character {error.pos})") from error
-    except ValueError as error:  # among them Python's refusal of a number of 5,000 digits
+    except ValueError as error:  # such as Python's error for a number of 5,000 digits
         raise ValueError(error.args[0] if str(error).startswith(what) else f"{what} holds {shorten(error)}") from error
     if _nesting(parsed) > _MOST_JSON_NESTING:
         raise ValueError(f"{what} is nested too deeply")

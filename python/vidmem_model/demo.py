@@ -1,7 +1,7 @@
-"""The demo: a video's history becomes a short context, and frames are read back from it, one from each part.
+"""The demo: compress a video with every method, read frames back, one from each part, and compare with the source.
 
-Every frame is read from a memory file opened afresh, after the decoded video and its latents have
-been given up; only the few source frames that results are compared with are kept.
+Frames are read from newly opened memory files, after the decoded video and its latents are freed; only the source
+frames for the comparison are kept.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ from .video.clip import ClipSpec
 
 Progress = Callable[[str, int, int | None], None]
 
-# 20 s from here show close-ups, foliage, motion and a change of scene.
+# The 20 s from here contain close-ups, foliage, motion and a cut.
 SAMPLE_START = 60.0
 SAMPLE_CREDIT = "Big Buck Bunny (c) Blender Foundation, CC-BY 3.0"
-# Names of what the demo writes.
+# Names of the files that the demo writes.
 FILES = ("report.json", "memory-*.safetensors", "memory_vs_context.*", "contact_sheet*.png")
 WHAT = (
     "A video's history as memory files: for each method the tokens before and after, the bytes of the file, and frames "
     "read back from that file alone, one from each equal part of the video. psnr_db and ssim compare a frame with the "
     "source; psnr_db is null where both are equal. What attention to such a history costs is in memory_vs_context.json."
 )
-# What is read back: the frames of each method, and the seconds of each frame.
+# For each method the frames read back, and the time of each read in seconds.
 _Retrieved = dict[str, tuple[list[torch.Tensor], list[float]]]
 
 
 @dataclass(frozen=True)
 class DemoConfig(Checked):
-    """What the demo does.
+    """Configuration of the demo.
 
     Args:
-        video: a video file, or None for the sample film.
-        clip: the part to take.
-        frames: how many frames to read back: the clip is cut into as many equal parts, and one is read from each.
-        seed: of the frames' positions in those parts.
-        compression: of the memories.
-        trained: methods that run a model, for each of which the same part is also taken at the model's size and
-            rate, and its memory shown beside those of the other methods with as many tokens, as wide.
-        profile: what the memory profile measures.
+        video: Video file, or None for the sample film.
+        clip: Part, frame size and frame rate to take.
+        frames: Number of frames to read back: the clip is cut into as many equal parts, and one is read from each.
+        seed: Random seed of the frames' positions in those parts.
+        compression: Patch tokens per memory token.
+        trained: Methods with a trained model. For each of them the same part is also taken at the size and rate of
+            its model, and compared with the other methods at the same number and width of tokens.
+        profile: Configuration of the memory profile.
     """
 
     video: Annotated[Path | None, PathName()] = None
@@ -81,24 +81,24 @@ class DemoConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        have = f"DemoConfig: trained must be of the methods that run a model ({listed(trained(), 'and')})"
+        have = f"DemoConfig: trained must be methods with a trained model ({listed(trained(), 'and')})"
         require(set(self.trained) <= set(trained()), have, self.trained)
 
 
 def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Run the demo and write its folder: report.json, memory files, and pictures.
+    """Run the demo and write report.json, memory files and pictures to a folder.
 
     Args:
-        config: what to do.
-        out: folder for the results; made if missing, filled only when all has succeeded. An interrupt leaves the
-            memory files that are whole in a folder that holds no earlier demo.
-        progress: called with (description, done, total or None).
+        config: Configuration of the demo.
+        out: Output folder; made if it is missing, filled only after everything has succeeded. After an interrupt it
+            gets the finished memory files, unless it holds an earlier demo.
+        progress: Called with (description, steps done, steps in total or None).
 
     Returns:
-        What report.json holds.
+        The content of report.json.
 
     Raises:
-        UserError: something the user can mend; nothing is left behind.
+        UserError: A mistake that the user can fix; no files are left.
     """
     tell = progress or (lambda *_: None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +122,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress | None = None) ->
 
 
 def _keep(staging: Path, out: Path) -> list[str]:
-    """Move the memory files of an interrupted demo to its folder, unless they would stand beside another's report."""
+    """Move the memory files of an interrupted demo to its folder, unless that holds the report of another demo."""
     memories = sorted(staging.glob("memory-*.safetensors"))
     if not memories or (out / "report.json").exists():
         return []
@@ -198,7 +198,7 @@ def _run(config: DemoConfig, video: Path, folder: Path, device: str, tell: Progr
 
 
 def _choose(config: DemoConfig, clip: Clip) -> list[int]:
-    """The frames to read back: one from each of `config.frames` equal parts of the clip, in order.
+    """Choose the frames to read back: one from each of `config.frames` equal parts of the clip, in order.
 
     Each is drawn from the middle half of its part, so that neighbours in the sheet are never near duplicates.
     """
@@ -213,7 +213,7 @@ def _choose(config: DemoConfig, clip: Clip) -> list[int]:
 
 
 def _encode(clip: Clip, tell: Progress) -> EncodedClip:
-    """The latents of a clip, all of them: several methods read them."""
+    """Encode all latents of a clip once, for several methods."""
     made = encoded(clip)
     total, latents = made.codec.latent_frames(len(clip.frames)), []
     for chunk in made.latents:
@@ -225,16 +225,17 @@ def _encode(clip: Clip, tell: Progress) -> EncodedClip:
 def _run_trained(
     name: str, config: DemoConfig, video: Path, folder: Path, stages: Stages, tell: Progress
 ) -> tuple[dict[str, Any], torch.Tensor, _Retrieved]:
-    """Do the same at the size and rate of a method's model, for a history as long as those it was trained on.
+    """Run the demo at the size and rate of a method's model, for a history of its training length.
 
-    Results, source frames, frames read back.
+    Returns:
+        Results, source frames, frames read back.
     """
     asked = CompressorConfig(name)
     opened = METHODS[name].load().open_model(asked.model_name)
     model = opened.model.config
     start, seconds = config.clip.start, config.clip.seconds
     if config.video is None and opened.held_out:
-        start = opened.held_out[0][0]  # of the sample film, a part that was not trained on
+        start = opened.held_out[0][0]  # a part of the sample film that was not used in training
     if opened.seconds:
         seconds = min(opened.seconds, seconds or opened.seconds)
     size = f"{model.height}x{model.width}"
@@ -246,7 +247,7 @@ def _run_trained(
     result: dict[str, Any] = {"video": _describe(clip, start), "context_tokens_before": before, "methods": {}}
     for method in (name, *untrained()):
         file = folder / f"memory-{method}-{size}.safetensors"
-        if file.exists():  # of another model of this size
+        if file.exists():  # written for another model of this size
             file = folder / f"memory-{method}-{size}-{name}.safetensors"
         tell(f"compress, {method}, {size}", 0, None)
         with stages.measure(f"compress, {method}, {size}"):
@@ -299,7 +300,7 @@ def _compare(
     sources: torch.Tensor,
     fps: float,
 ) -> None:
-    """Add to each method's results how close its frames are to their sources."""
+    """Add the quality of each method's frames to its results."""
     for method, (images, times) in retrieved.items():
         entry = methods[method]
         entry["retrieved"] = [
@@ -320,7 +321,7 @@ def _compare(
 def _retrieve(
     stage: str, file: Path, chosen: list[int], stages: Stages, tell: Progress
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """Open the memory file anew and read the chosen frames; images and seconds for each."""
+    """Open the memory file and read the chosen frames; return the images and the seconds of each."""
     images: list[torch.Tensor] = []
     times = []
     with stages.measure(stage):
@@ -332,12 +333,12 @@ def _retrieve(
 
 
 def _finite(value: float) -> float | None:
-    """PSNR of equal images is infinite, which JSON cannot say."""
+    """Replace infinity, the PSNR of equal images, by None, because JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
 def _kernels(choices: list[Choice]) -> dict[str, dict[str, list[str]]]:
-    """Op -> device -> the backends that ran it."""
+    """Map op -> device -> backends that ran it."""
     used: dict[str, dict[str, list[str]]] = {}
     for choice in choices:
         backends = used.setdefault(choice.op, {}).setdefault(choice.device, [])

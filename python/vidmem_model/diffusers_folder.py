@@ -1,4 +1,4 @@
-"""Folders that diffusers' save_pretrained wrote: what is in them, and the class that reads it."""
+"""Read folders that diffusers' save_pretrained wrote: configuration, class and weights."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from .errors import UserError
 
 
 def part_folder(folder: Path, part: str) -> Path:
-    """The folder itself, or the part's in a whole pipeline's folder: that which has a config.json."""
+    """The folder itself, or the folder of a part in that of a pipeline: the one with a config.json."""
     inside = folder / part
     return inside if not (folder / "config.json").is_file() and (inside / "config.json").is_file() else folder
 
 
 def read_config(folder: Path, what: str) -> dict[str, Any]:
-    """The config.json of a model of diffusers.
+    """Read the config.json of a diffusers model.
 
     Args:
-        folder: of the model.
-        what: it should be, for the message.
+        folder: Folder of the model.
+        what: Kind of the model, for messages.
+
+    Returns:
+        The configuration.
 
     Raises:
-        UserError: it is missing or no such configuration.
+        UserError: The file is missing or not such a configuration.
     """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{file}: cannot be read ({error.strerror}); give the folder of a {what} of diffusers"
-        ) from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give the folder of a diffusers {what}") from error
     except ValueError as error:
-        raise UserError(f"{file}: is not the configuration of a model of diffusers") from error
+        raise UserError(f"{file}: is not the configuration of a diffusers model; give the folder of one") from error
     if not isinstance(config, dict):
-        raise UserError(f"{file}: is not the configuration of a model of diffusers")
+        raise UserError(f"{file}: is not the configuration of a diffusers model; give the folder of one")
     return config
 
 
 def diffusers_class(name: str) -> Any:
-    """A class of the package diffusers.
+    """Return a class of the package diffusers.
 
     Raises:
-        UserError: diffusers is missing, or has no such class.
+        UserError: diffusers is not installed, or has no such class.
     """
     try:
         import diffusers
@@ -58,15 +59,18 @@ def diffusers_class(name: str) -> Any:
 
 
 def read_weights(name: str, folder: Path, **given: Any) -> Any:
-    """Load a model of diffusers from a folder alone: nothing is fetched.
+    """Load a diffusers model from a local folder; nothing is downloaded.
 
     Args:
-        name: of its class.
-        folder: of the model.
-        given: to from_pretrained.
+        name: Name of its class.
+        folder: Folder of the model.
+        **given: Further arguments of from_pretrained.
+
+    Returns:
+        The model.
 
     Raises:
-        UserError: diffusers is missing, or the weights cannot be read.
+        UserError: diffusers is not installed, or the weights cannot be read.
     """
     kind = diffusers_class(name)
     try:

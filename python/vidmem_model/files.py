@@ -1,6 +1,6 @@
-"""What commands write: outputs looked at before any work, files whole or not at all, one process an output.
+"""Write the outputs of commands: checked before any work, written atomically, by one process at a time.
 
-`outputs` is the one declaration of what a command reads and writes; it refuses what would destroy something.
+Every command declares all that it reads and writes by a call of `outputs`, which refuses to overwrite an input.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ def outputs(
     files: Iterable[Path | None] = (),
     folders: Mapping[Path, Sequence[str]] | None = None,
 ) -> None:
-    """Look at everything that a command is to write, before it works.
+    """Check everything that a command will write, before it starts to work.
 
     Args:
-        inputs: files and folders that it reads; None are left out here and below. Of a folder all that is in it counts.
-        files: it writes.
-        folders: it fills, each with patterns of the names it writes there.
+        inputs: Files and folders that it reads, a folder with all its contents. None entries are ignored here and
+        below.
+        files: Files that it writes.
+        folders: Folders that it fills, each with patterns of the file names.
 
     Raises:
-        UserError: an output is an input, by any name, or another output; it is a device, a pipe, a socket, read-only,
-            a folder in place of a file or the other way round; or it cannot be written.
+        UserError: An output is an input, even under another name, or another output; it is a device, a pipe, a socket
+        or
+            read-only; it is a folder instead of a file or the reverse; or it cannot be written.
     """
     read = [path for path in inputs if path is not None]
     taken: list[Path] = []
@@ -58,7 +60,7 @@ def outputs(
         if path is not None:
             real = check_file(path)
             _check_apart(path, real, read)
-            # Two names that differ in case alone are one file on some systems.
+            # Two names that differ only in case are one file on some systems.
             if any(str(real).casefold() == str(other).casefold() or _same(real, other) for other in taken):
                 raise UserError(f"{path}: is given for two outputs; choose another path for one of them")
             taken.append(real)
@@ -68,15 +70,15 @@ def outputs(
         for path in sorted({path for pattern in patterns for path in real.glob(pattern)}):
             _check_apart(path, check_file(path), read)
         if any(_same(real, path) or real in path.parents for path in taken):
-            raise UserError(f"{folder}: another output lies in it; choose another path for one of them")
+            raise UserError(f"{folder}: contains another output; choose another path for one of them")
 
 
 def _check_apart(path: Path, real: Path, read: Sequence[Path]) -> None:
-    """Raise UserError if what is to be written is among what is read."""
+    """Raise UserError if an output is also an input."""
     for given in read:
         every = given.rglob("*") if given.is_dir() and real.exists() else ()
         if any(_same(real, each) for each in (given, *every)):
-            raise UserError(f"{path}: is the input {given}, which would be lost; choose another output")
+            raise UserError(f"{path}: is the input {given}, which would be overwritten; choose another output")
 
 
 def _same(path: Path, other: Path) -> bool:
@@ -87,16 +89,22 @@ def _same(path: Path, other: Path) -> bool:
 
 
 def check_file(path: Path) -> Path:
-    """Return the file that is made or replaced where `path` is written: symbolic links stay.
+    """Check that a file can be written, and resolve symbolic links, which are kept.
+
+    Args:
+        path: File to write.
+
+    Returns:
+        The file that is created or replaced.
 
     Raises:
-        UserError: no file can be written there; long work asks before it starts.
+        UserError: No file can be written there.
     """
     there = _found(path)
     for stream in (1, 2):
         with suppress(OSError):  # it is closed
             if there is not None and os.path.samestat(there, os.fstat(stream)):
-                raise UserError(f"{path}: is where this command's own messages go; give the path of a file")
+                raise UserError(f"{path}: is stdout or stderr of this command; give the path of a file")
     try:
         target = target_of(path)
     except IsADirectoryError:
@@ -126,10 +134,16 @@ def check_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> bool:
-    """Make a folder, and those it lies in, unless it is there; whether it was not.
+    """Make a folder and its parents, if they do not exist.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Whether the folder was made.
 
     Raises:
-        UserError: it cannot be made, or is no folder.
+        UserError: It cannot be made, or is not a folder.
     """
     if _found(path) is not None:
         check_folder(path)
@@ -144,7 +158,7 @@ def make_folder(path: Path) -> bool:
 def _found(path: Path) -> os.stat_result | None:
     try:
         return found(path)
-    except (OSError, ValueError) as error:  # a name too long, a loop of links, a zero byte
+    except (OSError, ValueError) as error:  # the name is too long, links form a loop, or it contains a zero byte
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({why}); choose another path") from error
 
@@ -165,13 +179,13 @@ def _check_writable(path: Path, folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError, need: int | None = None) -> UserError:
-    """The error for a file or folder that could not be written; `need` is its size in bytes."""
+    """Make the error for a file or folder that cannot be written; `need` is its size in bytes."""
     remedy = "make room or choose another path" if error.errno in _FULL else "choose another path"
     return UserError(f"{path}: cannot be written ({reason(error, path, need)}); {remedy}")
 
 
 def reason(error: OSError, path: Path, need: int | None = None) -> str:
-    """Why `path` cannot be written; of a full disk also the bytes that are needed, if that is known, and free."""
+    """Say why `path` cannot be written; for a full disk with the bytes that are needed (if known) and free."""
     said = str(error.strerror or error)
     if error.errno not in _FULL:
         return said
@@ -182,16 +196,16 @@ def reason(error: OSError, path: Path, need: int | None = None) -> str:
 
 @contextmanager
 def replacing(path: Path, need: int | None = None) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write to; it takes its place only when the work has succeeded.
+    """Yield a temporary file beside `path` to write to; it replaces `path` only after the work has succeeded.
 
-    A file that is replaced gives it its mode and, as far as that is allowed, its owner.
+    It gets the mode and, if possible, the owner of a file that it replaces.
 
     Args:
-        path: file to write.
-        need: bytes, for the message if they do not fit.
+        path: File to write.
+        need: Size in bytes, for the message about a full disk.
 
     Raises:
-        UserError: the folder is missing, cannot be written or is full, or at `path` is no file.
+        UserError: The folder is missing, not writable or full, or `path` is not a file.
     """
     target = check_file(path)
     try:
@@ -203,10 +217,10 @@ def replacing(path: Path, need: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def written(target: Path) -> Iterator[Path]:
-    """`replacing` for a path that is checked, with the system's own errors.
+    """Like `replacing`, for a path that is already checked, with errors of the system.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     with temporary_file(target) as (part, _):
         yield part
@@ -216,12 +230,12 @@ def written(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill beside `path`; its files move into `path` when all is done.
+    """Yield an empty folder beside `path`; its files move into `path` after the work has succeeded.
 
-    Files of the same name from an earlier run are replaced, others stay. No other process may fill it meanwhile.
+    Files of the same name in `path` are replaced, others stay. A lock keeps other processes from filling it.
 
     Raises:
-        UserError: `path` is a file, its parent is missing or cannot be written, or another process fills it.
+        UserError: `path` is a file, its parent is missing or not writable, or another process is filling it.
     """
     check_folder(path)
     real = Path(os.path.realpath(path))
@@ -238,7 +252,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path, patterns: Sequence[str]) -> None:
-    """Remove files of these names from a folder that kept parts of a work, and the folder if nothing else is in it."""
+    """Remove intermediate files of these names from a folder, and the folder if it is then empty."""
     for file in [file for pattern in patterns for file in folder.glob(pattern)]:
         file.unlink()
     remove_leftovers(folder)
@@ -247,22 +261,22 @@ def remove_parts(folder: Path, patterns: Sequence[str]) -> None:
 
 
 def beside(output: Path) -> Path:
-    """The lock of an output."""
+    """Path of the lock file of an output."""
     real = Path(os.path.realpath(output))
     return real.parent / f".{real.name}.lock"
 
 
 @contextmanager
 def locked(file: Path, what: Path, waiting: bool = False) -> Iterator[None]:
-    """Hold a lock, which is gone with its process, whatever that dies of.
+    """Hold a file lock; the system releases it when the process ends for any reason.
 
     Args:
-        file: of the lock, in a folder that exists; removed in the end.
-        what: is written under it.
-        waiting: wait for another process in place of raising UserError.
+        file: The lock file, in an existing folder; removed at the end.
+        what: The output that the lock protects, for messages.
+        waiting: Whether to wait for another process instead of raising UserError.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: Another process holds the lock, or the file cannot be written.
     """
     told = False
     while True:
@@ -272,15 +286,15 @@ def locked(file: Path, what: Path, waiting: bool = False) -> Iterator[None]:
             raise cannot_write(what, error) from error
         try:
             held = lock(handle)
-        except (OSError, ImportError):  # no locks here: nothing keeps two processes apart
+        except (OSError, ImportError):  # the file system has no locks
             break
         if held and is_at(handle, file):
             break
         owner = "" if held else os.pread(handle, 200, 0).decode(errors="replace").strip()
         os.close(handle)
-        if held:  # it was removed by the process that held it before
+        if held:  # the process that held it before has removed the file
             continue
-        message = f"{what}: another process writes here ({owner or 'it does not say which'})"
+        message = f"{what}: another process is writing here ({owner or 'unknown'})"
         if not waiting:
             raise UserError(f"{message}; wait for it or choose another output")
         if not told:
@@ -288,7 +302,7 @@ def locked(file: Path, what: Path, waiting: bool = False) -> Iterator[None]:
         told = True
         time.sleep(_POLL_SECONDS)
     try:
-        with suppress(OSError):  # the disk is full: the lock holds all the same
+        with suppress(OSError):  # the disk is full; the lock works without the text
             os.truncate(handle, 0)
             os.pwrite(handle, f"pid {os.getpid()}, host {socket.gethostname()}\n".encode(), 0)
         yield
@@ -299,6 +313,6 @@ def locked(file: Path, what: Path, waiting: bool = False) -> Iterator[None]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The machine: its devices, the memory that is free, and the versions of what runs on it."""
+"""Facts about the machine: devices, free memory, and versions of packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vidmem_kernels.peak_memory import status_bytes
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping, as the system estimates it, and within this process's own limit."""
+    """Bytes of memory available without swapping, within the memory limit of this process."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     own = math.inf if limit == resource.RLIM_INFINITY else max(0, limit - status_bytes("VmSize"))
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -24,7 +24,7 @@ def available_bytes() -> int:
 
 
 def describe_device(device: torch.device | str) -> dict[str, object]:
-    """Name and size of what was measured on: {"type", "name", "threads" or "memory_bytes"}."""
+    """Describe a device: {"type", "name", "threads" or "memory_bytes"}."""
     device = torch.device(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -45,7 +45,7 @@ def describe_device(device: torch.device | str) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that numbers depend on."""
+    """Versions of Python and of the packages that results depend on."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,

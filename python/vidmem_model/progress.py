@@ -1,4 +1,4 @@
-"""What long work shows on stderr: bars, lines and notes."""
+"""Show the progress of long work on stderr: bars, lines and notes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(steps: int, done: int, visible: bool) -> Iterator[Callable[[int, float, float], None]]:
-    """Show loss and time left on stderr: a bar on a terminal, else a line a call.
+    """Show loss and time left of a training on stderr: a bar on a terminal, otherwise one line per call.
 
     Args:
-        steps: of the whole run.
-        done: steps of it that were done before.
+        steps: Steps of the whole run.
+        done: Steps done before.
         visible: False for all processes but the first.
 
-    Returns:
-        Function of the step, the mean loss since the call before, and the seconds of a step.
+    Yields:
+        A function of (step, mean loss since the last call, seconds per step).
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,7 +29,7 @@ def progress(steps: int, done: int, visible: bool) -> Iterator[Callable[[int, fl
         def line(step: int, loss: float, seconds: float) -> None:
             left = datetime.timedelta(seconds=round((steps - step) * seconds))
             print(
-                f"step {step}/{steps}  loss {loss:.4f}  {seconds:.2f} s a step  {left} left",
+                f"step {step}/{steps}  loss {loss:.4f}  {seconds:.2f} s/step  {left} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -44,7 +44,7 @@ def progress(steps: int, done: int, visible: bool) -> Iterator[Callable[[int, fl
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """A bar on stderr that tells of the present step and vanishes; None where there is no terminal."""
+    """A transient progress bar on stderr that names the current stage; None without a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -68,6 +68,6 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None] | None]:
 
 
 def note(lines: Iterable[str]) -> None:
-    """Say on stderr what the user may have done unawares."""
+    """Print notes on stderr, such as warnings about an input."""
     for line in lines:
         print("vidmem: note:", " ".join(line.split()), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The shapes of a model's weights without the weights: what it needs is known before it is made."""
+"""Models without weight values, on the meta device, to check memory before a model is made."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .checks import shorten
 from .errors import UserError
 from .machine import available_bytes
 
-# Weights, gradients, their moving average, and the two moments of AdamW.
+# Weights, gradients, EMA, and the two moments of AdamW.
 _TRAINED_COPIES = 5
-# Weights that stay as they are, in the model that is trained and in that with the moving average.
+# Frozen weights are in the trained model and in the EMA model.
 _FROZEN_COPIES = 2
 
 
 class _NoValues(TorchFunctionMode):
-    """Leaves out the initial values, of which the first on the meta device takes a second of imports."""
+    """Skips the initialisation of weights; the first one on the meta device imports modules for a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -31,33 +31,33 @@ class _NoValues(TorchFunctionMode):
 
 
 def skeleton(make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a model whose weights have shapes and no values, on the meta device."""
+    """Make a model on the meta device, whose weights have shapes but no values."""
     with torch.device("meta"), _NoValues():
         return make()
 
 
 def count_numbers(make: Callable[[int], nn.Module], depth: int) -> int:
-    """Count the numbers of a model's state without making its blocks, however many.
+    """Count the numbers of a model's state, from models with one and two blocks.
 
     Args:
-        make: the model with so many equal blocks.
-        depth: how many it has.
+        make: Makes the model with a given number of equal blocks.
+        depth: Number of blocks.
     """
     one, two = (sum(t.numel() for t in skeleton(lambda d=d: make(d)).state_dict().values()) for d in (1, 2))
     return one + (depth - 1) * (two - one)
 
 
 def require_trainable(make: Callable[[int], nn.Module], depth: int, device: torch.device) -> None:
-    """Refuse a model whose training cannot fit into memory, before it is made.
+    """Check that the training of a model fits into memory, before the model is made.
 
     Args:
-        make: the model with so many equal blocks; what is frozen in it is there with any number.
-        depth: how many it has.
-        device: of the training. A GPU holds gradients, moments and averages, several processes share them; the
-            weights are made on the CPU in any case.
+        make: Makes the model with a given number of equal blocks; its frozen part does not depend on the number.
+        depth: Number of blocks.
+        device: Device of the training. A GPU holds gradients, moments and EMA, which several processes share; the
+            weights are initialised on the CPU in any case.
 
     Raises:
-        UserError: there is too little memory, or the sizes do not go together.
+        UserError: There is not enough memory, or the sizes do not fit together.
     """
     try:
         numbers = count_numbers(make, depth)
@@ -71,15 +71,15 @@ def require_trainable(make: Callable[[int], nn.Module], depth: int, device: torc
 
 
 def require_room(need: float, what: str, instead: str) -> None:
-    """Refuse what does not fit into memory.
+    """Check that there is enough free memory.
 
     Args:
-        need: bytes.
-        what: takes them.
-        instead: what the user can do.
+        need: Bytes needed.
+        what: What needs them, for the message.
+        instead: Remedy, for the message.
 
     Raises:
-        UserError: fewer are free.
+        UserError: Fewer bytes are free.
     """
     free = available_bytes()
     if need > free:

@@ -1,4 +1,4 @@
-"""Files of weights: written whole or not at all, and stored in 32, 16 or 8 bits."""
+"""Write and read safetensors files of weights, stored in 32, 16 or 8 bits."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from .skeleton import skeleton
 
 DTYPES = ("float32", "float16", "int8")
 _SCALE = ".row_scale"
-# What weights are stored as; int8 with its scales.
+# Dtypes of stored weights; int8 comes with scales.
 _STORED = ("F64", "F32", "F16", "BF16", "I8")
 _MOST_HEADER = 32 << 20  # bytes
-# Vectors and small matrices are norms, biases and tables: their bytes do not count, their errors do.
+# Vectors and small matrices (norms, biases, tables) take little space but are sensitive to rounding.
 _LEAST = 4096
 
 
 def pack(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """Make weights ready to be stored.
+    """Convert weights to a storage format.
 
     Args:
-        tensors: weights by name, float32.
-        dtype: "float32", "float16", or "int8": matrices of at least 4,096 numbers as int8 with one
-            float32 scale a row (of all that follows the first dimension), the rest as float32.
+        tensors: float32 weights by name.
+        dtype: "float32", "float16", or "int8": matrices of at least 4,096 numbers as int8 with one float32 scale per
+            row (all dimensions but the first), the others as float32.
 
     Returns:
-        What to store; `unpack` undoes it.
+        Tensors to store; `unpack` converts them back.
 
     Raises:
-        ValueError: the dtype is another, or a weight is not finite or beyond float16.
+        ValueError: The dtype is unknown, or a weight is not finite or out of the range of float16.
     """
     if dtype not in DTYPES:
         raise ValueError(f"pack: dtype must be one of {DTYPES}, got {dtype!r}")
@@ -55,13 +55,13 @@ def pack(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor
             stored = rows.view(tensor.shape)
         finite = packed.get(name + _SCALE, stored)
         if tensor.is_floating_point() and not finite.isfinite().all():
-            raise ValueError(f"pack: weights must be in the range of {dtype}, got {name} beyond it")
+            raise ValueError(f"pack: weights must be in the range of {dtype}, got {name} out of range")
         packed[name] = stored
     return packed
 
 
 def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Undo pack, up to its rounding: all weights float32."""
+    """Convert stored weights back to float32; inverse of `pack` up to rounding."""
     weights = {}
     for name, tensor in tensors.items():
         if not name.endswith(_SCALE):
@@ -72,10 +72,10 @@ def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all; equal content gives equal bytes.
+    """Write a safetensors file atomically; equal content gives equal bytes.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], header: dict[str
 
 
 def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file as the package of that name does, but in place and with a header in one order."""
+    """Write a safetensors file like the package safetensors, but in place and with a sorted header."""
     content = memoryview(save(tensors))
     size = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8:size]))
@@ -101,7 +101,7 @@ def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, 
 
 
 def content_digest(file: Path) -> str:
-    """SHA-256 of what a safetensors file says, whatever the order of its header."""
+    """SHA-256 of the content of a safetensors file, independent of the order of its header."""
     with safe_open(file, framework="pt") as opened:
         digest = hashlib.sha256(json.dumps(opened.metadata() or {}, sort_keys=True).encode())
         for name in sorted(opened.keys()):
@@ -112,27 +112,28 @@ def content_digest(file: Path) -> str:
 
 
 def stored_dtype(file: Path) -> str:
-    """Name of the numbers that a file keeps its matrices in, one of DTYPES."""
+    """Storage format of a file's matrices, one of DTYPES."""
     with safe_open(file, framework="pt") as opened:
         found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (not a dict)
     return "int8" if "I8" in found else "float16" if "F16" in found else "float32"
 
 
 class WeightsFile:
-    """A safetensors file of weights, of which nothing but the header is read until that is found right.
+    """A safetensors file of weights; only its header is read until it has been checked.
 
     Args:
-        path: the file.
-        kind, version: what its header must say; None for files without format, as those of VAEs.
-        advice: what the message says where the file is missing.
+        path: The file.
+        kind: Format that its header must name; None for files without a format, such as those of VAEs.
+        version: Version that its header must name.
+        advice: Remedy for the message about a missing file.
 
     Attributes:
-        header: its texts by name.
-        shapes: of the weights by name, unpacked.
+        header: Texts of the header by name.
+        shapes: Shapes of the unpacked weights by name.
 
     Raises:
-        UserError: it is missing.
-        MemoryFormatError: it is damaged, of another format or another version, or its tensors are no weights.
+        UserError: The file is missing.
+        MemoryFormatError: The file is damaged, of another format or version, or its tensors are not weights.
     """
 
     def __init__(self, path: Path, kind: str | None = None, version: int = 1, advice: str = "") -> None:
@@ -143,7 +144,7 @@ class WeightsFile:
             content = self._content()
             self.header = content.pop("__metadata__", {})
             if not isinstance(self.header, dict) or not all(isinstance(v, str) for v in self.header.values()):
-                raise ValueError("its header's texts are none")
+                raise ValueError("the metadata of its header is not text")
         except (OSError, ValueError) as error:
             reason = shorten(getattr(error, "strerror", None) or error)
             raise MemoryFormatError(f"{path}: is damaged or not a safetensors file ({reason})") from error
@@ -164,23 +165,24 @@ class WeightsFile:
             text = file.read(length).decode()
         content = parse_json(text, "its header")
         if not isinstance(content, dict):
-            raise ValueError("its header is none")
+            raise ValueError("its header is not valid")
         return content
 
     def _check_format(self, kind: str, version: int) -> None:
         if self.header.get("format") != kind:
-            raise MemoryFormatError(f"{self.path}: not a file of format {kind}")
+            raise MemoryFormatError(f"{self.path}: is not a file of format {kind}")
         found = self.header.get("version")
         if found != str(version):
             raise MemoryFormatError(
-                f"{self.path}: is of version {shorten(found, 40)}, this vidmem reads version {version}"
+                f"{self.path}: has format version {shorten(found, 40)}, this vidmem reads version {version}"
             )
 
     def json(self, name: str) -> dict[str, Any]:
-        """A text of the header that holds a JSON object.
+        """Parse an entry of the header that holds a JSON object.
 
         Raises:
-            KeyError, ValueError: it is missing, or none.
+            KeyError: The entry is missing.
+            ValueError: It is not a JSON object.
         """
         value = parse_json(self.header[name], name)
         if not isinstance(value, dict):
@@ -190,16 +192,16 @@ class WeightsFile:
     def check(
         self, make: Callable[[], nn.Module], depth: int, stored: Callable[[Any], Container[str]] | None = None
     ) -> None:
-        """Check that these are the weights of a model, before either is made.
+        """Check that the file holds the weights of a model, before weights are read.
 
         Args:
-            make: the model.
-            depth: its blocks, of each of which the file must have weights: else it is not made at all.
-            stored: gives the names that the file holds of the model's state; by default all.
+            make: Makes the model.
+            depth: Number of its blocks; if the file has fewer weights, the model is not made.
+            stored: Returns the names of the state that the file holds; by default all.
 
         Raises:
-            ValueError: the model cannot be made.
-            MemoryFormatError: a weight is missing, unknown, or of another shape.
+            ValueError: The model cannot be made.
+            MemoryFormatError: A weight is missing, unknown, or of another shape.
         """
         if depth > len(self.shapes):
             raise self._misfit(f"{depth:,} blocks, {len(self.shapes):,} weights")
@@ -221,10 +223,10 @@ class WeightsFile:
         return MemoryFormatError(f"{self.path}: its weights do not fit its configuration ({shorten(how)})")
 
     def read(self) -> dict[str, torch.Tensor]:
-        """The weights, float32.
+        """Read the weights in float32.
 
         Raises:
-            MemoryFormatError: the file is damaged, or a number is not finite.
+            MemoryFormatError: The file is damaged, or a number is not finite.
         """
         try:
             with safe_open(self.path, framework="pt") as opened:
@@ -238,24 +240,24 @@ class WeightsFile:
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of a tensor, as a header gives them."""
+    """Dtype and shape of a tensor from its header entry."""
     dtype, shape = (entry.get(key) for key in ("dtype", "shape")) if isinstance(entry, dict) else (None, None)
     if dtype not in _STORED:
-        raise ValueError(f"{shorten(name, 80)} is of dtype {show(dtype)}, weights are of {', '.join(_STORED)}")
+        raise ValueError(f"{shorten(name, 80)} has dtype {show(dtype)}, weights have {', '.join(_STORED)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
-        raise ValueError(f"{shorten(name, 80)} is of shape {show(shape)}")
+        raise ValueError(f"{shorten(name, 80)} has shape {show(shape)}")
     return dtype, tuple(shape)
 
 
 def _unpacked_shapes(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights without the scales of those in int8."""
+    """Shapes of the weights, without the scales of int8 weights."""
     shapes = {}
     for name, (dtype, shape) in stored.items():
         of = name.removesuffix(_SCALE)
         if of == name:
             shapes[name] = shape
         elif stored.get(of, ("", ()))[0] != "I8":
-            raise ValueError(f"{shorten(name, 80)} is the scale of nothing in int8")
+            raise ValueError(f"{shorten(name, 80)} is a scale without its int8 weight")
         if dtype == "I8" and stored.get(name + _SCALE) != ("F32", shape[:1]):
-            raise ValueError(f"{shorten(name, 80)} has no float32 scale a row")
+            raise ValueError(f"{shorten(name, 80)} lacks one float32 scale per row")
     return shapes

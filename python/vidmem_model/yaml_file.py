@@ -1,6 +1,6 @@
-"""YAML from outside: every node knows its line, and nothing in a file can make reading it dear.
+"""Read YAML files of users: errors name the line, and no file can take excessive time or memory to read.
 
-Aliases count as often as they are written, depth and size are bounded, tags are refused, a key may stand once.
+Every use of an alias counts, depth and size are limited, and tags and duplicate keys are errors.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _MOST_NODES = 1_000_000
 _MOST_VALUES = 200_000
 _MOST_DEPTH = 32
 _MOST_DIGITS = 1000
-# libyaml is thirty times as fast as Python's own parser, where PyYAML was built with it.
+# libyaml, if PyYAML was built with it, is thirty times as fast as the parser in Python.
 _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PREFIX = "tag:yaml.org,2002:"
-# YAML 1.1 takes 3e-4 for text; here it is a number, as in YAML 1.2.
+# 3e-4 is text in YAML 1.1; here it is a number, as in YAML 1.2.
 _EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 _CONSTRUCT = yaml.constructor.SafeConstructor()
 
 
 @contextlib.contextmanager
 def collector_off() -> Iterator[None]:
-    """Read without the garbage collector: nodes have no cycles, and it walks over all of them again and again."""
+    """Pause the garbage collector, which would visit all nodes repeatedly although they have no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -46,13 +46,13 @@ def read_text(path: Path) -> str:
     """Read a text file.
 
     Raises:
-        UserError: it is too large, or not UTF-8.
-        OSError: it cannot be read.
+        UserError: The file is too large, or not UTF-8.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
-        raise UserError(f"{path}: has more than {_MOST_BYTES >> 20} MiB; a file of settings is smaller")
+        raise UserError(f"{path}: has more than {_MOST_BYTES >> 20} MiB; give a YAML file of settings")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,24 +61,24 @@ def read_text(path: Path) -> str:
 
 
 def compose(text: str, name: str, otherwise: str = "not YAML", most: int = _MOST_NODES) -> yaml.Node | None:
-    """Parse YAML to nodes, which have the marks of their places.
+    """Parse YAML to nodes, which know their line and column.
 
     Args:
-        text: the YAML.
-        name: of the file, for messages.
-        otherwise: what the message calls a text that is not YAML.
-        most: nodes, those that an alias stands for counted each time.
+        text: YAML text.
+        name: File name for messages.
+        otherwise: Message for a text that is not YAML.
+        most: Maximum number of nodes; those of an alias count at every use.
 
     Returns:
-        Its node, or None for an empty document.
+        The root node, or None for an empty document.
 
     Raises:
-        UserError: it is not YAML, or more than is read here; the message is "name:line:column: …".
+        UserError: The text is not YAML or exceeds a limit; the message is "name:line:column: …".
     """
     bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
     if bad:
         line = text.count("\n", 0, bad.start()) + 1
-        raise UserError(f"{name}:{line}: holds a character that YAML does not allow")
+        raise UserError(f"{name}:{line}: contains a character that YAML does not allow")
     try:
         return _Composer(text, name, otherwise, most).compose()
     except yaml.MarkedYAMLError as error:
@@ -88,7 +88,7 @@ def compose(text: str, name: str, otherwise: str = "not YAML", most: int = _MOST
 
 
 def error_at(name: str, node: yaml.Node, what: str) -> UserError:
-    """The error "name:line:column: what" for a node."""
+    """Make the error "name:line:column: what" for a node."""
     mark = node.start_mark
     return UserError(f"{name}:{mark.line + 1}:{mark.column + 1}: {what}")
 
@@ -98,10 +98,10 @@ def load(text: str, name: str, otherwise: str = "is not YAML") -> tuple[Any, dic
     """Parse YAML to plain values.
 
     Returns:
-        The value, and the line of everything in it by its place, such as "model.encoders[0].compression".
+        The value, and the line of each part of it by its place, such as "model.encoders[0].compression".
 
     Raises:
-        UserError: as `compose`, or a key stands twice in a mapping.
+        UserError: As for `compose`, or a mapping has a duplicate key.
     """
     lines: dict[str, int] = {}
     root = compose(text, name, otherwise, _MOST_VALUES)
@@ -125,18 +125,18 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str, otherwise: 
 
 
 class _Composer:
-    """Puts parser events together to nodes, without recursion."""
+    """Composes parser events to nodes, without recursion."""
 
     def __init__(self, text: str, name: str, otherwise: str, most: int) -> None:
         self.text, self.name, self.otherwise, self.most = text, name, otherwise, most
         self.root: yaml.Node | None = None
         self.open: list[yaml.CollectionNode] = []
         self.count = 0
-        self.begun: dict[str, int] = {}  # nodes before an anchor that is not closed
-        self.anchors: dict[str, tuple[yaml.Node, int]] = {}  # what stands there, of how many nodes
+        self.begun: dict[str, int] = {}  # number of nodes at the start of each open anchor
+        self.anchors: dict[str, tuple[yaml.Node, int]] = {}  # node of each anchor, and its number of nodes
 
     def compose(self) -> yaml.Node | None:
-        """The node of the only document."""
+        """Compose the only document."""
         for event in yaml.parse(self.text, Loader=_Parser):
             if isinstance(event, yaml.ScalarEvent):
                 if not event.value and event.implicit[0]:
@@ -153,7 +153,7 @@ class _Composer:
                     raise UserError(f"{self.name}: is nested too deeply (more than {_MOST_DEPTH} levels)")
             elif isinstance(event, yaml.CollectionEndEvent):
                 node = self.open.pop()
-                if isinstance(node, yaml.MappingNode):  # keys and values came in turn
+                if isinstance(node, yaml.MappingNode):  # keys and values alternate
                     node.value = list(zip(node.value[::2], node.value[1::2], strict=True))
                 self.close(node.anchor, node)
             elif isinstance(event, yaml.AliasEvent):
@@ -163,14 +163,16 @@ class _Composer:
         return self.root
 
     def end_before(self, mark: Any) -> yaml.Mark:
-        """Where a value is missing: right after what stands before, and not at what libyaml finds next."""
+        """Position of a missing value: right after the token before, not at the next token."""
         lines = self.text.splitlines()
         before = lines[mark.line][: mark.column] if mark.line < len(lines) else ""
         return yaml.Mark(self.name, mark.index, mark.line, len(before.rstrip()), None, None)
 
     def add(self, event: yaml.NodeEvent, node: yaml.Node) -> None:
         if event.tag not in (None, "!"):
-            raise error_at(self.name, event, f"tags such as {show(event.tag)} are not read; write the value alone")
+            raise error_at(
+                self.name, event, f"tags such as {show(event.tag)} are not supported; write the value without the tag"
+            )
         if event.anchor is not None:
             self.begun[event.anchor] = self.count
         self.put(node, 1, event)
@@ -180,7 +182,11 @@ class _Composer:
     def put(self, node: yaml.Node, size: int, event: yaml.Event) -> None:
         self.count += size
         if self.count > self.most:
-            raise error_at(self.name, event, f"more than {self.most:,} entries, those of aliases counted each time")
+            raise error_at(
+                self.name,
+                event,
+                f"has more than {self.most:,} entries (aliases count at every use); make the file smaller",
+            )
         if self.open:
             self.open[-1].value.append(node)
         elif self.root is None:
@@ -192,7 +198,7 @@ class _Composer:
 
     def alias(self, event: yaml.AliasEvent) -> None:
         if event.anchor in self.begun or event.anchor not in self.anchors:
-            raise error_at(self.name, event, f"the alias {show(event.anchor)} names nothing that stands before it")
+            raise error_at(self.name, event, f"the alias {show(event.anchor)} has no anchor before it")
         self.put(*self.anchors[event.anchor], event)
 
 
@@ -209,7 +215,7 @@ def _scalar(event: yaml.ScalarEvent) -> yaml.ScalarNode:
 
 
 class _Values:
-    """Turns nodes into plain values and notes their lines."""
+    """Converts nodes to plain values and records their lines."""
 
     def __init__(self, name: str, lines: dict[str, int]) -> None:
         self.name, self.lines = name, lines
@@ -222,11 +228,11 @@ class _Values:
             return [self.of(each, f"{place}[{i}]") for i, each in enumerate(node.value)]
         kind = node.tag.removeprefix(_PREFIX)
         if kind in ("int", "float") and len(node.value) > _MOST_DIGITS:
-            raise error_at(self.name, node, f"{place}: a number of {len(node.value):,} digits")
+            raise error_at(self.name, node, f"{place}: a number of {len(node.value):,} digits is too long")
         if kind in ("null", "bool", "int", "float"):
             with contextlib.suppress(ValueError, OverflowError):  # as 0x_, or 1:1:…:1.5
                 return getattr(_CONSTRUCT, f"construct_yaml_{kind}")(node)
-        return node.value  # dates too: nothing here takes one
+        return node.value  # dates, too, which no setting uses
 
     def mapping(self, node: yaml.MappingNode, place: str) -> dict[Any, Any]:
         made: dict[Any, Any] = {}
@@ -242,18 +248,18 @@ class _Values:
             inside = f"{place}.{name}".lstrip(".") if isinstance(name, str) else place
             if name in first:
                 raise error_at(
-                    self.name, key, f"the key {show(inside)} is there twice, on line {first[name]} and on line {line}"
+                    self.name, key, f"the key {show(inside)} is given twice, on line {first[name]} and on line {line}"
                 )
             first[name] = line
             self.lines.setdefault(inside, line)
             made[name] = self.of(value, inside)
-        for merge in merges:  # after the keys of the mapping itself, whose lines come first
+        for merge in merges:  # after the keys of the mapping itself, whose lines take precedence
             for given in self.merged(merge, place):
                 made = {**given, **made}
         return made
 
     def merged(self, value: yaml.Node, place: str) -> list[dict[Any, Any]]:
-        """The mappings of a merge key `<<`."""
+        """Convert the mappings of a merge key `<<`."""
         nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
         for node in nodes:
             if not isinstance(node, yaml.MappingNode):

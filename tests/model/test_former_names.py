@@ -106,9 +106,9 @@ def test_settings_that_make_no_sense_are_another_run(settings, tmp_path, monkeyp
 
 
 def test_both_names_are_one_too_many():
-    with pytest.raises(FieldError, match=r"rate: is the earlier name of compression; give one of them, got both"):
+    with pytest.raises(FieldError, match=r"rate: is the former name of compression; give only compression, got both"):
         build(EncoderConfig, {"rate": [4, 4, 2], "compression": {"time": 2}})
-    with pytest.raises(FieldError, match=r"max_change; give one"):
+    with pytest.raises(FieldError, match=r"max_change; give only max_change"):
         build(ContinuationConfig, {"most_change": 1.0, "max_change": 1.0})
 
 

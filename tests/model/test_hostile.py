@@ -68,11 +68,11 @@ def test_the_worker_tells_of_each_fault(worker, tmp_path):
             {},
             "must fill a box of encoders[0]",
         ),
-        ("pretrain", {"encoders": [{"rate": [2, 2, 128]}]}, {}, "latent frames fills no box of 128"),
+        ("pretrain", {"encoders": [{"rate": [2, 2, 128]}]}, {}, "latent frames is shorter than a box of 128"),
         ("pretrain", {"vae": {"kind": "dct", "channels": 4096}}, {}, "of the codec dct must be at most 768"),
         ("pretrain", {"dit": {"unfold": 1}}, {}, "the model cannot be made (DiT: unfold must be at least the 32"),
         ("pretrain", {"dit": {"patch": 3}}, {}, "dit.patch: must be 2"),
-        ("pretrain-vae", {}, {"frames": 400}, "no block of the films has 400 frames, the longest has 24"),
+        ("pretrain-vae", {}, {"frames": 400}, "no block of the videos has 400 frames, the longest has 24"),
         ("pretrain-vae", {"height": 48}, {"frames": 8}, "model.height must be a multiple of 32 and model.width of 32"),
         (
             "pretrain-vae",

@@ -40,7 +40,7 @@ def test_a_second_process_is_refused(nursery, whole, tmp_path, name):
     running.kill(signal.SIGSTOP)
     for folder in (both, tmp_path / "linked"):
         refused = nursery.run(folder, *COMMANDS[name])
-        owner = f"another process writes here (pid {running.pid}, host {socket.gethostname()})"
+        owner = f"another process is writing here (pid {running.pid}, host {socket.gethostname()})"
         assert refused.code == 2 and refused.out == ""
         assert refused.err.count("\n") == 1 and owner in refused.err and WRITES[name] in refused.err
     running.kill(signal.SIGCONT)
@@ -84,7 +84,7 @@ def test_a_lock_lies_beside_what_is_behind_a_link(tmp_path):
 def test_a_lock_in_one_process(tmp_path):
     lock = tmp_path / ".lock"
     with files.locked(lock, tmp_path):
-        with pytest.raises(UserError, match=rf"another process writes here \(pid {os.getpid()}, host "):
+        with pytest.raises(UserError, match=rf"another process is writing here \(pid {os.getpid()}, host "):
             files.locked(lock, tmp_path).__enter__()
         assert os.listdir(tmp_path) == [".lock"]
     assert os.listdir(tmp_path) == []

@@ -180,7 +180,7 @@ def broken(folder, path):
 
 def standard_output(folder, path):
     path.symlink_to(folder.draw.choice(["/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "/dev/fd/2"]))
-    return "own messages go"
+    return "is stdout or stderr of this command"
 
 
 def zero(folder, path):
@@ -307,7 +307,7 @@ def test_two_outputs_are_two_files(given, tmp_path, capfd):
         refused(capfd, arguments(given, "evaluate retrieval", both)[0], "two outputs")
     both = {"output": tmp_path / "a.mp4", "report": tmp_path / "a.mp4.parts" / "report.json"}
     (tmp_path / "a.mp4.parts").mkdir()
-    refused(capfd, arguments(given, "generate", both)[0], "another output lies in it")
+    refused(capfd, arguments(given, "generate", both)[0], "contains another output")
 
 
 def test_a_folder_takes_the_place_of_no_input(given, tmp_path, capfd):
@@ -342,14 +342,14 @@ def test_a_run_holds_none_of_its_inputs(given, tmp_path, capfd):
     for output in (films, tmp_path / "here", films / "deep", films / "deep" / ".." / "deep"):
         for command in ("pretrain", "pretrain-vae"):
             call = [command, str(recipe(tmp_path, output, film, model="tiny" if command == "pretrain" else "demo"))]
-            refused(capfd, call, "holds the film")
+            refused(capfd, call, "contains the training video")
     assert [path.name for path in films.rglob("*")] == ["deep", "film.mkv"]
     before = given["model"].read_bytes()
     for start in (given["run"], given["model"]):
         refused(capfd, ["finetune", str(recipe(tmp_path, given["run"], film, **{"from": start}))], "is the input")
     assert given["model"].read_bytes() == before and os.listdir(given["run"]) == ["model.safetensors"]
     for output, says in (
-        ('"a\\0b"', "no NUL character"),
+        ('"a\\0b"', "NUL character"),
         (f"{film}/x", "Not a directory"),
         ("x" * 300, "at most 255 bytes"),
     ):
@@ -484,5 +484,5 @@ def test_files_of_a_model(tmp_path):
     for name in ("a", "b", "self"):
         path = tmp_path / f"{name}.safetensors"
         assert base_of(path) is not None
-        with pytest.raises(MemoryFormatError, match="its adapters are to be added to themselves"):
+        with pytest.raises(MemoryFormatError, match="names itself as its base model"):
             files_of(path)

@@ -164,7 +164,7 @@ CLIP = Clip(torch.zeros(4, 16, 16, 3, dtype=torch.uint8), 24.0, Path("f"), None)
         (
             lambda: compress(CLIP, CompressorConfig("learned", model="none")),
             UserError,
-            "the trained model 'none' is not in this installation; use --method dct or merge",
+            "the trained model 'none' is not installed; use --method dct or merge",
         ),
         (lambda: CompressorConfig("dct", model="demo"), ValueError, "model requires method learned, got 'demo'"),
     ],

@@ -1,9 +1,9 @@
-"""The command `vidmem`.
+"""The command `vidmem`: runs a command, and turns errors and signals into one line and an exit code.
 
-A mistake of the user ends in one line on stderr and exit code 2, an interrupt in one line and 130.
-Results go to stdout, progress to stderr where that is a terminal. VIDMEM_DEBUG=1 shows tracebacks.
-Results that stdout does not take end in one line and 2 too: the files that were written stay.
-Modules that import torch are imported inside the commands, so that help and usage errors are quick.
+A mistake of the user prints one line on stderr and exits with 2, an interrupt with 130. VIDMEM_DEBUG=1 shows
+tracebacks. Results go to stdout, progress to stderr if that is a terminal. If stdout cannot be written, the exit code
+is 2 and the files that were written stay. Modules that import torch are imported inside the commands, so that help and
+usage errors are fast.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from ..checks import shorten
 from ..errors import OptionError, UserError
 from .app import app
 
-# The commands register themselves with `app` on import, in the order of the help.
+# The commands register with `app` on import, in the order of the help.
 # isort: off
 from . import memory, train, evaluate, generate, profile, plot, info  # noqa: F401
 # isort: on
 
-# Typer brought click along as a dependency once and carries a copy now: the base class of usage
-# errors is found from either.
+# Older versions of typer depend on click, newer ones contain a copy: the base class of usage errors is found in both.
 _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 _INTERRUPTED = 130
-# They end a command unless they are ignored, as SIGHUP is under nohup; its exit code is 128 and the signal's number.
+# Signals that end a command, with exit code 128 + number, unless they are ignored (as nohup ignores SIGHUP).
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -41,24 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; by default those of the process.
+        argv: Arguments without the program name; by default those of the process.
 
     Returns:
-        Exit code: 0, 2 for a mistake of the user, 1 for one of this program, 130 if interrupted. SIGTERM and SIGHUP
-        raise SystemExit with 143 and 129.
+        Exit code: 0 for success, 1 for a bug in vidmem, 2 for a mistake of the user, 130 for an interrupt. SIGTERM and
+        SIGHUP raise SystemExit with 143 and 129.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _streams(), _stoppable() as stops:
         try:
             return _run(arguments, stops)
-        except KeyboardInterrupt as stop:  # says what was kept, if anything was
+        except KeyboardInterrupt as stop:  # its message says what was kept
             _say(f"vidmem: interrupted; {str(stop) or 'nothing was written'}")
             return _INTERRUPTED
 
 
 @contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """Let signals unwind the stack, so that temporary files go; gives those that came."""
+    """Let signals raise exceptions, so that temporary files are removed; yields the list of received signals."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield came
@@ -70,7 +69,7 @@ def _stoppable() -> Iterator[list[int]]:
 
     def unraisable(what: Any) -> None:
         if came and isinstance(what.exc_value, (KeyboardInterrupt, SystemExit)):
-            # It came while a library in C or a destructor ran, which cannot pass it on: once more, a little later.
+            # The signal came inside a C library or a destructor, which cannot raise: send it again, a little later.
             again.append(threading.Timer(0.05, signal.raise_signal, (came[0],)))
             again[-1].start()
         else:
@@ -93,20 +92,20 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 class _ResultsLost(Exception):
-    """What a command printed did not get to stdout."""
+    """The results of a command could not be written to stdout."""
 
 
 class _Stream:
-    """A standard stream, also where that is closed, full, or its reader has gone.
+    """A standard stream that may be closed, full, or a pipe without a reader.
 
     Args:
-        stream: what Python has made of it, None where it is closed.
-        lost: called with the error of what could not be written.
+        stream: The stream, or None if it is closed.
+        lost: Called with the error if something cannot be written.
     """
 
     def __init__(self, stream: TextIO | None, lost: Callable[[OSError], None]) -> None:
         self._closed = stream is None
-        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (as long as the process)
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (open until the process ends)
         self._lost = lost
 
     def __getattr__(self, name: str) -> Any:
@@ -130,12 +129,12 @@ class _Stream:
 
 @contextmanager
 def _streams() -> Iterator[None]:
-    """Stand between the commands and the standard streams: messages that are lost do not stop the work."""
+    """Wrap the standard streams, so that messages that cannot be written do not stop the work."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets this number, which else the next file would
+            os.open(os.devnull, os.O_RDWR)  # takes this number, which the next opened file would get otherwise
 
     def fail(error: OSError) -> NoReturn:
         if isinstance(error, BrokenPipeError):
@@ -163,7 +162,7 @@ def _run(arguments: list[str], stops: list[int]) -> int:
         return 0
     except typer.Exit as stop:
         return stop.exit_code
-    except BrokenPipeError:  # the reader of stdout has gone (`vidmem info | head`)
+    except BrokenPipeError:  # the reader of stdout has ended (`vidmem info | head`)
         _give_up_stdout()
         return 0
     except _ResultsLost as error:
@@ -171,7 +170,7 @@ def _run(arguments: list[str], stops: list[int]) -> int:
         _say(f"vidmem: error: the results cannot be printed to stdout ({error}); files that were written stay")
         return 2
     except Exception as error:
-        if stops:  # libraries in C++ turn what a signal raises into an error of their own
+        if stops:  # C++ libraries turn the exception of a signal into another error
             _stop(stops[0])
         if os.environ.get("VIDMEM_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
@@ -182,7 +181,7 @@ def _run(arguments: list[str], stops: list[int]) -> int:
 
 
 def _give_up_stdout() -> None:
-    """Keep Python from flushing what is left in its buffer."""
+    """Keep Python from flushing the rest of its buffer at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -212,10 +211,10 @@ def _explain(error: Exception, command: str) -> tuple[str, int]:
     library = isinstance(error, OSError) and "cannot open shared object" in str(error)
     if library or (isinstance(error, ImportError) and not str(error.name).startswith("vidmem")):
         package = (getattr(error, "name", None) or "a package").partition(".")[0]
-        return f"{package} does not load ({str(error).partition(chr(10))[0]}); install it again", 2
+        return f"the package {package} does not load ({str(error).partition(chr(10))[0]}); reinstall it", 2
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-        return f"a file cannot be written ({error.strerror}); make room", 2
+        return f"a file cannot be written ({error.strerror}); make room on the disk", 2
     what = f"{type(error).__name__}: {error}"
-    return f"this is a bug: {what}; VIDMEM_DEBUG=1 shows where, please report it", 1
+    return f"this is a bug: {what}; please report it, with the traceback that VIDMEM_DEBUG=1 shows", 1

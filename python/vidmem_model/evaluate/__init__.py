@@ -1,1 +1,1 @@
-"""How well memories give frames back."""
+"""Evaluate how well memories reconstruct frames."""

@@ -1,6 +1,6 @@
-"""What a trained memory is measured against: memories that need no training, and one mean frame.
+"""Baselines for trained memories: the methods without a model, and the mean frame.
 
-Each takes a history's frames and gives them back as read from what it kept of them.
+Each compresses the frames of a history and reads them back.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _MOST_CHANNELS = CodecConfig().channels
 
 @dataclass(frozen=True)
 class ReadBack:
-    """A history as read back from a memory.
+    """A history read back from a memory.
 
     Attributes:
         frames: uint8 (T, H, W, 3).
-        tokens: how many the memory has; 0 where it is not made of tokens.
-        width: numbers a token holds.
+        tokens: Number of memory tokens; 0 for the mean frame.
+        width: Channels of a token.
     """
 
     frames: torch.Tensor
@@ -41,13 +41,13 @@ class ReadBack:
 
 
 def mean_frame(frames: torch.Tensor) -> ReadBack:
-    """Answer every question with the mean of the history: what all memories must beat.
+    """Read every frame back as the mean of the history, the lower bound for a memory.
 
     Args:
         frames: uint8 (T, H, W, 3).
 
     Returns:
-        ReadBack.
+        The frames read back.
     """
     mean = frames.float().mean(0).round().to(torch.uint8)
     return ReadBack(mean.expand_as(frames), 0, 0)
@@ -56,23 +56,23 @@ def mean_frame(frames: torch.Tensor) -> ReadBack:
 def compress_alike(
     method: str, clip: Clip, compression: Compression, width: int, budget: int | None = None
 ) -> CompressedMemory:
-    """Compress a clip by a method without a model to tokens of a given width.
+    """Compress a clip with a method without a model, to tokens of a given width.
 
-    A token that is made of a patch of latents, as those of merge are, gets its width by keeping as many of the
-    codec's channels. What merge stores beside its tokens (the row of every patch token) comes on top.
+    A merge token is a patch of latents; it gets its width by keeping fewer channels of the codec. The token index of
+    every patch token, which merge also stores, is not counted.
 
     Args:
-        method: one of memory.untrained().
-        clip: the frames.
-        compression: patch tokens that a token stands for.
-        width: numbers a token may hold, at least 4; stored as float16.
-        budget: number of tokens of merge; by default what the compression gives.
+        method: One of memory.untrained().
+        clip: Frames.
+        compression: Patch tokens per memory token.
+        width: Maximum channels of a token, at least 4; stored as float16.
+        budget: Number of tokens of merge; by default what the compression gives.
 
     Returns:
-        CompressedMemory.
+        The compressed clip.
 
     Raises:
-        UserError: the history is too small for the compression or the budget.
+        UserError: The clip is too small for the compression or the budget.
     """
     own_width = "channels" in METHODS[method].takes
     codec = DCTCodec(CodecConfig(_MOST_CHANNELS if own_width else min(_MOST_CHANNELS, width // PATCH**2)))
@@ -82,17 +82,19 @@ def compress_alike(
 
 
 def untrained_memory(method: str, frames: torch.Tensor, compression: Compression, width: int) -> ReadBack:
-    """Read every frame back from a memory file that `compress_alike` filled.
+    """Read every frame back from a memory file that `compress_alike` made.
 
     Args:
-        method, compression, width: as there.
+        method: As for `compress_alike`.
         frames: uint8 (T, H, W, 3).
+        compression: As for `compress_alike`.
+        width: As for `compress_alike`.
 
     Returns:
-        ReadBack.
+        The frames read back.
 
     Raises:
-        UserError: as there.
+        UserError: As for `compress_alike`.
     """
     memory = compress_alike(method, Clip(frames, 1.0, Path(), None), compression, width)
     with tempfile.TemporaryDirectory(prefix="vidmem-") as folder:

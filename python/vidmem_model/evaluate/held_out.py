@@ -1,4 +1,4 @@
-"""What is measured: held-out pieces of video, of a film's test blocks or of a video of the user's."""
+"""Choose held-out histories: from the test blocks of the training videos, or from a video of the user."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..video.films import SAMPLE, film_paths
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A piece of held-out video.
+    """A held-out history.
 
     Attributes:
         frames: uint8 (T, H, W, 3).
-        source: name of the video.
-        start: its first second.
+        source: Name of the video.
+        start: Start in the video, in seconds.
     """
 
     frames: torch.Tensor
@@ -37,16 +37,16 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class RetrievalConfig(Checked):
-    """What is measured.
+    """Configuration of the evaluation.
 
     Args:
-        clips: number of histories.
-        history: their length in video frames.
-        steps: of the sampler.
-        seed: of the sampler's noise.
+        clips: Number of histories.
+        history: Length of a history, in video frames.
+        steps: Number of denoising steps.
+        seed: Random seed of the noise.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     clips: Annotated[int, positive(1_000_000)] = 8
@@ -56,43 +56,43 @@ class RetrievalConfig(Checked):
 
 
 def find_models(folder: Path) -> list[Path]:
-    """List the finished models in the folders of a folder, by name.
+    """List the finished models in the subfolders of a folder, by name.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     found = sorted(file.parent for file in folder.glob(f"*/{MODEL_FILE}"))
     if not found:
-        raise UserError(f"{folder}: holds no folder with a {MODEL_FILE}; train one with `vidmem pretrain`")
+        raise UserError(f"{folder}: has no subfolder with a {MODEL_FILE}; train one with `vidmem pretrain`")
     return found
 
 
 def trained_history(model: Path) -> int:
-    """Video frames of the histories that a model was trained on, or the default where it does not say."""
+    """Training length of a model's histories, in video frames; the default if its file does not say."""
     trained = TrainedModel.load(model)
     latent_frames = trained.training.history
     return trained.vae.video_frames(latent_frames) if latent_frames else RetrievalConfig.history
 
 
 def trained_films(model: Path) -> list[Path]:
-    """Films that a model's file says it was trained on, the sample film left out."""
+    """Videos that a model was trained on, as its file says, without the sample film."""
     trained_on = TrainedModel.load(model).model.extra.get("training", {}).get("data", {})
     return [Path(name) for name in trained_on.get("videos", ()) if name != SAMPLE]
 
 
 def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | None = None) -> list[HeldOut]:
-    """Take pieces that do not overlap of a video, or of the test blocks of what the first model was trained on.
+    """Choose non-overlapping histories from a video, or from the test blocks of the first model's training videos.
 
     Args:
-        models: at least one; the first fixes frame size and rate.
-        config: how many and how long; fewer are taken where there are no more.
-        video: a video, or None for the test blocks.
+        models: At least one model; the first one sets frame size and rate.
+        config: Number and length of the histories; fewer are returned if there are not enough.
+        video: Video file, or None for the test blocks.
 
     Returns:
-        The pieces, histories of one length.
+        Histories of one length.
 
     Raises:
-        UserError: there is none of that length.
+        UserError: There is no history of this length.
     """
     trained = TrainedModel.load(models[0])
     model = trained.model.config
@@ -111,12 +111,14 @@ def choose_histories(models: list[Path], config: RetrievalConfig, video: Path | 
     ]
     if not pieces:
         longest = max((frames for *_, frames in stretches), default=0)
-        raise UserError(f"no piece of video has {config.history} frames, the longest has {longest}; shorten --history")
+        raise UserError(
+            f"no held-out block has {config.history} frames, the longest has {longest}; give a shorter --history"
+        )
     return [_read_history(*pieces[n], config.history, model) for n in _spread_over(len(pieces), config.clips)]
 
 
 def _spread_over(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` indices, evenly spread."""
+    """Choose at most `wanted` of `count` indices, evenly spread."""
     wanted = min(count, wanted)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
@@ -124,5 +126,5 @@ def _spread_over(count: int, wanted: int) -> list[int]:
 def _read_history(film: Path, start: float, frames: int, model: ModelConfig) -> HeldOut:
     clip = read_clip(film, ClipSpec(model.height, model.width, model.fps, start, frames / model.fps))
     if clip.short:
-        raise UserError(f"{film}: ends before {frames} frames from {start:.2f} s; shorten --history")
+        raise UserError(f"{film}: ends less than {frames} frames after {start:.2f} s; give a shorter --history")
     return HeldOut(clip.frames, film.name, start)

@@ -1,4 +1,4 @@
-"""How well memories give frames back: every latent position of held-out histories, by three measures."""
+"""Evaluate memories on held-out histories: three quality metrics at every latent position."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .metrics import psnr, ssim, stlpips
 
 Progress = Callable[[str, int, int | None], None]
 
-# Names of the files that keep what was measured.
+# Names of the files that keep the results of each run.
 RUNS = "[0-9a-f]" * 16 + ".json"
 MEASURES = ("psnr", "ssim", "stlpips")
 WHAT = (
@@ -37,22 +37,23 @@ WHAT = (
     "over the runs; curve, a value for each latent frame of the history in order; of a run also clips, a value for "
     "each of `clips` in order. frame_size is height, width; fps, frames a second."
 )
-# A frame that comes back equal, as black ones do, would have infinite PSNR.
+# Upper limit, because an equal frame (such as a black one) has infinite PSNR.
 _BEST_PSNR = 60.0
 
 
 def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> dict[str, list[float]]:
-    """Compare frames by latent position.
+    """Compare frames with their sources, position by position.
 
-    PSNR (at most 60 dB) and SSIM are means over the frames of a position, ST-LPIPS, which takes ten
-    times as long, looks at the middle one of them.
+    PSNR (at most 60 dB) and SSIM are means over the frames of a latent position; ST-LPIPS, which takes ten times as
+    long, is computed for the middle frame only.
 
     Args:
-        read, truth: uint8 (T, H, W, 3).
-        positions: the frames of each position.
+        read: uint8 (T, H, W, 3), frames read back.
+        truth: uint8 (T, H, W, 3), their sources.
+        positions: Frame numbers of each latent position.
 
     Returns:
-        For each measure a value a position.
+        For each metric one value per position.
     """
     pairs = list(zip(read, truth, strict=True))
     middle = [span[len(span) // 2] for span in positions]
@@ -64,7 +65,7 @@ def compare(read: torch.Tensor, truth: torch.Tensor, positions: list[range]) -> 
 
 
 def describe(config: ModelConfig) -> str:
-    """Name of a row: the branches and the compression of the model's encoders."""
+    """Name of a table row: branches and compression of the model's encoders."""
     words = {"both": "both", "lr": "only LR", "hr": "without LR", "patchifier": "large patchifier"}
     return " + ".join(
         f"{words.get(each.branches, each.branches)} {_times(each.compression)}" for each in config.encoders
@@ -84,14 +85,14 @@ def measure_row(
     """Measure one memory on all histories.
 
     Args:
-        read: gives a history's frames back.
-        histories: all of one length.
-        positions: video frames of each latent frame.
-        tell: called with the number of histories done.
+        read: Compresses a history and reads its frames back.
+        histories: Histories of one length.
+        positions: Video frames of each latent frame.
+        tell: Called with the number of histories done.
 
     Returns:
-        The number and width of the tokens; for each measure its mean, a value a history, and a value
-        a latent position.
+        Number and width of the tokens; for each metric its mean, one value per history, and one value per latent
+        position.
     """
     found, back = [], None
     for done, history in enumerate(histories):
@@ -108,13 +109,13 @@ def measure_row(
 
 
 def latent_positions(frames: int, first: int, stride: int) -> list[range]:
-    """Video frames of each latent frame: `first` in the first one, `stride` in the others."""
+    """Video frames of each latent frame: `first` in the first, `stride` in each other."""
     starts = [0, *range(first, frames, stride)]
     return [range(start, min(end, frames)) for start, end in zip(starts, [*starts[1:], frames], strict=True)]
 
 
 def read_model(trained: TrainedModel, config: RetrievalConfig) -> Callable[[HeldOut], ReadBack]:
-    """Make the function that remembers a history and retrieves all its frames with a trained model."""
+    """Make a function that encodes a history with a trained model and retrieves all frames."""
 
     def read(history: HeldOut) -> ReadBack:
         encoded = trained.encode(history.frames)
@@ -127,7 +128,7 @@ def read_model(trained: TrainedModel, config: RetrievalConfig) -> Callable[[Held
 
 
 def read_vae(trained: TrainedModel) -> Callable[[HeldOut], ReadBack]:
-    """Make the function that decodes the true latents: no memory through this VAE can do better."""
+    """Make a function that decodes the true latents, the upper bound for a memory with this VAE."""
 
     def read(history: HeldOut) -> ReadBack:
         latents, _ = trained.encode(history.frames)
@@ -137,7 +138,7 @@ def read_vae(trained: TrainedModel) -> Callable[[HeldOut], ReadBack]:
 
 
 class _Rows:
-    """Rows of a table, each a list of runs; what was measured before is taken from `store`."""
+    """Rows of a table, each a list of runs; results of earlier calls are read from `store`."""
 
     def __init__(
         self, histories: list[HeldOut], config: RetrievalConfig, store: Path | None, tell: Progress | None
@@ -147,7 +148,7 @@ class _Rows:
         self._asked = [dataclasses.asdict(config), *((h.source, h.start) for h in histories)]
 
     def add(self, name: str, trained: TrainedModel, read: Callable[[HeldOut], ReadBack], **identity: Any) -> None:
-        """Measure one run of a row of histories cut as `trained` cuts them; `identity` tells it from others."""
+        """Measure one run of a row, on histories cut as `trained` needs them; `identity` distinguishes runs."""
         asked = json.dumps([name, identity, self._asked])
         file = self._store and self._store / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
         if file and file.is_file():
@@ -170,23 +171,23 @@ def evaluate_retrieval(
     store: Path | None = None,
     tell: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure trained models, and beside them the methods without a model, the mean frame, and the VAE alone.
+    """Measure trained models, the methods without a model, the mean frame, and the VAE itself.
 
-    Models with one configuration, stored in as many bits, are runs of one row. Those methods get the compression of
-    each model with one encoder, and so its number of tokens, which hold as many numbers.
+    Models of one configuration and storage dtype are runs of one row. The methods without a model get the compression
+    of each model with one encoder, and so the same number and width of tokens.
 
     Args:
-        models: files or folders of models, at least one, of one frame size with one VAE.
-        histories: held-out video at the models' size and rate, all of one length.
-        config: what to measure.
-        store: folder that keeps every run measured, so that a long table can be taken up again.
-        tell: called with (what, done, total).
+        models: At least one model file or folder; all of one frame size and VAE.
+        histories: Held-out histories of one length, at the models' size and rate.
+        config: Configuration of the evaluation.
+        store: Folder that keeps the results of every run, so that an interrupted evaluation can be resumed.
+        tell: Called with (description, steps done, steps in total).
 
     Returns:
-        What retrieval.json holds.
+        The content of retrieval.json.
 
     Raises:
-        UserError: a model cannot be used, or the models differ in frame size or VAE.
+        UserError: A model cannot be used, or the models differ in frame size or VAE.
     """
     rows = _Rows(histories, config, store, tell)
     configs: dict[str, ModelConfig] = {}
@@ -197,7 +198,7 @@ def evaluate_retrieval(
         first = first or trained
         theirs = first.model.config
         if (mine.vae, mine.height, mine.width, mine.fps) != (theirs.vae, theirs.height, theirs.width, theirs.fps):
-            raise UserError(f"{path}: differs from {models[0]} in VAE, frame size or rate; evaluate them apart")
+            raise UserError(f"{path}: differs from {models[0]} in VAE, frame size or rate; evaluate them separately")
         stored = stored_dtype(model_path(path))
         name = describe(mine) + ("" if stored == "float32" else f", {stored}")
         if configs.setdefault(name, mine) != mine:
@@ -227,7 +228,7 @@ def evaluate_retrieval(
 
 
 def _place(config: ModelConfig | None, runs: list[dict[str, Any]]) -> tuple[int, int]:
-    """Order of the trained rows: by tokens, then from the simplest encoder to the whole one."""
+    """Sort key of the trained rows: number of tokens, then encoders from the simplest to the full one."""
     order = ("patchifier", "lr", "hr", "both")
     branches = config.encoders[0].branches if config else ""
     return runs[0]["tokens"], order.index(branches) if branches in order else len(order)
@@ -238,7 +239,7 @@ def _read_untrained(method: str, compression: Compression, width: int, history: 
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the runs of one row: mean, standard deviation over runs (None for one), mean curve."""
+    """Summarise the runs of one row: mean, standard deviation over runs (None for a single one), mean curve."""
     row: dict[str, Any] = {"tokens": runs[0]["tokens"], "width": runs[0]["width"]}
     for name in MEASURES:
         means = [run[name]["mean"] for run in runs]

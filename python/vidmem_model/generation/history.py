@@ -1,4 +1,4 @@
-"""The memory of a history that grows, part by part, and by how much a second."""
+"""The memory of a growing history, and its growth in tokens per second."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def context_per_second(
     stride: tuple[int, int, int] = (4, 8, 8),
     whole_boxes: bool = False,
 ) -> float:
-    """Tokens by which a memory grows with each second of video.
+    """Number of tokens by which a memory grows with each second of video.
 
     Args:
-        compression: of the memory; 1 along every axis is none.
-        height, width: of the frames, in pixels.
-        fps: frames per second.
-        stride: frames, rows and columns of a latent cell.
-        whole_boxes: count as the encoder does, which crops the rows and columns that fill no box; by
-            default by area, as papers compare: 195 tokens/s for 480 x 832 at 16 fps and 4 x 4 x 2,
-            where the encoder, whose boxes do not fill 30 rows of patch tokens, makes 182.
+        compression: Patch tokens per memory token; (1, 1, 1) is no compression.
+        height: Rows of a frame, in pixels.
+        width: Columns of a frame, in pixels.
+        fps: Frames per second.
+        stride: Frames, rows and columns per latent cell.
+        whole_boxes: Whether to count as the encoder does, which crops rows and columns that do not fill a box. By
+            default tokens are counted by area, as in papers: 195 tokens/s for 480x832 at 16 fps and 4x4x2, for which
+            the encoder makes 182, because 30 rows of patch tokens are not a multiple of 4.
 
     Returns:
         Tokens per second.
@@ -43,11 +44,11 @@ def context_per_second(
 
 
 class GrowingMemory:
-    """The memory of a history that grows: each part is encoded on its own and its tokens are appended.
+    """The memory of a growing history: each part is encoded separately and its tokens are appended.
 
     Args:
-        model: with the encoders.
-        vae: makes the latents of the low-resolution branches.
+        model: Model with the memory encoders.
+        vae: VAE for the low-resolution branches.
     """
 
     def __init__(self, model: MemoryModel, vae: VideoCodec) -> None:
@@ -60,8 +61,8 @@ class GrowingMemory:
         """Append the next part of the history.
 
         Args:
-            latents: (1, C, T, H, W), scaled.
-            frames: (1, 3, T', H', W') in [-1, 1], the video of these latents.
+            latents: (1, C, T, H, W), scaled latents.
+            frames: (1, 3, T', H', W') in [-1, 1], the video frames of these latents.
         """
         for i, encoder in enumerate(self.model.encoders):
             low = self.lows[i](frames) if self.lows[i] is not None else None
@@ -70,7 +71,7 @@ class GrowingMemory:
 
     @property
     def tokens(self) -> MemoryTokens | None:
-        """The tokens of all encoders, one after another, as `MemoryModel.remember` gives them; None at first."""
+        """The concatenated tokens of all encoders, as from `MemoryModel.remember`; None without a history."""
         parts = [part for made in self.made for part in made]
         if not parts:
             return None
@@ -78,11 +79,11 @@ class GrowingMemory:
 
 
 class LowStream:
-    """The latents of a history's low-resolution video, part by part.
+    """Encodes the low-resolution video of a history, part by part.
 
     Args:
-        vae: makes them.
-        compression: of the encoder.
+        vae: The VAE.
+        compression: Compression of the memory encoder.
     """
 
     def __init__(self, vae: VideoCodec, compression: Compression) -> None:
@@ -90,11 +91,11 @@ class LowStream:
         self.cache: dict = {}
         self.seen = 0  # frames of the history
         self.begun = False
-        self.held: torch.Tensor | None = None  # low-resolution frames that fill no latent frame yet
+        self.held: torch.Tensor | None = None  # low-resolution frames that do not fill a latent frame yet
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Give the scaled latents (1, C, T', h, w), T' >= 0, that the next frames (1, 3, T, H, W) complete."""
-        skip = -self.seen % self.compression.time  # so that the same frames are taken as of the whole
+        """Return the scaled latents (1, C, T', h, w), T' >= 0, that the next frames (1, 3, T, H, W) complete."""
+        skip = -self.seen % self.compression.time  # so that the same frames are kept as for the whole video
         self.seen += frames.shape[2]
         time, *cell = self.vae.stride
         low = pad_frames(low_resolution(frames[:, :, skip:], self.compression), (1, *(s * PATCH for s in cell)))

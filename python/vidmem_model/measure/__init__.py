@@ -1,1 +1,1 @@
-"""Memory and time against the length of the history."""
+"""Measure memory and time against the length of the history."""

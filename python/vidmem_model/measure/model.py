@@ -1,30 +1,29 @@
-"""Time and peak memory of every part of a model against the length of the history it looks back on.
+"""Measure time and peak memory of every part of a model against the length of the history.
 
-Five ways to let a diffusion transformer (DiT) of one size see a history are measured, at rising lengths:
+Five strategies by which a diffusion transformer (DiT) of one size reads a history are measured, at several lengths:
 
-- whole history: all its patch tokens are context, as clean latent frames;
-- sliding window: the same of the last latent frames only;
-- merged: the patch tokens merged to as many as a memory encoder would make;
-- linear attention: the whole history, in a DiT whose self-attention is linear in all blocks;
+- whole history: all patch tokens are context, as clean latent frames;
+- sliding window: the same with the last latent frames only;
+- merged: the patch tokens, merged to the number of tokens of a memory encoder;
+- linear attention: the whole history, in a DiT with linear self-attention in all blocks;
 - compressed memory: the tokens of the model's memory encoders.
 
-Merged and compressed memory come with the clean latent frames that the model has beside them
-(`DiTConfig.window`). The parts:
+Merged and compressed memory are read together with the clean latent frames of `DiTConfig.window`. The parts:
 
-- VAE encode: the video of the history, chunk by chunk as it would arrive. The same for all strategies;
-  the low-resolution branch's own small video is not in it;
-- memory encode: latents of the history to memory tokens, at once;
-- append: the same for one segment more, with what the encoder kept of the history. Merging keeps
-  nothing: it reduces the segment alone;
-- first step: a step of denoising one segment, which computes the history's tokens too and keeps their
-  keys and values (or the linear state);
-- next step: a later step, which reads what was kept. In a model whose history sees the video
-  (`history_sees_video`) that is an approximation, and the exact step is the first one again.
+- VAE encode: encodes the video of the history, chunk by chunk. It is the same for all strategies, and does not include
+  the small video of the low-resolution branch;
+- memory encode: encodes the latents of the history to memory tokens, in one call;
+- append: the same for one more segment, with the encoder's state of the history. Merging has no state: it reduces the
+  segment only;
+- first step: the first denoising step of a segment, which also computes the history's tokens and stores their keys and
+  values (or the linear state);
+- next step: a later denoising step, which reads them. In a model with `history_sees_video` this is an approximation;
+  the exact step costs as much as the first.
 
-Sizes alone count: weights, latents and tokens are random, batch 1. Peak memory is the highest level,
-above the one with the weights in place, while the part's inputs exist and it runs: inputs, what is kept,
-workspace and results; holes in malloc's heap are not counted. `held_bytes` is what stays for the next
-call, from the tensors' sizes. Time is the median of repeated calls after a warm-up, or of one slow call.
+Weights, latents and tokens are random, with batch size 1. Peak memory is the highest memory use during a part, above
+that of the weights: inputs, stored state, workspace and results, without fragmentation of the heap. `held_bytes` is
+what stays for the next call, computed from tensor sizes. Time is the median of repeated calls after a warm-up, or a
+single call if it is slow.
 """
 
 from __future__ import annotations
@@ -44,31 +43,34 @@ from .parts import EVERY, STRATEGIES, CostConfig, StrategyBench, VAEBench, parts
 from .peak import PeakMemory, timed
 from .repeat import free_bytes, repeated
 
-# What is expected of a point, from the one before, is multiplied by this before it is compared with
-# what is free.
+# Factor on the memory estimate of a point, which is extrapolated from the point before, to compare with free memory.
 _MARGIN = 1.3
-# Medians that are above the fastest by more tell of other work on the machine. (The slowest of many calls of a
-# millisecond says nothing.)
+# A median above the fastest call by more than this factor suggests that the machine is busy with other work. (The
+# slowest of many short calls would not tell.)
 _NOISE = 1.5
-# A call that takes longer needs no warm-up.
+# A call that takes longer needs no further warm-up.
 _WARM_SECONDS = 1.0
-# Numbers of malloc's options in glibc.
+# Numbers of glibc's malloc options (mallopt).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One measurement; the module docstring says what is counted.
+    """One measurement; the module docstring defines the quantities.
 
     Attributes:
-        part: one of PARTS.
-        strategy: one of STRATEGIES, or "every strategy".
-        seconds, latent_frames, history_tokens: length of the history; the last in uncompressed patch tokens.
-        context_tokens: tokens that a step reads beside the noisy ones, or that the encoders make; 0 for the VAE.
-        held_bytes: what stays for the next call.
-        peak_bytes: highest level above that of the weights.
-        call_seconds, call_seconds_fastest, call_seconds_slowest: time of a call; the first is the median.
-        repeats: calls the median is of.
+        part: One of PARTS.
+        strategy: One of STRATEGIES, or "every strategy".
+        seconds: Length of the history, in seconds.
+        latent_frames: Length of the history, in latent frames.
+        history_tokens: Length of the history, in uncompressed patch tokens.
+        context_tokens: Tokens that a step reads beside the noisy ones, or that the encoders make; 0 for the VAE.
+        held_bytes: Bytes that stay for the next call.
+        peak_bytes: Peak memory above that of the weights.
+        call_seconds: Median time of a call, in seconds.
+        call_seconds_fastest: Shortest time of a call, in seconds.
+        call_seconds_slowest: Longest time of a call, in seconds.
+        repeats: Number of timed calls.
     """
 
     part: str
@@ -93,26 +95,25 @@ def profile_model(
     progress: Callable[[str, int, int], None] | None = None,
     interrupts: list[BaseException] | None = None,
 ) -> dict[str, Any]:
-    """Measure every part of a model at every length; see the module docstring.
+    """Measure every part of a model at every history length.
 
     Args:
-        config: model, lengths and what else.
-        name: what to call the model.
-        device: where to measure.
-        strategies: which of STRATEGIES.
-        progress: called with (description, points done, points in all); a point counts for its memory
-            and for its time.
-        interrupts: where an interrupt goes that ends the measurement early, if there is a point; by default it
-            is raised.
+        config: Model, lengths and limits.
+        name: Name of the model in the result.
+        device: Device to measure on.
+        strategies: Some of STRATEGIES.
+        progress: Called with (description, points done, points in total); memory and time of a point count as two.
+        interrupts: List that an interrupt is appended to, so that the points measured so far are returned; without
+            it, or before the first point, the interrupt is raised.
 
     Returns:
-        What goes into the JSON file: format, what is measured, device, versions, config, bytes of the
-        weights, points, those skipped with the reason, `noisy`: whether times should not be trusted, and
-        `missing`: what an interrupt has left out, the memory or the time (of one call then) of a part.
+        The content of model_cost.json: format, description, device, versions, config, bytes of the weights, points,
+        skipped points with the reason, `noisy` (whether times should not be trusted), and `missing` (memory or repeated
+        time of the points that an interrupt left out).
 
     Raises:
-        UserError: the weights do not fit the device's memory.
-        ValueError: a strategy is unknown.
+        UserError: The weights do not fit into the memory of the device.
+        ValueError: A strategy is unknown.
     """
     for strategy in strategies:
         if strategy not in STRATEGIES:
@@ -157,10 +158,10 @@ def profile_model(
 
 
 def _check_weights(config: CostConfig, device: torch.device) -> None:
-    """Raise UserError if the largest strategy's weights do not fit the device's free memory."""
+    """Raise UserError if the weights of the largest strategy do not fit into the free memory of the device."""
     bench = StrategyBench(config, "compressed memory", torch.device("meta"))
     need, free = sum(bench.weights_bytes().values()), free_bytes(device)
-    # They are made in float32.
+    # Weights are initialised in float32.
     need *= 4 // getattr(torch, config.dtype).itemsize
     if need * _MARGIN > free:
         raise UserError(
@@ -172,12 +173,12 @@ def _check_weights(config: CostConfig, device: torch.device) -> None:
 
 @contextmanager
 def _no_holes() -> Iterator[None]:
-    """Let malloc take every large block from the system and give it back at once.
+    """Let malloc allocate every large block from the system and free it at once, to avoid fragmentation.
 
-    Else small results that are kept between large temporary ones leave holes that the next large block
-    does not fit: 20 s of video through a VAE grew the process by 180 MiB in place of 20, and not twice
-    by the same. It must begin before there are holes, and costs half of the time again: memory is
-    measured first for all points, and time after.
+    Otherwise small results between large temporary blocks leave holes that the next large block does not fit into: 20 s
+    of video through a VAE grew the process by 180 MiB instead of 20 MiB, and by a different amount each time. This must
+    start before there are holes, and slows calls down by half. Therefore memory is measured first for all points, and
+    time afterwards.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -187,18 +188,18 @@ def _no_holes() -> Iterator[None]:
     try:
         yield
     finally:
-        # What malloc goes to by itself in a process that frees large blocks.
+        # The value that malloc adapts to in a process that frees large blocks.
         mallopt(_MMAP_THRESHOLD, 32 << 20)
         mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 class _Runs:
-    """The points of a profile: first the memory of all of them, then their times.
+    """Measures the points of a profile: first the memory of all points, then their times.
 
     Attributes:
-        points: by (strategy, part, seconds).
-        skipped: those left out.
-        weights: bytes of each part's weights.
+        points: Points by (strategy, part, seconds).
+        skipped: Skipped points with the reason.
+        weights: Bytes of the weights of each part.
     """
 
     def __init__(
@@ -218,11 +219,11 @@ class _Runs:
         self.told = 0
 
     def measure_memory(self) -> None:
-        """Measure the memory of every point that is not too much, and roughly its time."""
+        """Measure the memory, and roughly the time, of every point within the limits."""
         for strategy in self.strategies:
             try:
                 bench = self._bench(strategy)
-            except UserError as error:  # the VAE's package is missing
+            except UserError as error:  # the package of the VAE is not installed
                 for seconds in self.lengths:
                     self._skip("VAE encode", strategy, seconds, str(error))
                 continue
@@ -234,7 +235,7 @@ class _Runs:
                 reasons: dict[float, str] = {}
                 for seconds in self.lengths:
                     self._tell("memory", part, strategy, seconds)
-                    # The inputs of these take a run of the part before.
+                    # The inputs of these parts come from a run of the part before.
                     reason = before.get(seconds) if part in ("append", "next step") else None
                     if reason is None and last is None and reasons:
                         reason = "a shorter history was too much"
@@ -255,7 +256,7 @@ class _Runs:
                 before = reasons
 
     def measure_time(self) -> None:
-        """Measure the time of every point that has its memory."""
+        """Measure the time of every point whose memory is measured."""
         for strategy in dict.fromkeys(key[0] for key in self.points):
             for part, inputs, call in self._bench(strategy).parts():
                 for seconds in self.lengths:
@@ -266,7 +267,7 @@ class _Runs:
                         self.timed.add((strategy, part, seconds))
 
     def missing(self) -> list[dict[str, Any]]:
-        """What has been neither measured nor skipped."""
+        """Points that are neither measured nor skipped."""
         skipped = {(each["strategy"], each["part"], each["seconds"]) for each in self.skipped}
         return [
             {"what": what, "part": part, "strategy": strategy, "seconds": seconds}
@@ -285,9 +286,9 @@ class _Runs:
     def _warm_up(
         self, part: str, seconds: float, inputs: Callable[[int], Any], call: Callable[[Any], Any]
     ) -> str | None:
-        """Run a part on a short history; returns why the first point is left out, if that took too long.
+        """Run a part on a short history; return the reason to skip its points if that took too long.
 
-        Thread pools and library workspaces, made by the first call, stay with the process.
+        The first call makes thread pools and library workspaces, which stay allocated and must not be counted.
         """
         frames = self.config.latent_frames(seconds)
         few = min(frames, 2)
@@ -296,7 +297,7 @@ class _Runs:
         expected = passed * frames / few if part.endswith(" encode") else passed
         if expected <= self.config.max_seconds:
             return None
-        return f"takes about {expected:,.0f} s a call, more than {self.config.max_seconds:g} s"
+        return f"takes about {expected:,.0f} s per call, more than the limit of {self.config.max_seconds:g} s"
 
     def _memory(
         self, part: str, strategy: str, seconds: float, inputs: Callable[[int], Any], call: Callable[[Any], Any]
@@ -363,7 +364,7 @@ def _tokens(config: CostConfig, part: str, strategy: str, frames: int) -> int:
 def _too_much(
     config: CostConfig, part: str, strategy: str, last: CostPoint | None, seconds: float, device: torch.device
 ) -> str | None:
-    """Why a point is left out, judged by the one before it, or by the shapes where it is the first."""
+    """The reason to skip a point, estimated from the point before or, for the first, from the shapes; or None."""
     frames = config.latent_frames(seconds)
     is_step = part.endswith("step")
     read = config.context_tokens(strategy, frames) if is_step else frames * config.frame_tokens
@@ -377,15 +378,15 @@ def _too_much(
         before = config.context_tokens(strategy, last.latent_frames) if is_step else last.history_tokens
         growth = work / (before + config.segment * config.frame_tokens)
         need = last.peak_bytes * growth
-        # The history's tokens attend to each other.
+        # The history's tokens attend to each other: quadratic cost.
         squared = part == "first step" and strategy != "linear attention"
         expected = last.call_seconds * (growth**2 if squared else growth)
     free = free_bytes(device)
     if need * _MARGIN > free:
         return (
-            f"takes about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free, fewer than the "
-            f"{need * _MARGIN / 2**30:.1f} GiB of that estimate with a margin of {_MARGIN - 1:.0%}"
+            f"takes about {need / 2**30:.1f} GiB, with a margin of {_MARGIN - 1:.0%} "
+            f"{need * _MARGIN / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
     if expected > config.max_seconds:
-        return f"takes about {expected:,.0f} s a call, more than {config.max_seconds:g} s"
+        return f"takes about {expected:,.0f} s per call, more than the limit of {config.max_seconds:g} s"
     return None

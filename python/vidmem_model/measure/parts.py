@@ -1,4 +1,4 @@
-"""What `cost` measures: the parts of a model with random weights, their inputs, and the strategies' contexts."""
+"""The parts of a model that `model.profile_model` measures, with random weights, and their inputs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ LENGTHS = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 @dataclass(frozen=True)
 class CostConfig(Checked):
-    """What to measure.
+    """Configuration of a model profile.
 
     Args:
-        model: sizes of all parts, the frames and their rate.
-        lengths: seconds of history to measure at.
-        segment: latent frames that are denoised, and appended, at a time.
-        window_frames: latent frames that the sliding window keeps.
-        depth: blocks of the DiT that is measured, or None for all of the model's. Times of the steps,
-            and what they keep, grow with the blocks; the last block does a little less than the others.
-        dtype: of weights and latents; "auto" is float32 on the CPU and bfloat16 elsewhere.
-        max_seconds: points whose call is expected to take longer are left out.
+        model: Configuration of the model.
+        lengths: History lengths to measure, in seconds.
+        segment: Latent frames that are denoised, and appended, together.
+        window_frames: Latent frames of the sliding window.
+        depth: Number of DiT blocks to measure; None for all. Time and held memory of a step grow linearly with the
+            blocks; the last block does slightly less work than the others.
+        dtype: Dtype of weights and latents; "auto" is float32 on the CPU and bfloat16 on a GPU.
+        max_seconds: Points whose call is expected to take longer are skipped, in seconds.
 
     Raises:
-        ValueError: a number is not positive, depth is beyond the model's, or the dtype unknown.
+        ValueError: A number is not positive, depth is above that of the model, or the dtype is unknown.
     """
 
     model: ModelConfig
@@ -55,7 +55,7 @@ class CostConfig(Checked):
         require(self.depth is None or 1 <= self.depth <= most, f"CostConfig: depth must be in [1, {most}]", self.depth)
 
     def latent_frames(self, seconds: float) -> int:
-        """Whole latent frames in so many seconds of video, at least one."""
+        """Number of whole latent frames in `seconds` of video, at least one."""
         return max(1, round(seconds * self.model.fps / self.model.vae.stride[0]))
 
     @property
@@ -64,19 +64,19 @@ class CostConfig(Checked):
         return math.prod(self.model.latent_size) // PATCH**2
 
     def memory_tokens(self, frames: int) -> int:
-        """Tokens that the model's encoders make of so many latent frames."""
+        """Number of memory tokens of `frames` latent frames."""
         return sum(
             math.prod(memory_grid(each.compression, frames, *self.model.latent_size)) for each in self.model.encoders
         )
 
     def context_frames(self, strategy: str, frames: int) -> int:
-        """Clean latent frames that a step reads."""
+        """Number of clean latent frames that a step reads."""
         if strategy in ENCODED:
             return min(frames, self.model.dit.window)
         return min(frames, self.window_frames) if strategy == "sliding window" else frames
 
     def context_tokens(self, strategy: str, frames: int) -> int:
-        """Tokens that a step reads beside the noisy ones: of memory, and of clean latent frames."""
+        """Number of tokens that a step reads beside the noisy ones: memory and clean latent frames."""
         memory = self.memory_tokens(frames) if strategy in ENCODED else 0
         return memory + self.context_frames(strategy, frames) * self.frame_tokens
 
@@ -87,12 +87,12 @@ class CostConfig(Checked):
 
 
 def parts_of(strategy: str) -> tuple[str, ...]:
-    """Names of the parts that a strategy has."""
+    """Names of the parts of a strategy."""
     return PARTS[:1] if strategy == EVERY else PARTS[1:] if strategy in ENCODED else PARTS[3:]
 
 
 def tensor_bytes(kept: Any) -> int:
-    """Bytes of all tensors in nested tuples, lists and dicts; those of a KVCache too."""
+    """Bytes of all tensors in nested tuples, lists, dicts and KVCaches."""
     if isinstance(kept, torch.Tensor):
         return kept.numel() * kept.element_size()
     if isinstance(kept, KVCache):
@@ -103,10 +103,10 @@ def tensor_bytes(kept: Any) -> int:
 
 
 class StrategyBench:
-    """The parts of one strategy on the device, and what each part's inputs and call are.
+    """The parts of one strategy on a device.
 
-    A part is a pair of functions: the first makes its inputs for a history of so many latent frames,
-    the second runs it on them and returns what stays for the next call.
+    A part is a pair of functions: the first makes inputs for a history of a number of latent frames, the second runs
+    the part on them and returns what stays for the next call.
     """
 
     def __init__(self, config: CostConfig, strategy: str, device: torch.device) -> None:
@@ -127,7 +127,7 @@ class StrategyBench:
             part.to(self.dtype).eval().requires_grad_(False)
 
     def parts(self) -> Iterator[tuple[str, Callable[[int], Any], Callable[[Any], Any]]]:
-        """Name, inputs and call of each part that this strategy has."""
+        """Name, input function and call of each part of this strategy."""
         if self.encoders:
             yield "memory encode", self._history, lambda given: self._append(given, [None] * len(self.encoders))[0]
             yield "append", self._encoded, lambda given: self._append(*given)[1]
@@ -143,7 +143,7 @@ class StrategyBench:
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
     def _history(self, frames: int) -> History:
-        """Random latents of so many frames."""
+        """Random latents of `frames` latent frames."""
         channels, size = self.config.model.vae.channels, self.config.model.latent_size
         lows = []
         for encoder in self.encoders:
@@ -159,12 +159,12 @@ class StrategyBench:
         return [tokens for tokens, _ in made], [state for _, state in made]
 
     def _encoded(self, frames: int) -> tuple[History, list[Any]]:
-        """The segment to append, and the encoders' states after the history."""
+        """A segment to append, and the states of the encoders after the history."""
         states = self._append(self._history(frames), [None] * len(self.encoders))[1]
         return self._history(self.config.segment), states
 
     def _step_inputs(self, frames: int) -> dict[str, Any]:
-        """Arguments of a denoising step: the noisy segment, the text, and the strategy's context."""
+        """Arguments of a denoising step: noisy segment, text and context of the strategy."""
         config, model = self.config, self.config.model
         channels, size = model.vae.channels, model.latent_size
         seen = config.context_frames(self.strategy, frames)
@@ -192,7 +192,7 @@ class StrategyBench:
     def _kept(self, frames: int) -> tuple[dict[str, Any], KVCache]:
         given = self._step_inputs(frames)
         cache = self._step(given, KVCache())
-        # As a generator would: with the keys and values at hand, the clean latents are not needed.
+        # As in generation: with cached keys and values, the clean latents are not needed.
         keep = {"x", "t", "text", "text_mask", "frames"}
         if self.config.model.dit.memory_cross_attention:
             keep.add("memory")
@@ -200,7 +200,7 @@ class StrategyBench:
 
 
 class VAEBench:
-    """The one part that all strategies share."""
+    """VAE encoding, the part that all strategies share."""
 
     strategy = EVERY
 
@@ -218,7 +218,7 @@ class VAEBench:
         return {"VAE": tensor_bytes(dict(state))}
 
     def _video(self, frames: int) -> list[torch.Tensor]:
-        """uint8 chunks of one random tensor: reading video is not measured."""
+        """uint8 chunks of one random tensor, because reading video is not measured."""
         model, vae = self.config.model, self.vae
         chunk = torch.randint(0, 256, (vae.chunk * vae.stride[0], model.height, model.width, 3), dtype=torch.uint8)
         whole, rest = divmod(vae.video_frames(frames), len(chunk))

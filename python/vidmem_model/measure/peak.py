@@ -1,4 +1,4 @@
-"""Time and peak memory of a piece of work."""
+"""Time and peak memory of a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["PeakMemory", "process_peak", "timed"]
 
 
 def timed(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Run `work` once and return its seconds, waiting for the GPU before and after."""
+    """Run `work` once and return its time in seconds; synchronises with the GPU before and after."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)

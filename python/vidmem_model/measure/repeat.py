@@ -1,4 +1,4 @@
-"""Calls measured again and again, as often as their time allows."""
+"""Repeated timing of calls."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from ..machine import available_bytes
 from .peak import timed
 
-# A call slower than this is measured once; faster ones are repeated for about as long.
+# A slower call is measured once; a faster one is repeated for about this time.
 _SLOW_SECONDS = 1.5
 _MOST_REPEATS = 50
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device."""
+    """Free memory of a device, in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def repeated(call: Callable[[], object], device: torch.device, first: float) -> list[float]:
-    """Seconds of several runs of a call, for about a second and a half; of one that took longer, just `first`."""
+    """Seconds of several runs of a call, for about 1.5 s; only `first` if the first run took longer."""
     if first >= _SLOW_SECONDS:
         return [first]
     times: list[float] = []

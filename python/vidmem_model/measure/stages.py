@@ -1,4 +1,4 @@
-"""Time and peak memory of the steps of a run."""
+"""Time and peak memory of the stages of the demo."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .peak import PeakMemory
 
 
 class Stages:
-    """Time and peak memory of the steps of a run, in the order they ended."""
+    """Time and peak memory of stages, in the order in which they ended."""
 
     def __init__(self) -> None:
         self.done: list[dict[str, Any]] = []
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Measure what happens inside as one stage."""
+        """Measure the body of the `with` statement as one stage."""
         with PeakMemory() as memory:
             start = time.perf_counter()
             yield

@@ -1,10 +1,10 @@
-"""Memories of a clip: the methods that make them and read frames back, and their file.
+"""Compressed memories of a clip: the methods that make them and read frames back, and the memory file.
 
     Clip --compress--> CompressedMemory --write_memory--> file --read_memory--> Memory --retrieve--> frame
 
-A method is a module with the functions of `method.Implementation`, and a line in METHODS; commands, files, demo
-and evaluation ask METHODS. `compressor` compresses, `file` writes and opens, `header` is what a file says of itself,
-`config` what can be asked for, and `method` what the methods share.
+A method is a module with the functions of `method.Implementation`, and an entry in METHODS, which commands, files, demo
+and evaluation use. `compressor` compresses, `file` writes and opens, `header` describes a file, `config` is the
+configuration, and `method` has what the methods share.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..shipped import DEFAULT_MODEL
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of a method without importing it: help needs no torch, and dct no networks.
+    """Facts about a method that are available without importing its module, so that `--help` needs no torch.
 
     Args:
-        name: what options, files and tables call it.
-        takes: what it looks at of CompressorConfig ("compression", "channels", "budget"), and "steps" of
-            `Memory.retrieve`.
-        needs: header entries of its files beside those of every file.
-        room: bytes of memory that decoding and compressing take for each byte of decoded video.
-        model: the shipped checkpoint that it runs, whose frame size its clips must have; others take any size.
-        about: what messages call the model.
-        module: where its functions are; by default the module of its name in this package.
+        name: Name of the method in options, files and tables.
+        takes: Fields of CompressorConfig that it uses ("compression", "channels", "budget"), and "steps" if
+            `Memory.retrieve` has denoising steps.
+        needs: Header entries of its files, besides those of every memory file.
+        room: Bytes of memory for decoding and compressing, per byte of decoded video.
+        model: Name of the shipped checkpoint that it runs; clips must have its frame size. None for any frame size.
+        about: Name of the model in messages.
+        module: Module of its functions; by default the module of its name in this package.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Method:
     module: str = ""
 
     def load(self) -> ModuleType:
-        """Import its module, which has the functions of `method.Implementation`."""
+        """Import and return its module, which has the functions of `method.Implementation`."""
         return importlib.import_module(self.module or f"{__name__}.{self.name}")
 
 
@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
 
 
 def trained() -> list[str]:
-    """Names of the methods that run a trained model, and take clips of its frame size."""
+    """Names of the methods with a trained model, which take clips of its frame size only."""
     return [name for name, method in METHODS.items() if method.model is not None]
 
 
@@ -75,15 +75,15 @@ def untrained() -> list[str]:
 
 
 def takers(option: str) -> list[str]:
-    """Names of the methods that look at an option."""
+    """Names of the methods that use an option."""
     return [name for name, method in METHODS.items() if option in method.takes]
 
 
 def listed(words: Iterable[str], last: str) -> str:
-    """Join words to "a, b or c", `last` being the "or"."""
+    """Join words to "a, b or c"; `last` is the word before the last, such as "or"."""
     *others, end = words
     return f"{', '.join(others)} {last} {end}" if others else end
 
 
-# Looked up when a name is checked: METHODS may have got another one since.
+# Evaluated when a name is checked, because methods may be added to METHODS later.
 MethodName = Annotated[str, OneOf(METHODS)]

@@ -1,7 +1,7 @@
-"""The method dct: a row a box, its strongest low frequencies.
+"""The method dct: each box of the clip becomes one token of its strongest low DCT frequencies.
 
-The clip is cut into boxes of `compression` patch tokens; a box becomes one row, the coefficients of its DCT over
-(colour, time, height, width) that carry the most energy over the clip.
+The clip is cut into boxes of `compression` patch tokens. The token of a box holds those coefficients of its DCT over
+(colour, time, height, width) that have the most energy in the whole clip.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .config import CompressorConfig
 from .header import MemoryHeader, check_range, check_rows, extra
 from .method import EncodedClip, Progress, Rows, box_grid, encoded
 
-# Coefficients looked at for each one kept. Measured on four stretches of 20 s of film at 480x832,
-# choosing the strongest 3,072 of 4 x 3,072 loses under 0.03 dB against choosing among all 98,304.
+# Candidate coefficients per kept one. On four clips of 20 s at 480x832, choosing the strongest 3,072 of 4 x 3,072 loses
+# less than 0.03 dB against choosing among all 98,304.
 _CANDIDATES = 4
 
 
 @functools.lru_cache(maxsize=16)
 def _axis_transform(length: int, boxes: int, box: int) -> torch.Tensor:
-    """Matrix (boxes * box, length): resample to whole boxes, then the DCT of each.
+    """Matrix (boxes * box, length) that resamples an axis to whole boxes and applies the DCT to each box.
 
-    Resampling truncates (or zero-pads) the DCT of the whole axis, so that the matrix keeps lengths
-    and its transpose reads back.
+    Resampling truncates or zero-pads the DCT of the whole axis, so that the transpose
+    reads the axis back (without the truncated frequencies).
     """
     total = boxes * box
     shared = min(total, length)
@@ -41,28 +41,28 @@ def _axis_transform(length: int, boxes: int, box: int) -> torch.Tensor:
 
 
 def _transform_columns(frames: torch.Tensor, boxes: int, box: int) -> torch.Tensor:
-    if frames.shape[-1] == boxes * box:  # nothing to resample: a box at a time is far cheaper
+    if frames.shape[-1] == boxes * box:  # without resampling, a transform per box is much cheaper
         return (frames.unflatten(-1, (boxes, box)) @ dct_matrix(box).float().T).flatten(-2)
     return frames @ _axis_transform(frames.shape[-1], boxes, box).T
 
 
 def _low_frequencies(box: tuple[int, int, int], count: int) -> torch.Tensor:
-    """Places of the `count` lowest frequencies in a flattened (colour, time, height, width) box."""
+    """Indices of the `count` lowest frequencies in a flattened (colour, time, height, width) box."""
     kc, kt, kh, kw = torch.meshgrid(*map(torch.arange, (3, *box)), indexing="ij")
     frequency = (kt + 1) * (kh + 4) * (kw + 4) * torch.where(kc > 0, 3, 1)
     return frequency.flatten().argsort(stable=True)[:count]
 
 
 def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progress | None) -> Rows:
-    """Make a row of every box; see `method.Implementation`."""
+    """Make a token of every box; see `method.Implementation`."""
     clip = encoded(clip)
     codec, size = clip.codec, clip.size
     grid, box = box_grid(size, codec.stride, config.compression)
     whole = 3 * math.prod(box)
     if config.channels > whole:
         raise UserError(
-            f"a box of {box[0]} frames x {box[1]} x {box[2]} pixels has {whole} coefficients, "
-            f"channels asks for {config.channels}; give channels in [1, {whole}]"
+            f"channels must be in [1, {whole}], the coefficients of a box of {box[0]} frames x {box[1]} x {box[2]} "
+            f"pixels, got {config.channels}"
         )
     down, across = grid[1:]
     rows = _axis_transform(size[1], down, box[1])
@@ -81,7 +81,7 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
         spectra.append(bands)
         if progress:
             progress(min(done * config.compression.time, latent_frames), latent_frames)
-    if len(spectra) != grid[0]:  # as where they are read a second time
+    if len(spectra) != grid[0]:  # for example, if an iterator is read a second time
         raise ValueError(f"compress: latents must hold {grid[0]} boxes in time for {size}, got {len(spectra)}")
     strongest = energy.argsort(descending=True, stable=True)[: config.channels]
     tokens = torch.cat([bands[:, strongest] for bands in spectra])
@@ -95,7 +95,7 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
 
 
 def check(bank: MemoryBank, header: MemoryHeader) -> None:
-    """Check that the rows are those of the clip's boxes; see `method.Implementation`."""
+    """Check that there is one token for each box of the clip; see `method.Implementation`."""
     (frames, *pixels), box = header.size, header.box
     grid = (-(-frames // box[0]), *(max(1, n // side) for n, side in zip(pixels, box[1:], strict=True)))
     if header.grid != grid or math.prod(grid) != len(bank):
@@ -106,7 +106,7 @@ def check(bank: MemoryBank, header: MemoryHeader) -> None:
 
 
 def read(bank: MemoryBank, frame: int) -> torch.Tensor:
-    """Read one frame from the rows of the boxes that cover it; see `method.Implementation`."""
+    """Read one frame from the tokens of the boxes that contain it; see `method.Implementation`."""
     _, height, width = json.loads(bank.metadata["size"])
     _, down, across = json.loads(bank.metadata["grid"])
     box = json.loads(bank.metadata["box"])
@@ -115,7 +115,7 @@ def read(bank: MemoryBank, frame: int) -> torch.Tensor:
     tokens = bank.gather(index, out_dtype=torch.float32) * bank.extras["scale"]
     table = bank.extras["table"].long()
     plane = box[1] * box[2]
-    # Only the moment asked for is synthesised: each coefficient counts by its basis at that moment.
+    # Only the requested frame is synthesised: coefficients are weighted by the time basis at that frame.
     moment = dct_matrix(box[0])[:, phase].float()[table // plane % box[0]]
     place = table // (plane * box[0]) * plane + table % plane
     bands = torch.zeros(len(index), 3 * plane).index_add_(1, place, tokens * moment)

@@ -1,4 +1,4 @@
-"""The method learned, a trained model: frames become memory tokens, and any frame is made from them again."""
+"""The method learned: a trained model encodes a clip to memory tokens and reconstructs any frame from them."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from .header import MemoryHeader, check_rows
 from .method import EncodedClip, Progress, Rows
 
 DEFAULT_STEPS = 8
-# Latent frames that are made together, if the model's file does not say how many it was trained on.
+# Latent frames denoised together, if the model file does not give the number used in training.
 _QUERIES = 4
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class TrainingRecord(Checked):
-    """What a model's file says of its training.
+    """The training settings in the header of a model file.
 
     Args:
-        queries: latent frames that were made together.
-        history: latent frames of a history, or None if the file does not say.
-        data: the films.
+        queries: Latent frames denoised together.
+        history: Length of a history, in latent frames; None if the file does not say.
+        data: Training videos.
     """
 
     queries: Annotated[int, positive(1_000_000)] = _QUERIES
@@ -53,10 +53,10 @@ class TrainingRecord(Checked):
 
     @classmethod
     def read(cls, extra: dict[str, Any]) -> TrainingRecord:
-        """Read it from what save_model kept beside the model.
+        """Read it from the `extra` values of a model file.
 
         Raises:
-            MemoryFormatError: a value in it is none of a training's.
+            MemoryFormatError: A value is not a valid training setting.
         """
         try:
             training = _mapping(extra, "training")
@@ -64,7 +64,7 @@ class TrainingRecord(Checked):
             given = {name: sampling[name] for name in ("queries", "history") if name in sampling}
             return build(cls, {**given, "data": {**data, "captions": None}})
         except ValueError as error:
-            raise MemoryFormatError(f"what the model's file says of its training is damaged ({error})") from error
+            raise MemoryFormatError(f"the training settings of the model file are damaged ({error})") from error
 
 
 def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -74,18 +74,19 @@ def _mapping(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 class TrainedModel:
-    """A model with its VAE.
+    """A trained model with its VAE.
 
     Args:
-        model: the trained model.
-        vae: makes its latents.
-        digest, vae_digest: SHA-256 of what their files say; empty where there is none.
+        model: The trained model.
+        vae: The VAE of its latents.
+        digest: SHA-256 of the content of the model file, or "".
+        vae_digest: SHA-256 of the content of the VAE file, or "".
 
     Attributes:
-        queries: frames that are made together, as in training.
-        training: what the model's file says of its training.
-        seconds: length of the histories it was trained on, or None if its file does not say.
-        held_out: stretches [from, to] of its film, in seconds, that it was not trained on.
+        queries: Latent frames denoised together, as in training.
+        training: Training settings in the header of the model file.
+        seconds: Training length of a history, in seconds; None if the file does not say.
+        held_out: Parts [from, to] of the training video, in seconds, that were held out.
     """
 
     def __init__(self, model: MemoryModel, vae: VideoCodec, digest: str = "", vae_digest: str = "") -> None:
@@ -98,16 +99,16 @@ class TrainedModel:
 
     @classmethod
     def load(cls, path: str | Path) -> TrainedModel:
-        """Read a model and the VAE beside it.
+        """Load a model and the VAE beside it.
 
         Args:
-            path: the model's file or folder.
+            path: Model file or folder.
 
         Returns:
-            TrainedModel.
+            The model with its VAE.
 
         Raises:
-            UserError: a file is missing, damaged, or does not fit.
+            UserError: A file is missing, damaged, or does not match the other.
         """
         model = load_model(path)
         vae = load_vae(model.config.vae, model.vae_weights)
@@ -119,15 +120,15 @@ class TrainedModel:
 
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> History:
-        """Make the latents that a history's memory is made of.
+        """Encode frames with the VAE to the latents that the memory encoders read.
 
-        The last frame is repeated until it fills a latent frame and a memory token of every encoder.
+        The last frame is repeated to fill a latent frame and a memory token of every encoder.
 
         Args:
             frames: uint8 (T, H, W, 3).
 
         Returns:
-            History of scaled latents (1, C, T', H', W').
+            The history, scaled latents (1, C, T', H', W').
         """
         encoders = self.model.config.encoders
         count = self.vae.video_frames(self.padded_latents(len(frames)))
@@ -136,31 +137,31 @@ class TrainedModel:
         return History(encode_block(frames, self.vae), lows).map(lambda latents: latents.float()[None])
 
     def padded_latents(self, frames: int) -> int:
-        """Latent frames of so many video frames, with those that fill a token of every encoder."""
+        """Number of latent frames of `frames` video frames, padded to a memory token of every encoder."""
         whole = math.lcm(*(each.compression.time for each in self.model.config.encoders))
         return whole * -(-self.vae.latent_frames(frames) // whole)
 
     @torch.no_grad()
     def remember(self, history: History) -> MemoryTokens:
-        """Encode latents as `encode` gives them; the tokens are rounded to float16, as files hold them."""
+        """Encode latents from `encode` to memory tokens, rounded to float16 as in a memory file."""
         memory = self.model.remember(history)
         return MemoryTokens(memory.tokens.half().float(), memory.positions)
 
     @torch.no_grad()
     def retrieve(self, memory: MemoryTokens, frames: list[int], steps: int, seed: int = 0) -> torch.Tensor:
-        """Make latent frames from the memory, a few at a time as in training.
+        """Reconstruct latent frames from the memory, a few at a time as in training.
 
         Args:
-            memory: of one history, (1, M, D).
-            frames: which latent frames.
-            steps: of the sampler.
-            seed: of its noise.
+            memory: Memory tokens of one history, (1, M, D).
+            frames: Numbers of the latent frames.
+            steps: Number of denoising steps.
+            seed: Random seed of the noise.
 
         Returns:
             Scaled latents (1, C, len(frames), H', W').
         """
         generator = torch.Generator().manual_seed(seed)
-        # Every k-th frame to a group: frames of a group lie apart, as the random ones of training do.
+        # A group takes every k-th frame, so that its frames are spread out like the random ones of training.
         count = -(-len(frames) // self.queries)
         order = [i for start in range(count) for i in range(start, len(frames), count)]
         groups = [list(range(start, len(frames), count)) for start in range(count)]
@@ -180,8 +181,8 @@ class TrainedModel:
         """Decode scaled latents (1, C, T', H', W') as one stream.
 
         Args:
-            latents: neighbouring latent frames, the first of a history first.
-            size: frames, rows and columns to give.
+            latents: Consecutive latent frames.
+            size: Frames, rows and columns of the result.
 
         Returns:
             uint8 (T, H, W, 3).
@@ -197,30 +198,28 @@ def _digest(*paths: Path | None) -> str:
 
 
 def _former_digest(*paths: Path | None) -> str:
-    """SHA-256 of the files' bytes, which memories of earlier versions name their model by."""
+    """SHA-256 of the bytes of the files, which memories of earlier versions store."""
     content = b"".join(path.read_bytes() for path in paths if path)
     return hashlib.sha256(content).hexdigest() if content else ""
 
 
 @functools.lru_cache(maxsize=2)
 def open_model(name: str) -> TrainedModel:
-    """Load a checkpoint that comes with the package.
+    """Load a shipped checkpoint.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: It is missing or damaged.
     """
     path = shipped(name)
     if path is None:
-        raise UserError(
-            f"the trained model {name!r} is not in this installation; use --method {listed(untrained(), 'or')}"
-        )
+        raise UserError(f"the trained model {name!r} is not installed; use --method {listed(untrained(), 'or')}")
     return TrainedModel.load(path)
 
 
 def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progress | None) -> Rows:
     """Encode a clip with a trained model; see `method.Implementation`.
 
-    At the model's frame rate it remembers what it was trained to. The header names the model and its hash.
+    The clip should have the frame rate of the model. The header stores the name and the hash of the model.
     """
     require(isinstance(clip, Clip), "compress: the method learned takes frames, which its own VAE encodes", type(clip))
     frames = clip.frames
@@ -234,16 +233,18 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
         )
     tokens, positions = trained.remember(trained.encode(frames))
     if tokens.shape[1] == 0:
-        raise UserError(f"{len(frames)} frames fill no token of the trained model {name!r}; take more --seconds")
+        raise UserError(f"{len(frames)} frames do not fill a token of the trained model {name!r}; give more --seconds")
     meta = {"model": name, "model_sha256": trained.digest, "vae_sha256": trained.vae_digest}
     return Rows(tokens[0], positions[0], trained.vae, {}, meta)
 
 
 def check(bank: MemoryBank, header: MemoryHeader) -> None:
-    """Check that the model is at hand, the same, and the rows of its frames; see `method.Implementation`."""
+    """Check that the model is installed and unchanged, and that the tokens match; see `method.Implementation`."""
     name = header.model
     if not name.isidentifier() or shipped(name) is None:
-        raise MemoryFormatError(f"was made with the trained model {show(name)}, which is not in this installation")
+        raise MemoryFormatError(
+            f"was made with the trained model {show(name)}, which this installation lacks; compress the video again"
+        )
     trained = open_model(name)
     file, named = shipped(name), (header.model_sha256, header.vae_sha256)
     if named != (trained.digest, trained.vae_digest) and named != (
@@ -251,7 +252,7 @@ def check(bank: MemoryBank, header: MemoryHeader) -> None:
         _former_digest(trained.model.vae_weights),
     ):
         raise MemoryFormatError(
-            f"was made with another version of the trained model {name!r}; make it anew with `vidmem compress`"
+            f"was made with another version of the trained model {name!r}; make the file again with `vidmem compress`"
         )
     model = trained.model
     if bank.channels != model.config.dit.dim:
@@ -266,10 +267,10 @@ def check(bank: MemoryBank, header: MemoryHeader) -> None:
 
 
 def read(bank: MemoryBank, frame: int, steps: int = DEFAULT_STEPS) -> torch.Tensor:
-    """Make one frame from the memory, always the same one: the sampler's noise has a fixed seed.
+    """Reconstruct one frame; the noise has a fixed seed, so that the result is always the same.
 
-    Latent frames before the frame's own are made with it, since a causal VAE decodes a frame
-    from those before it. See `method.Implementation`.
+    Latent frames before that of the frame are reconstructed, too, because a causal VAE needs them to decode it. See
+    `method.Implementation`.
     """
     trained = open_model(bank.metadata["model"])
     size = json.loads(bank.metadata["size"])

@@ -1,10 +1,10 @@
-"""The method merge: token merging on the grid, then sparsification to a budget.
+"""The method merge: token merging on the patch-token grid, then sparsification to a budget.
 
-1. Rounds of bipartite matching on the token grid (ToMe, arXiv 2210.09461): a round merges every
-   2x2x2 cell's tokens into the destinations of the neighbouring cells, and the next works on the
-   coarser grid, until some more rows than the budget are left.
-2. Sparsification keeps the rows that stand for the most tokens.
-3. Every token is given to the kept row nearest to it, and rows become the means of their tokens.
+1. Rounds of bipartite matching on the token grid (ToMe, arXiv 2210.09461): a round merges the tokens of every 2x2x2
+   cell into destinations of neighbouring cells; the next round works on the coarser grid, until somewhat more tokens
+   than the budget are left.
+2. Sparsification keeps those that stand for the most patch tokens.
+3. Every patch token is assigned to the nearest kept token, and kept tokens become the means of their patch tokens.
 
 Measured on 20 s of film (187,200 tokens to 5,460 rows): cosine matching of the raw metric 21.6 dB,
 with the lifted metric of `_matching_metric` 22.6 dB, with windows of two cells instead of one
@@ -39,11 +39,11 @@ from .config import CompressorConfig
 from .header import MemoryHeader, check_range, check_rows, extra
 from .method import EncodedClip, Progress, Rows, box_grid, encoded
 
-# Latent channels of a cell that the matching looks at: 64 numbers a token.
+# Latent channels of a cell that the matching compares: 64 numbers per token.
 _METRIC_CHANNELS = 16
 _WINDOW = (2, 2, 2)
 _STRIDE = (2, 2, 2)
-# Rows left by merging for each one that sparsification keeps.
+# Tokens after merging, per token that sparsification keeps.
 _SURPLUS = 1.65
 
 
@@ -56,7 +56,7 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
     boxes = math.prod(box_grid(size, codec.stride, config.compression)[0])
     budget = boxes if config.budget is None else config.budget
     if budget > count:
-        raise UserError(f"the clip has {count} tokens, budget asks for {budget}; give 1 to {count}")
+        raise UserError(f"the clip has {count} tokens, budget asks for {budget}; give a budget from 1 to {count}")
 
     def report(latent_frames: int) -> None:
         if progress:
@@ -87,7 +87,7 @@ def compress(clip: Clip | EncodedClip, config: CompressorConfig, progress: Progr
     positions = scatter_add_tokens(places[None], assignment, budget)[0]
     report(2 * grid[0])
     share = members[0, :, None].clamp(min=1)
-    # A row that lost all its tokens to nearer rows stays as it was; nothing reads it.
+    # A row without tokens (all are nearer to other rows) stays unchanged; nothing reads it.
     rows = torch.where(members[..., None] > 0, means, rows)[0].float()
     dtype = torch.int16 if budget <= 1 << 15 else torch.int32
     return Rows(rows, positions / share, codec, {"row_of": assignment[0].to(dtype)}, {"grid": json.dumps(grid)})
@@ -103,10 +103,10 @@ def _metric(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _matching_metric(tokens: torch.Tensor) -> torch.Tensor:
-    """The metric with a large constant appended, so that cosine similarity ranks by distance.
+    """Append a large constant to the metric, so that cosine similarity ranks by distance.
 
-    For vectors (x, r) with r well above |x|, 1 - cos is |x - y|^2 / 2r^2: dark and bright areas, which
-    differ in length and not in direction, no longer match.
+    For vectors (x, r) with r much larger than |x|, 1 - cos is about |x - y|^2 / 2r^2. Dark and bright areas, which
+    differ in length but not in direction, then do not match.
     """
     metric = _metric(tokens)
     lift = 4.0 * metric.square().sum(-1).mean().sqrt().clamp(min=1e-6)
@@ -116,7 +116,7 @@ def _matching_metric(tokens: torch.Tensor) -> torch.Tensor:
 def _merge_rounds(
     tokens: torch.Tensor, grid: tuple[int, int, int], target: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Merge tokens (1, N, C) to `target` rows; returns rows, tokens a row stands for, row of each (1, N)."""
+    """Merge tokens (1, N, C) to `target` rows; return rows, number of tokens per row, row of each token (1, N)."""
     weight = torch.ones(tokens.shape[:2])
     assignment = torch.arange(tokens.shape[1])[None]
     rows = tokens
@@ -133,7 +133,7 @@ def _merge_rounds(
 def _nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Index of the centre (M, C) nearest to each point (N, C), int32.
 
-    |x - c|^2 is smallest where <(x, 1), (c, -|c|^2 / 2)> is largest: a search for the best block of one token.
+    |x - c|^2 is smallest where <(x, 1), (c, -|c|^2 / 2)> is largest, which is a search for the best block of one token.
     """
     queries = F.pad(points, (0, 1), value=1.0)
     keys = torch.cat([centres, -0.5 * centres.square().sum(-1, keepdim=True)], -1)
@@ -142,10 +142,11 @@ def _nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
 
 
 def check(bank: MemoryBank, header: MemoryHeader) -> None:
-    """Check that every token of the clip has a row; see `method.Implementation`."""
+    """Check that every patch token of the clip has a row; see `method.Implementation`."""
     if header.codec != DCTCodec.name:
         raise MemoryFormatError(
-            f"a memory of the codec {header.codec!r}, which is not built in; make it anew with `vidmem compress`"
+            f"was made with the codec {header.codec!r}, which is not built in; "
+            "make the file again with `vidmem compress`"
         )
     cells = (n * p for n, p in zip(DCTCodec.stride, (1, PATCH, PATCH), strict=True))
     grid = tuple(-(-n // cell) for n, cell in zip(header.size, cells, strict=True))
@@ -159,7 +160,7 @@ def check(bank: MemoryBank, header: MemoryHeader) -> None:
 
 
 def read(bank: MemoryBank, frame: int) -> torch.Tensor:
-    """Decode one frame from the rows that its tokens went to; see `method.Implementation`."""
+    """Decode one frame from the rows of its patch tokens; see `method.Implementation`."""
     header = bank.metadata
     codec = DCTCodec(CodecConfig(int(header["codec_channels"])))
     _, height, width = json.loads(header["size"])

@@ -1,4 +1,4 @@
-"""What the methods share: their functions, what they are given, what they make of it."""
+"""What the methods share: the interface of their modules, their input and their result."""
 
 from __future__ import annotations
 
@@ -22,63 +22,70 @@ Progress = Callable[[int, int], None]
 
 
 class Implementation(Protocol):
-    """The functions of a method's module."""
+    """The functions that the module of a method must have."""
 
     def compress(self, clip: Clip | EncodedClip, config: CompressorConfig, progress: Progress | None) -> Rows:
-        """Make the rows of a clip's memory.
+        """Compress a clip to memory tokens.
 
         Args:
-            clip: frames, or the latents that several methods share.
-            config: what is asked for.
-            progress: called with (steps done, steps in all).
+            clip: Frames, or latents that several methods share.
+            config: Configuration.
+            progress: Called with (steps done, steps in total).
+
+        Returns:
+            The memory tokens and what reading back needs.
 
         Raises:
-            UserError: the clip cannot be compressed to what `config` asks; the message has the range.
-            ValueError: a form of clip that the method does not take, or latents that are not all there.
+            UserError: The clip cannot be compressed as `config` asks; the message gives the allowed range.
+            ValueError: The method does not take this kind of clip, or latents are missing.
         """
 
     def check(self, bank: MemoryBank, header: MemoryHeader) -> None:
-        """Check that a loaded bank has all that `read` reads, before anything is allocated for it.
+        """Check that a loaded bank has everything that `read` needs, before memory is allocated for it.
 
         Args:
-            bank: loaded bank.
-            header: what its entries say; those of Method.needs are there.
+            bank: Loaded bank.
+            header: Its header, which has the entries of Method.needs.
 
         Raises:
-            KeyError, ValueError: an entry is missing or does not fit the rows.
-            MemoryFormatError: the rows belong to a codec or model that is not there.
+            KeyError: An entry is missing.
+            ValueError: An entry does not match the tokens.
+            MemoryFormatError: The codec or model of the tokens is missing.
         """
 
     def read(self, bank: MemoryBank, frame: int, **options: int) -> torch.Tensor:
-        """Read one frame back, from the rows that it needs.
+        """Read one frame back, from the tokens that it needs.
 
         Args:
-            bank: that `check` has passed.
-            frame: in range.
-            options: "steps", for a method that takes them; by default the method's own number.
+            bank: Bank that has passed `check`.
+            frame: Number of the frame, in range.
+            **options: "steps", for a method with denoising steps.
 
         Returns:
             uint8 (H, W, 3), RGB.
         """
 
     def open_model(self, name: str) -> Any:
-        """Load a shipped checkpoint as a `learned.TrainedModel`; only of methods that run one.
+        """Load a shipped checkpoint as a `learned.TrainedModel`; only methods with a trained model have this function.
+
+        Args:
+            name: Name of the checkpoint.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: It is missing or damaged.
         """
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """A clip as latents.
+    """The latents of a clip.
 
     Args:
-        latents: raw chunks (1, C, t', H', W') as `codec.encode_chunks` gives them.
-        codec: the codec they come from.
-        size: frames, rows and columns before padding.
-        fps: frames per second.
-        source: the file they came from.
+        latents: Raw chunks (1, C, t', H', W'), from `codec.encode_chunks`.
+        codec: Codec of the latents.
+        size: Frames, rows and columns of the clip, before padding.
+        fps: Frames per second.
+        source: The video file.
     """
 
     latents: Iterable[torch.Tensor]
@@ -91,15 +98,15 @@ class EncodedClip:
 def encoded(
     clip: Clip | EncodedClip, codec: VideoCodec | None = None, dtype: torch.dtype = torch.float16
 ) -> EncodedClip:
-    """A clip as latents; one of frames is encoded chunk by chunk while they are read, once.
+    """Encode a clip to latents, chunk by chunk while they are read; the latents can be read once.
 
     Args:
-        clip: frames, or latents, which stay as they are.
-        codec: makes latents of frames, DCTCodec by default.
-        dtype: of these latents.
+        clip: Frames, or latents, which are returned unchanged.
+        codec: Codec for frames; by default DCTCodec.
+        dtype: Dtype of the latents.
 
     Returns:
-        EncodedClip.
+        The latents of the clip.
     """
     if isinstance(clip, EncodedClip):
         return clip
@@ -109,14 +116,14 @@ def encoded(
 
 
 class Rows(NamedTuple):
-    """The rows that a method makes of a clip.
+    """The memory tokens of a clip.
 
     Attributes:
         tokens: float32 (M, C).
-        positions: float32 (M, 3), midpoints (t, h, w) in units of the patch-token grid.
-        codec: of the latents that they were made of.
-        extras: tensors that reading back needs.
-        meta: header entries that reading back needs.
+        positions: float32 (M, 3), centre (t, h, w) of each token, in patch tokens.
+        codec: Codec of the latents that they were made from.
+        extras: Tensors that reading back needs.
+        meta: Header entries that reading back needs.
     """
 
     tokens: torch.Tensor
@@ -127,7 +134,7 @@ class Rows(NamedTuple):
 
 
 def context_tokens(size: tuple[int, int, int], codec_stride: tuple[int, int, int]) -> int:
-    """Patch tokens of a clip of (frames, rows, columns): its context before compression."""
+    """Number of patch tokens of a clip of (frames, rows, columns), its context before compression."""
     cells = [codec_stride[0], *(stride * PATCH for stride in codec_stride[1:])]
     return math.prod(-(-n // cell) for n, cell in zip(size, cells, strict=True))
 
@@ -137,16 +144,16 @@ def box_grid(
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Cut a clip into boxes of `compression` patch tokens.
 
-    Rows and columns are resampled to whole boxes (the number rounded down, at least one), so that
-    nothing is cropped; the last frames are padded to a whole box.
+    Rows and columns are resampled to whole boxes (their number is rounded down, at least one), so that nothing is
+    cropped. The last frames are padded to a whole box.
 
     Args:
-        size: frames, rows and columns.
-        codec_stride: of the codec, (time, height, width).
-        compression: patch tokens of a box.
+        size: Frames, rows and columns.
+        codec_stride: Stride of the codec, (time, height, width).
+        compression: Patch tokens per box.
 
     Returns:
-        Number of boxes and size of a box in pixels, both as (time, height, width).
+        Number of boxes and size of a box in frames and pixels, both as (time, height, width).
     """
     t, h, w = codec_stride
     box = (compression.time * t, compression.height * h * PATCH, compression.width * w * PATCH)

@@ -1,1 +1,1 @@
-"""The memory encoders, the DiT that reads their tokens, and all of it together."""
+"""The trained model: memory encoders, text encoder, and the DiT that reads their tokens."""

@@ -1,8 +1,8 @@
-"""Pretrained transformers of diffusers in the place of the DiT: Wan's and HunyuanVideo's.
+"""Use a pretrained diffusers transformer (Wan or HunyuanVideo) as the DiT of a model.
 
-The transformer stays frozen; what learns is the memory encoder, whose tokens have the transformer's width, and
-beside it adapters (LoRA) or a cross-attention to the memory. The memory's tokens, and those of clean frames, join
-the sequence of self-attention at their own positions, as in `dit.DiT`; in Wan at timestep 0.
+The transformer is frozen. Trained are the memory encoder, whose tokens have the transformer's width, and LoRA adapters
+or cross-attention to the memory. Memory tokens and tokens of clean frames join the sequence of self-attention at their
+own positions, as in `dit.DiT`; in Wan they have timestep 0.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from .rope import frame_positions, rotary
 if TYPE_CHECKING:
     from vidmem_kernels.diffusers import Family
 
-_TIMES = 1000.0  # diffusers counts times from 0 to 1000
+_TIMES = 1000.0  # diffusers uses timesteps from 0 to 1000
 
 
 class DiffusersDiT(nn.Module):
-    """What trainers, samplers and generators ask of a DiT, from a transformer of diffusers.
+    """A diffusers transformer with the interface of `dit.DiT`.
 
     Args:
-        transformer: of diffusers. It is frozen and changed in place: give it to one model only.
-        config: of the DiT, of the transformer's sizes (`dit_config`).
-        latent_channels: of the VAE.
-        text_dim: width of the text tokens.
-        text_tokens: longest prompt.
+        transformer: Transformer of diffusers. It is frozen and modified in place: use it for one model only.
+        config: Configuration with the sizes of the transformer, from `dit_config`.
+        latent_channels: Channels of the VAE.
+        text_dim: Channels of a text token.
+        text_tokens: Maximum length of a prompt, in tokens.
 
     Attributes:
-        pretrained: names in the state that a model's file leaves out: those weights stay in their folder.
+        pretrained: Names in the state dict that a model file leaves out, because these weights stay in their folder.
 
     Raises:
-        UserError: a width is not that of the transformer.
+        UserError: A width is not that of the transformer.
     """
 
-    memory_time: ClassVar[str]  # of the memory's tokens, see vidmem_kernels.diffusers.MemoryPrefix
-    one_rotation: ClassVar[bool]  # whether all samples of a batch are at the same positions
+    memory_time: ClassVar[str]  # timestep of memory tokens, see vidmem_kernels.diffusers.MemoryPrefix
+    one_rotation: ClassVar[bool]  # whether all samples of a batch must have the same positions
 
     def __init__(
         self, transformer: nn.Module, config: DiTConfig, latent_channels: int, text_dim: int, text_tokens: int
@@ -74,34 +74,35 @@ class DiffusersDiT(nn.Module):
 
     @property
     def family(self) -> Family:
-        """Where the transformer has its parts."""
+        """Names of the transformer's parts."""
         from vidmem_kernels.diffusers import family_of
 
         return family_of(self.transformer)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """All blocks, whose weights FSDP gathers one at a time."""
+        """All blocks; FSDP gathers their weights one block at a time."""
         return [block.module for block in self.family.blocks(self.transformer)]
 
     def lora_layers(self) -> list[str]:
-        """Names of the layers that get adapters: the linear ones of the transformer's blocks."""
+        """Names of the layers that get adapters: the linear layers of the transformer's blocks."""
         layers = [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
         blocks = tuple(f"transformer.{name}." for name in self.family.block_lists)
         return [name for name in layers if name.startswith(blocks) and f"{name}.weight" in self.pretrained]
 
     def added(self) -> list[nn.Parameter]:
-        """What stays trained beside adapters: the cross-attention to the memory."""
-        # Adapters put the layers that they stand beside under the name base_layer.
+        """Parameters that are trained besides adapters: the cross-attention to the memory."""
+        # Adapters rename the layer that they wrap to base_layer.
         names = {name: p for name, p in self.named_parameters() if ".lora_" not in name}
         return [p for name, p in names.items() if name.replace(".base_layer.", ".") not in self.pretrained]
 
     def keep_update(self, name: str, b: torch.Tensor, a: torch.Tensor) -> None:
-        """Note that the product b @ a was added to a layer's weight: a model's file holds that in the weight's place.
+        """Record that the product b @ a was added to the weight of a layer; a model file stores b and a only.
 
         Args:
-            name: of the layer.
-            b, a: (out, rank) and (rank, in). All layers' updates have one rank.
+            name: Name of the layer.
+            b: (out, rank).
+            a: (rank, in); the updates of all layers have one rank.
         """
         layer = self.get_submodule(name)
         if hasattr(layer, "update_A"):
@@ -112,7 +113,7 @@ class DiffusersDiT(nn.Module):
 
     @torch.no_grad()
     def add_updates(self) -> None:
-        """Add the updates that were read from a model's file to the weights that they are of."""
+        """Add the updates that were read from a model file to the weights of their layers."""
         for name in self.lora_layers() if self.config.lora_rank else ():
             layer = self.get_submodule(name)
             layer.weight += layer.update_B @ layer.update_A
@@ -121,11 +122,11 @@ class DiffusersDiT(nn.Module):
         """Project latents (B, C, T, H, W) to tokens (B, T * H/2 * W/2, D), frame by frame.
 
         Raises:
-            ValueError: the channels are not those of the model, or H or W is not a multiple of 2.
+            ValueError: The channels are not those of the model, or H or W is not a multiple of 2.
         """
         channels = self.transformer.config.in_channels
         if latents.ndim != 5 or latents.shape[1] != channels or any(n % PATCH for n in latents.shape[3:]):
-            wanted = f"(B, {channels}, T, H, W) of even H and W"
+            wanted = f"(B, {channels}, T, H, W) with even H and W"
             raise ValueError(f"DiT.patch_embed: latents must be {wanted}, got {tuple(latents.shape)}")
         from vidmem_kernels.diffusers import patch_tokens
 
@@ -148,7 +149,7 @@ class DiffusersDiT(nn.Module):
         """Predict the velocity noise - sample; arguments and result are those of `DiT.forward`.
 
         Raises:
-            ValueError: sizes that do not fit, a time for each frame, or a cache.
+            ValueError: Sizes do not fit together, each frame has its own time, or a cache is given.
         """
         check_inputs(self.config, x, t, text, text_mask, frames, memory, window, window_frames, memory_cross_attention)
         if t.ndim != 1:
@@ -156,8 +157,8 @@ class DiffusersDiT(nn.Module):
         if cache is not None:
             raise ValueError("DiT: cache must be None for a transformer of diffusers, got a KVCache")
         crosses = memory is not None and self.cross is not None and memory_cross_attention is not False
-        # Time is counted from the first noisy frame: pretrained transformers know videos that begin at 0, and where
-        # text shares the attention, as in Hunyuan, without a rotation, they would take a later video for another.
+        # Positions in time start at the first noisy frame: pretrained transformers know videos that start at 0 only. If
+        # text tokens without rotation share the attention, as in Hunyuan, later positions would change the result.
         first = frames.amin(1, keepdim=True)
         frames, window_frames = frames - first, None if window_frames is None else window_frames - first
         tokens, positions = memory or (None, None)
@@ -211,16 +212,16 @@ class DiffusersDiT(nn.Module):
         return next(getattr(self.transformer, self.family.patch_embedding).parameters()).dtype
 
     def _rotate(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Rotations of the frames' positions in place of those of 0, 1, 2, …."""
-        # What comes after cosines and sines is of other adapters.
+        """Replace the rotations of positions 0, 1, 2, … by those of the frames' positions."""
+        # Entries after cosines and sines come from other adapters.
         return output if self.positions is None else (*self._angles(self.positions), *output[2:])
 
     def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines at positions (B, N, 3), as the transformer's rope gives them."""
+        """Cosines and sines at positions (B, N, 3), in the format of the transformer's rope."""
         raise NotImplementedError
 
     def _text(self, text: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """What the transformer takes of prompts."""
+        """Arguments of the transformer for the prompts."""
         raise NotImplementedError
 
 
@@ -235,7 +236,7 @@ class WanDiT(DiffusersDiT):
         return turn.real.repeat_interleave(2, -1), turn.imag.repeat_interleave(2, -1)
 
     def _text(self, text: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        # Wan was trained on prompts that zeros fill up, and attends to them.
+        # Wan was trained with zero-padded prompts, and attends to the padding.
         text = text.masked_fill(~mask[..., None], 0)
         return {"encoder_hidden_states": F.pad(text, (0, 0, 0, max(0, self.text_tokens - text.shape[1])))}
 
@@ -243,8 +244,8 @@ class WanDiT(DiffusersDiT):
 class HunyuanDiT(DiffusersDiT):
     """HunyuanVideoTransformer3DModel for text-to-video.
 
-    Its second, pooled embedding of the prompt is left zero, and the guidance that the distilled model takes as an
-    input is that of its pipeline.
+    The second, pooled embedding of the prompt is zero. The guidance input of the distilled model is the default of its
+    pipeline.
     """
 
     memory_time = "step"  # one modulation for all tokens
@@ -273,29 +274,32 @@ CLASSES: dict[str, type[DiffusersDiT]] = {
 
 
 def dit_config(source: str | Path | nn.Module, **changes: Any) -> DiTConfig:
-    """The configuration of a DiT that is a transformer of diffusers.
+    """Make the configuration of a DiT that is a diffusers transformer.
 
     Args:
-        source: the transformer, or its folder, or that of a pipeline with it.
-        changes: other fields, such as memory_cross_attention.
+        source: The transformer, its folder, or the folder of a pipeline with it.
+        **changes: Further fields, such as memory_cross_attention.
+
+    Returns:
+        The configuration.
 
     Raises:
-        UserError: the folder holds no such transformer.
-        ValueError: a field is not for such transformers.
+        UserError: The folder holds no such transformer.
+        ValueError: A field is not allowed for diffusers transformers.
     """
     return DiTConfig(**{**dit_fields(source), **changes})
 
 
 def dit_fields(source: str | Path | nn.Module) -> dict[str, Any]:
-    """The fields of DiTConfig that are not for a user to choose, with a transformer of diffusers.
+    """Fields of DiTConfig that a diffusers transformer determines.
 
     Raises:
-        UserError: the folder holds no such transformer.
+        UserError: The folder holds no such transformer.
     """
     if isinstance(source, nn.Module):
         name = type(source).__name__
         if name not in CLASSES:
-            raise UserError(f"a transformer must be one of {', '.join(CLASSES)}, got {name}")
+            raise UserError(f"the transformer must be one of {', '.join(CLASSES)}, got {name}")
         sizes = source.config
     else:
         name, sizes, _ = _described(Path(source))
@@ -313,15 +317,17 @@ def dit_fields(source: str | Path | nn.Module) -> dict[str, Any]:
 def make_dit(
     config: DiTConfig, latent_channels: int, text_dim: int, text_tokens: int, transformer: nn.Module | None = None
 ) -> DiffusersDiT:
-    """Make the DiT of a model whose transformer is one of diffusers.
+    """Make the DiT of a model with a diffusers transformer.
 
     Args:
-        config: with `diffusers`.
-        latent_channels, text_dim, text_tokens: see DiffusersDiT.
-        transformer: by default that of the folder.
+        config: Configuration with `diffusers`.
+        latent_channels: Channels of the VAE.
+        text_dim: Channels of a text token.
+        text_tokens: Maximum length of a prompt, in tokens.
+        transformer: The transformer; by default it is loaded from the folder `config.diffusers`.
 
     Raises:
-        UserError: diffusers is missing, or the folder's transformer cannot be used.
+        UserError: diffusers is not installed, or the transformer cannot be used.
     """
     if transformer is None:
         name, _, folder = _described(Path(config.diffusers))
@@ -330,7 +336,7 @@ def make_dit(
 
 
 def empty_transformer(config: DiTConfig, transformer: nn.Module | None = None) -> nn.Module | None:
-    """The transformer of a configuration, or one like that given, without weights; None without `diffusers`."""
+    """Make the transformer of a configuration, or one like `transformer`, without weights; None without `diffusers`."""
     if config.diffusers is None:
         return None
     if transformer is not None:
@@ -342,18 +348,18 @@ def empty_transformer(config: DiTConfig, transformer: nn.Module | None = None) -
 
 
 def _described(folder: Path) -> tuple[str, Mapping[str, Any], Path]:
-    """Class, sizes and folder of the transformer in a folder."""
+    """Class, sizes and folder of the transformer in a folder or pipeline."""
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder; give the one that holds the transformer, or lay it beside the model's file "
-            "as the folder transformer"
+            f"{folder}: no such folder; give the folder of the transformer, or copy it to the folder `transformer` "
+            "beside the model file"
         )
     folder = part_folder(folder, "transformer")
     sizes = read_config(folder, "transformer")
     name = sizes.get("_class_name")
     if name not in CLASSES:
         found = name or "model without a class name"
-        raise UserError(f"{folder}: holds a {found}, the transformer must be one of {', '.join(CLASSES)}")
+        raise UserError(f"{folder}: the transformer must be one of {', '.join(CLASSES)}, got {found}")
     for key in ("num_attention_heads", "attention_head_dim", "num_layers"):
         if type(sizes.get(key)) is not int or sizes[key] < 1:
             file = folder / "config.json"
@@ -362,10 +368,10 @@ def _described(folder: Path) -> tuple[str, Mapping[str, Any], Path]:
 
 
 def _require_widths(sizes: Mapping[str, Any], config: DiTConfig, latent_channels: int, text_dim: int) -> None:
-    """Refuse a transformer that a model cannot have.
+    """Check that the widths of a transformer match the model.
 
     Raises:
-        UserError: a width is another.
+        UserError: A width differs.
     """
     time, *cell = sizes["patch_size"] if "patch_size_t" not in sizes else (sizes["patch_size_t"], sizes["patch_size"])
     wanted = {
@@ -377,7 +383,7 @@ def _require_widths(sizes: Mapping[str, Any], config: DiTConfig, latent_channels
     }
     for key, (ours, theirs) in wanted.items():
         if ours != theirs:
-            raise UserError(f"model.{key} must be {theirs}, that of the transformer {config.diffusers}, got {ours}")
+            raise UserError(f"model.{key} must be {theirs} as in the transformer {config.diffusers}, got {ours}")
 
 
 def _alike(rows: torch.Tensor | None) -> bool:

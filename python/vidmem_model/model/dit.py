@@ -1,8 +1,8 @@
-"""The diffusion transformer: noisy latent frames, read with a history of memory tokens and clean frames.
+"""The diffusion transformer (DiT): denoises latent frames, given a history of memory tokens and clean frames.
 
-Blocks as in Wan (arXiv 2503.20314): adaLN from one time projection and a table per block, self-attention
-with RMS-normalised queries and keys and 3D RoPE, cross-attention to the text, an MLP (gated here). The
-history joins self-attention at timestep 0 and is dropped before the head (arXiv 2512.23851).
+Blocks are as in Wan (arXiv 2503.20314): adaLN with one time projection and a table per block, self-attention with
+RMS-normalised queries and keys and 3D RoPE, cross-attention to the text, and an MLP (gated here). The history joins
+self-attention at timestep 0 and is dropped before the output head (arXiv 2512.23851).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .rope import FEATURES, frame_positions, norm_rotate, position_features, rot
 from .unfold import Unfold
 
 TIME_FEATURES = 256
-# The velocity of a predicted sample is (x - sample) / t; below this t it is not divided further, so
-# that the error of the prediction is not blown up.
+# The velocity of a predicted sample is (x - sample) / t. Smaller t are clamped to this, so that the division does not
+# amplify the error of the prediction.
 LEAST_TIME = 0.05
 
 
 class KVCache:
-    """What the blocks' self-attention keeps of the history: keys and values, or linear attention's state.
+    """Cache of the history in self-attention: keys and values, or the state of linear attention.
 
-    The first call of a DiT fills it, later calls compute the noisy tokens only. With
-    `history_sees_video=False` the history is the same at every step and the result is exact. Else it
-    is that of the first step: faster, some quality lost.
+    The first call of a DiT fills it; later calls compute the noisy tokens only. With `history_sees_video=False` the
+    history is the same at every step, and the result is exact. Otherwise the cache keeps the history of the first
+    step: faster, with some loss of quality.
     """
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ Kept = LinearAttentionState | KeysAndValues
 
 
 class Stream(NamedTuple):
-    """Tokens of one kind on their way through the blocks.
+    """Tokens of one kind (video or history) between blocks.
 
     Attributes:
         x: (B, F, N, D), F groups (frames) of tokens that share a timestep.
-        time: (B or 1, F, 6, D), the projected timestep of each group.
-        rotation: (B or 1, F * N, head / 2), see rope.rotary.
+        time: (B or 1, F, 6, D), projected timestep of each group.
+        rotation: (B or 1, F * N, head / 2), see `rope.rotary`.
     """
 
     x: torch.Tensor
@@ -74,7 +74,7 @@ def time_features(t: torch.Tensor) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """adaLN: the normalised tokens (B, F, N, D), scaled and shifted by (B or 1, F, 1, D)."""
+    """adaLN: normalise tokens (B, F, N, D), then scale and shift them by (B or 1, F, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 
@@ -82,12 +82,13 @@ class Block(nn.Module):
     """Self-attention over history and video, cross-attention to the text, gated MLP.
 
     Args:
-        config: of the DiT.
-        linear: linear attention in place of softmax attention.
-        last: the block before the head, which has no use for the history's tokens.
+        config: Configuration of the DiT.
+        linear: Whether self-attention is linear attention.
+        last: Whether this is the last block, which need not compute the history's tokens.
     """
 
-    # What reads the prompt learns from few tokens, and orthogonalising it would be a fifth of Muon's time.
+    # Layers that read the prompt get gradients of few tokens, and orthogonalising them would take a fifth of Muon's
+    # time.
     TRAINED_AS = {
         "table": "no_decay",
         "text_q": "adamw",
@@ -101,9 +102,9 @@ class Block(nn.Module):
         dim, self.heads = config.dim, config.heads
         self.linear, self.last = linear, last
         self.history_sees_video = config.history_sees_video
-        # shift, scale, gate of self-attention, then of the MLP. The gates start at 1, so that a small
-        # model trained from nothing learns in every block from the first step on. Gates of 0 keep a
-        # deep model stable, but each block then waits for its gate to open.
+        # shift, scale and gate of self-attention, then of the MLP. Gates start at 1, so that a small model trained from
+        # scratch learns in every block from the first step. Gates of 0 would stabilise a deep model, but a block
+        # learns only after its gate has opened.
         self.table = nn.Parameter(torch.zeros(6, dim))
         with torch.no_grad():
             self.table[[2, 5]] = 1.0
@@ -129,19 +130,19 @@ class Block(nn.Module):
         memory: torch.Tensor | None,
         keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Kept | None]:
-        """Pass the tokens on.
+        """Run the block.
 
         Args:
-            video: the noisy tokens.
-            history: memory and clean tokens, or None.
-            kept: of the history, from a call before, in place of `history`.
-            text: (B, S, D) text tokens.
-            text_bias: (B, S) float, 0, or -inf where there is no token.
-            memory: (B, M, D), what cross-attention to the memory reads, or None.
-            keep: whether to return what is to be kept of the history.
+            video: Noisy tokens.
+            history: Memory tokens and tokens of clean frames, or None.
+            kept: Cache entry of the history from an earlier call, instead of `history`.
+            text: (B, S, D), text tokens.
+            text_bias: float (B, S), 0, or -inf for padding.
+            memory: (B, M, D), tokens for cross-attention to the memory, or None.
+            keep: Whether to return a cache entry of the history.
 
         Returns:
-            x of the video, x of the history (None after the last block), and what to keep or None.
+            x of the video, x of the history (None after the last block), and the cache entry or None.
         """
         own = self._qkv(video)
         if history is None:
@@ -150,7 +151,7 @@ class Block(nn.Module):
             past = self._qkv(history)
             past_attended = None
             if self.last or not self.history_sees_video:
-                # The video sees all; the history, if it is needed still, itself only.
+                # The video attends to all tokens; the history, if still needed, to itself only.
                 if not self.last:
                     past_attended = self._attend(*past, None)
                 kept = self._keep(*past[1:])
@@ -165,7 +166,7 @@ class Block(nn.Module):
         passed = None
         if history is not None and not self.last:
             passed = self._finish(history, past_attended, text, None)
-        # Views of the fused projections would keep the queries in memory too.
+        # Copies: views of the fused projection would also keep the queries in memory.
         kept = type(kept)(*map(torch.Tensor.contiguous, kept)) if keep and kept is not None else None
         return self._finish(video, attended, text, memory), passed, kept
 
@@ -176,9 +177,9 @@ class Block(nn.Module):
         shift, scale = self._times(stream)[:2]
         qkv = self.qkv(modulate(stream.x, shift, scale)).flatten(1, 2).unflatten(2, (3, self.heads, -1))
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        # Linear attention takes its features of the rotated queries and keys. Rotated after, features
-        # would turn negative and so could the normaliser; not rotated at all, the block would read its
-        # tokens as a bag. The scores no longer depend on the offset alone, but they do know it.
+        # Linear attention computes its features from rotated queries and keys. If features were rotated instead, they,
+        # and the normaliser, could become negative; without rotation the block would not know positions. The scores
+        # then do not depend on the offset only, but still contain it.
         q, k = norm_rotate(qk, self.qk_scale, stream.rotation).unbind(2)
         return q, k, v
 
@@ -212,13 +213,13 @@ class DiT(nn.Module):
     """Predicts the velocity of noisy latent frames, given text and history.
 
     Args:
-        config: sizes and switches.
-        latent_channels: of the VAE.
-        text_dim: width of the text tokens.
-        compression: of the memory that is read in place (`config.unfold`); by default 4x4x2.
+        config: Configuration.
+        latent_channels: Channels of the VAE.
+        text_dim: Channels of a text token.
+        compression: Compression of the memory, for `config.unfold`; by default 4x4x2.
 
     Raises:
-        ValueError: a patch token reads fewer channels in place than it has.
+        ValueError: `config.unfold` is smaller than the channels of a patch token.
     """
 
     TRAINED_AS = {"blocks": "muon", "patch_projection": "fitted", "unfold": "fitted", "head_table": "no_decay"}
@@ -255,11 +256,11 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
         with torch.no_grad():
             for block in self.blocks:
-                # Keys start as queries do, so that a token first reads those like itself, at its own
-                # position in the memory. In a test with random videos a small model learned to
-                # retrieve a frame in about half the steps. (Mimetic initialisation, arXiv 2305.09828)
+                # Keys are initialised like queries, so that a token first attends to similar tokens at its own position
+                # in the memory. With random videos a small model learned to retrieve a frame in about half the steps.
+                # (Mimetic initialisation, arXiv 2305.09828)
                 block.qkv.weight[dim : 2 * dim] = block.qkv.weight[:dim]
-        # The first prediction is 0, the mean of what is to be predicted, at all times alike.
+        # The initial prediction is 0, the mean of the target, at all timesteps.
         for layer in (self.time_projection, self.head):
             nn.init.zeros_(layer.weight)
         if self.unfold is not None:
@@ -267,18 +268,18 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter.data.unflatten(0, (self.unfold.places, -1))[:, :cell])
 
     def lora_layers(self) -> list[str]:
-        """Names of the layers that get adapters: all linear ones."""
+        """Names of the layers that get adapters: all linear layers."""
         return [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
 
     def added(self) -> list[nn.Parameter]:
-        """What stays trained beside adapters: nothing."""
+        """Parameters that are trained besides adapters: none."""
         return []
 
     def patch_embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Project latents (B, C, T, H, W) to tokens (B, T * H/2 * W/2, D), frame by frame.
 
         Raises:
-            ValueError: the channels are not those of the model, or H or W is not a multiple of 2.
+            ValueError: The channels are not those of the model, or H or W is not a multiple of 2.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(
@@ -304,30 +305,29 @@ class DiT(nn.Module):
         """Predict the velocity noise - sample.
 
         Args:
-            x: (B, C, K, H, W) noisy latents.
-            t: (B,) or (B, K) times in [0, 1]; 1 is pure noise.
-            text: (B, S, text_dim) text tokens.
-            text_mask: bool (B, S), False where there is no token; a prompt may have none at all.
-            frames: (B, K) positions in time of the noisy frames, in latent frames.
-            memory: tokens (B, M, D) with positions (B or 1, M, 3).
-            window: (B, C, W, H', W') clean latents.
-            window_frames: (B, W) their positions in time.
-            cache: filled by the first call, read by later ones, which must have the same history. (They
-                need `window` only for `unfold`, and `memory` for that and `memory_cross_attention`.)
-            memory_cross_attention: whether blocks read the memory by cross-attention too; by default wherever
-                the model has it.
+            x: (B, C, K, H, W), noisy latents.
+            t: (B,) or (B, K), timesteps in [0, 1]; 1 is pure noise.
+            text: (B, S, text_dim), text tokens.
+            text_mask: bool (B, S), False for padding; a prompt may have no tokens.
+            frames: (B, K), positions of the noisy frames in time, in latent frames.
+            memory: Memory tokens (B, M, D) with positions (B or 1, M, 3), or None.
+            window: (B, C, W, H', W'), clean latents, or None.
+            window_frames: (B, W), their positions in time; required with `window`.
+            cache: Filled by the first call, read by later calls with the same history. Later calls need `window` only
+                for `unfold`, and `memory` only for `unfold` and `memory_cross_attention`.
+            memory_cross_attention: Whether the memory is also read by cross-attention; by default if the model has it.
 
         Returns:
-            (B, C, K, H, W) of the dtype of x.
+            (B, C, K, H, W), of the dtype of x.
 
         Raises:
-            ValueError: sizes that do not fit.
+            ValueError: The sizes do not fit together.
         """
         check_inputs(self.config, x, t, text, text_mask, frames, memory, window, window_frames, memory_cross_attention)
         b, k = x.shape[0], x.shape[2]
         grid = (k, x.shape[3] // PATCH, x.shape[4] // PATCH)
         times = t.to(torch.float32).view(b, -1).expand(b, k)
-        # One row more than there are frames: the history is at time 0.
+        # One more row than frames: the history is at timestep 0.
         rows = torch.cat([times.reshape(-1), times.new_zeros(1)])
         dtype = self.patch_projection.weight.dtype
         embedded = self.time_embedding(time_features(rows).to(dtype))
@@ -375,7 +375,7 @@ class DiT(nn.Module):
         window: torch.Tensor | None,
         window_frames: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """What patch tokens read in place (B, K * N, unfold): their box, after the window its newest frame; or None."""
+        """Input (B, K * N, unfold) of patch tokens by `unfold`, or None: from their box or the last clean frame."""
         if self.unfold is None:
             return None
         read = self.unfold(memory, places) if memory is not None else None
@@ -390,7 +390,7 @@ class DiT(nn.Module):
         return torch.cat([torch.where(follows, clean.repeat(1, shape[2], 1).to(read.dtype), first), rest], 2)
 
     def _place(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add features of the position, where the model has them; the residual stream has the weights' dtype."""
+        """Add position features, if the model has them; the residual stream has the dtype of the weights."""
         if self.position_projection is not None:
             tokens = tokens + self.position_projection(position_features(positions).to(self.head_table.dtype))
         return tokens.to(self.head_table.dtype), positions
@@ -407,7 +407,7 @@ class DiT(nn.Module):
         window_frames: torch.Tensor | None,
         time: torch.Tensor,
     ) -> Stream | None:
-        """Memory tokens, then the tokens of the clean frames, all at time 0; None if there are none."""
+        """Memory tokens, then tokens of the clean frames, all at timestep 0; None if there are none."""
         parts = [memory] if memory is not None and memory[0].shape[1] else []
         if window is not None and window.shape[2]:
             size = [n // PATCH for n in window.shape[3:]]
@@ -431,13 +431,13 @@ def check_inputs(
     window_frames: torch.Tensor | None,
     memory_cross_attention: bool | None,
 ) -> None:
-    """Check what DiT.forward is given.
+    """Check the arguments of `DiT.forward`.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: The sizes do not fit together.
     """
     if memory_cross_attention and not config.memory_cross_attention:
-        raise ValueError("DiT: memory_cross_attention must be False or None for a model that has none, got True")
+        raise ValueError("DiT: memory_cross_attention must be False or None for a model without it, got True")
     if x.ndim != 5:
         raise ValueError(f"DiT: x must be (B, C, K, H, W), got {tuple(x.shape)}")
     b, k = x.shape[0], x.shape[2]

@@ -1,4 +1,4 @@
-"""Video frames to the latents that a model is given."""
+"""Encode video frames to the latents that a model reads."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ def encode_block(frames: torch.Tensor, vae: VideoCodec, compression: Compression
     """Encode consecutive frames as one stream, or their low-resolution video.
 
     Args:
-        frames: uint8 (T, H, W, 3), as many as whole latent frames cover.
-        vae: makes the latents.
-        compression: of the encoder whose low-resolution video it is; None for the frames themselves.
+        frames: uint8 (T, H, W, 3), a whole number of latent frames.
+        vae: The VAE.
+        compression: Compression of the memory encoder whose low-resolution video is encoded; None to encode the
+            frames themselves.
 
     Returns:
-        float16 (C, T', H', W'), scaled; for a compression T' is what is left of the latent frames of the
-        frames themselves when those that fill no box are cropped.
+        float16 (C, T', H', W'), scaled latents. With a compression, T' is the number of boxes that the latent frames
+        of `frames` fill.
 
     Raises:
-        ValueError: the frames fill no box.
+        ValueError: The frames do not fill a box.
     """
     if compression is None:
         pieces = (frames_to_float(piece) for piece in _pieces(frames, vae))
@@ -33,7 +34,7 @@ def encode_block(frames: torch.Tensor, vae: VideoCodec, compression: Compression
     boxes = filled_latents(len(frames), vae) // compression.time
     if not boxes:
         raise ValueError(f"encode_block: frames must fill a box of {compression}, got {len(frames)}")
-    # Pieces begin at multiples of its time, so that the frames which are kept are those of one call for all.
+    # Pieces start at multiples of compression.time, so that the same frames are kept as in a single call.
     small = [low_resolution(frames_to_float(p), compression)[0] for p in frames.split(8 * compression.time)]
     low = torch.cat(small, dim=1).transpose(0, 1)
     pieces = (piece.transpose(0, 1)[None] for piece in _pieces(low[: filled_frames(len(low), vae)], vae))
@@ -52,17 +53,17 @@ def _scaled(frames: torch.Tensor, vae: VideoCodec, cache: dict) -> torch.Tensor:
 
 
 def _pieces(frames: torch.Tensor, vae: VideoCodec) -> tuple[torch.Tensor, ...]:
-    """Cut frames (T, ...) into pieces that are encoded one after another in bounded memory."""
+    """Cut frames (T, ...) into pieces, which are encoded one by one in bounded memory."""
     first = min(len(frames), vae.first_frames + vae.stride[0])
     return frames[:first], *(piece for piece in frames[first:].split(2 * vae.stride[0]) if len(piece))
 
 
 def filled_latents(frames: int, vae: VideoCodec) -> int:
-    """Latent frames that `frames` video frames fill."""
+    """Number of latent frames that `frames` video frames fill."""
     return max(0, 1 + (frames - vae.first_frames) // vae.stride[0])
 
 
 def filled_frames(frames: int, vae: VideoCodec) -> int:
-    """Video frames that whole latent frames cover, of `frames`."""
+    """Number of video frames in whole latent frames, of `frames`."""
     latent = filled_latents(frames, vae)
     return vae.first_frames + (latent - 1) * vae.stride[0] if latent else 0

@@ -88,12 +88,13 @@ class History(NamedTuple):
 
 
 class EncoderState(NamedTuple):
-    """What an encoder keeps of a stream.
+    """State of an encoder between segments.
 
     Attributes:
-        boxes: boxes in time that were encoded.
-        history, low: latents, cropped to whole boxes, that wait for a box to be full or for each other.
-        high: of the HR branch.
+        boxes: Boxes in time that are encoded.
+        history: Latents that do not fill a box yet, or wait for low-resolution latents.
+        low: Low-resolution latents that wait for their box.
+        high: State of the HR branch.
     """
 
     boxes: int
@@ -103,34 +104,36 @@ class EncoderState(NamedTuple):
 
 
 def memory_grid(compression: Compression, frames: int, rows: int, columns: int) -> tuple[int, int, int]:
-    """Count the boxes that latents are cut into: the one crop rule.
+    """Count the boxes of latents; each box becomes one memory token.
 
-    A box is as many patch tokens as `compression` says, and each gives a memory token. Numbers are rounded
-    down: rows at the bottom and columns at the right that fill no box are cropped; frames at the end
-    that fill none are not yet encoded.
+    Numbers are rounded down: rows at the bottom and columns at the right that do not fill a box are cropped; frames at
+    the end that do not fill a box are not encoded yet.
 
     Args:
-        compression: patch tokens of a box.
-        frames, rows, columns: of the latents.
+        compression: Patch tokens per box.
+        frames: Latent frames.
+        rows: Latent rows.
+        columns: Latent columns.
 
     Returns:
-        (t, h, w) boxes.
+        Number of boxes (t, h, w).
     """
     time, height, width = compression
     return frames // time, rows // (PATCH * height), columns // (PATCH * width)
 
 
 def count_tokens(config: EncoderConfig, vae: VAEConfig, frames: int, height: int, width: int) -> int:
-    """Count the memory tokens of a video, by the VAE's pad rule and the encoder's crop rule.
+    """Count the memory tokens of a video, with the padding of the VAE and the cropping of the encoder.
 
     Args:
-        config: the encoder.
-        vae: the VAE; Wan's and Hunyuan's first latent frame covers a single frame.
-        frames: of the video.
-        height, width: of its frames, in pixels.
+        config: Configuration of the memory encoder.
+        vae: Configuration of the VAE; the first latent frame of Wan's and Hunyuan's covers a single frame.
+        frames: Number of video frames.
+        height: Rows of a frame, in pixels.
+        width: Columns of a frame, in pixels.
 
     Returns:
-        Tokens; 5,460 for 480 frames of 480 x 832 at the default compression, 4x4x2.
+        Number of tokens; 5,460 for 480 frames of 480x832 (height x width) at the default compression, 4x4x2.
     """
     time, rows, columns = vae.stride
     first = 1 if vae.kind in ("wan", "hunyuan") else time
@@ -140,21 +143,21 @@ def count_tokens(config: EncoderConfig, vae: VAEConfig, frames: int, height: int
 
 
 def low_resolution(frames: torch.Tensor, compression: Compression) -> torch.Tensor:
-    """Make the video of the LR branch: smaller by `compression` along time, height and width.
+    """Make the video of the LR branch, downscaled by `compression` along time, height and width.
 
-    Of `time` frames the first is taken, and areas of `height` x `width` pixels are averaged. Rows at the bottom and
-    columns at the right that fill no area are cropped; the encoder crops the latents of what is left to its boxes. A
-    long video may come in pieces of multiples of `compression.time` frames.
+    Every `time`-th frame is taken, and areas of `height` x `width` pixels are averaged. Rows at the bottom and columns
+    at the right that do not fill an area are cropped; the encoder crops the latents to its boxes. A long video may be
+    given in pieces of multiples of `compression.time` frames.
 
     Args:
         frames: (B, 3, T, H, W) in [-1, 1].
-        compression: of the encoder that reads it.
+        compression: Compression of the memory encoder.
 
     Returns:
         (B, 3, ceil(T / time), H // height, W // width).
 
     Raises:
-        ValueError: frames are not (B, 3, T, H, W), or smaller than one area.
+        ValueError: The frames are not (B, 3, T, H, W), or smaller than one area.
     """
     time, height, width = compression
     if frames.ndim != 5 or frames.shape[3] < height or frames.shape[4] < width:
@@ -167,13 +170,13 @@ def low_resolution(frames: torch.Tensor, compression: Compression) -> torch.Tens
 
 
 class MemoryEncoder(nn.Module):
-    """Encodes the latents of a history as memory tokens.
+    """Encodes the latents of a history to memory tokens.
 
     Args:
-        config: compression, branches, channels and attention.
-        dim: width D of the tokens, that of the diffusion transformer. An encoder with a width of its own projects
-            its tokens to that.
-        latent_channels: of the VAE.
+        config: Compression, branches, channels and attention.
+        dim: Channels D of the tokens, the width of the diffusion transformer. If `config.width` is set, tokens are
+            projected from that width to D.
+        latent_channels: Channels of the VAE.
     """
 
     TRAINED_AS = {"shortcut": "fitted", "patchifier": "fitted"}
@@ -201,23 +204,23 @@ class MemoryEncoder(nn.Module):
             self.patchifier = _linear(numbers, dim)
 
     def grid(self, frames: int, rows: int, columns: int) -> tuple[int, int, int]:
-        """Count the boxes of latents: `memory_grid` at the encoder's compression."""
+        """Count the boxes of latents; see `memory_grid`."""
         return memory_grid(self.config.compression, frames, rows, columns)
 
     def forward(self, history: torch.Tensor | None, low: torch.Tensor | None, patch_embed: PatchEmbed) -> MemoryTokens:
         """Encode a whole history.
 
         Args:
-            history: scaled latents (B, C, T, H, W). "lr" can do without; given, they say how many boxes there are.
-            low: scaled latents (B, C, T', H', W') of the low-resolution video, of at least a frame and
-                2 x 2 cells a box; what is beyond is cropped. Read by "both" and "lr" only.
-            patch_embed: the transformer's first projection, latents (B, C, T, H, W) -> (B, T * H/2 * W/2, D).
+            history: Scaled latents (B, C, T, H, W). Optional for branches "lr"; if given, they set the number of boxes.
+            low: Scaled latents (B, C, T', H', W') of the low-resolution video, at least one frame and 2 x 2 cells per
+                box; more are cropped. Required for branches "both" and "lr".
+            patch_embed: Patch embedding of the transformer, latents (B, C, T, H, W) -> (B, T * H/2 * W/2, D).
 
         Returns:
-            MemoryTokens of t * h * w boxes (`grid`), or of as many as low has frames for.
+            Memory tokens of t * h * w boxes (`grid`), limited by the frames of `low`.
 
         Raises:
-            ValueError: an input is missing or does not fit.
+            ValueError: An input is missing or does not fit.
         """
         return self.append(history, low, patch_embed, None)[0]
 
@@ -230,20 +233,21 @@ class MemoryEncoder(nn.Module):
     ) -> tuple[MemoryTokens, EncoderState]:
         """Encode the next segment of a history.
 
-        Segments may be of any length, 0 too, and those of `history` and `low` need not go together:
-        tokens come as soon as both have all of a box. All tokens, put one after another, are those of
-        `forward`. Not so for "merge" and "sparse", which reduce each segment's boxes on their own:
-        what merges into what, and what is kept, depends on all there is to choose from.
+        Segments may have any length, even 0, and those of `history` and `low` need not match: a token is returned as
+        soon as both cover its box. The concatenated tokens equal those of `forward`, except for branches "merge" and
+        "sparse", which reduce the boxes of each segment separately.
 
         Args:
-            history, low, patch_embed: as for `forward`, of the segment.
-            state: of the call before; None at the start. It stays as it is.
+            history: As for `forward`, of the segment.
+            low: As for `forward`, of the segment.
+            patch_embed: As for `forward`.
+            state: State from the call before; None at the start. It is not modified.
 
         Returns:
-            MemoryTokens of the boxes that became complete, and the state.
+            Memory tokens of the boxes that became complete, and the new state.
 
         Raises:
-            ValueError: an input is missing or does not fit, or does not fit the segments before.
+            ValueError: An input is missing, or does not fit or match the segments before.
         """
         history, low = self._segment(history, low)
         if state is not None:
@@ -272,7 +276,7 @@ class MemoryEncoder(nn.Module):
         start: int,
         kept: HighState | None,
     ) -> tuple[MemoryTokens, HighState | None]:
-        """Encode whole boxes, number `start` in time and on."""
+        """Encode whole boxes, from number `start` in time."""
         branches = self.config.branches
         if low is not None:
             grid = (low.shape[2], low.shape[3] // PATCH, low.shape[4] // PATCH)
@@ -294,17 +298,17 @@ class MemoryEncoder(nn.Module):
         return MemoryTokens(tokens if self.output is None else self.output(tokens), positions), kept
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
-        """Patch tokens of the encoder's own width."""
+        """Patch tokens of width `config.width`."""
         return self.patches(patchify(latents)[0].to(self.patches.weight.dtype))
 
     def boxes(self, history: torch.Tensor) -> torch.Tensor:
-        """Cut latents (B, C, T, H, W) of whole boxes into them: (B, boxes, C * cells of a box)."""
+        """Cut latents (B, C, T, H, W) into whole boxes: (B, boxes, C * cells per box)."""
         time, rows, columns = self._box()
         cells = history.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(2, (-1, time))
         return cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
     def _reduce(self, history: torch.Tensor, count: int, patch_embed: PatchEmbed, start: int) -> MemoryTokens:
-        """Reduce the patch tokens of whole boxes to `count`, by merging or by selecting."""
+        """Reduce the patch tokens of whole boxes to `count`, by merging or selection."""
         grid = (history.shape[2], history.shape[3] // PATCH, history.shape[4] // PATCH)
         tokens = patch_embed(history)
         places = _positions(grid, (1, 1, 1), 0, tokens.device)
@@ -315,14 +319,14 @@ class MemoryEncoder(nn.Module):
         return _merge(tokens, places.expand(len(tokens), -1, -1), grid, count)
 
     def _box(self) -> tuple[int, int, int]:
-        """Latent cells of a box, (time, height, width)."""
+        """Latent cells per box, (time, height, width)."""
         time, height, width = self.config.compression
         return time, PATCH * height, PATCH * width
 
     def _segment(
         self, history: torch.Tensor | None, low: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Check a segment and crop it to whole boxes; what the encoder does not read becomes None."""
+        """Check a segment and crop it to whole boxes; latents that the encoder does not read become None."""
         branches = self.config.branches
         if not self.config.reads_low:
             low = None
@@ -363,7 +367,7 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def _join(name: str, before: torch.Tensor | None, segment: torch.Tensor | None) -> torch.Tensor | None:
-    """The latents that wait, and the segment after them."""
+    """Concatenate the waiting latents and the segment."""
     if (before is None) != (segment is None):
         raise ValueError(f"MemoryEncoder.append: {name} must be given in every segment or in none, got a change")
     if before is None:
@@ -377,7 +381,7 @@ def _join(name: str, before: torch.Tensor | None, segment: torch.Tensor | None) 
 
 
 def _positions(grid: tuple[int, int, int], spans: Iterable[int], start: int, device: torch.device) -> torch.Tensor:
-    """Midpoints (1, N, 3) of boxes of `spans` patch tokens, the first in time being number `start`."""
+    """Centres (1, N, 3) of boxes of `spans` patch tokens, from number `start` in time."""
     axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
     axes[0] += start
     axes = [(axis + 0.5) * span - 0.5 for axis, span in zip(axes, spans, strict=True)]
@@ -385,7 +389,7 @@ def _positions(grid: tuple[int, int, int], spans: Iterable[int], start: int, dev
 
 
 def _merge(tokens: torch.Tensor, places: torch.Tensor, grid: tuple[int, int, int], count: int) -> MemoryTokens:
-    """Merge tokens (B, N, D) to `count` by rounds of matching on a grid that gets coarser, as ToMe does."""
+    """Merge tokens (B, N, D) to `count` by rounds of matching on ever coarser grids, as in ToMe."""
     weight = torch.ones(tokens.shape[:2], device=tokens.device)
     while tokens.shape[1] > count:
         coarse = tuple(-(-n // s) for n, s in zip(grid, _MERGE_STRIDE, strict=True))
@@ -398,10 +402,10 @@ def _merge(tokens: torch.Tensor, places: torch.Tensor, grid: tuple[int, int, int
 
 
 def _metric(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens with a large constant appended, so that cosine similarity ranks by distance.
+    """Append a large constant to tokens, so that cosine similarity ranks by distance.
 
-    For vectors (x, r) with r well above |x|, 1 - cos is |x - y|^2 / 2r^2: tokens that differ in length
-    and not in direction, as those of dark and bright areas do, no longer match.
+    For vectors (x, r) with r much larger than |x|, 1 - cos is about |x - y|^2 / 2r^2. Tokens that differ in length but
+    not in direction, such as those of dark and bright areas, then do not match.
     """
     metric = tokens.detach().to(torch.promote_types(tokens.dtype, torch.float32))
     lift = 4.0 * metric.square().sum(-1).mean(1, keepdim=True).sqrt().clamp(min=1e-6)

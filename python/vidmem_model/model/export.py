@@ -1,4 +1,4 @@
-"""A trained model, stored to be shipped."""
+"""Export a trained model and its VAE to small files."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .lora import LORA_FILE, attach_lora, check_base
 
 
 def store(run: str | Path, output: Path, dtype: str, base: str | None = None) -> list[Path]:
-    """Store a trained model and the VAE beside it.
+    """Export a trained model and the VAE beside it.
 
     Args:
-        run: the model's file or folder.
-        output: the model's new file; the VAE becomes vae.safetensors in its folder.
-        dtype: see `weights.pack`.
-        base: name of the stored model of Stage I in the folder of `output`; only what Stage II has added
-            to that is stored then, its adapters. The run must have left the encoders frozen.
+        run: Model file or folder.
+        output: Model file to write; the VAE is written beside it as vae.safetensors.
+        dtype: Storage format of the weights, see `weights.pack`.
+        base: File name of an exported Stage I model in the folder of `output`. Then only the LoRA adapters of
+            Stage II are stored; its run must have had `freeze_encoder`.
 
     Returns:
-        The files.
+        The written files.
 
     Raises:
-        UserError: a file is missing, damaged, or cannot be written.
+        UserError: A file is missing, damaged, or cannot be written.
     """
     if base is not None:
         load_model(output.parent / check_base(base, output))

@@ -13,12 +13,13 @@ def logit_normal(
     std: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draw from the logit-normal L(mean, std): the sigmoid of a normal number.
+    """Draw from the logit-normal distribution: the sigmoid of normal numbers.
 
     Args:
-        shape: of the result.
-        mean, std: of the normal number.
-        generator: source of randomness; its device is that of the result.
+        shape: Shape of the result.
+        mean: Mean of the normal numbers.
+        std: Standard deviation of the normal numbers.
+        generator: Random generator; the result is on its device.
 
     Returns:
         float32 in (0, 1).
@@ -28,16 +29,17 @@ def logit_normal(
 
 
 def shift_timesteps(t: torch.Tensor, shift: float) -> torch.Tensor:
-    """Move timesteps towards the noise: shift * t / (1 + (shift - 1) * t), which keeps 0 and 1."""
+    """Shift timesteps towards the noise: shift * t / (1 + (shift - 1) * t); 0 and 1 stay."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Point at time t of the straight path from a sample to noise.
+    """Interpolate between a sample and noise at timestep t.
 
     Args:
-        x0, noise: (B, C, K, H, W).
-        t: (B,) in [0, 1], or (B, K), one time a frame.
+        x0: (B, C, K, H, W), samples.
+        noise: (B, C, K, H, W).
+        t: (B,) in [0, 1], or (B, K), one timestep per frame.
 
     Returns:
         float32 (1 - t) * x0 + t * noise.
@@ -47,18 +49,20 @@ def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch
 
 
 def over_frames(t: torch.Tensor) -> torch.Tensor:
-    """Times (B,) or (B, K) as float32 (B, 1, 1 or K, 1, 1), to go with (B, C, K, H, W)."""
+    """Reshape timesteps (B,) or (B, K) to float32 (B, 1, 1 or K, 1, 1), to broadcast with (B, C, K, H, W)."""
     return t.to(torch.float32).view(t.shape[0], 1, -1, 1, 1)
 
 
 def velocity_loss(velocity: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Squared error of a velocity against noise - x0, in float32.
+    """Mean squared error of a velocity against noise - x0, in float32.
 
     Args:
-        velocity, x0, noise: (B, C, K, H, W).
+        velocity: (B, C, K, H, W), predicted velocity.
+        x0: (B, C, K, H, W), samples.
+        noise: (B, C, K, H, W).
 
     Returns:
-        float32 (B,), the mean over all but the batch.
+        float32 (B,), the mean over all dimensions but the batch.
     """
     target = noise.to(torch.float32) - x0.to(torch.float32)
     return (velocity.to(torch.float32) - target).square().flatten(1).mean(1)
@@ -70,19 +74,19 @@ def sample(
     steps: int,
     shift: float = 1.0,
 ) -> torch.Tensor:
-    """Follow a velocity from noise (t = 1) to a sample (t = 0) in Euler steps.
+    """Integrate a velocity from noise (t = 1) to a sample (t = 0) by Euler steps.
 
     Args:
-        velocity: function of x (B, ...) and t (B,).
-        noise: (B, ...), where to start.
-        steps: number of steps.
-        shift: of the times, see shift_timesteps.
+        velocity: Function of x (B, ...) and t (B,).
+        noise: (B, ...), the start.
+        steps: Number of denoising steps.
+        shift: Timestep shift, see `shift_timesteps`.
 
     Returns:
-        float32, of the shape of noise.
+        float32, of the shape of `noise`.
 
     Raises:
-        ValueError: steps is not positive.
+        ValueError: `steps` is not positive.
     """
     if steps < 1:
         raise ValueError(f"sample: steps must be positive, got {steps}")

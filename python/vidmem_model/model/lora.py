@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of the DiT, by the package peft.
+"""LoRA adapters (arXiv 2106.09685) for the linear layers of the DiT, with the package peft.
 
-A pretrained transformer of diffusers stays in its own folder: `diffusers_dit` keeps what is added to its weights.
+The weights of a pretrained diffusers transformer stay in its folder; `diffusers_dit` records the updates to them.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _MARKS = (".lora_A.", ".lora_B.")
 
 
 def add_lora(model: MemoryModel | DiT, rank: int, alpha: float | None = None) -> list[str]:
-    """Put an adapter beside linear layers of the DiT: y = base(x) + alpha / rank * B(A(x)).
+    """Add adapters to the linear layers of the DiT: y = base(x) + alpha / rank * B(A(x)).
 
-    B is zero at first, so that the model is unchanged. The DiT's own weights are frozen; what is
-    outside the DiT (memory encoders, text encoder), and what was added to a pretrained transformer, is left as it is.
-    The layers are all of the DiT, and of a pretrained transformer those in its blocks.
+    B is initialised to zero, so that the model is unchanged at first. The weights of the DiT are frozen. Memory
+    encoders, text encoder, and parameters added to a pretrained transformer are not changed. Adapters go to all linear
+    layers of the DiT, or to those in the blocks of a pretrained transformer.
 
     Args:
-        model: a MemoryModel, or its DiT.
-        rank: of the adapters.
-        alpha: strength; by default the rank, a factor of 1.
+        model: A MemoryModel, or its DiT.
+        rank: Rank of the adapters.
+        alpha: Strength of the adapters; by default the rank, which gives a factor of 1.
 
     Returns:
-        Names of the layers, in the DiT.
+        Names of the layers in the DiT.
 
     Raises:
         UserError: peft is not installed.
-        ValueError: rank is not positive, or there are adapters already.
+        ValueError: `rank` is not positive, or the model already has adapters.
     """
     peft = _peft()
     dit = _dit(model)
@@ -67,15 +67,15 @@ def add_lora(model: MemoryModel | DiT, rank: int, alpha: float | None = None) ->
 
 
 def merge_lora(model: MemoryModel | DiT) -> None:
-    """Add the adapters to the weights they stand beside, and remove them; the model computes the same.
+    """Merge the adapters into the weights of their layers and remove them; the model's output stays the same.
 
-    The DiT's weights stay frozen as they are: `model.dit.requires_grad_(True)` trains them again.
+    The weights of the DiT stay frozen: call `model.dit.requires_grad_(True)` to train them.
 
     Args:
-        model: a MemoryModel, or its DiT.
+        model: A MemoryModel, or its DiT.
 
     Raises:
-        ValueError: there are no adapters.
+        ValueError: The model has no adapters.
     """
     dit = _dit(model)
     for name in _present("merge_lora", dit):
@@ -86,14 +86,14 @@ def merge_lora(model: MemoryModel | DiT) -> None:
         parent, _, child = name.rpartition(".")
         setattr(dit.get_submodule(parent), child, layer.get_base_layer())
         _note(dit, name, *update)
-    del dit.peft_config  # peft's note that there are adapters
+    del dit.peft_config  # by which peft knows that there are adapters
 
 
 def lora_state(model: MemoryModel | DiT) -> dict[str, torch.Tensor]:
-    """Weights of the adapters alone, by their names in the DiT.
+    """Return the weights of the adapters by their names in the DiT.
 
     Raises:
-        ValueError: there are no adapters.
+        ValueError: The model has no adapters.
     """
     dit = _dit(model)
     _present("lora_state", dit)
@@ -101,16 +101,16 @@ def lora_state(model: MemoryModel | DiT) -> dict[str, torch.Tensor]:
 
 
 def save_lora(path: str | Path, model: MemoryModel | DiT, extra: dict[str, Any] | None = None) -> None:
-    """Write the adapters alone to a safetensors file, whole or not at all.
+    """Write the adapters to a safetensors file; an error leaves an existing file unchanged.
 
     Args:
-        path: the file.
-        model: a MemoryModel, or its DiT, with adapters.
-        extra: anything JSON can hold, to be kept in the header.
+        path: File to write.
+        model: A MemoryModel, or its DiT, with adapters.
+        extra: Further JSON values for the header.
 
     Raises:
-        UserError: the file cannot be written.
-        ValueError: there are no adapters.
+        UserError: The file cannot be written.
+        ValueError: The model has no adapters.
     """
     dit = _dit(model)
     state = {name: tensor.detach().cpu() for name, tensor in lora_state(dit).items()}
@@ -120,17 +120,17 @@ def save_lora(path: str | Path, model: MemoryModel | DiT, extra: dict[str, Any] 
 
 
 def attach_lora(path: str | Path, output: Path, base: str, dtype: str) -> None:
-    """Store adapters as a model file of their own, to be added to the model `base` beside it.
+    """Write adapters to a model file that refers to the base model beside it.
 
     Args:
-        path: a file that save_lora wrote.
-        output: the new file, which `file.load_model` reads.
-        base: name of the model's file, in the folder of `output`.
-        dtype: see `weights.pack`.
+        path: File that `save_lora` wrote.
+        output: File to write; `file.load_model` reads it.
+        base: File name of the base model in the folder of `output`.
+        dtype: Storage format of the weights, see `weights.pack`.
 
     Raises:
-        UserError: a file is missing or cannot be written.
-        MemoryFormatError: the file is damaged or foreign.
+        UserError: A file is missing or cannot be written.
+        MemoryFormatError: The file is damaged, or not an adapter file.
     """
     state, form, extra = _read(Path(path))
     form = dataclasses.replace(form, base=check_base(base, output))
@@ -138,37 +138,40 @@ def attach_lora(path: str | Path, output: Path, base: str, dtype: str) -> None:
 
 
 def check_base(name: str, output: Path) -> str:
-    """Return the name of a model that adapters are to be added to, if a file beside `output` can have it.
+    """Check that the base model of adapters is given by a file name, without a folder, and return it.
 
     Raises:
-        UserError: it is a path, or no name.
+        UserError: It is a path, or not a valid file name.
     """
     try:
         return AdapterForm(rank=1, alpha=1.0, base=name).base
     except ValueError as error:
-        raise UserError(f"--base must be the name of a model's file beside {output}, got {show(name)}") from error
+        raise UserError(
+            f"--base must be the file name of a model in the folder of {output}, got {show(name)}"
+        ) from error
 
 
 def with_bases(path: Path) -> list[Path]:
-    """A model's file, and the ones that it is to be added to: of adapters first the adapters, the whole model last.
+    """List a model file and the files of its base models: adapters first, the full model last.
 
     Raises:
-        UserError: a file is missing.
-        MemoryFormatError: a file is damaged, or names a model outside of its folder, or itself.
+        UserError: A file is missing.
+        MemoryFormatError: A file is damaged, or its base model is in another folder or is the file itself.
     """
     files = [path]
     while (base := base_of(files[-1])) is not None:
         if base in files:
-            raise MemoryFormatError(f"{path}: its adapters are to be added to themselves; export them anew with --base")
+            raise MemoryFormatError(f"{path}: names itself as its base model; export the adapters again with --base")
         files.append(base)
     return files
 
 
 def base_of(path: Path) -> Path | None:
-    """The model that a file of adapters is to be added to, or None if the file names none or is no such file.
+    """Path of the base model of an adapter file; None if it names none, or is not an adapter file.
 
     Raises:
-        UserError, MemoryFormatError: as with_bases.
+        UserError: The file is missing.
+        MemoryFormatError: The file is damaged.
     """
     weights = WeightsFile(path)
     if weights.header.get("format") != FORMAT:
@@ -179,18 +182,18 @@ def base_of(path: Path) -> Path | None:
 
 @torch.no_grad()
 def apply_lora(path: str | Path, model: MemoryModel | DiT) -> dict[str, Any]:
-    """Add the adapters of a file to the weights of a model, without the package peft.
+    """Merge the adapters of a file into the weights of a model; the package peft is not needed.
 
     Args:
-        path: a file that save_lora or attach_lora wrote.
-        model: a MemoryModel, or its DiT, of the sizes that the adapters were made for.
+        path: File that `save_lora` or `attach_lora` wrote.
+        model: A MemoryModel, or its DiT, of the sizes of the adapters.
 
     Returns:
-        What save_lora was given as `extra`.
+        The `extra` values of `save_lora`.
 
     Raises:
-        UserError: the file is missing.
-        MemoryFormatError: the file is damaged, foreign, or its adapters do not fit the model.
+        UserError: The file is missing.
+        MemoryFormatError: The file is damaged, not an adapter file, or does not fit the model.
     """
     file, dit = Path(path), _dit(model)
     state, form, extra = _read(file)
@@ -202,7 +205,7 @@ def apply_lora(path: str | Path, model: MemoryModel | DiT) -> dict[str, Any]:
         out, inside = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else (0, 0)
         expected |= {name + first: (form.rank, inside), name + second: (out, form.rank)}
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
-        raise MemoryFormatError(f"{file}: its adapters are for a model of other sizes")
+        raise MemoryFormatError(f"{file}: its adapters are for a model of other sizes; give the adapters of this model")
     for name in names:
         b, a = form.alpha / form.rank * state[name + second], state[name + first]
         weights[f"{name}.weight"] += b @ a
@@ -247,7 +250,7 @@ def _form(weights: WeightsFile) -> AdapterForm:
 
 
 def _read(file: Path) -> tuple[dict[str, torch.Tensor], AdapterForm, dict[str, Any]]:
-    """Adapters, their form, and what else was kept."""
+    """Adapters, their header, and the extra values."""
     weights = WeightsFile(file, FORMAT, VERSION)
     form = _form(weights)
     try:
@@ -260,7 +263,7 @@ def _peft():
     try:
         import peft
     except ImportError as error:
-        raise UserError("LoRA needs the package peft: pip install peft") from error
+        raise UserError("LoRA needs the package peft; run: pip install peft") from error
     return peft
 
 
@@ -269,7 +272,7 @@ def _dit(model: MemoryModel | DiT) -> nn.Module:
 
 
 def _note(dit: nn.Module, name: str, b: torch.Tensor, a: torch.Tensor) -> None:
-    """Have a transformer whose own weights are not stored keep what was added to a layer."""
+    """Record the update of a layer in a transformer whose weights are not stored."""
     if hasattr(dit, "keep_update"):
         dit.keep_update(name, b, a)
 
@@ -285,5 +288,5 @@ def _adapters(dit: nn.Module) -> list[str]:
 def _present(function: str, dit: nn.Module) -> list[str]:
     names = _adapters(dit)
     if not names:
-        raise ValueError(f"{function}: the model must have adapters, add_lora puts them in, got none")
+        raise ValueError(f"{function}: the model must have adapters (call add_lora first), got none")
     return names

@@ -1,7 +1,7 @@
-"""Positions of tokens: rotary embedding over (time, height, width), and features of the absolute position.
+"""Position embeddings of tokens: rotary embedding (RoPE) over (time, height, width), and absolute position features.
 
-A position is (t, h, w) in units of the patch-token grid, t in latent frames, and may be fractional: a
-memory token stands at the midpoint of the box of patch tokens it covers.
+A position is (t, h, w) in patch tokens, t in latent frames. It may be fractional: that of a memory token is the centre
+of its box of patch tokens.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch
 
 THETA = 10000.0
 _EPSILON = 1e-6
-# Periods of the absolute features, in tokens. 2, 4 and 8 tell apart the tokens and frames inside one
-# box of memory, the long ones the boxes.
+# Periods of the absolute features, in tokens. 2, 4 and 8 distinguish tokens and frames inside a box, longer ones boxes.
 PERIODS = tuple(2.0**i for i in range(1, 10))
 FEATURES = 3 * 2 * len(PERIODS)
 
 
 def frame_positions(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Positions of the patch tokens of some frames.
+    """Positions of the patch tokens of frames.
 
     Args:
-        frames: (B, K) positions in time, in latent frames.
-        height, width: rows and columns of patch tokens in a frame.
+        frames: (B, K), positions in time, in latent frames.
+        height: Rows of patch tokens in a frame.
+        width: Columns of patch tokens in a frame.
 
     Returns:
-        float32 (B, K * height * width, 3), ordered as patchify orders tokens.
+        float32 (B, K * height * width, 3), in the token order of `patchify`.
     """
     b, k = frames.shape
     rows = torch.arange(height, device=frames.device, dtype=torch.float32)
@@ -50,9 +50,9 @@ def rotary(
 
     Args:
         positions: float (B or 1, N, 3), (t, h, w).
-        head_dim: channels of a head, even.
-        axes: of these, those that turn with t, h and w; by default `axis_sizes`, as in Wan.
-        theta: the longest period over 2 pi.
+        head_dim: Channels per head, even.
+        axes: Channels that rotate with t, h and w; by default `axis_sizes`, as in Wan.
+        theta: Base of the frequencies: the longest period divided by 2 pi.
 
     Returns:
         complex64 (B or 1, N, head_dim / 2), of modulus 1.
@@ -66,10 +66,10 @@ def rotary(
 
 
 class _NormRotate(torch.autograd.Function):
-    """RMS norm, scale and rotation with a gradient of a few passes over memory.
+    """RMS norm, scale and rotation as one autograd function with few passes over memory.
 
-    Composed of single ops, these were half of a training step of a small model on a CPU: ten passes
-    forward and twenty back, each of which reads and writes all queries and keys.
+    As separate ops they took half of a training step of a small model on a CPU: ten passes forward and twenty backward,
+    each of which reads and writes all queries and keys.
     """
 
     @staticmethod
@@ -98,11 +98,11 @@ def norm_rotate(x: torch.Tensor, scale: torch.Tensor, rotation: torch.Tensor | N
 
     Args:
         x: (B, N, ..., head_dim).
-        scale: broadcast to the dimensions of x after the first two.
-        rotation: from `rotary`, or None for no rotation.
+        scale: Broadcast to the dimensions of x after the first two.
+        rotation: Result of `rotary`, or None for no rotation.
 
     Returns:
-        Like x, of its dtype; computed in float32 (float64 for float64).
+        Tensor of the shape and dtype of x, computed in float32 (float64 for float64).
     """
     return _NormRotate.apply(x, scale, rotation)
 
@@ -115,7 +115,7 @@ def _turn(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
     """Rotate pairs of neighbouring channels of contiguous x in place."""
     if rotation is None:
         return x
-    # One complex product is a third of the time of the same in sines and cosines on a CPU.
+    # On a CPU one complex product takes a third of the time of sines and cosines.
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     pairs.mul_(rotation.view(*rotation.shape[:2], *(1,) * (x.ndim - 3), -1))
     return x
@@ -130,7 +130,7 @@ def position_features(positions: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 (B or 1, N, FEATURES).
     """
-    # Made on the device: a copy to it could not be captured as a CUDA graph.
+    # Created on the device, because a copy to it cannot be captured in a CUDA graph.
     periods = 1 << torch.arange(1, 1 + len(PERIODS), device=positions.device)
     angle = positions[..., None].to(torch.float32) * (2 * math.pi / periods)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)

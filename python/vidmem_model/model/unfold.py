@@ -1,4 +1,4 @@
-"""Reading the memory in place: what the memory token of a box says about each patch token of the box."""
+"""Unfold memory tokens: each patch token reads the memory token of its box by a linear map."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from vidmem_kernels import gather_tokens
 from .config import Compression
 from .encoder import MemoryTokens
 
-# Positions are multiples of a half; more than any of them, less than what int64 holds three of.
+# Positions are multiples of 0.5; three of them must fit into an int64.
 _RADIX = 1 << 20
 
 
 class Unfold(nn.Module):
-    """Gives every patch token a linear map, that of its place, of the memory token whose box it is in.
+    """Maps the memory token of a box to each patch token in the box, by one linear map per place in the box.
 
-    This is a transposed convolution with a memory token's box as kernel and stride. Boxes are found by the
-    positions of the tokens, which stand at their midpoints; those of other sizes are never the same.
-    Frames that follow the memory read its last frame: a video goes on where it was.
+    This is a transposed convolution whose kernel and stride are a box. Boxes are found by the positions of the memory
+    tokens, their centres; the centres of boxes of other sizes never match. Frames after the memory read its last memory
+    frame, so that a video continues from there.
 
     Args:
-        dim: width of the memory tokens.
-        channels: of what a patch token reads.
-        compression: of the memory: patch tokens of a box.
+        dim: Channels of a memory token.
+        channels: Channels that a patch token reads.
+        compression: Patch tokens per box.
     """
 
     def __init__(self, dim: int, channels: int, compression: Compression) -> None:
         super().__init__()
         self.span, self.places, self.channels = tuple(compression), compression.count, channels
         self.projection = nn.Linear(dim, self.places * channels)
-        # On the device with the weights: a copy to it in the middle of a step could not be captured as a CUDA graph.
+        # A buffer, because a copy to the device during a step cannot be captured in a CUDA graph.
         self.register_buffer("_box", torch.tensor(self.span), persistent=False)
 
     def forward(self, memory: MemoryTokens, places: torch.Tensor) -> torch.Tensor:
-        """Read.
+        """Read the memory at the positions of patch tokens.
 
         Args:
-            memory: tokens (B, M, D) with positions (B or 1, M, 3).
-            places: (B, Q, 3) positions of patch tokens, whole numbers.
+            memory: Memory tokens (B, M, D) with positions (B or 1, M, 3).
+            places: (B, Q, 3), positions of patch tokens, whole numbers.
 
         Returns:
-            (B, Q, channels) of the projection's dtype; zeros where the memory has no token of the box.
+            (B, Q, channels), of the projection's dtype; zeros if the memory has no token of the box.
         """
         weight = self.projection.weight
         if not memory.tokens.shape[1]:
@@ -63,6 +63,6 @@ class Unfold(nn.Module):
 
 
 def _key(positions: torch.Tensor) -> torch.Tensor:
-    """One int64 for each position (..., 3), which has halves at most and may be negative."""
+    """Encode each position (..., 3), a multiple of 0.5 that may be negative, as one int64."""
     t, h, w = (2 * positions).round().long().unbind(-1)
     return (t * _RADIX + h) * _RADIX + w

@@ -1,1 +1,1 @@
-"""Training of the memory (Stage I), of its continuation (Stage II) and of the VAE."""
+"""Training: the memory (Stage I), continuation (Stage II) and the VAE."""

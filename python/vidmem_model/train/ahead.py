@@ -1,4 +1,4 @@
-"""Batches drawn by threads while the steps before them are trained on."""
+"""Prepare batches in threads during the training steps before them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-# Batches that wait to be trained on, for each thread.
+# Batches that wait for their step, per thread.
 _WAITING = 2
 
 
 @contextmanager
 def ahead(draw: Callable[[int], Any], steps: Iterable[int], threads: int) -> Iterator[Iterator[Any]]:
-    """Draw the batches of steps, in their order.
+    """Prepare the batches of steps, in order.
 
     Args:
-        draw: makes the batch of a step, whatever was drawn before; with threads it is called in several at once.
-        steps: numbers of the steps.
-        threads: that draw ahead; 0 draws each batch when it is asked for.
+        draw: Makes the batch of a step, independent of other batches; threads call it concurrently.
+        steps: Numbers of the steps.
+        threads: Number of threads; 0 makes each batch when it is requested.
 
-    Returns:
-        Iterator over the batches. What `draw` raises comes when its batch is asked for.
+    Yields:
+        An iterator over the batches. An exception of `draw` is raised when its batch is requested.
     """
     if not threads:
         yield map(draw, steps)
@@ -40,7 +40,7 @@ def ahead(draw: Callable[[int], Any], steps: Iterable[int], threads: int) -> Ite
             drawn.extend(pool.submit(draw, step) for step in itertools.islice(left, 1))
             yield batch
 
-    # Each thread with one core: they are many already.
+    # One core per thread, because there are many threads.
     with ThreadPoolExecutor(threads, "batches", lambda: torch.set_num_threads(1)) as pool:
         try:
             yield batches()

@@ -1,4 +1,4 @@
-"""Films cut into blocks of whole scenes."""
+"""Cut videos into blocks of whole scenes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .bundle import is_bundle, read_bundle
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive scenes of a film and their latents.
+    """Consecutive scenes of a video and their latents.
 
     Attributes:
-        film: path of the video.
-        start: second of the film at which the block begins.
-        frames: video frames, a multiple of what a latent frame covers.
-        scenes: number of scenes.
+        film: Path of the video.
+        start: Start of the block, in seconds of the video.
+        frames: Number of video frames, whole latent frames.
+        scenes: Number of scenes.
         split: "train" or "test".
-        mirrored: whether these are the mirror images of the frames.
-        zoom: how much the frames are enlarged.
+        mirrored: Whether the frames are mirrored.
+        zoom: Factor by which the frames are enlarged.
         latents: float16 (C, T, H, W), scaled.
-        lows: for each compression float16 (C, T / time, ...), scaled latents of the low-resolution video.
+        lows: For each compression float16 (C, T / time, ...), scaled latents of the low-resolution video.
     """
 
     film: Path
@@ -49,15 +49,15 @@ class Block:
     lows: dict[Compression, torch.Tensor]
 
     def read(self, start: int, length: int, compressions: Iterable[Compression | None]) -> History:
-        """Return a history, without a batch, in float32.
+        """Return a part of the block as a history, without a batch dimension, in float32.
 
         Args:
-            start: its first latent frame, a multiple of every compression's time.
-            length: its latent frames.
-            compressions: of low-resolution latents, or None for none.
+            start: First latent frame, a multiple of the time of every compression.
+            length: Number of latent frames.
+            compressions: Compressions of the low-resolution latents; None for an encoder without.
 
         Returns:
-            History of latents (C, length, H, W), with low-resolution ones for each compression.
+            History of latents (C, length, H, W), with low-resolution latents for each compression.
         """
         lows = [
             None if each is None else self.lows[each][:, start // each.time :][:, : length // each.time].float()
@@ -67,11 +67,11 @@ class Block:
 
 
 def enlarged(row: dict[str, Any], model: ModelConfig) -> torch.Tensor:
-    """Decode a block once more, enlarged by its row's zoom, and cut out a window of the frame's size.
+    """Decode a block again, enlarged by the zoom of its row, and crop it to the frame size.
 
     Args:
-        row: of the index; its name chooses the window's place.
-        model: height, width and rate of the frames.
+        row: Row of the index; its name determines the place of the crop.
+        model: Configuration with height, width and rate of the frames.
 
     Returns:
         uint8 (T, H, W, 3).
@@ -91,20 +91,19 @@ def enlarged(row: dict[str, Any], model: ModelConfig) -> torch.Tensor:
 def cut_films(
     config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec, only: str | None = None
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """Decode films and cut them into blocks of whole scenes.
+    """Decode videos and cut them into blocks of whole scenes.
 
-    What somebody may want to know of a film (it is interlaced, most of it is cropped) is said on stderr.
+    Warnings about a video (interlaced, mostly cropped) are printed on stderr.
 
     Args:
-        config: how they are cut.
-        films: paths of videos, or of bundles of blocks (bundle.write_bundle), which are as they were cut then.
-        model: height, width and rate of the frames.
-        vae: its stride says which frames fill whole latent frames.
-        only: "train" or "test", for the blocks of one split; parts of a film that cannot hold any are not
-            decoded.
+        config: Configuration of the data.
+        films: Paths of videos, or of bundles (`bundle.write_bundle`), whose blocks are already cut.
+        model: Configuration with height, width and rate of the frames.
+        vae: VAE whose stride determines whole latent frames.
+        only: "train" or "test" for the blocks of one split; parts of a video without such blocks are not decoded.
 
     Returns:
-        Iterator over the index's row of a block and its frames, uint8 (T, H, W, 3).
+        Iterator over (row of the index, frames of the block, uint8 (T, H, W, 3)).
     """
     from ..progress import note
 
@@ -112,7 +111,7 @@ def cut_films(
     for f, film in enumerate(films):
         if is_bundle(film):
             if config.zooms:
-                raise UserError(f"{film}: a bundle holds frames of one size; data.zooms must be empty")
+                raise UserError(f"{film}: data.zooms must be empty for a bundle, whose frames have a fixed size")
             for row, frames in read_bundle(film, model, vae, only):
                 yield {**row, "name": f"{f:02d}-{row['name']}"}, frames
             continue
@@ -122,7 +121,7 @@ def cut_films(
                 continue
             chunks = iter_frames(film, ClipSpec(model.height, model.width, model.fps, first, seconds))
             for stretch in stretches(chunks, round(config.block_seconds * model.fps), config.cut_threshold):
-                # A scene that had to be broken stays on one side of the split.
+                # All parts of a scene that was broken up go to the same split.
                 number += 0 if stretch.continues else 1
                 if filled_latents(len(stretch.frames), vae) < config.shortest:
                     continue
@@ -143,6 +142,6 @@ def cut_films(
 
 
 def seeded(*numbers: int | str) -> torch.Generator:
-    """A generator of its own for each tuple, such as (seed, step, sample), whatever was drawn before."""
+    """Make a random generator that depends only on the numbers, such as (seed, step, sample)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,7 +1,7 @@
-"""Bundles: the blocks of films in one small file, which is read without a video decoder.
+"""Bundles: blocks of training videos in one small file that can be read without a video decoder.
 
-Frames are stored as quantised coefficients of the embedded DCT codec, compressed by LZMA: some megabytes for minutes of
-small frames. They go to machines that have nothing but PyTorch, to be trained on there.
+Frames are stored as quantised coefficients of the built-in DCT codec, compressed with LZMA: a few megabytes for minutes
+of small frames. They are for training on machines that have PyTorch only.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from ..weights import write_tensors
 
 FORMAT = "vidmem.bundle"
 VERSION = 1
-# A coefficient is rounded up from this on: most are small, and as zeros they cost nothing.
+# Fractions from this on are rounded up: small coefficients become zeros, which compress best.
 _ROUND_UP = 0.35
-# Coefficients lie coefficient by coefficient, so that the zeros of high frequencies follow each other.
+# Values are ordered by coefficient, so that the zeros of high frequencies are contiguous.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
-# Steps of the quantiser, in levels of 255: the first and the bounds. So many looks at so many blocks find the best.
+# Quantiser steps in levels of 255: initial, minimum, maximum; iterations of the search, and blocks that it samples.
 _FIRST, _FINEST, _COARSEST, _LOOKS, _SAMPLE = 40.0, 2.0, 255.0, 3, 4
 
 
@@ -75,30 +75,30 @@ class Row(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(Path(self.name).name == self.name, "Row: name must be that of a file", self.name)
+        require(Path(self.name).name == self.name, "Row: name must be a file name", self.name)
 
 
 def is_bundle(film: Path) -> bool:
-    """Whether a film is a bundle, by its name."""
+    """Whether a path is that of a bundle, by its suffix."""
     return film.suffix == ".safetensors"
 
 
 def write_bundle(
     path: Path, blocks: Iterable[tuple[dict[str, Any], torch.Tensor]], model: ModelConfig, most: int
 ) -> dict[str, float]:
-    """Write blocks to a bundle, as finely as they fit.
+    """Write blocks to a bundle, with the best quality that fits into a file size.
 
     Args:
-        path: a file *.safetensors.
-        blocks: rows and uint8 frames (T, H, W, 3), from blocks.cut_films.
-        model: height, width and rate of the frames, and the VAE's stride in time that their numbers are made for.
-        most: bytes that the file may have.
+        path: File *.safetensors to write.
+        blocks: Rows and uint8 frames (T, H, W, 3), from `blocks.cut_films`.
+        model: Configuration with height, width and rate of the frames, and the time stride of the VAE.
+        most: Maximum size of the file, in bytes.
 
     Returns:
-        Its number of "frames", the quantiser's "step" in levels of 255, and the "psnr" of the frames as they will be.
+        Number of "frames", quantiser "step" in levels of 255, and "psnr" of the stored frames.
 
     Raises:
-        UserError: there are no blocks, they do not fit, or the file cannot be written.
+        UserError: There are no blocks, they do not fit, or the file cannot be written.
     """
     rows, stored = [], []
     codec = DCTCodec()
@@ -107,10 +107,12 @@ def write_bundle(
         padded = pad_frames(frames_to_float(frames), codec.stride)
         stored.append((frames, codec.encode(padded)[0].half().contiguous()))
     if not rows:
-        raise UserError(f"{path}: there are no blocks of film to bundle")
-    step, made = _fitted([each for _, each in stored], most - 20_000 - 1_000 * len(rows))  # the rest for the header
+        raise UserError(f"{path}: there are no blocks of video to bundle; give a longer video")
+    step, made = _fitted(
+        [each for _, each in stored], most - 20_000 - 1_000 * len(rows)
+    )  # the remaining bytes are for the header
     if step > _COARSEST:
-        raise UserError(f"{path}: {len(rows)} blocks of film do not fit into {most:,} bytes; take fewer seconds")
+        raise UserError(f"{path}: {len(rows)} blocks of video do not fit into {most:,} bytes; give fewer seconds")
     header = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -137,14 +139,16 @@ def read_bundle(
     """Read the blocks of a bundle.
 
     Args:
-        path: the file.
-        model, vae, only: as for blocks.cut_films.
+        path: The file.
+        model: As for `blocks.cut_films`.
+        vae: As for `blocks.cut_films`.
+        only: As for `blocks.cut_films`.
 
     Returns:
-        Iterator over the row of a block and its frames, uint8 (T, H, W, 3).
+        Iterator over (row of the index, frames of the block, uint8 (T, H, W, 3)).
 
     Raises:
-        UserError: the file is missing, damaged, or its frames are of another size, rate or length.
+        UserError: The file is missing or damaged, or its frames have another size, rate or length.
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
@@ -163,7 +167,7 @@ def read_bundle(
                     stored = opened.get_tensor(row.name).numpy().tobytes()
                     yield dataclasses.asdict(row), _frames(stored, (row.frames, model.height, model.width), step)
     except (SafetensorError, lzma.LZMAError, KeyError, ValueError, TypeError, MemoryError) as error:
-        raise UserError(f"{path}: is damaged or no bundle of film ({shorten(error)})") from error
+        raise UserError(f"{path}: is damaged or not a bundle of video ({shorten(error)})") from error
 
 
 def _made_for(model: ModelConfig, stride: int) -> dict[str, Any]:
@@ -171,35 +175,35 @@ def _made_for(model: ModelConfig, stride: int) -> dict[str, Any]:
 
 
 def _fitted(coefficients: list[torch.Tensor], room: int) -> tuple[float, list[bytes]]:
-    """Compress coefficients into so many bytes: the quantiser's step, beyond _COARSEST where they do not fit."""
+    """Compress coefficients into `room` bytes; return the quantiser step, above _COARSEST if they do not fit."""
 
     def sizes(some: list[torch.Tensor]) -> list[bytes]:
-        with ThreadPoolExecutor() as pool:  # LZMA lets other threads run
+        with ThreadPoolExecutor() as pool:  # LZMA releases the GIL
             return list(pool.map(lambda each: _compress(each, step), some))
 
     sample = coefficients[:: -(-len(coefficients) // _SAMPLE)]
     share = sum(map(torch.Tensor.numel, sample)) / sum(map(torch.Tensor.numel, coefficients))
     step = _FIRST
-    for _ in range(_LOOKS):  # bytes fall about as the step rises
+    for _ in range(_LOOKS):  # the size is about inversely proportional to the step
         step = min(max(step * sum(map(len, sizes(sample))) / (share * room), _FINEST), _COARSEST)
     made = sizes(coefficients)
-    while sum(map(len, made)) > room and step <= _COARSEST:  # the sample was not quite like the whole
+    while sum(map(len, made)) > room and step <= _COARSEST:  # the sample was not representative
         step *= max(1.01, sum(map(len, made)) / room)
         made = sizes(coefficients)
     return step, made
 
 
 def _compress(coefficients: torch.Tensor, step: float) -> bytes:
-    """Quantise coefficients and compress them; those of frames in [-1, 1] are for a step in 255 levels."""
+    """Quantise coefficients of frames in [-1, 1], with a step in levels of 255, and compress them."""
     scaled = coefficients.float() * (127.5 / step)
     whole = ((scaled.abs() + _ROUND_UP).floor() * scaled.sign()).numpy().astype(np.int16)
     folded = ((whole << 1) ^ (whole >> 15)).astype("<u2")  # 0, -1, 1, -2, ... to 0, 1, 2, 3, ...
-    halves = folded.view(np.uint8).reshape(-1, 2).T  # the second bytes are nearly all zero
+    halves = folded.view(np.uint8).reshape(-1, 2).T  # high bytes are nearly all zero
     return lzma.compress(halves.tobytes(), lzma.FORMAT_RAW, filters=_FILTERS)
 
 
 def _frames(compressed: bytes, size: tuple[int, int, int], step: float) -> torch.Tensor:
-    """Undo _compress: uint8 frames (T, H, W, 3) of so many frames, rows and columns."""
+    """Inverse of `_compress`: uint8 frames (T, H, W, 3) of a size (frames, rows, columns)."""
     codec = DCTCodec()
     grid = [-(-n // stride) for n, stride in zip(size, codec.stride, strict=True)]
     count = 2 * codec.channels * math.prod(grid)

@@ -1,4 +1,4 @@
-"""The loss curve of a training run: its CSV."""
+"""The loss curve of a training run, a CSV file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
 
 
 class Curve:
-    """The CSV of a run: a row a step.
+    """Writes the CSV of a run, one row per step.
 
     Args:
-        path: the file; rows after step `done` of an earlier run are dropped.
-        done: steps done.
+        path: The file; rows of an earlier run after step `done` are dropped.
+        done: Steps done.
     """
 
     def __init__(self, path: Path, done: int) -> None:
@@ -29,7 +29,7 @@ class Curve:
         self.path = path
         self.seconds = rows[-1]["seconds"] if rows else 0.0
         self._last = (math.nan, math.nan)
-        self._told = self.seconds  # at the last flush
+        self._told = self.seconds  # time of the last flush
         self._rows: list[tuple[Any, ...]] = []
         with replacing(path) as part, part.open("w", newline="") as file:
             writer = csv.writer(file)
@@ -37,12 +37,12 @@ class Curve:
             writer.writerows(_written(*(row[name] for name in _COLUMNS)) for row in rows)
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, lr: float, seconds: float) -> None:
-        """Note a step; tensors are read later, so that a GPU is not waited for."""
+        """Add a step; tensors are read in `flush`, to avoid a synchronisation with the GPU."""
         self.seconds += seconds
         self._rows.append((step, loss, norm, lr, self.seconds))
 
     def flush(self) -> tuple[float, float]:
-        """Write what was noted; the mean loss of the last rows, and the seconds of a step."""
+        """Write the added steps; return their mean loss and the seconds per step."""
         rows = [(step, float(loss), float(norm), lr, seconds) for step, loss, norm, lr, seconds in self._rows]
         if rows:
             try:
@@ -57,15 +57,15 @@ class Curve:
 
 
 def _written(step: int, loss: float, norm: float, lr: float, seconds: float) -> tuple[Any, ...]:
-    # Nine digits tell every float32 from every other.
+    # Nine digits represent every float32 exactly.
     return step, f"{loss:.9g}", f"{norm:.9g}", f"{lr:.9g}", f"{seconds:.3f}"
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """Rows of a run's CSV.
+    """Read the rows of a run's CSV.
 
     Raises:
-        UserError: the file is missing or is no such CSV.
+        UserError: The file is missing or is not such a CSV.
     """
     try:
         with path.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""The processes of a training: those that torchrun started, what each holds of the weights, and signals to them."""
+"""Distributed training: processes started by torchrun, sharded weights, and signals."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Stands beside those signals where the seconds of a run are over; no signal has this number.
+# Pseudo signal number for the end of max_seconds.
 TIME_UP = -1
 
 
 class Interrupted(Exception):
-    """The user stopped the run; a checkpoint holds all that was done.
+    """A signal stopped the run; its state is in a checkpoint.
 
     Attributes:
-        step: steps done.
-        signal: that stopped it.
+        step: Steps done.
+        signal: Number of the signal.
     """
 
     def __init__(self, step: int, number: int) -> None:
@@ -42,13 +42,15 @@ class Interrupted(Exception):
 
 @contextmanager
 def processes(config: TrainConfig) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did, and give this one's device."""
+    """Join the process group if torchrun started this process, and yield the device."""
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
-        raise UserError("optimisation.device is cuda, but there is no CUDA device; take cpu")
+        raise UserError("optimisation.device is cuda, but there is no CUDA device; set it to cpu")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch % world:
-        raise UserError(f"optimisation.batch must be a multiple of the {world} processes, got {config.batch}")
+        raise UserError(
+            f"optimisation.batch must be a multiple of the number of processes, {world}, got {config.batch}"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -57,7 +59,7 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     if world == 1:
         yield device
         return
-    # The first process encodes the films while the others wait.
+    # Long timeout: the first process encodes the videos while the others wait.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     try:
         try:
@@ -69,16 +71,16 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
-            raise UserError("another process of this run has ended; its own message says why") from error
+            raise UserError("another process of this run has failed; see its message") from error
         _part()
     finally:
         dist.destroy_process_group()
 
 
 def _part() -> None:
-    """Wait for the other processes, with nothing left that refers to the group of them.
+    """Wait for the other processes, after freeing all objects that refer to the process group.
 
-    A sharded model that lives on until the interpreter ends makes gloo abort there, now and then.
+    gloo sometimes aborts at exit if a sharded model still exists.
     """
     gc.collect()
     dist.barrier()
@@ -90,7 +92,7 @@ def rank() -> int:
 
 
 def first_then_others(work: Callable[[], Any]) -> Any:
-    """Do something in the first process, then in the others, which find its files."""
+    """Call a function in the first process, then in the others, which find the files that it wrote."""
     made = work() if rank() == 0 else None
     if dist.is_initialized():
         dist.barrier()
@@ -104,26 +106,26 @@ def shard(objective: nn.Module, device: torch.device) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        # What is outside of these is gathered for the whole step: the first projection, which the
-        # memory encoders call too, is among it.
+        # Weights outside of these parts are gathered for the whole step, such as the patch embedding, which the memory
+        # encoders call, too.
         for part in (*objective.parts(), objective):
             fully_shard(part, mesh=mesh)
     return objective
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a weight."""
+    """The local shard of a weight."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a weight that may be sharded."""
+    """The full tensor of a weight that may be sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def sharded_as(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that all processes have, sharded as another one is."""
+    """The local shard of a tensor that all processes have, sharded like another one."""
     if not hasattr(like, "full_tensor"):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -132,7 +134,7 @@ def sharded_as(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tensor, int]:
-    """Mean loss of all processes, and what is to stop any of them, a signal first: all must stop at one step."""
+    """Mean loss of all processes, and the signal that stops any of them: all must stop at the same step."""
     if world == 1:
         return loss, stop[-1] if stop else 0
     numbers = (*STOPS, TIME_UP)
@@ -144,9 +146,9 @@ def agree(loss: torch.Tensor, stop: list[int], world: int) -> tuple[torch.Tensor
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect signals that end a run instead of dying in the middle of a step; a second one, later, kills.
+    """Collect signals, so that a run stops after the current step; a second signal, more than 1 s later, kills it.
 
-    SIGHUP is left alone where it is ignored, as nohup does.
+    SIGHUP stays ignored if it was, as under nohup.
     """
     caught: list[int] = []
     before: dict[int, Any] = {}
@@ -157,7 +159,7 @@ def signals() -> Iterator[list[int]]:
         if not caught:
             caught.append(number)
             first = time.monotonic()
-        # torchrun sends on what the terminal has sent to every process already.
+        # torchrun forwards a signal that the terminal has already sent to every process.
         elif time.monotonic() - first > 1.0:
             signal.signal(number, before[number])
             signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""Training data: blocks of films encoded once, and what is drawn from them."""
+"""Training data: latents of video blocks, encoded once and cached, and spans drawn from them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _FORMAT = 3
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents of all films.
+    """The latents of all videos.
 
     Attributes:
-        blocks: in the order of the films.
-        seconds_per_latent: length of a latent frame.
-        captions: prompts of moments of the film, or none.
+        blocks: Blocks in the order of the videos.
+        seconds_per_latent: Length of a latent frame, in seconds.
+        captions: Prompts of parts of the video; may be empty.
     """
 
     blocks: tuple[Block, ...]
@@ -45,11 +45,11 @@ class Latents:
     captions: tuple[Caption, ...] = ()
 
     def split(self, name: str) -> Latents:
-        """Return the blocks of "train" or of "test" only."""
+        """Return the blocks of the split "train" or "test"."""
         return dataclasses.replace(self, blocks=tuple(b for b in self.blocks if b.split == name))
 
     def prompt(self, block: Block, frame: int) -> str:
-        """Return the prompt of latent frame number `frame` of a block, "" where there is none."""
+        """Return the prompt of latent frame `frame` of a block, "" if there is none."""
         moment = block.start + (frame + 0.5) * self.seconds_per_latent
         return next((c.prompt for c in self.captions if c.start <= moment < c.end), "")
 
@@ -61,23 +61,23 @@ def prepare(
     compressions: Iterable[Compression] = (),
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Latents:
-    """Decode films, cut them into blocks and encode each block, or read what an earlier call encoded.
+    """Decode videos, cut them into blocks and encode each block, or read the latents from the cache.
 
-    The cache folder is named by a hash of everything the latents depend on. Every file in it is written
-    whole or not at all, so that an interrupted call loses one block at most.
+    The name of the cache folder is a hash of everything that the latents depend on. Files are written atomically, so
+    that an interrupted call loses at most one block.
 
     Args:
-        config: which films and how they are cut.
-        model: height, width and rate of the frames.
-        vae: makes the latents.
-        compressions: of the encoders whose low-resolution latents are wanted too.
-        progress: called with (what is done, video frames done, None).
+        config: Configuration of the data.
+        model: Configuration with height, width and rate of the frames.
+        vae: The VAE.
+        compressions: Compressions of the encoders that read low-resolution latents.
+        progress: Called with (description, video frames done, None).
 
     Returns:
         Latents of all blocks, train and test.
 
     Raises:
-        UserError: a film or the captions cannot be read, or the cache cannot be written.
+        UserError: A video or the captions cannot be read, or the cache cannot be written.
     """
 
     compressions = list(dict.fromkeys(compressions))
@@ -90,7 +90,7 @@ def prepare(
         rows = _read_index(folder, compressions)
         if rows is None:
             with locked(folder / ".lock", folder, waiting=True):
-                rows = _read_index(folder, compressions)  # another process may have encoded meanwhile
+                rows = _read_index(folder, compressions)  # another process may have encoded them meanwhile
                 if rows is None:
                     rows = list(_encode_films(folder, config, films, model, vae, compressions, progress))
                     with written(folder / _INDEX) as part:
@@ -98,12 +98,14 @@ def prepare(
         blocks = tuple(_load(folder, row, compressions, model, vae) for row in rows)
     except OSError as error:
         why = reason(error, folder)
-        raise UserError(f"{folder}: the latents cannot be kept there ({why}); make room or set data.cache") from error
+        raise UserError(
+            f"{folder}: cannot write the latent cache ({why}); make room or set data.cache to another folder"
+        ) from error
     return Latents(blocks, vae.stride[0] / model.fps, captions)
 
 
 def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae: VideoCodec) -> str:
-    """Hash of all that the latents depend on; adding a compression or captions changes none of them."""
+    """Hash of everything that the latents depend on; compressions and captions are not part of it."""
     settings: dict[str, Any] = {
         "format": _FORMAT,
         "films": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] if f.is_file() else str(f) for f in films],
@@ -120,7 +122,7 @@ def _fingerprint(config: DataConfig, films: list[Path], model: ModelConfig, vae:
 
 
 def _read_index(folder: Path, compressions: list[Compression]) -> list[dict[str, Any]] | None:
-    """Rows of all blocks, or None where not all of them are encoded or the index cannot be used."""
+    """Rows of all blocks, or None if some are not encoded or the index cannot be used."""
     try:
         rows = parse_json((folder / _INDEX).read_text(), "the index")
         rows = [dataclasses.asdict(build(Row, row)) for row in rows]
@@ -143,7 +145,7 @@ def _encode_films(
     compressions: list[Compression],
     progress: Callable[[str, int, int | None], None] | None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the index's row of every block, encoding those of which a file is missing."""
+    """Yield the row of every block, and encode blocks with missing files."""
     done = 0
     for row, frames in cut_films(config, films, model, vae):
         views = [(row, frames)]
@@ -165,15 +167,15 @@ def _encode_films(
 def _encode_row(
     folder: Path, row: dict[str, Any], frames: torch.Tensor, vae: VideoCodec, compressions: list[Compression]
 ) -> None:
-    """Encode a block to those of its files that are missing."""
+    """Write the missing files of a block."""
     for each in (None, *compressions):
         file = _file(folder, row, each)
         if not file.exists():
             latent = filled_latents(len(frames), vae)
             if each is not None and latent < each.time:
                 raise UserError(
-                    f"{shorten(row['film'])}: a block of {latent} latent frames fills no box of {each.time} of an "
-                    "encoder; give more data.shortest or data.block_seconds"
+                    f"{shorten(row['film'])}: a block of {latent} latent frames is shorter than a box of {each.time}; "
+                    "increase data.shortest or data.block_seconds"
                 )
             latents = encode_block(frames, vae, each)
             with written(file) as part:
@@ -214,16 +216,16 @@ def _load(
 
 
 class Spans:
-    """Stretches of latent frames of one length, all equally probable.
+    """Draws spans of latent frames of one length, with equal probability.
 
     Args:
-        latents: blocks to take them from.
-        length: latent frames of a stretch.
-        align: stretches begin at multiples of this, so that boxes of every encoder are whole.
-        fits: whether a block's stretch from a latent frame on may be taken; all by default.
+        latents: Blocks to draw from.
+        length: Latent frames of a span.
+        align: Spans start at multiples of this, so that boxes of every encoder are whole.
+        fits: Function (block, first latent frame) -> whether a span is allowed; by default all are.
 
     Raises:
-        UserError: no block is long enough, or no stretch fits.
+        UserError: No block is long enough, or no span is allowed.
     """
 
     def __init__(
@@ -233,13 +235,15 @@ class Spans:
         if not starts:
             longest = max((b.latents.shape[1] for b in latents.blocks), default=0)
             raise UserError(
-                f"no block of the films has {length} latent frames, the longest has {longest}; "
-                "take a shorter history or longer data.block_seconds"
+                f"no block of the videos has {length} latent frames, the longest has {longest}; "
+                "give a shorter sampling.history or longer data.block_seconds"
             )
         self.starts = [each for each in starts if fits is None or fits(*each)]
         if not self.starts:
-            raise UserError(f"none of the {len(starts)} stretches of {length} latent frames fits what is asked of them")
+            raise UserError(
+                f"none of the {len(starts)} spans of {length} latent frames is without a cut; raise sampling.max_change"
+            )
 
     def draw(self, generator: torch.Generator) -> tuple[Block, int]:
-        """Return a block and the first latent frame of a stretch in it."""
+        """Draw a block and the first latent frame of a span in it."""
         return self.starts[int(torch.randint(len(self.starts), (), generator=generator))]

@@ -1,8 +1,8 @@
-"""A start for training: the best linear memory of the training data, found in closed form.
+"""Initialise a model with the best linear memory of the training data, computed in closed form.
 
-A memory encoder with a linear projection of the box and a DiT that reads the memory in place (unfold)
-contain a linear autoencoder of boxes. Its optimum is the principal components of the data, so that there
-is no need to descend to it: the demo model then has after 50 steps the loss of 1,200 steps from a random start.
+A memory encoder with a linear projection of boxes, and a DiT with `unfold`, contain a linear autoencoder of boxes. Its
+optimum is the principal components of the data. Initialised so, the demo model has after 50 steps the loss of 1,200
+steps from a random initialisation.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from ..model.encoder import History, MemoryEncoder
 from ..model.memory_model import MemoryModel
 from ..vae import patchify
 
-# Ridge of the regression, as a share of the mean square of the tokens.
+# Ridge of the regression, relative to the mean square of the tokens.
 _RIDGE = 1e-4
 
 
 @torch.no_grad()
 def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]]) -> None:
-    """Set the encoders' linear projections to principal components, and what is read in place to their inverse.
+    """Set the linear projections of the encoders to principal components, and `unfold` of the DiT to their inverse.
 
-    The components are scaled half way to equal variance. Beside a low-resolution branch they are those of
-    what that does not tell, in directions of the token that it leaves free, as far as there are any.
-    What the convolutions add starts at 0. The reading is fitted by least squares to the tokens of the
-    first encoder, whichever branches it has; where the DiT reads nothing in place, only the encoders change.
+    The components are scaled half way to equal variance. With a low-resolution branch, they are the components of what
+    that branch does not explain, in directions of the token that it leaves free, if there are any. The output of the
+    convolutions starts at 0. `unfold` is fitted by least squares to the tokens of the first encoder; without `unfold`
+    only the encoders change.
 
     Args:
-        model: a fresh one.
-        histories: makes an iterator over histories of whole boxes; the same in every call.
+        model: A newly initialised model.
+        histories: Returns an iterator over histories of whole boxes, the same in every call.
 
     Raises:
-        ValueError: there are no histories.
+        ValueError: There are no histories.
     """
     for number, encoder in enumerate(model.encoders):
         if encoder.shortcut is not None:
@@ -53,7 +53,7 @@ def start_linearly(model: MemoryModel, histories: Callable[[], Iterable[History]
 def _set_components(
     encoder: MemoryEncoder, layer: nn.Linear, pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
 ) -> None:
-    """Make `layer` give the components of boxes: of all that is in them, or of what low-resolution patches leave."""
+    """Set `layer` to the components of boxes, or of their residual given low-resolution patches."""
 
     def rows(history: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
         boxes = encoder.boxes(history).flatten(0, 1)
@@ -71,7 +71,7 @@ def _set_components(
     components = components.flip(1)[:, :kept]
     variance = (components * (boxes @ components)).sum(0)
     deviation = variance.clamp(min=1e-6 * variance.max()).sqrt()
-    # Scores have the deviation sqrt(deviation), and a token that they are spread over the mean square 1.
+    # Scores have the standard deviation sqrt(deviation); the token that they are spread over has mean square 1.
     weight = (components * (encoder.dim / deviation.sum() / deviation).sqrt()).T
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -80,7 +80,7 @@ def _set_components(
 
 
 def _set_directions(layer: nn.Linear, taken: torch.Tensor | None) -> None:
-    """Make `layer` orthogonal, into directions of the token other than those of the columns of `taken` (D, N)."""
+    """Set `layer` to an orthogonal map into directions of the token outside the columns of `taken` (D, N)."""
     nn.init.zeros_(layer.weight)
     basis = torch.eye(layer.out_features, dtype=torch.float64, device=layer.weight.device)
     if taken is not None:
@@ -112,7 +112,7 @@ def _set_reading(model: MemoryModel, histories: Iterable[History]) -> None:
 
 
 def _sums(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of x^T x and x^T y in float64, over pieces x (N, C) and y (N, E); x gets a last column of ones."""
+    """Sum x^T x and x^T y in float64 over pieces x (N, C), with a last column of ones added, and y (N, E)."""
     gram = product = None
     for x, y in pairs:
         x = torch.cat([x, x.new_ones(len(x), 1)], 1).to(torch.float32)

@@ -1,7 +1,7 @@
-"""The training loop of both stages: flow matching, AdamW or Muon, moving average, checkpoints, exact resume.
+"""The training loop of all stages: flow matching, AdamW and Muon, EMA, checkpoints, exact resume.
 
-Every random number comes from a generator seeded by (seed, step, sample), so that a resumed run, or one
-with another number of processes, takes exactly the same samples.
+Every random number comes from a generator seeded by (seed, step, sample), so that a resumed run, or one with another
+number of processes, uses exactly the same samples.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ from .step import CapturedPass, Pass, change_tensors
 
 
 class Batch(NamedTuple):
-    """Samples of one step; B samples, latents (B, C, frames, H, W).
+    """The B samples of a step.
 
     Attributes:
-        history: what the memory encoders see.
-        target: frames to be made.
-        noise: of the size of `target`.
-        t: (B,) times in (0, 1).
-        frames: (B, K) positions of the targets, in latent frames from the history's start.
-        prompts: B texts, or what the text encoder cuts them into.
-        window, window_frames: clean frames beside the memory and their positions, or None.
+        history: Input of the memory encoders.
+        target: (B, C, K, H, W), latent frames to denoise.
+        noise: (B, C, K, H, W).
+        t: (B,), timesteps in (0, 1).
+        frames: (B, K), positions of the targets, in latent frames from the start of the history.
+        prompts: B prompts, or their word ids.
+        window: (B, C, W, H, W'), clean frames beside the memory, or None.
+        window_frames: (B, W), positions of these, or None.
     """
 
     history: History
@@ -66,10 +67,10 @@ class Batch(NamedTuple):
 
 
 class FlowMatching(nn.Module):
-    """The loss of both stages, as one module: FSDP gathers its weights for one forward.
+    """The loss of Stage I and Stage II, as one module, so that FSDP gathers weights once per forward.
 
     Args:
-        model: what is trained.
+        model: Model to train.
     """
 
     def __init__(self, model: MemoryModel) -> None:
@@ -77,14 +78,14 @@ class FlowMatching(nn.Module):
         self.model = model
 
     def parts(self) -> list[nn.Module]:
-        """Modules whose weights are gathered one at a time."""
+        """Modules whose weights FSDP gathers one at a time."""
         return [*self.model.dit.blocks, *self.model.encoders]
 
     def fixed(self, batch: Batch) -> Batch:
-        """The batch with nothing in it but tensors, whose shapes do not depend on what its prompts say."""
+        """Replace prompts by tensors whose shapes do not depend on the prompts, for CUDA graphs."""
         text = self.model.text
         if text.config.kind != "words":
-            raise UserError("optimisation.cuda_graph needs a text encoder that is trained with the model (kind words)")
+            raise UserError("optimisation.cuda_graph requires model.text.kind words; set it to false")
         return batch._replace(prompts=text.cut(batch.prompts, text.config.max_tokens))
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -97,12 +98,12 @@ class FlowMatching(nn.Module):
 
 
 def schedule(config: TrainConfig, step: int, first: int = 0) -> float:
-    """Learning rate of step number `step` as a share of its peak.
+    """Learning rate of a step, relative to the peak.
 
     Args:
-        config: of the run.
-        step: from 0.
-        first: step at which the optimizers had no moments: the rate rises from there.
+        config: Configuration of the optimisation.
+        step: Number of the step, from 0.
+        first: Step at which the optimizers started without moments; the warmup starts there.
     """
     since = step - first
     rise = (since + 1) / config.warmup_steps if since < config.warmup_steps else 1.0
@@ -122,34 +123,35 @@ def fit(
     restart: bool = False,
     objective_of: Callable[[Any], nn.Module] | None = None,
 ) -> Any:
-    """Train a model, going on from the last checkpoint if there is one.
+    """Train a model, resuming from the last checkpoint if there is one.
 
-    Writes checkpoints/, curve.csv, speed.json and, with matplotlib, curve.png to `folder`. Without a checkpoint it goes
-    on from the weights and the step of another machine's run, if `folder` holds them (checkpoint.begin_with).
+    Writes checkpoints/, curve.csv, speed.json and, with matplotlib, curve.png to `folder`. Without a checkpoint it
+    resumes from weights and step of another machine, if `checkpoint.begin_with` stored them.
 
     Args:
-        build: makes the model before its first step, the same in every call and process; weights
-            without gradient stay as they are.
-        batches: function of the step and of the numbers of the samples in the batch.
-        config: how to optimise.
-        folder: of the run.
-        settings: JSON of all that must be the same for a run to go on.
-        device: of this process.
-        restart: forget an earlier run in this folder.
-        objective_of: makes the module whose output for a batch is the loss; it has the attribute
-            `model`, says by `parts` what FSDP shards apart, and by `fixed` makes batches ready for a CUDA graph. By
+        build: Makes the initial model, the same in every call and process; weights without gradient stay frozen.
+        batches: Function (step, sample numbers) -> batch.
+        config: Configuration of the optimisation.
+        folder: Output folder of the run.
+        settings: Settings, as JSON values, that must be the same to resume the run.
+        device: Device of this process.
+        restart: Discard an earlier run in the folder.
+        objective_of: Makes the module whose output for a batch is the loss. It has an attribute `model`, a method
+            `parts` (modules that FSDP shards separately) and a method `fixed` (prepares batches for a CUDA graph). By
             default FlowMatching.
 
     Returns:
-        A model with the moving average of the weights, on the CPU.
+        The model with the EMA of the weights, on the CPU.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
-        UserError: the folder holds a run with other settings, or cannot be written.
+        Interrupted: A signal stopped the run; a checkpoint was written.
+        UserError: The folder holds a run with other settings, or cannot be written.
     """
     torch.manual_seed(config.seed)
     model = build()
-    final = copy.deepcopy(model)  # made anew in the end it might take minutes: a start can be fitted to the films
+    final = copy.deepcopy(
+        model
+    )  # copied now, because another call of build might take minutes (a linear start reads the videos)
     objective = shard((objective_of or FlowMatching)(model).to(device).train(), device)
     trained = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
     dtype = _dtype(config, device)
@@ -221,29 +223,29 @@ def fit(
 
 
 def _pass(objective: nn.Module, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Pass:
-    """Forward and backward pass of a step, as a CUDA graph if that is asked for."""
+    """Forward and backward pass of a step, as a CUDA graph if the configuration asks for it."""
     if not config.cuda_graph:
         return Pass(objective, dtype, device)
     if device.type != "cuda" or dist.is_initialized():
         where = "by several processes" if dist.is_initialized() else f"on {device.type}"
-        raise UserError(f"optimisation.cuda_graph needs one process with a CUDA device, got a training {where}")
+        raise UserError(f"optimisation.cuda_graph requires one process with a CUDA device, got a training {where}")
     return CapturedPass(objective, dtype, device)
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Of the products of a training."""
+    """Dtype of the matrix products of a training."""
     if config.precision != "auto":
         return getattr(torch, config.precision)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
-        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # older torch lacks it
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is for ARM
     return torch.bfloat16 if fast else torch.float32
 
 
 def _resume(folder: Path, state: dict[str, torch.Tensor], settings: dict[str, Any], restart: bool) -> int:
-    """Load the last checkpoint into `state`, or what the run begins with, if there is one; the step to go on from."""
+    """Load the last checkpoint, or stored initial weights, into `state`; return the step to resume from."""
     checkpoints = folder / "checkpoints"
     if rank() == 0:
         try:

@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal before they are added to the weights.
+"""The optimizer Muon: momentum updates that are orthogonalised.
 
-Source: Jordan et al., Muon (2024), with the scale of arXiv 2502.16982. torch has a Muon too; here the parts of
-a fused projection are orthogonalised each on its own, equal shapes are done in one batched product,
-and sharded weights (FSDP2) are supported.
+Source: Jordan et al., Muon (2024), with the scale of arXiv 2502.16982. Unlike torch.optim.Muon, the parts of a fused
+projection are orthogonalised separately, equal shapes are processed in one batch, and sharded weights (FSDP2) are
+supported.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import torch
 
 from .distributed import sharded_as
 
-# Coefficients of the iteration x -> a x + b (x x^T) x + c (x x^T)^2 x, which takes singular values to about 1.
+# Coefficients of the iteration x -> a x + b (x x^T) x + c (x x^T)^2 x, which moves singular values to about 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
-# Root mean square of an update at a learning rate of 1: about that of AdamW's.
+# Root mean square of an update at a learning rate of 1, about that of AdamW.
 _UPDATE = 0.2
 
 
 def orthogonalise(x: torch.Tensor) -> torch.Tensor:
-    """Move the singular values of matrices (N, R, C) to 1, roughly: to between 0.6 and 1.3.
+    """Move the singular values of matrices (N, R, C) close to 1, to between 0.6 and 1.3.
 
     Args:
-        x: float matrices; those of zeros stay so.
+        x: float matrices; zero matrices stay zero.
 
     Returns:
-        Like x.
+        Matrices of the shape of x.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalise(x.mT).mT
@@ -40,17 +40,17 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices. One taller than wide, if it can be cut into squares, is so many matrices.
+    """Muon for matrices. A matrix whose rows are a multiple of its columns is treated as several square matrices.
 
     Args:
-        params: weights (R, C).
-        lr: learning rate; an update has a root mean square of 0.2 times this.
-        weight_decay: as AdamW's.
-        momentum: share of the earlier gradients.
-        dtype: of the orthogonalisation.
+        params: Weights (R, C).
+        lr: Learning rate; the root mean square of an update is 0.2 times this.
+        weight_decay: Weight decay, as in AdamW.
+        momentum: Momentum (Nesterov).
+        dtype: Dtype of the orthogonalisation.
 
     Raises:
-        ValueError: a weight is no matrix.
+        ValueError: A weight is not a matrix.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Which optimizer takes which weights.
+"""Assign weights to optimizers.
 
-A module says how its weights are trained where that is not AdamW with weight decay: its class's dict TRAINED_AS has a
-role for the name of a parameter or of a child, whose own dict comes first:
+The default is AdamW with weight decay. The dict TRAINED_AS of a module's class gives other roles to the names of
+parameters or child modules; the dict of a child takes precedence:
 
-- "muon": matrices go to Muon, if it has a learning rate;
-- "adamw": no, they do not;
-- "no_decay": AdamW without weight decay. Vectors never have any;
-- "fitted": AdamW with `TrainConfig.fitted_lr`, for what a linear start sets or fits to what it has set.
+- "muon": matrices are trained with Muon, if `muon_lr` is set;
+- "adamw": AdamW, inside of a "muon" module;
+- "no_decay": AdamW without weight decay, as for all vectors;
+- "fitted": AdamW with `TrainConfig.fitted_lr`, for weights that a linear start initialises.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from .muon import Muon
 
 
 def roles(module: nn.Module, prefix: str = "", role: str = "adamw") -> dict[str, str]:
-    """The role of every parameter of a module, by its name.
+    """Map the name of every parameter of a module to its role.
 
     Args:
-        module: whose parameters.
-        prefix: of the names.
-        role: of what no module says anything about.
+        module: The module.
+        prefix: Prefix of the names.
+        role: Role of parameters that no TRAINED_AS names.
+
+    Returns:
+        The role of each parameter by name.
     """
     declared = getattr(module, "TRAINED_AS", {})
     found = {prefix + name: declared.get(name, role) for name, _ in module.named_parameters(recurse=False)}
@@ -34,18 +37,18 @@ def roles(module: nn.Module, prefix: str = "", role: str = "adamw") -> dict[str,
 
 
 def optimizers(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Make AdamW, and Muon if it has a learning rate, for the weights that require a gradient.
+    """Make AdamW, and Muon if `muon_lr` is set, for the weights that require a gradient.
 
     Args:
-        model: its weights, sharded or not.
-        config: learning rates and weight decay.
-        dtype: of Muon's products.
+        model: The model; its weights may be sharded.
+        config: Learning rates and weight decay.
+        dtype: Dtype of Muon's matrix products.
 
     Returns:
-        The optimizers; the "peak" of a group is its learning rate.
+        The optimizers; the entry "peak" of a parameter group is its peak learning rate.
 
     Raises:
-        ValueError: no weight requires a gradient.
+        ValueError: No weight requires a gradient.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -53,7 +56,7 @@ def optimizers(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> lis
     role = roles(model)
     matrices = {n: p for n, p in trained.items() if config.muon_lr and role[n] == "muon" and p.ndim == 2}
     rest = {n: p for n, p in trained.items() if n not in matrices}
-    # Vectors are norms and biases.
+    # Vectors are norms and biases, which have no weight decay.
     decays = {n: p.ndim >= 2 and role[n] != "no_decay" for n, p in rest.items()}
     shares = {n: config.fitted_lr if role[n] == "fitted" else 1.0 for n in rest}
     groups = [

@@ -1,4 +1,4 @@
-"""The folder of a training run: who holds it, what must stay the same in it, and what the run leaves there."""
+"""The output folder of a training run: its lock, the settings that must not change, and the files of the run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .latents import Latents, prepare
 CURVE = "curve.csv"
 PLOT = "curve.png"
 SPEED = "speed.json"
-# Names of what a run writes beside its checkpoints.
+# Names of the files that a run writes beside its checkpoints.
 _WRITTEN = (MODEL_FILE, VAE_FILE, LORA_FILE, CURVE, PLOT, SPEED)
-# A run may go on with other values of these.
+# Settings that may change when a run is resumed.
 _FREE = (
     *("checkpoint_every", "log_every", "max_seconds", "draw_ahead", "cuda_graph", "threads", "device"),
     *("output", "cache"),
@@ -36,11 +36,11 @@ _FREE = (
 
 
 class RunSettings(dict[str, Any]):
-    """What must be the same for a run to go on, by dotted keys, as JSON holds it.
+    """Settings that must be the same to resume a run: JSON values by dotted keys.
 
     Attributes:
-        kind: the configuration's class, which knows earlier names of its fields.
-        defaults: of the keys that have one: a key that a run of another version does not name means it.
+        kind: Class of the configuration, which knows the former names of its fields.
+        defaults: Default values; a key that is missing in a run of another version has its default.
     """
 
     def __init__(self, kind: type, values: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -49,13 +49,13 @@ class RunSettings(dict[str, Any]):
 
 
 def run_settings(config: Any) -> RunSettings:
-    """Flatten a configuration to dotted keys, without those that may change from run to run."""
+    """Flatten a configuration to dotted keys, without the settings that may change."""
     values, defaults = (dict(flat(_plain(each))) for each in (dataclasses.asdict(config), _defaults(config)))
     return RunSettings(type(config), values, defaults)
 
 
 def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of nested mappings, and of mappings in lists by their places."""
+    """Yield (dotted key, value) of nested mappings; mappings in lists have their index as key."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {str(place): inner for place, inner in enumerate(value)}
     if isinstance(value, dict):
@@ -66,17 +66,17 @@ def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def as_now(before: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The dotted keys of a run's checkpoint by the names that their fields have now."""
+    """Rename the dotted keys of a checkpoint's settings to the present names of the fields."""
     if not isinstance(settings, RunSettings):
         return dict(flat(before))
     try:
         return dict(flat(renewed(settings.kind, _nested(before))))
-    except FieldError:  # another value than this version knows, which is to be told as it stands
+    except FieldError:  # a value that this version does not know; the message shows it unchanged
         return dict(flat(before))
 
 
 def _nested(flattened: dict[str, Any]) -> dict[str, Any]:
-    """Undo `flat`."""
+    """Inverse of `flat`."""
     whole: dict[str, Any] = {}
     for key, value in flattened.items():
         *way, last = key.split(".")
@@ -90,7 +90,7 @@ def _nested(flattened: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Mappings whose keys are places, as lists."""
+    """Convert mappings with indices as keys to lists."""
     if not isinstance(value, dict):
         return value
     made = {key: _listed(inner) for key, inner in value.items()}
@@ -100,7 +100,7 @@ def _listed(value: Any) -> Any:
 
 
 def _defaults(config: Any) -> Any:
-    """The defaults of a configuration's fields, in parts that are configurations those of theirs."""
+    """Default values of a configuration's fields, nested configurations included."""
     if isinstance(config, tuple) and config and dataclasses.is_dataclass(config[0]):
         return [_defaults(part) for part in config]
     found = {}
@@ -116,7 +116,7 @@ def _defaults(config: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON gives back for it."""
+    """Convert a value as writing and reading JSON does."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -125,7 +125,7 @@ def _plain(value: Any) -> Any:
 def prepare_latents(
     config: DataConfig, model: ModelConfig, vae: VideoCodec, compressions: Sequence[Compression]
 ) -> Latents:
-    """Encode the films in the first process, with progress on stderr, and read the latents in all."""
+    """Encode the videos in the first process, with progress on stderr, and read the latents in all processes."""
     from ..progress import progress_bar
 
     with progress_bar() as tell:
@@ -143,15 +143,18 @@ def prepare_latents(
 
 @contextmanager
 def run_folder(config: Any, *read: str | Path | None) -> Iterator[Path]:
-    """Hold the folder of a run: no other process writes there, and nothing that the run reads is lost.
+    """Lock the output folder of a run, and check that the run does not overwrite its inputs.
 
     Args:
-        config: of the run; its films, captions and VAE are read.
-        read: other files that it reads.
+        config: Configuration of the run; its videos, captions and VAE are inputs.
+        *read: Further input files.
+
+    Yields:
+        The folder.
 
     Raises:
-        UserError: another process holds it, it cannot be written, or it holds a film, or another file that is read
-            under a name that the run writes.
+        UserError: Another process is writing there, the folder cannot be written, or it contains an input under the
+            name of an output, or a training video.
     """
     folder = Path(config.output)
     if rank() != 0:
@@ -163,20 +166,20 @@ def run_folder(config: Any, *read: str | Path | None) -> Iterator[Path]:
     try:
         for film in films:
             if folder.resolve() in film.resolve().parents:
-                raise UserError(f"{folder}: holds the film {film}; choose another output")
+                raise UserError(f"{folder}: contains the training video {film}; choose another output")
         outputs([*films, *given], folders={folder: _WRITTEN})
         with locked(folder / ".lock", folder):
             yield folder
     finally:
         if made:
-            with suppress(OSError):  # it is empty only if the run did not begin
+            with suppress(OSError):  # the folder is empty only if the run did not start
                 folder.rmdir()
 
 
 def run_extra(output: Path, config: Any) -> dict[str, Any]:
-    """What a trained model's file says of its training: configuration, steps and last loss.
+    """Make the training record for the header of a model file: configuration, steps and last loss.
 
-    Where the run lay and how long a call of it might take is left out: equal runs give equal files.
+    The output folder and max_seconds are left out, so that equal runs give equal files.
     """
     last = read_curve(output / CURVE)[-1]
     training = _plain(dataclasses.asdict(config))
@@ -185,7 +188,7 @@ def run_extra(output: Path, config: Any) -> dict[str, Any]:
 
 
 def finish(output: Path, model: MemoryModel, config: Any, vae: str | Path | None) -> Path | None:
-    """Write the trained model, its configuration beside it, and the VAE's weights, in the first process."""
+    """Write the trained model, its configuration and the VAE's weights, in the first process."""
     if rank() != 0:
         return None
     file = save_model(output, model, run_extra(output, config))

@@ -1,4 +1,4 @@
-"""How fast a training went: its steps and floating-point operations a second."""
+"""Speed of a training: steps and floating-point operations (FLOPs) per second."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from ..machine import describe_device
 from .step import Pass
 
-# Steps after which the speed is taken: the first ones choose kernels, and capture graphs.
+# Steps before the speed is measured: the first ones select kernels and capture graphs.
 _SETTLED = 20
 
 
 class Speed:
-    """Clock of a training, which waits for the GPU when it starts and when it is read.
+    """Measures the speed of a training; synchronises with the GPU at the start and when it is read.
 
     Args:
-        device: that is trained on.
-        done: steps of the run that were done before.
-        run: counts the operations of the passes.
+        device: Device of the training.
+        done: Steps done before.
+        run: Pass that counts the FLOPs.
     """
 
     def __init__(self, device: torch.device, done: int, run: Pass) -> None:
@@ -37,20 +37,20 @@ class Speed:
         return time.perf_counter()
 
     def add(self, step: int) -> None:
-        """Note that so many steps are done."""
+        """Record the number of steps done."""
         self._last = step
         if step == self._first + _SETTLED:
             self._mark(step)
 
     def result(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What speed.json holds.
+        """Return the content of speed.json.
 
         Args:
-            dtype: of the matrix products.
+            dtype: Dtype of the matrix products.
 
         Returns:
-            JSON: the steps of this call; steps and FLOPs a second without the first 20 of them, if there are more.
-            FLOPs are None where the pass does not count them.
+            Steps of this call, and steps and FLOPs per second after the first 20 steps, if there are more. FLOPs are
+            None if the pass does not count them.
         """
         step, began, before = self._from
         seconds = self._now() - began

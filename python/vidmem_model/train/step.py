@@ -1,4 +1,4 @@
-"""The forward and backward pass of a step: launched op by op, or captured as CUDA graphs and replayed."""
+"""The forward and backward pass of a step: op by op, or as captured CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checks import shorten
 from ..progress import note
 
-# Passes before a capture: cuDNN, cuBLAS and Triton choose and compile their kernels in the first ones.
+# Passes before a capture, in which cuDNN, cuBLAS and Triton select and compile kernels.
 _WARM_UP = 3
 
 
 def change_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return a batch, tuples and lists in one another, with every tensor changed and all else as it is."""
+    """Apply a function to every tensor of a batch of nested tuples and lists."""
     if isinstance(batch, torch.Tensor):
         return change(batch)
     if not isinstance(batch, (tuple, list)):
@@ -39,13 +39,13 @@ class Pass:
     """Forward and backward pass of a batch, op by op.
 
     Args:
-        objective: module whose output for a batch is the loss.
-        dtype: bfloat16 for autocast to it, float32 for none.
-        device: of both.
+        objective: Module whose output for a batch is the loss.
+        dtype: bfloat16 for autocast, float32 for none.
+        device: Device of the objective and of batches.
 
     Attributes:
-        captures: whether it asks for batches with nothing but tensors in them.
-        flops: floating-point operations of the passes so far, or None where they are not counted.
+        captures: Whether batches must consist of tensors only.
+        flops: FLOPs of the passes so far, or None if they are not counted.
     """
 
     captures = False
@@ -56,7 +56,7 @@ class Pass:
         self._amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def __call__(self, batch: Any) -> torch.Tensor:
-        """Add the gradients of a batch to those that the weights have; its loss, detached."""
+        """Accumulate the gradients of a batch; return its loss, detached."""
         with self._amp:
             loss = self.objective(batch)
         loss.backward()
@@ -64,16 +64,18 @@ class Pass:
 
 
 class CapturedPass(Pass):
-    """The same as CUDA graphs, one for each shape of a batch: the GPU does not wait for Python to launch each op.
+    """Forward and backward pass as CUDA graphs, one per batch shape, which avoids the launch overhead of ops.
 
-    The gradients stay in one place: they are set to zero, never to None, between steps. Where a capture fails, that is
-    said, and all passes go on op by op.
+    Gradients stay at fixed addresses: they are set to zero, never to None, between steps. If a capture fails, a note is
+    printed and all passes run op by op.
 
     FLOPs are counted by torch.utils.flop_counter: those of matrix products and convolutions, without the attention of
     vidmem_kernels.
 
     Args:
-        objective, dtype, device: as for Pass; the method `fixed` of the objective gives a batch of nothing but tensors.
+        objective: As for Pass; its method `fixed` returns a batch of tensors only.
+        dtype: As for Pass.
+        device: As for Pass.
     """
 
     def __init__(self, objective: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -87,7 +89,7 @@ class CapturedPass(Pass):
             weight.grad = torch.zeros_like(weight)
 
     def __call__(self, batch: Any) -> torch.Tensor:
-        """Add the gradients of a batch to those that the weights have; its loss, detached."""
+        """Accumulate the gradients of a batch; return its loss, detached."""
         shape = tuple(tensor.shape for tensor in tensors(batch))
         if shape not in self._flops:
             self._flops[shape] = self._count(batch)
@@ -100,10 +102,10 @@ class CapturedPass(Pass):
         for ours, theirs in zip(tensors(given), tensors(batch), strict=True):
             ours.copy_(theirs)
         graph.replay()
-        return loss.clone()  # the next replay writes its own there
+        return loss.clone()  # a copy, because the next replay overwrites it
 
     def _count(self, batch: Any) -> int:
-        """FLOPs of a pass, by one whose gradients are given up: counting may take other ways through an op."""
+        """Count the FLOPs of a pass and discard its gradients, because counting may run ops differently."""
         with FlopCounterMode(display=False) as counter:
             with self._amp:
                 loss = self.objective(batch)
@@ -111,7 +113,7 @@ class CapturedPass(Pass):
         return counter.get_total_flops()
 
     def _capture(self, shape: tuple[torch.Size, ...], batch: Any) -> None:
-        """Capture the pass of a batch; what that adds to the gradients is taken back."""
+        """Capture the pass of a batch; gradients are restored afterwards."""
         gradients = [weight.grad for weight in self._weights]
         before = [gradient.clone() for gradient in gradients]
         given = change_tensors(batch, torch.Tensor.clone)
@@ -123,11 +125,12 @@ class CapturedPass(Pass):
                     super().__call__(given)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads draw batches into pinned memory meanwhile; in the default mode that would spoil the capture.
+            # Other threads allocate pinned memory for batches meanwhile, which would fail the capture in the default
+            # mode.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = super().__call__(given)
             self._graphs[shape] = graph, given, loss
         except RuntimeError as error:
             self.captures = False
-            note([f"a step cannot be captured as a CUDA graph ({shorten(error)}); its ops are launched one by one"])
+            note([f"a step cannot be captured as a CUDA graph ({shorten(error)}); training continues op by op"])
         torch._foreach_copy_(gradients, before)

@@ -104,8 +104,8 @@ def pretrain_vae(config: PretrainVAEConfig, restart: bool = False) -> Path | Non
         longest = max(map(len, blocks), default=0)
         if longest < config.frames:
             raise UserError(
-                f"no block of the films has {config.frames} frames, the longest has {longest}; "
-                "take fewer frames or longer data.block_seconds"
+                f"no block of the videos has {config.frames} frames, the longest has {longest}; "
+                "give fewer frames or longer data.block_seconds"
             )
         step = config.model.vae.stride[0]
 

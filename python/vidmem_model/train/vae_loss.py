@@ -1,4 +1,4 @@
-"""Training of the small causal VAE: the clips of a step, and its loss."""
+"""Training clips and loss of the small causal VAE."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..vae.base import frames_to_float
 from ..vae.causal import CausalVAE
 from .blocks import seeded
 
-# Weights of the loss beside the absolute error: squared error, error of the differences between
-# neighbouring pixels (for edges), and the divergence from a standard normal distribution.
+# Weights of the loss terms besides the absolute error: squared error, error of differences between neighbouring pixels
+# (edges), and KL divergence from the standard normal distribution.
 _SQUARED, _EDGES, _DIVERGENCE = 2.0, 0.5, 1e-4
-# One step in so many sees frames averaged to a quarter of the size: the low-resolution branch of the
-# memory encoder gives the VAE such frames.
+# One step in six uses frames averaged to a quarter of the size, like the input of the memory encoder's low-resolution
+# branch.
 _SMALL_ONE_IN = 6
 SMALL = 4
 
 
 class Clips(NamedTuple):
-    """What a step of the VAE sees: frames (B, 3, T, H, W) in [-1, 1], and noise for their latents."""
+    """A batch of the VAE: frames (B, 3, T, H, W) in [-1, 1], and noise for their latents."""
 
     frames: torch.Tensor
     noise: torch.Tensor
@@ -34,14 +34,14 @@ class Clips(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Clips as they are drawn, a quarter of the bytes: uint8 frames (B, T, H, W, 3), to be shrunk or not, and noise."""
+    """A batch before its transfer to the device: uint8 frames (B, T, H, W, 3), whether to shrink them, and noise."""
 
     frames: torch.Tensor
     noise: torch.Tensor
     small: bool
 
     def to(self, device: torch.device) -> Clips:
-        """Return the clips on a device, made there."""
+        """Convert the batch to clips on a device."""
         frames = self.frames.to(device, non_blocking=True).permute(0, 4, 1, 2, 3)
         clips = frames.to(torch.float32).div_(127.5).sub_(1.0)
         if self.small:
@@ -50,16 +50,16 @@ class Drawn(NamedTuple):
 
 
 class ClipSampler:
-    """Clips of film, a function of seed, step and number of the sample.
+    """Training clips, determined by seed, step and sample number.
 
     Args:
-        blocks: uint8 (T, H, W, 3), stretches of film.
-        vae: its stride and channels say the size of the noise.
-        frames: length of a clip, a multiple of the VAE's time stride.
-        seed: of all choices.
+        blocks: uint8 (T, H, W, 3), blocks of video.
+        vae: VAE whose stride and channels determine the size of the noise.
+        frames: Length of a clip, a multiple of the VAE's time stride.
+        seed: Random seed.
 
     Raises:
-        ValueError: no block is as long as a clip, or the length is no multiple of the stride.
+        ValueError: No block is as long as a clip, or the length is not a multiple of the stride.
     """
 
     def __init__(self, blocks: Sequence[torch.Tensor], vae: CausalVAE, frames: int = 16, seed: int = 0) -> None:
@@ -73,11 +73,11 @@ class ClipSampler:
         self.channels, self.stride = vae.channels, vae.stride
 
     def __call__(self, step: int, samples: Sequence[int]) -> Clips:
-        """Return the batch of these samples of a step."""
+        """Return the batch of these samples at a step."""
         return self.draw(step, samples).to(torch.device("cpu"))
 
     def draw(self, step: int, samples: Sequence[int]) -> Drawn:
-        """Return the same as it is on its way to a device."""
+        """Return the same batch before its transfer to a device."""
         small = bool(torch.randint(_SMALL_ONE_IN, (), generator=seeded(self.seed, step)) == 0)
         drawn = [self._sample(seeded(self.seed, step, number), small) for number in samples]
         frames, noise = zip(*drawn, strict=True)
@@ -95,10 +95,10 @@ class ClipSampler:
 
 
 class Reconstruction(nn.Module):
-    """The VAE's loss: reconstruction through a sampled latent, and the divergence of the posterior.
+    """The loss of the VAE: reconstruction from a sampled latent, and KL divergence of the posterior.
 
     Args:
-        model: what is trained.
+        model: VAE to train.
     """
 
     def __init__(self, model: CausalVAE) -> None:
@@ -106,11 +106,11 @@ class Reconstruction(nn.Module):
         self.model = model
 
     def parts(self) -> list[nn.Module]:
-        """Modules whose weights are gathered one at a time."""
+        """Modules whose weights FSDP gathers one at a time."""
         return [*self.model.encoder, *self.model.decoder]
 
     def fixed(self, batch: Drawn) -> Drawn:
-        """The batch itself, which is nothing but tensors."""
+        """Return the batch, which consists of tensors only."""
         return batch
 
     def forward(self, clips: Clips) -> torch.Tensor:
@@ -127,8 +127,8 @@ class Reconstruction(nn.Module):
 def measure_latents(vae: CausalVAE, blocks: Sequence[torch.Tensor], frames: int = 16) -> None:
     """Set latent_mean and latent_std from the latents of `blocks` (uint8 (T, H, W, 3) each).
 
-    One deviation for all channels: scaling each by its own would make the last detail count as much as
-    the brightness of a block, for the diffusion's noise and for the loss.
+    All channels share one standard deviation: with one per channel, the finest details would weigh as much as the
+    brightness of a block in the noise and in the loss.
     """
     latents = [
         vae.encode(frames_to_float(block[start : start + frames]).to(vae.device)).transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""Video codecs and VAEs behind one interface, and the 2x2 patchify."""
+"""VAEs and codecs with one interface, and 2x2 patchify."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The interface of VAEs and codecs, and how frames are padded and streamed.
 
-Pad rule, for every codec and compressor: frames are padded at the end (last frame, last row, last
-column, replicated) up to the next multiple of what is needed, and the true size is remembered. Where
-the first latent frame covers one frame and the others four (Wan, HunyuanVideo), that is 1 + 4k frames.
+Padding, for every codec and method: the last frame, row and column are replicated up to the next required multiple, and
+the true size is stored. If the first latent frame covers one frame and the others four (Wan, HunyuanVideo), frames are
+padded to 1 + 4k.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .patchify import PATCH
 def pad_frames(frames: torch.Tensor, multiple: tuple[int, int, int], first: int = 0) -> torch.Tensor:
     """Pad (B, C, T, H, W) at the end by replication until T, H, W are multiples of `multiple`.
 
-    With `first`, T becomes first + a multiple: a codec whose first latent frame covers one frame and
-    the others four takes 1 + 4k frames.
+    With `first`, T becomes `first` plus a multiple, as for a codec whose first latent frame covers one frame and the
+    others four.
     """
     short = [-(n - f) % m for n, m, f in zip(frames.shape[2:], multiple, (first, 0, 0), strict=True)]
     if not any(short):
@@ -34,7 +34,7 @@ def pad_frames(frames: torch.Tensor, multiple: tuple[int, int, int], first: int 
 def rechunk(chunks: Iterable[torch.Tensor], length: int, dim: int, first: int | None = None) -> Iterator[torch.Tensor]:
     """Regroup chunks of any lengths along `dim` into chunks of `length`; the last may be shorter.
 
-    `first` is the length of the first chunk, where it differs.
+    `first` is the length of the first chunk, if it differs.
     """
     held: list[torch.Tensor] = []
     have = 0
@@ -60,25 +60,24 @@ def frames_to_float(frames: torch.Tensor) -> torch.Tensor:
 
 
 def frames_to_uint8(frames: torch.Tensor) -> torch.Tensor:
-    """Float (1, 3, T, H, W) in [-1, 1] -> uint8 (T, H, W, 3); values outside saturate."""
+    """float (1, 3, T, H, W) in [-1, 1] -> uint8 (T, H, W, 3); values outside are clamped."""
     scaled = frames[0].permute(1, 2, 3, 0).add(1.0).mul_(127.5)
     return scaled.round_().clamp_(0, 255).to(torch.uint8)
 
 
 class VideoCodec(ABC):
-    """A map between frames and latents; `stride` is frames, rows and columns a latent cell covers.
+    """Interface of VAEs and codecs: encodes frames to latents and decodes them.
 
-    A stream is encoded, or decoded, piece by piece by giving every call the same `cache`, a dict that
-    is empty at first (one for encoding, another for decoding). The first piece has
-    `video_frames(k)` frames, each later one a multiple of the time stride; without a cache every call
-    is a stream of its own.
+    To encode or decode a stream piece by piece, pass the same `cache` to every call: a dict that is empty at first (one
+    for encoding, another for decoding). The first piece has `video_frames(k)` frames, each later one a multiple of the
+    time stride. Without a cache every call is a separate stream.
 
     Attributes:
-        name: what a memory file calls the codec.
-        channels: latent channels.
-        stride: (time, height, width).
-        first_frames: frames that a stream's first latent frame covers; the others cover stride[0].
-        chunk: latent frames that encode_chunks makes at a time.
+        name: Name of the codec in memory files.
+        channels: Latent channels.
+        stride: Frames, rows and columns per latent cell.
+        first_frames: Frames in the first latent frame of a stream; the others have stride[0].
+        chunk: Latent frames that `encode_chunks` makes at a time.
     """
 
     name: str
@@ -97,12 +96,12 @@ class VideoCodec(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the codec computes; frames and latents must be there."""
+        """Device of the codec; frames and latents must be on it."""
         parameters = self.parameters() if isinstance(self, nn.Module) else ()
         return next((p.device for p in parameters), torch.device("cpu"))
 
     def scale(self, latents: torch.Tensor) -> torch.Tensor:
-        """Bring raw latents (B, C, T, H, W) to about unit variance, as a model reads and makes them."""
+        """Scale raw latents (B, C, T, H, W) to about unit variance, as a model reads and generates them."""
         return latents
 
     def unscale(self, latents: torch.Tensor) -> torch.Tensor:
@@ -110,13 +109,13 @@ class VideoCodec(ABC):
         return latents
 
     def latent_frames(self, video_frames: int) -> int:
-        """Latent frames of so many video frames, the last padded to a whole one."""
+        """Number of latent frames of `video_frames` video frames; the last one is padded."""
         if video_frames <= 0:
             return 0
         return 1 + max(0, -(-(video_frames - self.first_frames) // self.stride[0]))
 
     def video_frames(self, latent_frames: int) -> int:
-        """Video frames that so many latent frames from the start of a stream cover."""
+        """Number of video frames in the first `latent_frames` latent frames of a stream."""
         return self.first_frames + (latent_frames - 1) * self.stride[0] if latent_frames > 0 else 0
 
     def encode_chunks(
@@ -126,11 +125,11 @@ class VideoCodec(ABC):
 
         Args:
             frames: uint8 arrays (t, H, W, 3) of any lengths.
-            dtype: of the latents.
+            dtype: Dtype of the latents.
 
         Returns:
-            Iterator over raw latents (1, C, t', H', W'), t' <= chunk; rows and columns are padded to
-            whole patches, the last frames to a whole latent frame.
+            Iterator over raw latents (1, C, t', H', W'), t' <= chunk; rows and columns are padded to whole patches, the
+            last frames to a whole latent frame.
         """
         t, h, w = self.stride
         cache: dict = {}
@@ -144,8 +143,8 @@ class VideoCodec(ABC):
         """Decode a stream of latents, cropped to the true size.
 
         Args:
-            latents: raw chunks (1, C, t', H', W'), the first from the start of the stream.
-            size: frames, rows and columns of the clip before padding.
+            latents: Raw chunks (1, C, t', H', W') from the start of the stream.
+            size: Frames, rows and columns of the clip, before padding.
 
         Returns:
             Iterator over float32 frames (1, 3, t, H, W).

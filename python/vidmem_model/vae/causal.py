@@ -1,9 +1,8 @@
 """A small causal 3D VAE whose layers all run on the latent grid.
 
-A block of 4 frames x 8 x 8 pixels goes in and out by one linear map; causal convolutions over the grid
-of blocks carry what a block alone does not show. Beside them runs a linear path, which starts as the
-principal components of the blocks (`CausalVAE.start_from`): training begins where a linear codec ends
-and learns what to add to it.
+One linear map reads, and another writes, a block of 4 frames x 8 x 8 pixels; causal convolutions over the grid of
+blocks are in between. A linear path in parallel is initialised to the principal components of the blocks
+(`CausalVAE.start_from`), so that training starts from the quality of a linear codec.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: torch.Tensor, cache: dict | None) -> torch.Tensor:
-        """Map (B, width, T, H, W) to the same shape; a cache carries what the block keeps of a stream."""
+        """Map (B, width, T, H, W) to the same shape; the cache holds the state of a stream."""
         h, kept = self.first(F.silu(self.norm(x)), None if cache is None else cache.get(self))
         if cache is not None:
             cache[self] = kept.detach()
@@ -41,10 +40,11 @@ class CausalVAE(nn.Module, VideoCodec):
     """The small causal 3D VAE.
 
     Args:
-        config: channels, stride, width and depth.
+        config: Channels, stride, width and depth.
 
     Attributes:
-        latent_mean, latent_std: (channels,), of the latents of the training video, for `scale`.
+        latent_mean: (channels,), mean of the latents of the training video.
+        latent_std: (channels,), their standard deviation.
     """
 
     name = "causal"
@@ -69,7 +69,7 @@ class CausalVAE(nn.Module, VideoCodec):
         for last in (self.encoder_out, self.decoder_out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-        with torch.no_grad():  # logarithm of the posterior's variance: little noise at first
+        with torch.no_grad():  # log variance of the posterior: little noise at first
             self.encoder_out.bias[config.channels :] = -6.0
         self.register_buffer("latent_mean", torch.zeros(config.channels))
         self.register_buffer("latent_std", torch.ones(config.channels))
@@ -89,7 +89,7 @@ class CausalVAE(nn.Module, VideoCodec):
         self.from_latent.bias.copy_(mean)
 
     def posterior(self, frames: torch.Tensor, cache: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and logarithm of the variance of the latents of frames (B, 3, T, H, W)."""
+        """Mean and log variance of the latents of frames (B, 3, T, H, W)."""
         blocks = self._blocks(frames)
         h = _channels_first(self.encoder_in(blocks))
         for layer in self.encoder:
@@ -103,11 +103,11 @@ class CausalVAE(nn.Module, VideoCodec):
         """Frames (B, 3, T, H, W) in [-1, 1] -> the posterior's mean (B, C, T/4, H/8, W/8), float32.
 
         Args:
-            frames: whole blocks in every direction.
-            cache: carries a stream from call to call; give the same dict each time, an empty one at first.
+            frames: Frames of whole blocks along every axis.
+            cache: State of a stream: pass the same dict to every call, empty at first.
 
         Raises:
-            ValueError: frames are not 3-coloured or not whole blocks.
+            ValueError: The frames do not have 3 colours or are not whole blocks.
         """
         if (
             frames.ndim != 5
@@ -124,11 +124,11 @@ class CausalVAE(nn.Module, VideoCodec):
         """Latents (B, C, T', H', W') -> float32 frames (B, 3, 4T', 8H', 8W').
 
         Args:
-            latents: raw latents, as `encode` gives them.
-            cache: as for `encode`, but another dict.
+            latents: Raw latents, from `encode`.
+            cache: As for `encode`, but another dict.
 
         Raises:
-            ValueError: latents do not have the VAE's channels.
+            ValueError: The latents do not have the VAE's channels.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(
@@ -142,7 +142,7 @@ class CausalVAE(nn.Module, VideoCodec):
         return self._frames(blocks + self.from_latent(cells).float())
 
     def scale(self, latents: torch.Tensor) -> torch.Tensor:
-        """Bring raw latents (B, C, T, H, W) to zero mean and, over all channels, unit variance."""
+        """Scale raw latents (B, C, T, H, W) to zero mean and, over all channels, unit variance."""
         return (latents - _column(self.latent_mean)) / _column(self.latent_std)
 
     def unscale(self, latents: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ class CausalVAE(nn.Module, VideoCodec):
         return cut.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, *grid, -1)
 
     def _frames(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Undo _blocks."""
+        """Inverse of `_blocks`."""
         t, h, w = self.stride
         b, *grid, _ = blocks.shape
         cut = blocks.view(b, *grid, 3, t, h, w).permute(0, 4, 1, 5, 2, 6, 3, 7)

@@ -1,4 +1,4 @@
-"""The embedded codec: an orthonormal DCT over blocks of frames."""
+"""The built-in codec: an orthonormal DCT over blocks of frames."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class DCTCodec(VideoCodec):
     """Orthonormal DCT over blocks of 4 frames x 8 x 8 pixels x 3 colours: no weights, invertible.
 
     The three-point DCT of (R, G, B) is (R+G+B)/sqrt(3), (R-B)/sqrt(2), (R-2G+B)/sqrt(6): luma and two
-    opponent colours. Channels are ordered by frequency, so that the first ones carry the most.
+    opponent colours. Channels are ordered by frequency, so that the first ones have the most energy.
 
-    Latents stay raw in memory files. For a model, `scale` divides each channel by a standard deviation
-    typical of film: 12, 6 and 3 for the means of the three colours, 3.7 / frequency^1.5 for the others,
-    in the frequency that orders them. On 12 stretches of an animated film at 480x832 the first 64
-    channels' own deviations are within a factor of 2.4 of it.
+    Memory files store raw latents. For a model, `scale` divides each channel by a typical standard deviation: 12, 6 and
+    3 for the means of the three colours, 3.7 / frequency^1.5 for the others, with the frequency of the channel order.
+    On 12 clips of an animated film at 480x832 it is within a factor of 2.4 of the measured one in the first 64
+    channels.
 
     Args:
-        config: number of channels kept; all 768 make decode the exact inverse of encode.
-        latent_std: (channels,), in place of that formula.
+        config: Number of channels; with all 768, decode is the exact inverse of encode.
+        latent_std: (channels,), standard deviations to use instead of the formula.
 
     Raises:
-        ValueError: latent_std is of another shape or not positive.
+        ValueError: latent_std has another shape or is not positive.
     """
 
     name = "dct"
@@ -46,9 +46,8 @@ class DCTCodec(VideoCodec):
         self._block = block.to(torch.float32)
         self._colour = dct_matrix(3).to(torch.float32)
         kc, kt, kh, kw = torch.meshgrid(*map(torch.arange, (3, t, h, w)), indexing="ij")
-        # Hyperbolic zigzag, an opponent colour counting as three times the frequency: on 20 s of
-        # film at 480x832 the first 64 channels give 37.6 dB (a plain sum of the indices 33.7 dB, the
-        # best 64 of that clip 39.0 dB).
+        # Hyperbolic zigzag order; opponent colours count as three times the frequency. On 20 s of video at 480x832 the
+        # first 64 channels give 37.6 dB (ordered by the sum of indices 33.7 dB, the best 64 of that clip 39.0 dB).
         frequency = (kt + 1) * (kh + 1) * (kw + 1) * torch.where(kc > 0, 3, 1)
         self._order = torch.argsort(frequency.flatten(), stable=True)[: self.channels]
         if latent_std is None:
@@ -63,7 +62,7 @@ class DCTCodec(VideoCodec):
 
     @property
     def device(self) -> torch.device:
-        """Where the codec computes."""
+        """Device of the codec."""
         return self._block.device
 
     def to(self, device: torch.device | str) -> DCTCodec:
@@ -83,11 +82,11 @@ class DCTCodec(VideoCodec):
     def encode(self, frames: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         """Transform frames (B, 3, T, H, W) to float32 latents (B, channels, T/4, H/8, W/8).
 
-        Channels are innermost in memory, which `patchify` reads fastest. Blocks do not see each other:
-        a stream needs no cache.
+        Channels are innermost in memory, which is fastest for `patchify`. Blocks are independent: a stream needs no
+        cache.
 
         Raises:
-            ValueError: frames are not 3-coloured or not whole blocks.
+            ValueError: The frames do not have 3 colours or are not whole blocks.
         """
         t, h, w = self.stride
         if (
@@ -111,7 +110,7 @@ class DCTCodec(VideoCodec):
         """Transform latents (B, channels, T', H', W') to float32 frames (B, 3, 4T', 8H', 8W').
 
         Raises:
-            ValueError: latents do not have the codec's channels.
+            ValueError: The latents do not have the codec's channels.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""diffusers' AutoencoderKLWan and AutoencoderKLHunyuanVideo as VAEs of a model, from a local folder.
+"""Adapters for diffusers' AutoencoderKLWan and AutoencoderKLHunyuanVideo, loaded from a local folder.
 
-The first latent frame covers one video frame, each later one four. Latents are the mode (the mean) of
-the posterior; nothing is sampled.
+The first latent frame covers one video frame, each later one four. Latents are the mode (the mean) of the posterior;
+nothing is sampled.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ CLASSES = {"wan": "AutoencoderKLWan", "hunyuan": "AutoencoderKLHunyuanVideo"}
 
 
 class DiffusersVAE(nn.Module, VideoCodec):
-    """What both VAEs share: an adapter around the model of diffusers, frozen, in evaluation mode.
+    """Base of both adapters; the diffusers model is frozen and in evaluation mode.
 
     Args:
-        vae: the model of diffusers.
+        vae: The diffusers model.
+        channels: Latent channels.
+        stride: Frames, rows and columns per latent cell.
 
     Attributes:
-        latent_mean, latent_std: (channels,), for `scale`.
+        latent_mean: (channels,), mean for `scale`.
+        latent_std: (channels,), standard deviation for `scale`.
     """
 
     first_frames = 1
@@ -45,11 +48,11 @@ class DiffusersVAE(nn.Module, VideoCodec):
         """Encode frames (B, 3, T, H, W) in [-1, 1] to the posterior's mode (B, C, T', H', W'), float32.
 
         Args:
-            frames: 1 + 4k of them, or 4k in the continuation of a stream, of whole latent rows and columns.
-            cache: carries a stream from call to call; give the same dict each time, an empty one at first.
+            frames: 1 + 4k frames, or 4k in the continuation of a stream, with whole latent rows and columns.
+            cache: State of a stream: pass the same dict to every call, empty at first.
 
         Raises:
-            ValueError: frames are not 3-coloured, or of another number or size.
+            ValueError: The frames do not have 3 colours, or have another number or size.
         """
         t, h, w = self.stride
         start = 0 if cache else self.first_frames
@@ -73,11 +76,11 @@ class DiffusersVAE(nn.Module, VideoCodec):
         """Decode latents (B, C, T', H', W') to float32 frames (B, 3, T, H, W).
 
         Args:
-            latents: raw latents, as `encode` gives them.
-            cache: as for `encode`, but another dict.
+            latents: Raw latents, from `encode`.
+            cache: As for `encode`, but another dict.
 
         Raises:
-            ValueError: latents do not have the VAE's channels, or there are none.
+            ValueError: The latents do not have the VAE's channels, or are empty.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels or latents.shape[2] < 1:
             raise ValueError(
@@ -88,7 +91,7 @@ class DiffusersVAE(nn.Module, VideoCodec):
         return self._decode(latents.to(dtype), cache).to(torch.float32)
 
     def scale(self, latents: torch.Tensor) -> torch.Tensor:
-        """Bring raw latents (B, C, T, H, W) to about zero mean and unit variance, as published with the VAE."""
+        """Scale raw latents (B, C, T, H, W) to about zero mean and unit variance, with the VAE's published values."""
         return (latents - self.latent_mean.view(-1, 1, 1, 1)) / self.latent_std.view(-1, 1, 1, 1)
 
     def unscale(self, latents: torch.Tensor) -> torch.Tensor:
@@ -97,15 +100,14 @@ class DiffusersVAE(nn.Module, VideoCodec):
 
 
 class WanVAE(DiffusersVAE):
-    """AutoencoderKLWan, of Wan 2.1 (stride 4x8x8) or Wan 2.2 (4x16x16).
+    """AutoencoderKLWan of Wan 2.1 (stride 4x8x8) or Wan 2.2 (4x16x16).
 
-    The model is causal, and computes group by group (one frame, then four at a time) with a cache of the
-    last frames before every convolution. diffusers makes and drops that cache in each call; here it is
-    handed from call to call through the arguments of its encoder and decoder, so that a stream, however
-    it is cut, gives what one call over the whole gives.
+    The model is causal. It processes one frame, then groups of four, with a cache of the last frames for every
+    convolution. diffusers discards this cache after each call. Here it is passed on from call to call, so that a stream
+    gives the same result as a single call, however it is cut.
 
     Args:
-        vae: the model of diffusers.
+        vae: The diffusers model.
     """
 
     name = "wan"
@@ -151,22 +153,21 @@ class WanVAE(DiffusersVAE):
 
 
 def _empty_states(part: nn.Module) -> list[Any]:
-    """The cache of an encoder or decoder of Wan before the first frame: one entry a causal convolution."""
+    """The initial cache of Wan's encoder or decoder: one entry per causal convolution."""
     return [None] * sum(isinstance(module, type(part.conv_in)) for module in part.modules())
 
 
 class HunyuanVAE(DiffusersVAE):
     """AutoencoderKLHunyuanVideo.
 
-    Its group norms and its attention look over all frames of a call, so no stream can equal the whole;
-    diffusers itself cuts clips of more than 16 frames into tiles that overlap and blends them. A stream
-    here encodes (decodes) each piece behind the last `overlap` latent frames before it, as context, and
-    drops what comes out for them: that, and no nearness to the whole, is what can be promised. The first
-    piece is what one call gives for it.
+    Its group norms and attention read all frames of a call, so that a stream cannot give the result of a single call;
+    diffusers itself cuts clips of more than 16 frames into overlapping tiles and blends them. Here each piece is
+    encoded (decoded) together with the last `overlap` latent frames before it, whose output is dropped. The first piece
+    equals a single call; for later ones no bound on the difference is promised.
 
     Args:
-        vae: the model of diffusers.
-        overlap: latent frames of context.
+        vae: The diffusers model.
+        overlap: Latent frames of context.
     """
 
     name = "hunyuan"
@@ -192,7 +193,7 @@ class HunyuanVAE(DiffusersVAE):
 
     @staticmethod
     def _behind(piece: torch.Tensor, cache: dict, keep: int) -> tuple[torch.Tensor, int]:
-        """Put the last of the piece before in front; returns that and how many there are, and keeps anew."""
+        """Prepend the last frames of the piece before; return the result and their number, and update the cache."""
         if "before" in cache:
             piece = torch.cat([cache["before"].to(piece), piece], 2)
         before = cache["before"].shape[2] if "before" in cache else 0
@@ -201,34 +202,34 @@ class HunyuanVAE(DiffusersVAE):
 
 
 def load_diffusers_vae(config: VAEConfig, folder: Path | None) -> DiffusersVAE:
-    """Load a VAE that save_pretrained wrote, from the folder alone: nothing is fetched.
+    """Load a VAE from a local folder that save_pretrained wrote; nothing is downloaded.
 
     Args:
-        config: of kind "wan" or "hunyuan"; channels and stride must be the VAE's.
-        folder: with config.json and the weights, or one with such a folder named vae.
+        config: Configuration of kind "wan" or "hunyuan", with the channels and stride of the VAE.
+        folder: Folder with config.json and the weights, or a pipeline folder with a subfolder `vae`.
 
     Returns:
-        Adapter on the CPU in float32.
+        The adapter, on the CPU in float32.
 
     Raises:
-        UserError: diffusers is missing, or the folder holds no such VAE.
+        UserError: diffusers is not installed, or the folder holds no such VAE.
     """
     name = CLASSES[config.kind]
     if folder is None:
-        raise UserError(f"the model's VAE is {name}: give the folder with its weights")
+        raise UserError(f"the model's VAE is {name}; give the folder of its weights")
     folder = part_folder(folder, "vae")
     found = read_config(folder, "VAE").get("_class_name")
     if found != name:
-        raise UserError(f"{folder}: holds a {found or 'model without a class name'}, the model asks for {name}")
+        raise UserError(f"{folder}: must hold the VAE {name}, got {found or 'a model without a class name'}")
     vae = read_weights(name, folder)
     return _adapt(config, vae, str(folder))
 
 
 def new_diffusers_vae(config: VAEConfig) -> DiffusersVAE:
-    """Make the VAE in its published size with random weights, for measuring time and memory.
+    """Make the VAE in its published size with random weights, to measure time and memory.
 
     Raises:
-        UserError: diffusers is missing, or the published VAE has other channels or another stride.
+        UserError: diffusers is not installed, or the published VAE has other channels or another stride.
     """
     name = CLASSES[config.kind]
     return _adapt(config, diffusers_class(name)(), name)

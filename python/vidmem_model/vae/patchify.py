@@ -1,4 +1,4 @@
-"""Latents to patch tokens and back."""
+"""Convert latents to patch tokens and back."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def patchify(
     """Cut latents into tokens of patch x patch cells.
 
     Args:
-        latents: (B, C, T, H, W), H and W multiples of `patch`.
-        patch: cells a token covers along height and width.
-        out: contiguous tensor to write the tokens to; a new one by default.
+        latents: (B, C, T, H, W), H and W are multiples of `patch`.
+        patch: Cells per token along height and width.
+        out: Contiguous tensor to write the tokens to; by default a new one.
 
     Returns:
-        tokens (B, T*(H/patch)*(W/patch), C*patch*patch), channel-major as in the patch projections
-        of diffusion transformers, and the grid (T, H/patch, W/patch).
+        Tokens (B, T*(H/patch)*(W/patch), C*patch*patch), channel-major as in the patch embedding of diffusion
+        transformers, and the grid (T, H/patch, W/patch).
 
     Raises:
         ValueError: H or W is not a multiple of patch.
@@ -34,7 +34,7 @@ def patchify(
         out = latents.new_empty(b, math.prod(grid), c * patch * patch)
     cells = out.view(b, *grid, c, patch, patch)
     last = latents.permute(0, 2, 3, 4, 1)
-    # A copy for each place in the patch takes a third to a fifth of the time of one permuted copy of all.
+    # One copy per place in the patch takes a third to a fifth of the time of a single permuted copy.
     for i in range(patch):
         for j in range(patch):
             cells[..., i, j] = last[:, :, i::patch, j::patch]
@@ -42,18 +42,18 @@ def patchify(
 
 
 def unpatchify(tokens: torch.Tensor, grid: tuple[int, int, int], patch: int = PATCH) -> torch.Tensor:
-    """Undo patchify.
+    """Inverse of `patchify`.
 
     Args:
-        tokens: (B, T*H*W of the grid, C*patch*patch).
+        tokens: (B, T*H*W, C*patch*patch), for the T, H, W of the grid.
         grid: (T, H, W) in tokens.
-        patch: cells a token covers along height and width.
+        patch: Cells per token along height and width.
 
     Returns:
-        latents (B, C, T, H*patch, W*patch).
+        Latents (B, C, T, H*patch, W*patch).
 
     Raises:
-        ValueError: the number or the width of the tokens does not fit.
+        ValueError: The number or the channels of the tokens do not fit.
     """
     b, n, width = tokens.shape
     if n != math.prod(grid) or width % (patch * patch):

@@ -1,7 +1,7 @@
-"""Video in: the frames that any film shows at given times, at a constant rate and in one size.
+"""Read video files as frames of a constant rate and size, and write MP4 and PNG files.
 
-`decode` gives the pictures of a file in the order they are shown, `stamps` the time of each, `picture` turns,
-scales and composes them, `read` takes what a ClipSpec asks for; `sample` fetches the sample film.
+`decode` yields the pictures of a file in display order, `stamps` computes their times, `picture` rotates, scales and
+composes them, `read` selects what a ClipSpec asks for, and `sample` downloads the sample film.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which pictures of a film are damaged, told from those that only lean on what was cut off or joined."""
+"""Detect damaged pictures, as opposed to pictures that refer to others that were cut off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import av
 
 @dataclass
 class _Damage:
-    """Pictures that cannot be trusted, from a stamp to that of the next key frame; None where stamps are missing."""
+    """A range of damaged pictures, from a timestamp to that of the next key frame; None if timestamps are missing."""
 
     reason: str
     first: int | None
@@ -24,16 +24,16 @@ class _Damage:
 
 
 class DamageWatch:
-    """Follows packets and frames. FFmpeg conceals damage by default; here it is found.
+    """Watches packets and frames for damage, which FFmpeg conceals by default.
 
-    No damage are:
+    These are not damage:
 
-    - pictures before the first key frame that comes: they lean on ones that were cut off or skipped;
-    - a packet marked as corrupt with a key frame right behind it and none missing between: where transport
-      streams are joined, the counters of their packets do not fit, and no picture is lost.
+    - pictures before the first key frame: they refer to pictures that were cut off or skipped;
+    - a packet marked as corrupt that is followed by a key frame, with no packet missing between: at a join of transport
+      streams the packet counters do not match, but no picture is lost.
 
     Args:
-        step: stamps from packet to packet, on average.
+        step: Mean difference of timestamps between packets.
     """
 
     def __init__(self, step: float) -> None:
@@ -46,7 +46,7 @@ class DamageWatch:
         self._coded: int | None = None
 
     def enter(self, packet: av.Packet) -> None:
-        """Look at a packet that is about to be decoded."""
+        """Inspect a packet before it is decoded."""
         if packet.is_keyframe:
             if not self._keyed:
                 self._keyed, self._key = True, packet.pts
@@ -66,18 +66,18 @@ class DamageWatch:
         return None not in (self._coded, packet.dts) and packet.dts - self._coded > 1.5 * self._step
 
     def end(self) -> None:
-        """Take a packet that was marked as corrupt for damaged, as no key frame came."""
+        """Treat the packet marked as corrupt as damaged, because no key frame followed."""
         if self._suspect is not None:
             self.fails(self._suspect, "damaged data")
             self._suspect = None
 
     def fails(self, packet: av.Packet, reason: str) -> None:
-        """Note that a packet cannot be decoded."""
+        """Record that a packet cannot be decoded."""
         if not self._leans(packet.pts):
             self._damages.append(_Damage(reason, packet.pts))
 
     def judge(self, frame: av.VideoFrame) -> tuple[bool, str | None]:
-        """Whether a frame is to be kept, and what is wrong with it."""
+        """Return whether to keep a frame, and the reason why it is damaged, or None."""
         if frame.is_corrupt and self._leans(frame.pts):
             return False, None
         found = [damage for damage in self._damages if damage.spoils(frame.pts)]
@@ -86,7 +86,7 @@ class DamageWatch:
         return True, found[0].reason if found else "damaged data" if frame.is_corrupt else None
 
     def lost(self) -> Iterator[tuple[int | None, str]]:
-        """Stamp and reason of damages that end with no picture to show for them."""
+        """Yield timestamp and reason of damages for which no picture was decoded."""
         for damage in self._damages:
             if not damage.seen:
                 damage.seen = True

@@ -1,7 +1,7 @@
-"""Films opened and decoded: their pictures in the order and at the times at which they are shown.
+"""Open and decode video files: pictures in display order, with their times.
 
-Decoding from the beginning defines what is shown when. To skip the part before a moment is only faster: it is
-done where every stamp on the way is sound, and taken back where the first picture comes too late.
+Decoding from the beginning defines which picture is shown when. Seeking is only faster: it is used if all timestamps up
+to the start are valid, and abandoned if the first picture comes too late.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from ..errors import MediaError
 from .damage import DamageWatch
 from .stamps import REORDER, PacketStamps, shown_times, steadied
 
-# Up to this size a file is read through where its container's word would do: that takes no second, and is true.
+# Up to this size all packets are counted instead of trusting the container, which takes less than a second.
 READ_THROUGH = 64 << 20
-# Pixels of the pictures that are held while their stamps are sorted, twice what level 4 of H.264 allows.
+# Maximum pixels of pictures that are held while timestamps are sorted, twice the limit of H.264 level 4.
 _HELD_PIXELS = 16 * 1920 * 1088 * 2
-# They keep the time of decoding alone. What FFmpeg makes of it for B-frames is a guess.
+# Containers that store decoding times only. The display times that FFmpeg derives for B-frames are guesses.
 _CODING_ORDER = ("avi", "asf")
-# Their key frames do not stand alone (a GIF's pictures are patches of the one before), or are as good as all.
+# Containers without seeking: key frames depend on earlier pictures (GIF), or all pictures are key frames.
 _WHOLE = ("gif", "apng", "image2")
-# Program streams stamp packs of pictures.
+# Program streams have one timestamp per pack of pictures.
 _PACKED = "mpeg"
 _INDEXED = ("mov", "matroska")
-# Decoders that give the transparency which WebM keeps beside the picture.
+# Decoders that support the alpha channel of WebM.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture, or the place of one that is lost.
+    """A decoded picture, or a placeholder for a lost one.
 
     Attributes:
-        frame: None for one that is lost.
-        broken: why it cannot be trusted; None for a sound one.
+        frame: The frame; None if it is lost.
+        broken: Why the picture is damaged; None if it is not.
     """
 
     frame: av.VideoFrame | None
@@ -56,21 +56,21 @@ class Film:
     """An open file and its first video stream.
 
     Attributes:
-        path: the file.
-        stepped: whether no stamp is to be believed and pictures are counted, as in a bare stream.
-        joinable: whether the format allows stamps to jump, as where films were joined.
-        rate: mean pictures a second; 0 until it was measured where nothing states it.
-        aspect: width of a pixel divided by its height, or None.
-        first: stamp in seconds of the first picture; None until it was decoded.
-        reached: seconds of the file up to which packets were read, as it numbers them.
-        failure: why the file could not be read to its end; None while it could.
+        path: The file.
+        stepped: Whether timestamps are ignored and pictures are counted, as in a raw stream.
+        joinable: Whether the format allows timestamps to jump, as at joins.
+        rate: Mean pictures per second; 0 until it is measured, if the file does not state it.
+        aspect: Pixel aspect ratio, width divided by height, or None.
+        first: Timestamp of the first picture, in seconds; None until it is decoded.
+        reached: Timestamp up to which packets were read, in seconds.
+        failure: Why the file cannot be read to its end, or None.
     """
 
     def __init__(self, path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> None:
         self.path, self._container, self._stream = path, container, stream
         flags = Flags(container.format.flags)
         self._bare = bool(flags & Flags.no_timestamps)
-        # AVI numbers its chunks as they are coded; those of films with B-frames have holes that mean nothing.
+        # AVI numbers chunks in coding order; with B-frames the numbers have meaningless gaps.
         self.stepped = self._bare or (self.name == "avi" and bool(stream.codec_context.has_b_frames))
         self.joinable = bool(flags & Flags.ts_discont)
         self.rate = self._stated_rate() or 0.0
@@ -83,15 +83,15 @@ class Film:
     def _stated_rate(self) -> float | None:
         stream = self._stream
         average, coded = stream.average_rate, stream.codec_context.framerate
-        # The average of a bare stream is a default; its headers say the rate.
+        # The average rate of a raw stream is a default; its headers have the true one.
         known = (coded, stream.guessed_rate, average) if self._bare else (average, coded)
         rate = next((float(rate) for rate in known if rate), None)
         likely = coded or stream.guessed_rate
-        # An AVI that was made from another container is mostly chunks without a picture.
+        # An AVI converted from another container may consist mostly of chunks without a picture.
         return None if rate and likely and self.name == "avi" and rate > 1.5 * likely else rate
 
     def measure_rate(self) -> float:
-        """Pictures a second by the stamps of the first thousand packets, for a film that does not say."""
+        """Measure pictures per second from the timestamps of the first thousand packets."""
         stamps = {packet.pts for packet in itertools.islice(self._packets(), 1000)} - {None}
         stamps = [float(stamp * self._stream.time_base) for stamp in sorted(stamps)]
         return (len(stamps) - 1) / (stamps[-1] - stamps[0]) if len(stamps) > 1 else 25.0
@@ -107,23 +107,24 @@ class Film:
             transparent = av.CodecContext.create(own, "r")
         except av.codec.codec.UnknownCodecError as error:
             raise MediaError(
-                f"{self.path}: is transparent, which needs FFmpeg's decoder {own}; convert it to one without alpha"
+                f"{self.path}: has an alpha channel, which requires FFmpeg's decoder {own}; "
+                "convert it to a video without alpha"
             ) from error
         transparent.extradata = context.extradata
         return transparent
 
     @property
     def step(self) -> float:
-        """Seconds from picture to picture, on average."""
+        """Mean seconds between pictures."""
         return 1 / self.rate
 
     @property
     def counted(self) -> int:
-        """Number of pictures as the container states it; 0 where it does not."""
+        """Number of pictures that the container states, or 0."""
         return self._stream.frames
 
     def _unfinished(self) -> bool:
-        """Whether this is an AVI that was written to a pipe, whose header is made up."""
+        """Whether this is an AVI that was written to a pipe, whose header is not valid."""
         if self.name != "avi":
             return False
         with self.path.open("rb") as file:
@@ -135,50 +136,50 @@ class Film:
         return self._container.format.name.split(",")[0]
 
     def seconds(self, stamp: int | None) -> float | None:
-        """Convert a stamp of the stream, None where it is not to be believed."""
+        """Convert a timestamp of the stream to seconds; None if it is not reliable."""
         return None if stamp is None or self.stepped else float(stamp * self._stream.time_base)
 
     def length(self, picture: Picture) -> float:
-        """Seconds for which a picture is to be shown."""
+        """Display time of a picture, in seconds."""
         duration = picture.frame.duration if picture.frame and not self.stepped else 0
         if not duration:
             return self.step
         seconds = float(duration * self._stream.time_base)
-        # Fields are whole; the stamps' unit may not divide them.
+        # A whole number of fields; the unit of timestamps may not divide it.
         return round(2 * seconds / self.step) * self.step / 2 if self.name == _PACKED else seconds
 
     def stated_seconds(self) -> float | None:
-        """Length of the picture as the container states it; None where it does not, or guesses."""
+        """Length of the video stream that the container states, in seconds; None if it does not, or guesses."""
         if self._bare or self.joinable or self._unfinished():
-            return None  # FFmpeg has looked at the end of the file, which may be another film's
-        # NUT and FLV count from the file's beginning, MP4 and AVI from the stream's.
+            return None  # FFmpeg read the length from the end of the file, which may belong to another joined video
+        # NUT and FLV count from the start of the file, MP4 and AVI from the start of the stream.
         late = 0.0 if self.name in ("mov", "avi") else max(0.0, self.first or 0.0)
         if self._stream.duration is not None:
             return float(self._stream.duration * self._stream.time_base) - late
-        # Matroska keeps the end of a stream in this tag, counted from the file's beginning.
+        # Matroska stores the end of a stream in this tag, counted from the start of the file.
         if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self._stream.metadata.get("DURATION", "")):
             hours, minutes, seconds = match.groups()
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - late
-        # A container's length is that of its longest stream: it tells of the picture only when alone.
+        # The length of a container is that of its longest stream, so it is used for a single stream only.
         if self._container.duration is not None and len(self._container.streams) == 1:
             return self._container.duration / av.time_base - late
         return None
 
     def estimated_seconds(self) -> float | None:
-        """Length as the container states or FFmpeg guesses it; None where neither can."""
+        """Length that the container states or FFmpeg guesses, in seconds, or None."""
         stated = self.stated_seconds()
         if stated is None and self._container.duration is not None:
             stated = self._container.duration / av.time_base
         return stated
 
     def count(self, first: float) -> tuple[int, float]:
-        """Read all packets, decoding none.
+        """Read all packets without decoding.
 
         Args:
-            first: stamp in seconds of the first picture; what is stamped before it was cut off from what it leans on.
+            first: Timestamp of the first picture, in seconds; earlier packets refer to pictures that were cut off.
 
         Returns:
-            Number of pictures and length in seconds.
+            Number of pictures, and length in seconds.
         """
         count, keys = 0, 0
         stamps = self._packet_stamps()
@@ -198,28 +199,29 @@ class Film:
         return max(1, count), max(1, count) * self.step
 
     def _packets(self) -> Iterator[av.Packet]:
-        """The stream's packets and an empty one at the end, or as many as can be read."""
+        """Yield the packets of the stream that can be read, and an empty one at the end."""
         try:
             yield from self._container.demux(self._stream)
         except av.error.FFmpegError as error:
             self.failure = error.strerror
         except IndexError:
-            pass  # PyAV's end of a file in which a stream appeared on the way; ours has been read
+            pass  # PyAV raises at the end of a file in which a stream appeared later; ours is complete
 
     def _packet_stamps(self) -> PacketStamps:
         return PacketStamps(self.step, self.joinable, even=self.name == _PACKED)
 
     def packets_before(self, start: float) -> tuple[int, float]:
-        """Find where decoding may begin so that it shows at `start` what it would if begun at the first packet.
+        """Find the key frame at which decoding may start to show the same picture at `start` as from the first packet.
 
-        That is a key frame up to which every stamp is there, no two are equal and none jumps, and B-frames show
-        that the stamps are those of showing.
+        All timestamps up to it must exist, be distinct and not jump, and B-frames must show that they are display
+        times.
 
         Args:
-            start: in seconds since the first picture.
+            start: Time since the first picture, in seconds.
 
         Returns:
-            Packets before that key frame, 0 if there is none, and the stamp in seconds of the first picture.
+            Number of packets before this key frame, 0 if there is none, and the timestamp of the first picture, in
+            seconds.
         """
         nothing = 0, 0.0
         if self.stepped or self.name in _CODING_ORDER + _WHOLE:
@@ -245,7 +247,7 @@ class Film:
         return (found, first) if found and proven else nothing
 
     def _first_stamp(self, packet: av.Packet) -> float | None:
-        """Decode a packet; the stamp of the first picture that comes out, if one does."""
+        """Decode a packet; return the timestamp of the first resulting picture, or None."""
         try:
             return next(
                 (self.seconds(frame.pts) for frame in self._decoder.decode(packet) if not frame.is_corrupt), None
@@ -258,13 +260,13 @@ class Film:
         return bool(self._stream.codec.properties & Properties.REORDER.value)
 
     def seek(self, start: float) -> float | None:
-        """Go to the key frame before `start` by the container's index, where it has one that can be believed.
+        """Seek to the key frame before `start` with the container's index, if it is reliable.
 
         Args:
-            start: in seconds since the first picture.
+            start: Time since the first picture, in seconds.
 
         Returns:
-            The stamp in seconds of the first picture, or None where nothing was done that helps.
+            Timestamp of the first picture, in seconds, or None if seeking did not help.
         """
         if self.name not in _INDEXED:
             return None
@@ -279,18 +281,18 @@ class Film:
         return first
 
     def shown(self, skip: int = 0, first: float | None = None) -> Iterator[tuple[float, Picture]]:
-        """Decode on from where the file stands.
+        """Decode from the current position of the file.
 
         Args:
-            skip: packets to leave out.
-            first: stamp of the film's first picture; None where this is the beginning.
+            skip: Number of packets to skip.
+            first: Timestamp of the first picture, in seconds; None at the start of the file.
 
         Returns:
-            Iterator over (seconds since the first picture, picture). It ends where the file can be read no
-            further, and `failure` says so.
+            Iterator over (seconds since the first picture, picture). If the file cannot be read to its end, the
+            iterator ends there and sets `failure`.
         """
         self.first = first
-        # The levels of the codecs bound a decoder's memory: of larger pictures it holds back fewer.
+        # Codec levels limit the memory of a decoder: it holds back fewer pictures if they are larger.
         pixels = self._stream.codec_context.width * self._stream.codec_context.height
         reorder = min(REORDER, max(4, _HELD_PIXELS // max(1, pixels))) if self._reorders else 0
         pictures = self._pictures(skip)
@@ -301,7 +303,7 @@ class Film:
             yield now - self.first, picture
 
     def _pictures(self, skip: int) -> Iterator[tuple[float | None, bool, Picture]]:
-        """Decode: stamp in seconds if that is to be believed, whether times of decoding fell, and the picture."""
+        """Decode; yield the timestamp in seconds if reliable, whether decoding times decreased, and the picture."""
         fell, decoded = False, None
         watch = DamageWatch(self.step / self._stream.time_base)
         for packet in itertools.islice(self._packets(), skip, None):
@@ -327,10 +329,10 @@ class Film:
 
 @contextlib.contextmanager
 def open_film(path: Path) -> Iterator[Film]:
-    """Open a film and know its rate.
+    """Open a video file and determine its frame rate.
 
     Raises:
-        MediaError: as `_opened`.
+        MediaError: As for `_opened`.
     """
     with _opened(path) as film:
         if not film.rate:
@@ -341,13 +343,13 @@ def open_film(path: Path) -> Iterator[Film]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Film]:
-    """Open a file and its first real video stream (cover art of a song is none).
+    """Open a file and its first video stream that is not cover art.
 
     Raises:
-        MediaError: there is no such file, it is none that FFmpeg reads, or it holds no pictures.
+        MediaError: The file does not exist, FFmpeg cannot read it, or it has no pictures.
     """
     _check_file(path)
-    # An absolute name, or `a:b.mp4` would be file b.mp4 by protocol a. A playlist may name files only.
+    # An absolute path, because FFmpeg would take `a:b.mp4` for the protocol a. A playlist may only name files.
     name = os.path.abspath(path)
     try:
         container = av.open(name, metadata_errors="replace", options={"protocol_whitelist": "file"})
@@ -360,23 +362,23 @@ def _opened(path: Path) -> Iterator[Film]:
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams:
-            raise MediaError(f"{path}: holds no video stream; give a file with pictures")
+            raise MediaError(f"{path}: has no video stream; give the path of a video")
         streams = [s for s in streams if s.codec_context is not None]
         if not streams:
-            raise MediaError(f"{path}: its pictures are coded in a way that FFmpeg does not know; convert it first")
+            raise MediaError(f"{path}: FFmpeg has no decoder for its video codec; convert it first")
         yield Film(path, container, streams[0])
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what cannot be a film before FFmpeg looks at it."""
+    """Check that a path can be a video file before FFmpeg opens it."""
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
-        # A Path has made one slash of the two.
+        # Path has replaced "//" by "/".
         if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", str(path)):
             slashes = "///" if url[1].lower() == "file" else "//"
             address = f"{url[1]}:{slashes}{str(path)[url.end() :]}"
-            raise MediaError(f"{address}: URLs are not read; download the film and give its path") from error
+            raise MediaError(f"{address}: URLs are not supported; download the video and give its path") from error
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise MediaError(f"{path}: no such file; give the path of a video") from error
         reason = getattr(error, "strerror", None) or str(error)
@@ -384,24 +386,24 @@ def _check_file(path: Path) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise MediaError(f"{path}: is a directory; give the path of a video")
     if not stat.S_ISREG(found.st_mode):
-        raise MediaError(f"{path}: is a pipe or a device, which can be read once only; give the path of a video file")
+        raise MediaError(f"{path}: is a pipe or a device, which can only be read once; give the path of a video file")
     if found.st_size == 0:
         raise MediaError(f"{path}: is empty (0 bytes); give the path of a video")
 
 
 @contextlib.contextmanager
 def playing(path: Path, start: float = 0.0) -> Iterator[tuple[Film, Iterator[tuple[float, Picture]]]]:
-    """Decode a film from its beginning, or from a key frame before `start` where that shows the same.
+    """Decode a video from its beginning, or from a key frame before `start` if that gives the same pictures.
 
     Args:
-        path: the file.
-        start: in seconds since the first picture.
+        path: The file.
+        start: Time since the first picture, in seconds.
 
     Yields:
-        The film and an iterator over (seconds since the first picture, picture).
+        The open file, and an iterator over (seconds since the first picture, picture).
 
     Raises:
-        MediaError: as `open_film`.
+        MediaError: As for `open_film`.
     """
     if start > 0 and path.stat().st_size > READ_THROUGH:
         with open_film(path) as film:
@@ -425,7 +427,7 @@ def playing(path: Path, start: float = 0.0) -> Iterator[tuple[Film, Iterator[tup
 
 
 def _in_time(pictures: Iterator[tuple[float, Picture]], start: float) -> Iterator[tuple[float, Picture]] | None:
-    """The same pictures, if the first is sound and comes no later than `start`."""
+    """Return the pictures if the first is not damaged and not later than `start`, else None."""
     head = next(pictures, None)
     if head is None or head[0] > start or head[1].broken:
         return None

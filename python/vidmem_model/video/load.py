@@ -1,4 +1,4 @@
-"""Read a clip for work that takes many times its size in memory."""
+"""Read a clip after a check that there is enough memory to process it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .read import probe, read_clip
 
 
 def load_clip(video: Path, spec: ClipSpec, room: int, progress: Callable[[int, int | None], None] | None) -> Clip:
-    """Decode a clip, after a look at whether there is the memory to work on it.
+    """Decode a clip, after a check that there is enough memory to process it.
 
     Args:
-        video: a video file.
-        spec: the part to take.
-        room: bytes of memory that decoding it and the work to follow take for each byte of decoded video.
-        progress: as for `read_clip`.
+        video: Video file.
+        spec: Part, size and rate to take.
+        room: Bytes of memory that decoding and further processing take, per byte of decoded video.
+        progress: As for `read_clip`.
 
     Returns:
-        Clip.
+        The clip.
 
     Raises:
-        UserError: more memory is needed than there is.
-        MediaError: as `read_clip`.
+        UserError: There is not enough memory.
+        MediaError: As for `read_clip`.
     """
     info = probe(video)
     seconds = max(0.0, info.duration - spec.start) if info.duration else spec.seconds or 0.0

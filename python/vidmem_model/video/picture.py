@@ -1,4 +1,4 @@
-"""One picture of a film: how it is turned, scaled to cover the raster, and composed on black."""
+"""Process a picture: rotate it, scale it to cover the frame size, crop it, and compose it on black."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a coded picture becomes the shown one: first its axes are exchanged, then it is mirrored.
+    """How a coded picture is displayed: first it is transposed, then mirrored and flipped.
 
     Attributes:
-        transposed: rows become columns.
-        mirrored: the transposed picture is mirrored left to right.
-        flipped: the transposed picture is mirrored top to bottom.
+        transposed: Whether rows become columns.
+        mirrored: Whether the (transposed) picture is mirrored left to right.
+        flipped: Whether the (transposed) picture is mirrored top to bottom.
     """
 
     transposed: bool = False
@@ -27,15 +27,15 @@ class Orientation:
     flipped: bool = False
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """Turn an image (H, W, C); a view."""
+        """Orient an image (H, W, C); returns a view."""
         image = image.swapaxes(0, 1) if self.transposed else image
         return image[:: -1 if self.flipped else 1, :: -1 if self.mirrored else 1]
 
 
 def orientation(frame: av.VideoFrame) -> Orientation:
-    """Read a frame's display matrix; one that is none of the eight orientations counts as the nearest.
+    """Read the display matrix of a frame, rounded to the nearest of the eight orientations.
 
-    The matrix takes (x, y) to (a x + c y, b x + d y). A matrix of zeros, which some writers leave, is upright.
+    The matrix maps (x, y) to (a x + c y, b x + d y). A zero matrix, which some writers store, means upright.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -50,8 +50,11 @@ def shown_size(frame: av.VideoFrame, aspect: Fraction | None) -> tuple[int, int]
     """Height and width of a frame as displayed.
 
     Args:
-        frame: a decoded frame.
-        aspect: width of its pixels divided by their height; None, or one that is not positive, means 1.
+        frame: Decoded frame.
+        aspect: Pixel aspect ratio, width divided by height; None or a value that is not positive means 1.
+
+    Returns:
+        Height and width, in pixels.
     """
     height, width = frame.height, frame.width
     if aspect and aspect > 0:
@@ -60,11 +63,14 @@ def shown_size(frame: av.VideoFrame, aspect: Fraction | None) -> tuple[int, int]
 
 
 def cropped_share(shown: tuple[int, int], raster: tuple[int, int]) -> float:
-    """Share of a picture's area that is lost when it is scaled to cover a raster and centre-cropped.
+    """Share of a picture's area that is cropped when it is scaled to cover a frame size.
 
     Args:
-        shown: height and width of the picture.
-        raster: height and width of what it is to cover.
+        shown: Height and width of the picture.
+        raster: Height and width of the frame size.
+
+    Returns:
+        A number from 0 to 1.
     """
     ratio = (shown[0] * raster[1]) / (shown[1] * raster[0])
     return 1 - min(ratio, 1 / ratio)
@@ -76,19 +82,19 @@ def to_raster(
     size: tuple[int, int],
     reformatter: VideoReformatter,
 ) -> np.ndarray:
-    """Turn a frame upright, scale it to cover the raster and crop its centre.
+    """Orient a frame, scale it to cover a frame size, and crop its centre.
 
     Args:
-        frame: a decoded frame; where it is transparent, black shows through.
-        aspect: as for `shown_size`.
-        size: height and width of the raster.
-        reformatter: keeps swscale's tables from frame to frame.
+        frame: Decoded frame; transparent areas become black.
+        aspect: As for `shown_size`.
+        size: Height and width of the result.
+        reformatter: Converter that keeps the tables of swscale between frames.
 
     Returns:
         uint8 (H, W, 3), RGB.
 
     Raises:
-        ValueError: swscale does not know the pixel format.
+        ValueError: swscale does not support the pixel format.
     """
     turn = orientation(frame)
     shown_height, shown_width = shown_size(frame, aspect)
@@ -96,7 +102,7 @@ def to_raster(
     scale = max(height / shown_height, width / shown_width)
     tall, wide = max(height, round(shown_height * scale)), max(width, round(shown_width * scale))
     see_through = frame.format.has_palette or any(each.is_alpha for each in frame.format.components)
-    # Players take untagged high definition as BT.709; swscale would take it as BT.601.
+    # Players assume BT.709 for untagged high-definition video; swscale would assume BT.601.
     high_definition = frame.height >= 720 or frame.width >= 1280
     untagged_hd = high_definition and frame.colorspace == _UNTAGGED and not frame.format.is_rgb
     image = reformatter.reformat(

@@ -1,4 +1,4 @@
-"""A PNG file, written with zlib alone."""
+"""Write PNG files with zlib only."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..files import replacing
 
 
 def write_png(path: Path, image: torch.Tensor | np.ndarray) -> None:
-    """Write a PNG file, whole or not at all.
+    """Write a PNG file atomically.
 
     Args:
-        path: file to write.
+        path: File to write.
         image: uint8 (H, W, 3), RGB.
 
     Raises:
-        ValueError: image is of another shape or dtype.
-        UserError: the path cannot be written.
+        ValueError: The image has another shape or dtype.
+        UserError: The file cannot be written.
     """
     pixels = np.ascontiguousarray(torch.as_tensor(image).numpy())
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"write_png: image must be uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
     height, width, _ = pixels.shape
     rows = pixels.reshape(height, -1)
-    # Filter "Up": each row as its difference from the one above, modulo 256.
+    # PNG filter "Up": each row minus the row above, modulo 256.
     above = np.vstack([np.zeros_like(rows[:1]), rows[:-1]])
     lines = np.hstack([np.full((height, 1), 2, np.uint8), rows - above])
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)

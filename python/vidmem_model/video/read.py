@@ -1,4 +1,4 @@
-"""Take a part of a film: frames at a constant rate, in one size."""
+"""Read a part of a video as frames of a constant rate and size."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from .picture import shown_size, to_raster
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Read a video's displayed size, rate and length.
+    """Read the display size, frame rate and length of a video.
 
-    Its first frame is decoded. The packets are counted where the container does not say how many there are, or
-    contradicts itself; those of a file over 64 MiB only where it gives no length either.
+    The first frame is decoded. Packets are counted if the container does not state their number or contradicts itself;
+    those of a file above 64 MiB only if it does not state a length either.
 
     Args:
-        path: a video file.
+        path: Video file.
 
     Returns:
-        VideoInfo.
+        Metadata of the video.
 
     Raises:
-        MediaError: missing, unreadable, without pictures, or without a frame that decodes.
+        MediaError: The file is missing or unreadable, or no frame can be decoded.
     """
     path = Path(path)
     with open_film(path) as film:
         frame = next((picture.frame for _, picture in film.shown() if picture.frame and not picture.broken), None)
         if frame is None:
-            raise MediaError(f"{path}: holds no frame that can be decoded; give another video")
+            raise MediaError(f"{path}: has no frame that can be decoded; give another video")
         height, width = shown_size(frame, film.aspect)
         frames, seconds = film.counted, film.stated_seconds()
         first, rate, estimated = film.first, film.rate, film.estimated_seconds()
@@ -52,14 +52,14 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def _breaks(path: Path, seconds: float, reason: str) -> MediaError:
-    return MediaError(f"{path}: breaks at {seconds:.2f} s ({reason}); repair the file or take a part before that")
+    return MediaError(f"{path}: is damaged at {seconds:.2f} s ({reason}); repair the file or take a part before that")
 
 
 def _slack(fps: float, rate: float) -> float:
-    """Seconds by which a picture may be late and still be on screen.
+    """Tolerance for the time of a picture, in seconds.
 
-    Containers round stamps, to 1 ms at worst. Where the rates nearly agree a quarter of the interval keeps
-    stamps that are not quite even from showing one picture twice and leaving out the next.
+    Containers round timestamps to 1 ms at worst. If the rates are nearly equal, a quarter of the interval prevents
+    uneven timestamps from repeating one picture and dropping the next.
     """
     if 0.9 < fps / rate < 1.1:
         return 0.25 / fps
@@ -67,7 +67,7 @@ def _slack(fps: float, rate: float) -> float:
 
 
 def _frames_at_rate(path: Path, spec: ClipSpec) -> Iterator[np.ndarray]:
-    """Yield the picture on screen at start + k / fps, for k = 0, 1, ..."""
+    """Yield the picture that is displayed at start + k / fps, for k = 0, 1, ..."""
     with playing(path, spec.start) as (film, pictures):
         fps = spec.fps or film.rate
         count = _asked(spec, fps)
@@ -102,7 +102,7 @@ def _frames_at_rate(path: Path, spec: ClipSpec) -> Iterator[np.ndarray]:
             shown, image, begun = picture, None, now
         if film.failure:
             raise _breaks(path, end, film.failure)
-        # A demuxer takes a missing tail for the end: only the stated length gives it away.
+        # A demuxer does not detect a missing tail; only the stated length does.
         stated = film.stated_seconds()
         read = max(end, film.reached) if film.stepped else end  # an AVI may hold chunks without a picture
         if stated is not None and read < stated - max(0.5, 5 * film.step):
@@ -121,7 +121,7 @@ def _in_raster(
         return to_raster(picture.frame, film.aspect, size, reformatter)
     except (ValueError, av.error.FFmpegError) as error:
         name = picture.frame.format.name
-        raise MediaError(f"{path}: its pixel format {name} cannot be converted ({error}); convert it first") from error
+        raise MediaError(f"{path}: its pixel format {name} is not supported ({error}); convert it first") from error
 
 
 def _asked(spec: ClipSpec, fps: float) -> int | None:
@@ -129,24 +129,23 @@ def _asked(spec: ClipSpec, fps: float) -> int | None:
 
 
 def iter_frames(path: str | Path, spec: ClipSpec, chunk: int = 16) -> Iterator[np.ndarray]:
-    """Decode a video in chunks, resampled to a constant rate and brought to one size.
+    """Decode a video in chunks, resampled to a constant rate and scaled to one size.
 
-    Each output frame is the picture on screen at its time, 0 being that of the first picture; it is scaled to
-    cover the raster (aspect kept, orientation and pixel aspect applied) and its centre is cropped. Where a
-    picture is transparent, black shows. Without a raster all are brought to the size of the first.
+    Each frame is the picture that is displayed at its time, where 0 is the time of the first picture. It is scaled to
+    cover the frame size (with orientation and pixel aspect ratio applied) and centre-cropped. Transparent areas become
+    black. Without a frame size, all pictures get the size of the first.
 
     Args:
-        path: a video file.
-        spec: the part to take; a video that ends earlier gives what there is.
-        chunk: most frames in one array.
+        path: Video file.
+        spec: Part, size and rate to take; a shorter video gives fewer frames.
+        chunk: Maximum number of frames in an array.
 
     Returns:
         Iterator over uint8 arrays (t, H, W, 3), RGB, t <= chunk.
 
     Raises:
-        MediaError: missing, unreadable, without pictures, damaged on the way, or without a frame at
-            `spec.start`.
-        ValueError: chunk is not positive.
+        MediaError: The file is missing, unreadable or damaged, or has no frame at `spec.start`.
+        ValueError: `chunk` is not positive.
     """
     if chunk < 1:
         raise ValueError(f"iter_frames: chunk must be positive, got {chunk}")
@@ -161,18 +160,18 @@ def iter_frames(path: str | Path, spec: ClipSpec, chunk: int = 16) -> Iterator[n
 
 
 def read_clip(path: str | Path, spec: ClipSpec, progress: Callable[[int, int | None], None] | None = None) -> Clip:
-    """Decode the part of a video that `spec` names into memory.
+    """Decode a part of a video into memory.
 
     Args:
-        path: a video file.
-        spec: the part to take.
-        progress: called after every chunk with (frames done, frames expected or None).
+        path: Video file.
+        spec: Part, size and rate to take.
+        progress: Called after every chunk with (frames done, frames expected or None).
 
     Returns:
-        Clip; its `short` tells that the video held fewer frames than asked.
+        The clip; its property `short` is true if the video has fewer frames than asked for.
 
     Raises:
-        MediaError: as iter_frames.
+        MediaError: As for `iter_frames`.
     """
     path = Path(path)
     info = probe(path)

@@ -1,4 +1,4 @@
-"""The sample film: where it comes from, and the cache folder that it is fetched into."""
+"""Download the sample film to the cache folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vidmem_kernels.files import temporary_folder
 from ..checks import show
 from ..errors import MediaError, UserError
 
-# Big Buck Bunny (c) Blender Foundation, CC-BY 3.0: the whole film lies in moviepy's source release.
+# Big Buck Bunny (c) Blender Foundation, CC-BY 3.0: the whole film is part of moviepy's source release.
 SAMPLE_RELEASE = "moviepy==2.2.1"
 SAMPLE_RELEASE_BYTES = 58_431_438
 SAMPLE_ARCHIVE = "docs/_static/medias/getting_started/moviepy_10_minutes/moviepy_10_minutes.zip"
@@ -31,10 +31,10 @@ SAMPLE_SHA256 = "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d
 
 
 def cache_dir() -> Path:
-    """Return the folder for fetched files: $VIDMEM_CACHE, else $XDG_CACHE_HOME/vidmem, else ~/.cache/vidmem.
+    """Return the folder for downloads: $VIDMEM_CACHE, else $XDG_CACHE_HOME/vidmem, else ~/.cache/vidmem.
 
     Raises:
-        UserError: its ~ names no user.
+        UserError: The path starts with ~ and an unknown user.
     """
     named = next((name for name in ("VIDMEM_CACHE", "XDG_CACHE_HOME") if os.environ.get(name)), None)
     try:
@@ -46,16 +46,16 @@ def cache_dir() -> Path:
 
 
 def fetch_sample_clip(progress: bool = True) -> Path:
-    """Return the path of the sample film, fetching it into the cache the first time.
+    """Return the path of the sample film; download it to the cache on first use.
 
     Args:
-        progress: whether to draw a progress bar on stderr.
+        progress: Whether to show a progress bar on stderr.
 
     Returns:
-        Path of a checked bbb.mp4 (596 s, 1280x720, 24 fps).
+        Path of the verified bbb.mp4 (596 s, 720x1280 height x width, 24 fps).
 
     Raises:
-        MediaError: it cannot be fetched or is not the expected file; nothing is left half-written.
+        MediaError: The film cannot be downloaded or has another hash; no partial file is left.
     """
     target = cache_dir() / "bbb.mp4"
     if target.is_file() and target.stat().st_size == SAMPLE_BYTES and _sha256(target) == SAMPLE_SHA256:
@@ -90,7 +90,7 @@ def _progress_bar(visible: bool) -> Iterator[Progress]:
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    # On stderr, so that a command's standard output stays clean.
+    # On stderr, so that stdout has results only.
     with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
         yield bar
 
@@ -103,7 +103,7 @@ def _download_release(scratch: Path, bar: Progress) -> Path:
     spool.mkdir()
     log = scratch / "pip.log"
     task = bar.add_task("downloading the sample clip", total=SAMPLE_RELEASE_BYTES)
-    # pip spools a download below TMPDIR: the size of that folder is the progress, for any pip.
+    # pip downloads below TMPDIR: the size of that folder is the progress, for any version of pip.
     with log.open("wb") as sink:
         pip = subprocess.Popen(command, stdout=sink, stderr=sink, env={**os.environ, "TMPDIR": str(spool)})
         try:
@@ -130,7 +130,7 @@ def _largest_file(folder: Path) -> int:
             try:
                 largest = max(largest, os.stat(os.path.join(root, name)).st_size)
             except FileNotFoundError:
-                continue  # pip moved it away between the listing and the look
+                continue  # pip has moved it since the folder was listed
     return largest
 
 

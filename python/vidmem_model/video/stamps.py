@@ -1,4 +1,4 @@
-"""When the pictures of a film are shown, from stamps that may repeat, jump, be missing or be in wrong order."""
+"""Compute display times of pictures from timestamps that may repeat, jump, be missing or be out of order."""
 
 from __future__ import annotations
 
@@ -11,40 +11,37 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A decoder holds back 16 pictures at most, so that stamps in coding order are off by no more.
+# A decoder holds back at most 16 pictures, so that timestamps in coding order are off by at most this.
 REORDER = 16
-# Where a format may be joined (a transport stream, say), a jump ahead by more seconds is a join, as for ffmpeg.
+# In formats that may be joined, such as transport streams, a larger jump ahead is a join, as in ffmpeg.
 JOIN_SECONDS = 10.0
-# Pictures that a pack of a program stream may hold and still be stamped once.
+# Maximum number of pictures in a pack of a program stream with one timestamp.
 PACKED = 5.5
 
 
 def shown_times(
     pictures: Iterable[tuple[float | None, bool, T]], step: float, joinable: bool, reorder: int = REORDER
 ) -> Iterator[tuple[float, T]]:
-    """Give every picture the time at which it is shown, on a clock that rises.
+    """Compute strictly increasing display times of pictures.
 
-    The order of the pictures is right, for a decoder gives them as they are shown; their stamps are not always.
+    Pictures are in display order, as a decoder returns them, but their timestamps may be wrong.
 
-    - A picture without a stamp follows the one before it by `step`, and so does one whose stamp is that of the
-      picture before it, or a single stamp far off those around it.
-    - Stamps that fall by up to `reorder` steps are those of the coding order, which AVI and ASF keep: they are
-      sorted.
-    - Stamps that fall by more are those of another film that was joined to the first: it follows by `step`, and
-      what comes keeps its distance from there. So are stamps that fall at all after times of decoding fell, and
-      in a `joinable` format those that jump ahead by more than 10 s; otherwise a picture stays on screen until
-      the next one's stamp.
+    - A picture without a timestamp, with the timestamp of the picture before, or with a single outlier comes `step`
+      after the picture before.
+    - Timestamps that decrease by up to `reorder` steps are in coding order, which AVI and ASF store: they are sorted.
+    - Timestamps that decrease by more, or decrease at all after decoding times decreased, or (in a `joinable` format)
+      jump ahead by more than 10 s, belong to another video that was joined: it follows after `step`, and later
+      pictures keep their distance. In other formats a picture is displayed until the next timestamp.
 
     Args:
-        pictures: (stamp in seconds or None, whether times of decoding fell since the last one, picture), in the
-            order in which they are shown.
-        step: seconds from picture to picture where no stamp tells.
-        joinable: whether the format allows stamps to jump.
-        reorder: pictures to look ahead where a stamp leaves a gap, 0 for a codec whose coding order is that of
-            showing.
+        pictures: (timestamp in seconds or None, whether decoding times decreased since the last one, picture), in
+            display order.
+        step: Seconds between pictures without timestamps.
+        joinable: Whether the format allows timestamps to jump.
+        reorder: Number of pictures to look ahead after a gap; 0 for a codec without reordering.
 
     Returns:
-        Iterator over (seconds, picture), strictly rising, on the clock of the first stamp.
+        Iterator over (seconds, picture), strictly increasing, starting at the first timestamp.
     """
     waiting: deque[T] = deque()
     sorted_stamps: list[float] = []
@@ -56,7 +53,7 @@ def shown_times(
         if stamp > least:
             before = least = stamp
         else:
-            # Where a picture was put by a step, the rounding of the next one's stamp must not hide it.
+            # A picture placed by a step must not be hidden by the rounding of the next timestamp.
             before += step
             least = before + min(0.002, step / 4)
         return before, waiting.popleft()
@@ -64,7 +61,7 @@ def shown_times(
     for stamp, picture in _on_one_clock(pictures, step, joinable):
         heapq.heappush(sorted_stamps, stamp)
         waiting.append(picture)
-        # Nothing comes before the picture that is coded first, nor before a stamp right after the last one.
+        # No picture comes before the first coded one, nor before a timestamp right after the last one.
         while waiting and (len(waiting) > reorder or before == -math.inf or sorted_stamps[0] < before + 1.25 * step):
             yield next_shown()
     while waiting:
@@ -74,14 +71,14 @@ def shown_times(
 def steadied(
     pictures: Iterable[tuple[float | None, bool, T]], length: Callable[[T], float], step: float
 ) -> Iterator[tuple[float | None, bool, T]]:
-    """Take stamps that are off by a few pictures for what they should be.
+    """Correct timestamps that are off by a few pictures.
 
-    A program stream stamps packs, which may hold several pictures: FFmpeg may give a stamp to a neighbour.
+    A program stream has timestamps for packs of several pictures, and FFmpeg may assign one to a neighbouring picture.
 
     Args:
-        pictures: as for `shown_times`.
-        length: seconds for which a picture is to be shown.
-        step: seconds from picture to picture, on average.
+        pictures: As for `shown_times`.
+        length: Function picture -> display time in seconds.
+        step: Mean seconds between pictures.
     """
     expected: float | None = None
     for stamp, fell, picture in pictures:
@@ -92,19 +89,21 @@ def steadied(
 
 
 class PacketStamps:
-    """Whether the stamps of packets can be believed without decoding, as they come in coding order.
+    """Checks whether the timestamps of packets, in coding order, are reliable without decoding.
 
-    They can while each has a time of showing, no two of these are equal and none jumps, and times of decoding rise.
+    They are reliable while each packet has a display time, these are distinct and do not jump, and decoding times
+    increase.
 
     Args:
-        step: seconds from picture to picture, on average.
-        joinable: as for `shown_times`.
-        even: the steps of decoding must be about equal, too.
+        step: Mean seconds between pictures.
+        joinable: As for `shown_times`.
+        even: Whether decoding times must also be about evenly spaced.
 
     Attributes:
-        sound: whether they can, so far.
-        reordered: whether one came that is before another: these are times of showing, not of decoding.
-        lowest, highest: times of showing; None at first.
+        sound: Whether they are reliable so far.
+        reordered: Whether a display time decreased, which shows that they are not decoding times.
+        lowest: Smallest display time so far, or None.
+        highest: Largest display time so far, or None.
     """
 
     def __init__(self, step: float, joinable: bool, even: bool) -> None:
@@ -116,7 +115,7 @@ class PacketStamps:
         self.highest: float | None = None
 
     def add(self, shown: float | None, decoded: float | None) -> None:
-        """Take the times in seconds of the next packet, None where there is none."""
+        """Add display and decoding time of the next packet, in seconds, or None."""
         self.sound = self.sound and shown is not None and shown not in self._seen and self._follows(shown, decoded)
         if self.sound:
             self._seen.add(shown)
@@ -135,14 +134,14 @@ class PacketStamps:
 
 
 def _jumps(stamp: float, highest: float, step: float, joinable: bool) -> bool:
-    """Whether a stamp cannot belong to the film whose highest stamp so far is given."""
+    """Whether a timestamp belongs to another video, given the highest timestamp so far."""
     return stamp < highest - REORDER * step or (joinable and stamp > highest + JOIN_SECONDS)
 
 
 def _on_one_clock(
     pictures: Iterable[tuple[float | None, bool, T]], step: float, joinable: bool
 ) -> Iterator[tuple[float, T]]:
-    """Fill in missing stamps, drop single ones that are far off, and let joined films follow each other."""
+    """Fill in missing timestamps, drop outliers, and append joined videos."""
     highest: float | None = None
     offset, joined = 0.0, False
     ahead = itertools.chain(pictures, [None])
@@ -169,7 +168,7 @@ def _on_one_clock(
 
 
 def _stray(stamp: float, after: float | None, highest: float, step: float) -> bool:
-    """Whether a stamp leaves its film and the next one returns to it."""
+    """Whether a timestamp is an outlier: the next one fits those before again."""
     reach = REORDER * step
     near = after is not None and highest - reach < after <= highest + reach
     return near and not highest - reach <= stamp <= after + reach

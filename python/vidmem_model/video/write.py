@@ -1,4 +1,4 @@
-"""Video out: frames to an MP4 file as they come."""
+"""Write frames to an MP4 file as they arrive."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from ..errors import UserError
 from ..files import cannot_write, replacing
 
-# In the order of preference, with options of about the same quality.
+# Encoders in order of preference, with options of about the same quality.
 _ENCODERS = {
     "libx264": {"crf": "16", "preset": "medium"},
     "mpeg4": {"qmin": "2", "qmax": "3"},
 }
-# Colour primaries, transfer curve, matrix as ITU-T H.273 numbers them, and the matrix as swscale calls it.
+# Colour primaries, transfer function and matrix in the numbering of ITU-T H.273, and the matrix in that of swscale.
 _BT709 = (1, 1, 1, Colorspace.ITU709)
 _BT601 = (6, 6, 6, Colorspace.ITU601)
 
 
 def video_encoder() -> str:
-    """Name of the encoder that this build of FFmpeg has: libx264, else mpeg4.
+    """Name of the available encoder of FFmpeg: libx264, else mpeg4.
 
     Raises:
-        UserError: it has neither.
+        UserError: Neither is available.
     """
     for name in _ENCODERS:
         if name in av.codecs_available:
@@ -43,26 +43,26 @@ def video_encoder() -> str:
 
 @contextmanager
 def video_writer(path: str | Path, fps: float) -> Iterator[Callable[[torch.Tensor | np.ndarray], None]]:
-    """Open an MP4 file for frames; it is at `path` only once all is written.
+    """Open an MP4 file for writing; it appears at `path` only after everything is written.
 
-    H.264 in yuv420p, which every player shows, at a constant rate; colours are BT.709 from 720 rows on
-    and BT.601 below, and tagged so. A frame of odd height or width gets its last row or column twice,
-    because yuv420p has a colour for every two by two pixels.
+    The video is H.264 in yuv420p, which every player supports, at a constant rate. Colours are BT.709 from 720 rows on
+    and BT.601 below, and tagged accordingly. If height or width is odd, the last row or column is repeated, because
+    yuv420p has one colour for 2 x 2 pixels.
 
     Args:
-        path: a file *.mp4.
-        fps: frames per second.
+        path: File *.mp4 to write.
+        fps: Frames per second.
 
-    Returns:
-        Context manager of a function that writes uint8 frames (t, H, W, 3), RGB.
+    Yields:
+        A function that writes uint8 frames (t, H, W, 3), RGB.
 
     Raises:
-        UserError: the path is not *.mp4 or cannot be written, or there is no encoder.
-        ValueError: fps is not positive, frames are of another size than the first, or there are none.
+        UserError: The path is not *.mp4 or cannot be written, or there is no encoder.
+        ValueError: fps is not positive, frames differ in size, or there are no frames.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
-        raise UserError(f"{path}: videos are written as MP4; give a name that ends in .mp4")
+        raise UserError(f"{path}: videos are written as MP4; give --output a name that ends in .mp4")
     if not fps > 0:
         raise ValueError(f"video_writer: fps must be positive, got {fps}")
     encoder = video_encoder()
@@ -77,7 +77,7 @@ def video_writer(path: str | Path, fps: float) -> Iterator[Callable[[torch.Tenso
 
 
 class _Stream:
-    """The picture of an open container; the first frames fix its size."""
+    """The video stream of an open container; the first frames determine its size."""
 
     def __init__(self, container: av.container.OutputContainer, encoder: str, rate: Fraction) -> None:
         self.container, self.encoder, self.rate = container, encoder, rate
@@ -113,7 +113,7 @@ class _Stream:
             self.container.mux(self.stream.encode(picture))
 
     def close(self) -> None:
-        """Encode what is held back."""
+        """Flush the encoder."""
         if self.stream is None:
             raise ValueError("video_writer: there must be at least one frame, got none")
         self.container.mux(self.stream.encode(None))

@@ -201,7 +201,7 @@ def test_command_without_models(tmp_path, capfd, monkeypatch):
     assert cli.main(["evaluate", "retrieval"]) == 2
     assert "this installation of vidmem ships no model; give --model or --table" in capfd.readouterr().err
     assert cli.main(["evaluate", "retrieval", "--table", str(tmp_path)]) == 2
-    assert "holds no folder with a model.safetensors" in capfd.readouterr().err
+    assert "has no subfolder with a model.safetensors" in capfd.readouterr().err
 
 
 def test_by_default_the_shipped_model_on_what_it_was_not_trained_on(tmp_path, quick_stlpips, capfd, monkeypatch):

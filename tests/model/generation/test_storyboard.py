@@ -105,7 +105,7 @@ def test_prompt_at_takes_the_nearest_in_time():
         ("shots:\n  - at: 0\n    prompt: a: b\n", "f.yaml:3:14: not YAML: mapping values are not allowed here"),
         ("shots: [\n", "f.yaml:2:1: not YAML: "),
         ("shots: [{at: 0, prompt: x}]\n---\nshots: []\n", "f.yaml:2:1: not YAML: but found another document"),
-        ("shots:\n  - {at: 0, prompt: \x07}\n", "f.yaml:2: holds a character that YAML does not allow"),
+        ("shots:\n  - {at: 0, prompt: \x07}\n", "f.yaml:2: contains a character that YAML does not allow"),
         ("[" * 1200, "f.yaml: is nested too deeply"),
     ],
 )

@@ -150,7 +150,9 @@ def test_what_would_not_fit_is_left_out_with_the_reason(monkeypatch):
     result = profile_model(CostConfig(TINY, (SHORT, LONG)), strategies=["whole history", "sliding window"])
     left_out = {(s["part"], s["strategy"], s["seconds"]): s["reason"] for s in result["skipped"]}
     assert left_out.keys() >= {("first step", "whole history", LONG), ("next step", "whole history", LONG)}
-    assert left_out["first step", "whole history", LONG].startswith("takes about 0.0 GiB, and 0.0 GiB are free")
+    assert left_out["first step", "whole history", LONG].startswith(
+        "takes about 0.0 GiB, with a margin of 30% 0.0 GiB, and 0.0 GiB are free"
+    )
     assert of(result, "next step", "sliding window")["context_tokens"] == 64
     assert of(result, "first step", "whole history", SHORT)["context_tokens"] == 64
 
@@ -172,7 +174,7 @@ def test_a_model_of_which_all_is_left_out(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(cost, "free_bytes", lambda device: int(1.2 * need))
     point = CostPoint("first step", "sliding window", SHORT, 4, 64, 64, 0, need, 0.1, 0.1, 0.1, 1)
     said = cost._too_much(CostConfig(TINY, (SHORT,)), "first step", "sliding window", point, SHORT, torch.device("cpu"))
-    assert said.endswith("GiB of that estimate with a margin of 30%")
+    assert "GiB, with a margin of 30% " in said and said.endswith(" GiB are free")
 
 
 @pytest.mark.sample(1)
@@ -207,7 +209,9 @@ def test_slow_calls_are_left_out_and_out_of_memory_is_told(monkeypatch):
     result = profile_model(config, strategies=["linear attention"])
     for part in ("VAE encode", "first step", "next step"):
         shortest, longer = (s["reason"] for s in result["skipped"] if s["part"] == part)
-        assert "s a call, more than 1e-06 s" in shortest and (part == "next step" or "a shorter history" in longer)
+        assert "s per call, more than the limit of 1e-06 s" in shortest and (
+            part == "next step" or "a shorter history" in longer
+        )
     assert result["points"] == []
 
     # A call of the shortest history is timed, and tells that the longest would take too long.
@@ -215,7 +219,7 @@ def test_slow_calls_are_left_out_and_out_of_memory_is_told(monkeypatch):
     config = CostConfig(TINY, (SHORT, LONG), max_seconds=5.0)
     result = profile_model(config, strategies=["linear attention"])
     assert [s["reason"] for s in result["skipped"] if s["part"] == "first step"] == [
-        "takes about 67 s a call, more than 5 s"
+        "takes about 67 s per call, more than the limit of 5 s"
     ]
     monkeypatch.undo()
     monkeypatch.setattr(repeat, "_SLOW_SECONDS", 0.0)

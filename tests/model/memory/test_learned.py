@@ -103,11 +103,11 @@ def test_another_model_does_not_read_it(package, tmp_path):
     write_memory(path, remember(film(8)))
     save_model(package / "demo.safetensors", tiny_model(seed=1))
     learned.open_model.cache_clear()
-    with pytest.raises(MemoryFormatError, match="another version of the trained model 'demo'; make it anew"):
+    with pytest.raises(MemoryFormatError, match="another version of the trained model 'demo'; make the file again"):
         read_memory(path)
     (package / "demo.safetensors").unlink()
     learned.open_model.cache_clear()
-    with pytest.raises(MemoryFormatError, match="trained model 'demo', which is not in this installation"):
+    with pytest.raises(MemoryFormatError, match="trained model 'demo', which this installation lacks"):
         read_memory(path)
 
 
@@ -138,7 +138,7 @@ def test_name_of_a_model_is_no_path(package, tmp_path, name):
     made = remember(film(8))
     made = dataclasses.replace(made, meta={**made.meta, "model": name})
     write_memory(tmp_path / "m", made)
-    with pytest.raises(MemoryFormatError, match="not in this installation"):
+    with pytest.raises(MemoryFormatError, match="this installation lacks"):
         read_memory(tmp_path / "m")
 
 
@@ -167,7 +167,7 @@ def test_commands(package, tmp_path, capfd):
 
 def test_without_a_checkpoint_the_way_out_is_told(empty_package, tmp_path, capfd):
     assert cli.main(["compress", "a.mp4", "-o", str(tmp_path / "m"), "-m", "learned"]) == 2
-    assert "'demo' is not in this installation; use --method dct or merge" in capfd.readouterr().err
+    assert "'demo' is not installed; use --method dct or merge" in capfd.readouterr().err
 
 
 def test_demo_shows_the_learned_memory_at_its_own_size(package, tmp_path, monkeypatch, capfd):

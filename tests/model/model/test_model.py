@@ -194,8 +194,8 @@ def test_wrong_and_damaged_files_are_told(tmp_path):
     cut.write_bytes(file.read_bytes()[:-100])
     for path, message in [
         (cut, "is damaged or not a safetensors file"),
-        (altered(file, "foreign", format="pt"), "not a file of format vidmem.model"),
-        (altered(file, "newer", version="2"), "is of version 2, this vidmem reads version 1"),
+        (altered(file, "foreign", format="pt"), "is not a file of format vidmem.model"),
+        (altered(file, "newer", version="2"), "has format version 2, this vidmem reads version 1"),
         (altered(file, "bare", config=None), "its header is damaged .'config'"),
         (altered(file, "odd", config='{"dit": {"dims": 3}}'), "its header is damaged .dit: keys must be among"),
         (altered(file, "part", drop=["dit.head.bias"]), "do not fit its configuration .no dit.head.bias"),

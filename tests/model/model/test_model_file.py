@@ -69,7 +69,7 @@ CASES = {
     "no encoders": (config("encoders", []), "encoders must not be empty"),
     "many encoders": (config("encoders", [{}] * 3000), "encoders must have at most 16 entries"),
     "a box without end": (config("encoders.0.rate", [2**40, 2, 2]), "rate: must have 3 entries"),
-    "both names": (config("encoders.0.compression", {"time": 2}), "rate: is the earlier name of compression"),
+    "both names": (config("encoders.0.compression", {"time": 2}), "rate: is the former name of compression"),
     "true channels": (config("vae.channels", True), "vae.channels: must be of type int, got True"),
     "long numbers": (text("config", '{"height": ' + "9" * 5000 + "}"), "config holds Exceeds the limit"),
     "deep": (text("config", "[" * 100_000), "config is nested too deeply"),
@@ -85,12 +85,12 @@ CASES = {
         text("extra", {"training": {"data": {"test": [[1]]}}}),
         "data.test[0]: must have 2 entries",
     ),
-    "int weights": (tensor(NORM, "I32", 1), "is of dtype 'I32', weights are of"),
-    "int8 without its scale": (dropped(f"{WEIGHT}.row_scale"), "has no float32 scale a row"),
-    "int8 where floats are": (tensor(NORM, "I8", 1), "has no float32 scale a row"),
-    "a scale of another shape": (tensor(f"{WEIGHT}.row_scale", "F32", 1.0, [48, 1]), "has no float32 scale a row"),
-    "a scale of float16": (tensor(f"{WEIGHT}.row_scale", "F16", 1.0), "has no float32 scale a row"),
-    "a scale of nothing": (renamed(NORM, f"{NORM}.row_scale"), "is the scale of nothing in int8"),
+    "int weights": (tensor(NORM, "I32", 1), "has dtype 'I32', weights have"),
+    "int8 without its scale": (dropped(f"{WEIGHT}.row_scale"), "lacks one float32 scale per row"),
+    "int8 where floats are": (tensor(NORM, "I8", 1), "lacks one float32 scale per row"),
+    "a scale of another shape": (tensor(f"{WEIGHT}.row_scale", "F32", 1.0, [48, 1]), "lacks one float32 scale per row"),
+    "a scale of float16": (tensor(f"{WEIGHT}.row_scale", "F16", 1.0), "lacks one float32 scale per row"),
+    "a scale of nothing": (renamed(NORM, f"{NORM}.row_scale"), "is a scale without its int8 weight"),
     "a scale nan": (one_number(f"{WEIGHT}.row_scale", "f", math.nan), "holds numbers that are not finite"),
     "a weight nan": (one_number(NORM, "f", math.nan), "holds numbers that are not finite"),
     "a weight inf": (one_number(NORM, "f", -math.inf), "holds numbers that are not finite"),
@@ -98,7 +98,7 @@ CASES = {
     "unknown": (added("dit.more", NORM), "unknown dit.more"),
     "a long name": (added("x" * 10_000, NORM), "unknown xxx"),
     "another shape": (tensor(NORM, "F32", 1.0, [48, 2]), f"{NORM} of shape (48, 2), not (2, 48)"),
-    "many dimensions": (tensor(NORM, "F32", 1.0, [1] * 100), f"{NORM} is of shape [1, 1, 1"),
+    "many dimensions": (tensor(NORM, "F32", 1.0, [1] * 100), f"{NORM} has shape [1, 1, 1"),
 }
 
 
@@ -122,11 +122,11 @@ def test_what_does_not_fit_is_refused(case, tmp_path):
 @pytest.mark.parametrize(
     ("form", "says"),
     [
-        ({"base": "tiny_continue.safetensors"}, "its adapters are to be added to themselves"),
+        ({"base": "tiny_continue.safetensors"}, "names itself as its base model"),
         ({"base": "../tiny.safetensors"}, "base must be the name of a file in the same folder"),
         ({"base": "/etc/passwd"}, "base must be the name of a file in the same folder"),
         ({"base": ".."}, "base must be the name of a file in the same folder"),
-        ({"base": "a\0b"}, "must hold no NUL character"),
+        ({"base": "a\0b"}, "must not contain a NUL character"),
         ({"base": 3}, "base: must be of type str, got 3"),
         ({"base": "none.safetensors"}, "none.safetensors: no such file"),
         ({"rank": 0}, "rank must be positive, got 0"),
@@ -154,7 +154,7 @@ def test_a_loop_of_two_files(tmp_path):
     for name, base in ("ab", "ba"):
         file.texts["lora"] = json.dumps(json.loads(file.texts["lora"]) | {"base": f"{base}.safetensors"})
         (tmp_path / f"{name}.safetensors").write_bytes(file.write())
-    with pytest.raises(UserError, match=r"a.safetensors: its adapters are to be added to themselves"):
+    with pytest.raises(UserError, match=r"a.safetensors: names itself as its base model"):
         load_model(tmp_path / "a.safetensors")
 
 

@@ -69,9 +69,9 @@ def test_fewer_bytes_are_kept_and_lose_more(tmp_path):
         assert path.stat().st_size <= most
         levels.append(told["psnr"])
     assert levels == sorted(levels, reverse=True) and levels[0] > levels[-1] + 1
-    with pytest.raises(UserError, match=r"4 blocks of film do not fit into 24,100 bytes; take fewer seconds"):
+    with pytest.raises(UserError, match=r"4 blocks of video do not fit into 24,100 bytes; give fewer seconds"):
         made(tmp_path, 5, 24_100)
-    with pytest.raises(UserError, match="there are no blocks of film to bundle"):
+    with pytest.raises(UserError, match="there are no blocks of video to bundle"):
         write_bundle(tmp_path / "none.safetensors", [], MODEL, 1 << 20)
 
 
@@ -84,7 +84,7 @@ def test_films_and_bundles_are_cut_alike(tmp_path):
     vae = DCTCodec(CodecConfig(8))
     encoded = prepare(dataclasses.replace(data, videos=(str(path),), mirror=True), MODEL, vae)
     assert len(encoded.blocks) == 4 + 3 and len(encoded.split("test").blocks) == 1
-    with pytest.raises(UserError, match="a bundle holds frames of one size; data.zooms must be empty"):
+    with pytest.raises(UserError, match="data.zooms must be empty for a bundle"):
         next(cut_films(dataclasses.replace(data, zooms=(1.5,)), [path], MODEL, VAE))
 
 
@@ -112,5 +112,7 @@ def test_what_is_no_bundle_is_one_line(tmp_path):
         except UserError as error:
             assert str(error).startswith(f"{broken}: ") and "\n" not in str(error)
     save_file(tensors, broken)
-    with pytest.raises(UserError, match=r"is damaged or no bundle of film \(not of format vidmem.bundle, version 1\)"):
+    with pytest.raises(
+        UserError, match=r"is damaged or not a bundle of video \(not of format vidmem.bundle, version 1\)"
+    ):
         next(read_bundle(broken, MODEL, VAE))

@@ -226,7 +226,7 @@ def test_an_interrupted_run_goes_on_and_leaves_no_halves(film, vae, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dataset, "save_file", failing)
-    with pytest.raises(UserError, match="latents cannot be kept there .No space left on device"):
+    with pytest.raises(UserError, match="cannot write the latent cache .No space left on device"):
         prepare(config, MODEL, vae, [BOX])
     assert sorted(f.name for f in folder.iterdir()) == names
     monkeypatch.setattr(dataset, "save_file", save)

@@ -287,7 +287,7 @@ def test_a_models_file_holds_no_weight_of_the_transformer(family, tmp_path):
     again = save_model(tmp_path / "again", loaded)
     theirs = load_model(again, transformer=MAKERS[family](layers=2)).state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in loaded.state_dict().items())
-    with pytest.raises(UserError, match="no such folder; give the one that holds the transformer"):
+    with pytest.raises(UserError, match="no such folder; give the folder of the transformer"):
         load_model(file)
     # Where it lies beside the model's file, nothing needs to be said.
     MAKERS[family](layers=2).save_pretrained(tmp_path / "transformer")
@@ -385,21 +385,21 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(
     "dit, other, says",
     [
-        ("diffusers: gone", "", "gone: no such folder; give the one that holds the transformer"),
+        ("diffusers: gone", "", "gone: no such folder; give the folder of the transformer"),
         ("diffusers: none", "", "none/config.json: cannot be read (No such file or directory)"),
-        ("diffusers: list", "", "list/config.json: is not the configuration of a model of diffusers"),
-        ("diffusers: damaged", "", "damaged/config.json: is not the configuration of a model of diffusers"),
+        ("diffusers: list", "", "list/config.json: is not the configuration of a diffusers model"),
+        ("diffusers: damaged", "", "damaged/config.json: is not the configuration of a diffusers model"),
         ("diffusers: short", "", "short/config.json: num_attention_heads must be a positive whole number, got None"),
-        ("diffusers: vae", "", "vae: holds a AutoencoderKLWan, the transformer must be one of WanTransformer3DModel"),
-        ("diffusers: pack", "", "holds a HunyuanVideoFramepackTransformer3DModel, the transformer must be one of"),
+        ("diffusers: vae", "", "vae: the transformer must be one of WanTransformer3DModel"),
+        ("diffusers: pack", "", "the transformer must be one of"),
         ("diffusers: cut", "", "cut: the weights of WanTransformer3DModel cannot be read"),
-        ("diffusers: i2v", "", "model.vae.channels must be 8, that of the transformer"),
+        ("diffusers: i2v", "", "model.vae.channels must be 8 as in the transformer"),
         ("diffusers: wan, dim: 48", "", "model.dit.dim must be 24, that of"),
         ("diffusers: wan, unfold: 32", "", "unfold must be 0 for a transformer of diffusers, got 32"),
         ("diffusers: wan, memory_in_sequence: false", "", "memory_in_sequence must be True without"),
         ("diffusers: 3", "", "model.dit.diffusers: must be of type str, got 3"),
-        ("diffusers: wan", "vae: {kind: dct, channels: 8}", "model.vae.channels must be 4, that of the transformer"),
-        ("diffusers: wan", "text: {dim: 17}", "model.text.dim must be 16, that of the transformer"),
+        ("diffusers: wan", "vae: {kind: dct, channels: 8}", "model.vae.channels must be 4 as in the transformer"),
+        ("diffusers: wan", "text: {dim: 17}", "model.text.dim must be 16 as in the transformer"),
         ("diffusers: wan", "linear_start: 4", "linear_start must be 0 for a transformer of diffusers"),
         ("dim: 48", "lora_rank: 4", "lora_rank must be 0 unless model.dit.diffusers is set, got 4"),
     ],
@@ -430,7 +430,7 @@ def test_what_it_does_not_do_is_said():
         predict(model, x, t[:, None].expand(-1, 2), prompts, frames)
     with pytest.raises(ValueError, match="cache must be None for a transformer of diffusers"):
         predict(model, x, t, prompts, frames, cache=KVCache())
-    with pytest.raises(ValueError, match=r"latents must be \(B, 4, T, H, W\) of even H and W"):
+    with pytest.raises(ValueError, match=r"latents must be \(B, 4, T, H, W\) with even H and W"):
         model.dit.patch_embed(x[..., :3])
-    with pytest.raises(UserError, match="a transformer must be one of WanTransformer3DModel, .*got Linear"):
+    with pytest.raises(UserError, match="the transformer must be one of WanTransformer3DModel, .*got Linear"):
         dit_config(torch.nn.Linear(2, 2))

@@ -130,7 +130,7 @@ def test_the_rate_rises_from_where_there_are_no_moments():
 
 
 def test_a_graph_needs_a_gpu(tmp_path):
-    with pytest.raises(UserError, match="cuda_graph needs one process with a CUDA device, got a training on cpu"):
+    with pytest.raises(UserError, match="cuda_graph requires one process with a CUDA device, got a training on cpu"):
         train(tmp_path, cuda_graph=True)
 
 

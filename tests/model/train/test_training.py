@@ -180,7 +180,7 @@ def test_spans_are_aligned_and_all_places_are_equally_probable():
     places = [(0.0, s) for s in range(0, 9, 2)] + [(8.0, 0), (8.0, 2)] + [(16.0, s) for s in range(0, 13, 2)]
     assert sorted(counts) == places
     assert min(counts.values()) > 60 and max(counts.values()) < 140  # 100 each
-    with pytest.raises(UserError, match=r"no block of the films has 21 latent frames, the longest has 20"):
+    with pytest.raises(UserError, match=r"no block of the videos has 21 latent frames, the longest has 20"):
         Spans(latents(), 21, 2)
 
 
@@ -229,7 +229,7 @@ def test_targets_beyond_a_cut_are_not_taken():
     assert [start for _, start in draw.spans.starts] == [2, 4, 6, 10, 12, 14]
     every = Continuations(Latents((still,), 0.5), MODEL.encoders, dataclasses.replace(config, max_change=None))
     assert [start for _, start in every.spans.starts] == [0, 2, 4, 6, 8, 10, 12, 14]
-    with pytest.raises(UserError, match=r"none of the \d+ stretches of 10 latent frames fits"):
+    with pytest.raises(UserError, match=r"none of the \d+ spans of 10 latent frames is without a cut"):
         Continuations(latents(), MODEL.encoders, config)
     with pytest.raises(ValueError, match="max_change must be positive, got 0"):
         dataclasses.replace(config, max_change=0)

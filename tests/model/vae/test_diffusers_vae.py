@@ -160,12 +160,12 @@ def test_what_the_user_can_get_wrong(folders, tmp_path, monkeypatch):
         load_vae(wan)
     with pytest.raises(UserError, match=r"config\.json: cannot be read \(No such file"):
         load_vae(wan, tmp_path)
-    with pytest.raises(UserError, match="holds a AutoencoderKLWan, the model asks for AutoencoderKLHunyuanVideo"):
+    with pytest.raises(UserError, match="must hold the VAE AutoencoderKLHunyuanVideo, got AutoencoderKLWan"):
         load_vae(hunyuan, folders["wan"])
     with pytest.raises(UserError, match=r"has 4 channels and stride \(4, 8, 8\), the model asks for 16 and"):
         load_vae(VAEConfig("wan"), folders["wan"])
     (tmp_path / "config.json").write_text("no json")
-    with pytest.raises(UserError, match="is not the configuration of a model"):
+    with pytest.raises(UserError, match="is not the configuration of a diffusers model"):
         load_vae(wan, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", **WAN}))
     with pytest.raises(UserError, match="the weights of AutoencoderKLWan cannot be read"):

@@ -224,10 +224,10 @@ def test_any_name(tmp_path, monkeypatch, name, relative):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("http://example.com/a.mp4", "http://example.com/a.mp4: URLs are not read"),
-        (Path("https://example.com/a b.mp4"), "https://example.com/a b.mp4: URLs are not read"),
-        (Path("rtsp://camera/1"), "rtsp://camera/1: URLs are not read"),
-        ("file:///tmp/a.mp4", "file:///tmp/a.mp4: URLs are not read"),
+        ("http://example.com/a.mp4", "http://example.com/a.mp4: URLs are not supported"),
+        (Path("https://example.com/a b.mp4"), "https://example.com/a b.mp4: URLs are not supported"),
+        (Path("rtsp://camera/1"), "rtsp://camera/1: URLs are not supported"),
+        ("file:///tmp/a.mp4", "file:///tmp/a.mp4: URLs are not supported"),
         ("a\0b", "null byte"),
         ("x" * 5000, "too long"),
         ("/dev/null", "is a pipe or a device"),

@@ -170,7 +170,7 @@ def test_lost_packets_of_a_transport_stream(tmp_path, share, lost):
     for k in pictures[first : first + lost]:
         packets[k] = b""
     path.write_bytes(b"".join(packets))
-    seconds = float(refused(path).split("breaks at ")[1].split(" s")[0])
+    seconds = float(refused(path).split("is damaged at ")[1].split(" s")[0])
     assert seconds == pytest.approx(3.6 * share, abs=0.3)
     assert read(path, seconds=0.5) == list(range(12))
 

@@ -1,4 +1,4 @@
-"""Measures of how close a retrieved frame is to its source."""
+"""Image quality metrics: PSNR, SSIM and ST-LPIPS."""
 
 from .image import psnr, ssim
 from .stlpips import stlpips

@@ -33,18 +33,19 @@ def _prepare(
 
 
 def psnr(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray, data_range: float | None = None) -> float:
-    """Peak signal-to-noise ratio of two images in decibels, computed in float64.
+    """Peak signal-to-noise ratio (PSNR) of two images, in decibels, computed in float64.
 
     Args:
-        a, b: images of one shape, uint8 or float.
-        data_range: largest possible value; default 255 for uint8, 1 for float.
+        a: Image of any shape, uint8 or float.
+        b: Image of the same shape and dtype.
+        data_range: Largest possible value; by default 255 for uint8, 1 for float.
 
     Returns:
         10 log10(data_range^2 / mean squared error); infinity for equal images.
 
     Raises:
-        ValueError: shapes or dtypes differ, images are empty, or data_range is not positive.
-        TypeError: images are neither uint8 nor float.
+        ValueError: Shapes or dtypes differ, images are empty, or data_range is not positive.
+        TypeError: Images are neither uint8 nor float.
     """
     a, b, data_range = _prepare("psnr", a, b, data_range)
     error = (a - b).square().mean().item()
@@ -52,7 +53,7 @@ def psnr(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray, data_range:
 
 
 def _blur(planes: torch.Tensor) -> torch.Tensor:
-    """Gaussian means (N, 1, H, W) over windows that lie inside the image."""
+    """Gaussian means (N, 1, H, W) over windows inside the image."""
     offset = torch.arange(_TAPS, dtype=planes.dtype) - _TAPS // 2
     window = torch.exp(-offset.square() / (2 * _SIGMA**2))
     window /= window.sum()
@@ -60,21 +61,22 @@ def _blur(planes: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray, data_range: float | None = None) -> float:
-    """Structural similarity of two images, the mean over windows and colours, computed in float64.
+    """Structural similarity (SSIM) of two images, the mean over windows and colours, computed in float64.
 
-    Windows are 11x11 Gaussians of sigma 1.5 that lie inside the image, K1 = 0.01, K2 = 0.03 (Wang,
-    Bovik, Sheikh, Simoncelli: Image quality assessment, IEEE TIP 13(4), 2004).
+    Windows are 11x11 Gaussians of sigma 1.5 inside the image; K1 = 0.01, K2 = 0.03 (Wang, Bovik, Sheikh, Simoncelli:
+    Image quality assessment, IEEE TIP 13(4), 2004).
 
     Args:
-        a, b: images (H, W) or (H, W, C) of one shape, uint8 or float, H and W at least 11.
-        data_range: largest possible value; default 255 for uint8, 1 for float.
+        a: Image (H, W) or (H, W, C), uint8 or float; H and W are at least 11.
+        b: Image of the same shape and dtype.
+        data_range: Largest possible value; by default 255 for uint8, 1 for float.
 
     Returns:
         Mean SSIM, 1 for equal images.
 
     Raises:
-        ValueError: shapes or dtypes differ or are too small, or data_range is not positive.
-        TypeError: images are neither uint8 nor float.
+        ValueError: Shapes or dtypes differ, images are too small, or data_range is not positive.
+        TypeError: Images are neither uint8 nor float.
     """
     a, b, data_range = _prepare("ssim", a, b, data_range)
     if a.ndim not in (2, 3) or min(a.shape[:2]) < _TAPS:

