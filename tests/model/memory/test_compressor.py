@@ -282,7 +282,7 @@ def test_progress_counts_up_to_the_total(method):
 def test_frames_that_are_not_there_are_refused(method):
     memory = Memory(bank_of(run(noise_clip(5, 16, 16), method=method)), method, 5, 16, 16, 24.0, "")
     for frame in (-1, 5):
-        with pytest.raises(UserError, match="holds frames 0 to 4"):
+        with pytest.raises(UserError, match="give a frame from 0 to 4"):
             memory.retrieve(frame)
 
 

@@ -69,7 +69,7 @@ def test_file_holds_the_tokens_and_gives_frames_back(package, tmp_path):
     assert torch.equal(opened.retrieve(14), expected) and torch.equal(read_memory(path).retrieve(14), expected)
     assert not torch.equal(opened.retrieve(14, steps=1), expected)
     assert opened.retrieve(21).shape == (32, 64, 3)
-    with pytest.raises(UserError, match="holds frames 0 to 21"):
+    with pytest.raises(UserError, match="give a frame from 0 to 21"):
         opened.retrieve(22)
 
 
