@@ -116,12 +116,12 @@ def test_with_positions_it_is_the_model_s_own_rotary_embedding(make, tmp_path):
         loaded.encoder = lambda frames: (memory, bias.exp(), frames)
         loaded.remember(positions.expand(2, -1, -1))
         torch.testing.assert_close(out_of(model, inputs), after, rtol=1e-5, atol=1e-5)
-        said(ValueError, lambda: loaded.set(memory), "positions must be given, as rope is True, got None")
+        said(ValueError, lambda: loaded.set(memory), "positions must be given if rope is True, got None")
         said(
             ValueError, lambda: loaded.set(memory, None, positions[1:]), "positions must have shape (3, 3) or (2 or 1,"
         )
     m = opened(model)
-    said(ValueError, lambda: m.set(memory, None, positions), "positions must be None, as rope is False, got some")
+    said(ValueError, lambda: m.set(memory, None, positions), "positions must be None if rope is False, got some")
 
 
 @every_family
@@ -438,7 +438,7 @@ def test_files_that_do_not_fit(tmp_path):
     model, path = tiny_wan(layers=3), tmp_path / "memory.safetensors"
     with opened(model, blocks=[0, 2]) as m:
         m.save(path)
-        said(ValueError, lambda: load_memory_adapter(model, path), "model must have no memory attention")
+        said(ValueError, lambda: load_memory_adapter(model, path), "model must not have memory attention already")
         said(OSError, lambda: m.save(tmp_path / "no" / "x"), "No such folder")
     is_as = skeleton(model)
     said(ValueError, lambda: load_memory_adapter(tiny_hunyuan(), path), "model must be of family wan")

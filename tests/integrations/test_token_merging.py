@@ -299,7 +299,7 @@ def test_wrong_use():
     with pytest.raises(RuntimeError, match="attention of block 0 must have the processor that merges, got Hunyuan"):
         handle.remove()
     attn.set_processor(ours)
-    with pytest.raises(RuntimeError, match="rotary embedding of block 0 must come from a forward of the model"):
+    with pytest.raises(RuntimeError, match="rotary embedding of block 0 must come from a forward pass of the model"):
         attn(torch.randn(1, 12, 24), image_rotary_emb=(torch.ones(12, 12), torch.ones(12, 12)))
     angles = torch.ones(12, 12)
     with pytest.raises(ValueError, match=r"grid must hold at most the 12 tokens of block 0, got \(2, 3, 4\)"):

@@ -276,7 +276,7 @@ def cross_attention(
         Both results are differentiable in q, k, v, key_bias, k_scale and v_scale; the gradient of a tensor that is
         shared by the batch or by a group of heads is summed. The backward pass of a call with scales dequantises k and
         v to the dtype of q, or to float32 if the scales require a gradient; the 8-bit rows have no gradient. The
-        gradient of out is rounded to the dtype of q, as without `out_dtype`.
+        gradient of out is rounded to the same dtype, as without `out_dtype`.
 
         Hidden values do not leak: NaN and infinities in keys, values, biases and scales that a query does not see, and
             in

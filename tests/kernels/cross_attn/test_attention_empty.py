@@ -104,7 +104,7 @@ def test_no_channels_need_a_scale(device):
     q = torch.zeros(1, 3, 2, 0, device=device)
     v = torch.randn(1, 4, 2, 5, device=device)
     k = torch.zeros(1, 4, 2, 0, device=device)
-    with pytest.raises(ValueError, match="scale must be given where D is 0"):
+    with pytest.raises(ValueError, match="scale must be given if D is 0"):
         cross_attention(q, k, v)
     out = cross_attention(q, k, v, scale=1.0)  # equal scores: the mean
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand(1, 3, 2, 5))

@@ -207,7 +207,7 @@ def test_direct_calls_are_checked():
         ((q, k[..., :3], v, S, z, *options), "k must have shape (1, 5, 2, 17), got (1, 5, 2, 3)"),
         ((q, k, v.half(), S, z, *options), "v must be float32, got float16"),
         ((q.double(), k.double(), v.double(), S, z, *options), "q must be float32, bfloat16 or float16"),
-        ((q, k, v, S, None, *options), "S and z must come together"),
+        ((q, k, v, S, None, *options), "S and z must be given together"),
         ((q, k, v, S.double(), z, *options), "S must be float32"),
         ((q, k, v, S[..., :3], z, *options), "S must have shape (1, 2, 17, 9), got (1, 2, 17, 3)"),
         ((q, k, v, S, z[:, :1], *options), "z must have shape (1, 2, 17), got (1, 1, 17)"),

@@ -245,4 +245,4 @@ def test_refuses():
     message = "always must have shape (blocks of q, blocks of k), got (2, 3) and (3, 3)"
     call(ValueError, message, always=torch.ones(3, 3) > 0)
     call(TypeError, "causal must be a bool, got int", causal=1)
-    call(ValueError, "causal needs as many keys as queries or more, got 7 and 10", q=k, k=q, causal=True)
+    call(ValueError, "causal requires at least as many keys as queries, got 7 and 10", q=k, k=q, causal=True)

@@ -382,7 +382,7 @@ def test_sizes_whose_product_overflows(batch):
         lambda: ops.topk_blocks(rows, rows, 2, 2, 1),
         lambda: ops.scatter_add_tokens(metric, index, 1),
     ):
-        with pytest.raises(ValueError, match=r"must have fewer than 2\*\*48 elements"):
+        with pytest.raises(ValueError, match=r"must have less than 2\*\*48 elements"):
             call()
 
 
