@@ -286,7 +286,7 @@ BOMB = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: 1\n---\nb: 2", "r:2:1: is not YAML: but found another document"),
         ("a: " + "9" * 5000, "r:1:4: a: a number of 5,000 digits"),
         ("a: 'x", "r:1:6: is not YAML: "),
-        ("\ta: 1", "r:1:1: a tab; YAML is indented with spaces"),
+        ("\ta: 1", "r:1:1: has a tab; indent YAML with spaces"),
         ("a: \x00", "r:1: contains a character that YAML does not allow"),
         ("? [a]\n: b", "r:1:3: a key must be text"),
         ("<<: 3", "r:1:5: << must be followed by mappings"),
