@@ -1,4 +1,4 @@
-"""Storyboards: what is read, where each mistake is said to be, and how a language model writes one."""
+"""Storyboards: reading, line and column of every mistake, and writing by a language model."""
 
 import pytest
 from paths import ROOT

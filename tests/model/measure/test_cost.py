@@ -1,4 +1,4 @@
-"""The cost of a model's parts: exact counts of tokens and bytes, the order of the peaks, what is left out."""
+"""The cost of a model's parts: exact token and byte counts, the order of peaks, skipped points."""
 
 import dataclasses
 import json
