@@ -45,14 +45,13 @@ def outputs(
 
     Args:
         inputs: Files and folders that it reads, a folder with all its contents. None entries are ignored here and
-        below.
+            below.
         files: Files that it writes.
         folders: Folders that it fills, each with patterns of the file names.
 
     Raises:
         UserError: An output is an input, even under another name, or another output; it is a device, a pipe, a socket
-        or
-            read-only; it is a folder instead of a file or the reverse; or it cannot be written.
+            or read-only; it is a folder instead of a file or the reverse; or it cannot be written.
     """
     read = [path for path in inputs if path is not None]
     taken: list[Path] = []

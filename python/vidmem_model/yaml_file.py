@@ -118,7 +118,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str, otherwise: 
     lines = text.splitlines()
     line = lines[mark.line] if mark.line < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())] or line[mark.column : mark.column + 1] == "\t":
-        what = "a tab; YAML is indented with spaces"
+        what = "has a tab; indent YAML with spaces"
     else:
         what = f"{otherwise}: {shorten(error.problem or error.context).replace('in this context', 'here')}"
     return UserError(f"{name}:{mark.line + 1}:{mark.column + 1}: {what}")

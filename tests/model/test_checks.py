@@ -1,4 +1,4 @@
-"""The declarations of fields: every one is bounded, and what is out of bounds is one short line."""
+"""Field declarations: every field is bounded, and a value out of bounds gives one short line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TIED = {
 
 
 def parts(hint, bounds=()):
-    """The leaves of a declared type with the bounds that hold for them."""
+    """The leaves of a declared type with their bounds."""
     if typing.get_origin(hint) is typing.Annotated:
         return parts(hint.__origin__, (*bounds, *hint.__metadata__))
     if type(None) in typing.get_args(hint):
@@ -98,7 +98,7 @@ def made(kind):
 
 
 def test_all_configurations_are_checked():
-    """Whatever is called Config or Spec derives from Checked."""
+    """Every class named Config or Spec derives from Checked."""
     named = {
         value
         for module in pkgutil.walk_packages(vidmem_model.__path__, "vidmem_model.")
@@ -142,7 +142,7 @@ NUMBERS = [0, -1, -32, 10**18, 10**400, 10**5000, math.nan, math.inf, -math.inf,
 
 
 def refuses(kind, name, value):
-    """Whether the field refuses a value, which it must do in one short line."""
+    """Whether the field refuses a value; the message must be one short line."""
     try:
         dataclasses.replace(made(kind), **{name: value})
     except ValueError as error:
@@ -211,7 +211,7 @@ def test_ends_of_a_range_are_accepted(kind, name):
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_drawn_values_make_a_configuration_or_one_line(data):
-    """As a file gives them: any JSON at any place of a configuration's plain form."""
+    """Random JSON at a random place of a configuration's plain form."""
     kind = data.draw(st.sampled_from(KINDS))
     plain = json.loads(json.dumps(dataclasses.asdict(made(kind)), default=str))
     number = st.integers(0, len(NUMBERS) - 1).map(lambda i: NUMBERS[i]) | st.integers() | st.floats()
@@ -286,7 +286,7 @@ BOMB = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: 1\n---\nb: 2", "r:2:1: is not YAML: but found another document"),
         ("a: " + "9" * 5000, "r:1:4: a: a number of 5,000 digits"),
         ("a: 'x", "r:1:6: is not YAML: "),
-        ("\ta: 1", "r:1:1: a tab; YAML is indented with spaces"),
+        ("\ta: 1", "r:1:1: has a tab; indent YAML with spaces"),
         ("a: \x00", "r:1: contains a character that YAML does not allow"),
         ("? [a]\n: b", "r:1:3: a key must be text"),
         ("<<: 3", "r:1:5: << must be followed by mappings"),

@@ -225,6 +225,6 @@ def test_bounds_of_a_compression(values, tmp_path):
 
 
 def test_a_video_of_before_goes_on():
-    """Its settings have the fingerprint of its model, which the first versions took of the names of that day."""
+    """Its settings contain the fingerprint of the model, which the first versions computed with the former names."""
     model = load_model(GOLDEN / "models" / "tiny.safetensors")
     assert _fingerprint(model).startswith("4e8f0477279a8fec")

@@ -1,4 +1,4 @@
-"""Files that an earlier commit wrote (golden/README.md) load, hold the same values, and runs go on from them."""
+"""Files of an earlier commit (golden/README.md) load with the same values, and runs resume from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile files of every format end in a short line: no bug, no hang, no memory without limit."""
+"""Hostile files of every format end in a short line, without a bug, a hang or excessive memory."""
 
 from __future__ import annotations
 

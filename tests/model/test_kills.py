@@ -1,4 +1,4 @@
-"""Commands that are killed at random moments, then run again: results as if nothing had happened, and no leftovers."""
+"""Commands killed at random moments and run again give the same results and leave no temporary files."""
 
 from __future__ import annotations
 

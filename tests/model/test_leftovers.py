@@ -1,4 +1,4 @@
-"""What was begun and not finished: full disks, killed processes, lost streams. One line, nothing half-written."""
+"""Full disks, killed processes and closed streams end in one line and leave no partial files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_disk_that_is_full(nursery, whole, tmp_path, name, share):
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path, monkeypatch):
-    """Its part is removed, the one before stays, and the run goes on from there."""
+    """The partial checkpoint is removed, the one before stays, and the run resumes from it."""
     reference = train(tmp_path / "whole", steps=8).state_dict()
     folder = tmp_path / "full"
     writer = checkpoint.dcp.save

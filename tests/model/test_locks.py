@@ -1,4 +1,4 @@
-"""One process writes a run, a video, a demo or a cache: a second is told so in one line, and the first is unharmed."""
+"""Locks: a second process that writes the same run, video, demo or cache ends in one line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_second_process_is_refused(nursery, whole, tmp_path, name):
 
 
 def test_two_runs_share_a_cache(nursery, tmp_path):
-    """The second waits for the latents that the first encodes."""
+    """The second process waits for the latents that the first one encodes."""
     folder = stage(tmp_path / "both")
     (folder / "other.yaml").write_text((folder / "one.yaml").read_text().replace("output: one", "output: other"))
     running = nursery.start(folder, "pretrain", "one.yaml")
@@ -118,7 +118,7 @@ def count_up(folder, seed):
 
 
 def test_never_two_at_once(tmp_path, monkeypatch):
-    """The lock's file comes and goes, and nobody counts while another does."""
+    """The lock file is removed after each use, and never do two processes hold the lock."""
     monkeypatch.setattr(files, "_POLL_SECONDS", 0.001)
     (tmp_path / "count").write_text("0")
     fork = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""No output destroys anything: what may not be written is refused before any work, what is replaced keeps its mode."""
+"""Outputs are checked before any work, never overwrite inputs, and keep the mode of files that they replace."""
 
 from __future__ import annotations
 
@@ -435,7 +435,7 @@ def test_no_writer_takes_the_place_of_what_is_no_file(tmp_path, monkeypatch, kin
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", range(4))
 def test_reruns_replace_what_they_wrote(given, tmp_path, seed):
-    """A refusal too many would be as bad: the same call twice, into files and folders that exist."""
+    """Valid outputs are not refused: the same call twice, into existing files and folders."""
     draw = random.Random(seed)
     out = tmp_path / draw.choice(["a b", "ä", "x.y"])
     out.mkdir()

@@ -1,4 +1,4 @@
-"""What vidmem_model exports: imported late, callable as its docstrings say, clear about what it is not given right."""
+"""The exports of vidmem_model: lazy imports, calls as in their docstrings, clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of vidmem_model: imports go down only, as CONTRIBUTING has the floors, and never in a circle."""
+"""Imports between the rooms of vidmem_model go only upwards in the table of CONTRIBUTING.md, without cycles."""
 
 from __future__ import annotations
 

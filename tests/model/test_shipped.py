@@ -1,4 +1,4 @@
-"""The checkpoints that come along do what they were trained for, and no more than 30 MB of them."""
+"""The shipped checkpoints work, and take at most 30 MB."""
 
 import pytest
 import torch

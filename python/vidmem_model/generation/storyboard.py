@@ -300,7 +300,9 @@ def language_model(path: str | Path, max_tokens: int = 1024, device: str = "cpu"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto").to(device).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{path}: holds no causal language model with its tokenizer ({shorten(error)})") from error
+        raise UserError(
+            f"{path}: holds no causal language model with its tokenizer ({shorten(error, 100)}); give the folder of one"
+        ) from error
     if not tokenizer("a").input_ids:  # transformers makes an empty tokenizer if its files are missing
         raise UserError(f"{path}: holds no causal language model with its tokenizer (the tokenizer is empty)")
 

@@ -173,7 +173,7 @@ def base_of(path: Path) -> Path | None:
         UserError: The file is missing.
         MemoryFormatError: The file is damaged.
     """
-    weights = WeightsFile(path)
+    weights = WeightsFile(path, advice="; give a model file, or a folder with model.safetensors")
     if weights.header.get("format") != FORMAT:
         return None
     name = _form(weights).base

@@ -1,1 +1,1 @@
-"""What the user looks at: tables and plots."""
+"""Tables, plots and the contact sheet."""

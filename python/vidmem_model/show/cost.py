@@ -1,4 +1,4 @@
-"""What the user sees of `model.profile_model`: the plot and the tables."""
+"""Plot and tables of `measure.model.profile_model`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .figure import LINES, YELLOW, log_axis, plain, plot, seconds_axis
 from .tables import _mebi, _print_files, _print_table, _table
 
 _CROSS = {"marker": "x", "markersize": 5.5, "markeredgewidth": 1.6}
-# Parts that are drawn on one scale.
+# Parts that share a scale.
 _GROUPS = (("VAE encode", "memory encode", "append"), ("first step", "next step"))
 _LINES = LINES | {EVERY: {"color": YELLOW, "marker": "P"}}
 
@@ -26,16 +26,17 @@ def _blocks(result: dict[str, Any]) -> str:
 def write_cost_plot(path: Path, result: dict[str, Any], columns: int = 2) -> None:
     """Plot what `model.profile_model` measured: time and peak memory of each part against length, log axes.
 
-    Memory is the peak above the weights. A cross at the upper edge marks what was left out; a line below says why.
+    Memory is the peak above the weights. A cross at the upper edge marks a skipped point; a line below gives the
+    reason.
 
     Args:
-        path: PNG, PDF or SVG file to write, by its suffix.
-        result: as returned by `profile_model`, with at least one point.
-        columns: of a paper that the plot is as wide as, 1 or 2.
+        path: File to write; the suffix selects PNG, PDF or SVG.
+        result: Result of `profile_model`, with at least one point.
+        columns: Width of the plot in columns of a paper, 1 or 2.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
-        UserError: the suffix is another, or the path cannot be written.
+        ModuleNotFoundError: matplotlib is not installed; check `plots.plots_missing` first.
+        UserError: The suffix is another, or the file cannot be written.
         ValueError: columns is neither 1 nor 2.
     """
     points, skipped = result["points"], result["skipped"]
@@ -60,7 +61,7 @@ def write_cost_plot(path: Path, result: dict[str, Any], columns: int = 2) -> Non
                 for part in shown:
                     axes = cells[part][i]
                     _draw(axes, part, points, skipped, value)
-                    # One scale for what is alike; above it is room for the crosses.
+                    # One scale for similar parts, with room for the crosses above.
                     axes.set_ylim(min(values) / 1.15, max(values) * 1.4)
                     log_axis(axes, "y")
                     if columns == 1 or part == shown[0]:
@@ -81,7 +82,7 @@ def write_cost_plot(path: Path, result: dict[str, Any], columns: int = 2) -> Non
 
 
 def _draw(axes: Any, part: str, points: list[dict[str, Any]], skipped: list[dict[str, Any]], value: Any) -> None:
-    """Draw one part: a line a strategy, and crosses for what was left out."""
+    """Draw one part: one line per strategy, and crosses for skipped points."""
     for strategy, style in _LINES.items():
         mine = [p for p in points if (p["part"], p["strategy"]) == (part, strategy)]
         if mine:
@@ -95,7 +96,7 @@ def _draw(axes: Any, part: str, points: list[dict[str, Any]], skipped: list[dict
 
 
 def _left_out(skipped: list[dict[str, Any]], width: int) -> list[str]:
-    """Lines that say what was left out and why, each at most `width` long: parts with the same reason together."""
+    """Lines of skipped points and reasons, each at most `width` long; parts with the same reason share a line."""
     lengths: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in skipped:
         lengths.setdefault((each["strategy"], each["part"]), []).append(each)
@@ -112,19 +113,19 @@ def _left_out(skipped: list[dict[str, Any]], width: int) -> list[str]:
 
 
 def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
-    """Print what `model.profile_model` returned.
+    """Print the result of `model.profile_model`.
 
     Args:
-        result: the content of model_cost.json.
-        folder: where the files are.
-        skipped: why there is no plot, or None.
+        result: Content of model_cost.json.
+        folder: Folder of the files.
+        skipped: Reason why there is no plot, or None.
     """
     console = Console(highlight=False)
     weights = ", ".join(f"{name} {_mebi(size)} MiB" for name, size in result["weights_bytes"].items())
     console.print(f"model {result['model']}, {_blocks(result)}; weights: {weights}", soft_wrap=True)
     if not result["next_step_is_exact"]:
         console.print(
-            "its history sees the video: a next step is an approximation, the exact one is the first again",
+            "the model has history_sees_video: a next step is approximate, an exact one costs as much as the first",
             soft_wrap=True,
         )
     points = {(p["part"], p["strategy"], p["seconds"]): p for p in result["points"]}
@@ -151,6 +152,6 @@ def print_cost(result: dict[str, Any], folder: Path, skipped: str | None) -> Non
             markup=False,
         )
     if result["noisy"]:
-        console.print("times differ much between repeats: is the machine busy with other work?", soft_wrap=True)
+        console.print("times differ much between repeats; the machine may be busy with other work", soft_wrap=True)
     names = ["model_cost.json"] + ([] if skipped or not points else ["model_cost.png"])
     _print_files(console, folder, names, skipped)

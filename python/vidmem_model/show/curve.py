@@ -1,4 +1,4 @@
-"""The plot of a training's loss."""
+"""Plot of the loss curve of a training run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ def write_curve_plot(path: Path, rows: list[dict[str, float]], columns: int = 2)
     """Plot loss and gradient norm of a run against its steps.
 
     Args:
-        path: PNG, PDF or SVG file to write, by its suffix.
-        rows: from `read_curve`, at least one.
-        columns: of a paper that the plot is as wide as, 1 or 2.
+        path: File to write; the suffix selects PNG, PDF or SVG.
+        rows: Rows from `read_curve`, at least one.
+        columns: Width of the plot in columns of a paper, 1 or 2.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
-        UserError: the suffix is another, or the path cannot be written.
+        ModuleNotFoundError: matplotlib is not installed; check `plots.plots_missing` first.
+        UserError: The suffix is another, or the file cannot be written.
         ValueError: columns is neither 1 nor 2.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     steps = np.array([row["step"] for row in rows])
-    # Single steps differ by their timesteps alone: the line is the mean of some of them.
+    # The loss of a step depends on its timesteps, so the line is a moving average.
     width = max(1, len(rows) // 50)
     with plot(path, columns, 2.4 if columns == 2 else 4.0, "Loss and gradient norm of a training run") as figure:
         panels = figure.subplots(*((1, 2) if columns == 2 else (2, 1)))

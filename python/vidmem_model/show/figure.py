@@ -1,7 +1,7 @@
-"""What all plots share: file types, paper sizes, colours, ticks and labels at the ends of lines.
+"""Shared parts of all plots: file types, paper sizes, colours, ticks, and labels at the ends of lines.
 
-A plot has no title inside: its caption says what it shows. The same picture goes into a paper (PDF) and onto a page
-(PNG or SVG); the same numbers always give the same bytes. matplotlib is imported by the functions that draw.
+A plot has no title, because it gets a caption. The same plot can be written for a paper (PDF) or a page (PNG or SVG);
+equal numbers give equal bytes. matplotlib is imported by the functions that draw.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
-# Inches: of one column of a paper, and of two.
+# Width of one and of two columns of a paper, in inches.
 WIDTHS = {1: 3.3, 2: 6.8}
 
-# Okabe and Ito's colours, told apart in all common kinds of colour vision; so are the markers.
+# Okabe and Ito's colours, which are distinguishable in all common kinds of colour vision, as are the markers.
 ORANGE, BLUE, GREEN, PURPLE, YELLOW, BLACK = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#000000"
 # "merged" is wide and lies below the others: "compressed memory" takes as much memory, and both are to be seen.
 LINES: dict[str, dict[str, Any]] = {
@@ -57,19 +57,19 @@ _STYLE = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "figure.facecolor": "white",
-    # Text stays text, so that it can be searched, and edited by a journal.
+    # Text is stored as text, so that it can be searched and edited.
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
-    # Names of an SVG's elements would be random.
+    # Otherwise the ids of SVG elements are random.
     "svg.hashsalt": "vidmem",
 }
 _DPI = 200
-# Of a line of text, and between two texts, in points.
+# Height of a line of text, and distance between two texts, in points.
 _LINE_HEIGHT, _BETWEEN = 9.6, 3.0
 
 
 def check_plot(path: Path) -> None:
-    """Raise UserError unless a plot can be written to a file of this name; long work asks before it starts."""
+    """Raise UserError unless the suffix is that of a plot; long work calls this before it starts."""
     if path.suffix.lower() not in SUFFIXES:
         got = path.suffix or "no suffix"
         raise UserError(f"{path}: a plot must be a .png, .pdf or .svg file, got {got}; choose another name")
@@ -77,17 +77,17 @@ def check_plot(path: Path) -> None:
 
 @contextmanager
 def plot(path: Path, columns: int, height: float, title: str) -> Iterator[Figure]:
-    """Give a figure to draw in; it is written as PNG, PDF or SVG, by the suffix of `path`.
+    """Yield a figure to draw in, and write it as PNG, PDF or SVG, by the suffix of `path`.
 
     Args:
-        path: file to write.
-        columns: 1 or 2 of a paper.
-        height: inches.
-        title: what the picture shows, for the file's metadata alone.
+        path: File to write.
+        columns: Width in columns of a paper, 1 or 2.
+        height: Height in inches.
+        title: Title for the metadata of the file only.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
-        UserError: the suffix is another, or the path cannot be written.
+        ModuleNotFoundError: matplotlib is not installed; check `plots.plots_missing` first.
+        UserError: The suffix is another, or the file cannot be written.
         ValueError: columns is neither 1 nor 2.
     """
     check_plot(path)
@@ -98,7 +98,7 @@ def plot(path: Path, columns: int, height: float, title: str) -> Iterator[Figure
     from matplotlib.figure import Figure
 
     kind = path.suffix.lower()[1:]
-    # The date would make two files of the same numbers differ.
+    # Without the date, equal numbers give equal files.
     undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
     with rc_context(), replacing(path) as part:
         _use_style()
@@ -111,7 +111,7 @@ def plot(path: Path, columns: int, height: float, title: str) -> Iterator[Figure
 def _use_style() -> None:
     from matplotlib import rcdefaults, rcParams
 
-    # What the user has set for other plots does not change these.
+    # Start from matplotlib's defaults, not from the settings of the user.
     rcdefaults()
     rcParams.update(_STYLE)
 
@@ -119,13 +119,13 @@ def _use_style() -> None:
 def log_axis(axes: Axes, which: str, ticks: Sequence[float] | None = None, labels: Sequence[str] | None = None) -> None:
     """Make an axis logarithmic, with plain numbers at three round values or more.
 
-    Call it when all is drawn.
+    Call it after everything is drawn.
 
     Args:
-        axes: of the figure.
+        axes: Axes of the figure.
         which: "x" or "y".
-        ticks: where they are to be in place of that.
-        labels: of those ticks.
+        ticks: Positions of the ticks, instead of automatic ones.
+        labels: Labels of these ticks.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -149,7 +149,7 @@ def log_axis(axes: Axes, which: str, ticks: Sequence[float] | None = None, label
 
 
 def seconds_axis(times: Iterable[float]) -> tuple[str, float]:
-    """The unit that times in seconds are best shown in, and what to multiply them by."""
+    """Best unit for times in seconds, and the factor to multiply them by."""
     return ("s", 1.0) if max(times, default=1.0) >= 1.0 else ("ms", 1e3)
 
 
@@ -161,12 +161,12 @@ def plain(value: float) -> str:
 def label_ends(figure: Figure, ends: Mapping[Axes, Sequence[tuple[float, str, str]]], gap: float = 4.0) -> None:
     """Write labels to the right of panels, each at the height of its line's end, moved where they would overlap.
 
-    Call it when all is drawn and the axes are scaled; the labels take part in the layout.
+    Call it after everything is drawn and scaled; the labels take part in the layout.
 
     Args:
-        figure: of the panels.
-        ends: for each panel value of y, text of one or more lines, and colour.
-        gap: points between axes and text.
+        figure: Figure of the panels.
+        ends: For each panel (y value, text of one or more lines, colour).
+        gap: Distance between axes and text, in points.
     """
     notes = {
         axes: [
@@ -199,11 +199,11 @@ def spread(places: Sequence[float], heights: Sequence[float]) -> list[float]:
     """Move intervals apart, as little as possible, so that none overlap and their order stays.
 
     Args:
-        places: the middle of each.
-        heights: the length of each.
+        places: Centres of the intervals.
+        heights: Lengths of the intervals.
 
     Returns:
-        The new middles, in the order given.
+        The new centres, in the given order.
     """
     order = sorted(range(len(places)), key=lambda i: places[i])
     # Groups of intervals that touch: members, and where the group's lower end should be by the mean of its members.

@@ -1,4 +1,4 @@
-"""The plot of `measure.attention`: memory and time against context length; and whether there can be plots."""
+"""Plot of `measure.attention` (memory and time against context length), and a check for matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .figure import LINES, label_ends, log_axis, plain, plot, seconds_axis
 
 
 def plots_missing() -> str | None:
-    """Why there can be no plots, or None."""
+    """Reason why plots are not available, or None."""
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed: pip install 'vidmem-model[bench]'"
     return None
@@ -19,16 +19,16 @@ def plots_missing() -> str | None:
 def write_memory_plot(path: Path, result: dict[str, Any], columns: int = 2) -> None:
     """Plot what `attention.profile` measured: peak memory and time against length, log axes.
 
-    At the end of a line stands how much less it takes than the whole history does, at the longest length of both.
+    A label at the end of each line gives the ratio to the whole history, at the longest length of both.
 
     Args:
-        path: PNG, PDF or SVG file to write, by its suffix.
-        result: as returned by `attention.profile`.
-        columns: of a paper that the plot is as wide as, 1 or 2.
+        path: File to write; the suffix selects PNG, PDF or SVG.
+        result: Result of `attention.profile`.
+        columns: Width of the plot in columns of a paper, 1 or 2.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `plots_missing` first.
-        UserError: the suffix is another, or the path cannot be written.
+        ModuleNotFoundError: matplotlib is not installed; check `plots_missing` first.
+        UserError: The suffix is another, or the file cannot be written.
         ValueError: columns is neither 1 nor 2.
     """
     lines = {

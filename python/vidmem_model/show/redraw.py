@@ -1,4 +1,4 @@
-"""Plots drawn again from the result files of commands."""
+"""Draw plots from the result files of commands, for `vidmem plot`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a JSON file of `vidmem profile`, `demo` (memory_vs_context.json) or `evaluate retrieval`, of any version.
 
     Raises:
-        UserError: it cannot be read, or is none of these.
+        UserError: The file cannot be read, or is none of these.
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"), "it")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a result file") from error
     except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+        raise UserError(f"{path}: is not a result file ({error}); give JSON of a vidmem command") from error
     kind = content.get("format") if isinstance(content, dict) else None
     if not isinstance(kind, str) or kind not in _BY_FORMAT:
         kinds = ", ".join(_BY_FORMAT)
@@ -44,14 +44,14 @@ def redraw(
     """Draw the plot of a result.
 
     Args:
-        name: its file, for messages.
-        result: from `read_result` or `read_curve`.
-        path: PNG, PDF or SVG file to write, by its suffix.
-        columns: of a paper that the plot is as wide as, 1 or 2.
-        positions: of `evaluate retrieval`, quality against the position in the history in place of tokens.
+        name: File of the result, for messages.
+        result: From `read_result` or `read_curve`.
+        path: File to write; the suffix selects PNG, PDF or SVG.
+        columns: Width of the plot in columns of a paper, 1 or 2.
+        positions: For `evaluate retrieval`: quality against position in the history, instead of tokens.
 
     Raises:
-        UserError: the suffix of `path` is another, the result has no numbers or is not whole, or `path` cannot be
+        UserError: The suffix of `path` is another, the result is empty or incomplete, or `path` cannot be
             written.
     """
     kind = "curve" if isinstance(result, list) else result["format"]
@@ -65,4 +65,4 @@ def redraw(
     try:
         draw(path, result, columns)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{name}: is no whole result of its kind ({type(error).__name__}: {error})") from error
+        raise UserError(f"{name}: is incomplete ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""The plots of `evaluate.retrieval`: quality against tokens, and against the position in the history."""
+"""Plots of `evaluate.retrieval`: quality against tokens, and against position in the history."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .figure import BLACK, BLUE, GREEN, ORANGE, PURPLE, YELLOW, label_ends, log_axis, plain, plot
 
-# Each measure, and how its axis is called: the arrow says which way is better.
+# Metrics and labels of their axes; the arrow points to better values.
 _MEASURES = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "stlpips": "ST-LPIPS ↓"}
 _STYLES = {
     "learned": {"color": BLUE, "marker": "o"},
@@ -17,20 +17,20 @@ _STYLES = {
     "VAE alone": {"color": BLACK, "linestyle": "dashed"},
     "mean frame": {"color": "0.45", "linestyle": "dashed"},
 }
-# Of methods that are not named above.
+# Styles of other methods.
 _OTHERS = ({"color": PURPLE, "marker": "v"}, {"color": YELLOW, "marker": "P"})
 
 
 def methods_of(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Sort the rows of a result by what is drawn as one line.
+    """Group the rows of a result by the line that they are drawn as.
 
-    All trained models are one method, "learned": of those with as many tokens the row with the highest PSNR.
+    All trained models are one method, "learned": for each number of tokens the row with the highest PSNR.
 
     Args:
-        result: as returned by `retrieval.evaluate_retrieval`; files of all versions.
+        result: Result of `retrieval.evaluate_retrieval`, of any version.
 
     Returns:
-        The rows of each method, by tokens; a method without tokens has one row.
+        The rows of each method, in order of tokens; a method without tokens has one row.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {"learned": {}}
     for name, row in result["rows"].items():
@@ -48,7 +48,7 @@ def _styles(methods: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _panels(figure: Any, columns: int) -> Any:
-    """A large panel and two small ones beside it, or below it where there is one column."""
+    """One large panel and two small ones, beside it or (with one column) below it."""
     if columns == 1:
         return figure.subplots(3, 1, sharex=True, height_ratios=(1.5, 1, 1))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.35, 1))
@@ -62,13 +62,13 @@ def write_retrieval_plot(path: Path, result: dict[str, Any], columns: int = 2) -
     A bar is the standard deviation over the seeds of trained models.
 
     Args:
-        path: PNG, PDF or SVG file to write, by its suffix.
+        path: File to write; the suffix selects PNG, PDF or SVG.
         result: as returned by `retrieval.evaluate_retrieval`.
         columns: of a paper that the plot is as wide as, 1 or 2.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `plots.plots_missing` first.
-        UserError: the suffix is another, or the path cannot be written.
+        ModuleNotFoundError: matplotlib is not installed; check `plots.plots_missing` first.
+        UserError: The suffix is another, or the file cannot be written.
         ValueError: columns is neither 1 nor 2.
     """
     methods = methods_of(result)

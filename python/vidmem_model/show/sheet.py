@@ -1,4 +1,4 @@
-"""The contact sheet: frames, what was read back of them, and their differences."""
+"""The contact sheet: source frames, frames read back, and their differences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files import replacing
 
 SHEET_BYTES = 1_450_000
 _WIDEST, _NARROWEST = 264, 96
-# |difference| is drawn on one scale in every row: at 64 of 255 the colours end.
+# Upper end of the colour scale of |difference|, of 255, in all rows.
 _DIFFERENCE_END = 64.0
 _DIFFERENCE_STEPS = 32
 
@@ -26,9 +26,9 @@ class SheetRow:
     """One row of the contact sheet.
 
     Attributes:
-        label: what the row is of, drawn on the left; may have several lines.
-        source: uint8 (H, W, 3).
-        retrieved: for each method, the frame read back and its caption.
+        label: Label on the left; may have several lines.
+        source: uint8 (H, W, 3), the source frame.
+        retrieved: For each method the frame read back and its caption.
     """
 
     label: str
@@ -48,22 +48,22 @@ def _thumbnail(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def write_contact_sheet(path: Path, rows: Sequence[SheetRow], title: str) -> None:
-    """Draw source, retrieved frames and their differences, a row a frame, as a PNG below 1.5 MB.
+    """Draw source, retrieved frames and their differences, one row per frame, as a PNG below 1.5 MB.
 
     Args:
-        path: file to write.
-        rows: all with the same methods and frame size.
-        title: one line above.
+        path: File to write.
+        rows: Rows of the same methods and frame size.
+        title: One line above the rows.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; ask `plots_missing` first.
-        UserError: the path cannot be written.
+        ModuleNotFoundError: matplotlib is not installed; check `plots_missing` first.
+        UserError: The file cannot be written.
     """
     with replacing(path) as part:
         width = _WIDEST
         _draw_sheet(part, rows, title, width)
         while (size := part.stat().st_size) > SHEET_BYTES and width > _NARROWEST:
-            # Bytes grow a little slower than the area: smaller pictures have more detail a pixel.
+            # Bytes grow slightly slower than the area, because smaller pictures have more detail per pixel.
             width = max(_NARROWEST, int(0.95 * width * math.sqrt(SHEET_BYTES / size)))
             _draw_sheet(part, rows, title, width)
 
@@ -86,7 +86,7 @@ def _draw_sheet(path: Path, rows: Sequence[SheetRow], title: str, width: int) ->
     dpi = 100
     figure = Figure((sheet_width / dpi, sheet_height / dpi), dpi=dpi, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    # One pixel of a thumbnail is one pixel of the sheet; text sizes follow from pixels too.
+    # One pixel of a thumbnail is one pixel of the sheet; text sizes are in pixels, too.
     points = 72 / dpi
     body = min(13, max(8, width / 18)) * points
 
@@ -115,7 +115,7 @@ def _draw_sheet(path: Path, rows: Sequence[SheetRow], title: str, width: int) ->
             text(centre, y + height + caption / 2, words)
             difference = (image.to(torch.float32) - row.source.to(torch.float32)).abs()
             level = _thumbnail(difference, height, width).mean(2).div(_DIFFERENCE_END)
-            # Steps of 2 of 255: nobody sees them, and the file is much smaller.
+            # Invisible steps of 2 of 255, which make the file much smaller.
             level = level.clamp(0, 1).mul(_DIFFERENCE_STEPS).round().div(_DIFFERENCE_STEPS)
             painted = colours(level.numpy(), bytes=True)[..., :3]
             centre = place(2 + 2 * m, r, painted)
@@ -141,13 +141,14 @@ def write_memories_sheet(
     """Draw the contact sheet of one part of the demo.
 
     Args:
-        path: file to write.
-        result: of the part, as in report.json: its video, its tokens, and the measures of each method's frames.
+        path: File to write.
+        result: Result of the part, as in report.json.
         sources: uint8 (N, H, W, 3), the frames of the video.
-        retrieved: for each method the N frames that were read back.
+        retrieved: For each method the N frames read back.
 
     Raises:
-        As write_contact_sheet.
+        ModuleNotFoundError: As for `write_contact_sheet`.
+        UserError: As for `write_contact_sheet`.
     """
     entries = {method: result["methods"][method]["retrieved"] for method in retrieved}
     rows = []

@@ -1,4 +1,4 @@
-"""What the commands print: short tables on stdout."""
+"""Tables that commands print on stdout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _table(*columns: str, title: str) -> Table:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """Print a table with all its cells whole, even if its lines are then longer than those of the terminal."""
+    """Print a table without wrapping cells, even if it is wider than the terminal."""
     least = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
     console.width = max(console.width, least)
     console.print(table)
@@ -37,11 +37,11 @@ def _mebi(count: int) -> str:
 
 
 def print_demo(result: dict[str, Any], folder: Path) -> None:
-    """Print what `demo.run_demo` returned.
+    """Print the result of `demo.run_demo`.
 
     Args:
-        result: the content of report.json.
-        folder: where the files are.
+        result: Content of report.json.
+        folder: Folder of the files.
     """
     console = Console(highlight=False)
     for part in (result, *(result[name] for name in trained())):
@@ -62,7 +62,7 @@ def print_demo(result: dict[str, Any], folder: Path) -> None:
 
 
 def _print_memories(console: Console, result: dict[str, Any]) -> None:
-    """One part of the demo: its video, its memories, and the frames read back."""
+    """Print one part of the demo: video, memories, and frames read back."""
     video, methods = result["video"], result["methods"]
     before = result["context_tokens_before"]
     console.print(
@@ -71,7 +71,7 @@ def _print_memories(console: Console, result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     if video["shorter_than_asked"]:
-        console.print("the video ends earlier than asked: all there is was taken", soft_wrap=True)
+        console.print("the video is shorter than asked; all of it was used", soft_wrap=True)
 
     table = _table("memory", "tokens", "fewer", "MB on disk", "PSNR dB", "SSIM", title="Context")
     table.add_row("none", f"{before:,}", "", "", "", "")
@@ -87,7 +87,7 @@ def _print_memories(console: Console, result: dict[str, Any]) -> None:
     _print_table(console, table)
 
     columns = [f"{name}\n{unit}" for name in methods for unit in ("dB", "SSIM", "ms")]
-    table = _table("frame", *columns, title="Frames read back from the memory file alone")
+    table = _table("frame", *columns, title="Frames read back from the memory file")
     for rows in zip(*(method["retrieved"] for method in methods.values()), strict=True):
         cells = [str(rows[0]["frame"])]
         for row in rows:
@@ -98,12 +98,12 @@ def _print_memories(console: Console, result: dict[str, Any]) -> None:
 
 
 def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> None:
-    """Print what `attention.profile` returned.
+    """Print the result of `attention.profile`.
 
     Args:
-        result: the content of memory_vs_context.json.
-        folder: where the files are.
-        skipped: why there is no plot, or None.
+        result: Content of memory_vs_context.json.
+        folder: Folder of the files.
+        skipped: Reason why there is no plot, or None.
     """
     console = Console(highlight=False)
     strategies = list(dict.fromkeys(point["strategy"] for point in result["points"]))
@@ -119,7 +119,7 @@ def print_profile(result: dict[str, Any], folder: Path, skipped: str | None) -> 
             table.add_row(f"{seconds:g} s", f"{tokens:,}", *cells)
         _print_table(console, table)
     if result["noisy"]:
-        console.print("times differ much between repeats: is the machine busy with other work?", soft_wrap=True)
+        console.print("times differ much between repeats; the machine may be busy with other work", soft_wrap=True)
     names = ["memory_vs_context.json"] + ([] if skipped else ["memory_vs_context.png"])
     _print_files(console, folder, names, skipped)
 
@@ -141,10 +141,10 @@ def _retrieval_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def print_retrieval(result: dict[str, Any]) -> None:
-    """Print what `retrieval.evaluate_retrieval` returned.
+    """Print the result of `retrieval.evaluate_retrieval`.
 
     Args:
-        result: the content of retrieval.json.
+        result: Content of retrieval.json.
     """
     seconds = result["config"]["history"] / result["fps"]
     title = f"Frames read back, {len(result['clips'])} held-out histories of {seconds:g} s"

@@ -1,4 +1,4 @@
-"""The command as a user meets it: results on stdout, mistakes in one line, nothing half-written."""
+"""The command `vidmem`: results on stdout, mistakes in one line, no partial files."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def memory(video, tmp_path_factory):
 
 
 def refused(capfd, arguments, *words):
-    """The command fails with code 2 and one line on stderr that has all the words."""
+    """The command fails with code 2 and one line on stderr that contains all the words."""
     code = cli.main([str(a) for a in arguments])
     out, err = capfd.readouterr()
     assert code == 2, err

@@ -1,4 +1,4 @@
-"""Evaluation of retrieval: what is compared with what, means and spreads, and the command."""
+"""Evaluation of retrieval: choice of histories, comparison, means and spreads, and the command."""
 
 import dataclasses
 import importlib.util
@@ -36,7 +36,7 @@ from vidmem_model.video import iter_frames, probe
 
 @pytest.fixture
 def quick_stlpips(monkeypatch):
-    """A distance that needs no weights, for tests of what is done with distances."""
+    """A stand-in for ST-LPIPS without weights."""
     monkeypatch.setattr(retrieval, "stlpips", lambda a, b: (a.float() - b.float()).abs().mean((1, 2, 3)) / 255)
 
 
@@ -205,7 +205,7 @@ def test_command_without_models(tmp_path, capfd, monkeypatch):
 
 
 def test_by_default_the_shipped_model_on_what_it_was_not_trained_on(tmp_path, quick_stlpips, capfd, monkeypatch):
-    """Histories lie in the test stretches of the model's own film, and no other part of it is decoded."""
+    """Histories come from the held-out parts of the model's training video, and no other part is decoded."""
     video = make_video(tmp_path / "film.mp4", frames=120)
     length = probe(video).duration
     test = [[0.25 * length, 0.5 * length], [0.75 * length, length]]

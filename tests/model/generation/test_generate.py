@@ -1,4 +1,4 @@
-"""Videos made segment by segment: what the memory holds, that work can be stopped, and what is refused."""
+"""Generation segment by segment: content of the memory, interrupt and resume, and refused settings."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def tiny(**changes) -> ModelConfig:
 
 
 def build(config: ModelConfig):
-    """A model and a VAE with random weights, those that start at zero too."""
+    """A model and a VAE whose weights are all random, also those that are initialised to zero."""
     torch.manual_seed(1)
     model, vae = MemoryModel(config).eval(), load_vae(config.vae)
     for part in (model, vae):
@@ -255,7 +255,7 @@ def test_a_filmed_history_is_continued(tmp_path):
 
 
 def test_a_first_latent_frame_of_one_frame():
-    """Streams of VAEs whose first latent frame covers a single frame keep the pace of the low-resolution video."""
+    """With VAEs whose first latent frame covers a single frame, streams stay aligned with the low-resolution video."""
     model, vae = build(tiny(encoders=(EncoderConfig(Compression(4, 2, 2), channels=(8, 16), heads=2),)))
 
     class First(type(vae)):

@@ -1,4 +1,4 @@
-"""Storyboards: what is read, where each mistake is said to be, and how a language model writes one."""
+"""Storyboards: reading, line and column of every mistake, and writing by a language model."""
 
 import pytest
 from paths import ROOT
@@ -101,7 +101,7 @@ def test_prompt_at_takes_the_nearest_in_time():
             "seconds: 4\nshots:\n  - {at: 0, prompt: x}\n  - {at: 4, prompt: y}\n",
             "f.yaml:4:10: this shot starts at 4 s, after the end of the video at 4 s",
         ),
-        ("shots:\n\t- {at: 0, prompt: x}\n", "f.yaml:2:1: a tab; YAML is indented with spaces"),
+        ("shots:\n\t- {at: 0, prompt: x}\n", "f.yaml:2:1: has a tab; indent YAML with spaces"),
         ("shots:\n  - at: 0\n    prompt: a: b\n", "f.yaml:3:14: not YAML: mapping values are not allowed here"),
         ("shots: [\n", "f.yaml:2:1: not YAML: "),
         ("shots: [{at: 0, prompt: x}]\n---\nshots: []\n", "f.yaml:2:1: not YAML: but found another document"),

@@ -1,4 +1,4 @@
-"""The cost of a model's parts: exact counts of tokens and bytes, the order of the peaks, what is left out."""
+"""The cost of a model's parts: exact token and byte counts, the order of peaks, skipped points."""
 
 import dataclasses
 import json
@@ -270,7 +270,7 @@ def test_command(capfd, monkeypatch, tmp_path):
     assert "next step, compressed memory" in said
     assert json.loads((out / "model_cost.json").read_text())["depth"] == 1
     for arguments, message in (
-        (["--model", "huge"], "no such file, nor one of the presets tiny, demo"),
+        (["--model", "huge"], "no such file or preset; presets are tiny, demo"),
         (["--model", "tiny", "--heads", "2"], "--heads is not allowed with --model"),
         (["--depth", "2"], "--depth requires --model"),
         (["--model", "tiny", "--depth", "3"], "depth must be in [1, 2], got 3"),

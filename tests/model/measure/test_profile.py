@@ -1,4 +1,4 @@
-"""Peak memory is measured right, and the curve of memory against context says what it should."""
+"""Peak memory is measured correctly, and so is memory against context length."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The two compressors: values where the answer is known, sizes, budgets, positions."""
+"""The methods dct and merge: known values, sizes, budgets, positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory files of the trained model: written, read back by the same model only, always to the same frame."""
+"""Memory files of method learned: only the same model reads them, and always to the same frame."""
 
 import dataclasses
 import hashlib
@@ -112,7 +112,7 @@ def test_another_model_does_not_read_it(package, tmp_path):
 
 
 def test_a_model_is_known_by_what_its_file_says(package, tmp_path):
-    """Not by the order of its header, which programs choose; memories that name the file's bytes are read still."""
+    """The hash ignores the header's order; memories with the former hash, of the file's bytes, are still read."""
     model, path = package / "demo.safetensors", tmp_path / "memory.safetensors"
     made = remember(film(8))
     former = {"model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(), "vae_sha256": made.meta["vae_sha256"]}

@@ -1,4 +1,4 @@
-"""The memory file: what is written is what is read, and every damage is told."""
+"""The memory file: reading returns what was written, and every damage is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A memory file whose checksum is right but whose parts do not fit each other is refused before it costs memory."""
+"""A memory file with a valid checksum but inconsistent parts is refused before memory is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method of memory is a module and a line in METHODS: this file is the module of a fourth one, the mean frame."""
+"""A method is a module and an entry in METHODS: this file is the module of a fourth method, the mean frame."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory encoders: one crop rule, values of every branch, causality, and streams equal to the whole."""
+"""Memory encoders: cropping, values of every branch, causality, and equality of streams and single calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encoder(seed=0, **changes):
 
 
 def projection(dim=DIM):
-    """A patch projection with weights of its own, as the transformer's."""
+    """A patch embedding with random weights, as of a transformer."""
     weight = torch.randn(dim, CHANNELS * 4, generator=torch.Generator().manual_seed(9))
     return lambda latents: F.linear(patchify(latents)[0].float(), weight)
 

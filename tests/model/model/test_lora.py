@@ -1,4 +1,4 @@
-"""LoRA: the identity at first, trained alone, merged exactly, saved alone."""
+"""LoRA: identity at initialisation, training of adapters only, exact merging, adapter files."""
 
 import builtins
 import dataclasses

@@ -1,4 +1,4 @@
-"""The whole model: what it remembers and retrieves, and its file."""
+"""The whole model: encoding a history, retrieving frames, and the model file."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Prompts to tokens: hashed words, and a pretrained encoder from a folder."""
+"""Text encoders: hashed words, and a pretrained encoder from a folder."""
 
 import builtins
 import zlib

@@ -1,4 +1,4 @@
-"""The memory read in place, and the linear start of a training."""
+"""Unfolding of memory tokens, and the linear start of a training."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def histories(model, count=60):
 
 
 def answer(model, history, t=1.0):
-    """What the model gives for all frames of a history, from noise alone."""
+    """The model's output for all frames of a history, from pure noise."""
     noise = torch.randn_like(history.latents)
     frames = torch.arange(float(history.latents.shape[2]))[None]
     with torch.no_grad():

@@ -265,13 +265,13 @@ def test_the_files_of_the_docs_can_be_drawn(tmp_path, capfd, file, options):
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("x.json", "{", [], "cannot be read as JSON"),
+        ("x.json", "{", [], "is not a result file (it is not JSON"),
         ("x.json", "[]", [], "must be curve.csv or JSON of one of the formats"),
         ("x.json", '{"format": "vidmem.demo"}', [], "got 'vidmem.demo'"),
         ("x.json", '{"format": ["a"]}', [], "must be curve.csv or JSON"),
         ("x.json", '{"format": "vidmem.retrieval", "rows": {}}', [], "has no measurements to draw"),
         ("x.json", '{"format": "vidmem.model_cost", "points": []}', [], "has no measurements to draw"),
-        ("x.json", '{"format": "vidmem.model_cost", "points": [{}]}', [], "is no whole result of its kind"),
+        ("x.json", '{"format": "vidmem.model_cost", "points": [{}]}', [], "is incomplete ("),
         ("x.json", '{"format": "vidmem.memory_vs_context", "points": [1]}', ["--positions"], "--positions requires"),
         ("x.csv", "step,loss\n1,2\n", [], "cannot be read as a training curve"),
         ("x.csv", "step,loss,grad_norm,lr,seconds\n", [], "has no measurements to draw"),

@@ -1,4 +1,4 @@
-"""Bundles of film: what is read is what was cut, as finely as it fits, and without a decoder."""
+"""Bundles of video: reading returns the blocks, at the best quality that fits, without a video decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: on the CPU with stand-ins that run the pass anew when replayed, on a GPU with real ones."""
+"""Steps as CUDA graphs: real ones on a GPU, on the CPU stand-ins that run the pass again when replayed."""
 
 from __future__ import annotations
 

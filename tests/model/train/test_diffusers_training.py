@@ -1,4 +1,4 @@
-"""Both stages with a transformer of diffusers: what is trained, what is stored, and what goes on from it."""
+"""Both stages with a diffusers transformer: trained weights, stored weights, and resuming."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def narrow(each):
 
 
 def still(films):
-    """Films of two latent frames, repeated: who knows which film it is knows what follows."""
+    """Videos of two repeated latent frames: the next frame follows from which video it is."""
     pairs = [narrow(block(2, 5 + film)) for film in range(films)]
     longer = [
         dataclasses.replace(
@@ -150,7 +150,7 @@ def test_samples_of_a_batch_do_not_see_each_other(family):
 @one_family
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_loss_falls(family, number, tmp_path):
-    """By encoder and adapters alone: the transformer's own weights stay."""
+    """Only the encoder and adapters are trained; the weights of the transformer do not change."""
 
     def fresh():
         model = build(family)
@@ -169,7 +169,7 @@ def test_the_loss_falls(family, number, tmp_path):
 
 @families
 def test_products_in_bfloat16(family):
-    """By autocast, as the loop asks for it: the gradients are those of float32 to its rounding."""
+    """With autocast, as in the loop, gradients equal those of float32 up to rounding."""
     found = []
     for enabled in (False, True):
         model = build(family, memory_cross_attention=True)
@@ -183,7 +183,7 @@ def test_products_in_bfloat16(family):
 @pytest.mark.long
 @pytest.mark.parametrize("number", [1, 2])
 def test_it_learns_to_read_the_memory(number, tmp_path):
-    """Of six films each has one picture, which only the memory tells: with another film's memory the loss is higher."""
+    """Six videos of one picture, which only the memory shows: with the memory of another video the loss is higher."""
 
     def fresh():
         model = build(heads=4)
@@ -204,7 +204,7 @@ def test_it_learns_to_read_the_memory(number, tmp_path):
 
 @families
 def test_cross_attention_to_the_memory_learns_beside_adapters(family, tmp_path):
-    """Its gate starts closed; it is trained whole, adapters or not, and is in the model's file."""
+    """Its gate is zero at first; all its weights are trained, with or without adapters, and stored."""
     model, inputs = build(family, memory_cross_attention=True, memory_in_sequence=False), draw()
     closed, without = predict(model, *inputs), predict(model, *inputs[:-1])
     assert torch.equal(closed, without)
@@ -366,7 +366,7 @@ def test_commands_from_a_folder_to_a_video(family, tmp_path, capsys, monkeypatch
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders that hold a Wan transformer, and such as hold none that can be used."""
+    """Folders with a Wan transformer, and folders without a usable one."""
     made = tmp_path_factory.mktemp("folders")
     makers = {"wan": tiny_wan, "cut": tiny_wan, "i2v": tiny_wan_i2v, "pack": tiny_framepack}
     for name, make in makers.items():

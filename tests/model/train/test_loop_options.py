@@ -1,4 +1,4 @@
-"""Ways to train with one result: stopped in time, with batches drawn ahead; and from weights and a step alone."""
+"""Options of the loop that do not change the result: time limits and batches drawn ahead; and starting from weights."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def trained_weights(model):
 
 
 def test_beginning_with_weights_and_a_step(tmp_path):
-    """The steps go on where they were, the learning rate rises anew, and a kill later changes nothing."""
+    """Steps continue, the learning rate warms up again, and a later kill changes nothing."""
     settings = {"schedule": "constant", "checkpoint_every": 2}
     model = train(tmp_path / "before", steps=6, **settings)
     weights = trained_weights(model)

@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if it had not been: the same curve and weights, bit for bit."""
+"""A killed run resumes exactly: the same curve and weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_setting_that_is_not_named_has_its_default(whole, tmp_path, seed, monk
 
 
 def test_seconds_a_step_are_those_of_all_rows(tmp_path):
-    """Also where one row waits, and after a run went on."""
+    """Also with one row per flush, and after resuming."""
     draw = random.Random(0)
     curve, total, step = Curve(tmp_path / "curve.csv", 0), 0.0, 0
     for count in (1, 1, 3, 1, 7, 1):
@@ -231,7 +231,7 @@ def test_signals_end_a_run_after_its_step(whole, tmp_path, number, monkeypatch):
 
 
 def test_keys_that_are_newer_than_a_run_mean_their_defaults(whole, tmp_path):
-    """A run of a time before `weight_decay` and `seed` goes on; before `ema_decay`, which is not the default's, not."""
+    """Missing settings mean defaults: a run resumes without `weight_decay`, but not with another `ema_decay`."""
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     settings = folder / "checkpoints" / "step-00000012" / "settings.json"
     before = json.loads(settings.read_text())

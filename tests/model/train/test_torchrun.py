@@ -1,4 +1,4 @@
-"""Two processes of torchrun take the single process's samples and come to its losses and weights."""
+"""Two processes of torchrun use the samples of a single process, and get the same losses and weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROGRAM = HELPERS / "training_helpers.py"
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("start", ["random", "linear"])
 def test_two_processes_give_the_losses_of_one(start, tmp_path):
-    """The second half of the run: the two processes begin with the checkpoint of the one."""
+    """The second half of the run: two processes resume from the checkpoint of one."""
     single = tmp_path / "single"
     linear = start == "linear"
     train(single, steps=6, linear=linear, checkpoint_every=3)

@@ -1,4 +1,4 @@
-"""Samples of both stages, the masks, the loop, and the commands' configurations."""
+"""Samples of both stages, masks, the training loop, and the configurations of the commands."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_each_optimizer_has_its_learning_rate(tmp_path, monkeypatch):
 
 
 def test_layers_of_the_linear_start_may_learn_slower(tmp_path):
-    """At a share of 0 they stay as they were set, whatever else learns; by default they learn too."""
+    """With fitted_lr 0 they do not change while other weights are trained; by default they are trained, too."""
     start, kept, free = (
         dict(train(tmp_path / name, steps=1, linear=True, **how).named_parameters())
         for name, how in (("0", {"lr": 1e-12, "muon_lr": 0.0}), ("1", {"fitted_lr": 0.0}), ("2", {}))
@@ -456,7 +456,7 @@ def test_other_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_commands_from_film_to_model(tmp_path, capsys, monkeypatch):
-    """Stage I is interrupted and goes on; Stage II takes its model; both leave model, curve and settings."""
+    """Stage I is interrupted and resumed; Stage II starts from its model; both write model, curve and settings."""
     monkeypatch.setattr("vidmem_model.train.run.prepare", lambda *_: latents_with_test())
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     optimisation = {"steps": 4, "batch": 2, "threads": 1, "warmup": 1, "device": "cpu"}

@@ -16,7 +16,7 @@ TINY = VAEConfig(channels=5, stride=(2, 4, 4), width=8, depth=2)
 
 
 def random_vae(config=TINY, seed=0):
-    """A VAE whose every layer does something, as after training."""
+    """A VAE in which every layer has an effect, as after training."""
     torch.manual_seed(seed)
     vae = CausalVAE(config).eval()
     with torch.no_grad():

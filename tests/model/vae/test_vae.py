@@ -1,4 +1,4 @@
-"""The DCT codec: values, exactness, streaming; patchify; the pad rule."""
+"""The DCT codec: values, exactness, streaming; patchify; padding."""
 
 from __future__ import annotations
 

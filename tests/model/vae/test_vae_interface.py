@@ -1,4 +1,4 @@
-"""What every codec and VAE does alike: counts of frames, the pad rule, streams, scaling, loading."""
+"""The interface of codecs and VAEs: frame counts, padding, streams, scaling, loading."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Fetching the sample film into the cache: whole or not at all, and one line where it cannot be had."""
+"""Downloading the sample film to the cache: atomic, and one line if it fails."""
 
 from __future__ import annotations
 

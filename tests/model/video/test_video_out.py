@@ -1,4 +1,4 @@
-"""Frames written to a video come back; nothing is left behind where writing fails."""
+"""Frames written to a video are read back; a failed write leaves no file."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Films of every container, codec and order of frames, read from anywhere at any rate, show what they should."""
+"""Videos of every container, codec and frame order, read from any time at any rate, give the right pictures."""
 
 from __future__ import annotations
 

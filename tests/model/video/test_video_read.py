@@ -1,4 +1,4 @@
-"""Films as cameras, recorders and careless hands leave them: what is shown when, and what is refused in one line."""
+"""Real-world videos: the right picture at each time, and one-line errors for unreadable ones."""
 
 from __future__ import annotations
 

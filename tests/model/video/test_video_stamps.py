@@ -1,4 +1,4 @@
-"""The clock of a film: stamps that repeat, fall, jump, are missing or come in coding order."""
+"""Display times from timestamps that repeat, decrease, jump, are missing or in coding order."""
 
 from __future__ import annotations
 
