@@ -96,10 +96,12 @@ def test_no_help_text_loses_a_word(monkeypatch, capfd):
         assert cli.main([*name.split(), "--help"]) == 0
         shown = capfd.readouterr().out.split()
         for parameter in command.params:
+            if getattr(parameter, "hidden", False):  # a former name is in no help text
+                continue
             words = (parameter.help or "").replace("\\[", "[").split()
             assert set(words) <= set(shown), f"{name} {parameter.name}"
     assert cli.main(["profile", "--help"]) == 0
-    assert capfd.readouterr().out.count("[default: ") == 8
+    assert capfd.readouterr().out.count("[default: ") == 9
 
 
 @pytest.fixture(scope="module")
