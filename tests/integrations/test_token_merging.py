@@ -284,10 +284,10 @@ def test_wrong_use():
     with pytest.raises(TypeError, match="model must be one of HunyuanVideoFramepack.*WanTransf.*, got Linear"):
         apply_token_merging(nn.Linear(2, 2))
     model = tiny_hunyuan(layers=1)
-    with pytest.raises(RuntimeError, match="TokenMerging: the model must merge tokens, got one that does not"):
+    with pytest.raises(RuntimeError, match="TokenMerging: model must merge tokens, got one that does not"):
         TokenMerging(model)
     handle = apply_token_merging(model)
-    with pytest.raises(RuntimeError, match="apply_token_merging: the model must not merge tokens already"):
+    with pytest.raises(RuntimeError, match="apply_token_merging: model must not merge tokens already"):
         apply_token_merging(model)
     with pytest.raises(TypeError, match="TokenMerging: enabled must be a bool, got int"):
         handle.enabled = 1
@@ -310,7 +310,7 @@ def test_wrong_use():
         attn(torch.randn(1, 12, 24), attention_mask=mask, image_rotary_emb=(angles, angles, record))
     handle.remove()
     for use in (handle.remove, handle.stats, handle.reset, lambda: handle.enabled):
-        with pytest.raises(RuntimeError, match="TokenMerging: the model must merge tokens, got one that does not"):
+        with pytest.raises(RuntimeError, match="TokenMerging: model must merge tokens, got one that does not"):
             use()
 
 

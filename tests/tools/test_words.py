@@ -65,7 +65,7 @@ OTHER_FORMS = {
     "{} must be one of {}, got {}{}": "check_backend: its callers name the op",
     "VIDMEM_CPU_CAPABILITY: {}": "the message of C++, which has the form",
     "cannot be read under vmap": "nothing that came could be shown, nor is there anything else to do",
-    "{}, or, if another program rewrote such a file": "the message of memory_file.foreign with one more remedy",
+    "{}, or, if it was rewritten by another program": "the message of memory_file.foreign with one more remedy",
 }
 
 

@@ -265,7 +265,7 @@ def _read_header(path: Path, file: BinaryIO) -> Header:
         why = f"its header does not name the format {FORMAT}"
         if {"rows", "positions"} <= header.tensors.keys():
             raise MemoryFileError(
-                f"{foreign(path, why)}, or, if another program rewrote such a file, import it with {IMPORT}"
+                f"{foreign(path, why)}, or, if it was rewritten by another program, import it with {IMPORT}"
             )
         raise foreign(path, why)
     header.check_version("MemoryBank.load", path)

@@ -328,7 +328,10 @@ G, ODD = torch.zeros(2, 100, 4), torch.arange(100).repeat(2, 1) % 2 == 1
 GRID = {"grid": (4, 5, 5)}
 ERRORS = [
     (lambda: vk.match_tokens(G), "match_tokens: exactly one of num_merge and ratio must be given, got neither"),
-    (lambda: vk.match_tokens(G, 3, ratio=0.5), "exactly one of num_merge and ratio must be given, got 3 and 0.5"),
+    (
+        lambda: vk.match_tokens(G, 3, ratio=0.5),
+        "match_tokens: exactly one of num_merge and ratio must be given, got 3 and 0.5",
+    ),
     (lambda: vk.match_tokens(G, ratio=1.01), "match_tokens: ratio must be in [0, 1], got 1.01"),
     (lambda: vk.match_tokens(G, ratio=-0.1), "match_tokens: ratio must be in [0, 1], got -0.1"),
     (lambda: vk.match_tokens(G, ratio=NAN), "match_tokens: ratio must be in [0, 1], got nan"),
