@@ -100,6 +100,6 @@ def kept(root: Path) -> str:
                 cells.append(f"{count:,} tokens, {size / 2**30:.1f} GiB{fits}")
             rows.append(cells)
     weights = StrategyBench(config, "compressed memory", torch.device("meta")).weights_bytes()
-    told = " and ".join(f"{size / 2**30:.1f} GiB for the {part}" for part, size in weights.items())
+    told = " and ".join(f"{size / 2**20:,.0f} MiB for the {part}" for part, size in weights.items())
     heads = ["history", "whole history", "compressed memory, 4×4×2"]
     return f"{table(heads, rows)}\n\nThe weights take {told}."
