@@ -69,7 +69,7 @@ def test_the_worker_tells_of_each_fault(worker, tmp_path):
             "must fill a box of encoders[0]",
         ),
         ("pretrain", {"encoders": [{"rate": [2, 2, 128]}]}, {}, "latent frames is shorter than a box of 128"),
-        ("pretrain", {"vae": {"kind": "dct", "channels": 4096}}, {}, "of the codec dct must be at most 768"),
+        ("pretrain", {"vae": {"kind": "dct", "channels": 4096}}, {}, "must be at most 768 for kind dct"),
         ("pretrain", {"dit": {"unfold": 1}}, {}, "the model cannot be made (DiT: unfold must be at least the 32"),
         ("pretrain", {"dit": {"patch": 3}}, {}, "dit.patch: must be 2"),
         ("pretrain-vae", {}, {"frames": 400}, "no block of the videos has 400 frames, the longest has 24"),

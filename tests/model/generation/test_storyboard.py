@@ -173,7 +173,7 @@ def test_a_language_model_in_a_folder(tmp_path):
     write = language_model(folder, max_tokens=24)
     assert write("a fox", 1) == write("a fox", 1) != write("a fox", 2)
     assert 0 < len(write("a fox", 1).replace(" ", "")) <= 24
-    with pytest.raises(UserError, match=r"no storyboard in 3 tries \(answer:1"):
+    with pytest.raises(UserError, match=r"no valid storyboard in 3 tries \(answer:1"):
         write_storyboard("a fox", write, 4, 2)
     with pytest.raises(UserError, match="reads at most 1500 tokens, the request has 2000"):
         write("x" * 2000, 0)

@@ -143,7 +143,7 @@ def test_dct_positions_are_the_midpoints_of_the_boxes():
 
 
 def test_dct_refuses_more_channels_than_a_box_has():
-    with pytest.raises(UserError, match=r"channels in \[1, 3072\]") as error:
+    with pytest.raises(UserError, match=r"channels must be in \[1, 3072\]") as error:
         run(smooth_clip(4, 16, 16), compression=Compression(1, 1, 1), channels=3073)
     assert "\n" not in str(error.value)
 
@@ -221,7 +221,7 @@ def test_merge_of_odd_sizes(size):
 
 
 def test_impossible_budget_says_what_is_possible():
-    with pytest.raises(UserError, match=r"budget asks for 97; give 1 to 96") as error:
+    with pytest.raises(UserError, match=r"budget asks for 97; give a budget from 1 to 96") as error:
         run(noise_clip(16, 64, 96), method="merge", budget=97)
     assert "\n" not in str(error.value)
 

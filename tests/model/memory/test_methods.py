@@ -179,8 +179,8 @@ assert "torch" not in sys.modules
 """
     shown = " ".join(python(code).split())
     assert "dct, merge, learned (the trained model) or mean." in shown
-    assert "Height x width, or source, for dct, merge and mean; 480x832." in shown
-    assert "Tokens to keep, for merge; by default what rate gives." in shown
+    assert "Used by dct, merge and mean." in shown
+    assert "requires --method merge." in shown
 
 
 def test_dct_imports_no_networks(video, tmp_path):

@@ -74,7 +74,7 @@ def test_errors_of_a_pretrained_encoder(folder, tmp_path, monkeypatch):
         pretrained(tmp_path)
     with pytest.raises(UserError, match="have 8 channels, the model needs 16"):
         pretrained(folder, dim=16)
-    with pytest.raises(UserError, match="give the folder"):
+    with pytest.raises(UserError, match="give its folder"):
         pretrained(None)(["a cat"])
     real = builtins.__import__
 

@@ -198,7 +198,7 @@ def test_what_cannot_be():
         start_linearly(linear(), lambda: iter(()))
     with pytest.raises(ValueError, match="unfold must be at least the 32 numbers of a patch token, got 8"):
         DiT(dataclasses.replace(LINEAR.dit, unfold=8), 8, 16)
-    with pytest.raises(ValueError, match="reads tokens of boxes.*'merge'"):
+    with pytest.raises(ValueError, match="requires a first encoder.*'merge'"):
         ModelConfig(
             encoders=(dataclasses.replace(LINEAR.encoders[0], branches="merge"),),
             dit=dataclasses.replace(LINEAR.dit, unfold=32),

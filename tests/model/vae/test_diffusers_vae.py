@@ -156,7 +156,7 @@ def test_bad_input_is_refused(pair):
 
 def test_what_the_user_can_get_wrong(folders, tmp_path, monkeypatch):
     wan, hunyuan = KINDS["wan"][2], KINDS["hunyuan"][2]
-    with pytest.raises(UserError, match="AutoencoderKLWan: give the folder"):
+    with pytest.raises(UserError, match="AutoencoderKLWan; give the folder"):
         load_vae(wan)
     with pytest.raises(UserError, match=r"config\.json: cannot be read \(No such file"):
         load_vae(wan, tmp_path)
