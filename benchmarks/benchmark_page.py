@@ -148,8 +148,12 @@ def tables(root: Path) -> str:
     parts = []
     for device in sorted({row.device for row in rows}):
         own = [row for row in rows if row.device == device]
-        slower = sum(row.other is not None and row.ours["speedup"] < 1 for row in own)
-        parts += [f"### {device}", f"{len(own)} rows; ours is slower in {slower} of them."]
+        slower = [row.ours for row in own if row.other is not None and row.ours["speedup"] < 1]
+        told = [f"`{r['op']}` {r['shape']} {PASSES[r['pass']]} ({r['speedup']:.2f})" for r in slower]
+        parts += [
+            f"### {device}",
+            f"{len(own)} rows; ours is slower in {len(slower)} of them{': ' * bool(told)}{', '.join(told)}.",
+        ]
         parts.append(table(HEADS, (_line(row, now) for row in own), left=len(HEADS)))
         parts += _wanting(own, root)
     if gone:

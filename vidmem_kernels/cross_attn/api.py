@@ -115,13 +115,14 @@ def _check_keys(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         (q.shape[0], q.shape[3]),
         (q.shape[0] if is_one(k.shape[0]) else k.shape[0], k.shape[3]),
         lambda: (
-            f"{op}: q and k must have the same B, H and D, "
-            f"got {(q.shape[0], *q.shape[2:])} and {(k.shape[0], *k.shape[2:])}"
+            f"{op}: q (B, Lq, H, D) and k (B, Lk, H, D) must have the same B and D, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
         ),
     )
     if heads != key_heads:
         fits = 1 <= key_heads <= heads and heads % key_heads == 0
-        require(fits, "{}: the number of heads of k must divide that of q, got {} and {}".format, op, key_heads, heads)
+        message = "{}: in (B, L, H, D) the heads of k must divide those of q, got {} and {}"
+        require(fits, message.format, op, key_heads, heads)
     check_same(op, "k and v must have the same B, Lk and H", tuple(k.shape[:3]), tuple(v.shape[:3]))
     check_same(op, "q and k must be on the same device", q.device, k.device)
     check_same(op, "q and v must be on the same device", q.device, v.device)

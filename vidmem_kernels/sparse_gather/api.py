@@ -210,7 +210,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str | 
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: x must be {names(FLOAT_DTYPES)}, got {names([x.dtype])}")
     if dtype not in QUANTIZED_DTYPES:
-        raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype}")
+        raise TypeError(f"{op}: dtype must be {names(QUANTIZED_DTYPES)}, got {dtype!r}")
     if x.dim() == 3:
         return QuantizedRows(*call("quantize_rows", x, dtype, backend=backend))
     flat = unguarded(torch.reshape, x, (math.prod(x.shape[:-2]), *x.shape[-2:]))

@@ -245,7 +245,8 @@ class Header:
 def foreign(path: Path, why: str) -> MemoryFileError:
     """Makes the error for a file that is not a memory file."""
     return MemoryFileError(
-        f"MemoryBank.load: {path} is not a memory file ({why}); give a file that MemoryBank.save wrote"
+        f"MemoryBank.load: {path} is not a memory file ({why}); "
+        "give a file that MemoryBank.save or vidmem compress wrote"
     )
 
 

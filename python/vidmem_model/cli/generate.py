@@ -132,9 +132,10 @@ def generate(
     if report is not None:
         write_json(report, made)
     first, last = made["memory_tokens"][0], made["memory_tokens"][-1]
+    count = made["segments"]
     print(
         f"{output}: {made['seconds']:g} s of {net.config.height}x{net.config.width} at {net.config.fps:g} fps "
-        f"(height x width) in {made['segments']} segments, took {made['wall_seconds']:.0f} s; "
+        f"(height x width) in {count} segment{'s' * (count != 1)}, took {made['wall_seconds']:.0f} s; "
         f"memory {first:,} -> {last:,} tokens, {made['context_per_second']:g} tokens/s, "
         f"and up to {max(made['window_tokens']):,} tokens of uncompressed frames"
     )

@@ -42,11 +42,11 @@ def test_errors():
     fp8 = in_8_bits(k, v, torch.float8_e4m3fn)
     index = torch.zeros(2, 4, 2, 1, dtype=torch.int64)
     cases = [
-        ({"k": k[:, :, :0], "v": v[:, :, :0]}, ValueError, "the number of heads of k must divide that of q, got 0"),
-        ({"q": q[:, :, :3]}, ValueError, "the number of heads of k must divide that of q, got 2 and 3"),
-        ({"q": q[:, :, :1]}, ValueError, "the number of heads of k must divide that of q, got 2 and 1"),
-        ({"q": torch.cat([q, q[:1]])}, ValueError, "q and k must have the same B, H and D, got (3, 4, 4) and (2, 2"),
-        ({"q": q[:1]}, ValueError, "q and k must have the same B, H and D, got (1, 4, 4) and (2, 2, 4)"),
+        ({"k": k[:, :, :0], "v": v[:, :, :0]}, ValueError, "the heads of k must divide those of q, got 0"),
+        ({"q": q[:, :, :3]}, ValueError, "the heads of k must divide those of q, got 2 and 3"),
+        ({"q": q[:, :, :1]}, ValueError, "the heads of k must divide those of q, got 2 and 1"),
+        ({"q": torch.cat([q, q[:1]])}, ValueError, "must have the same B and D, got (3, 7, 4, 4) and (2, 11, 2"),
+        ({"q": q[:1]}, ValueError, "must have the same B and D, got (1, 7, 4, 4) and (2, 11, 2, 4)"),
         ({"k": k[:1]}, ValueError, "k and v must have the same B, Lk and H, got (1, 11, 2) and (2, 11, 2)"),
         ({"key_mask": torch.ones(2, 11)}, TypeError, "key_mask must be bool, got float32"),
         ({"key_mask": torch.ones(11) > 0}, ValueError, "key_mask must have shape (B, Lk), got (11,)"),
