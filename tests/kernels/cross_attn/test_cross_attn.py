@@ -333,6 +333,9 @@ def test_merge_of_half_precision_keeps_lse_in_float32():
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
 
 
+SHAPES = "q (B, Lq, H, D) and k (B, Lk, H, D) must have the same B and D, "
+
+
 def test_errors():
     q, k, v = qkv(dtype=torch.float32)
     time = {"q_time": torch.zeros(7), "k_time": torch.zeros(11)}
@@ -340,8 +343,8 @@ def test_errors():
     blocks = {"block_index": index, "block_size": (3, 4)}
     cases = [
         ({"q": q[0]}, ValueError, "q must have shape (B, Lq, H, D), got (7, 2, 4)"),
-        ({"k": k[..., :2]}, ValueError, "must have the same B and D, got (2, 4, 2, 4) and (2, 6, 2, 2)"),
-        ({"k": torch.cat([k, k[:, :, :1]], 2)}, ValueError, "the heads of k must divide those of q, got 3"),
+        ({"k": k[..., :2]}, ValueError, SHAPES + "got (2, 7, 2, 4) and (2, 11, 2, 2)"),
+        ({"k": torch.cat([k, k[:, :, :1]], 2)}, ValueError, "in (B, L, H, D) the heads of k must divide"),
         ({"v": v[:, :3]}, ValueError, "k and v must have the same B, Lk and H, got (2, 11, 2) and (2, 3, 2)"),
         ({"v": v.half()}, ValueError, "q and v must have the same dtype, got torch.float32 and torch.float16"),
         ({"q": q.long()}, TypeError, "q must be float32, bfloat16, float16 or float64, got int64"),

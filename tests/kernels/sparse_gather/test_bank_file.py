@@ -242,8 +242,8 @@ def test_damage_in_place_is_told_from_a_foreign_file(small_file, tmp_path):
     safetensors.torch.save_file({"rows": torch.zeros(2, 3), "positions": torch.zeros(2, 3)}, foreign)
     assert refused(foreign) == (
         f"MemoryBank.load: {foreign} is not a memory file (its header does not name the format "
-        "vidmem_kernels.MemoryBank); give a file that MemoryBank.save or vidmem compress wrote, or, if it was rewritten "
-        "by another program, import it with MemoryBank.from_safetensors"
+        "vidmem_kernels.MemoryBank); give a file that MemoryBank.save or vidmem compress wrote, or, if it was "
+        "rewritten by another program, import it with MemoryBank.from_safetensors"
     )
     safetensors.torch.save_file({"weight": torch.zeros(2, 3)}, foreign)
     assert refused(foreign) == (
