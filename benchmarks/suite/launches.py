@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -88,33 +88,42 @@ def recording() -> Iterator[list[Launch]]:
 def _recorded(run: Callable[..., Any], launches: list[Launch]) -> Callable[..., Any]:
     def record_and_run(self, *args, grid, warmup, **kwargs):
         if not warmup:
-            launches.append(launch_of(self.fn, args, kwargs, grid))
+            options = getattr(self, "kwargs", None) or {}  # of the interpreter's functions
+            unspecialised = getattr(self, "do_not_specialize", None) or options.get("do_not_specialize") or ()
+            launches.append(launch_of(self.fn, args, kwargs, grid, unspecialised))
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     return record_and_run
 
 
-def launch_of(kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> Launch:
-    """The launch of a kernel's Python function with these arguments."""
+def launch_of(
+    kernel: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grid: Any,
+    unspecialised: Collection[str] = (),
+) -> Launch:
+    """The launch of a kernel's Python function with these arguments, some of which Triton does not specialise."""
     signature = inspect.signature(kernel)
     bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name in signature.parameters})
     bound.apply_defaults()
     features = {}
     for name, value in bound.arguments.items():
         is_constant = "constexpr" in str(signature.parameters[name].annotation)
-        features[name] = str(value) if is_constant else _specialised(value)
+        features[name] = str(value) if is_constant else _specialised(value, name not in unspecialised)
     features |= {name: value for name, value in kwargs.items() if name not in signature.parameters}
     size = grid(dict(bound.arguments)) if callable(grid) else grid
     features["grid"] = tuple("many" if n > 1 else n for n in size)
     return Launch(kernel.__name__, tuple(sorted((name, feature) for name, feature in features.items())))
 
 
-def _specialised(value: Any) -> Any:
-    """What Triton specialises an argument for."""
+def _specialised(value: Any, by_value: bool = True) -> Any:
+    """What Triton specialises an argument for; without `by_value` the type alone."""
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int):
         kind = "1" if value == 1 else "multiple of 16" if value % 16 == 0 else "any"
+        kind = kind if by_value else "any"
         return kind if -(2**31) <= value < 2**31 else f"{kind}, 64 bits"
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}{', aligned' if value.data_ptr() % 16 == 0 else ''}"

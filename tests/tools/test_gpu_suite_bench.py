@@ -130,13 +130,16 @@ def test_what_follows_from_the_shape_makes_another_path():
     def kernel(x, n, EVEN: "tl.constexpr", BLOCK: "tl.constexpr"):  # noqa: F821
         pass
 
-    def path(n, block=16, count=1, warps=4, programs=None):
+    def path(n, block=16, count=1, warps=4, programs=None, even=None, unspecialised=()):
         grid = (programs or -(-n // block),)
-        options = {"EVEN": n % block == 0, "BLOCK": block, "num_warps": warps}
-        return launches.path_of([], [launches.launch_of(kernel, (torch.zeros(n), n), options, grid)] * count)
+        options = {"EVEN": n % block == 0 if even is None else even, "BLOCK": block, "num_warps": warps}
+        launch = launches.launch_of(kernel, (torch.zeros(n), n), options, grid, unspecialised)
+        return launches.path_of([], [launch] * count)
 
     assert launches.differences(path(1000), path(104)) == []
     assert launches.differences(path(1000, count=5), path(104, count=2)) == []
+    assert "n any, at the small one multiple of 16" in launches.differences(path(1000), path(96, even=False))[0]
+    assert launches.differences(*(path(n, even=False, unspecialised=("n",)) for n in (1000, 96))) == []
     for other, told in [
         (path(96), "EVEN False, at the small one True"),
         (path(104, block=32), "BLOCK 16, at the small one 32"),

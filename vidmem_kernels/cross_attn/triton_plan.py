@@ -106,7 +106,7 @@ def _span_keys(
     tl.store(spans + 2, tl.min(tl.where(inside, known, True).to(tl.int32)).to(when.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["left", "right"])
+@triton.jit(do_not_specialize=["left", "right", "tiles_q", "tiles_k", "q_programs"])
 def _attention_times_kernel(
     q_time,
     k_time,

@@ -143,9 +143,9 @@ def test_a_stopped_run_goes_on_to_the_same_video(parts, tmp_path):
         "segment-00000.safetensors", "segment-00001.safetensors", "settings.json"
     ]  # fmt: skip
     for change, message in [
-        ({"steps": 3}, r"made with another steps \(2, now 3\)"),
-        ({"guidance": 2.0}, r"another guidance \(1.0, now 2.0\)"),
-        ({"seconds": 9.0}, r"another frames \(68, now 72\)"),
+        ({"steps": 3}, r"another steps \(2, this run has 3\)"),
+        ({"guidance": 2.0}, r"another guidance \(1.0, this run has 2.0\)"),
+        ({"seconds": 9.0}, r"another frames \(68, this run has 72\)"),
     ]:
         with pytest.raises(UserError, match=message):
             make(parts, path, dataclasses.replace(CONFIG, **change))
