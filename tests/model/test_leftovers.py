@@ -25,8 +25,9 @@ from vidmem_model.train import loop as training
 
 
 def one_line(err):
-    """The last line of stderr is the only one that is no progress of a training."""
+    """The last line of stderr, the only one that is neither progress nor a note on a former name in the recipe."""
     lines = [line for line in err.splitlines() if not line.startswith("step ") and " blocks of " not in line]
+    lines = [line for line in lines if not (line.startswith("vidmem: note: ") and " is deprecated; " in line)]
     assert len(lines) == 1 and lines[0].startswith("vidmem: error: "), err
     assert "bug" not in lines[0] and len(lines[0]) < 600
     return lines[0]

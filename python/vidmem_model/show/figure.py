@@ -105,7 +105,8 @@ def plot(path: Path, columns: int, height: float, title: str) -> Iterator[Figure
         figure = Figure((WIDTHS[columns], height), dpi=_DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(part, format=kind, metadata={"Title": title, **undated})
+        smaller = {"pil_kwargs": {"optimize": True}} if kind == "png" else {}
+        figure.savefig(part, format=kind, metadata={"Title": title, **undated}, **smaller)
 
 
 def _use_style() -> None:

@@ -113,7 +113,9 @@ def test_beginning_with_what_does_not_fit(tmp_path):
     wrong = ({**weights, name: torch.zeros(3, 5, 7)}, {n: w for n, w in weights.items() if n != name})
     for number, each in enumerate((*wrong, {**weights, "more": torch.zeros(1)})):
         checkpoint.begin_with(tmp_path / str(number) / "checkpoints", 4, each)
-        with pytest.raises(UserError, match=r"beginning.safetensors: holds the weights of another model; --restart"):
+        with pytest.raises(
+            UserError, match=r"beginning.safetensors: holds the weights of another model; give --restart"
+        ):
             train(tmp_path / str(number), steps=6)
     file = tmp_path / "0" / "checkpoints" / "beginning.safetensors"
     file.write_bytes(file.read_bytes()[:100])
