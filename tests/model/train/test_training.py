@@ -435,8 +435,10 @@ def test_a_wrong_configuration_is_one_line_with_the_key(tmp_path, capsys, text, 
     file = tmp_path / "a.yaml"
     file.write_text(text)
     assert main(["pretrain", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"vidmem: error: {file}") and says in error
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"vidmem: error: {file}") and says in error
+    assert all(each.startswith("vidmem: note: ") and each.endswith("rename it to compression") for each in notes)
+    assert len(notes) == ("rate" in text)
 
 
 def test_other_mistakes_are_one_line(tmp_path, capsys):
