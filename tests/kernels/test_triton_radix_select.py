@@ -49,7 +49,7 @@ def dtype(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("count", [1, 7, 1024, 2100])
+@pytest.mark.parametrize("count", [1, 7, 1024, pytest.param(2100, marks=pytest.mark.long)])
 def test_positions_of_the_largest(count, dtype, device):
     key = keys(dtype, count).to(device)
     for want in sorted({1, count // 3 + 1, count}):

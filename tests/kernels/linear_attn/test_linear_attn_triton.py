@@ -136,7 +136,7 @@ CANDIDATES = [
 ]
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name, walk, direction, index", CANDIDATES, ids=lambda value: str(value))
 def test_tiles_that_tuning_tries(name, walk, direction, index, short_pieces, device):
     tunable = _tuned.TUNABLES[name]
