@@ -201,6 +201,8 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
         block_n, block_v = 32, 4096 // size
     elif roomy:
         block_n, block_v, stages = 64, 64, 1 if direction == "reverse" and arch == 90 else 2
+        if arch == 90 and size == 128 and direction != "reverse":
+            block_v = 32  # 64 columns spill registers under Triton 3.6
     else:
         block_n, block_v = 16 if arch == 120 else 32, 64 if direction == "reverse" else 32
     block_v = max(16, min(value_size, block_v))
