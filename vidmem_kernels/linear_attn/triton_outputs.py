@@ -124,11 +124,12 @@ def _linear_outputs_kernel(
     else:
         z = tl.load(seen + D * DV + d[:, None] + tl.zeros([1, ONES], tl.int32), (d < D)[:, None], other=0.0)
     ones = tl.full([BLOCK_N, ONES], 1.0, dtype)
-    groups = tl.cdiv(end - begin, GROUP)
+    group = tl.full((), GROUP, tl.int32)  # at most the tokens of a piece
+    groups = tl.cdiv(end - begin, group)
     # Masked groups are the steps of the inner loop, so that loads are prefetched.
     for g in tl.range(0, 1 if MASKED else groups):
-        start = (begin + (groups - 1 - g if REVERSE else g) * GROUP).to(tl.int32)
-        stop = tl.minimum(start + GROUP, end).to(tl.int32)
+        start = (begin + (groups - 1 - g if REVERSE else g) * group).to(tl.int32)
+        stop = tl.minimum(start + group, end).to(tl.int32)
         if SCAN and not MASKED:
             for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
                 n = first + chunk
@@ -143,8 +144,8 @@ def _linear_outputs_kernel(
                     z = _sum_features(z, y, ones, dtype, exact)
         for i in tl.range(0, groups if MASKED else tl.cdiv(stop - start, BLOCK_N), num_stages=STAGES):
             if MASKED:
-                first = (begin + (groups - 1 - i if REVERSE else i) * GROUP).to(tl.int32)
-                stop = tl.minimum(first + GROUP, end).to(tl.int32)
+                first = (begin + (groups - 1 - i if REVERSE else i) * group).to(tl.int32)
+                stop = tl.minimum(first + group, end).to(tl.int32)
             else:
                 first = start + i * BLOCK_N
             n = first + chunk
@@ -200,6 +201,8 @@ def _default(arch: int, *, dtype: str, size: int, value_size: int, features: str
         block_n, block_v = 32, 4096 // size
     elif roomy:
         block_n, block_v, stages = 64, 64, 1 if direction == "reverse" and arch == 90 else 2
+        if arch == 90 and size == 128 and direction != "reverse":
+            block_v = 32  # 64 columns spill registers under Triton 3.6
     else:
         block_n, block_v = 16 if arch == 120 else 32, 64 if direction == "reverse" else 32
     block_v = max(16, min(value_size, block_v))

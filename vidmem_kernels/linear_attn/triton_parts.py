@@ -311,7 +311,7 @@ def divide(x, y, EXACT: tl.constexpr):
 @triton.jit
 def sees(CHUNK: tl.constexpr, BLOCK, BACK: tl.constexpr):
     """(tokens, tokens) mask of a group: a row sees its own block and, with BACK, earlier blocks; else later ones."""
-    block = (tl.arange(0, CHUNK) // BLOCK).to(tl.int32)
+    block = tl.arange(0, CHUNK) // tl.full((), BLOCK, tl.int32)  # a division of 64 bits takes many registers
     if BACK:
         return block[:, None] >= block[None, :]
     else:

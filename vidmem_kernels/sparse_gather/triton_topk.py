@@ -41,7 +41,8 @@ def _means_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
 def _dot_tile(arch: int, dtype: str, width: int) -> Tile:
     if dtype in ("bf16", "fp16"):
         return _dot(64 if arch in (100, 103) else 128, 64, min(64, width), 8, 3)  # with 128, registers spill
-    return _dot(64, 64, min(32, width), 8, 3)
+    # 32 channels of float32 spill registers on sm_120 under Triton 3.6, with 64-bit sizes.
+    return _dot(64, 64, min(16 if dtype == "fp32" and arch in (120, 121) else 32, width), 8, 3)
 
 
 def _dot_tiles(arch: int, dtype: str, width: int) -> list[Tile]:
@@ -64,10 +65,10 @@ def _dot(q: int, k: int, d: int, warps: int, stages: int) -> Tile:
 
 
 def _best_tile(arch: int, columns: int) -> Tile:
-    # A single warp counts without a barrier.
-    return {_NARROW: {"BLOCK_R": 2, "num_warps": 1}, _CHUNK: {"BLOCK_R": 1, "num_warps": 8}}.get(
-        columns, {"BLOCK_R": 1, "num_warps": 16}
-    )
+    if columns == _NARROW:
+        return {"BLOCK_R": 2, "num_warps": 1}  # a single warp counts without a barrier
+    # On sm_80, 8,192 columns in 16 warps spill registers under Triton 3.6.
+    return {"BLOCK_R": 1, "num_warps": 8 if columns == _CHUNK or (arch == 80 and columns == 2 * _CHUNK) else 16}
 
 
 def _best_tiles(arch: int, columns: int) -> list[Tile]:
