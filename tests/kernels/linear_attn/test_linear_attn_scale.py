@@ -77,8 +77,8 @@ def test_composition_and_its_gradients(seed):
 def test_backends(seed, backend, dtype):
     args, options = draw(seed, dtype)
     op = OPS["linear_attention"]
-    if _dispatch.refusal(op, backend, args[0].device, (*args, *options)) is not None:
-        pytest.skip(f"no {backend} here")
+    if reason := _dispatch.refusal(op, backend, args[0].device, (*args, *options)):
+        pytest.skip(f"{backend}: {reason}")
     make = testing.Make(dtype, seed=seed)
     q, v, wide = args[0], args[2], F32
     grads = (
