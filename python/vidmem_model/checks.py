@@ -122,9 +122,9 @@ def not_negative(most: float) -> Range:
     return Range(0, most, words="must not be negative")
 
 
-def at_least(least: float, most: float) -> Range:
-    """`least` to `most`."""
-    return Range(least, most, words=f"must be at least {least}")
+def at_least(least: float, most: float, unit: str = "") -> Range:
+    """`least` to `most`; `unit` is for messages, such as "seconds"."""
+    return Range(least, most, words=f"must be at least {least} {unit}".rstrip())
 
 
 def more_than(least: float, most: float) -> Range:
@@ -199,7 +199,8 @@ class Entries:
 
 FileName = Annotated[str, PathName()]
 SamplerSteps = Annotated[int, positive(10_000)]
-Lengths = Annotated[tuple[float, ...], Entries(1, 100), positive(MOST_SECONDS, "seconds")]
+# Lengths of a history, in seconds.
+Lengths = Annotated[tuple[float, ...], Entries(1, 100), at_least(0.001, MOST_SECONDS, "seconds")]
 
 
 class Checked:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hostile_worker import GOLDEN, Case, Worker, link_golden
+from paths import ROOT
 
 
 @contextlib.contextmanager
@@ -415,6 +416,28 @@ def film_case(rng: random.Random) -> Case:
     return Case({"f.mkv": film}, ["compress", "f.mkv", "-o", "out", *method])
 
 
+def hostile_csv(content: bytes, rng: random.Random) -> bytes:
+    """A CSV file with a changed row or field."""
+    rows = mutate([line.split(",") for line in content.decode().splitlines()], rng)
+    rows = rows if isinstance(rows, list) else [rows]
+    lines = (",".join(map(str, row if isinstance(row, list) else [row])) for row in rows)
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def result_case(rng: random.Random) -> Case:
+    """A result file that is drawn again."""
+    path, *options = rng.choice(RESULTS).split()
+    content = (ROOT / path).read_bytes()
+    if rng.random() < 0.15:
+        changed = damaged(content, rng)
+    elif path.endswith(".csv"):
+        changed = hostile_csv(content, rng)
+    else:
+        changed = json.dumps(mutate(json.loads(content), rng, keep=("format",))).encode()
+    name = Path(path).name
+    return Case({name: changed}, ["plot", name, "-o", f"plot.{rng.choice(('png', 'pdf', 'svg'))}", *options])
+
+
 def run_case(rng: random.Random) -> Case:
     """What a stopped run left: settings, curve, checkpoint; and the cache of its latents."""
     files = dict(prepared_run())
@@ -425,10 +448,7 @@ def run_case(rng: random.Random) -> Case:
     elif name.endswith(".safetensors"):
         files[name] = hostile_tensors(content, rng, ("block",))
     elif name.endswith(".csv") and rng.random() < 0.7:
-        rows = [line.split(",") for line in content.decode().splitlines()]
-        files[name] = "\n".join(",".join(map(str, row)) for row in mutate(rows, rng) if isinstance(row, list)).encode(
-            "utf-8", "surrogatepass"
-        )
+        files[name] = hostile_csv(content, rng)
     else:
         files[name] = damaged(content, rng)
     return Case(files, ["pretrain", "one.yaml"])
@@ -440,12 +460,21 @@ _SHAPE_WORDS = "1x1000000000 0x0x0 -1x-1 axb 1x nanx1 4x4x2x1 source 1,2x , 1,,2
 SHAPES = [*_SHAPE_WORDS.split(), "9" * 50 + "x1"]
 NAMES = ["learnt", "int4", "DCT", "cuda:99", "cuda:٣", "cuda:" + "9" * 5000, "../x", "/etc/passwd"]
 MODEL = "finished/one.safetensors"
+# Files that `vidmem plot` draws, and an option.
+RESULTS = [
+    "docs/memory_vs_context.json",
+    "docs/cost.json --columns=1",
+    "docs/cost.json",
+    "docs/retrieval.json",
+    "docs/retrieval.json --positions",
+    "python/vidmem_model/pretrained/demo_continue.curve.csv",
+]
 # Commands, and the options of each that are given hostile values.
 OPTIONS = {
     "compress film.mkv -o out": "seconds start fps size rate budget channels dtype method",
     "retrieve m -o out.png --frame 0": "frame steps",
     f"generate b -o x.mp4 --model {MODEL} {' '.join(TINY)}": "seconds seed segment window guidance shift steps device",
-    "profile -o out --lengths 0": "lengths heads head-dim dtype device",
+    "profile -o out --lengths 0 --heads 1 --head-dim 16": "lengths heads head-dim dtype device",
     f"profile -o out --model {MODEL} --lengths 0": "depth segment max-seconds lengths dtype",
     "demo none.mkv -o out": "frames seed lengths rate size fps seconds start",
     f"evaluate retrieval --model {MODEL} --video none.mkv": "clips history steps seed",
@@ -473,6 +502,7 @@ FORMATS: dict[str, Callable[[random.Random], Case]] = {
     "storyboard": storyboard_case,
     "film": film_case,
     "run": run_case,
+    "result": result_case,
     "options": option_case,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checks import parse_json
+from ..checks import parse_json, shorten
 from ..errors import UserError
 from .cost import write_cost_plot
 from .curve import write_curve_plot
@@ -51,7 +51,7 @@ def redraw(
         positions: For `evaluate retrieval`: quality against position in the history, instead of tokens.
 
     Raises:
-        UserError: The suffix of `path` is another, the result is empty or incomplete, or `path` cannot be
+        UserError: The suffix of `path` is another, the result is empty, incomplete or damaged, or `path` cannot be
             written.
     """
     kind = "curve" if isinstance(result, list) else result["format"]
@@ -64,5 +64,6 @@ def redraw(
         draw = write_positions_plot
     try:
         draw(path, result, columns)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{name}: is incomplete ({type(error).__name__}: {error})") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise UserError(f"{name}: cannot be drawn, it is incomplete or damaged ({reason})") from error

@@ -79,7 +79,7 @@ def run(arguments, **options):
         (["compress", "a.mp4", "-o", "b", "--dtype", "int4"], ["dtype must be one of", "'int4'"]),
         (["demo", "a.mp4", "--frames", "0"], ["frames must be positive, got 0"]),
         (["profile", "--lengths", "1;2"], ["--lengths must look like 1,2,5,10,20", "'1;2'"]),
-        (["profile", "--lengths", "0"], ["lengths must be positive seconds, got [0.0]"]),
+        (["profile", "--lengths", "0"], ["lengths must be at least 0.001 seconds, got [0.0]"]),
         (["profile", "--dtype", "int8"], ["dtype must be one of", "'int8'"]),
         (["profile", "--device", "gpu"], ["--device must be auto, cpu, cuda or cuda:N, got 'gpu'"]),
         (["profile", "--lengths", "1e6"], ["GiB are free", "give shorter --lengths"]),

@@ -274,7 +274,7 @@ def test_command(capfd, monkeypatch, tmp_path):
         (["--model", "tiny", "--heads", "2"], "--heads is not allowed with --model"),
         (["--depth", "2"], "--depth requires --model"),
         (["--model", "tiny", "--depth", "3"], "depth must be in [1, 2], got 3"),
-        (["--model", "tiny", "--lengths", "0"], "lengths must be positive seconds"),
+        (["--model", "tiny", "--lengths", "0"], "lengths must be at least 0.001 seconds"),
     ):
         assert main(["profile", *arguments, "-o", str(out)]) == 2
         assert message in capfd.readouterr().err

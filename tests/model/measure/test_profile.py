@@ -163,8 +163,8 @@ def test_history_beyond_free_memory_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lengths": ()}, "lengths must be positive seconds, got []"),
-        ({"lengths": (1.0, math.nan)}, "lengths must be positive seconds, got [1.0, nan]"),
+        ({"lengths": ()}, "lengths must be at least 0.001 seconds, got []"),
+        ({"lengths": (1.0, math.nan)}, "lengths must be at least 0.001 seconds, got [1.0, nan]"),
         ({"heads": 0}, "heads must be positive, got 0"),
         ({"compression": (2, 4, 0)}, "compression: must be a mapping of keys to values, got (2, 4, 0)"),
         ({"dtype": "float8"}, "got 'float8'"),

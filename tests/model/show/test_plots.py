@@ -271,7 +271,12 @@ def test_the_files_of_the_docs_can_be_drawn(tmp_path, capfd, file, options):
         ("x.json", '{"format": ["a"]}', [], "must be curve.csv or JSON"),
         ("x.json", '{"format": "vidmem.retrieval", "rows": {}}', [], "has no measurements to draw"),
         ("x.json", '{"format": "vidmem.model_cost", "points": []}', [], "has no measurements to draw"),
-        ("x.json", '{"format": "vidmem.model_cost", "points": [{}]}', [], "is incomplete ("),
+        (
+            "x.json",
+            '{"format": "vidmem.model_cost", "points": [{}]}',
+            [],
+            "cannot be drawn, it is incomplete or damaged (KeyError",
+        ),
         ("x.json", '{"format": "vidmem.memory_vs_context", "points": [1]}', ["--positions"], "--positions requires"),
         ("x.csv", "step,loss\n1,2\n", [], "cannot be read as a training curve"),
         ("x.csv", "step,loss,grad_norm,lr,seconds\n", [], "has no measurements to draw"),
