@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from paths import GOLDEN
+from paths import GOLDEN, ROOT
 
 MEMORY = 1 << 30  # bytes that a case may take beyond what the worker has
 SECONDS = 10.0  # of processor time; whatever waits for something is killed after four times that
@@ -139,6 +139,9 @@ def serve() -> None:
         for name in ("dct-int8", "learned-float16"):
             memory = GOLDEN / "memories" / f"{name}.safetensors"
             assert main(["retrieve", str(memory), "--frame", "0", "-o", f"{scratch}/x.png"]) == 0
+        for suffix in ("png", "pdf", "svg"):
+            result = ROOT / "docs" / "memory_vs_context.json"
+            assert main(["plot", str(result), "-o", f"{scratch}/plot.{suffix}"]) == 0
     for line in sys.stdin:
         folder, command = json.loads(line)
         with tempfile.TemporaryFile() as said:
