@@ -65,7 +65,7 @@ def test_runs_on_gpus_are_told_as_they_were():
 
 
 def test_it_is_short():
-    assert len(TEXT.splitlines()) < 120
+    assert len(TEXT.splitlines()) + 1 < 120  # with room for the row of a new op
 
 
 def test_code_runs():
