@@ -15,9 +15,10 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from ..errors import UserError
 from ..files import cannot_write, replacing
 
-# Encoders in order of preference, with options of about the same quality.
+# Encoders in order of preference, with options of about the same quality. Without cpu-independent, x264 encoded equal
+# frames differently in 2 of 100 runs, on one thread too.
 _ENCODERS = {
-    "libx264": {"crf": "16", "preset": "medium"},
+    "libx264": {"crf": "16", "preset": "medium", "x264-params": "cpu-independent=1"},
     "mpeg4": {"qmin": "2", "qmax": "3"},
 }
 # Colour primaries, transfer function and matrix in the numbering of ITU-T H.273, and the matrix in that of swscale.
