@@ -80,6 +80,7 @@ def test_features(which, dtype, device):
     check(args, options, device, which)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "queries, keys, size, value_size",
     [(1, 1, 1, 1), (1, 97, 17, 3), (33, 1, 3, 17), (5, 40, 256, 256), (40, 33, 72, 200)],
@@ -90,7 +91,7 @@ def test_shapes(queries, keys, size, value_size, device):
         check(args, options, device, f"{dtype}", derived=False)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "queries, keys, block_size",
     [(9, 11, (1, 1)), (30, 40, (7, 5)), (160, 190, (150, 90)), (160, 190, (200, 300))],

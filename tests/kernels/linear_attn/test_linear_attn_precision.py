@@ -51,6 +51,7 @@ def drawn(seed):
     )  # fmt: skip
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("case", [*FOUND, *map(drawn, range(6))], ids=lambda case: "-".join(map(str, case)))
 def test_within_the_budget(case):
     dtype, length, heads, size, value_size, *options = case

@@ -76,6 +76,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype, length, sizes, block, feature_map, normalize, state", CASES)
 def test_values_and_gradients(dtype, length, sizes, block, feature_map, normalize, state, short_pieces, device):
     make = Make(dtype, device)
@@ -192,6 +193,7 @@ def test_mean_of_ones(dtype, block, short_pieces, device):
     assert (out - ones).abs().max() <= torch.finfo(dtype).eps
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("block, cut", [(1, 70), (3, 150), (50, 100), (150, 150)])
 def test_split_and_resume(block, cut, short_pieces, device):
     make = Make(F32, device)

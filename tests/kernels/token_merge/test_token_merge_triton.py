@@ -51,6 +51,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("dtype", "channels"), WIDTHS)
 def test_many_tiles(dtype, channels, options, device):
@@ -136,6 +137,7 @@ def large_and_small_groups(device, dtype=torch.int32):
     return vk.MergePlan(*(t.to(dtype).repeat(2, 1).to(device) for t in (row, kept, order, offsets)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("dtype", "index"), [(torch.float32, torch.int64), (torch.bfloat16, torch.int32)])
 def test_groups_of_all_sizes(dtype, index, device):
     plan = large_and_small_groups(device, index)
@@ -156,6 +158,7 @@ def test_groups_of_all_sizes(dtype, index, device):
     testing.assert_within_budget(got, at_dtype, exact, "merge and unmerge")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_sizes_are_summed_in_any_order(index, device):
     """Correctly rounded, so that strides and types, which change the order in which a kernel adds, do not show."""
