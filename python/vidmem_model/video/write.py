@@ -15,8 +15,8 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from ..errors import UserError
 from ..files import cannot_write, replacing
 
-# Encoders in order of preference, with options of about the same quality. Without cpu-independent, x264 encoded equal
-# frames differently in 2 of 100 runs, on one thread too.
+# Encoders in order of preference, with options of about the same quality. Without cpu-independent, x264 made 15
+# different files of the same frames in 30 runs (240 x 416, with noise); with it one, in 5 to 15 % more time.
 _ENCODERS = {
     "libx264": {"crf": "16", "preset": "medium", "x264-params": "cpu-independent=1"},
     "mpeg4": {"qmin": "2", "qmax": "3"},
